@@ -1,0 +1,60 @@
+"""How the documentation is built: ``python -m sphinx -W docs docs/_build/html``.
+
+The examples are shown without being run. ``-D plot_gallery=1`` runs them and puts their pictures on the pages; leave
+out ``-W`` then, because sphinx warns of the type of that option whatever is written.
+"""
+
+from __future__ import annotations
+
+import pathkernel
+
+project = "pathkernel"
+author = "the pathkernel developers"
+copyright = "2026, the pathkernel developers"  # the name that sphinx asks for
+version = release = pathkernel.__version__
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "numpydoc",
+    "myst_parser",
+    "sphinx_gallery.gen_gallery",
+]
+exclude_patterns = ["_build", "_templates"]
+templates_path = ["_templates"]
+
+# Pages are Markdown; mathematics is written between dollars.
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+suppress_warnings = ["config.cache"]  # sphinx-gallery's configuration holds functions, which sphinx cannot pickle
+
+# The reference: one generated page for every name that an autosummary lists.
+autosummary_generate = True
+autodoc_typehints = "none"  # numpydoc's tables say more than the signature
+autodoc_member_order = "bysource"
+numpydoc_show_class_members = False
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "auto_examples",
+    "filename_pattern": r"[/\\]\d+[^/\\]*\.py$",  # examples are numbered, not prefixed by plot_
+    "plot_gallery": False,
+    "download_all_examples": False,
+    "show_memory": False,
+    "remove_config_comments": True,
+}
+
+html_theme = "pydata_sphinx_theme"
+html_title = "pathkernel"
+html_static_path = ["_static"]
+html_css_files = ["pathkernel.css"]
+html_sidebars = {"index": [], "tutorials/*": [], "explanation/*": [], "reference/[!g]*": []}  # nothing to show there
+html_theme_options = {
+    "navigation_with_keys": False,
+    "show_toc_level": 2,
+    "footer_start": ["copyright"],
+    "footer_end": ["theme-version"],
+}
+html_show_sourcelink = False

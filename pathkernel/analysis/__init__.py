@@ -1,0 +1,1 @@
+"""What a kernel says about a network: alignment with the task, speed of change, spectrum."""

@@ -1,0 +1,180 @@
+"""The result of an explanation: how much every training sample moved every query output, and the certificate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pathkernel.errors import InputError, check
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The samples that raised each query output most, and those that lowered it most.
+
+    Attributes
+    ----------
+    proponents, opponents
+        Sample ids, (Q, k), the strongest first.
+    proponent_shares, opponent_shares
+        Their shares, (Q, k): positive ones raise the output.
+    """
+
+    proponents: np.ndarray
+    proponent_shares: np.ndarray
+    opponents: np.ndarray
+    opponent_shares: np.ndarray
+
+    def __repr__(self) -> str:
+        def line(ids: np.ndarray, shares: np.ndarray) -> str:
+            return ", ".join(f"{i} ({s:+.3g})" for i, s in zip(ids, shares, strict=True))
+
+        rows = []
+        for q in range(len(self.proponents)):
+            rows.append(f"query {q}")
+            rows.append(f"  raised by  {line(self.proponents[q], self.proponent_shares[q])}")
+            rows.append(f"  lowered by {line(self.opponents[q], self.opponent_shares[q])}")
+        return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class Attributions:
+    r"""How a trained network's outputs came about, sample by sample.
+
+    .. math:: f(x_q; \theta_S) = \sum_{i=1}^N \mathrm{share}_{qi} + \sum_{\text{channels}} \mathrm{channel}_q
+
+    up to ``residual``. A positive share raised the output. A share says how much a sample *moved* the output in this
+    training run, not what would have happened without the sample.
+
+    Attributes
+    ----------
+    shares
+        (Q, N) float64, columns in the order of sample ids.
+    channels
+        What is not a training sample, by name, (Q,) each: ``"initial"`` (the untrained network), and, where they
+        occur, ``"weight_decay"``, ``"external"`` (changes made outside the optimizer), ``"unexplained"`` (gradient
+        that no sample accounts for), ``"memory"`` (momentum from before the recording).
+    output
+        (Q,) the network's own outputs at the end of the trajectory.
+    samples, outputs
+        (Q,) which of the given samples, and which of its outputs, each query is (-1 where a functional was asked).
+    quadrature_error
+        (Q,) the sum over steps of what the uncorrected quadrature missed in absolute value, relative to
+        |f(θ_S) − f(θ_0)|: the error bar of the shares.
+    modules
+        Shares by module name, (Q, N) each, where ``by="module"`` was asked.
+    steps
+        (Q, S) shares summed over the samples of each step, where ``by="step"`` was asked.
+    gradients_per_step
+        Query gradients taken per step and query.
+    """
+
+    shares: np.ndarray
+    channels: dict[str, np.ndarray]
+    output: np.ndarray
+    samples: np.ndarray
+    outputs: np.ndarray
+    quadrature_error: np.ndarray
+    gradients_per_step: float = 0.0
+    modules: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    steps: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def initial(self) -> np.ndarray:
+        """(Q,) the untrained network's outputs."""
+        return self.channels["initial"]
+
+    @cached_property
+    def reconstruction(self) -> np.ndarray:
+        """(Q,) Σ shares + Σ channels: what the kernel machine says."""
+        return np.asarray(self.shares.sum(axis=1) + sum(self.channels.values()))
+
+    @property
+    def left_over(self) -> np.ndarray:
+        """(Q,) output − reconstruction, in the units of the output."""
+        return self.output - self.reconstruction
+
+    @property
+    def residual(self) -> np.ndarray:
+        """(Q,) |left over| relative to |f(θ_S) − f(θ_0)|."""
+        return np.abs(self.left_over) / self._moved
+
+    @property
+    def relative_residual(self) -> float:
+        """‖left over‖ / ‖f_S − f_0‖ over all queries: one number for a whole test set."""
+        moved = np.linalg.norm(self.output - self.initial)
+        return float(np.linalg.norm(self.left_over) / max(moved, np.finfo(float).tiny))
+
+    @property
+    def _moved(self) -> np.ndarray:
+        return np.maximum(np.abs(self.output - self.initial), np.finfo(float).tiny)
+
+    def top(self, k: int = 5) -> Ranking:
+        """Rank the training samples of every query.
+
+        Parameters
+        ----------
+        k
+            How many on either side, at most N.
+
+        Returns
+        -------
+        Ranking
+            Proponents (raised the output) and opponents (lowered it).
+        """
+        n = self.shares.shape[1]
+        check(
+            1 <= k <= n,
+            InputError,
+            f"`top({k})` was asked of {n} training samples",
+            f"k lies between 1 and {n}",
+            f"Write `top({min(5, n)})`",
+        )
+        order = np.argsort(self.shares, axis=1, kind="stable")
+        opponents, proponents = order[:, :k], order[:, ::-1][:, :k]
+        return Ranking(
+            proponents,
+            np.take_along_axis(self.shares, proponents, axis=1),
+            opponents,
+            np.take_along_axis(self.shares, opponents, axis=1),
+        )
+
+    def by_class(self, y: np.ndarray) -> dict[object, np.ndarray]:
+        """Sum the shares over the training samples of each class: ``{label: (Q,)}``."""
+        y = np.asarray(y)
+        check(
+            y.shape == (self.shares.shape[1],),
+            InputError,
+            f"Labels of shape {y.shape} were given",
+            f"One label for each of the {self.shares.shape[1]} training samples is needed, in id order",
+            "Write `why.by_class(y_train)`",
+        )
+        return {label: self.shares[:, y == label].sum(axis=1) for label in np.unique(y)}
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row for each query and training sample: ``query, sample, output, training_sample, share``."""
+        import pandas
+
+        q, n = self.shares.shape
+        return pandas.DataFrame(
+            {
+                "query": np.repeat(np.arange(q), n),
+                "sample": np.repeat(self.samples, n),
+                "output": np.repeat(self.outputs, n),
+                "training_sample": np.tile(np.arange(n), q),
+                "share": self.shares.ravel(),
+            }
+        )
+
+    def __repr__(self) -> str:
+        q, n = self.shares.shape
+        return (
+            f"Attributions({q} queries × {n} training samples, channels: {', '.join(self.channels)}; "
+            f"residual {self.relative_residual:.1e}, quadrature error {np.median(self.quadrature_error):.1e} (median))"
+        )

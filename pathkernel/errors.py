@@ -1,0 +1,62 @@
+"""Errors that say what was found, what was expected, and what to write instead."""
+
+from __future__ import annotations
+
+
+class PathKernelError(ValueError):
+    """A refusal in three parts.
+
+    Parameters
+    ----------
+    found
+        What was seen, as a sentence without its full stop.
+    expected
+        What should have been there.
+    write
+        What the user can type to get there.
+    """
+
+    def __init__(self, found: str, expected: str, write: str) -> None:
+        self.found, self.expected, self.write = found, expected, write
+        super().__init__(f"{found}. {expected}. {write}.")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.found, self.expected, self.write)
+
+
+class RecordingError(PathKernelError):
+    """The training loop did something that cannot be put on record."""
+
+
+class UnsupportedOptimizerError(RecordingError):
+    """No update rule is known for an optimizer, or for one of its options."""
+
+
+class UnsupportedModelError(RecordingError):
+    """Per-sample gradients of the model are not defined as it stands."""
+
+
+class NonFiniteStepError(RecordingError):
+    """A gradient holds NaN or infinity; the steps recorded before it stay valid."""
+
+
+class SampleIdError(RecordingError):
+    """Sample ids are missing, out of range, or not those of the batch that was trained on."""
+
+
+class TrajectoryError(PathKernelError):
+    """A trajectory cannot serve what is asked of it."""
+
+
+class ModelMismatchError(TrajectoryError):
+    """The model at hand is not the one that was recorded."""
+
+
+class InputError(PathKernelError):
+    """Samples of the wrong shape or type were given to a kernel."""
+
+
+def check(condition: bool, error: type[PathKernelError], found: str, expected: str, write: str) -> None:
+    """Raise ``error`` with its three parts unless ``condition`` holds."""
+    if not condition:
+        raise error(found, expected, write)

@@ -1,0 +1,1 @@
+"""The path kernel where scikit-learn wants something else than a callable."""

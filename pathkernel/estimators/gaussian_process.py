@@ -1,0 +1,72 @@
+"""The path kernel as a covariance function of scikit-learn's Gaussian processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.gaussian_process.kernels import GenericKernelMixin, Hyperparameter, Kernel
+
+from pathkernel._typing import PyTree
+
+
+class GaussianProcessKernel(GenericKernelMixin, Kernel):
+    r"""A path or tangent kernel as covariance :math:`\sigma^2 K(x, x')`.
+
+    Composes with scikit-learn's own kernels, for example ``GaussianProcessKernel(kernel) + WhiteKernel()``.
+
+    Parameters
+    ----------
+    kernel
+        A `pathkernel.PathKernel` or `pathkernel.TangentKernel`.
+    scale
+        σ², found by maximum likelihood unless its bounds are ``"fixed"``.
+    scale_bounds
+        Lower and upper bound of σ², or ``"fixed"``.
+
+    Notes
+    -----
+    Matrices of the last pair of sample sets are kept, because maximum likelihood asks for the same matrix at every
+    trial value of σ².
+    """
+
+    def __init__(
+        self, kernel: Any, scale: float = 1.0, scale_bounds: tuple[float, float] | str = (1e-10, 1e10)
+    ) -> None:
+        self.kernel, self.scale, self.scale_bounds = kernel, scale, scale_bounds
+
+    @property
+    def hyperparameter_scale(self) -> Hyperparameter:
+        """σ² on a logarithmic scale."""
+        return Hyperparameter("scale", "numeric", self.scale_bounds)
+
+    def _matrix(self, X: PyTree, Y: PyTree | None) -> np.ndarray:
+        # Compared by identity: the samples are held, so an id cannot be reused by others.
+        held = getattr(self, "_held", None)
+        if held is None or held[0] is not X or held[1] is not Y:
+            self._held = held = (X, Y, self.kernel(X, Y))
+        return held[2]
+
+    def __call__(self, X: PyTree, Y: PyTree | None = None, eval_gradient: bool = False) -> Any:
+        """σ² K(X, Y), and its derivative in log σ² where asked."""
+        matrix = self.scale * self._matrix(X, Y)
+        if not eval_gradient:
+            return matrix
+        free = not self.hyperparameter_scale.fixed
+        return matrix, matrix[:, :, None] if free else np.empty((*matrix.shape, 0))
+
+    def diag(self, X: PyTree) -> np.ndarray:
+        """σ² K(x, x), (n,)."""
+        return self.scale * self.kernel.diagonal(X)
+
+    def is_stationary(self) -> bool:
+        """No: it depends on where in input space two samples lie."""
+        return False
+
+    def clone_with_theta(self, theta: np.ndarray) -> GaussianProcessKernel:
+        """Another scale, the same kernel object and the same matrices in hand."""
+        scale = float(np.exp(theta[0])) if len(theta) else self.scale
+        other = GaussianProcessKernel(self.kernel, scale, self.scale_bounds)
+        if hasattr(self, "_held"):
+            other._held = self._held
+        return other

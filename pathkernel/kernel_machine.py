@@ -1,0 +1,302 @@
+"""`KernelMachine`: the trained network itself, as an exact kernel machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pathkernel._typing import PyTree
+from pathkernel.attributions import Attributions
+from pathkernel.errors import InputError, check
+from pathkernel.functional import blocks, count, memory_bytes
+from pathkernel.quadrature import Quadrature, as_quadrature
+from pathkernel.queries import Queries, one_hot_context
+from pathkernel.sweeps import Account, RecordedGradients, backward_sweep, forward_sweep
+from pathkernel.tangent_kernel.outputs import select_outputs
+from pathkernel.tangent_kernel.tangent_kernel import split_samples
+from pathkernel.trajectory.trajectory import Trajectory
+
+
+class KernelMachine:
+    r"""The exact equivalent of a trained network, sample by sample.
+
+    .. math:: f(x; \theta_S) = f(x; \theta_0) + \sum_{i=1}^N \mathrm{share}_i(x) + \sum_{\text{channels}}
+              \mathrm{channel}(x),\qquad
+              \mathrm{share}_i(x) = \sum_{r : i \in B_r} c_{r,i}\, \langle u_r(x), \nabla_\theta \ell_i(\theta_r)\rangle
+
+    where u_r(x) is the query's gradient, averaged over every later step and pulled back through the optimizer's
+    adjoint. No limit is taken: it holds for the finite steps, mini-batches and optimizer that were recorded.
+
+    Parameters
+    ----------
+    trajectory
+        The recorded path, every step of it.
+    quadrature
+        How query gradients are averaged over a step: ``"auto"`` (the discrete gradient: exact for every network with
+        one gradient a step), ``GaussLegendre(4)`` for smooth networks, ``Adaptive(1e-9)`` for networks with kinks, or
+        any other of `pathkernel.quadrature`.
+    memory
+        Budget for rows of gradients, as bytes or text; queries are taken in blocks that fit it.
+    dtype
+        Floating type of gradients, by default the recorded one. Sums are float64.
+    progress
+        Show a progress bar over the steps.
+
+    Notes
+    -----
+    The shares are not a kernel in the sense of scikit-learn (they are not symmetric in query and training sample);
+    for an SVM use `PathKernel`.
+
+    `predict` and `decision_function` add up Σ_i share_i(x) before contracting with the query's gradient, which
+    linearity allows: they cost a few forward passes a step. `explain` computes every share.
+
+    Examples
+    --------
+    >>> import torch, pathkernel as pk
+    >>> X, y = torch.randn(32, 4), torch.randint(2, (32,))
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> optimizer, loss = torch.optim.Adam(model.parameters()), torch.nn.CrossEntropyLoss()
+    >>> with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+    ...     for x, target in recorder.batches(batch_size=8):
+    ...         optimizer.zero_grad()
+    ...         loss(model(x), target).backward()
+    ...         optimizer.step()
+    >>> machine = pk.KernelMachine(recorder.trajectory)
+    >>> bool((machine.predict(X) == model(X).argmax(1).numpy()).all())
+    True
+    >>> why = machine.explain(X[:3])
+    >>> bool(abs(why.shares.sum(1) + sum(why.channels.values()) - why.output).max() < 1e-5)
+    True
+
+    References
+    ----------
+    Domingos 2020 (2012.00152), Theorem 1, without its limit; Bell et al. 2023 (2308.00824); Gonzalez 1996 for the
+    discrete gradient.
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        *,
+        quadrature: str | Quadrature = "auto",
+        memory: int | str = "1GB",
+        dtype: torch.dtype | None = None,
+        progress: bool = False,
+    ) -> None:
+        trajectory.require_steps("KernelMachine")
+        self.trajectory, self.quadrature = trajectory, as_quadrature(quadrature)
+        self.memory, self.progress = memory_bytes(memory), progress
+        needed = self.quadrature.arithmetic
+        check(
+            dtype is None or needed is None or dtype == needed,
+            InputError,
+            f"`{self.quadrature!r}` was asked to work in {dtype}",
+            f"It refines below that type's rounding and needs {needed}",
+            "Leave `dtype` out, or use `DiscreteGradient()`",
+        )
+        self.function = trajectory.function(dtype or needed)
+        self._gradients: RecordedGradients | None = None
+
+    # -- what the network says -------------------------------------------------------------------------------
+
+    def decision_function(self, X: PyTree) -> np.ndarray:
+        """The network's outputs, reconstructed.
+
+        Parameters
+        ----------
+        X
+            n samples.
+
+        Returns
+        -------
+        numpy.ndarray
+            float64 (n, C), or (n,) for a network with one output.
+        """
+        outputs = self._reconstruct(X)
+        return outputs[:, 0] if outputs.shape[1] == 1 else outputs
+
+    def predict(self, X: PyTree) -> np.ndarray:
+        """Class indices (n,) for classifiers; outputs (n,) or (n, C) for regressors."""
+        outputs = self.decision_function(X)
+        if not self.is_classifier:
+            return outputs
+        return outputs.argmax(axis=1) if outputs.ndim == 2 else (outputs > 0).astype(np.int64)
+
+    def predict_proba(self, X: PyTree) -> np.ndarray:
+        """Class probabilities (n, C) under the loss that the network was trained with.
+
+        Raises
+        ------
+        InputError
+            For losses that define no probabilities.
+        """
+        outputs = torch.from_numpy(self._reconstruct(X))
+        loss = self.trajectory.loss
+        if isinstance(loss, nn.CrossEntropyLoss):
+            return outputs.softmax(dim=1).numpy()
+        if isinstance(loss, nn.NLLLoss):
+            return outputs.exp().numpy()
+        if isinstance(loss, nn.BCEWithLogitsLoss) and outputs.shape[1] == 1:
+            positive = outputs.sigmoid()
+            return torch.cat([1 - positive, positive], dim=1).numpy()
+        raise InputError(
+            f"Probabilities were asked of a network trained with {type(loss).__name__}",
+            "CrossEntropyLoss, NLLLoss and BCEWithLogitsLoss with one output define them",
+            "Use `decision_function(X)` and turn outputs into probabilities as your loss does",
+        )
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the training targets are classes."""
+        loss = self.trajectory.loss
+        if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss)):
+            return True
+        target = torch.utils._pytree.tree_leaves(self.trajectory.data[torch.zeros(1, dtype=torch.int64)][1])[0]
+        return not target.is_floating_point() and target.dim() == 1
+
+    def _reconstruct(self, X: PyTree) -> np.ndarray:
+        queries = self._all_outputs(self._samples(X))
+        account = self._forward(queries)
+        return sum(account.channels.values(), torch.zeros(())).reshape(-1, queries.components).numpy()
+
+    # -- why it says so ---------------------------------------------------------------------------------------
+
+    def explain(self, X: PyTree, outputs: Any = None, by: str | None = None) -> Attributions:
+        """How much each training sample moved each query output.
+
+        Parameters
+        ----------
+        X
+            n samples; pairs ``(X, y)`` for ``outputs="loss"``.
+        outputs
+            Which output of each: None for the predicted class of a classifier (and for every output of a
+            regressor, sample by sample), an index for all samples, (n,) indices, ``"all"``, ``"loss"``, or a
+            callable of one sample's outputs (C,) that returns a scalar.
+        by
+            ``"module"`` splits the shares by module as well, ``"step"`` adds each step's total.
+
+        Returns
+        -------
+        Attributions
+            Shares (Q, N), channels, and the certificate.
+        """
+        check(
+            by in (None, "module", "step"),
+            InputError,
+            f"`by={by!r}` was given",
+            'Shares are split by "module" or by "step"',
+            'Write `machine.explain(X, by="module")`',
+        )
+        queries, samples, indices = self._queries(X, outputs)
+        account = self._backward(queries, by)
+        output = queries.values(self.trajectory.final)
+        moved = (output - account.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
+        assert account.shares is not None
+        return Attributions(
+            shares=account.shares.numpy(),
+            channels={name: value.numpy() for name, value in account.channels.items()},
+            output=output.numpy(),
+            samples=samples,
+            outputs=indices,
+            quadrature_error=(account.missed / moved).numpy(),
+            gradients_per_step=account.evaluations / len(self.trajectory),
+            modules={name: value.numpy() for name, value in account.modules.items()},
+            steps=None if account.steps is None else account.steps.numpy(),
+        )
+
+    def _queries(self, X: PyTree, outputs: Any) -> tuple[Queries, np.ndarray, np.ndarray]:
+        """The query functions, and which sample and output each of them is."""
+        if isinstance(outputs, str) and outputs == "loss":
+            selection = select_outputs("loss", self.trajectory.loss, self.trajectory.reduction)
+            inputs, targets = split_samples(X, selection, self.trajectory.data.dtype)
+            inputs = self._samples(inputs)
+            queries = Queries(self.function, inputs, selection.function, targets, None, self.memory)
+            return queries, np.arange(len(queries)), np.full(len(queries), -1)
+        inputs = self._samples(X)
+        n = count(inputs)
+        if callable(outputs):
+            queries = Queries(
+                self.function, inputs, lambda z, _: outputs(z).reshape(()), torch.zeros(n, 0), None, self.memory
+            )
+            return queries, np.arange(n), np.full(n, -1)
+        everything = self._all_outputs(inputs)
+        c = everything.components
+        if isinstance(outputs, str) and outputs == "all" or (outputs is None and not self.is_classifier):
+            return everything, np.repeat(np.arange(n), c), np.tile(np.arange(c), n)
+        chosen = self._chosen(inputs, outputs, n, c)
+        context = one_hot_context(chosen, c)
+        queries = Queries(self.function, inputs, lambda z, weight: z @ weight.to(z), context, None, self.memory)
+        return queries, np.arange(n), chosen.numpy()
+
+    def _chosen(self, inputs: PyTree, outputs: Any, n: int, c: int) -> Tensor:
+        """Index of the output to explain for each sample."""
+        if outputs is None:
+            return self.function.outputs(self.trajectory.final, inputs).argmax(dim=1)
+        try:
+            chosen = torch.as_tensor(outputs)
+        except (TypeError, ValueError, RuntimeError):
+            chosen = torch.zeros(())
+        fits = not chosen.is_floating_point() and chosen.dtype != torch.bool and chosen.shape in ((), (n,))
+        check(
+            fits and bool(((chosen >= -c) & (chosen < c)).all()),
+            InputError,
+            f"`outputs={outputs!r}` was given for {n} samples of a network with {c} outputs",
+            'It must be None, an output index, one index for each sample, "all", "loss", or a callable of the outputs',
+            "Write for example `machine.explain(X, outputs=0)`",
+        )
+        return chosen.expand(n).remainder(c)
+
+    def _all_outputs(self, inputs: PyTree) -> Queries:
+        c = self.function.outputs(self.trajectory.final, torch.utils._pytree.tree_map(lambda x: x[:1], inputs)).shape[1]
+        return Queries(self.function, inputs, lambda z, _: z, torch.zeros(count(inputs), 0), c, self.memory)
+
+    def _samples(self, X: PyTree) -> PyTree:
+        return self.trajectory.data.queries(X, "KernelMachine")
+
+    # -- the sweeps, in blocks of queries ---------------------------------------------------------------------
+
+    @property
+    def _recorded(self) -> RecordedGradients:
+        if self._gradients is None:
+            self._gradients = RecordedGradients(self.trajectory, self.function, self.memory // 4)
+        return self._gradients
+
+    def _forward(self, queries: Queries) -> Account:
+        return forward_sweep(self.trajectory, queries, self._recorded, self.quadrature, self.progress)
+
+    def _backward(self, queries: Queries, by: str | None) -> Account:
+        """Blocks of queries whose rows, averages and memory fit the budget."""
+        rows = 4 + 2 * len(self.trajectory.rule.memory)
+        per_sample = 8 * rows * self.trajectory.layout.size * queries.components
+        samples = len(queries) // queries.components
+        accounts = [
+            backward_sweep(
+                self.trajectory, queries.block(piece), self._recorded, self.quadrature, by, self.progress
+            )
+            for piece in blocks(samples, self.memory // per_sample)
+        ]
+        return _join(accounts)
+
+    def __repr__(self) -> str:
+        return f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r})"
+
+
+def _join(accounts: list[Account]) -> Account:
+    """Accounts of blocks of queries as one."""
+    if len(accounts) == 1:
+        return accounts[0]
+    first = accounts[0]
+    names = list(dict.fromkeys(name for account in accounts for name in account.channels))
+    return Account(
+        channels={
+            name: torch.cat([a.channels.get(name, torch.zeros_like(a.missed)) for a in accounts]) for name in names
+        },
+        missed=torch.cat([a.missed for a in accounts]),
+        evaluations=sum(a.evaluations * len(a.missed) for a in accounts) / sum(len(a.missed) for a in accounts),
+        shares=torch.cat([a.shares for a in accounts if a.shares is not None]),
+        modules={name: torch.cat([a.modules[name] for a in accounts]) for name in first.modules},
+        steps=None if first.steps is None else torch.cat([a.steps for a in accounts if a.steps is not None]),
+    )

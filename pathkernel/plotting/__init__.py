@@ -1,0 +1,1 @@
+"""Pictures of kernels and attributions: Display objects in scikit-learn's manner, and the report page."""

@@ -1,0 +1,405 @@
+"""`KernelRecorder`: watches an ordinary training loop through the optimizer's own step hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from pathkernel._typing import Loss, PyTree
+from pathkernel.errors import NonFiniteStepError, SampleIdError
+from pathkernel.functional import ParameterLayout, constants_of, count, named_trainable
+from pathkernel.losses import batch_gradient, check_reduction
+from pathkernel.recording.indexed import indexed_loader
+from pathkernel.recording.validation import check_layers, check_optimizer
+from pathkernel.trajectory.gradients import GRADIENT_TOLERANCE, mismatch, samples_of
+from pathkernel.trajectory.samples import Samples
+from pathkernel.trajectory.step import MicroBatch, Step
+from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.update_rules.rule import UpdateRule
+from pathkernel.update_rules.table import rule_of
+
+
+def plain(value: Any) -> Any:
+    """A hyper-parameter as numbers: schedulers change tensors in place."""
+    if isinstance(value, Tensor):
+        return value.item()
+    if isinstance(value, (tuple, list)):
+        return tuple(plain(v) for v in value)
+    return value
+
+
+class KernelRecorder:
+    """Watch a training loop and keep its parameter trajectory.
+
+    The loop stays as it is and trains to the same bits; only the sample ids have to arrive with the batch, by
+    `batches`, `track` or `batch`.
+
+    Parameters
+    ----------
+    model
+        The network in training.
+    optimizer
+        A `torch.optim` optimizer over the model's parameters.
+    loss
+        Batch loss ``(output, target)`` as the loop computes it: a scalar, or one number per sample.
+    data
+        The training samples: ``(X, y)`` of arrays or tensors, or a map-style dataset of ``(input, target)``.
+    rule
+        How the optimizer turns gradients into displacement; known by itself for the optimizers in
+        `pathkernel.update_rules`.
+    reduction
+        For a loss that returns one number per sample: how the loop reduces it, ``"mean"`` or ``"sum"``.
+    audit_every
+        At which steps the gradient is recomputed from the announced samples and compared with the one that the
+        optimizer is about to use, before it is used: every so many steps, never (0), or, by default, at steps
+        0, 1, 2, 4, 8, … .
+
+    Raises
+    ------
+    UnsupportedOptimizerError, UnsupportedModelError, RecordingError
+        At construction, with what to do instead.
+
+    Notes
+    -----
+    Time per step: one comparison and a few copies of the P parameters; memory: about 2 P numbers per step for SGD,
+    3 P for Adam.
+
+    Examples
+    --------
+    >>> import torch, pathkernel as pk
+    >>> X, y = torch.randn(32, 4), torch.randn(32, 1)
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.MSELoss()
+    >>> with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+    ...     for x, target in recorder.batches(batch_size=8, shuffle=True):
+    ...         optimizer.zero_grad()
+    ...         loss(model(x), target).backward()
+    ...         optimizer.step()
+    >>> len(recorder.trajectory)
+    4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss: Loss,
+        data: Any,
+        *,
+        rule: UpdateRule | None = None,
+        reduction: str = "mean",
+        audit_every: int | None = None,
+    ) -> None:
+        rule = rule_of(optimizer) if rule is None else rule
+        check_optimizer(model, optimizer, rule)
+        check_layers(model)
+        self.model, self.optimizer, self.audit_every = model, optimizer, audit_every
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        named = named_trainable(model, also=trained)
+        layout = ParameterLayout.of(named)
+        initial = layout.flatten({name: p.detach() for name, p in named.items()})
+        self._trajectory = Trajectory(
+            model=model,
+            loss=loss,
+            data=Samples(data, initial.dtype),
+            layout=layout,
+            initial=initial,
+            constants=constants_of(model, layout),
+            rule=rule,
+            reduction=check_reduction(reduction),
+        )
+        self._named = named
+        self._pending: list[MicroBatch] = []
+        self._open: tuple[Tensor, dict[str, dict[str, Any]]] | None = None
+        self._handles: list[Any] = []
+
+    # -- the life of a recording ------------------------------------------------------------------------------
+
+    def __enter__(self) -> KernelRecorder:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Hook into the optimizer; the first call fixes θ_0."""
+        if self._handles:
+            return
+        if not len(self._trajectory):
+            self._trajectory.initial = self._flat()
+            self._trajectory.initial_memory = self._memory()
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def close(self) -> Trajectory:
+        """Let go of the optimizer and return the trajectory; recording may be started again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._pending, self._open = [], [], None
+        self._trajectory.store.flush()
+        return self._trajectory
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The path recorded so far."""
+        return self._trajectory
+
+    # -- sample ids arrive with the batch ----------------------------------------------------------------------
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[tuple[PyTree, PyTree]]:
+        """One epoch of mini-batches ``(x, y)`` of the training data.
+
+        Parameters
+        ----------
+        batch_size
+            Samples per batch.
+        shuffle
+            Draw a new order.
+        drop_last
+            Leave out a last batch that is not full.
+        generator
+            Source of the order; torch's global one by default, as in `torch.utils.data.DataLoader`.
+        """
+        n = len(self._trajectory.data)
+        order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+        for ids in order.split(batch_size):
+            if drop_last and len(ids) < batch_size:
+                break
+            inputs, targets = self._trajectory.data[ids]
+            self._announce(MicroBatch(ids))
+            yield inputs, targets
+
+    def track(self, loader: DataLoader) -> Iterator[Any]:
+        """Iterate over a loader on an `IndexedDataset`; the loop sees the batches as without ids.
+
+        Ids travel inside the batch, so samplers, worker processes, pre-fetching and an early ``break`` cannot
+        detach them.
+        """
+        for ids, batch in indexed_loader(loader):
+            self._announce(MicroBatch(self._check_ids(ids)))
+            yield batch
+
+    def batch(
+        self, ids: Any, weights: Any = None, inputs: PyTree = None, targets: PyTree = None
+    ) -> tuple[PyTree, PyTree]:
+        """Announce the samples of the next backward pass, for loops that know their ids.
+
+        Parameters
+        ----------
+        ids
+            (B,) sample ids.
+        weights
+            (B,) coefficient of each sample's loss in the batch loss; None where the recorded loss reduces the batch.
+        inputs, targets
+            What the network sees where it differs from the training data, such as augmented images.
+
+        Returns
+        -------
+        The inputs and targets to train on.
+        """
+        ids = self._check_ids(torch.as_tensor(ids))
+        if weights is not None:
+            weights = torch.as_tensor(weights).detach().clone()
+            if weights.shape != ids.shape:
+                raise SampleIdError(
+                    f"{len(ids)} ids came with weights of shape {tuple(weights.shape)}",
+                    "Every sample of a batch has one weight",
+                    "Write `recorder.batch(ids, weights=w)` with `len(w) == len(ids)`",
+                )
+        for name, given in (("inputs", inputs), ("targets", targets)):
+            if given is not None and count(given) != len(ids):
+                raise SampleIdError(
+                    f"{len(ids)} ids came with {count(given)} {name}",
+                    "Ids and samples of a batch correspond one to one",
+                    f"Write `recorder.batch(ids, {name}={name})` with one row for each id",
+                )
+        batch = MicroBatch(ids, weights, inputs, targets)
+        self._announce(batch)
+        return samples_of(batch, self._trajectory.data)
+
+    def _check_ids(self, ids: Tensor) -> Tensor:
+        n = len(self._trajectory.data)
+        integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        if not integral or ids.dim() != 1 or len(ids) == 0 or ids.min() < 0 or ids.max() >= n:
+            raise SampleIdError(
+                f"Sample ids {ids.tolist() if ids.numel() <= 8 else f'of shape {tuple(ids.shape)}'} "
+                f"({str(ids.dtype).removeprefix('torch.')}) were announced"
+                + (f", from {ids.min().item()} to {ids.max().item()}" if ids.numel() else ""),
+                f"Ids are a list of integers from 0 to {n - 1}, the rows of `data`",
+                "Write `recorder.batch(ids)` with the positions of the batch's samples in `data`",
+            )
+        return ids.to(torch.int64).cpu().clone()
+
+    def _announce(self, batch: MicroBatch) -> None:
+        check_layers(self.model)
+        if self._pending and self._gradients_were_dropped():
+            self._pending = []
+        self._pending.append(batch)
+
+    def _gradients_were_dropped(self) -> bool:
+        """Whether batches announced before never reached a step: cleared, or overflowed under loss scaling."""
+        gradients = [p.grad for p in self._named.values() if p.grad is not None]
+        if not gradients:
+            return True
+        norms = torch.stack(torch._foreach_norm(gradients, float("inf")))
+        return bool((norms == 0).all() or not norms.isfinite().all())
+
+    # -- the optimizer's own hooks ----------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        closure = args[0] if args else kwargs.get("closure")
+        # With a closure, forward and backward run inside the step: gradient and batch are only known afterwards.
+        if closure is None:
+            self._check_pending()
+            self._check_gradients()
+        before = self._flat()
+        last = self._trajectory.final
+        if torch.equal(before, last):
+            before = last  # one tensor for the end of a step and the start of the next
+        if closure is None:
+            self._audit(before)
+        state = {
+            name: {k: plain(v) if not isinstance(v, Tensor) or v.numel() == 1 else True for k, v in entry.items()}
+            for name, p in self._named.items()
+            if (entry := optimizer.state.get(p)) is not None
+        }
+        self._open = (before, state)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._open is None:
+            return
+        before, state_before = self._open
+        self._open = None
+        self._check_pending()
+        trajectory = self._trajectory
+        groups = self._groups()
+        active = frozenset(name for name, p in self._named.items() if p.grad is not None and name in groups)
+        settings = tuple(
+            {key: plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        )
+        frozen = {
+            name: trajectory.rule.frozen(
+                state_before.get(name, {}), optimizer.state[self._named[name]], settings[groups[name]]
+            )
+            for name in active
+        }
+        step = Step(
+            index=len(trajectory),
+            before=before,
+            after=self._flat(),
+            gradient=self._gradient(active),
+            active=active,
+            batches=tuple(self._pending),
+            groups=groups,
+            hyperparameters=settings,
+            frozen=frozen,
+        )
+        self._pending = []
+        trajectory.store.append(step)
+
+    def _check_pending(self) -> None:
+        if not self._pending:
+            raise SampleIdError(
+                f"`optimizer.step()` number {len(self._trajectory)} came without sample ids",
+                "Every step must know which training samples its gradient came from",
+                "Iterate over `recorder.batches(...)` or `recorder.track(loader)`, or call `recorder.batch(ids)` "
+                "before the backward pass; step outside the `with` block to train unrecorded",
+            )
+
+    def _check_gradients(self) -> None:
+        if getattr(self.optimizer, "grad_scale", None) is not None:
+            return  # a fused optimizer under loss scaling skips overflowed steps by itself
+        named = {name: p.grad for name, p in self._named.items() if p.grad is not None}
+        if not named:
+            return
+        finite = torch.stack(torch._foreach_norm(list(named.values()), float("inf"))).isfinite()
+        if not finite.all():
+            bad = [name for name, good in zip(named, finite.tolist(), strict=True) if not good]
+            ids = torch.cat([batch.ids for batch in self._pending]).tolist()
+            index = len(self._trajectory)
+            self._pending = []
+            raise NonFiniteStepError(
+                f"At step {index} the gradient of {', '.join(f'`{n}`' for n in bad)} holds NaN or infinity; "
+                f"its samples are {ids[:16]}{' …' if len(ids) > 16 else ''}",
+                f"Gradients are finite numbers; the optimizer has not moved, and the {index} steps before stay valid",
+                "Look at these samples, lower the learning rate, or skip the step when the loss is not finite",
+            )
+
+    def _audit(self, before: Tensor) -> None:
+        """Compare the gradient at hand with that of the announced samples, before the optimizer uses it."""
+        trajectory, index = self._trajectory, len(self._trajectory)
+        if self.audit_every is None:
+            due = index & (index - 1) == 0  # 0, 1, 2, 4, 8, …
+        else:
+            due = self.audit_every > 0 and index % self.audit_every == 0
+        if not due or getattr(self.optimizer, "grad_scale", None) is not None:
+            return
+        function = trajectory.function()
+        expected = torch.zeros_like(before)
+        with torch.random.fork_rng(devices=[]):
+            for batch in self._pending:
+                inputs, targets = samples_of(batch, trajectory.data)
+                expected += batch_gradient(
+                    function, before, trajectory.loss, inputs, targets, batch.weights, trajectory.reduction
+                )
+        active = frozenset(name for name, p in self._named.items() if p.grad is not None)
+        found = self._gradient(active)
+        _, relative, by_name = mismatch(trajectory.layout, found, expected)
+        largest = max(found.norm().item(), expected.norm().item())
+        if relative > GRADIENT_TOLERANCE[before.dtype] and largest > 1e3 * torch.finfo(before.dtype).eps:
+            worst = sorted(by_name, key=lambda name: -by_name[name])[:3]
+            raise SampleIdError(
+                f"At step {index} the gradient differs from that of the announced samples by {relative:.1%}, most in "
+                + ", ".join(f"`{name}` ({by_name[name]:.1%})" for name in worst),
+                "The gradient must be the sum over the announced samples of the recorded loss, up to a factor; the "
+                "optimizer has not moved",
+                "Check that the ids are those of this batch (not shifted or shuffled again), that augmented inputs "
+                "are passed as `recorder.batch(ids, inputs=x)`, that `loss` is the loss of the loop with nothing "
+                "added, and that gradients are not edited before the step",
+            )
+
+    # -- flat copies ------------------------------------------------------------------------------------------
+
+    def _flat(self) -> Tensor:
+        return self._trajectory.layout.flatten({name: p.detach() for name, p in self._named.items()})
+
+    def _gradient(self, active: frozenset[str]) -> Tensor:
+        gradients = {
+            name: p.grad if name in active and p.grad is not None else torch.zeros_like(p)
+            for name, p in self._named.items()
+        }
+        return self._trajectory.layout.flatten(gradients).detach()
+
+    def _groups(self) -> dict[str, int]:
+        index = {id(p): g for g, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        return {name: index[id(p)] for name, p in self._named.items() if id(p) in index}
+
+    def _memory(self) -> dict[str, tuple[Tensor, ...]]:
+        """The optimizer's memory at the start of recording, for parameters that already have some."""
+        memory = {}
+        for name, p in self._named.items():
+            state = self.optimizer.state.get(p, {})
+            held = tuple(state.get(key) for key in self._trajectory.rule.memory)
+            if any(isinstance(m, Tensor) for m in held):
+                memory[name] = tuple(torch.zeros_like(p) if m is None else m.detach().clone() for m in held)
+        return memory
+
+

@@ -1,0 +1,1 @@
+"""The tangent kernel at one θ: what it is of (outputs), and how it is computed (engines)."""

@@ -1,0 +1,102 @@
+"""The plain engine: rows of gradients by `torch.func`, contracted block by block. Right for any model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pathkernel._typing import PyTree
+from pathkernel.functional import blocks, count, sample_gradients, take
+from pathkernel.tangent_kernel.engine import Engine
+
+
+class JacobianEngine(Engine):
+    """``vmap(grad)`` or ``vmap(jacrev)`` over samples, then one matrix product per pair of blocks.
+
+    Time O(n K · backward + n m K P), memory two blocks of gradient rows within the budget.
+    """
+
+    name = "jacobian"
+
+    def rows(self, theta: Tensor, X: PyTree, context: PyTree) -> Tensor:
+        """∇h of each sample, (n, K, P)."""
+        rows = sample_gradients(
+            self.function, theta, X, self.selection.function, context, scalar=self.selection.scalar
+        )
+        return rows.unsqueeze(1) if self.selection.scalar else rows
+
+    def block_size(self, theta: Tensor, X: PyTree, context: PyTree) -> int:
+        """Samples per block: rows of two blocks, twice each while they are made, within the budget."""
+        components = self.rows(theta, take(X, slice(0, 1)), take(context, slice(0, 1))).shape[1]
+        row_bytes = components * self.function.layout.size * torch.finfo(self.function.dtype).bits // 8
+        return max(1, self.memory // (4 * row_bytes))
+
+    def contract(self, left: Tensor, right: Tensor) -> Tensor:
+        """Inner products of two blocks of rows, float64."""
+        (n, k, p), (m, j, _) = left.shape, right.shape
+        if self.selection.combine == "full":
+            products = left.reshape(n * k, p) @ right.reshape(m * j, p).T
+            return products.double().reshape(n, k, m, j).transpose(1, 2)
+        products = (left.reshape(n, k * p) @ right.reshape(m, j * p).T).double()
+        return products / k if self.selection.combine == "mean" else products
+
+    def gram(
+        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, diagonal: Tensor | None
+    ) -> Tensor:
+        """K(X, Y); with Y None only the upper triangle of blocks is computed."""
+        size = self.block_size(theta, X, context_X)
+        if Y is None:
+            return self._symmetric(theta, X, context_X, diagonal, size)
+        result = None
+        for i in blocks(count(X), size):
+            left = self.rows(theta, take(X, i), take(context_X, i))
+            left = left if diagonal is None else left * diagonal.to(left)
+            for j in blocks(count(Y), size):
+                tile = self.contract(left, self.rows(theta, take(Y, j), take(context_Y, j)))
+                if result is None:
+                    result = torch.empty(count(X), count(Y), *tile.shape[2:], dtype=torch.float64)
+                result[i, j] = tile
+        assert result is not None
+        return result
+
+    def _symmetric(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None, size: int) -> Tensor:
+        n, result = count(X), None
+        # √d on both sides keeps every tile a product of a matrix with its own transpose.
+        root = None if diagonal is None else diagonal.sqrt()
+
+        def scaled(piece: slice) -> Tensor:
+            rows = self.rows(theta, take(X, piece), take(context, piece))
+            return rows if root is None else rows * root.to(rows)
+
+        for i in blocks(n, size):
+            left = scaled(i)
+            for j in blocks(n, size):
+                if j.start < i.start:
+                    continue
+                tile = self.contract(left, left if i == j else scaled(j))
+                if result is None:
+                    result = torch.empty(n, n, *tile.shape[2:], dtype=torch.float64)
+                if i == j:
+                    tile = (tile + _transpose(tile)) / 2
+                result[i, j] = tile
+                result[j, i] = _transpose(tile)
+        assert result is not None
+        return result
+
+    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> Tensor:
+        """K(x, x), one block of rows at a time."""
+        pieces = []
+        for i in blocks(count(X), self.block_size(theta, X, context)):
+            rows = self.rows(theta, take(X, i), take(context, i)).double()
+            weighted = rows if diagonal is None else rows * diagonal.double()
+            if self.selection.combine == "full":
+                pieces.append(torch.einsum("nkp,njp->nkj", weighted, rows))
+            else:
+                squared = (weighted * rows).sum(dim=(1, 2))
+                pieces.append(squared / rows.shape[1] if self.selection.combine == "mean" else squared)
+        return torch.cat(pieces)
+
+
+def _transpose(tile: Tensor) -> Tensor:
+    """K(x', x) of a tile K(x, x'): samples and, in full blocks, outputs change places."""
+    return tile.transpose(0, 1) if tile.dim() == 2 else tile.permute(1, 0, 3, 2)

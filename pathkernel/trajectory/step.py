@@ -1,0 +1,85 @@
+"""What one optimizer step leaves on record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from pathkernel._typing import PyTree
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The samples of one forward and backward pass; a step owns one or, under gradient accumulation, many.
+
+    Attributes
+    ----------
+    ids
+        (B,) int64 sample ids; an id may occur twice.
+    weights
+        (B,) coefficient of each sample's own loss in the batch loss, or None where the recorded loss reduces the
+        batch by itself.
+    inputs, targets
+        The samples as the network saw them, where that differs from the training data under the same ids.
+    """
+
+    ids: Tensor
+    weights: Tensor | None = None
+    inputs: PyTree = None
+    targets: PyTree = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step θ_s → θ_{s+1} with everything that is frozen in it.
+
+    Attributes
+    ----------
+    index
+        s, counted from 0.
+    before, after
+        θ_s and θ_{s+1}, (P,). Where nothing touched the parameters in between, ``after`` *is* the next ``before``.
+    gradient
+        The gradient that the optimizer received, (P,); zero where a parameter had none.
+    active
+        Names of the parameters that had a gradient; the others were skipped by the optimizer.
+    batches
+        The micro-batches whose gradients arrived.
+    groups
+        Parameter name → index of its parameter group.
+    hyperparameters
+        All numbers and flags of every parameter group.
+    frozen
+        Parameter name → what its update rule freezes (denominators, step counts …).
+    """
+
+    index: int
+    before: Tensor
+    after: Tensor
+    gradient: Tensor
+    active: frozenset[str]
+    batches: tuple[MicroBatch, ...]
+    groups: Mapping[str, int]
+    hyperparameters: tuple[Mapping[str, Any], ...]
+    frozen: Mapping[str, Mapping[str, Any]] = field(repr=False, default_factory=dict)
+
+    def hyperparameters_of(self, name: str) -> Mapping[str, Any]:
+        """The settings of the group that a parameter belongs to."""
+        return self.hyperparameters[self.groups[name]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A straight piece of the path: an optimizer step, or a change made outside the optimizer (``step`` is None)."""
+
+    start: Tensor
+    end: Tensor
+    step: Step | None
+
+    @property
+    def displacement(self) -> Tensor:
+        """Δ = end − start, (P,) float64: exact for float32 parameters."""
+        return self.end.double() - self.start.double()

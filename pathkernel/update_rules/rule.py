@@ -1,0 +1,126 @@
+r"""Optimizer steps as linear maps, and their adjoints.
+
+Given what is *frozen* in a step (learning rate, step count, Adam's denominator …) every supported optimizer is linear
+in the gradient and in its memory m:
+
+.. math:: (\Delta, m^+) = \mathrm{step}(g, m)
+
+A rule is that function, written like the published equation. Its adjoint, which the kernel machine carries backward
+through training, is derived from it here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+Frozen = Mapping[str, Any]
+Settings = Mapping[str, Any]
+Memory = tuple[Tensor, ...]
+
+
+class UpdateRule(ABC):
+    """How one optimizer turns gradients into displacement, parameter by parameter.
+
+    Subclass it for an optimizer of your own and pass ``rule=YourRule()`` to `KernelRecorder`.
+
+    Attributes
+    ----------
+    name
+        What the optimizer is called.
+    memory
+        Keys of ``optimizer.state[parameter]`` that hold linear memory (momentum buffers, first moments).
+    elementwise
+        Whether each entry of the step depends on the same entry of gradient and memory only. The adjoint is then a
+        handful of products; otherwise it is taken by automatic differentiation.
+    """
+
+    name: ClassVar[str]
+    memory: ClassVar[tuple[str, ...]] = ()
+    elementwise: ClassVar[bool] = True
+
+    @abstractmethod
+    def step(self, gradient: Tensor, memory: Memory, frozen: Frozen, settings: Settings) -> tuple[Tensor, Memory]:
+        """(Δ, m⁺) of one parameter: linear in ``gradient`` and ``memory``.
+
+        Parameters
+        ----------
+        gradient
+            Gradient of the parameter, in its shape.
+        memory
+            One tensor of that shape for each entry of ``memory``.
+        frozen
+            What `frozen` returned for this parameter in this step.
+        settings
+            The numbers and flags of its parameter group in this step.
+        """
+
+    def frozen(self, before: Mapping[str, Any], after: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+        """What is held fixed in a step, from the optimizer's state of one parameter before and after it.
+
+        ``before`` tells only which keys existed and holds numbers, since tensors are updated in place.
+        """
+        return {}
+
+    def gradient_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
+        """Named terms that the optimizer adds to the gradient, such as coupled weight decay."""
+        return {}
+
+    def displacement_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
+        """Named terms that the optimizer adds to the displacement, such as decoupled weight decay."""
+        return {}
+
+    def refusal(self, settings: Settings) -> str | None:
+        """Why a parameter group with these settings cannot be recorded, or None."""
+        return None
+
+    def preconditioner(self, shape: torch.Size, frozen: Frozen, settings: Settings, like: Tensor) -> Tensor:
+        """−∂Δ/∂g / learning rate of one parameter, elementwise: the D_s of an adaptive method."""
+        memory = tuple(torch.zeros(shape, dtype=like.dtype) for _ in self.memory)
+        displacement = self.step(torch.ones(shape, dtype=like.dtype), memory, frozen, settings)[0]
+        return -displacement / float(settings["lr"])
+
+
+def adjoint(
+    rule: UpdateRule, frozen: Frozen, settings: Settings, displacement_weight: Tensor, memory_weight: Memory
+) -> tuple[Tensor, Memory]:
+    r"""Pull the weights of Δ and m⁺ back to weights of the gradient and of m.
+
+    .. math:: \langle q, \Delta\rangle + \langle \mu^+, m^+\rangle = \langle u, g\rangle + \langle \mu, m\rangle
+
+    Parameters
+    ----------
+    rule, frozen, settings
+        The step of one parameter of some shape.
+    displacement_weight
+        q, (Q, *shape).
+    memory_weight
+        μ⁺, one (Q, *shape) for each memory slot.
+
+    Returns
+    -------
+    u, (Q, *shape), and μ, one (Q, *shape) for each memory slot.
+    """
+    shape, like = displacement_weight.shape[1:], displacement_weight
+    zero = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    slots = len(rule.memory)
+    if not rule.elementwise:
+        _, pull_back = vjp(lambda g, m: rule.step(g, m, frozen, settings), zero, (zero,) * slots)
+        weight, memory = vmap(pull_back)((displacement_weight, memory_weight))
+        return weight, memory
+    # A linear elementwise map is known from what it does to ones: its diagonals, one column for each argument.
+    one = torch.ones_like(zero)
+    columns = []
+    for argument in range(1 + slots):
+        arguments = [one if index == argument else zero for index in range(1 + slots)]
+        displacement, memory_after = rule.step(arguments[0], tuple(arguments[1:]), frozen, settings)
+        weight = displacement * displacement_weight
+        for diagonal, cotangent in zip(memory_after, memory_weight, strict=True):
+            weight = weight + diagonal * cotangent
+        columns.append(weight)
+    return columns[0], tuple(columns[1:])
