@@ -35,6 +35,7 @@ autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc's tables say more than the signature
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
+default_role = "py:obj"  # `PathKernel` in a docstring links to its page
 
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",

@@ -66,7 +66,7 @@ class Attributions:
         (Q,) which of the given samples, and which of its outputs, each query is (-1 where a functional was asked).
     quadrature_error
         (Q,) the sum over steps of what the uncorrected quadrature missed in absolute value, relative to
-        |f(θ_S) − f(θ_0)|: the error bar of the shares.
+        ``abs(f(θ_S) − f(θ_0))``: the error bar of the shares.
     modules
         Shares by module name, (Q, N) each, where ``by="module"`` was asked.
     steps
@@ -102,7 +102,7 @@ class Attributions:
 
     @property
     def residual(self) -> np.ndarray:
-        """(Q,) |left over| relative to |f(θ_S) − f(θ_0)|."""
+        """(Q,) size of what is left over, relative to ``abs(f(θ_S) − f(θ_0))``."""
         return np.abs(self.left_over) / self._moved
 
     @property

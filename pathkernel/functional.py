@@ -169,7 +169,7 @@ class ModelFunction:
         return self.layout.unflatten(vector.to(self.dtype))
 
     def call(self, parameters: Parameters, inputs: PyTree) -> Tensor:
-        """What the module returns for a batch, differentiable in the parameters; a tuple is spread over its arguments."""
+        """What the module returns for a batch; a tuple of inputs is spread over its arguments."""
         arguments = inputs if isinstance(inputs, tuple) else (inputs,)
         return functional_call(self.module, {**self.constants, **parameters}, arguments)
 
@@ -202,8 +202,8 @@ def sample_gradients(
     context: PyTree,
     *,
     scalar: bool,
-) -> Tensor:
-    """Gradients of h(f(θ, x_i), context_i) in θ, one row per sample.
+) -> dict[str, Tensor]:
+    """Gradients of h(f(θ, x_i), context_i) in θ, sample by sample.
 
     Parameters
     ----------
@@ -220,9 +220,9 @@ def sample_gradients(
 
     Returns
     -------
-    Tensor
-        (n, P) for a scalar h, (n, K, P) otherwise, in the function's floating type. Memory is n·K·P numbers, and
-        the caller chooses n.
+    dict of str to Tensor
+        By parameter name, (n, *shape) for a scalar h, (n, K, *shape) otherwise, in the function's floating type.
+        Memory is n·K·P numbers, and the caller chooses n.
     """
     inputs = cast_floating(inputs, function.dtype)
 
@@ -232,7 +232,7 @@ def sample_gradients(
     differentiate = grad(h) if scalar else jacrev(h)
     with function.running():
         rows = vmap(differentiate, in_dims=(None, 0, 0))(function.parameters(vector), inputs, context)
-    return function.layout.flatten(rows).detach()
+    return {name: gradient.detach() for name, gradient in rows.items()}
 
 
 def gradients_along(

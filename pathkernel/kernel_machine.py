@@ -224,7 +224,8 @@ class KernelMachine:
             return queries, np.arange(n), np.full(n, -1)
         everything = self._all_outputs(inputs)
         c = everything.components
-        if isinstance(outputs, str) and outputs == "all" or (outputs is None and not self.is_classifier):
+        everything_asked = isinstance(outputs, str) and outputs == "all"
+        if everything_asked or (outputs is None and not self.is_classifier):
             return everything, np.repeat(np.arange(n), c), np.tile(np.arange(c), n)
         chosen = self._chosen(inputs, outputs, n, c)
         context = one_hot_context(chosen, c)

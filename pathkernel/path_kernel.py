@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,13 @@ class PathKernel:
         self.function = trajectory.function(dtype)
         self.engine = make_engine(engine, self.function, self.selection, memory)
         self.nodes = _merge(self._nodes(_thin(trajectory, steps)))
+        check(
+            len(self.nodes) > 0,
+            InputError,
+            f"The path has no length by `measure={measure!r}`",
+            "At least one step must have a positive weight",
+            'Write `measure="uniform"`, or record steps with a learning rate above 0',
+        )
 
     @property
     def total_weight(self) -> float:
@@ -198,16 +206,16 @@ class PathKernel:
         assert segment.step is not None
         if self.measure == "arc_length":
             return segment.displacement.norm().item()
-        return float(segment.step.hyperparameters[0]["lr"]) if self.measure == "learning_rate" else 1.0
+        return max(_rates(segment.step)) if self.measure == "learning_rate" else 1.0
 
     def _diagonal(self, segment: Segment) -> Tensor | None:
-        """Diagonal of M_s; under several learning rates, each parameter's own relative to the first group's."""
+        """Diagonal of M_s; under several learning rates, each parameter's own relative to the largest."""
         step = segment.step
         assert step is not None
         diagonal = self._preconditioner(step) if self.preconditioner == "optimizer" else None
-        rates = [float(settings["lr"]) for settings in step.hyperparameters]
-        if self.measure == "learning_rate" and len(set(rates)) > 1 and rates[0] > 0:
-            own = self._per_parameter(step, lambda name: float(step.hyperparameters_of(name)["lr"]) / rates[0])
+        rates = _rates(step)
+        if self.measure == "learning_rate" and len(set(rates)) > 1:
+            own = self._per_parameter(step, lambda name: float(step.hyperparameters_of(name)["lr"]) / max(rates))
             diagonal = own if diagonal is None else own * diagonal
         return diagonal
 
@@ -251,6 +259,11 @@ class PathKernel:
         return self
 
 
+def _rates(step: Step) -> list[float]:
+    """Learning rate of each parameter group."""
+    return [float(settings["lr"]) for settings in step.hyperparameters]
+
+
 def _thin(trajectory: Trajectory, steps: int | None) -> list[list[Segment]]:
     """Cut the path into that many stretches of neighbouring steps."""
     segments = [segment for segment in trajectory.segments() if segment.step is not None]
@@ -263,7 +276,7 @@ def _thin(trajectory: Trajectory, steps: int | None) -> list[list[Segment]]:
     )
     stretches = len(segments) if steps is None else min(steps, len(segments))
     edges = np.linspace(0, len(segments), stretches + 1).round().astype(int)
-    return [segments[first:last] for first, last in zip(edges[:-1], edges[1:], strict=True)]
+    return [segments[first:last] for first, last in pairwise(edges)]
 
 
 def _merge(nodes: list[PathNode]) -> list[PathNode]:

@@ -88,7 +88,10 @@ class FixedQuadrature(Quadrature):
 
     def average(self, step: QueryStep) -> StepAverage:
         """Σ_n ω_n ∇f(θ_s + t_n Δ_s)."""
-        gradient = sum((weight * step.gradient(time) for time, weight in self.nodes), torch.zeros(()))
+        if len(self.nodes) == 1:
+            gradient = step.gradient(self.nodes[0][0])
+        else:
+            gradient = sum((weight * step.gradient(time) for time, weight in self.nodes), torch.zeros(()))
         return StepAverage(gradient, missed(step, gradient).abs(), float(len(self.nodes)))
 
 
@@ -98,6 +101,7 @@ class LeftEndpoint(FixedQuadrature):
 
     @property
     def nodes(self) -> tuple[tuple[float, float], ...]:
+        """(time, weight) pairs."""
         return ((0.0, 1.0),)
 
 
@@ -107,6 +111,7 @@ class Trapezoid(FixedQuadrature):
 
     @property
     def nodes(self) -> tuple[tuple[float, float], ...]:
+        """(time, weight) pairs."""
         return ((0.0, 0.5), (1.0, 0.5))
 
 
@@ -116,6 +121,7 @@ class Midpoint(FixedQuadrature):
 
     @property
     def nodes(self) -> tuple[tuple[float, float], ...]:
+        """(time, weight) pairs."""
         return ((0.5, 1.0),)
 
 
@@ -136,6 +142,7 @@ class GaussLegendre(FixedQuadrature):
 
     @property
     def nodes(self) -> tuple[tuple[float, float], ...]:
+        """(time, weight) pairs."""
         times, weights = np.polynomial.legendre.leggauss(self.n)
         return tuple((float(t + 1) / 2, float(w) / 2) for t, w in zip(times, weights, strict=True))
 
@@ -145,15 +152,15 @@ class Adaptive(Quadrature):
     r"""Bisection of a step until the change of f is met, query by query: for networks with kinks.
 
     An interval [a, b] of the step is accepted when its two-node Gauss–Legendre average meets the exactly known
-    f(θ_s + bΔ) − f(θ_s + aΔ) to ``tolerance`` × max |f| over the step's two ends (at least to 16 roundings);
-    otherwise it is halved. On the smooth side of a kink (a ReLU network is piecewise polynomial along a line in θ) the
-    rule is exact or nearly so, and the interval that holds the kink shrinks. Works in float64: below float32's own
-    rounding there is nothing to refine.
+    f(θ_s + bΔ) − f(θ_s + aΔ) to ``tolerance`` × the larger ``abs(f)`` of the step's two ends (at least to 16
+    roundings); otherwise it is halved. On the smooth side of a kink (a ReLU network is piecewise polynomial along a
+    line in θ) the rule is exact or nearly so, and the interval that holds the kink shrinks. Works in float64: below
+    float32's own rounding there is nothing to refine.
 
     Parameters
     ----------
     tolerance
-        Error allowed in each accepted interval, relative to |f|.
+        Error allowed in each accepted interval, relative to ``abs(f)``.
     max_depth
         Halvings after which an interval is accepted as it is; what it misses stays in the certificate.
     max_intervals
@@ -246,7 +253,7 @@ class DiscreteGradient(Quadrature):
         gradient = step.gradient(0.5)
         error = missed(step, gradient)
         if step.squared_length > 0:
-            gradient = gradient + torch.outer(error / step.squared_length, step.displacement)
+            gradient = torch.addr(gradient, error / step.squared_length, step.displacement)
         return StepAverage(gradient, error.abs(), 1.0)
 
 

@@ -93,7 +93,9 @@ class Queries:
                 take(self.context, piece),
                 scalar=self.scalar,
             )
-            result[piece.start * self.components : piece.stop * self.components] = rows.reshape(-1, size)
+            target = result[piece.start * self.components : piece.stop * self.components]
+            for name, where in self.function.layout.slices.items():
+                target[:, where] = rows[name].reshape(len(target), -1)
         return result
 
     def _single(self, queries: Int[Tensor, " n"]) -> tuple[OutputFunctional, PyTree, PyTree]:

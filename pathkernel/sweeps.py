@@ -12,8 +12,9 @@ all samples together caused in each step, and one directional derivative along i
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,9 +81,10 @@ class RecordedGradients:
             arguments = (trajectory.loss, inputs, targets, batch.weights, trajectory.reduction)
             cotangents = output_cotangents(self.function, step.before, *arguments)
             pieces.append(sample_rows(self.function, step.before, inputs, cotangents, self.memory).double())
-        rows = torch.cat(pieces) * self._active(step)
+        rows = torch.cat(pieces)
+        self._silence(step, rows)
         scale, unexplained = self._compare(step, rows.sum(dim=0))
-        return torch.cat([batch.ids for batch in step.batches]), rows * scale, unexplained
+        return torch.cat([batch.ids for batch in step.batches]), rows.mul_(scale), unexplained
 
     def total(self, step: Step) -> tuple[Tensor, Tensor]:
         """Σ c_i g_i, (P,) float64, and what no sample explains of the recorded gradient, (P,)."""
@@ -92,16 +94,15 @@ class RecordedGradients:
             inputs, targets = samples_of(batch, trajectory.data)
             arguments = (trajectory.loss, inputs, targets, batch.weights, trajectory.reduction)
             total += batch_gradient(self.function, step.before, *arguments).double()
-        total *= self._active(step)
+        self._silence(step, total)
         scale, unexplained = self._compare(step, total)
         return scale * total, unexplained
 
-    def _active(self, step: Step) -> Tensor:
-        """1 for parameters that had a gradient in this step, 0 for those that the optimizer skipped."""
-        mask = torch.zeros(self.trajectory.layout.size, dtype=torch.float64)
+    def _silence(self, step: Step, gradients: Tensor) -> None:
+        """Set to zero what belongs to parameters without a gradient in this step, which the optimizer skipped."""
         for name, where in self.trajectory.layout.slices.items():
-            mask[where] = float(name in step.active)
-        return mask
+            if name not in step.active:
+                gradients[..., where] = 0
 
     def _compare(self, step: Step, total: Tensor) -> tuple[float, Tensor]:
         recorded = step.gradient.double()
@@ -121,12 +122,46 @@ class RecordedGradients:
         return scale, recorded - scale * total
 
 
-def _parameters(trajectory: Trajectory, step: Step) -> Iterator[tuple[str, slice, torch.Size]]:
-    """Name, range and shape of the parameters that a step moved."""
-    layout = trajectory.layout
+@dataclass(frozen=True)
+class Part:
+    """A range of θ that one evaluation of the update rule covers: a parameter, or neighbours that step alike."""
+
+    where: slice
+    shape: torch.Size
+    frozen: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+def _parts(trajectory: Trajectory, step: Step) -> list[Part]:
+    """Cut θ into parts; parameters that an elementwise rule treats alike are joined, inactive ones left out."""
+    layout, rule = trajectory.layout, trajectory.rule
+    parts: list[Part] = []
+    names: list[list[str]] = []
     for (name, where), shape in zip(layout.slices.items(), layout.shapes, strict=True):
-        if name in step.active:
-            yield name, where, shape
+        if name not in step.active:
+            continue
+        settings, frozen = step.hyperparameters_of(name), step.frozen[name]
+        numbers = {key: value for key, value in frozen.items() if not isinstance(value, Tensor)}
+        last = parts[-1] if parts else None
+        alike = last is not None and last.where.stop == where.start and last.settings is settings
+        if rule.elementwise and alike and last is not None and last.frozen == numbers:
+            parts[-1] = Part(slice(last.where.start, where.stop), torch.Size(), numbers, settings)
+            names[-1].append(name)
+        else:
+            parts.append(Part(where, shape, numbers, settings))
+            names.append([name])
+    return [_with_tensors(part, step, members) for part, members in zip(parts, names, strict=True)]
+
+
+def _with_tensors(part: Part, step: Step, members: list[str]) -> Part:
+    """Put the frozen tensors of its members, end to end, into a part."""
+    first = step.frozen[members[0]]
+    tensors = {key: value for key, value in first.items() if isinstance(value, Tensor)}
+    if len(members) == 1:
+        return Part(part.where, part.shape, {**part.frozen, **tensors}, part.settings)
+    joined = {key: torch.cat([step.frozen[name][key].reshape(-1) for name in members]).double() for key in tensors}
+    size = part.where.stop - part.where.start
+    return Part(part.where, torch.Size([size]), {**part.frozen, **joined}, part.settings)
 
 
 def _modules(trajectory: Trajectory) -> dict[str, Tensor]:
@@ -176,8 +211,8 @@ def backward_sweep(
         contribution = weight @ rows.T
         account.shares.index_add_(1, ids, contribution)
         channels["unexplained"] += weight @ unexplained
-        for module, where in modules.items():
-            account.modules[module].index_add_(1, ids, weight[:, where] @ rows[:, where].T)
+        for module, own in modules.items():
+            account.modules[module].index_add_(1, ids, weight[:, own] @ rows[:, own].T)
         if account.steps is not None:
             account.steps[:, step.index] = contribution.sum(dim=1)
         bar.update()
@@ -200,20 +235,25 @@ def _pull_back(
     channels: dict[str, Tensor],
 ) -> Tensor:
     """u, the weight of this step's gradient, (Q, P); ``memory`` becomes that before the step, sources are booked."""
-    rule, weight = trajectory.rule, torch.zeros_like(average)
-    for name, where, shape in _parameters(trajectory, step):
-        frozen, settings = step.frozen[name], step.hyperparameters_of(name)
-        q = average[:, where].reshape(-1, *shape)
-        held = tuple(slot[:, where].reshape(-1, *shape) for slot in memory)
-        u, held = adjoint(rule, frozen, settings, q, held)
-        weight[:, where] = u.reshape(len(u), -1)
-        for slot, cotangent in zip(memory, held, strict=True):
-            slot[:, where] = cotangent.reshape(len(u), -1)
-        parameter = segment.start[where].double().reshape(shape)
-        for source, term in rule.gradient_sources(parameter, frozen, settings).items():
-            channels[source] += weight[:, where] @ term.reshape(-1)
-        for source, term in rule.displacement_sources(parameter, frozen, settings).items():
-            channels[source] += average[:, where] @ term.reshape(-1)
+    rule, parts = trajectory.rule, _parts(trajectory, step)
+    whole = len(parts) == 1 and parts[0].where == slice(0, average.shape[1])
+    weight = average if whole else torch.zeros_like(average)
+    for part in parts:
+        q = average[:, part.where].reshape(-1, *part.shape)
+        held = tuple(slot[:, part.where].reshape(-1, *part.shape) for slot in memory)
+        u, held = adjoint(rule, part.frozen, part.settings, q, held)
+        u = u.flatten(1)
+        if whole:  # the common case needs no copies
+            weight, memory[:] = u, [cotangent.flatten(1) for cotangent in held]
+        else:
+            weight[:, part.where] = u
+            for slot, cotangent in zip(memory, held, strict=True):
+                slot[:, part.where] = cotangent.flatten(1)
+        parameter = segment.start[part.where].double().reshape(part.shape)
+        for source, term in rule.gradient_sources(parameter, part.frozen, part.settings).items():
+            channels[source] += u @ term.reshape(-1)
+        for source, term in rule.displacement_sources(parameter, part.frozen, part.settings).items():
+            channels[source] += average[:, part.where] @ term.reshape(-1)
     return weight
 
 
@@ -270,19 +310,19 @@ def _displacements(
     received: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64))
     received["samples"], received["unexplained"] = gradients.total(step)
     moved: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64))
-    for name, where, shape in _parameters(trajectory, step):
-        frozen, settings = step.frozen[name], step.hyperparameters_of(name)
-        parameter = segment.start[where].double().reshape(shape)
-        for source, term in rule.gradient_sources(parameter, frozen, settings).items():
-            received[source][where] = term.reshape(-1)
-        for source, term in rule.displacement_sources(parameter, frozen, settings).items():
-            moved[source][where] += term.reshape(-1)
+    parts = _parts(trajectory, step)
+    for part in parts:
+        parameter = segment.start[part.where].double().reshape(part.shape)
+        for source, term in rule.gradient_sources(parameter, part.frozen, part.settings).items():
+            received[source][part.where] = term.reshape(-1)
+        for source, term in rule.displacement_sources(parameter, part.frozen, part.settings).items():
+            moved[source][part.where] += term.reshape(-1)
     for channel in {*received, *memory}:
-        for name, where, shape in _parameters(trajectory, step):
-            frozen, settings = step.frozen[name], step.hyperparameters_of(name)
-            held: Memory = tuple(slot[where].reshape(shape) for slot in memory[channel])
-            delta, held = rule.step(received[channel][where].reshape(shape), held, frozen, settings)
-            moved[channel][where] += delta.reshape(-1)
+        for part in parts:
+            held: Memory = tuple(slot[part.where].reshape(part.shape) for slot in memory[channel])
+            gradient = received[channel][part.where].reshape(part.shape)
+            delta, held = rule.step(gradient, held, part.frozen, part.settings)
+            moved[channel][part.where] += delta.reshape(-1)
             for slot, after in zip(memory[channel], held, strict=True):
-                slot[where] = after.reshape(-1)
+                slot[part.where] = after.reshape(-1)
     return moved

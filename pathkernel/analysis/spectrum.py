@@ -39,7 +39,7 @@ def spectrum(K: ArrayLike) -> NDArray[np.float64]:
 
 
 def rounding_floor(eigenvalues: NDArray[np.float64]) -> float:
-    """Size below which a computed eigenvalue is rounding: n · ε · max|λ|.
+    """Size below which a computed eigenvalue is rounding: n · ε · max abs(λ).
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def effective_rank(K: ArrayLike) -> float:
 
     erank(K) = exp( - Σ_k p_k log p_k ),   p_k = σ_k / Σ_j σ_j
 
-    with σ_k = |λ_k| the singular values of the symmetric matrix: the eigenvalues themselves
+    with σ_k = abs(λ_k) the singular values of the symmetric matrix: the eigenvalues themselves
     for a positive semi-definite one. Nothing to tune, unlike a rank with a threshold.
 
     Parameters

@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
+import matplotlib.pyplot as plt
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
@@ -88,6 +89,13 @@ class Section:
     text: str = ""
     figures: Sequence[ReportFigure] = ()
     folded: bool = False
+
+
+def close_figures(sections: Sequence[Section]) -> None:
+    """Release the figures of a report that has been written; pyplot keeps them otherwise."""
+    for section in sections:
+        for figure in section.figures:
+            plt.close(figure.figure)
 
 
 def certificate_figures(attributions: Attributions, tolerance: float = 1e-5) -> list[KeyFigure]:

@@ -15,7 +15,7 @@ from pathkernel.errors import SampleIdError
 class IndexedSample(NamedTuple):
     """One item of a dataset and its id."""
 
-    index: int
+    id: int
     item: Any
 
 
@@ -41,7 +41,7 @@ class IndexedDataset(Dataset):
     --------
     >>> import torch, pathkernel as pk
     >>> data = torch.utils.data.TensorDataset(torch.zeros(4, 2), torch.zeros(4))
-    >>> pk.IndexedDataset(data)[3].index
+    >>> pk.IndexedDataset(data)[3].id
     3
     """
 
@@ -62,7 +62,8 @@ class IndexedCollate:
         self.collate = collate
 
     def __call__(self, samples: list[IndexedSample]) -> IndexedBatch:
-        ids = torch.tensor([sample.index for sample in samples], dtype=torch.int64)
+        """Collate items as the user does, and their ids into a tensor."""
+        ids = torch.tensor([sample.id for sample in samples], dtype=torch.int64)
         return IndexedBatch(ids, self.collate([sample.item for sample in samples]))
 
 

@@ -20,9 +20,10 @@ class JacobianEngine(Engine):
 
     def rows(self, theta: Tensor, X: PyTree, context: PyTree) -> Tensor:
         """∇h of each sample, (n, K, P)."""
-        rows = sample_gradients(
+        gradients = sample_gradients(
             self.function, theta, X, self.selection.function, context, scalar=self.selection.scalar
         )
+        rows = self.function.layout.flatten(gradients)
         return rows.unsqueeze(1) if self.selection.scalar else rows
 
     def block_size(self, theta: Tensor, X: PyTree, context: PyTree) -> int:

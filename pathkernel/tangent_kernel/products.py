@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
@@ -64,10 +67,10 @@ def kernel_vector_product(
         return products / components if mean else products
 
 
-def _apply(outputs: object, point: Tensor, pieces: list[slice], v: Tensor) -> Tensor:
+def _apply(outputs: Callable[..., Tensor], point: Tensor, pieces: list[slice], v: Tensor) -> Tensor:
     direction = torch.zeros_like(point)
     for piece in pieces:
-        _, pull_back = vjp(lambda t, piece=piece: outputs(t, piece), point)  # type: ignore[operator]
+        pull_back = vjp(partial(outputs, piece=piece), point)[1]
         direction += pull_back(v[piece])[0]
-    pushed = [jvp(lambda t, piece=piece: outputs(t, piece), (point,), (direction,))[1] for piece in pieces]  # type: ignore[operator]
+    pushed = [jvp(partial(outputs, piece=piece), (point,), (direction,))[1] for piece in pieces]
     return torch.cat(pushed).double()

@@ -41,16 +41,15 @@ def sample_rows(
     row_bytes = 4 * function.layout.size * torch.finfo(function.dtype).bits // 8
     pieces = []
     for piece in blocks(len(cotangents), memory // row_bytes):
-        pieces.append(
-            sample_gradients(
-                function,
-                vector,
-                take(inputs, piece),
-                lambda outputs, weight: outputs @ weight,
-                cotangents[piece],
-                scalar=True,
-            )
+        gradients = sample_gradients(
+            function,
+            vector,
+            take(inputs, piece),
+            lambda outputs, weight: outputs @ weight,
+            cotangents[piece],
+            scalar=True,
         )
+        pieces.append(function.layout.flatten(gradients))
     return torch.cat(pieces)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pathkernel.update_rules.rule import Frozen, Memory, Settings, UpdateRule
@@ -26,11 +27,15 @@ class Adam(UpdateRule):
     memory = ("exp_avg",)
 
     def frozen(self, before: Mapping[str, Any], after: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        """The denominator √v̂ + ε and the step count t."""
+        """The denominator √v̂ + ε, the step count t, and the decay −ηλ as the parameter's own type rounds 1 − ηλ."""
         second_moment = after["max_exp_avg_sq"] if settings["amsgrad"] else after["exp_avg_sq"]
         t = float(after["step"])
         correction = math.sqrt(1 - float(settings["betas"][1]) ** t)
-        return {"denominator": second_moment.sqrt().div_(correction).add_(settings["eps"]), "t": t}
+        denominator = second_moment.sqrt().div_(correction).add_(settings["eps"])
+        decay = float(settings["lr"]) * float(settings["weight_decay"])
+        # In float32, 1 − 3e-5 is off by a thousandth of the decay in every step, always to the same side.
+        rounded = torch.tensor(1 - decay, dtype=second_moment.dtype).item() - 1
+        return {"denominator": denominator, "t": t, "decay": rounded}
 
     def step(self, gradient: Tensor, memory: Memory, frozen: Frozen, settings: Settings) -> tuple[Tensor, Memory]:
         """First moment over the frozen denominator."""
@@ -45,8 +50,8 @@ class Adam(UpdateRule):
 
     def displacement_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
         """Weight decay of AdamW: −ηλθ."""
-        decay = settings["weight_decay"] if settings.get("decoupled_weight_decay", False) else 0
-        return {"weight_decay": -float(settings["lr"]) * decay * parameter} if decay else {}
+        decoupled = settings.get("decoupled_weight_decay", False) and settings["weight_decay"]
+        return {"weight_decay": frozen["decay"] * parameter} if decoupled else {}
 
 
 class AdamW(Adam):

@@ -36,8 +36,8 @@ class UpdateRule(ABC):
     memory
         Keys of ``optimizer.state[parameter]`` that hold linear memory (momentum buffers, first moments).
     elementwise
-        Whether each entry of the step depends on the same entry of gradient and memory only. The adjoint is then a
-        handful of products; otherwise it is taken by automatic differentiation.
+        Whether each entry of the step depends on the same entry of gradient and memory only, so that the shape of a
+        parameter does not matter and parameters with equal settings are treated as one vector.
     """
 
     name: ClassVar[str]
@@ -82,8 +82,8 @@ class UpdateRule(ABC):
     def preconditioner(self, shape: torch.Size, frozen: Frozen, settings: Settings, like: Tensor) -> Tensor:
         """−∂Δ/∂g / learning rate of one parameter, elementwise: the D_s of an adaptive method."""
         memory = tuple(torch.zeros(shape, dtype=like.dtype) for _ in self.memory)
-        displacement = self.step(torch.ones(shape, dtype=like.dtype), memory, frozen, settings)[0]
-        return -displacement / float(settings["lr"])
+        # At rate 1 rather than divided by the rate: a warm-up may pass through 0.
+        return -self.step(torch.ones(shape, dtype=like.dtype), memory, frozen, {**settings, "lr": 1.0})[0]
 
 
 def adjoint(
@@ -108,19 +108,5 @@ def adjoint(
     """
     shape, like = displacement_weight.shape[1:], displacement_weight
     zero = torch.zeros(shape, dtype=like.dtype, device=like.device)
-    slots = len(rule.memory)
-    if not rule.elementwise:
-        _, pull_back = vjp(lambda g, m: rule.step(g, m, frozen, settings), zero, (zero,) * slots)
-        weight, memory = vmap(pull_back)((displacement_weight, memory_weight))
-        return weight, memory
-    # A linear elementwise map is known from what it does to ones: its diagonals, one column for each argument.
-    one = torch.ones_like(zero)
-    columns = []
-    for argument in range(1 + slots):
-        arguments = [one if index == argument else zero for index in range(1 + slots)]
-        displacement, memory_after = rule.step(arguments[0], tuple(arguments[1:]), frozen, settings)
-        weight = displacement * displacement_weight
-        for diagonal, cotangent in zip(memory_after, memory_weight, strict=True):
-            weight = weight + diagonal * cotangent
-        columns.append(weight)
-    return columns[0], tuple(columns[1:])
+    pull_back = vjp(lambda g, m: rule.step(g, m, frozen, settings), zero, (zero,) * len(rule.memory))[1]
+    return vmap(pull_back)((displacement_weight, memory_weight))

@@ -44,7 +44,10 @@ class SGD(UpdateRule):
         lr, momentum = float(settings["lr"]), float(settings["momentum"])
         if momentum == 0:
             return -lr * gradient, (buffer,)
-        buffer = gradient + 0 * buffer if frozen["first"] else momentum * buffer + (1 - settings["dampening"]) * gradient
+        if frozen["first"]:
+            buffer = gradient + 0 * buffer
+        else:
+            buffer = momentum * buffer + (1 - float(settings["dampening"])) * gradient
         direction = gradient + momentum * buffer if settings["nesterov"] else buffer
         return -lr * direction, (buffer,)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torch.optim import Optimizer
 from torch import optim
+from torch.optim import Optimizer
 
 from pathkernel.errors import UnsupportedOptimizerError
 from pathkernel.update_rules.adam import Adam, AdamW

@@ -1,0 +1,17 @@
+"""One thread, and shapes checked at run time where the package states them."""
+
+from __future__ import annotations
+
+import hypothesis
+import torch
+from jaxtyping import install_import_hook
+
+# Before the package is imported. These are the modules that write shapes; `test_functional.py` sees that it works.
+SHAPED = ["pathkernel.functional", "pathkernel.losses", "pathkernel.queries", "pathkernel.trajectory.gradients"]
+install_import_hook(SHAPED, "beartype.beartype")
+
+torch.set_num_threads(1)
+
+# The same examples in every run: a failure is a fact about the code, not about the day.
+hypothesis.settings.register_profile("pathkernel", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("pathkernel")
