@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pathkernel._typing import Loss, PyTree
-from pathkernel.errors import NonFiniteStepError, SampleIdError
+from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError
 from pathkernel.functional import ParameterLayout, constants_of, count, named_trainable
 from pathkernel.losses import batch_gradient, check_reduction
 from pathkernel.recording.indexed import indexed_loader
@@ -21,7 +21,7 @@ from pathkernel.trajectory.gradients import GRADIENT_TOLERANCE, mismatch, sample
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
-from pathkernel.update_rules.rule import UpdateRule
+from pathkernel.update_rules.rule import Observation, UpdateRule
 from pathkernel.update_rules.table import rule_of
 
 
@@ -118,6 +118,9 @@ class KernelRecorder:
         self._pending: list[MicroBatch] = []
         self._open: tuple[Tensor, dict[str, dict[str, Any]]] | None = None
         self._handles: list[Any] = []
+        self._listening: dict[str, Any] = {}
+        self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
+        self._arrived = True
 
     # -- the life of a recording ------------------------------------------------------------------------------
 
@@ -137,6 +140,12 @@ class KernelRecorder:
         if not len(self._trajectory):
             self._trajectory.initial = self._flat()
             self._trajectory.initial_memory = self._memory()
+        elif not _equal(self._memory(), self._memory_at_close):
+            raise RecordingError(
+                "The optimizer stepped between `close()` and `start()`, which changed its momentum",
+                "What recorded samples left in the optimizer's memory must still be there when recording goes on",
+                "Keep recording without a break, or make a new KernelRecorder here",
+            )
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -144,9 +153,10 @@ class KernelRecorder:
 
     def close(self) -> Trajectory:
         """Let go of the optimizer and return the trajectory; recording may be started again."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._listening.values()):
             handle.remove()
-        self._handles, self._pending, self._open = [], [], None
+        self._handles, self._listening, self._pending, self._open, self._arrived = [], {}, [], None, True
+        self._memory_at_close = self._memory()
         self._trajectory.store.flush()
         return self._trajectory
 
@@ -250,12 +260,25 @@ class KernelRecorder:
 
     def _announce(self, batch: MicroBatch) -> None:
         check_layers(self.model)
-        if self._pending and self._gradients_were_dropped():
-            self._pending = []
+        self._listen()
+        if not self._arrived:
+            del self._pending[-1:]  # the batch before this one was never used, as after an early `break`
         self._pending.append(batch)
+        self._arrived = False
 
-    def _gradients_were_dropped(self) -> bool:
-        """Whether batches announced before never reached a step: cleared, or overflowed under loss scaling."""
+    def _listen(self) -> None:
+        """Be told when gradients arrive; parameters that are unfrozen on the way are met here."""
+        for name, p in self._named.items():
+            if self._handles and p.requires_grad and name not in self._listening:
+                self._listening[name] = p.register_hook(self._gradient_arrives)
+
+    def _gradient_arrives(self, gradient: Tensor) -> None:
+        """Called before a gradient is added to `.grad`, at which moment it shows whether those before were cleared."""
+        if not self._arrived and len(self._pending) > 1 and self._gradients_were_cleared():
+            del self._pending[:-1]  # a skipped step, or one that overflowed under loss scaling
+        self._arrived = True
+
+    def _gradients_were_cleared(self) -> bool:
         gradients = [p.grad for p in self._named.values() if p.grad is not None]
         if not gradients:
             return True
@@ -265,6 +288,7 @@ class KernelRecorder:
     # -- the optimizer's own hooks ----------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._check_parameters()
         closure = args[0] if args else kwargs.get("closure")
         # With a closure, forward and backward run inside the step: gradient and batch are only known afterwards.
         if closure is None:
@@ -276,12 +300,7 @@ class KernelRecorder:
             before = last  # one tensor for the end of a step and the start of the next
         if closure is None:
             self._audit(before)
-        state = {
-            name: {k: plain(v) if not isinstance(v, Tensor) or v.numel() == 1 else True for k, v in entry.items()}
-            for name, p in self._named.items()
-            if (entry := optimizer.state.get(p)) is not None
-        }
-        self._open = (before, state)
+        self._open = (before, {name: self._state(p) for name, p in self._named.items() if p in optimizer.state})
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._open is None:
@@ -295,17 +314,24 @@ class KernelRecorder:
         settings = tuple(
             {key: plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
         )
-        frozen = {
-            name: trajectory.rule.frozen(
-                state_before.get(name, {}), optimizer.state[self._named[name]], settings[groups[name]]
+        after, gradient = self._flat(), self._gradient(active)
+        at, received, moved = (trajectory.layout.unflatten(v) for v in (before, gradient, after - before))
+        observed = {
+            name: Observation(
+                before=state_before.get(name, {}),
+                after=optimizer.state[self._named[name]],
+                parameter=at[name],
+                gradient=received[name],
+                displacement=moved[name],
             )
             for name in active
         }
+        frozen = {name: trajectory.rule.frozen(seen, settings[groups[name]]) for name, seen in observed.items()}
         step = Step(
             index=len(trajectory),
             before=before,
-            after=self._flat(),
-            gradient=self._gradient(active),
+            after=after,
+            gradient=gradient,
             active=active,
             batches=tuple(self._pending),
             groups=groups,
@@ -314,6 +340,29 @@ class KernelRecorder:
         )
         self._pending = []
         trajectory.store.append(step)
+
+    def _check_parameters(self) -> None:
+        known = {id(p) for p in self._named.values()}
+        strangers = [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in known]
+        if strangers:
+            raise RecordingError(
+                f"The optimizer was given {len(strangers)} more parameters after recording began, with shapes "
+                f"{', '.join(str(tuple(p.shape)) for p in strangers[:5])}",
+                "All parameters are laid out when the recorder is made; the optimizer has not moved",
+                "Give the optimizer all parameters first (they may stay frozen until later), or make a new "
+                "KernelRecorder here",
+            )
+
+    def _state(self, parameter: Tensor) -> dict[str, Any]:
+        """The optimizer's state of a parameter as it is before a step; see `Observation.before`."""
+        kept = self._trajectory.rule.keep_before
+
+        def keep(key: str, value: Any) -> Any:
+            if isinstance(value, Tensor) and (key in kept or value.numel() > 1):
+                return value.detach().clone() if key in kept else True
+            return plain(value)
+
+        return {key: keep(key, value) for key, value in self.optimizer.state[parameter].items()}
 
     def _check_pending(self) -> None:
         if not self._pending:
@@ -403,3 +452,8 @@ class KernelRecorder:
         return memory
 
 
+def _equal(one: dict[str, tuple[Tensor, ...]], other: dict[str, tuple[Tensor, ...]]) -> bool:
+    """Whether two copies of an optimizer's memory hold the same numbers."""
+    return one.keys() == other.keys() and all(
+        torch.equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True)
+    )

@@ -138,24 +138,25 @@ class Trajectory:
         Raises
         ------
         ModelMismatchError
-            When a parameter is missing, has another shape, or has other values than at the last recorded step.
+            When a parameter is missing, has another shape, or has other values than at the last recorded step; or
+            when a buffer or a parameter outside the record is no longer what it was when recording began.
         """
-        live = dict(self.model.named_parameters())
+        live = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         problems = []
-        for name, recorded in self.layout.unflatten(self.final).items():
+        for name, recorded in {**self.constants, **self.layout.unflatten(self.final)}.items():
             if name not in live:
                 problems.append(f"`{name}` is missing")
             elif live[name].shape != recorded.shape:
                 problems.append(f"`{name}` has shape {tuple(live[name].shape)}, not {tuple(recorded.shape)}")
             elif not torch.equal(live[name].detach().to(recorded), recorded):
-                moved = (live[name].detach().to(recorded) - recorded).abs().max().item()
+                moved = (live[name].detach().double() - recorded.double()).abs().max().item()
                 problems.append(f"`{name}` differs by up to {moved:.2g}")
         check(
             not problems,
             ModelMismatchError,
             f"`{asker}` found a model that is not the recorded one: {'; '.join(problems)}",
-            "The model's parameters must be those at the end of the trajectory, so that nobody explains one network "
-            "with another one's history",
-            "Put them back with `model.load_state_dict(trajectory.parameters(-1), strict=False)`, or record the "
-            "further training too",
+            "The model's parameters must be those at the end of the trajectory, and all else what it was throughout, "
+            "so that nobody explains one network with another one's history",
+            "Put them back with `model.load_state_dict({**trajectory.constants, **trajectory.parameters(-1)}, "
+            "strict=False)`, or record the further training too",
         )

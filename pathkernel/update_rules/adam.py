@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pathkernel.update_rules.rule import Frozen, Memory, Settings, UpdateRule
+from pathkernel.update_rules.rule import Frozen, Memory, Observation, Settings, UpdateRule
 from pathkernel.update_rules.sgd import coupled_decay, signed
 
 
@@ -26,8 +25,9 @@ class Adam(UpdateRule):
     name = "Adam"
     memory = ("exp_avg",)
 
-    def frozen(self, before: Mapping[str, Any], after: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The denominator √v̂ + ε, the step count t, and the decay −ηλ as the parameter's own type rounds 1 − ηλ."""
+        after = observed.after
         second_moment = after["max_exp_avg_sq"] if settings["amsgrad"] else after["exp_avg_sq"]
         t = float(after["step"])
         correction = math.sqrt(1 - float(settings["betas"][1]) ** t)

@@ -13,11 +13,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one optimizer step showed of one parameter.
+
+    Attributes
+    ----------
+    before
+        Its entry of ``optimizer.state`` before the step: numbers, copies of the tensors named in
+        `UpdateRule.keep_before`, and True for every other tensor that existed.
+    after
+        Its entry after the step, live: copy what you keep.
+    parameter, gradient, displacement
+        θ_s, the gradient as the optimizer received it, and Δ_s, in the parameter's shape.
+    """
+
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    parameter: Tensor
+    gradient: Tensor
+    displacement: Tensor
+
 
 Frozen = Mapping[str, Any]
 Settings = Mapping[str, Any]
@@ -33,25 +57,31 @@ class UpdateRule(ABC):
     ----------
     name
         What the optimizer is called.
+    stages
+        Gradients that one step takes of the same batch: 1, or more for Heun's and Runge–Kutta steps.
     memory
         Keys of ``optimizer.state[parameter]`` that hold linear memory (momentum buffers, first moments).
+    keep_before
+        Keys of tensors that `frozen` wants as they were before the step; they are copied.
     elementwise
         Whether each entry of the step depends on the same entry of gradient and memory only, so that the shape of a
         parameter does not matter and parameters with equal settings are treated as one vector.
     """
 
     name: ClassVar[str]
+    stages: ClassVar[int] = 1
+    keep_before: ClassVar[tuple[str, ...]] = ()
     memory: ClassVar[tuple[str, ...]] = ()
     elementwise: ClassVar[bool] = True
 
     @abstractmethod
-    def step(self, gradient: Tensor, memory: Memory, frozen: Frozen, settings: Settings) -> tuple[Tensor, Memory]:
+    def step(self, gradient: Any, memory: Memory, frozen: Frozen, settings: Settings) -> tuple[Tensor, Memory]:
         """(Δ, m⁺) of one parameter: linear in ``gradient`` and ``memory``.
 
         Parameters
         ----------
         gradient
-            Gradient of the parameter, in its shape.
+            Gradient of the parameter, in its shape; a tuple of ``stages`` gradients where there are several.
         memory
             One tensor of that shape for each entry of ``memory``.
         frozen
@@ -60,11 +90,8 @@ class UpdateRule(ABC):
             The numbers and flags of its parameter group in this step.
         """
 
-    def frozen(self, before: Mapping[str, Any], after: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-        """What is held fixed in a step, from the optimizer's state of one parameter before and after it.
-
-        ``before`` tells only which keys existed and holds numbers, since tensors are updated in place.
-        """
+    def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
+        """What is held fixed in a step: tensors and numbers that `step` and the sources need besides ``settings``."""
         return {}
 
     def gradient_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
@@ -74,6 +101,13 @@ class UpdateRule(ABC):
     def displacement_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
         """Named terms that the optimizer adds to the displacement, such as decoupled weight decay."""
         return {}
+
+    def stage_offsets(self, frozen: Frozen, settings: Settings) -> tuple[Tensor | None, ...]:
+        """Where each of the step's gradients was taken, relative to θ_s: None for θ_s itself.
+
+        Look-ahead methods take theirs elsewhere; multi-stage methods take several.
+        """
+        return (None,) * self.stages
 
     def refusal(self, settings: Settings) -> str | None:
         """Why a parameter group with these settings cannot be recorded, or None."""

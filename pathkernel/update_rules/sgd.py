@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from pathkernel.update_rules.rule import Frozen, Memory, Settings, UpdateRule
+from pathkernel.update_rules.rule import Frozen, Memory, Observation, Settings, UpdateRule
 
 
 def signed(gradient: Tensor, settings: Settings) -> Tensor:
@@ -33,9 +32,9 @@ class SGD(UpdateRule):
     name = "SGD"
     memory = ("momentum_buffer",)
 
-    def frozen(self, before: Mapping[str, Any], after: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """Whether this step makes the momentum buffer."""
-        return {"first": before.get("momentum_buffer") is None}
+        return {"first": observed.before.get("momentum_buffer") is None}
 
     def step(self, gradient: Tensor, memory: Memory, frozen: Frozen, settings: Settings) -> tuple[Tensor, Memory]:
         """Heavy ball or Nesterov."""

@@ -1,0 +1,760 @@
+"""Every refusal of the package: found, expected, what to write; and that refusing changes nothing.
+
+`REFUSALS` has a row for each `raise` and each `check(…)`; `test_every_refusal_is_tested` reads the sources and fails
+for one that no row reaches.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import LOSSES, OPTIMIZERS, SAMPLES, Recording, make_inputs, make_model, record
+from sklearn.kernel_ridge import KernelRidge
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import pathkernel as pk
+from pathkernel import errors
+from pathkernel.attributions import Attributions
+from pathkernel.functional import as_tensors, memory_bytes
+from pathkernel.losses import check_reduction
+from pathkernel.quadrature import as_quadrature
+from pathkernel.update_rules.sgd import SGD
+
+PACKAGE = Path(errors.__file__).parent
+# These have tests of refusals of their own, or are programs that end with an exit code.
+ELSEWHERE = ("analysis", "plotting", "reference", "cli.py", "demo.py", "errors.py")
+CE = nn.CrossEntropyLoss()
+
+
+class Scene:
+    """A recorder that has made one step and is about to be led astray; what must not change is remembered."""
+
+    def __init__(self, optimizer: str = "adam", steps: int = 1, loss: nn.Module = CE, **options) -> None:
+        self.model, self.loss = make_model(), loss
+        self.X, self.y = make_inputs(SAMPLES), LOSSES["ce_mean"].targets(SAMPLES)
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.recorder = pk.KernelRecorder(
+            self.model, self.optimizer, loss, data=(self.X, self.y), **{"audit_every": 1, **options}
+        )
+        self.recorder.start()
+        for _ in range(steps):
+            self.step([0, 1, 2])
+
+    def gradient(self, ids) -> None:
+        self.optimizer.zero_grad()
+        self.loss(self.model(self.X[ids]), self.y[ids]).backward()
+
+    def step(self, ids) -> None:
+        self.recorder.batch(ids)
+        self.gradient(ids)
+        self.optimizer.step()
+
+    def state(self) -> list[torch.Tensor]:
+        memory = [v for p in self.model.parameters() for v in self.optimizer.state[p].values()]
+        return [torch.as_tensor(v).clone() for v in (*self.model.parameters(), *memory)]
+
+    def refused(self, act: Callable[[], object]) -> errors.PathKernelError:
+        """Nothing moves, nothing is recorded, and an honest step works afterwards."""
+        before, length = self.state(), len(self.recorder.trajectory)
+        with pytest.raises(errors.PathKernelError) as caught:
+            act()
+        assert all(torch.equal(a, b) for a, b in zip(before, self.state(), strict=True))
+        assert len(self.recorder.trajectory) == length
+        return caught.value
+
+    def goes_on(self) -> None:
+        self.step([3, 4])
+        trajectory = self.recorder.close()
+        why = pk.KernelMachine(trajectory).explain(self.X[:2], outputs=0)
+        assert why.relative_residual < 1e-11
+        assert set(why.channels) == {"initial", "unexplained"}
+
+
+# -- the table -----------------------------------------------------------------------------------------------------------
+
+
+def run() -> Recording:
+    return record(optimizer="momentum", batches=((0, 1), (2, 3)))
+
+
+def recorder_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **options) -> pk.KernelRecorder:
+    opt = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer
+    return pk.KernelRecorder(model, opt, CE, **{"data": (make_inputs(2), torch.tensor([0, 1])), **options})
+
+
+def machine() -> pk.KernelMachine:
+    return pk.KernelMachine(run().trajectory)
+
+
+def empty() -> pk.Trajectory:
+    return recorder_of(make_model()).trajectory
+
+
+def attributions(n: int = 5) -> Attributions:
+    zero = np.zeros(1)
+    return Attributions(np.zeros((1, n)), {"initial": zero}, zero, np.zeros(1, int), np.zeros(1, int), zero)
+
+
+def with_complex_parameter() -> nn.Module:
+    model = nn.Linear(4, 3)
+    model.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    return model
+
+
+def dropped_out() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.1), nn.Linear(4, 3))
+
+
+class OnlySmall(SGD):
+    """Covers small steps only."""
+
+    def refusal(self, settings):
+        return f"lr={settings['lr']} is too large" if settings["lr"] > 0.05 else None
+
+
+class NotDiagonal(SGD):
+    """Says of itself that it mixes the entries of a parameter."""
+
+    name, elementwise = "Whitening", False
+
+
+class WrappedSGD(torch.optim.SGD):
+    """A subclass may step differently."""
+
+
+def step_without_ids() -> None:
+    scene = Scene()
+    scene.gradient([3])
+    scene.optimizer.step()
+
+
+def step_with_wrong_ids() -> None:
+    scene = Scene()
+    scene.recorder.batch([3, 4])
+    scene.gradient([4, 5])
+    scene.optimizer.step()
+
+
+def step_with_nan() -> None:
+    scene = Scene()
+    scene.recorder.batch([3, 4])
+    scene.gradient([3, 4])
+    scene.model[2].bias.grad[1] = torch.nan
+    scene.optimizer.step()
+
+
+def step_with_new_parameters() -> None:
+    scene = Scene()
+    scene.recorder.batch([3, 4])
+    scene.gradient([3, 4])
+    scene.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(7))]})
+    scene.optimizer.step()
+
+
+def restart_after_an_unseen_step() -> None:
+    scene = Scene("momentum")
+    scene.recorder.close()
+    scene.gradient([3])
+    scene.optimizer.step()
+    scene.recorder.start()
+
+
+def machine_of_wrong_ids() -> None:
+    scene = Scene(audit_every=0)
+    scene.recorder.batch([3, 4])
+    scene.gradient([4, 5])
+    scene.optimizer.step()
+    pk.KernelMachine(scene.recorder.close()).explain(scene.X[:1])
+
+
+def changed_model() -> None:
+    recording = run()
+    with torch.no_grad():
+        recording.model[2].bias.add_(0.5)
+    pk.PathKernel(recording.trajectory)
+
+
+def no_learning_rate() -> pk.Trajectory:
+    return record(schedule=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda s: 0.0)).trajectory
+
+
+def indexed(**options) -> DataLoader:
+    return DataLoader(pk.IndexedDataset(TensorDataset(make_inputs(3))), **options)
+
+
+X3 = make_inputs(3)
+Case = tuple[Callable[[], object], type[errors.PathKernelError], tuple[str, str, str]]
+REFUSALS: dict[str, Case] = {
+    # recording: model and optimizer
+    "optimizer without a rule": (
+        lambda: recorder_of(model := make_model(), torch.optim.Adadelta(model.parameters())),
+        errors.UnsupportedOptimizerError,
+        ("Adadelta` has no update rule", "Adam, AdamW, SGD", "`rule=`"),
+    ),
+    "subclass of a known optimizer": (
+        lambda: recorder_of(model := make_model(), WrappedSGD(model.parameters(), lr=0.1)),
+        errors.UnsupportedOptimizerError,
+        ("WrappedSGD", "exact class", "UpdateRule"),
+    ),
+    "settings outside the rule": (
+        lambda: recorder_of(make_model(), rule=OnlySmall()),
+        errors.UnsupportedOptimizerError,
+        ("lr=0.1 is too large", "linear in the gradients", "`rule=`"),
+    ),
+    "optimizer of another model": (
+        lambda: recorder_of(make_model(), torch.optim.SGD(make_model().parameters(), lr=0.1)),
+        errors.RecordingError,
+        ("4 parameters that are not the model's, with shapes (5, 4)", "very same tensors", "model.parameters()"),
+    ),
+    "lazy parameters": (
+        lambda: recorder_of(nn.Sequential(nn.LazyLinear(3))),
+        errors.RecordingError,
+        ("`0.weight` has no shape yet", "before training", "one batch through"),
+    ),
+    "complex parameters": (
+        lambda: recorder_of(with_complex_parameter()),
+        errors.RecordingError,
+        ("`phase` is complex", "real parameters", "two real parameters"),
+    ),
+    "layers that couple samples": (
+        lambda: recorder_of(dropped_out()),
+        errors.UnsupportedModelError,
+        ("`1` (BatchNorm1d), `2` (Dropout)", "each sample by itself", "`layer.eval()`"),
+    ),
+    "dropout inside a recurrent layer": (
+        lambda: recorder_of(nn.LSTM(4, 3, num_layers=2, dropout=0.2)),
+        errors.UnsupportedModelError,
+        ("`model` (LSTM)", "no random numbers", "dropout to 0"),
+    ),
+    "unknown reduction": (
+        lambda: recorder_of(make_model(), reduction="average"),
+        errors.InputError,
+        ("`reduction='average'`", '"mean" or "sum"', "KernelRecorder"),
+    ),
+    "restart after an unseen step": (
+        restart_after_an_unseen_step,
+        errors.RecordingError,
+        ("between `close()` and `start()`", "memory must still be there", "new KernelRecorder"),
+    ),
+    "parameters added on the way": (
+        step_with_new_parameters,
+        errors.RecordingError,
+        ("1 more parameters after recording began, with shapes (7,)", "has not moved", "all parameters first"),
+    ),
+    # recording: training data
+    "data of unequal lengths": (
+        lambda: recorder_of(make_model(), data=(X3, torch.zeros(2))),
+        errors.InputError,
+        ("different lengths: [2, 3]", "one row for each training sample", "equal length"),
+    ),
+    "data that are neither arrays nor a dataset": (
+        lambda: recorder_of(make_model(), data=X3),
+        errors.InputError,
+        ("`data` is a Tensor", "(input, target)", "`data=(X_train, y_train)`"),
+    ),
+    "no data": (
+        lambda: recorder_of(make_model(), data=(X3[:0], X3[:0])),
+        errors.InputError,
+        ("holds no samples", "At least one", "X_train"),
+    ),
+    "data that are text": (
+        lambda: as_tensors(np.array(["one", "two"]), torch.float64),
+        errors.InputError,
+        ("<U3", "Samples are numbers", "token ids"),
+    ),
+    # recording: sample ids
+    "loader without ids": (
+        lambda: next(Scene().recorder.track(DataLoader(TensorDataset(X3)))),
+        errors.SampleIdError,
+        ("DataLoader over a TensorDataset", "carry their ids", "pk.IndexedDataset(dataset)"),
+    ),
+    "loader without batches": (
+        lambda: next(Scene().recorder.track(indexed(batch_size=None))),
+        errors.SampleIdError,
+        ("`batch_size=None`", "collated into batches", "recorder.batch(ids)"),
+    ),
+    "ids out of range": (
+        lambda: Scene().recorder.batch([0, SAMPLES]),
+        errors.SampleIdError,
+        (f"[0, {SAMPLES}] (int64) were announced, from 0 to {SAMPLES}", f"from 0 to {SAMPLES - 1}", "positions"),
+    ),
+    "ids with a wrong number of weights": (
+        lambda: Scene().recorder.batch([0, 1], weights=[1.0]),
+        errors.SampleIdError,
+        ("2 ids came with weights of shape (1,)", "one weight", "len(w) == len(ids)"),
+    ),
+    "ids with a wrong number of inputs": (
+        lambda: Scene().recorder.batch([0, 1], inputs=X3),
+        errors.SampleIdError,
+        ("2 ids came with 3 inputs", "one to one", "`recorder.batch(ids, inputs=inputs)`"),
+    ),
+    "step without ids": (
+        step_without_ids,
+        errors.SampleIdError,
+        ("number 1 came without sample ids", "which training samples", "recorder.batches("),
+    ),
+    "step with the ids of another batch": (
+        step_with_wrong_ids,
+        errors.SampleIdError,
+        ("At step 1 the gradient differs from that of the announced samples by", "has not moved", "not shifted"),
+    ),
+    "gradient with NaN": (
+        step_with_nan,
+        errors.NonFiniteStepError,
+        ("At step 1 the gradient of `2.bias` holds NaN or infinity; its samples are [3, 4]", "1 steps before", "skip"),
+    ),
+    # trajectories
+    "path without steps": (
+        lambda: pk.KernelMachine(empty()),
+        errors.TrajectoryError,
+        ("`KernelMachine` was given a trajectory with no steps", "at least one", "inside `with KernelRecorder"),
+    ),
+    "point beyond the path": (
+        lambda: run().trajectory.parameters(3),
+        errors.InputError,
+        ("θ at step 3", "points 0 to 2", "`parameters(2)` for the trained network"),
+    ),
+    "model that has changed since": (
+        changed_model,
+        errors.ModelMismatchError,
+        ("`PathKernel` found a model that is not the recorded one: `2.bias` differs by up to 0.5", "history", "load_s"),
+    ),
+    "samples that do not explain the gradient": (
+        machine_of_wrong_ids,
+        errors.TrajectoryError,
+        ("At step 1 the samples on record explain the gradient only up to", "recorded samples", "`KernelRecorder(..."),
+    ),
+    # samples given to a kernel or a machine
+    "a single sample": (
+        lambda: pk.PathKernel(run().trajectory)(X3[0]),
+        errors.InputError,
+        ("a single sample of shape (4,), as KernelRidge", "whole arrays", 'KernelRidge(kernel="precomputed")'),
+    ),
+    "samples of another shape": (
+        lambda: machine().predict(make_inputs(3, (5,))),
+        errors.InputError,
+        ("`KernelMachine` was given samples of shape (3, 5)", "(n, 4)", "shaped as in training"),
+    ),
+    "a kernel of losses without targets": (
+        lambda: pk.PathKernel(run().trajectory, outputs="loss")(X3),
+        errors.InputError,
+        ("was given a Tensor", "needs its target", "`kernel((X, y))`"),
+    ),
+    # quadratures
+    "a quadrature without fixed nodes": (
+        lambda: pk.PathKernel(run().trajectory, quadrature="adaptive"),
+        errors.InputError,
+        ("`Adaptive(tolerance=1e-09)` chooses its points", "fixed nodes", 'quadrature="trapezoid"'),
+    ),
+    "a number of nodes": (
+        lambda: pk.GaussLegendre(0),
+        errors.InputError,
+        ("`GaussLegendre(0)`", "from 1 to 64", "`GaussLegendre(4)`"),
+    ),
+    "a tolerance": (
+        lambda: pk.Adaptive(1.0),
+        errors.InputError,
+        ("`Adaptive(1.0)`", "between 0 and 1", "`Adaptive(1e-9)`"),
+    ),
+    "the name of a quadrature": (
+        lambda: as_quadrature("simpson"),
+        errors.InputError,
+        ("`quadrature='simpson'`", "'trapezoid'", "GaussLegendre(4)"),
+    ),
+    # options of kernels and machines
+    "a precision that cannot be refined": (
+        lambda: pk.KernelMachine(run().trajectory, quadrature=pk.Adaptive(), dtype=torch.float32),
+        errors.InputError,
+        ("was asked to work in torch.float32", "needs torch.float64", "`DiscreteGradient()`"),
+    ),
+    "probabilities of a regressor": (
+        lambda: pk.KernelMachine(record(loss="mse_mean").trajectory).predict_proba(X3),
+        errors.InputError,
+        ("trained with MSELoss", "CrossEntropyLoss", "decision_function"),
+    ),
+    "an unknown split": (
+        lambda: machine().explain(X3, by="layer"),
+        errors.InputError,
+        ("`by='layer'`", '"module" or by "step"', 'by="module"'),
+    ),
+    "an output that is not there": (
+        lambda: machine().explain(X3, outputs=3),
+        errors.InputError,
+        ("`outputs=3` was given for 3 samples of a network with 3 outputs", "an output index", "outputs=0"),
+    ),
+    "outputs of a kernel": (
+        lambda: pk.TangentKernel(make_model(), outputs="all"),
+        errors.InputError,
+        ("`outputs='all'`", '"trace"', 'outputs="trace"'),
+    ),
+    "an engine": (
+        lambda: pk.TangentKernel(make_model(), engine="quantum"),
+        errors.InputError,
+        ("`engine='quantum'`", "'jacobian'", 'engine="auto"'),
+    ),
+    "a vector of the wrong length": (
+        lambda: pk.TangentKernel(make_model())(X3) is None or pk.TangentKernel(make_model()).matvec(X3, np.ones(2)),
+        errors.InputError,
+        ("3 samples and a vector of shape (2,)", "one entry for each row", "shape (n,)"),
+    ),
+    "parameters of another model": (
+        lambda: pk.TangentKernel(make_model(), {"0.weight": torch.zeros(2, 2), "head": torch.zeros(1)}),
+        errors.ModelMismatchError,
+        ("`0.weight` (2, 2), `head` (1,)", "Names and shapes", "trajectory.parameters(s)"),
+    ),
+    "nothing to differentiate in": (
+        lambda: pk.TangentKernel(make_model().requires_grad_(False)),
+        errors.InputError,
+        ("no trainable parameters", "gradients in the parameters", "requires_grad_(True)"),
+    ),
+    "a budget of memory": (
+        lambda: memory_bytes("much"),
+        errors.InputError,
+        ("`memory='much'`", "MiB", '`memory="512MB"`'),
+    ),
+    "a measure": (
+        lambda: pk.PathKernel(run().trajectory, measure="time"),
+        errors.InputError,
+        ("`measure='time'`", "'arc_length'", 'measure="learning_rate"'),
+    ),
+    "a preconditioner": (
+        lambda: pk.PathKernel(run().trajectory, preconditioner="fisher"),
+        errors.InputError,
+        ("`preconditioner='fisher'`", '"optimizer"', 'preconditioner="optimizer"'),
+    ),
+    "a preconditioner that is no diagonal": (
+        lambda: pk.PathKernel(record(rule=NotDiagonal()).trajectory, preconditioner="optimizer"),
+        errors.InputError,
+        ("was asked of Whitening", "positive diagonal", "preconditioner=None"),
+    ),
+    "a path without length": (
+        lambda: pk.PathKernel(no_learning_rate()),
+        errors.InputError,
+        ("no length by `measure='learning_rate'`", "positive weight", 'measure="uniform"'),
+    ),
+    "a number of steps": (
+        lambda: pk.PathKernel(run().trajectory, steps=0),
+        errors.InputError,
+        ("`steps=0`", "from 1 to 2", "steps=50"),
+    ),
+    # results
+    "more proponents than samples": (
+        lambda: attributions().top(6),
+        errors.InputError,
+        ("`top(6)` was asked of 5 training samples", "between 1 and 5", "`top(5)`"),
+    ),
+    "labels of other samples": (
+        lambda: attributions().by_class(np.zeros(4)),
+        errors.InputError,
+        ("Labels of shape (4,)", "each of the 5 training samples", "by_class(y_train)"),
+    ),
+}
+
+
+def refuse(name: str) -> tuple[errors.PathKernelError, tuple[str, int]]:
+    """The error of a row, and the file and line that it was raised from."""
+    act, kind, _ = REFUSALS[name]
+    with pytest.raises(errors.PathKernelError) as caught:
+        act()
+    assert type(caught.value) is kind
+    frames = []
+    trace = caught.tb
+    while trace is not None:
+        path = Path(trace.tb_frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE) and path.name != "errors.py":
+            frames.append((path.relative_to(PACKAGE).as_posix(), trace.tb_lineno))
+        trace = trace.tb_next
+    return caught.value, frames[-1]
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_every_refusal_has_three_parts(name: str) -> None:
+    error, _ = refuse(name)
+    found, expected, write = REFUSALS[name][2]
+    assert found in error.found
+    assert expected in error.expected
+    assert write in error.write
+    assert str(error) == f"{error.found}. {error.expected}. {error.write}."
+    assert not any(part.endswith(".") for part in (error.found, error.expected, error.write))
+
+
+def sites() -> set[tuple[str, int, int]]:
+    """Where the package refuses: file, first and last line of each `raise X(…)` and each `check(…)`."""
+    found = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        if name.split("/")[0] in ELSEWHERE:
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            call = node.exc if isinstance(node, ast.Raise) else node
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+                continue
+            refuses = isinstance(node, ast.Raise) and call.func.id != "AttributeError"
+            if refuses or call.func.id == "check":
+                assert node.end_lineno is not None
+                found.add((name, node.lineno, node.end_lineno))
+    return found
+
+
+def test_every_refusal_is_tested() -> None:
+    assert len(sites()) > 40
+    reached = {refuse(name)[1] for name in REFUSALS}
+    untested = [
+        f"{file}:{first}"
+        for file, first, last in sorted(sites())
+        if not any(where == file and first <= line <= last for where, line in reached)
+    ]
+    assert not untested, f"no row of REFUSALS reaches {', '.join(untested)}"
+
+
+# -- refusing changes nothing ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [],
+        [-1, 0],
+        [0, SAMPLES],
+        [[0, 1]],
+        [0.0, 1.0],
+        [True, False],
+        torch.tensor(3),
+        torch.tensor([0.5]),
+        list(range(20)),
+    ],
+    ids=str,
+)
+def test_ids_that_are_none(ids) -> None:
+    scene = Scene()
+    error = scene.refused(lambda: scene.recorder.batch(ids))
+    assert isinstance(error, errors.SampleIdError)
+    assert "Ids are a list of integers from 0 to 9" in error.expected
+    scene.goes_on()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
+def test_wrong_ids_are_found_before_the_optimizer_moves(optimizer: str) -> None:
+    scene = Scene(optimizer, steps=2)
+    for announced, used in (([3, 4, 5], [4, 5, 6]), ([3, 4], [3]), ([3], [3, 4])):
+        scene.recorder.batch(announced)
+        scene.gradient(used)
+        error = scene.refused(scene.optimizer.step)
+        assert isinstance(error, errors.SampleIdError)
+        assert "At step 2 the gradient differs" in error.found
+    scene.goes_on()
+
+
+def test_by_default_the_first_steps_and_ever_fewer_later_ones_are_audited() -> None:
+    scene = Scene(audit_every=None, steps=0)
+    found = []
+    for index in range(9):
+        before = scene.state()
+        scene.recorder.batch([3, 4])
+        scene.gradient([5, 6])
+        try:
+            scene.optimizer.step()
+        except errors.SampleIdError:
+            found.append(index)
+            assert all(torch.equal(a, b) for a, b in zip(before, scene.state(), strict=True))
+            scene.step([3, 4])
+    assert found == [0, 1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda scene: nn.utils.clip_grad_value_(scene.model.parameters(), 1e-3),
+        lambda scene: scene.model[0].weight.grad.add_(0.01),
+        lambda scene: (0.05 * sum(p.square().sum() for p in scene.model.parameters())).backward(),
+        lambda scene: scene.model[2].bias.grad.zero_(),
+    ],
+    ids=["clipping by value", "noise", "a penalty outside the loss", "an edit"],
+)
+def test_gradients_that_the_samples_do_not_explain(change) -> None:
+    scene = Scene("momentum")
+    scene.recorder.batch([3, 4])
+    scene.gradient([3, 4])
+    change(scene)
+    assert "with nothing added" in scene.refused(scene.optimizer.step).write
+    scene.goes_on()
+
+
+def test_a_loss_that_is_not_that_of_the_loop() -> None:
+    scene = Scene(steps=0, loss=nn.CrossEntropyLoss(label_smoothing=0.3))
+    scene.loss = CE
+    scene.recorder.batch([3, 4])
+    scene.gradient([3, 4])
+    assert isinstance(scene.refused(scene.optimizer.step), errors.SampleIdError)
+
+
+def test_a_step_without_ids_moves_nothing() -> None:
+    scene = Scene()
+    scene.gradient([3])
+    scene.refused(scene.optimizer.step)
+    scene.goes_on()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_gradient_that_is_not_finite_moves_nothing(bad: float) -> None:
+    scene = Scene("adam", steps=3)
+    scene.recorder.batch([3, 4])
+    scene.gradient([3, 4])
+    scene.model[0].weight.grad[0, 0] = bad
+    error = scene.refused(scene.optimizer.step)
+    assert "`0.weight`" in error.found and "[3, 4]" in error.found and "the 3 steps before stay valid" in error.expected
+    scene.goes_on()
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.Dropout(0.5), nn.InstanceNorm1d(4, track_running_stats=True)])
+def test_layers_put_in_train_mode_on_the_way(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3)).double()
+    layer.eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = pk.KernelRecorder(model, optimizer, CE, data=(make_inputs(4), torch.tensor([0, 1, 2, 0])))
+    recorder.start()
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    for announce in (lambda: recorder.batch([0]), lambda: next(recorder.batches(batch_size=2))):
+        with pytest.raises(errors.UnsupportedModelError, match=type(layer).__name__):
+            announce()
+    layer.eval()
+    recorder.batch([0])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_layers_without_chance_or_statistics_are_welcome() -> None:
+    layers = [nn.Dropout(0.0), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.InstanceNorm1d(4)]
+    recorder_of(nn.Sequential(nn.Linear(4, 4), *layers, nn.Linear(4, 3)))
+    recorder_of(dropped_out().eval())
+
+
+def test_a_recorder_that_was_refused_leaves_no_hooks() -> None:
+    model = dropped_out()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(errors.UnsupportedModelError):
+        recorder_of(model, optimizer)
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("make", [pk.KernelMachine, pk.PathKernel])
+def test_a_model_that_is_not_the_recorded_one(make) -> None:
+    recording = run()
+    good = {name: value.clone() for name, value in recording.model.state_dict().items()}
+    with torch.no_grad():
+        recording.model[0].weight.add_(0.25)
+        recording.model[2] = nn.Linear(5, 2).double()
+    with pytest.raises(errors.ModelMismatchError) as caught:
+        make(recording.trajectory)
+    for part in ("`0.weight` differs by up to 0.25", "`2.weight` has shape (2, 5), not (3, 5)"):
+        assert part in caught.value.found
+    recording.model[2] = nn.Identity()
+    with pytest.raises(errors.ModelMismatchError, match="`2.weight` is missing"):
+        make(recording.trajectory)
+    recording.model[2] = nn.Linear(5, 3).double()
+    recording.model.load_state_dict(good)
+    make(recording.trajectory)
+
+
+def test_what_is_not_trained_must_not_change_either() -> None:
+    model = make_model()
+    model[0].requires_grad_(False)
+    model.register_buffer("mask", torch.tensor([True, False]))
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    data = make_inputs(4), torch.tensor([0, 1, 2, 0])
+    with pk.KernelRecorder(model, optimizer, CE, data=data) as recorder:
+        for x, y in recorder.batches(batch_size=2):
+            optimizer.zero_grad()
+            CE(model(x), y).backward()
+            optimizer.step()
+    pk.KernelMachine(recorder.trajectory)
+    with torch.no_grad():
+        model[0].bias.add_(1.0)
+        model.mask[1] = True
+    with pytest.raises(errors.ModelMismatchError, match=r"`0.bias` differs by up to 1; `mask` differs by up to 1"):
+        pk.KernelMachine(recorder.trajectory)
+    model.load_state_dict({**recorder.trajectory.constants, **recorder.trajectory.parameters(-1)}, strict=False)
+    pk.KernelMachine(recorder.trajectory)
+
+
+@pytest.mark.parametrize("make", [pk.KernelMachine, pk.PathKernel])
+def test_an_empty_path(make) -> None:
+    with pytest.raises(errors.TrajectoryError, match=f"`{make.__name__}` was given a trajectory with no steps"):
+        make(empty())
+
+
+def test_kernel_ridge_that_calls_pair_by_pair_is_told_of_the_pipeline() -> None:
+    kernel = pk.PathKernel(run().trajectory)
+    X = make_inputs(4).numpy()
+    with pytest.raises(errors.InputError, match="PathKernelTransformer") as caught:
+        KernelRidge(kernel=kernel).fit(X, X[:, 0])
+    assert "single sample of shape (4,)" in caught.value.found
+
+
+@pytest.mark.parametrize("X", [make_inputs(2, (3,)), make_inputs(2, (4, 1)), torch.zeros(())], ids=lambda x: str(x.shape))
+def test_queries_of_another_shape(X: torch.Tensor) -> None:
+    recording = run()
+    for call in (
+        pk.PathKernel(recording.trajectory),
+        pk.PathKernel(recording.trajectory).diagonal,
+        pk.KernelMachine(recording.trajectory).decision_function,
+        pk.KernelMachine(recording.trajectory).explain,
+    ):
+        with pytest.raises(errors.InputError, match=r"on samples of shape \(n, 4\)"):
+            call(X)
+
+
+@pytest.mark.parametrize("outputs", [1.5, True, "predicted", [0, 1], [[0, 1, 2]], [0, 1, 3], -4, object()], ids=str)
+def test_outputs_that_are_none(outputs) -> None:
+    with pytest.raises(errors.InputError, match="an output index"):
+        machine().explain(X3, outputs=outputs)
+
+
+@pytest.mark.parametrize("outputs", [None, 1.5, True, "all", "loss"], ids=str)
+def test_outputs_of_a_kernel_that_are_none(outputs) -> None:
+    with pytest.raises(errors.InputError, match="a callable of one sample's outputs"):
+        pk.TangentKernel(make_model(), outputs=outputs)
+
+
+@pytest.mark.parametrize("memory", [0, -1, "", "-1GB", "0MB", "12", "1 parsec", "GB"], ids=repr)
+def test_budgets_that_are_none(memory) -> None:
+    with pytest.raises(errors.InputError, match="positive number of bytes"):
+        memory_bytes(memory)
+
+
+@pytest.mark.parametrize("n", [0, -1, 65, 2.5, "4"], ids=repr)
+def test_numbers_of_nodes_that_are_none(n) -> None:
+    with pytest.raises(errors.InputError, match="from 1 to 64"):
+        pk.GaussLegendre(n)
+
+
+@pytest.mark.parametrize("steps", [0, -3, 1.5], ids=repr)
+def test_numbers_of_steps_that_are_none(steps) -> None:
+    with pytest.raises(errors.InputError, match="an integer from 1 to 2"):
+        pk.PathKernel(run().trajectory, steps=steps)
+
+
+def test_a_discrete_gradient_has_no_fixed_nodes_either() -> None:
+    with pytest.raises(errors.InputError, match="chooses its points for each query"):
+        pk.PathKernel(run().trajectory, quadrature=pk.DiscreteGradient())
+
+
+def test_reductions_that_are_known() -> None:
+    assert check_reduction("mean") == "mean" and check_reduction("sum") == "sum"
+
+
+def test_errors_can_be_caught_and_sent_between_processes() -> None:
+    error = errors.SampleIdError("found", "expected", "write")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is errors.SampleIdError and str(again) == "found. expected. write."
+    assert isinstance(error, ValueError) and isinstance(error, errors.RecordingError)
+    assert sys.exc_info() == (None, None, None)
