@@ -102,8 +102,8 @@ NETWORKS = {
         lambda inputs, outputs: nn.Sequential(
             nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, outputs)
         ),
-        # The tolerance is relative to |f| in each interval, the residual to the change of f over the whole training: where
-        # that is a tenth of |f| and a step takes ten intervals, 1e-14 here is 1e-12 there.
+        # The tolerance is relative to |f| in each interval, the residual to the change of f over all of training: where
+        # that change is a tenth of |f| and a step takes ten intervals, 1e-14 here is 1e-12 there.
         (pk.DiscreteGradient(), pk.Adaptive(1e-14)),
     ),
 }
@@ -218,7 +218,8 @@ LINE = "{:<9} {:<9} {:<13} {:<8} {:<27} {:>5} {:>7} {:>9} {:>10} {:>10} {:>9} {:
 
 def print_header(quick: bool, seed: int) -> None:
     print(f"Exactness of the kernel machine{' (quick)' if quick else ''}, seed {seed}")
-    print(f"python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, one thread, {time.strftime('%F')}")
+    versions = f"python {platform.python_version()}, torch {torch.__version__}"
+    print(f"{versions}, {platform.machine()}, one thread, {time.strftime('%F')}")
     for name, recipe in OPTIMIZERS.items():
         print(f"  {name:<9} {recipe.note}")
     others, adaptive = size_of(pk.DiscreteGradient(), quick), size_of(pk.Adaptive(), quick)
@@ -261,7 +262,7 @@ def within_limits(rows: list[dict[str, object]]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="each optimizer and network on one problem only, fewer steps")
+    parser.add_argument("--quick", action="store_true", help="each network and optimizer on one problem only")
     parser.add_argument("--json", metavar="FILE", help="write the rows as a list of flat objects")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data split, initial network and batches")
     arguments = parser.parse_args()

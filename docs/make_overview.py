@@ -76,7 +76,8 @@ def draw_path(ax: Axes, trajectory: pk.Trajectory, X: Tensor, y: Tensor, query: 
             parameters = {name: p.float().requires_grad_() for name, p in trajectory.parameters(round(s)).items()}
             output = torch.func.functional_call(model, parameters, x)[0, digit]
             gradient = torch.autograd.grad(output, [parameters[name] for name in names])
-            arrows.append((path[round(s)], (axes @ torch.cat([g.reshape(-1) for g in gradient]).double()).numpy(), color))
+            arrow = axes @ torch.cat([g.reshape(-1) for g in gradient]).double()
+            arrows.append((path[round(s)], arrow.numpy(), color))
     scale = longest / max(np.linalg.norm(arrow) for _, arrow, _ in arrows)
     for point, arrow, color in arrows:
         ax.annotate(
@@ -86,7 +87,7 @@ def draw_path(ax: Axes, trajectory: pk.Trajectory, X: Tensor, y: Tensor, query: 
             arrowprops={"arrowstyle": ARROW, "color": color, "linewidth": 2.0, "shrinkA": 0, "shrinkB": 0},
         )
     for (point, arrow, color), name, offset in zip(
-        arrows[4:6], (r"$\nabla f(x)$", r"$\nabla f(x_i)$"), ((6, -3), (4, 6)), strict=True
+        arrows[2:4], (r"$\nabla f(x)$", r"$\nabla f(x_i)$"), ((0, -17), (-4, 7)), strict=True
     ):
         tip = point + scale * arrow
         ax.annotate(name, tip, offset, textcoords="offset points", color=color, fontsize=12.5)
@@ -106,6 +107,7 @@ def draw_gram(ax: Axes, trajectory: pk.Trajectory, X: Tensor, y: Tensor) -> None
 
 
 def draw_digit(figure: Figure, cell: SubplotSpec, image: Tensor, frame: str, width: float) -> Axes:
+    """One digit in a frame."""
     ax = figure.add_subplot(cell)
     ax.imshow(image.reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
@@ -122,17 +124,19 @@ def draw_shares(figure: Figure, cell: SubplotSpec, why: pk.Attributions, query: 
     """A test digit beside the training digits that raised its score and those that lowered it."""
     grid = cell.subgridspec(4, 4, width_ratios=[1.7, 1, 1, 1], height_ratios=[0.2, 1, 0.28, 1], wspace=0.2, hspace=0.3)
     ax = draw_digit(figure, grid[:, 0], query, QUERY, 2.6)
-    ax.set_title(f"a “{why.outputs[0]}”, says the network", fontsize=9.5, fontweight="normal", color=INK, loc="center")
+    ax.set_title(f"network: “{why.outputs[0]}”", fontsize=11, fontweight="bold", color=INK, loc="center")
     ax.set_xlabel(f"score {number(why.output[0])}", fontsize=11, fontweight="bold", color=INK, labelpad=6)
     ranking, shares = why.top(3), why.shares[0]
+    untrained = f"untrained: {number(why.initial[0])}"  # with the two sums beside it, this makes the score
+    ax.text(0.5, -0.3, untrained, fontsize=10, color=INK, ha="center", transform=ax.transAxes)
     for row, verb, color, ids, signed in (
         (0, "raised by", RAISES, ranking.proponents[0], shares[shares > 0]),
         (2, "lowered by", LOWERS, ranking.opponents[0], shares[shares < 0]),
     ):
         heading = figure.add_subplot(grid[row, 1:])
         heading.axis("off")
-        text = f"{verb} {len(signed)} training digits: {number(signed.sum())}"
-        heading.text(0, 0.1, text, color=color, fontsize=9.5, transform=heading.transAxes)
+        text = f"{verb} {len(signed)} digits: {number(signed.sum())}"
+        heading.text(0, 0.1, text, color=color, fontsize=10, transform=heading.transAxes)
         for column, i in enumerate(ids, start=1):
             panel = draw_digit(figure, grid[row + 1, column], X[int(i)], color, 2.2)
             panel.set_xlabel(number(shares[i]), color=color, fontsize=9.5, fontweight="bold", labelpad=2)
@@ -142,10 +146,11 @@ def caption(figure: Figure, cell: SubplotSpec, title: str, formula: str) -> None
     """What a panel is, above it, and its formula, below."""
     box = cell.get_position(figure)
     figure.text(box.x0, 0.925, title, fontsize=12.5, fontweight="bold", color=INK)
-    figure.text((box.x0 + box.x1) / 2, 0.035, formula, fontsize=12.5, color=INK, ha="center")
+    figure.text((box.x0 + box.x1) / 2, 0.075, formula, fontsize=12.5, color=INK, ha="center", va="center")
 
 
 def main() -> None:
+    """Train, explain, draw."""
     torch.set_num_threads(1)
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images / 16, labels, train_size=500, test_size=200, random_state=0)
@@ -160,7 +165,7 @@ def main() -> None:
     with plt.rc_context({**STYLE, "font.family": "DejaVu Sans", "mathtext.fontset": "cm", "text.color": INK}):
         figure = plt.figure(figsize=SIZE, dpi=DPI, facecolor=PAPER)
         grid = figure.add_gridspec(
-            1, 3, width_ratios=[1.25, 1, 1.5], wspace=0.14, left=0.015, right=0.985, top=0.88, bottom=0.17
+            1, 3, width_ratios=[1.25, 1, 1.5], wspace=0.15, left=0.015, right=0.985, top=0.88, bottom=0.215
         )
         left, middle = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
         draw_path(left, trajectory, X, y, X_test[query : query + 1], X[[int(why.shares[0].argmax())]])
@@ -176,7 +181,7 @@ def main() -> None:
         caption(
             figure,
             grid[2],
-            "3  The network as a sum over its training samples",
+            "3  Who moved the prediction",
             r"$f(x;\theta_S)=f(x;\theta_0)+\sum_i\,\mathrm{share}_i(x)$",
         )
         figure.savefig(TARGET if len(sys.argv) < 2 else sys.argv[1], dpi=DPI, facecolor=PAPER)

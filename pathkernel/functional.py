@@ -269,9 +269,11 @@ def memory_bytes(memory: int | str) -> int:
     for unit, size in units.items():
         if text.endswith(unit):
             try:
-                return max(1, int(float(text[: -len(unit)]) * size))
+                if (budget := int(float(text[: -len(unit)]) * size)) > 0:
+                    return budget
             except ValueError:
-                break
+                pass
+            break
     raise InputError(
         f"`memory={memory!r}` was given",
         "It must be a positive number of bytes, or text with one of the units kB, MB, GB, KiB, MiB, GiB",
