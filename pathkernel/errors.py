@@ -32,9 +32,6 @@ class UnsupportedOptimizerError(RecordingError):
     """No update rule is known for an optimizer, or for one of its options."""
 
 
-class UnsupportedModelError(RecordingError):
-    """Per-sample gradients of the model are not defined as it stands."""
-
 
 class NonFiniteStepError(RecordingError):
     """A gradient holds NaN or infinity; the steps recorded before it stay valid."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -133,6 +133,80 @@ def module_mode(module: nn.Module, training: Mapping[str, bool] | bool) -> Itera
             child.training = before[name]
 
 
+Modes = bool | Mapping[str, bool]
+"""Train mode of a whole module, or of each submodule by name."""
+
+
+@dataclass(frozen=True)
+class ForwardState:
+    """How a forward pass ran, as far as its outputs depend on it.
+
+    Attributes
+    ----------
+    modes
+        Train or eval mode of the submodules.
+    generators
+        States of the random generators right before the pass, by device; empty where it drew no random numbers.
+    autocast
+        (device type, floating type) of automatic mixed precision, or None.
+    """
+
+    modes: Modes = False
+    generators: Mapping[str, Tensor] = field(default_factory=dict)
+    autocast: tuple[str, torch.dtype] | None = None
+
+
+EVALUATION = ForwardState()
+
+
+def modes_of(module: nn.Module) -> Modes:
+    """Train mode of the submodules, as one flag where all agree."""
+    modes = {name: child.training for name, child in module.named_modules()}
+    return modes[""] if len(set(modes.values())) == 1 else modes
+
+
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's random generators on the CPU and on a device."""
+    states = {"cpu": torch.random.get_rng_state()}
+    if device.type == "cuda":
+        states[str(device)] = torch.cuda.get_rng_state(device)
+    return states
+
+
+@contextmanager
+def generators_at(states: Mapping[str, Tensor]) -> Iterator[None]:
+    """Draw random numbers from the given states inside, and leave torch's generators as they were."""
+    if not states:
+        yield
+        return
+    devices = [name for name in states if name != "cpu"]
+    with torch.random.fork_rng(devices=devices):
+        torch.random.set_rng_state(states["cpu"])
+        for name in devices:
+            torch.cuda.set_rng_state(states[name], name)
+        yield
+
+
+def batch_outputs(outputs: PyTree) -> Tensor:
+    """Everything that a module returned for a batch, (B, C): floating tensors side by side, flattened.
+
+    Raises
+    ------
+    InputError
+        When an output does not have the samples along its first axis.
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    sizes = {leaf.shape[:1] for leaf in leaves}
+    if len(sizes) != 1 or sizes == {torch.Size()}:
+        raise InputError(
+            f"The model returned tensors of shapes {', '.join(str(tuple(leaf.shape)) for leaf in leaves)}",
+            "Every output has the samples of the batch along its first axis",
+            "Return per-sample outputs, and compute what belongs to the whole batch inside the loss",
+        )
+    flat = [leaf.reshape(leaf.shape[0], -1) for leaf in leaves]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+
 class ModelFunction:
     """A module as z = f(θ, x), pure in θ.
 
@@ -146,37 +220,84 @@ class ModelFunction:
         Values of everything else that the module holds: parameters outside θ and buffers.
     dtype
         Floating type of the arithmetic; inputs and constants are converted to it.
-
-    Notes
-    -----
-    The module runs in eval mode: a kernel at fixed θ must be a function of its two samples alone.
+    state
+        How to run: by default in eval mode, since a kernel at fixed θ must be a function of its two samples alone.
+    tap
+        Name of the submodule whose output stands for f; the module's own output by default.
     """
 
     def __init__(
-        self, module: nn.Module, layout: ParameterLayout, constants: Parameters, dtype: torch.dtype = torch.float32
+        self,
+        module: nn.Module,
+        layout: ParameterLayout,
+        constants: Parameters,
+        dtype: torch.dtype = torch.float32,
+        state: ForwardState = EVALUATION,
+        tap: str | None = None,
     ) -> None:
-        self.module, self.layout, self.dtype = module, layout, dtype
+        self.module, self.layout, self.dtype, self.state, self.tap = module, layout, dtype, state, tap
         self.constants = cast_floating(dict(constants), dtype)
+
+    def replaced(
+        self,
+        *,
+        constants: Parameters | None = None,
+        state: ForwardState | None = None,
+        tap: str | None = None,
+    ) -> ModelFunction:
+        """The same function with some constants, its way of running, or its output replaced."""
+        return ModelFunction(
+            self.module,
+            self.layout,
+            {**self.constants, **(constants or {})},
+            self.dtype,
+            self.state if state is None else state,
+            self.tap if tap is None else tap,
+        )
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Evaluate inside: eval mode, and the attention kernel that every kind of differentiation supports."""
-        with module_mode(self.module, False), sdpa_kernel(SDPBackend.MATH):
-            yield
+        """Evaluate inside, once where the pass draws random numbers.
+
+        Attention and transformer layers run in the implementations that every kind of differentiation supports.
+        """
+        device, dtype = self.state.autocast or ("cpu", None)
+        fused_layers = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with (
+            module_mode(self.module, self.state.modes),
+            generators_at(self.state.generators),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.autocast(device, dtype=dtype, enabled=dtype is not None),
+        ):
+            try:
+                yield
+            finally:
+                torch.backends.mha.set_fastpath_enabled(fused_layers)
 
     def parameters(self, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
         """θ as a dict in the working floating type."""
         return self.layout.unflatten(vector.to(self.dtype))
 
-    def call(self, parameters: Parameters, inputs: PyTree) -> Tensor:
+    def call(self, parameters: Parameters, inputs: PyTree) -> Any:
         """What the module returns for a batch; a tuple of inputs is spread over its arguments."""
         arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-        return functional_call(self.module, {**self.constants, **parameters}, arguments)
+        constants = self.constants
+        if self.state.modes is not False:  # layers in train mode write to their buffers
+            constants = {name: value.clone() for name, value in constants.items()}
+        if self.tap is None:
+            return functional_call(self.module, {**constants, **parameters}, arguments)
+        tapped: list[Any] = []
+        handle = self.module.get_submodule(self.tap).register_forward_hook(lambda _, __, out: tapped.append(out))
+        try:
+            functional_call(self.module, {**constants, **parameters}, arguments)
+        finally:
+            handle.remove()
+        return tapped[-1]
 
     def batch(self, parameters: Parameters, inputs: PyTree) -> Tensor:
         """Outputs (B, C) of a batch, flattened sample by sample."""
-        outputs = self.call(parameters, inputs)
-        return outputs.reshape(outputs.shape[0], -1)
+        return batch_outputs(self.call(parameters, inputs))
 
     def single(self, parameters: Parameters, sample: PyTree) -> Tensor:
         """Outputs (C,) of one sample given without its batch axis."""

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from pathkernel._typing import PyTree
 from pathkernel.attributions import Attributions
 from pathkernel.errors import InputError, check
-from pathkernel.functional import blocks, count, memory_bytes
+from pathkernel.functional import blocks, count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.queries import Queries, one_hot_context
-from pathkernel.sweeps import Account, RecordedGradients, backward_sweep, forward_sweep
+from pathkernel.sweeps import Account, backward_sweep, forward_sweep
 from pathkernel.tangent_kernel.outputs import select_outputs
 from pathkernel.tangent_kernel.tangent_kernel import split_samples
+from pathkernel.trajectory.gradients import RecordedGradients
 from pathkernel.trajectory.trajectory import Trajectory
 
 
@@ -192,7 +193,7 @@ class KernelMachine:
         )
         queries, samples, indices = self._queries(X, outputs)
         account = self._backward(queries, by)
-        output = queries.values(self.trajectory.final)
+        output = queries.under(self.trajectory.final_buffers).values(self.trajectory.final)
         moved = (output - account.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
         assert account.shares is not None
         return Attributions(
@@ -210,7 +211,7 @@ class KernelMachine:
     def _queries(self, X: PyTree, outputs: Any) -> tuple[Queries, np.ndarray, np.ndarray]:
         """The query functions, and which sample and output each of them is."""
         if isinstance(outputs, str) and outputs == "loss":
-            selection = select_outputs("loss", self.trajectory.loss, self.trajectory.reduction)
+            selection = select_outputs("loss", self.trajectory.loss, self.trajectory.objective.reduction)
             inputs, targets = split_samples(X, selection, self.trajectory.data.dtype)
             inputs = self._samples(inputs)
             queries = Queries(self.function, inputs, selection.function, targets, None, self.memory)
@@ -235,7 +236,7 @@ class KernelMachine:
     def _chosen(self, inputs: PyTree, outputs: Any, n: int, c: int) -> Tensor:
         """Index of the output to explain for each sample."""
         if outputs is None:
-            return self.function.outputs(self.trajectory.final, inputs).argmax(dim=1)
+            return self._outputs(inputs).argmax(dim=1)
         try:
             chosen = torch.as_tensor(outputs)
         except (TypeError, ValueError, RuntimeError):
@@ -251,8 +252,13 @@ class KernelMachine:
         return chosen.expand(n).remainder(c)
 
     def _all_outputs(self, inputs: PyTree) -> Queries:
-        c = self.function.outputs(self.trajectory.final, torch.utils._pytree.tree_map(lambda x: x[:1], inputs)).shape[1]
+        c = self._outputs(take(inputs, slice(0, 1))).shape[1]
         return Queries(self.function, inputs, lambda z, _: z, torch.zeros(count(inputs), 0), c, self.memory)
+
+    def _outputs(self, inputs: PyTree) -> Tensor:
+        """The trained network's own outputs, (n, C)."""
+        trained = self.function.replaced(constants=self.trajectory.final_buffers)
+        return trained.outputs(self.trajectory.final, inputs)
 
     def _samples(self, X: PyTree) -> PyTree:
         return self.trajectory.data.queries(X, "KernelMachine")

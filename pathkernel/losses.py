@@ -10,12 +10,16 @@ named: c_i g_i is what sample i contributed to the gradient that autograd comput
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from pathkernel._typing import Float, Loss, PyTree
+from pathkernel._typing import Float, Loss, Parameters, PyTree
 from pathkernel.errors import InputError
-from pathkernel.functional import ModelFunction, cast_floating, take
+from pathkernel.functional import ModelFunction, batch_outputs, cast_floating, take
 
 
 def batch_loss(loss: Loss, outputs: PyTree, targets: PyTree, weights: Tensor | None, reduction: str) -> Tensor:
@@ -44,41 +48,94 @@ def batch_loss(loss: Loss, outputs: PyTree, targets: PyTree, weights: Tensor | N
     return torch.stack(singles) @ weights.to(value)
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What the training loop differentiates.
+
+    Attributes
+    ----------
+    loss
+        ``(output, target)`` of a batch.
+    reduction
+        See `batch_loss`.
+    regularizers
+        Terms added to the loss that depend on the parameters alone, by name: ``parameters -> scalar``.
+    """
+
+    loss: Loss
+    reduction: str = "mean"
+    regularizers: Mapping[str, Callable[[Parameters], Tensor]] = field(default_factory=dict)
+
+    def regularizer_gradients(self, function: ModelFunction, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
+        """Gradient of each regulariser at θ, (P,)."""
+        theta = vector.to(function.dtype).detach().requires_grad_(True)
+        gradients = {}
+        for name, regularizer in self.regularizers.items():
+            with torch.enable_grad():
+                value = regularizer(function.layout.unflatten(theta))
+                (gradient,) = torch.autograd.grad(value, theta, allow_unused=True)
+            gradients[name] = torch.zeros_like(theta) if gradient is None else gradient
+        return gradients
+
+
 def batch_gradient(
     function: ModelFunction,
     vector: Float[Tensor, " P"],
-    loss: Loss,
+    objective: Objective,
     inputs: PyTree,
     targets: PyTree,
     weights: Tensor | None = None,
-    reduction: str = "mean",
 ) -> Float[Tensor, " P"]:
-    """∇L of a whole batch at θ, (P,), by one reverse sweep."""
+    """∇L of a whole batch at θ, (P,), by one reverse sweep; regularisers are left out."""
     theta = vector.to(function.dtype).detach().requires_grad_(True)
     with torch.enable_grad(), function.running():
         outputs = function.call(function.layout.unflatten(theta), cast_floating(inputs, function.dtype))
         targets = cast_floating(targets, function.dtype)
-        (gradient,) = torch.autograd.grad(batch_loss(loss, outputs, targets, weights, reduction), theta)
+        value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
+        (gradient,) = torch.autograd.grad(value, theta)
     return gradient
 
 
 def output_cotangents(
     function: ModelFunction,
     vector: Float[Tensor, " P"],
-    loss: Loss,
+    objective: Objective,
     inputs: PyTree,
     targets: PyTree,
     weights: Tensor | None = None,
-    reduction: str = "mean",
 ) -> Tensor:
-    """λ = ∂L/∂z for the outputs of a batch, (B, C)."""
+    """λ = ∂L/∂z for the outputs of a batch, (B, C) in the order of `pathkernel.functional.batch_outputs`."""
     with torch.no_grad(), function.running():
         outputs = function.call(function.parameters(vector), cast_floating(inputs, function.dtype))
-    outputs = outputs.detach().requires_grad_(True)
-    with torch.enable_grad():
+    floating = lambda leaf: isinstance(leaf, Tensor) and leaf.is_floating_point()  # noqa: E731
+    outputs = pytree.tree_map(lambda z: z.detach().requires_grad_(True) if floating(z) else z, outputs)
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if floating(leaf)]
+    with torch.enable_grad(), function.running():
         targets = cast_floating(targets, function.dtype)
-        (cotangents,) = torch.autograd.grad(batch_loss(loss, outputs, targets, weights, reduction), outputs)
-    return cotangents.reshape(cotangents.shape[0], -1)
+        value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
+        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+    return batch_outputs(
+        [torch.zeros_like(z) if gradient is None else gradient for z, gradient in zip(leaves, gradients, strict=True)]
+    )
+
+
+def coupled_rows(
+    function: ModelFunction, vector: Float[Tensor, " P"], inputs: PyTree, cotangents: Float[Tensor, "B C"]
+) -> Float[Tensor, "B P"]:
+    """Rows J_iᵀ λ_i where the samples of a batch are coupled (BatchNorm) or the pass is random (dropout).
+
+    One forward pass of the whole batch as it was, then one reverse sweep for each sample's outputs alone: the rows
+    still add up to the batch gradient.
+    """
+    theta = vector.to(function.dtype).detach().requires_grad_(True)
+    with torch.enable_grad(), function.running():
+        outputs = function.batch(function.layout.unflatten(theta), cast_floating(inputs, function.dtype))
+        rows = []
+        for sample in range(len(cotangents)):
+            own = torch.zeros_like(outputs)
+            own[sample] = cotangents[sample].to(outputs)
+            rows.append(torch.autograd.grad(outputs, theta, own, retain_graph=True)[0])
+    return torch.stack(rows)
 
 
 def check_reduction(reduction: str) -> str:

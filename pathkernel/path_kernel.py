@@ -137,7 +137,7 @@ class PathKernel:
         )
         self.trajectory, self.measure, self.quadrature = trajectory, measure, as_quadrature(quadrature)
         self.preconditioner, self.progress = preconditioner, progress
-        self.selection = select_outputs(outputs, trajectory.loss, trajectory.reduction)
+        self.selection = select_outputs(outputs, trajectory.loss, trajectory.objective.reduction)
         self.function = trajectory.function(dtype)
         self.engine = make_engine(engine, self.function, self.selection, memory)
         self.nodes = _merge(self._nodes(_thin(trajectory, steps)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,6 +60,14 @@ class Queries:
 
     def __len__(self) -> int:
         return count(self.inputs) * self.components
+
+    def under(self, buffers: Mapping[str, Tensor]) -> Queries:
+        """The same queries with some of the network's buffers replaced."""
+        if not buffers:
+            return self
+        other = copy.copy(self)
+        other.function = self.function.replaced(constants=buffers)
+        return other
 
     def block(self, piece: slice) -> Queries:
         """The queries of some of the samples."""
@@ -126,14 +136,17 @@ class Queries:
         return torch.cat([v for v, _ in pieces]).double(), torch.cat([g for _, g in pieces]).double()
 
     def products(self, theta: Float[Tensor, " P"], directions: Float[Tensor, "D P"]) -> Float[Tensor, "Q D"]:
-        """∇h·v at θ for a few directions, by forward differentiation: no row is formed."""
+        """∇h·v at θ for a few directions, by forward differentiation; by rows where an operation has none."""
         point = theta.to(self.function.dtype)
 
         def along(direction: Tensor) -> Tensor:
             return jvp(lambda t: self._values(t, self.inputs, self.context), (point,), (direction,))[1]
 
-        with torch.no_grad(), self.function.running():
-            columns = [along(direction.to(point)).double().reshape(-1) for direction in directions]
+        try:
+            with torch.no_grad(), self.function.running():
+                columns = [along(direction.to(point)).double().reshape(-1) for direction in directions]
+        except NotImplementedError:  # forward differentiation does not cover every operation, LSTM's for one
+            return torch.cat([self.block(piece).rows(theta) @ directions.T for piece in blocks(count(self.inputs), 64)])
         return torch.stack(columns, dim=1)
 
     def products_at(
@@ -156,7 +169,10 @@ class RowStep:
     """
 
     def __init__(self, queries: Queries, segment: Segment, neighbour: RowStep | None = None) -> None:
-        self.queries, self.segment = queries, segment
+        if neighbour is not None and neighbour.segment.buffers is not segment.buffers:
+            neighbour = None  # another network, as far as values and gradients are concerned
+        self.queries: Queries = queries.under(segment.buffers)
+        self.segment: Segment = segment
         delta = segment.displacement
         self.squared_length = float(delta @ delta)
         self.rounding = torch.finfo(queries.function.dtype).eps

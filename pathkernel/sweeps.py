@@ -20,12 +20,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pathkernel.errors import TrajectoryError
-from pathkernel.functional import ModelFunction
-from pathkernel.losses import batch_gradient, output_cotangents
 from pathkernel.quadrature import Quadrature
 from pathkernel.queries import ProductStep, Queries, RowStep
-from pathkernel.trajectory.gradients import GRADIENT_TOLERANCE, mismatch, sample_rows, samples_of
+from pathkernel.trajectory.gradients import RecordedGradients
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Memory, adjoint
@@ -55,71 +52,6 @@ class Account:
     shares: Tensor | None = None
     modules: dict[str, Tensor] = field(default_factory=dict)
     steps: Tensor | None = None
-
-
-class RecordedGradients:
-    """Gradients of recorded batches, recomputed, and compared with what the optimizer received.
-
-    Parameters
-    ----------
-    trajectory, function
-        The record and the network.
-    memory
-        Bytes for rows of per-sample gradients.
-    """
-
-    def __init__(self, trajectory: Trajectory, function: ModelFunction, memory: int) -> None:
-        self.trajectory, self.function, self.memory = trajectory, function, memory
-        self.tolerance = max(GRADIENT_TOLERANCE[trajectory.dtype], GRADIENT_TOLERANCE[function.dtype])
-        self.largest = max(step.gradient.norm().item() for step in trajectory.steps())
-
-    def rows(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids (B,), rows c_i g_i (B, P) float64, and what no sample explains of the recorded gradient (P,)."""
-        trajectory, pieces = self.trajectory, []
-        for batch in step.batches:
-            inputs, targets = samples_of(batch, trajectory.data)
-            arguments = (trajectory.loss, inputs, targets, batch.weights, trajectory.reduction)
-            cotangents = output_cotangents(self.function, step.before, *arguments)
-            pieces.append(sample_rows(self.function, step.before, inputs, cotangents, self.memory).double())
-        rows = torch.cat(pieces)
-        self._silence(step, rows)
-        scale, unexplained = self._compare(step, rows.sum(dim=0))
-        return torch.cat([batch.ids for batch in step.batches]), rows.mul_(scale), unexplained
-
-    def total(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Σ c_i g_i, (P,) float64, and what no sample explains of the recorded gradient, (P,)."""
-        trajectory = self.trajectory
-        total = torch.zeros(trajectory.layout.size, dtype=torch.float64)
-        for batch in step.batches:
-            inputs, targets = samples_of(batch, trajectory.data)
-            arguments = (trajectory.loss, inputs, targets, batch.weights, trajectory.reduction)
-            total += batch_gradient(self.function, step.before, *arguments).double()
-        self._silence(step, total)
-        scale, unexplained = self._compare(step, total)
-        return scale * total, unexplained
-
-    def _silence(self, step: Step, gradients: Tensor) -> None:
-        """Set to zero what belongs to parameters without a gradient in this step, which the optimizer skipped."""
-        for name, where in self.trajectory.layout.slices.items():
-            if name not in step.active:
-                gradients[..., where] = 0
-
-    def _compare(self, step: Step, total: Tensor) -> tuple[float, Tensor]:
-        recorded = step.gradient.double()
-        scale, relative, by_name = mismatch(self.trajectory.layout, recorded, total)
-        # Gradients far below the largest of the run are differences of nearly equal numbers: judged by its scale.
-        significant = relative * recorded.norm().item() > self.tolerance * 1e-2 * self.largest
-        if relative > self.tolerance and significant:
-            worst = max(by_name, key=lambda name: by_name[name])
-            raise TrajectoryError(
-                f"At step {step.index} the samples on record explain the gradient only up to {relative:.1%}, worst in "
-                f"`{worst}`",
-                "The recorded gradient must be the sum over the recorded samples of the recorded loss, up to a factor",
-                "Check that ids, augmented inputs and loss given to the recorder are those of the loop, and that the "
-                "training data have not changed since; `KernelRecorder(..., audit_every=1)` tells at which step it "
-                "begins",
-            )
-        return scale, recorded - scale * total
 
 
 @dataclass(frozen=True)
@@ -198,25 +130,31 @@ def backward_sweep(
     view: RowStep | None = None
     bar = tqdm(total=len(trajectory), desc="backward sweep", unit="step", disable=not progress)
     for segment in trajectory.segments(reverse=True):
-        view = RowStep(queries, segment, view)
+        later, view = view, RowStep(queries, segment, view)
+        _book_buffers(trajectory, queries, view, later, channels)
         average = quadrature.average(view)
         account.missed += average.error
         account.evaluations += average.evaluations
         step = segment.step
         if step is None:
-            channels["external"] += average.gradient @ segment.displacement
+            channels[segment.channel] += average.gradient @ segment.displacement
             continue
-        weight = _pull_back(trajectory, segment, step, average.gradient, memory, channels)
-        ids, rows, unexplained = gradients.rows(step)
-        contribution = weight @ rows.T
-        account.shares.index_add_(1, ids, contribution)
-        channels["unexplained"] += weight @ unexplained
-        for module, own in modules.items():
-            account.modules[module].index_add_(1, ids, weight[:, own] @ rows[:, own].T)
-        if account.steps is not None:
-            account.steps[:, step.index] = contribution.sum(dim=1)
+        weights = _pull_back(trajectory, segment, step, average.gradient, memory, channels)
+        for weight, stage in zip(weights, gradients.stages(step, rows=True), strict=True):
+            contribution = weight @ stage.samples.T
+            account.shares.index_add_(1, stage.ids, contribution)
+            for name, change in stage.channels.items():
+                channels[name] += weight @ change
+            for module, own in modules.items():
+                account.modules[module].index_add_(1, stage.ids, weight[:, own] @ stage.samples[:, own].T)
+            if account.steps is not None:
+                account.steps[:, step.index] += contribution.sum(dim=1)
         bar.update()
     bar.close()
+    if view is not None:
+        first = queries.under(view.segment.buffers)
+        if first is not queries:
+            channels["buffers"] += view.start_value - account.channels["initial"]
 
     for name, held in trajectory.initial_memory.items():
         where = trajectory.layout.slices[name]
@@ -226,6 +164,21 @@ def backward_sweep(
     return account
 
 
+def _book_buffers(
+    trajectory: Trajectory,
+    queries: Queries,
+    view: RowStep,
+    later: RowStep | None,
+    channels: dict[str, Tensor],
+) -> None:
+    """What a change of buffers (running statistics) did to f between a segment and the one after it."""
+    buffers = trajectory.final_buffers if later is None else later.segment.buffers
+    if buffers is view.segment.buffers:
+        return
+    after = queries.under(buffers).values(view.segment.end) if later is None else later.start_value
+    channels["buffers"] += after - view.end_value
+
+
 def _pull_back(
     trajectory: Trajectory,
     segment: Segment,
@@ -233,28 +186,28 @@ def _pull_back(
     average: Tensor,
     memory: list[Tensor],
     channels: dict[str, Tensor],
-) -> Tensor:
-    """u, the weight of this step's gradient, (Q, P); ``memory`` becomes that before the step, sources are booked."""
+) -> list[Tensor]:
+    """u, the weight of each gradient of this step, (Q, P); ``memory`` becomes that before it, sources are booked."""
     rule, parts = trajectory.rule, _parts(trajectory, step)
     whole = len(parts) == 1 and parts[0].where == slice(0, average.shape[1])
-    weight = average if whole else torch.zeros_like(average)
+    weights = [average if whole else torch.zeros_like(average) for _ in range(rule.stages)]
     for part in parts:
         q = average[:, part.where].reshape(-1, *part.shape)
         held = tuple(slot[:, part.where].reshape(-1, *part.shape) for slot in memory)
-        u, held = adjoint(rule, part.frozen, part.settings, q, held)
-        u = u.flatten(1)
+        pulled, held = adjoint(rule, part.frozen, part.settings, q, held)
         if whole:  # the common case needs no copies
-            weight, memory[:] = u, [cotangent.flatten(1) for cotangent in held]
+            weights, memory[:] = [u.flatten(1) for u in pulled], [cotangent.flatten(1) for cotangent in held]
         else:
-            weight[:, part.where] = u
+            for weight, u in zip(weights, pulled, strict=True):
+                weight[:, part.where] = u.flatten(1)
             for slot, cotangent in zip(memory, held, strict=True):
                 slot[:, part.where] = cotangent.flatten(1)
         parameter = segment.start[part.where].double().reshape(part.shape)
         for source, term in rule.gradient_sources(parameter, part.frozen, part.settings).items():
-            channels[source] += u @ term.reshape(-1)
+            channels[source] += torch.stack(pulled).sum(dim=0).flatten(1) @ term.reshape(-1)
         for source, term in rule.displacement_sources(parameter, part.frozen, part.settings).items():
             channels[source] += average[:, part.where] @ term.reshape(-1)
-    return weight
+    return weights
 
 
 def forward_sweep(
@@ -283,10 +236,15 @@ def forward_sweep(
     bar = tqdm(total=len(trajectory), desc="forward sweep", unit="step", disable=not progress)
     for segment in trajectory.segments():
         if segment.step is None:
-            directions = {"external": segment.displacement}
+            directions = {segment.channel: segment.displacement}
         else:
             directions = _displacements(trajectory, segment, segment.step, gradients, memory)
+        earlier = view
         view = ProductStep(queries, segment, torch.stack(list(directions.values())), view)
+        if earlier is not None:
+            _book_buffers(trajectory, queries, earlier, view, channels)
+        elif view.queries is not queries:
+            channels["buffers"] += view.start_value - account.channels["initial"]
         average = quadrature.average(view)
         account.missed += average.error
         account.evaluations += average.evaluations
@@ -294,6 +252,8 @@ def forward_sweep(
             channels[name] += average.gradient[:, column]
         bar.update(segment.step is not None)
     bar.close()
+    if view is not None:
+        _book_buffers(trajectory, queries, view, None, channels)
     account.channels.update(channels)
     return account
 
@@ -307,21 +267,25 @@ def _displacements(
 ) -> dict[str, Tensor]:
     """Δ_s split by where it came from, (P,) each; ``memory`` becomes that after the step."""
     rule, size = trajectory.rule, trajectory.layout.size
-    received: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64))
-    received["samples"], received["unexplained"] = gradients.total(step)
+    none = [torch.zeros(size, dtype=torch.float64) for _ in range(rule.stages)]
+    received: dict[str, list[Tensor]] = defaultdict(lambda: [vector.clone() for vector in none])
+    for index, stage in enumerate(gradients.stages(step, rows=False)):
+        for channel, gradient in {"samples": stage.samples, **stage.channels}.items():
+            received[channel][index] = gradient
     moved: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64))
     parts = _parts(trajectory, step)
     for part in parts:
         parameter = segment.start[part.where].double().reshape(part.shape)
         for source, term in rule.gradient_sources(parameter, part.frozen, part.settings).items():
-            received[source][part.where] = term.reshape(-1)
+            for vector in received[source]:
+                vector[part.where] += term.reshape(-1)
         for source, term in rule.displacement_sources(parameter, part.frozen, part.settings).items():
             moved[source][part.where] += term.reshape(-1)
     for channel in {*received, *memory}:
         for part in parts:
             held: Memory = tuple(slot[part.where].reshape(part.shape) for slot in memory[channel])
-            gradient = received[channel][part.where].reshape(part.shape)
-            delta, held = rule.step(gradient, held, part.frozen, part.settings)
+            taken = tuple(vector[part.where].reshape(part.shape) for vector in received[channel])
+            delta, held = rule.step(taken if rule.stages > 1 else taken[0], held, part.frozen, part.settings)
             moved[channel][part.where] += delta.reshape(-1)
             for slot, after in zip(memory[channel], held, strict=True):
                 slot[part.where] = after.reshape(-1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -11,13 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from pathkernel._typing import Loss, PyTree
+from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError
-from pathkernel.functional import ParameterLayout, constants_of, count, named_trainable
-from pathkernel.losses import batch_gradient, check_reduction
+from pathkernel.functional import ForwardState, ParameterLayout, constants_of, count, modes_of, named_trainable
+from pathkernel.losses import Objective, check_reduction
+from pathkernel.recording.audit import audit, is_due
+from pathkernel.recording.forward import ForwardWatcher
 from pathkernel.recording.indexed import indexed_loader
-from pathkernel.recording.validation import check_layers, check_optimizer
-from pathkernel.trajectory.gradients import GRADIENT_TOLERANCE, mismatch, samples_of
+from pathkernel.recording.validation import check_optimizer, unwrapped
+from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -55,6 +59,9 @@ class KernelRecorder:
         `pathkernel.update_rules`.
     reduction
         For a loss that returns one number per sample: how the loop reduces it, ``"mean"`` or ``"sum"``.
+    regularizers
+        Terms that the loop adds to the loss and that depend on the parameters alone, by name: functions of the dict
+        of parameters. Each gets its own channel.
     audit_every
         At which steps the gradient is recomputed from the announced samples and compared with the one that the
         optimizer is about to use, before it is used: every so many steps, never (0), or, by default, at steps
@@ -62,7 +69,7 @@ class KernelRecorder:
 
     Raises
     ------
-    UnsupportedOptimizerError, UnsupportedModelError, RecordingError
+    UnsupportedOptimizerError, RecordingError
         At construction, with what to do instead.
 
     Notes
@@ -94,11 +101,12 @@ class KernelRecorder:
         *,
         rule: UpdateRule | None = None,
         reduction: str = "mean",
+        regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None = None,
         audit_every: int | None = None,
     ) -> None:
+        outer, model = model, unwrapped(model)
         rule = rule_of(optimizer) if rule is None else rule
         check_optimizer(model, optimizer, rule)
-        check_layers(model)
         self.model, self.optimizer, self.audit_every = model, optimizer, audit_every
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         named = named_trainable(model, also=trained)
@@ -106,13 +114,12 @@ class KernelRecorder:
         initial = layout.flatten({name: p.detach() for name, p in named.items()})
         self._trajectory = Trajectory(
             model=model,
-            loss=loss,
+            objective=Objective(loss, check_reduction(reduction), dict(regularizers or {})),
             data=Samples(data, initial.dtype),
             layout=layout,
             initial=initial,
             constants=constants_of(model, layout),
             rule=rule,
-            reduction=check_reduction(reduction),
         )
         self._named = named
         self._pending: list[MicroBatch] = []
@@ -121,6 +128,10 @@ class KernelRecorder:
         self._listening: dict[str, Any] = {}
         self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
         self._arrived = True
+        self._forward = ForwardWatcher(outer, self._forward_ran)
+        self._changes: list[tuple[str, Tensor]] = []
+        self._gradient_changes: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
     # -- the life of a recording ------------------------------------------------------------------------------
 
@@ -150,11 +161,14 @@ class KernelRecorder:
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
+        self._forward.start()
 
     def close(self) -> Trajectory:
         """Let go of the optimizer and return the trajectory; recording may be started again."""
+        self._take_stock()
         for handle in (*self._handles, *self._listening.values()):
             handle.remove()
+        self._forward.stop()
         self._handles, self._listening, self._pending, self._open, self._arrived = [], {}, [], None, True
         self._memory_at_close = self._memory()
         self._trajectory.store.flush()
@@ -163,6 +177,7 @@ class KernelRecorder:
     @property
     def trajectory(self) -> Trajectory:
         """The path recorded so far."""
+        self._take_stock()
         return self._trajectory
 
     # -- sample ids arrive with the batch ----------------------------------------------------------------------
@@ -258,13 +273,71 @@ class KernelRecorder:
             )
         return ids.to(torch.int64).cpu().clone()
 
+    @contextmanager
+    def channel(self, name: str) -> Iterator[None]:
+        """Book what is done inside under a name: a projection of the weights, noise on weights or on gradients.
+
+        Parameters
+        ----------
+        name
+            The channel of the explanation. Changes of parameters outside the optimizer that are not made in such a
+            block are booked as ``"unexplained"``; changes of gradients that are not are refused by the audit.
+        """
+        self._note_change("unexplained")
+        before = {n: p.grad.detach().clone() for n, p in self._named.items() if p.grad is not None}
+        yield
+        self._note_change(name)
+        edits = {
+            n: p.grad.detach() - before.get(n, torch.zeros_like(p))
+            for n, p in self._named.items()
+            if p.grad is not None
+        }
+        if any(bool(edit.any()) for edit in edits.values()):
+            layout = self._trajectory.layout
+            zeros = {n: torch.zeros_like(p.detach()) for n, p in self._named.items()}
+            edit = layout.flatten({**zeros, **edits})
+            self._gradient_changes[name] = self._gradient_changes.get(name, torch.zeros_like(edit)) + edit
+
+    def _take_stock(self) -> None:
+        """Put on record where parameters and buffers stand while the recorder watches."""
+        if self._handles and self._open is None:
+            self._note_change("unexplained")
+            self._trajectory.tail = tuple(self._changes)
+            self._trajectory.final_buffers = self._changed_buffers()
+
+    def _note_change(self, name: str) -> None:
+        """Put a change of the parameters since they were last seen on record."""
+        now, last = self._flat(), self._last_point()
+        if not torch.equal(now, last):
+            self._changes.append((name, now))
+
+    def _last_point(self) -> Tensor:
+        return self._changes[-1][1] if self._changes else self._trajectory.end_of_steps
+
+    def _changed_buffers(self) -> dict[str, Tensor]:
+        """Buffers that have changed since recording began; the same dict for as long as they stay as they are."""
+        constants, live = self._trajectory.constants, dict(self.model.named_buffers())
+        known = {name: self._buffers.get(name, constants[name]) for name in live}
+        if all(torch.equal(live[name], known[name]) for name in live):
+            return self._buffers
+        self._buffers = {
+            name: known[name] if torch.equal(buffer, known[name]) else buffer.detach().clone()
+            for name, buffer in live.items()
+            if name in self._buffers or not torch.equal(buffer, constants[name])
+        }
+        return self._buffers
+
+    def _forward_ran(self, state: ForwardState) -> None:
+        if self._pending:
+            self._pending[-1] = replace(self._pending[-1], state=state)
+
     def _announce(self, batch: MicroBatch) -> None:
-        check_layers(self.model)
         self._listen()
         if not self._arrived:
             del self._pending[-1:]  # the batch before this one was never used, as after an early `break`
-        self._pending.append(batch)
+        self._pending.append(replace(batch, state=ForwardState(modes_of(self.model))))
         self._arrived = False
+        self._forward.expect()
 
     def _listen(self) -> None:
         """Be told when gradients arrive; parameters that are unfrozen on the way are met here."""
@@ -294,10 +367,8 @@ class KernelRecorder:
         if closure is None:
             self._check_pending()
             self._check_gradients()
-        before = self._flat()
-        last = self._trajectory.final
-        if torch.equal(before, last):
-            before = last  # one tensor for the end of a step and the start of the next
+        self._note_change("unexplained")
+        before = self._last_point()  # one tensor for the end of a step and the start of the next
         if closure is None:
             self._audit(before)
         self._open = (before, {name: self._state(p) for name, p in self._named.items() if p in optimizer.state})
@@ -307,8 +378,11 @@ class KernelRecorder:
             return
         before, state_before = self._open
         self._open = None
-        self._check_pending()
         trajectory = self._trajectory
+        if getattr(optimizer, "found_inf", None) is not None and torch.equal(self._flat(), before):
+            self._pending = []  # a fused optimizer skipped a step that overflowed under loss scaling
+            return
+        self._check_pending()
         groups = self._groups()
         active = frozenset(name for name, p in self._named.items() if p.grad is not None and name in groups)
         settings = tuple(
@@ -337,21 +411,38 @@ class KernelRecorder:
             groups=groups,
             hyperparameters=settings,
             frozen=frozen,
+            changes=tuple(self._changes),
+            gradient_changes=self._gradient_changes,
+            buffers=self._changed_buffers(),
         )
-        self._pending = []
+        self._pending, self._changes, self._gradient_changes = [], [], {}
         trajectory.store.append(step)
 
     def _check_parameters(self) -> None:
+        """Take parameters into the record that the optimizer was given after recording began."""
         known = {id(p) for p in self._named.values()}
         strangers = [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in known]
-        if strangers:
+        if not strangers:
+            return
+        check_optimizer(self.model, self.optimizer, self._trajectory.rule)
+        wanted = {id(p) for p in strangers}
+        new = {name: p for name, p in self.model.named_parameters() if id(p) in wanted}
+        constants = self._trajectory.constants
+        moved = [name for name, p in new.items() if not torch.equal(p.detach(), constants[name])]
+        if moved:
             raise RecordingError(
-                f"The optimizer was given {len(strangers)} more parameters after recording began, with shapes "
-                f"{', '.join(str(tuple(p.shape)) for p in strangers[:5])}",
-                "All parameters are laid out when the recorder is made; the optimizer has not moved",
-                "Give the optimizer all parameters first (they may stay frozen until later), or make a new "
+                f"Parameters {', '.join(f'`{name}`' for name in moved)} joined the optimizer and had changed before",
+                "A parameter that joins later has been a constant since recording began",
+                "Give the optimizer this parameter first (it may stay frozen until later), or make a new "
                 "KernelRecorder here",
             )
+        self._trajectory.extend({name: p.detach() for name, p in new.items()})
+        pad = torch.cat([p.detach().reshape(-1) for p in new.values()])
+        self._changes = [(name, torch.cat([point, pad])) for name, point in self._changes]
+        self._gradient_changes = {
+            name: torch.cat([change, torch.zeros_like(pad)]) for name, change in self._gradient_changes.items()
+        }
+        self._named = {**self._named, **new}
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
         """The optimizer's state of a parameter as it is before a step; see `Observation.before`."""
@@ -395,35 +486,14 @@ class KernelRecorder:
     def _audit(self, before: Tensor) -> None:
         """Compare the gradient at hand with that of the announced samples, before the optimizer uses it."""
         trajectory, index = self._trajectory, len(self._trajectory)
-        if self.audit_every is None:
-            due = index & (index - 1) == 0  # 0, 1, 2, 4, 8, …
-        else:
-            due = self.audit_every > 0 and index % self.audit_every == 0
-        if not due or getattr(self.optimizer, "grad_scale", None) is not None:
+        # Only the optimizer knows where a look-ahead or multi-stage method took its gradient.
+        elsewhere = type(trajectory.rule).stage_offsets is not UpdateRule.stage_offsets or trajectory.rule.stages > 1
+        scaled = getattr(self.optimizer, "grad_scale", None) is not None
+        if elsewhere or scaled or not is_due(index, self.audit_every):
             return
-        function = trajectory.function()
-        expected = torch.zeros_like(before)
-        with torch.random.fork_rng(devices=[]):
-            for batch in self._pending:
-                inputs, targets = samples_of(batch, trajectory.data)
-                expected += batch_gradient(
-                    function, before, trajectory.loss, inputs, targets, batch.weights, trajectory.reduction
-                )
         active = frozenset(name for name, p in self._named.items() if p.grad is not None)
         found = self._gradient(active)
-        _, relative, by_name = mismatch(trajectory.layout, found, expected)
-        largest = max(found.norm().item(), expected.norm().item())
-        if relative > GRADIENT_TOLERANCE[before.dtype] and largest > 1e3 * torch.finfo(before.dtype).eps:
-            worst = sorted(by_name, key=lambda name: -by_name[name])[:3]
-            raise SampleIdError(
-                f"At step {index} the gradient differs from that of the announced samples by {relative:.1%}, most in "
-                + ", ".join(f"`{name}` ({by_name[name]:.1%})" for name in worst),
-                "The gradient must be the sum over the announced samples of the recorded loss, up to a factor; the "
-                "optimizer has not moved",
-                "Check that the ids are those of this batch (not shifted or shuffled again), that augmented inputs "
-                "are passed as `recorder.batch(ids, inputs=x)`, that `loss` is the loss of the loop with nothing "
-                "added, and that gradients are not edited before the step",
-            )
+        audit(trajectory, index, self._pending, before, found, self._gradient_changes, self._changed_buffers())
 
     # -- flat copies ------------------------------------------------------------------------------------------
 

@@ -3,47 +3,23 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from pathkernel.errors import RecordingError, UnsupportedModelError, UnsupportedOptimizerError
+from pathkernel.errors import RecordingError, UnsupportedOptimizerError
 from pathkernel.update_rules.rule import UpdateRule
 
 
-def unsettled_layers(model: nn.Module) -> list[str]:
-    """Layers in train mode that couple the samples of a batch or draw random numbers."""
-    found = []
-    for name, module in model.named_modules():
-        if not module.training:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s and distributed training's wrappers, which share its parameters."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
             continue
-        label = f"`{name or 'model'}` ({type(module).__name__})"
-        normalises_batch = isinstance(module, _BatchNorm) or getattr(module, "track_running_stats", False)
-        random = isinstance(module, _DropoutNd) and module.p > 0
-        inner = isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout > 0
-        if normalises_batch or random or inner:
-            found.append(label)
-    return found
-
-
-def check_layers(model: nn.Module) -> None:
-    """Refuse BatchNorm and dropout in train mode.
-
-    Raises
-    ------
-    UnsupportedModelError
-        Naming every such layer.
-    """
-    found = unsettled_layers(model)
-    if found:
-        raise UnsupportedModelError(
-            f"In train mode were {', '.join(found)}",
-            "Every layer must treat each sample by itself and draw no random numbers, or per-sample gradients are not "
-            "defined",
-            "Put these layers in eval mode with `layer.eval()` after `model.train()`, use GroupNorm or LayerNorm, or "
-            "set dropout to 0",
-        )
+        compiled_from = getattr(model, "_orig_mod", None)
+        if not isinstance(compiled_from, nn.Module):
+            return model
+        model = compiled_from
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer, rule: UpdateRule) -> None:

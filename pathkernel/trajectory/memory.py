@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pathkernel.trajectory.step import Step
 
 
@@ -18,6 +20,10 @@ class MemoryStore:
     def read(self, index: int) -> Step:
         """The step with this index."""
         return self._steps[index]
+
+    def rewrite(self, change: Callable[[Step], Step]) -> None:
+        """Replace every step by what ``change`` makes of it."""
+        self._steps = [change(step) for step in self._steps]
 
     def __len__(self) -> int:
         return len(self._steps)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pathkernel._typing import PyTree
+from pathkernel.functional import EVALUATION, ForwardState
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,15 @@ class MicroBatch:
         batch by itself.
     inputs, targets
         The samples as the network saw them, where that differs from the training data under the same ids.
+    state
+        How the forward pass ran: modes, random generators, mixed precision.
     """
 
     ids: Tensor
     weights: Tensor | None = None
     inputs: PyTree = None
     targets: PyTree = None
+    state: ForwardState = EVALUATION
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,13 @@ class Step:
         All numbers and flags of every parameter group.
     frozen
         Parameter name → what its update rule freezes (denominators, step counts …).
+    changes
+        (name, θ) after each change that was made outside the optimizer since the step before, in their order.
+    gradient_changes
+        What was done to the gradient under a name after the backward pass, (P,) each.
+    buffers
+        Buffers that have changed since recording began, as the step found them. The very same mapping as the
+        step's before where none has changed in between.
     """
 
     index: int
@@ -65,6 +76,9 @@ class Step:
     groups: Mapping[str, int]
     hyperparameters: tuple[Mapping[str, Any], ...]
     frozen: Mapping[str, Mapping[str, Any]] = field(repr=False, default_factory=dict)
+    changes: tuple[tuple[str, Tensor], ...] = ()
+    gradient_changes: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def hyperparameters_of(self, name: str) -> Mapping[str, Any]:
         """The settings of the group that a parameter belongs to."""
@@ -73,11 +87,25 @@ class Step:
 
 @dataclass(frozen=True)
 class Segment:
-    """A straight piece of the path: an optimizer step, or a change made outside the optimizer (``step`` is None)."""
+    """A straight piece of the path: an optimizer step, or a change made outside the optimizer (``step`` is None).
+
+    Attributes
+    ----------
+    start, end
+        θ at its ends, (P,).
+    step
+        The optimizer step, or None.
+    channel
+        Under which name a change outside the optimizer is booked.
+    buffers
+        The buffers under which it is walked; see `Step.buffers`.
+    """
 
     start: Tensor
     end: Tensor
     step: Step | None
+    channel: str = ""
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def displacement(self) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pathkernel._typing import Loss
 from pathkernel.errors import InputError, ModelMismatchError, TrajectoryError, check
 from pathkernel.functional import ModelFunction, ParameterLayout
+from pathkernel.losses import Objective
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import Segment, Step
@@ -28,8 +29,8 @@ class Trajectory:
     ----------
     model
         The network. Its parameters are read from the record, never from the module.
-    loss
-        Batch loss ``(output, target)``.
+    objective
+        What the loop differentiates: loss, reduction, regularisers.
     data
         Training samples by id.
     layout
@@ -40,22 +41,25 @@ class Trajectory:
         Parameters outside θ and buffers, as they were when recording began.
     rule
         How the optimizer turns gradients into displacement.
-    reduction
-        How a loss that returns one number per sample was reduced in the loop, ``"mean"`` or ``"sum"``.
     initial_memory
         The optimizer's memory before the first recorded step, by parameter name; empty for a fresh optimizer.
+    tail
+        Changes made outside the optimizer after its last step; see `Step.changes`.
+    final_buffers
+        Buffers at the end of the recording that have changed since its beginning.
     """
 
     model: nn.Module
-    loss: Loss
+    objective: Objective
     data: Samples
     layout: ParameterLayout
     initial: Tensor
     constants: dict[str, Tensor]
     rule: UpdateRule
-    reduction: str = "mean"
     initial_memory: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
     store: MemoryStore = field(default_factory=MemoryStore)
+    tail: tuple[tuple[str, Tensor], ...] = ()
+    final_buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """S, the number of optimizer steps."""
@@ -74,8 +78,18 @@ class Trajectory:
 
     @property
     def final(self) -> Tensor:
-        """θ_S, (P,)."""
+        """θ at the end of the path, (P,)."""
+        return self.tail[-1][1] if self.tail else self.end_of_steps
+
+    @property
+    def end_of_steps(self) -> Tensor:
+        """θ after the last optimizer step, (P,)."""
         return self.store.read(len(self) - 1).after if len(self) else self.initial
+
+    @property
+    def loss(self) -> Loss:
+        """Batch loss ``(output, target)``."""
+        return self.objective.loss
 
     def steps(self) -> Iterator[Step]:
         """The optimizer steps in their order."""
@@ -90,13 +104,20 @@ class Trajectory:
         reverse
             From θ_S back to θ_0.
         """
-        indices = range(len(self) - 1, -1, -1) if reverse else range(len(self))
-        for index in indices:
-            step = self.store.read(index)
+        last = len(self)
+        for index in range(last, -1, -1) if reverse else range(last + 1):
             came_from = self.store.read(index - 1).after if index else self.initial
-            pieces = [Segment(step.before, step.after, step)]
-            if came_from is not step.before and not torch.equal(came_from, step.before):
-                pieces.insert(0, Segment(came_from, step.before, None))
+            pieces = []
+            if index < last:
+                step = self.store.read(index)
+                for name, point in step.changes:
+                    pieces.append(Segment(came_from, point, None, name, step.buffers))
+                    came_from = point
+                pieces.append(Segment(step.before, step.after, step, "", step.buffers))
+            else:
+                for name, point in self.tail:
+                    pieces.append(Segment(came_from, point, None, name, self.final_buffers))
+                    came_from = point
             yield from reversed(pieces) if reverse else pieces
 
     def vector(self, s: int) -> Tensor:
@@ -111,6 +132,39 @@ class Trajectory:
         )
         s = s + length + 1 if s < 0 else s
         return self.store.read(s).before if s < length else self.final
+
+    def extend(self, new: Mapping[str, Tensor]) -> None:
+        """Take further parameters into θ, which so far have been constants.
+
+        Earlier points of the path get their present values, earlier gradients get zeros.
+        """
+        tail = ParameterLayout.of(new).flatten(new, self.dtype).detach()
+        self.layout = ParameterLayout(
+            (*self.layout.names, *new), (*self.layout.shapes, *(value.shape for value in new.values()))
+        )
+        for name in new:
+            self.constants.pop(name, None)
+        padded: dict[int, Tensor] = {}  # one tensor for the end of a step and the start of the next, as before
+
+        def pad(vector: Tensor) -> Tensor:
+            if id(vector) not in padded:
+                padded[id(vector)] = torch.cat([vector, tail])
+            return padded[id(vector)]
+
+        self.initial = pad(self.initial)
+        self.tail = tuple((name, pad(point)) for name, point in self.tail)
+        self.store.rewrite(
+            lambda step: replace(
+                step,
+                before=pad(step.before),
+                after=pad(step.after),
+                gradient=torch.cat([step.gradient, torch.zeros_like(tail)]),
+                changes=tuple((name, pad(point)) for name, point in step.changes),
+                gradient_changes={
+                    name: torch.cat([change, torch.zeros_like(tail)]) for name, change in step.gradient_changes.items()
+                },
+            )
+        )
 
     def parameters(self, s: int) -> dict[str, Tensor]:
         """θ_s by parameter name."""
@@ -143,7 +197,7 @@ class Trajectory:
         """
         live = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         problems = []
-        for name, recorded in {**self.constants, **self.layout.unflatten(self.final)}.items():
+        for name, recorded in {**self.constants, **self.final_buffers, **self.layout.unflatten(self.final)}.items():
             if name not in live:
                 problems.append(f"`{name}` is missing")
             elif live[name].shape != recorded.shape:
@@ -157,6 +211,6 @@ class Trajectory:
             f"`{asker}` found a model that is not the recorded one: {'; '.join(problems)}",
             "The model's parameters must be those at the end of the trajectory, and all else what it was throughout, "
             "so that nobody explains one network with another one's history",
-            "Put them back with `model.load_state_dict({**trajectory.constants, **trajectory.parameters(-1)}, "
-            "strict=False)`, or record the further training too",
+            "Put them back with `model.load_state_dict({**trajectory.constants, **trajectory.final_buffers, "
+            "**trajectory.parameters(-1)}, strict=False)`, or record the further training too",
         )

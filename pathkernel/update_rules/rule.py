@@ -122,7 +122,7 @@ class UpdateRule(ABC):
 
 def adjoint(
     rule: UpdateRule, frozen: Frozen, settings: Settings, displacement_weight: Tensor, memory_weight: Memory
-) -> tuple[Tensor, Memory]:
+) -> tuple[tuple[Tensor, ...], Memory]:
     r"""Pull the weights of Δ and m⁺ back to weights of the gradient and of m.
 
     .. math:: \langle q, \Delta\rangle + \langle \mu^+, m^+\rangle = \langle u, g\rangle + \langle \mu, m\rangle
@@ -138,9 +138,11 @@ def adjoint(
 
     Returns
     -------
-    u, (Q, *shape), and μ, one (Q, *shape) for each memory slot.
+    u, one (Q, *shape) for each gradient of the step, and μ, one for each memory slot.
     """
     shape, like = displacement_weight.shape[1:], displacement_weight
     zero = torch.zeros(shape, dtype=like.dtype, device=like.device)
-    pull_back = vjp(lambda g, m: rule.step(g, m, frozen, settings), zero, (zero,) * len(rule.memory))[1]
-    return vmap(pull_back)((displacement_weight, memory_weight))
+    gradient = zero if rule.stages == 1 else (zero,) * rule.stages
+    pull_back = vjp(lambda g, m: rule.step(g, m, frozen, settings), gradient, (zero,) * len(rule.memory))[1]
+    weight, memory = vmap(pull_back)((displacement_weight, memory_weight))
+    return ((weight,) if rule.stages == 1 else weight), memory

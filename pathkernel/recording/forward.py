@@ -1,0 +1,65 @@
+"""How forward passes of training ran: modes, random generators and mixed precision, seen by hooks on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pathkernel.functional import ForwardState, Modes, generator_states, modes_of
+
+
+class ForwardWatcher:
+    """Tells how the first forward pass with gradients after each announced batch ran.
+
+    Parameters
+    ----------
+    model
+        The network in training.
+    report
+        Called with the `ForwardState` of each such pass.
+
+    Notes
+    -----
+    The states of the random generators are kept only where the pass drew random numbers.
+    """
+
+    def __init__(self, model: nn.Module, report: Callable[[ForwardState], None]) -> None:
+        self.model, self.report = model, report
+        self.device = next(model.parameters()).device
+        self._waiting = False
+        self._before: tuple[Modes, dict[str, Tensor], tuple[str, torch.dtype] | None] | None = None
+        self._handles: list[Any] = []
+
+    def start(self) -> None:
+        """Put the hooks on."""
+        self._handles = [
+            self.model.register_forward_pre_hook(self._enter),
+            self.model.register_forward_hook(self._leave),
+        ]
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._waiting, self._before = [], False, None
+
+    def expect(self) -> None:
+        """A batch was announced: report the next pass."""
+        self._waiting, self._before = True, None
+
+    def _enter(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if self._waiting and torch.is_grad_enabled():
+            kind = self.device.type
+            autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+            self._before = (modes_of(module), generator_states(self.device), autocast)
+
+    def _leave(self, module: nn.Module, arguments: tuple[Any, ...], outputs: Any) -> None:
+        if self._before is None:
+            return
+        (modes, generators, autocast), self._before, self._waiting = self._before, None, False
+        after = generator_states(self.device)
+        drew = any(not torch.equal(generators[name], after[name]) for name in generators)
+        self.report(ForwardState(modes, generators if drew else {}, autocast))
