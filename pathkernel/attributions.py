@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pathkernel.errors import InputError, check
+from pathkernel.forms import Form
 
 if TYPE_CHECKING:
     import pandas
@@ -57,9 +58,10 @@ class Attributions:
     shares
         (Q, N) float64, columns in the order of sample ids.
     channels
-        What is not a training sample, by name, (Q,) each: ``"initial"`` (the untrained network), and, where they
-        occur, ``"weight_decay"``, ``"external"`` (changes made outside the optimizer), ``"unexplained"`` (gradient
-        that no sample accounts for), ``"memory"`` (momentum from before the recording).
+        What is not a training sample, by name, (Q,) each: ``"initial"`` (the untrained network),
+        ``"unexplained"`` (gradient that no sample accounts for, usually rounding, and changes made outside the
+        optimizer without a name), and, where they occur, ``"weight_decay"``, ``"buffers"`` (running statistics),
+        ``"memory"`` (momentum from before the recording), regularisers and named changes.
     output
         (Q,) the network's own outputs at the end of the trajectory.
     samples, outputs
@@ -73,6 +75,9 @@ class Attributions:
         (Q, S) shares summed over the samples of each step, where ``by="step"`` was asked.
     gradients_per_step
         Query gradients taken per step and query.
+    form
+        The same sum in the form that the machine was asked for: `pathkernel.forms.AverageForm`, `ConstantForm` or
+        `EnsembleForm`; None for ``"folded"`` and ``"chord"``.
     """
 
     shares: np.ndarray
@@ -84,6 +89,7 @@ class Attributions:
     gradients_per_step: float = 0.0
     modules: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     steps: np.ndarray | None = field(default=None, repr=False)
+    form: Form | None = field(default=None, repr=False)
 
     @property
     def initial(self) -> np.ndarray:
@@ -137,7 +143,8 @@ class Attributions:
             f"Write `top({min(5, n)})`",
         )
         order = np.argsort(self.shares, axis=1, kind="stable")
-        opponents, proponents = order[:, :k], order[:, ::-1][:, :k]
+        # Copies: torch refuses views with negative strides as indices.
+        opponents, proponents = order[:, :k].copy(), order[:, ::-1][:, :k].copy()
         return Ranking(
             proponents,
             np.take_along_axis(self.shares, proponents, axis=1),

@@ -6,6 +6,7 @@ a dict by parameter name) and z the outputs of a batch, flattened to (B, C).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
@@ -379,6 +380,14 @@ def gradients_along(
     with function.running():
         rows, values = vmap(at)(times.to(function.dtype), inputs, context)
     return values.detach(), rows.detach()
+
+
+def push_forward(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor) -> Tensor:
+    """Directional derivative of a function at a point, by forward differentiation."""
+    with warnings.catch_warnings():
+        # torch builds its own decompositions with torch.jit.script, which it deprecates, on the first call.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
+        return jvp(function, (point,), (direction,))[1]
 
 
 def memory_bytes(memory: int | str) -> int:

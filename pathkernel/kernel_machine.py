@@ -10,15 +10,26 @@ from torch import Tensor, nn
 
 from pathkernel._typing import PyTree
 from pathkernel.attributions import Attributions
-from pathkernel.errors import InputError, check
-from pathkernel.functional import blocks, count, memory_bytes, take
+from pathkernel.curves import Account, AverageCurve, ChordCurve, Curve, PathCurve
+from pathkernel.errors import InputError, TrajectoryError, check
+from pathkernel.forms import BUILDERS, join_forms
+from pathkernel.functional import ModelFunction, blocks, count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.queries import Queries, one_hot_context
-from pathkernel.sweeps import Account, backward_sweep, forward_sweep
+from pathkernel.sweeps import backward_sweep, forward_sweep
 from pathkernel.tangent_kernel.outputs import select_outputs
 from pathkernel.tangent_kernel.tangent_kernel import split_samples
 from pathkernel.trajectory.gradients import RecordedGradients
 from pathkernel.trajectory.trajectory import Trajectory
+
+FORMS = {
+    "folded": "coefficients 1, the loss derivative inside the kernel",
+    "average": "coefficients averaged over the path; they depend on the query and are ill-conditioned where K is small",
+    "ensemble": "one kernel machine for each step; coefficients do not depend on the query",
+    "constant": "coefficients -1 and 1; needs losses whose slope keeps its sign",
+    "chord": "gradients along the straight line from start to end; nodes once, not for each step",
+}
+"""The forms of the same exact sum, and their properties."""
 
 
 class KernelMachine:
@@ -39,6 +50,13 @@ class KernelMachine:
         How query gradients are averaged over a step: ``"auto"`` (the discrete gradient: exact for every network with
         one gradient a step), ``GaussLegendre(4)`` for smooth networks, ``Adaptive(1e-9)`` for networks with kinks, or
         any other of `pathkernel.quadrature`.
+    form
+        How the sum is written: ``"folded"`` (default), ``"average"``, ``"ensemble"``, ``"constant"``, ``"chord"``; see
+        `pathkernel.forms`. All are exact; the certificate and the shares come with each.
+    weights
+        Name of a recorded average (EMA, SWA): explains the averaged network.
+    unexplained
+        Largest part of the change of the outputs that may come from unnamed changes before it is an error.
     memory
         Budget for rows of gradients, as bytes or text; queries are taken in blocks that fit it.
     dtype
@@ -83,6 +101,9 @@ class KernelMachine:
         trajectory: Trajectory,
         *,
         quadrature: str | Quadrature = "auto",
+        form: str = "folded",
+        weights: str | None = None,
+        unexplained: float = 0.01,
         memory: int | str = "1GB",
         dtype: torch.dtype | None = None,
         progress: bool = False,
@@ -90,6 +111,28 @@ class KernelMachine:
         trajectory.require_steps("KernelMachine")
         self.trajectory, self.quadrature = trajectory, as_quadrature(quadrature)
         self.memory, self.progress = memory_bytes(memory), progress
+        self.form, self.weights, self.unexplained = form, weights, unexplained
+        check(
+            form in FORMS,
+            InputError,
+            f"`form={form!r}` was given",
+            f"Forms are {', '.join(map(repr, FORMS))}",
+            'Write `form="folded"`',
+        )
+        check(
+            weights is None or weights in trajectory.averages,
+            InputError,
+            f"`weights={weights!r}` was given",
+            f"Averages on record are {', '.join(map(repr, trajectory.averages)) or 'none'}",
+            'Record them with `KernelRecorder(..., averages={"ema": averaged_model})`',
+        )
+        check(
+            weights is None or form != "chord",
+            InputError,
+            '`form="chord"` was asked of an averaged network',
+            "The chord joins the untrained network to the last weights",
+            'Leave out `form` or `weights`',
+        )
         needed = self.quadrature.arithmetic
         check(
             dtype is None or needed is None or dtype == needed,
@@ -161,6 +204,7 @@ class KernelMachine:
     def _reconstruct(self, X: PyTree) -> np.ndarray:
         queries = self._all_outputs(self._samples(X))
         account = self._forward(queries)
+        self._check_unexplained(account, self._curve(queries).final())
         return sum(account.channels.values(), torch.zeros(())).reshape(-1, queries.components).numpy()
 
     # -- why it says so ---------------------------------------------------------------------------------------
@@ -175,7 +219,8 @@ class KernelMachine:
         outputs
             Which output of each: None for the predicted class of a classifier (and for every output of a
             regressor, sample by sample), an index for all samples, (n,) indices, ``"all"``, ``"loss"``, or a
-            callable of one sample's outputs (C,) that returns a scalar.
+            callable of one sample's outputs (C,) that returns a scalar. A module's name explains every unit of its
+            output in place of the network's; ``(name, unit)`` or ``(name, callable)`` one function of them.
         by
             ``"module"`` splits the shares by module as well, ``"step"`` adds each step's total.
 
@@ -193,7 +238,8 @@ class KernelMachine:
         )
         queries, samples, indices = self._queries(X, outputs)
         account = self._backward(queries, by)
-        output = queries.under(self.trajectory.final_buffers).values(self.trajectory.final)
+        output = self._curve(queries).final()
+        self._check_unexplained(account, output)
         moved = (output - account.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
         assert account.shares is not None
         return Attributions(
@@ -206,6 +252,7 @@ class KernelMachine:
             gradients_per_step=account.evaluations / len(self.trajectory),
             modules={name: value.numpy() for name, value in account.modules.items()},
             steps=None if account.steps is None else account.steps.numpy(),
+            form=account.form,
         )
 
     def _queries(self, X: PyTree, outputs: Any) -> tuple[Queries, np.ndarray, np.ndarray]:
@@ -218,19 +265,20 @@ class KernelMachine:
             return queries, np.arange(len(queries)), np.full(len(queries), -1)
         inputs = self._samples(X)
         n = count(inputs)
+        function, outputs = self._tapped(outputs)
         if callable(outputs):
             queries = Queries(
-                self.function, inputs, lambda z, _: outputs(z).reshape(()), torch.zeros(n, 0), None, self.memory
+                function, inputs, lambda z, _: outputs(z).reshape(()), torch.zeros(n, 0), None, self.memory
             )
             return queries, np.arange(n), np.full(n, -1)
-        everything = self._all_outputs(inputs)
+        everything = self._all_outputs(inputs, function)
         c = everything.components
         everything_asked = isinstance(outputs, str) and outputs == "all"
         if everything_asked or (outputs is None and not self.is_classifier):
             return everything, np.repeat(np.arange(n), c), np.tile(np.arange(c), n)
         chosen = self._chosen(inputs, outputs, n, c)
         context = one_hot_context(chosen, c)
-        queries = Queries(self.function, inputs, lambda z, weight: z @ weight.to(z), context, None, self.memory)
+        queries = Queries(function, inputs, lambda z, weight: z @ weight.to(z), context, None, self.memory)
         return queries, np.arange(n), chosen.numpy()
 
     def _chosen(self, inputs: PyTree, outputs: Any, n: int, c: int) -> Tensor:
@@ -251,14 +299,38 @@ class KernelMachine:
         )
         return chosen.expand(n).remainder(c)
 
-    def _all_outputs(self, inputs: PyTree) -> Queries:
-        c = self._outputs(take(inputs, slice(0, 1))).shape[1]
-        return Queries(self.function, inputs, lambda z, _: z, torch.zeros(count(inputs), 0), c, self.memory)
+    def _tapped(self, outputs: Any) -> tuple[ModelFunction, Any]:
+        """The network, or one of its modules in place of it, and what is asked of its output."""
+        if isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[0], str):
+            name, outputs = outputs
+        elif isinstance(outputs, str) and outputs != "all":
+            name, outputs = outputs, "all"
+        else:
+            return self.function, outputs
+        modules = [module for module, _ in self.trajectory.model.named_modules() if module]
+        check(
+            name in modules,
+            InputError,
+            f"`outputs` names the module {name!r}",
+            f"The network's modules are {', '.join(map(repr, modules[:20]))}{' …' if len(modules) > 20 else ''}",
+            'Write for example `machine.explain(X, outputs=("0", 3))` for unit 3 of module "0"',
+        )
+        return self.function.replaced(tap=name), outputs
 
-    def _outputs(self, inputs: PyTree) -> Tensor:
-        """The trained network's own outputs, (n, C)."""
-        trained = self.function.replaced(constants=self.trajectory.final_buffers)
-        return trained.outputs(self.trajectory.final, inputs)
+    def _all_outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Queries:
+        function = function or self.function
+        c = self._outputs(take(inputs, slice(0, 1)), function).shape[1]
+        return Queries(function, inputs, lambda z, _: z, torch.zeros(count(inputs), 0), c, self.memory)
+
+    def _outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Tensor:
+        """The explained network's own outputs, (n, C)."""
+        trajectory, function = self.trajectory, function or self.function
+        if self.weights is None:
+            trained = function.replaced(constants=trajectory.final_buffers)
+            return trained.outputs(trajectory.final, inputs)
+        values = trajectory.averages[self.weights].last
+        trained = function.replaced(constants={n: v for n, v in values.items() if n in trajectory.constants})
+        return trained.outputs(trajectory.layout.flatten(values), inputs)
 
     def _samples(self, X: PyTree) -> PyTree:
         return self.trajectory.data.queries(X, "KernelMachine")
@@ -271,8 +343,15 @@ class KernelMachine:
             self._gradients = RecordedGradients(self.trajectory, self.function, self.memory // 4)
         return self._gradients
 
+    def _curve(self, queries: Queries) -> Curve:
+        if self.weights is not None:
+            record = self.trajectory.averages[self.weights]
+            return AverageCurve(self.trajectory, queries, self.quadrature, record)
+        kind = ChordCurve if self.form == "chord" else PathCurve
+        return kind(self.trajectory, queries, self.quadrature)
+
     def _forward(self, queries: Queries) -> Account:
-        return forward_sweep(self.trajectory, queries, self._recorded, self.quadrature, self.progress)
+        return forward_sweep(self._curve(queries), self._recorded, self.progress)
 
     def _backward(self, queries: Queries, by: str | None) -> Account:
         """Blocks of queries whose rows, averages and memory fit the budget."""
@@ -280,15 +359,45 @@ class KernelMachine:
         per_sample = 8 * rows * self.trajectory.layout.size * queries.components
         samples = len(queries) // queries.components
         accounts = [
-            backward_sweep(
-                self.trajectory, queries.block(piece), self._recorded, self.quadrature, by, self.progress
-            )
+            self._swept(queries.block(piece), by)
             for piece in blocks(samples, self.memory // per_sample)
         ]
         return _join(accounts)
 
+    def _check_unexplained(self, account: Account, output: Tensor) -> None:
+        """Fail loudly where too much of the account has no name."""
+        moved = (output - account.channels["initial"]).norm().item()
+        size = account.channels["unexplained"].norm().item() if "unexplained" in account.channels else 0.0
+        if size <= self.unexplained * moved:
+            return
+        layout, where = self.trajectory.layout, "its gradients"
+        changes = [s for s in self.trajectory.segments() if s.step is None and s.channel == "unexplained"]
+        if changes:
+            largest = max(changes, key=lambda change: change.displacement.norm().item())
+            by_name = layout.unflatten(largest.displacement)
+            worst = max(by_name, key=lambda name: by_name[name].norm().item())
+            following = [s.step.index for s in self.trajectory.segments() if s.step and s.start is largest.end]
+            before = f"before step {following[0]}" if following else "after the last step"
+            where = f"a change of `{worst}` by {by_name[worst].norm().item():.2g} {before}"
+        raise TrajectoryError(
+            f"{size / max(moved, 1e-300):.1%} of what moved these outputs is unexplained; most of it is {where}",
+            f"No more than {self.unexplained:.1%} may come from changes that no sample and no named channel stands for",
+            'Make such changes inside `with recorder.channel("projection"):`, or allow more with '
+            "`KernelMachine(..., unexplained=1.0)`",
+        )
+
+    def _swept(self, queries: Queries, by: str | None) -> Account:
+        builder = BUILDERS[self.form](len(self.trajectory.data)) if self.form in BUILDERS else None
+        account = backward_sweep(self._curve(queries), self._recorded, by, builder, self.progress)
+        account.form = None if builder is None else builder.finish()
+        return account
+
     def __repr__(self) -> str:
-        return f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r})"
+        weights = "" if self.weights is None else f", weights={self.weights!r}"
+        return (
+            f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{weights}: exact "
+            f"for every recorded step; {FORMS[self.form]}; not symmetric, so not a kernel for scikit-learn)"
+        )
 
 
 def _join(accounts: list[Account]) -> Account:
@@ -306,4 +415,5 @@ def _join(accounts: list[Account]) -> Account:
         shares=torch.cat([a.shares for a in accounts if a.shares is not None]),
         modules={name: torch.cat([a.modules[name] for a in accounts]) for name in first.modules},
         steps=None if first.steps is None else torch.cat([a.steps for a in accounts if a.steps is not None]),
+        form=None if first.form is None else join_forms([a.form for a in accounts if a.form is not None]),
     )

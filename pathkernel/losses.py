@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Loss, Parameters, PyTree
 from pathkernel.errors import InputError
-from pathkernel.functional import ModelFunction, batch_outputs, cast_floating, take
+from pathkernel.functional import ModelFunction, batch_outputs, cast_floating, push_forward, take
 
 
 def batch_loss(loss: Loss, outputs: PyTree, targets: PyTree, weights: Tensor | None, reduction: str) -> Tensor:
@@ -136,6 +136,26 @@ def coupled_rows(
             own[sample] = cotangents[sample].to(outputs)
             rows.append(torch.autograd.grad(outputs, theta, own, retain_graph=True)[0])
     return torch.stack(rows)
+
+
+def batch_products(
+    function: ModelFunction,
+    vector: Float[Tensor, " P"],
+    inputs: PyTree,
+    directions: Float[Tensor, "Q P"],
+) -> Float[Tensor, "Q B C"]:
+    """∇z·v for all outputs of a batch and a few directions, float64, by forward differentiation."""
+    inputs = cast_floating(inputs, function.dtype)
+    point = vector.to(function.dtype)
+
+    def outputs(theta: Tensor) -> Tensor:
+        return function.batch(function.layout.unflatten(theta), inputs)
+
+    products = []
+    for direction in directions:
+        with torch.no_grad(), function.running():  # random layers draw the same numbers every time
+            products.append(push_forward(outputs, point, direction.to(point)).double())
+    return torch.stack(products)
 
 
 def check_reduction(reduction: str) -> str:

@@ -36,6 +36,8 @@ class QueryStep(Protocol):
     """f(θ_s), (Q,) float64."""
     end_value: Tensor
     """f(θ_s + Δ_s), (Q,) float64."""
+    scale: Tensor
+    """What errors of this step are relative to: how far f moved in all of training, over the number of steps, (Q,)."""
     rounding: float
     """Machine epsilon of the arithmetic in which f is evaluated."""
 
@@ -68,6 +70,8 @@ class Quadrature(ABC):
 
     arithmetic: torch.dtype | None = None
     """Floating type that the quadrature needs, or None for whatever was recorded."""
+    relative: bool = False
+    """Whether `QueryStep.scale` is used, which costs two evaluations of f."""
 
     @abstractmethod
     def average(self, step: QueryStep) -> StepAverage:
@@ -152,15 +156,16 @@ class Adaptive(Quadrature):
     r"""Bisection of a step until the change of f is met, query by query: for networks with kinks.
 
     An interval [a, b] of the step is accepted when its two-node Gauss–Legendre average meets the exactly known
-    f(θ_s + bΔ) − f(θ_s + aΔ) to ``tolerance`` × the larger ``abs(f)`` of the step's two ends (at least to 16
-    roundings); otherwise it is halved. On the smooth side of a kink (a ReLU network is piecewise polynomial along a
+    f(θ_s + bΔ) − f(θ_s + aΔ) to ``tolerance`` × the change of f in all of training / number of steps (at least to 16
+    roundings of f); otherwise it is halved. Errors of either sign then leave a residual of about ``tolerance``. On the
+    smooth side of a kink (a ReLU network is piecewise polynomial along a
     line in θ) the rule is exact or nearly so, and the interval that holds the kink shrinks. Works in float64: below
     float32's own rounding there is nothing to refine.
 
     Parameters
     ----------
     tolerance
-        Error allowed in each accepted interval, relative to ``abs(f)``.
+        Residual to aim at, relative to the change of f in training.
     max_depth
         Halvings after which an interval is accepted as it is; what it misses stays in the certificate.
     max_intervals
@@ -172,6 +177,7 @@ class Adaptive(Quadrature):
     max_intervals: int = field(default=32, repr=False)
 
     arithmetic = torch.float64
+    relative = True
 
     def __post_init__(self) -> None:
         check(
@@ -188,8 +194,8 @@ class Adaptive(Quadrature):
         lower, upper = torch.zeros_like(step.start_value), torch.ones_like(step.start_value)
         lower_value, upper_value = step.start_value, step.end_value
         # Differences of f below a few roundings of f itself cannot be met by any refinement.
-        relative = max(self.tolerance, 16 * step.rounding)
-        allowed = relative * torch.maximum(step.start_value.abs(), step.end_value.abs())
+        floor = 16 * step.rounding * torch.maximum(step.start_value.abs(), step.end_value.abs())
+        allowed = torch.maximum(self.tolerance * step.scale, floor)
         allowed = allowed.clamp_min(torch.finfo(step.start_value.dtype).tiny)
 
         count = len(queries)

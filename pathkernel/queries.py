@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import vmap
 
 from pathkernel._typing import Float, Int, PyTree
 from pathkernel.functional import (
@@ -18,6 +18,7 @@ from pathkernel.functional import (
     cast_floating,
     count,
     gradients_along,
+    push_forward,
     sample_gradients,
     take,
 )
@@ -42,6 +43,8 @@ class Queries:
 
     Notes
     -----
+    ``scale`` is what a curve's errors are relative to, (Q,), once a curve has been laid through them.
+
     Query q is component ``q % K`` of sample ``q // K``. Everything is returned in float64.
     """
 
@@ -57,6 +60,7 @@ class Queries:
         self.function, self.functional, self.memory = function, functional, memory
         self.inputs, self.context = cast_floating(inputs, function.dtype), cast_floating(context, function.dtype)
         self.scalar, self.components = components is None, components or 1
+        self.scale: Tensor | None = None
 
     def __len__(self) -> int:
         return count(self.inputs) * self.components
@@ -140,7 +144,7 @@ class Queries:
         point = theta.to(self.function.dtype)
 
         def along(direction: Tensor) -> Tensor:
-            return jvp(lambda t: self._values(t, self.inputs, self.context), (point,), (direction,))[1]
+            return push_forward(lambda t: self._values(t, self.inputs, self.context), point, direction)
 
         try:
             with torch.no_grad(), self.function.running():
@@ -176,6 +180,7 @@ class RowStep:
         delta = segment.displacement
         self.squared_length = float(delta @ delta)
         self.rounding = torch.finfo(queries.function.dtype).eps
+        self.scale = torch.ones(len(queries), dtype=torch.float64) if queries.scale is None else queries.scale
         self._known: dict[int, Tensor] = dict(neighbour._ends) if neighbour is not None else {}
         self._values: dict[int, Tensor] = dict(neighbour._values) if neighbour is not None else {}
         self._ends: dict[int, Tensor] = {}

@@ -13,45 +13,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pathkernel.quadrature import Quadrature
-from pathkernel.queries import ProductStep, Queries, RowStep
+from pathkernel.curves import Account, Curve
+from pathkernel.forms import FormBuilder
 from pathkernel.trajectory.gradients import RecordedGradients
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Memory, adjoint
-
-
-@dataclass
-class Account:
-    """What a sweep adds up, for Q queries.
-
-    Attributes
-    ----------
-    channels
-        (Q,) by name; the forward sweep puts the sum over samples under ``"samples"``.
-    missed
-        What the quadrature missed, in absolute value and summed over the steps, (Q,).
-    evaluations
-        Query gradients taken per query, over all segments.
-    shares
-        (Q, N), backward only.
-    modules, steps
-        (Q, N) by module name and (Q, S), where asked.
-    """
-
-    channels: dict[str, Tensor]
-    missed: Tensor
-    evaluations: float = 0.0
-    shares: Tensor | None = None
-    modules: dict[str, Tensor] = field(default_factory=dict)
-    steps: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,11 +79,10 @@ def _modules(trajectory: Trajectory) -> dict[str, Tensor]:
 
 
 def backward_sweep(
-    trajectory: Trajectory,
-    queries: Queries,
+    curve: Curve,
     gradients: RecordedGradients,
-    quadrature: Quadrature,
     by: str | None = None,
+    builder: FormBuilder | None = None,
     progress: bool = False,
 ) -> Account:
     """Shares of all training samples in all queries.
@@ -117,29 +90,22 @@ def backward_sweep(
     Time per step: the quadrature's query gradients, per-sample gradients of one batch, and their (Q, P) × (P, B)
     product. Memory O(Q · P · (2 + memory slots)), independent of N.
     """
-    q_count, size = len(queries), trajectory.layout.size
-    zeros = torch.zeros(q_count, dtype=torch.float64)
-    account = Account({"initial": queries.values(trajectory.initial)}, zeros.clone())
-    account.shares = torch.zeros(q_count, len(trajectory.data), dtype=torch.float64)
+    trajectory, size = curve.trajectory, curve.trajectory.layout.size
+    account = Account.opened(curve.initial())
+    channels, count = account.channels, len(curve.queries)
+    account.shares = torch.zeros(count, len(trajectory.data), dtype=torch.float64)
     modules = _modules(trajectory) if by == "module" else {}
     account.modules = {module: torch.zeros_like(account.shares) for module in modules}
-    account.steps = torch.zeros(q_count, len(trajectory), dtype=torch.float64) if by == "step" else None
-    channels: dict[str, Tensor] = defaultdict(zeros.clone)
-    memory = [torch.zeros(q_count, size, dtype=torch.float64) for _ in trajectory.rule.memory]
+    account.steps = torch.zeros(count, len(trajectory), dtype=torch.float64) if by == "step" else None
+    memory = [torch.zeros(count, size, dtype=torch.float64) for _ in trajectory.rule.memory]
 
-    view: RowStep | None = None
     bar = tqdm(total=len(trajectory), desc="backward sweep", unit="step", disable=not progress)
-    for segment in trajectory.segments(reverse=True):
-        later, view = view, RowStep(queries, segment, view)
-        _book_buffers(trajectory, queries, view, later, channels)
-        average = quadrature.average(view)
-        account.missed += average.error
-        account.evaluations += average.evaluations
+    for segment, q in curve.backward(account):
         step = segment.step
         if step is None:
-            channels[segment.channel] += average.gradient @ segment.displacement
+            channels[segment.channel] += q @ segment.displacement
             continue
-        weights = _pull_back(trajectory, segment, step, average.gradient, memory, channels)
+        weights = _pull_back(trajectory, segment, step, q, memory, channels)
         for weight, stage in zip(weights, gradients.stages(step, rows=True), strict=True):
             contribution = weight @ stage.samples.T
             account.shares.index_add_(1, stage.ids, contribution)
@@ -149,34 +115,17 @@ def backward_sweep(
                 account.modules[module].index_add_(1, stage.ids, weight[:, own] @ stage.samples[:, own].T)
             if account.steps is not None:
                 account.steps[:, step.index] += contribution.sum(dim=1)
+            if builder is not None:
+                for ids, slopes, kernel in gradients.kernel(step, stage, weight):
+                    builder.add(step.index, ids, slopes, kernel)
         bar.update()
     bar.close()
-    if view is not None:
-        first = queries.under(view.segment.buffers)
-        if first is not queries:
-            channels["buffers"] += view.start_value - account.channels["initial"]
 
     for name, held in trajectory.initial_memory.items():
         where = trajectory.layout.slices[name]
         for cotangent, start in zip(memory, held, strict=True):
             channels["memory"] += cotangent[:, where] @ start.double().reshape(-1)
-    account.channels.update(channels)
     return account
-
-
-def _book_buffers(
-    trajectory: Trajectory,
-    queries: Queries,
-    view: RowStep,
-    later: RowStep | None,
-    channels: dict[str, Tensor],
-) -> None:
-    """What a change of buffers (running statistics) did to f between a segment and the one after it."""
-    buffers = trajectory.final_buffers if later is None else later.segment.buffers
-    if buffers is view.segment.buffers:
-        return
-    after = queries.under(buffers).values(view.segment.end) if later is None else later.start_value
-    channels["buffers"] += after - view.end_value
 
 
 def _pull_back(
@@ -210,21 +159,12 @@ def _pull_back(
     return weights
 
 
-def forward_sweep(
-    trajectory: Trajectory,
-    queries: Queries,
-    gradients: RecordedGradients,
-    quadrature: Quadrature,
-    progress: bool = False,
-) -> Account:
+def forward_sweep(curve: Curve, gradients: RecordedGradients, progress: bool = False) -> Account:
     """What all samples together, and every channel, added to each query: a prediction without shares.
 
     Time per step: one batch gradient and as many directional derivatives as there are channels. Memory O(P).
     """
-    size = trajectory.layout.size
-    zeros = torch.zeros(len(queries), dtype=torch.float64)
-    account = Account({"initial": queries.values(trajectory.initial)}, zeros.clone())
-    channels: dict[str, Tensor] = defaultdict(zeros.clone)
+    trajectory, size = curve.trajectory, curve.trajectory.layout.size
     memory: dict[str, list[Tensor]] = defaultdict(
         lambda: [torch.zeros(size, dtype=torch.float64) for _ in trajectory.rule.memory]
     )
@@ -232,29 +172,17 @@ def forward_sweep(
         for slot, start in zip(memory["memory"], held, strict=True):
             slot[trajectory.layout.slices[name]] = start.double().reshape(-1)
 
-    view: ProductStep | None = None
     bar = tqdm(total=len(trajectory), desc="forward sweep", unit="step", disable=not progress)
-    for segment in trajectory.segments():
+
+    def displacements(segment: Segment) -> dict[str, Tensor]:
         if segment.step is None:
-            directions = {segment.channel: segment.displacement}
-        else:
-            directions = _displacements(trajectory, segment, segment.step, gradients, memory)
-        earlier = view
-        view = ProductStep(queries, segment, torch.stack(list(directions.values())), view)
-        if earlier is not None:
-            _book_buffers(trajectory, queries, earlier, view, channels)
-        elif view.queries is not queries:
-            channels["buffers"] += view.start_value - account.channels["initial"]
-        average = quadrature.average(view)
-        account.missed += average.error
-        account.evaluations += average.evaluations
-        for column, name in enumerate(directions, start=1):
-            channels[name] += average.gradient[:, column]
-        bar.update(segment.step is not None)
+            return {segment.channel: segment.displacement}
+        bar.update()
+        return _displacements(trajectory, segment, segment.step, gradients, memory)
+
+    account = Account.opened(curve.initial())
+    curve.forward(account, displacements)
     bar.close()
-    if view is not None:
-        _book_buffers(trajectory, queries, view, None, channels)
-    account.channels.update(channels)
     return account
 
 

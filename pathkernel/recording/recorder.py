@@ -21,6 +21,7 @@ from pathkernel.recording.audit import audit, is_due
 from pathkernel.recording.forward import ForwardWatcher
 from pathkernel.recording.indexed import indexed_loader
 from pathkernel.recording.validation import check_optimizer, unwrapped
+from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch, Step
@@ -62,6 +63,9 @@ class KernelRecorder:
     regularizers
         Terms that the loop adds to the loss and that depend on the parameters alone, by name: functions of the dict
         of parameters. Each gets its own channel.
+    averages
+        Averages of the weights that the loop keeps, by name: `torch.optim.swa_utils.AveragedModel`, a copy of the
+        model that the loop averages itself, or a dict of tensors. `KernelMachine` explains them with ``weights=``.
     audit_every
         At which steps the gradient is recomputed from the announced samples and compared with the one that the
         optimizer is about to use, before it is used: every so many steps, never (0), or, by default, at steps
@@ -102,6 +106,7 @@ class KernelRecorder:
         rule: UpdateRule | None = None,
         reduction: str = "mean",
         regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None = None,
+        averages: Mapping[str, nn.Module | Mapping[str, Tensor]] | None = None,
         audit_every: int | None = None,
     ) -> None:
         outer, model = model, unwrapped(model)
@@ -129,6 +134,9 @@ class KernelRecorder:
         self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
         self._arrived = True
         self._forward = ForwardWatcher(outer, self._forward_ran)
+        self._averages = dict(averages or {})
+        for name, source in self._averages.items():
+            self._trajectory.averages[name] = AverageRecord.begin(name, source, layout)
         self._changes: list[tuple[str, Tensor]] = []
         self._gradient_changes: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
@@ -302,8 +310,17 @@ class KernelRecorder:
         """Put on record where parameters and buffers stand while the recorder watches."""
         if self._handles and self._open is None:
             self._note_change("unexplained")
+            self._observe_averages()
             self._trajectory.tail = tuple(self._changes)
             self._trajectory.final_buffers = self._changed_buffers()
+
+    def _observe_averages(self) -> None:
+        """See how the averages moved after the last step."""
+        trajectory, last = self._trajectory, len(self._trajectory) - 1
+        for name, source in self._averages.items():
+            record = trajectory.averages[name]
+            if len(record.updates) == last:
+                record.observe(source, trajectory.layout, last, trajectory.end_of_steps, self._last_point())
 
     def _note_change(self, name: str) -> None:
         """Put a change of the parameters since they were last seen on record."""
@@ -368,6 +385,7 @@ class KernelRecorder:
             self._check_pending()
             self._check_gradients()
         self._note_change("unexplained")
+        self._observe_averages()
         before = self._last_point()  # one tensor for the end of a step and the start of the next
         if closure is None:
             self._audit(before)

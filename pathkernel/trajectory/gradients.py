@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import TrajectoryError
 from pathkernel.functional import ModelFunction, Modes, ParameterLayout, as_tensors, blocks, sample_gradients, take
-from pathkernel.losses import batch_gradient, coupled_rows, output_cotangents
+from pathkernel.losses import batch_gradient, batch_products, coupled_rows, output_cotangents
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -182,7 +182,7 @@ class RecordedGradients:
         total = gradients.sum(dim=0) if rows else gradients
         if not compare:
             named |= regularizers
-            return StageGradients(ids, gradients, {name: g.double() for name, g in named.items()})
+            return StageGradients(ids, gradients, {name: g.double() for name, g in named.items()}, 1.0, point)
 
         recorded = step.gradient.double() - sum((change.double() for change in named.values()), torch.zeros(()))
         explained = total + sum((g.double() for g in regularizers.values()), torch.zeros(()))
@@ -205,15 +205,12 @@ class RecordedGradients:
         channels = {name: change.double() for name, change in named.items()}
         channels |= {name: fit.factor * g.double() for name, g in regularizers.items()}
         channels["unexplained"] = recorded - fit.factor * explained
-        return StageGradients(ids, gradients.mul_(fit.factor), channels)
+        return StageGradients(ids, gradients.mul_(fit.factor), channels, fit.factor, point)
 
     def _batch(self, step: Step, batch: MicroBatch, point: Tensor, rows: bool) -> Tensor:
         """Rows (B, P) or total (P,) of a micro-batch, run as it was."""
         objective = self.trajectory.objective
-        # Mixed precision is entered again from the recorded type: other types would not be rounded alike.
-        function = (self.recorded if batch.state.autocast else self.function).replaced(
-            constants=step.buffers, state=batch.state
-        )
+        function = self._replayed(step, batch)
         inputs, targets = samples_of(batch, self.trajectory.data)
         if not rows:
             return batch_gradient(function, point, objective, inputs, targets, batch.weights)
@@ -222,6 +219,27 @@ class RecordedGradients:
         if coupled:
             return coupled_rows(function, point, inputs, cotangents)
         return sample_rows(function, point, inputs, cotangents, self.memory)
+
+    def kernel(self, step: Step, stage: StageGradients, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Ids (B,), slopes λ (B, C) and kernel values k = −⟨u, ∇z⟩ (Q, B, C) of each micro-batch of a step.
+
+        One directional derivative of the whole batch, run as it was, for each query.
+        """
+        directions = weight * stage.factor
+        self._silence(step, directions)
+        objective = self.trajectory.objective
+        for batch in step.batches:
+            function = self._replayed(step, batch)
+            inputs, targets = samples_of(batch, self.trajectory.data)
+            slopes = output_cotangents(function, stage.point, objective, inputs, targets, batch.weights)
+            products = batch_products(function, stage.point, inputs, directions)
+            yield batch.ids, slopes.double(), -products
+
+    def _replayed(self, step: Step, batch: MicroBatch) -> ModelFunction:
+        """The network as a micro-batch ran it."""
+        # Mixed precision is entered again from the recorded type: other types would not be rounded alike.
+        function = self.recorded if batch.state.autocast else self.function
+        return function.replaced(constants=step.buffers, state=batch.state)
 
     def _tolerance(self, step: Step) -> float:
         types = {self.trajectory.dtype, self.function.dtype}
@@ -247,8 +265,14 @@ class StageGradients:
         c_i g_i by row, (B, P), or their total, (P,); float64.
     channels
         What came from elsewhere, (P,) each: regularisers, named changes, and what nothing explains.
+    factor
+        What accumulation, clipping and loss scaling made of the samples' gradient; included in ``samples``.
+    point
+        θ where the gradient was taken, (P,).
     """
 
     ids: Tensor
     samples: Tensor
     channels: Mapping[str, Tensor]
+    factor: float | Tensor
+    point: Tensor

@@ -18,6 +18,7 @@ from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import Segment, Step
 
 if TYPE_CHECKING:
+    from pathkernel.trajectory.averages import AverageRecord
     from pathkernel.update_rules.rule import UpdateRule
 
 
@@ -47,6 +48,8 @@ class Trajectory:
         Changes made outside the optimizer after its last step; see `Step.changes`.
     final_buffers
         Buffers at the end of the recording that have changed since its beginning.
+    averages
+        Averages of the weights kept beside training, by name.
     """
 
     model: nn.Module
@@ -60,6 +63,7 @@ class Trajectory:
     store: MemoryStore = field(default_factory=MemoryStore)
     tail: tuple[tuple[str, Tensor], ...] = ()
     final_buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    averages: dict[str, AverageRecord] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """S, the number of optimizer steps."""

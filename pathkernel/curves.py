@@ -1,0 +1,288 @@
+r"""Along which curve the gradient of a query is averaged, and how that weighs each displacement of the weights.
+
+The path itself, the path of an averaged network, or the straight chord from start to end: each is joined from straight
+pieces, on each of which a quadrature averages the query's gradient, and each gives every displacement Δ_s of the
+recorded path a weight q_s with :math:`f_{end} - f_{start} = \sum_s q_s \cdot \Delta_s`.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pathkernel.forms import Form
+from pathkernel.quadrature import Quadrature, StepAverage
+from pathkernel.queries import ProductStep, Queries, RowStep
+from pathkernel.trajectory.averages import AverageRecord, Update, averaged_events
+from pathkernel.trajectory.step import Segment
+from pathkernel.trajectory.trajectory import Trajectory
+
+CHORD_PIECES = 32
+"""Pieces of the chord: with the quadrature on each, as fine as a few dozen steps whatever the length of the run."""
+
+Displacements = Callable[[Segment], Mapping[str, Tensor]]
+"""Splits the displacement of a segment by channel, (P,) each; called once for each segment, in their order."""
+
+
+@dataclass
+class Account:
+    """What a sweep adds up, for Q queries.
+
+    Attributes
+    ----------
+    channels
+        (Q,) by name; a forward sweep puts the sum over samples under ``"samples"``.
+    missed
+        What the quadrature missed, in absolute value and summed over the pieces, (Q,).
+    evaluations
+        Query gradients taken per query, over all pieces.
+    shares
+        (Q, N), backward only.
+    modules, steps
+        (Q, N) by module name and (Q, S), where asked.
+    form
+        The sum in another form, where asked.
+    """
+
+    channels: dict[str, Tensor]
+    missed: Tensor
+    evaluations: float = 0.0
+    shares: Tensor | None = None
+    modules: dict[str, Tensor] = field(default_factory=dict)
+    steps: Tensor | None = None
+    form: Form | None = None
+
+    @classmethod
+    def opened(cls, initial: Tensor) -> Account:
+        """An account that holds the untrained network's outputs alone."""
+        channels: dict[str, Tensor] = defaultdict(lambda: torch.zeros_like(initial))
+        channels["initial"] = initial
+        return cls(channels, torch.zeros_like(initial))
+
+    def book(self, average: StepAverage) -> Tensor:
+        """Note error and cost of a quadrature; returns its gradient."""
+        self.missed += average.error
+        self.evaluations += average.evaluations
+        return average.gradient
+
+
+class Curve(ABC):
+    """A curve through parameter space that ends in the network to be explained.
+
+    Parameters
+    ----------
+    trajectory
+        The recorded path.
+    queries
+        Outputs to explain, under the constants of the untrained network.
+    quadrature
+        Used on each straight piece.
+    """
+
+    def __init__(self, trajectory: Trajectory, queries: Queries, quadrature: Quadrature) -> None:
+        self.trajectory, self.queries, self.quadrature = trajectory, queries, quadrature
+        if quadrature.relative:
+            self.queries = copy.copy(queries)
+            self.queries.scale = (self.final() - self.initial()).abs() / max(1, len(trajectory))
+
+    @abstractmethod
+    def initial(self) -> Tensor:
+        """Values of the queries where the curve begins, (Q,)."""
+
+    @abstractmethod
+    def final(self) -> Tensor:
+        """Values of the queries where it ends, (Q,)."""
+
+    @abstractmethod
+    def backward(self, account: Account) -> Iterator[tuple[Segment, Tensor]]:
+        """Segments of the recorded path from its end, each with its weight q, (Q, P)."""
+
+    @abstractmethod
+    def forward(self, account: Account, displacements: Displacements) -> None:
+        """Add what each channel's displacements did to the queries."""
+
+
+class PathCurve(Curve):
+    """The recorded path: each displacement is weighted by the query's gradient along itself."""
+
+    def initial(self) -> Tensor:
+        """Values at its beginning."""
+        return self.queries.values(self.trajectory.initial)
+
+    def final(self) -> Tensor:
+        """Values at its end."""
+        return self.queries.under(self.trajectory.final_buffers).values(self.trajectory.final)
+
+    def backward(self, account: Account) -> Iterator[tuple[Segment, Tensor]]:
+        """See `Curve.backward`."""
+        view: RowStep | None = None
+        for segment in self.trajectory.segments(reverse=True):
+            later, view = view, RowStep(self.queries, segment, view)
+            self._book_buffers(account, view, later)
+            yield segment, account.book(self.quadrature.average(view))
+        self._book_first_buffers(account, view)
+
+    def forward(self, account: Account, displacements: Displacements) -> None:
+        """See `Curve.forward`."""
+        view: ProductStep | None = None
+        for segment in self.trajectory.segments():
+            directions = displacements(segment)
+            earlier, view = view, ProductStep(self.queries, segment, torch.stack(list(directions.values())), view)
+            if earlier is None:
+                self._book_first_buffers(account, view)
+            else:
+                self._book_buffers(account, earlier, view)
+            products = account.book(self.quadrature.average(view))
+            for column, name in enumerate(directions, start=1):
+                account.channels[name] += products[:, column]
+        if view is not None:
+            self._book_buffers(account, view, None)
+
+    def _book_buffers(self, account: Account, view: RowStep, later: RowStep | None) -> None:
+        """What a change of buffers (running statistics) did to f between a segment and the one after it."""
+        buffers = self.trajectory.final_buffers if later is None else later.segment.buffers
+        if buffers is not view.segment.buffers:
+            after = self.queries.under(buffers).values(view.segment.end) if later is None else later.start_value
+            account.channels["buffers"] += after - view.end_value
+
+    def _book_first_buffers(self, account: Account, first: RowStep | None) -> None:
+        if first is not None and first.segment.buffers:
+            account.channels["buffers"] += first.start_value - account.channels["initial"]
+
+
+class AverageCurve(Curve):
+    """The path of an averaged network, whose every move Θ → Θ + a (θ − Θ) passes part of the gap θ − Θ on.
+
+    Going back, the weight of the gap is ε ← a q̄ + (1 − a) ε at each move of the average, and the weight of every
+    displacement of θ is the ε of its moment: one linear filter more in the adjoint.
+
+    Parameters
+    ----------
+    record
+        The average.
+    """
+
+    def __init__(
+        self, trajectory: Trajectory, queries: Queries, quadrature: Quadrature, record: AverageRecord
+    ) -> None:
+        buffers = {name: value for name, value in record.last.items() if name in trajectory.constants}
+        self.record = record
+        super().__init__(trajectory, queries.under(buffers), quadrature)
+        self.events = averaged_events(trajectory, record)
+
+    def initial(self) -> Tensor:
+        """Values at its beginning."""
+        return self.queries.values(self.trajectory.layout.flatten(self.record.initial))
+
+    def final(self) -> Tensor:
+        """Values at its end."""
+        return self.queries.values(self.trajectory.layout.flatten(self.record.last))
+
+    @property
+    def _first_gap(self) -> Tensor:
+        start = self.trajectory.layout.flatten(self.record.initial, torch.float64)
+        return self.trajectory.initial.double() - start
+
+    def backward(self, account: Account) -> Iterator[tuple[Segment, Tensor]]:
+        """See `Curve.backward`."""
+        weight = torch.zeros(len(self.queries), self.trajectory.layout.size, dtype=torch.float64)
+        view: RowStep | None = None
+        for event in reversed(self.events):
+            if isinstance(event, Segment):
+                yield event, weight
+                continue
+            view = RowStep(self.queries, event.segment, view)
+            average = account.book(self.quadrature.average(view))
+            if event.segment.channel:
+                account.channels[event.segment.channel] += average @ event.segment.displacement
+            else:
+                weight = event.a * average + (1 - event.a) * weight
+        if self._first_gap.any():
+            account.channels["average"] += weight @ self._first_gap
+
+    def forward(self, account: Account, displacements: Displacements) -> None:
+        """See `Curve.forward`."""
+        size = self.trajectory.layout.size
+        gaps: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64))
+        if self._first_gap.any():
+            gaps["average"] = self._first_gap
+        view: ProductStep | None = None
+        for event in self.events:
+            if isinstance(event, Segment):
+                for name, displacement in displacements(event).items():
+                    gaps[name] = gaps[name] + displacement
+                continue
+            view = self._move(account, event, gaps, view)
+
+    def _move(
+        self, account: Account, event: Update, gaps: dict[str, Tensor], view: ProductStep | None
+    ) -> ProductStep:
+        directions = {name: event.a * gap for name, gap in gaps.items()}
+        if event.segment.channel:
+            directions = {event.segment.channel: event.segment.displacement}
+        view = ProductStep(self.queries, event.segment, torch.stack(list(directions.values())), view)
+        products = account.book(self.quadrature.average(view))
+        for column, name in enumerate(directions, start=1):
+            account.channels[name] += products[:, column]
+        for name in gaps:
+            gaps[name] = (1 - event.a) * gaps[name]
+        return view
+
+
+class ChordCurve(Curve):
+    """The straight line θ_0 → θ_S: every displacement has the same weight, and nodes are taken once, not per step."""
+
+    def initial(self) -> Tensor:
+        """Values at its beginning."""
+        return self.queries.values(self.trajectory.initial)
+
+    def final(self) -> Tensor:
+        """Values at its end."""
+        return self._trained.values(self.trajectory.final)
+
+    @property
+    def _trained(self) -> Queries:
+        return self.queries.under(self.trajectory.final_buffers)
+
+    def _pieces(self) -> list[Segment]:
+        start, end = self.trajectory.initial.double(), self.trajectory.final.double()
+        points = [start + (end - start) * (piece / CHORD_PIECES) for piece in range(CHORD_PIECES)] + [end]
+        return [Segment(points[piece], points[piece + 1], None) for piece in range(CHORD_PIECES)]
+
+    def _book_buffers(self, account: Account) -> None:
+        if self.trajectory.final_buffers:
+            changed = self._trained.values(self.trajectory.initial)
+            account.channels["buffers"] += changed - account.channels["initial"]
+
+    def backward(self, account: Account) -> Iterator[tuple[Segment, Tensor]]:
+        """See `Curve.backward`."""
+        self._book_buffers(account)
+        view: RowStep | None = None
+        weight = torch.zeros(len(self.queries), self.trajectory.layout.size, dtype=torch.float64)
+        for piece in self._pieces():
+            view = RowStep(self._trained, piece, view)
+            weight += account.book(self.quadrature.average(view)) / CHORD_PIECES
+        for segment in self.trajectory.segments(reverse=True):
+            yield segment, weight
+
+    def forward(self, account: Account, displacements: Displacements) -> None:
+        """See `Curve.forward`."""
+        self._book_buffers(account)
+        size = self.trajectory.layout.size
+        moved: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64))
+        for segment in self.trajectory.segments():
+            for name, displacement in displacements(segment).items():
+                moved[name] = moved[name] + displacement
+        directions = torch.stack(list(moved.values()))
+        view: ProductStep | None = None
+        for piece in self._pieces():
+            view = ProductStep(self._trained, piece, directions, view)
+            products = account.book(self.quadrature.average(view)) / CHORD_PIECES
+            for column, name in enumerate(moved, start=1):
+                account.channels[name] += products[:, column]
