@@ -34,8 +34,9 @@ from torch import Tensor, nn, optim
 import pathkernel as pk
 from pathkernel.quadrature import Quadrature
 
-# A recorded step is θ + Δ rounded to the parameters' type, and that rounding belongs to no sample. Relative to what
-# training moves it is some machine epsilons (1.2e-7 and 2.2e-16) times ‖θ‖ / ‖Δ‖, between ten and a few thousand here.
+# A recorded step is θ + Δ rounded to the parameters' type, and that rounding belongs to no sample. It is the machine
+# epsilon (1.2e-7 and 2.2e-16), magnified by ‖θ‖ / ‖Δ‖ where training moved little. The limits allow factors of 80 and
+# 4500, the second for adaptive bisection too, which stops at 16 roundings of f in each interval.
 RESIDUAL_LIMIT = {torch.float32: 1e-5, torch.float64: 1e-12}
 AGREEMENT_LIMIT = 1.0  # a reconstruction that is right to rounding names the same class for every sample
 BATCH_SIZE = 32

@@ -33,7 +33,7 @@ loss = nn.CrossEntropyLoss()
 # Watch an ordinary training loop
 # -------------------------------
 # The recorder hangs on the optimizer's own hooks. All it asks of the loop is that the ids of the samples travel with
-# the batch, which `recorder.batches` sees to.
+# the batch, which ``recorder.batches`` sees to.
 
 with pk.KernelRecorder(model, optimizer, loss, data=(X_train, y_train)) as recorder:
     for _ in range(20):

@@ -19,8 +19,6 @@ from sklearn.pipeline import make_pipeline
 from torch import nn
 
 import pathkernel as pk
-from pathkernel.estimators.gaussian_process import GaussianProcessKernel
-from pathkernel.estimators.transformer import PathKernelTransformer
 
 # %%
 # Data and network
@@ -56,11 +54,11 @@ print(kernel)
 # %%
 # Kernel ridge regression
 # -----------------------
-# `KernelRidge` calls a kernel pair by pair; handing it whole matrices through `PathKernelTransformer` is faster by far.
+# ``KernelRidge`` would call a kernel pair by pair; `pathkernel.PathKernelTransformer` hands it whole matrices instead.
 # Divided by the mean of the diagonal, the ridge is a ratio of noise to signal.
 
 gram_scale = kernel.diagonal(X_train).mean()
-ridge = make_pipeline(PathKernelTransformer(kernel), KernelRidge(kernel="precomputed", alpha=0.1 * gram_scale))
+ridge = make_pipeline(pk.PathKernelTransformer(kernel), KernelRidge(kernel="precomputed", alpha=0.1 * gram_scale))
 ridge.fit(X_train, y_train)
 
 # %%
@@ -70,7 +68,7 @@ ridge.fit(X_train, y_train)
 # The kernel has already seen the training targets (the path depends on them), so this likelihood is an optimistic one:
 # believe the test set.
 
-covariance = GaussianProcessKernel(kernel, scale=1 / gram_scale) + WhiteKernel(0.5)
+covariance = pk.GaussianProcessKernel(kernel, scale=1 / gram_scale) + WhiteKernel(0.5)
 process = GaussianProcessRegressor(covariance).fit(X_train, y_train)
 mean, deviation = process.predict(X_test, return_std=True)
 inside = np.mean(np.abs(y_test - mean) < 2 * deviation)
