@@ -133,6 +133,20 @@ def module_mode(module: nn.Module, training: Mapping[str, bool] | bool) -> Itera
             child.training = before[name]
 
 
+@contextmanager
+def _differentiable_kernels(recurrent: bool) -> Iterator[None]:
+    """Leave out fused encoder layers and oneDNN's recurrent layers: forward differentiation has no rule for them."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    flags = torch.backends.mkldnn.set_flags(_enabled=False) if recurrent else None
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        if flags is not None:
+            torch.backends.mkldnn.set_flags(_enabled=flags[0])
+
+
 class ModelFunction:
     """A module as z = f(θ, x), pure in θ.
 
@@ -157,11 +171,12 @@ class ModelFunction:
     ) -> None:
         self.module, self.layout, self.dtype = module, layout, dtype
         self.constants = cast_floating(dict(constants), dtype)
+        self.recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Evaluate inside: eval mode, and the attention kernel that every kind of differentiation supports."""
-        with module_mode(self.module, False), sdpa_kernel(SDPBackend.MATH):
+        """Evaluate inside: eval mode, and the kernels that every kind of differentiation supports."""
+        with module_mode(self.module, False), sdpa_kernel(SDPBackend.MATH), _differentiable_kernels(self.recurrent):
             yield
 
     def parameters(self, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
@@ -230,8 +245,12 @@ def sample_gradients(
         return functional(function.single(parameters, sample), sample_context)
 
     differentiate = grad(h) if scalar else jacrev(h)
+    parameters = function.parameters(vector)
+    if function.recurrent:  # its cells add to the hidden state in place, which vmap allows only with θ batched as well
+        n = count(inputs)
+        parameters = {name: value.expand(n, *value.shape) for name, value in parameters.items()}
     with function.running():
-        rows = vmap(differentiate, in_dims=(None, 0, 0))(function.parameters(vector), inputs, context)
+        rows = vmap(differentiate, in_dims=(0 if function.recurrent else None, 0, 0))(parameters, inputs, context)
     return {name: gradient.detach() for name, gradient in rows.items()}
 
 

@@ -317,7 +317,7 @@ def _displacements(
             received[source][part.where] = term.reshape(-1)
         for source, term in rule.displacement_sources(parameter, part.frozen, part.settings).items():
             moved[source][part.where] += term.reshape(-1)
-    for channel in {*received, *memory}:
+    for channel in dict.fromkeys((*received, *memory)):  # in the same order in every process
         for part in parts:
             held: Memory = tuple(slot[part.where].reshape(part.shape) for slot in memory[channel])
             gradient = received[channel][part.where].reshape(part.shape)

@@ -411,6 +411,8 @@ class KernelRecorder:
                 )
         active = frozenset(name for name, p in self._named.items() if p.grad is not None)
         found = self._gradient(active)
+        for name in self._named.keys() - active:
+            expected[trajectory.layout.slices[name]] = 0  # frozen for now: the optimizer skips it
         _, relative, by_name = mismatch(trajectory.layout, found, expected)
         largest = max(found.norm().item(), expected.norm().item())
         if relative > GRADIENT_TOLERANCE[before.dtype] and largest > 1e3 * torch.finfo(before.dtype).eps:
