@@ -208,6 +208,20 @@ def batch_outputs(outputs: PyTree) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
 
+@contextmanager
+def _differentiable_kernels(recurrent: bool) -> Iterator[None]:
+    """Leave out fused encoder layers and oneDNN's recurrent layers: forward differentiation has no rule for them."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    flags = torch.backends.mkldnn.set_flags(_enabled=False) if recurrent else None
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        if flags is not None:
+            torch.backends.mkldnn.set_flags(_enabled=flags[0])
+
+
 class ModelFunction:
     """A module as z = f(θ, x), pure in θ.
 
@@ -238,6 +252,7 @@ class ModelFunction:
     ) -> None:
         self.module, self.layout, self.dtype, self.state, self.tap = module, layout, dtype, state, tap
         self.constants = cast_floating(dict(constants), dtype)
+        self.recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
 
     def replaced(
         self,
@@ -258,23 +273,16 @@ class ModelFunction:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Evaluate inside, once where the pass draws random numbers.
-
-        Attention and transformer layers run in the implementations that every kind of differentiation supports.
-        """
+        """Evaluate inside, once where the pass draws random numbers, with kernels that can be differentiated."""
         device, dtype = self.state.autocast or ("cpu", None)
-        fused_layers = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
         with (
             module_mode(self.module, self.state.modes),
             generators_at(self.state.generators),
             sdpa_kernel(SDPBackend.MATH),
+            _differentiable_kernels(self.recurrent),
             torch.autocast(device, dtype=dtype, enabled=dtype is not None),
         ):
-            try:
-                yield
-            finally:
-                torch.backends.mha.set_fastpath_enabled(fused_layers)
+            yield
 
     def parameters(self, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
         """θ as a dict in the working floating type."""
@@ -352,8 +360,12 @@ def sample_gradients(
         return functional(function.single(parameters, sample), sample_context)
 
     differentiate = grad(h) if scalar else jacrev(h)
+    parameters = function.parameters(vector)
+    if function.recurrent:  # its cells add to the hidden state in place, which vmap allows only with θ batched as well
+        n = count(inputs)
+        parameters = {name: value.expand(n, *value.shape) for name, value in parameters.items()}
     with function.running():
-        rows = vmap(differentiate, in_dims=(None, 0, 0))(function.parameters(vector), inputs, context)
+        rows = vmap(differentiate, in_dims=(0 if function.recurrent else None, 0, 0))(parameters, inputs, context)
     return {name: gradient.detach() for name, gradient in rows.items()}
 
 

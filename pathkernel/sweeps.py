@@ -209,7 +209,7 @@ def _displacements(
                 vector[part.where] += term.reshape(-1)
         for source, term in rule.displacement_sources(parameter, part.frozen, part.settings).items():
             moved[source][part.where] += term.reshape(-1)
-    for channel in {*received, *memory}:
+    for channel in dict.fromkeys((*received, *memory)):  # in the same order in every process
         for part in parts:
             held: Memory = tuple(slot[part.where].reshape(part.shape) for slot in memory[channel])
             taken = tuple(vector[part.where].reshape(part.shape) for vector in received[channel])

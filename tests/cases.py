@@ -37,9 +37,7 @@ class ModelCase:
 MODELS = {
     "tanh": ModelCase(lambda c: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, c))),
     "relu": ModelCase(lambda c: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, c)), smooth=False),
-    "layer_norm": ModelCase(
-        lambda c: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Softplus(), nn.Linear(5, c))
-    ),
+    "layer_norm": ModelCase(lambda c: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Softplus(), nn.Linear(5, c))),
     "conv_group_norm": ModelCase(
         lambda c: nn.Sequential(
             nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4, c)
@@ -50,7 +48,8 @@ MODELS = {
 SMOOTH = [name for name, case in MODELS.items() if case.smooth]
 
 
-def make_model(name: str = "tanh", outputs: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+def make_model(name: str = "tanh", outputs: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    """A `torch.nn.Sequential` of the table, the same for the same seed."""
     # Layers draw their first values from the global generator; its state is put back.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -120,9 +119,7 @@ OPTIMIZERS = {
         SGD, {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.05}, "sgd"
     ),
     "nesterov": OptimizerCase(SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}, "sgd"),
-    "nesterov_decay": OptimizerCase(
-        SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.05}, "sgd"
-    ),
+    "nesterov_decay": OptimizerCase(SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.05}, "sgd"),
     "adam": OptimizerCase(Adam, {"lr": 0.01}, "adam"),
     "adam_decay": OptimizerCase(Adam, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.05}, "adam"),
     "amsgrad": OptimizerCase(Adam, {"lr": 0.01, "amsgrad": True, "betas": (0.9, 0.5)}),
@@ -141,10 +138,10 @@ IN_ORACLE = [name for name, case in OPTIMIZERS.items() if case.oracle]
 class Recording:
     """A finished run with everything that an oracle needs to repeat it."""
 
-    start: nn.Module
-    model: nn.Module
+    start: Any
+    model: Any
     optimizer: Optimizer
-    loss: nn.Module
+    loss: Any
     X: Tensor
     y: Tensor
     queries: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def outputs(run: Recording, X: Tensor) -> np.ndarray:
         return run.model(X).double().numpy()
 
 
-def close(found, expected, tolerance: float) -> None:
+def close(found: Any, expected: Any, tolerance: float) -> None:
     """Equal to a part of the largest entry: entries that cancel to nothing are judged by the scale of the rest."""
     expected = np.asarray(expected)
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * max(1e-3, np.abs(expected).max(initial=0)))
@@ -70,7 +71,7 @@ def assert_same_account(why: Attributions, oracle: reference.Decomposition, tole
     close(why.channels["unexplained"], np.zeros(len(why.output)), tolerance)
 
 
-# -- against the oracle, which carries every sample's own momentum forward ---------------------------------------------
+# -- against the oracle, which carries every sample's own momentum forward --------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", IN_ORACLE)
@@ -110,7 +111,7 @@ def test_a_float32_run_agrees_with_the_oracle_in_float64() -> None:
     close(why.shares, oracle.shares, TOLERANCES[torch.float32].shares)
 
 
-# -- completeness ------------------------------------------------------------------------------------------------------
+# -- completeness -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -205,7 +206,7 @@ def test_the_certificate_fails_when_a_step_is_lost() -> None:
     assert why.relative_residual > 1e-2
 
 
-# -- a run that is known in closed form --------------------------------------------------------------------------------
+# -- a run that is known in closed form -------------------------------------------------------------------------------
 
 
 def test_a_linear_model_under_gradient_descent_in_closed_form() -> None:
@@ -237,7 +238,7 @@ def test_a_linear_model_under_gradient_descent_in_closed_form() -> None:
         close(why.shares, -eta * K_query * residuals[:, output], 10 * DOUBLE.rounding)
 
 
-# -- what the network says ---------------------------------------------------------------------------------------------
+# -- what the network says --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_log_probabilities_are_read_as_such() -> None:
     np.testing.assert_allclose(machine.predict_proba(data[0]), expected, atol=DOUBLE.shares)
 
 
-# -- which outputs -----------------------------------------------------------------------------------------------------
+# -- which outputs ----------------------------------------------------------------------------------------------------
 
 
 def test_outputs_can_be_chosen_in_many_ways() -> None:
@@ -360,16 +361,14 @@ def test_the_loss_of_a_query_can_be_explained(loss: str) -> None:
     targets = LOSSES[loss].targets(len(run.queries), seed=9)
     machine = pk.KernelMachine(run.trajectory)
     why = machine.explain((run.queries, targets), outputs="loss")
-    expected = [
-        run.loss(run.model(x[None]), t[None]).item() for x, t in zip(run.queries, targets, strict=True)
-    ]
+    expected = [run.loss(run.model(x[None]), t[None]).item() for x, t in zip(run.queries, targets, strict=True)]
     close(why.output, expected, DOUBLE.rounding)
     assert why.relative_residual < DOUBLE.residual
     as_arrays = machine.explain((run.queries.numpy(), targets.numpy()), outputs="loss")
     close(as_arrays.shares, why.shares, DOUBLE.rounding)
 
 
-# -- how it is split, and in which pieces it is computed ----------------------------------------------------------------
+# -- how it is split, and in which pieces it is computed --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["nesterov_decay", "adamw"])
@@ -381,6 +380,7 @@ def test_modules_and_steps_add_up_to_the_whole(optimizer: str) -> None:
     assert list(by_module.modules) == ["0", "1", "3"]
     close(sum(by_module.modules.values()), whole.shares, DOUBLE.rounding)
     by_step = machine.explain(run.queries, outputs="all", by="step")
+    assert by_step.steps is not None
     assert by_step.steps.shape == (len(whole.output), len(BATCHES))
     close(by_step.steps.sum(axis=1), whole.shares.sum(axis=1), DOUBLE.rounding)
     assert not whole.modules and whole.steps is None
@@ -393,7 +393,7 @@ def test_a_step_without_memory_is_its_own_kernel_machine() -> None:
         parameters = run.trajectory.parameters(s)
         rows = reference.sample_gradients(run.start, parameters, run.loss, run.X[list(ids)], run.y[list(ids)])
         gradients = reference.output_gradients(run.start, parameters, run.queries)[:, 0]
-        close(why.steps[:, s], -0.1 * gradients @ rows.sum(dim=0), DOUBLE.rounding)
+        close(np.asarray(why.steps)[:, s], -0.1 * gradients @ rows.sum(dim=0), DOUBLE.rounding)
 
 
 def test_blocks_of_queries_make_the_whole() -> None:
@@ -409,8 +409,11 @@ def test_blocks_of_queries_make_the_whole() -> None:
         for name in whole.modules:
             close(blocks.modules[name], whole.modules[name], DOUBLE.rounding)
     close(small.decision_function(run.queries), large.decision_function(run.queries), DOUBLE.rounding)
-    bisected = [pk.KernelMachine(run.trajectory, quadrature="adaptive", memory=m) for m in (1, "1GB")]
-    close(*(m.explain(run.queries[2:], outputs=0).shares for m in bisected), DOUBLE.shares)
+    whole, blocks = (
+        pk.KernelMachine(run.trajectory, quadrature="adaptive", memory=m).explain(run.queries[2:], outputs=0)
+        for m in ("1GB", 1)
+    )
+    close(blocks.shares, whole.shares, DOUBLE.shares)
 
 
 def test_one_query_alone_is_the_same_query_among_others() -> None:

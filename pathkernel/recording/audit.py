@@ -27,6 +27,7 @@ def audit(
     batches: Sequence[MicroBatch],
     at: Tensor,
     found: Tensor,
+    active: frozenset[str],
     changes: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
 ) -> None:
@@ -40,6 +41,8 @@ def audit(
         The announced micro-batches.
     at, found
         θ and the gradient, (P,).
+    active
+        Names of the parameters that have a gradient; the optimizer skips the others.
     changes
         Named changes of the gradient since the backward pass.
     buffers
@@ -59,8 +62,8 @@ def audit(
     for gradient in objective.regularizer_gradients(function, at).values():
         expected += gradient
     found = found - sum(changes.values(), torch.zeros_like(found))
-    for where in trajectory.layout.slices.values():
-        if not found[where].any():  # parameters without a gradient are skipped by the optimizer
+    for name, where in trajectory.layout.slices.items():
+        if name not in active:
             expected[where] = 0
     types = {at.dtype, *(batch.state.autocast[1] for batch in batches if batch.state.autocast)}
     tolerance = max(GRADIENT_TOLERANCE[dtype] for dtype in types)

@@ -511,7 +511,7 @@ class KernelRecorder:
             return
         active = frozenset(name for name, p in self._named.items() if p.grad is not None)
         found = self._gradient(active)
-        audit(trajectory, index, self._pending, before, found, self._gradient_changes, self._changed_buffers())
+        audit(trajectory, index, self._pending, before, found, active, self._gradient_changes, self._changed_buffers())
 
     # -- flat copies ------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from pathkernel._typing import Parameters, PyTree
+from pathkernel._typing import PyTree
 from pathkernel.functional import ModelFunction, blocks, cast_floating, count, take
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
@@ -46,11 +46,12 @@ def kernel_vector_product(
     full, mean = selection.combine == "full", selection.combine == "mean"
     layout = function.layout
 
-    def outputs(theta: Tensor, piece: slice) -> Tensor:
-        def one(parameters: Parameters, sample: PyTree, sample_context: PyTree) -> Tensor:
-            return selection.function(function.single(parameters, sample), sample_context).reshape(-1)
+    def components_of(outputs: Tensor, sample_context: PyTree) -> Tensor:
+        return selection.function(outputs, sample_context).reshape(-1)
 
-        return vmap(one, in_dims=(None, 0, 0))(layout.unflatten(theta), take(X, piece), take(context, piece))
+    def outputs(theta: Tensor, piece: slice) -> Tensor:
+        batch = function.batch(layout.unflatten(theta), take(X, piece))
+        return vmap(components_of)(batch, take(context, piece))
 
     point = theta.to(function.dtype)
     pieces = list(blocks(count(X), block))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -26,16 +25,13 @@ class Adam(UpdateRule):
     memory = ("exp_avg",)
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
-        """The denominator √v̂ + ε, the step count t, and the decay −ηλ as the parameter's own type rounds 1 − ηλ."""
+        """The denominator √v̂ + ε, the step count t, and the decay."""
         after = observed.after
         second_moment = after["max_exp_avg_sq"] if settings["amsgrad"] else after["exp_avg_sq"]
-        t = float(after["step"])
-        correction = math.sqrt(1 - float(settings["betas"][1]) ** t)
+        t = step_count(observed, settings)
+        correction = float(1 - float(settings["betas"][1]) ** t) ** 0.5
         denominator = second_moment.sqrt().div_(correction).add_(settings["eps"])
-        decay = float(settings["lr"]) * float(settings["weight_decay"])
-        # In float32, 1 − 3e-5 is off by a thousandth of the decay in every step, always to the same side.
-        rounded = torch.tensor(1 - decay, dtype=second_moment.dtype).item() - 1
-        return {"denominator": denominator, "t": t, "decay": rounded}
+        return {"denominator": denominator, "t": float(t), "decay": decoupled_decay(observed, settings)}
 
     def step(self, gradient: Tensor, memory: Memory, frozen: Frozen, settings: Settings) -> tuple[Tensor, Memory]:
         """First moment over the frozen denominator."""
@@ -46,15 +42,48 @@ class Adam(UpdateRule):
 
     def gradient_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
         """Weight decay of Adam, which enters the gradient."""
-        return {} if settings.get("decoupled_weight_decay", False) else coupled_decay(parameter, settings)
+        return decay_of_gradient(parameter, settings)
 
     def displacement_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
         """Weight decay of AdamW: −ηλθ."""
-        decoupled = settings.get("decoupled_weight_decay", False) and settings["weight_decay"]
-        return {"weight_decay": frozen["decay"] * parameter} if decoupled else {}
+        return decay_of_displacement(parameter, frozen, settings)
 
 
 class AdamW(Adam):
     """`torch.optim.AdamW`: Adam with decoupled weight decay, under its own name."""
 
     name = "AdamW"
+
+
+def step_count(observed: Observation, settings: Settings) -> Any:
+    """t of this step: a number, or a tensor where torch takes powers like β₂ᵗ in the tensor's type.
+
+    1 − 0.999 is off by 5e-5 in float32, and so are the first steps.
+    """
+    t = observed.after["step"]
+    in_tensors = settings.get("capturable", False) and not settings.get("fused", False)
+    return t.detach().clone() if in_tensors else float(t)
+
+
+def decoupled_decay(observed: Observation, settings: Settings) -> float:
+    """−ηλ as torch applies it, by multiplying the parameter with 1 − ηλ in its own type.
+
+    In float32, 1 − 3e-5 is off by a thousandth of the decay, in every step to the same side. Fused steps subtract
+    ηλθ instead. Types of half precision are multiplied in float32.
+    """
+    decay = float(settings["lr"]) * float(settings["weight_decay"])
+    if settings.get("fused", False):
+        return -decay
+    working = torch.promote_types(observed.parameter.dtype, torch.float32)
+    return torch.tensor(1 - decay, dtype=working).item() - 1
+
+
+def decay_of_gradient(parameter: Tensor, settings: Settings) -> dict[str, Tensor]:
+    """Weight decay, where it is coupled."""
+    return {} if settings.get("decoupled_weight_decay", False) else coupled_decay(parameter, settings)
+
+
+def decay_of_displacement(parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
+    """Weight decay, where it is decoupled: the parameter times the frozen ``decay``."""
+    decoupled = settings.get("decoupled_weight_decay", False) and settings["weight_decay"]
+    return {"weight_decay": frozen["decay"] * parameter} if decoupled else {}

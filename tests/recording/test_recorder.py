@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import weakref
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +36,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Ten
     optimizer.step()
 
 
-def setting(optimizer: str = "momentum", dtype: torch.dtype = torch.float64, **options):
+def setting(optimizer: str = "momentum", dtype: torch.dtype = torch.float64, **options: Any):
     """A model, its optimizer, a recorder, and the training data."""
     model, (X, y) = make_model(dtype=dtype), data(dtype)
     opt = OPTIMIZERS[optimizer](model.parameters())
@@ -59,7 +62,7 @@ def assert_ids_reproduce_gradients(model: nn.Module, trajectory: pk.Trajectory) 
         assert (step.gradient.double() - expected).norm() <= tolerance * expected.norm()
 
 
-def assert_complete(model: nn.Module, trajectory: pk.Trajectory, channels: set[str] = frozenset()) -> None:
+def assert_complete(model: nn.Module, trajectory: pk.Trajectory, channels: Collection[str] = ()) -> None:
     """Shares and channels add up to what the live network says; all of the named channels take part."""
     X = make_inputs(3, dtype=trajectory.dtype, seed=8)
     why = pk.KernelMachine(trajectory).explain(X, outputs=0)
@@ -73,7 +76,7 @@ def assert_complete(model: nn.Module, trajectory: pk.Trajectory, channels: set[s
     assert unexplained <= TOLERANCES[trajectory.dtype].residual * np.abs(why.output - why.initial).max()
 
 
-# -- watching changes nothing -------------------------------------------------------------------------------------------
+# -- watching changes nothing -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -106,19 +109,21 @@ def test_shuffled_batches_and_audits_leave_the_random_state_alone() -> None:
 @pytest.mark.parametrize("name", IN_ORACLE)
 def test_the_path_is_that_of_the_textbook_optimizer(name: str) -> None:
     run = record(optimizer=name)
-    path = reference.train(run.start, run.loss, run.X, run.y, BATCHES, OPTIMIZERS[name].oracle, **run.settings)
+    oracle = OPTIMIZERS[name].oracle
+    assert oracle is not None
+    path = reference.train(run.start, run.loss, run.X, run.y, BATCHES, oracle, **run.settings)
     for s, expected in enumerate(path):
         for key, value in run.trajectory.parameters(s).items():
             torch.testing.assert_close(value, expected[key], rtol=1e-10, atol=1e-12)
 
 
-# -- three ways in ------------------------------------------------------------------------------------------------------
+# -- three ways in ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_batches_of_the_training_data(drop_last: bool) -> None:
     model, optimizer, recorder, X, y = setting()
-    seen = []
+    seen: list[tuple[Tensor, Tensor]] = []
     with recorder:
         for _ in range(2):
             for x, target in recorder.batches(4, shuffle=True, drop_last=drop_last, generator=generator(len(seen))):
@@ -254,7 +259,7 @@ def test_a_tracked_loader_can_be_tracked_again() -> None:
     assert not list(model.buffers())
 
 
-# -- what a batch may be ------------------------------------------------------------------------------------------------
+# -- what a batch may be ----------------------------------------------------------------------------------------------
 
 
 def test_an_id_that_occurs_twice_counts_twice() -> None:
@@ -334,7 +339,7 @@ def test_augmented_inputs_and_targets() -> None:
     assert_complete(model, recorder.trajectory)
 
 
-# -- what happens between batch and step -------------------------------------------------------------------------------
+# -- what happens between batch and step ------------------------------------------------------------------------------
 
 
 def test_learning_rate_schedules() -> None:
@@ -356,7 +361,8 @@ def test_a_learning_rate_held_in_a_tensor() -> None:
         for x, target in recorder.batches(batch_size=4):
             update(model, optimizer, x, target)
             optimizer.param_groups[0]["lr"].mul_(0.5)
-    assert [step.hyperparameters[0]["lr"] for step in recorder.trajectory.steps()] == pytest.approx([0.01, 0.005, 0.0025])
+    rates = [step.hyperparameters[0]["lr"] for step in recorder.trajectory.steps()]
+    assert rates == pytest.approx([0.01, 0.005, 0.0025])
     assert_complete(model, recorder.trajectory)
 
 
@@ -387,8 +393,8 @@ def test_gradient_accumulation() -> None:
     assert_ids_reproduce_gradients(model, recorder.trajectory)  # two halves are the mean over four
     assert_complete(model, recorder.trajectory)
     whole = record(optimizer="adam", batches=((0, 1, 2, 3), (4, 5, 6, 7)))
-    shares = [pk.KernelMachine(t).explain(X[:2], outputs=0).shares for t in (recorder.trajectory, whole.trajectory)]
-    np.testing.assert_allclose(*shares, atol=DOUBLE.shares)
+    found, expected = (pk.KernelMachine(t).explain(X[:2], outputs=0) for t in (recorder.trajectory, whole.trajectory))
+    np.testing.assert_allclose(found.shares, expected.shares, atol=DOUBLE.shares)
 
 
 def test_clipping_by_norm() -> None:
@@ -441,7 +447,7 @@ def test_an_edit_by_hand_has_its_own_channel(name: str) -> None:
                     model[0].bias.add_(0.05)
     pieces = list(recorder.trajectory.segments())
     assert [segment.step is None for segment in pieces] == [False, True, False, False, True, False, False]
-    for left, right in zip(pieces, pieces[1:], strict=False):
+    for left, right in itertools.pairwise(pieces):
         assert torch.equal(left.end, right.start)
     backwards = list(recorder.trajectory.segments(reverse=True))
     assert [s.step is None for s in backwards] == [segment.step is None for segment in reversed(pieces)]
@@ -533,18 +539,19 @@ def test_several_inputs() -> None:
     assert pk.PathKernel(recorder.trajectory)(pair).shape == (SAMPLES, SAMPLES)
 
 
-# -- the life of a recording --------------------------------------------------------------------------------------------
+# -- the life of a recording ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_recording_that_begins_in_the_middle(name: str, dtype: torch.dtype) -> None:
     model, optimizer, recorder, X, y = setting(name, dtype)
-    for ids in BATCHES[:3]:
-        update(model, optimizer, X[list(ids)], y[list(ids)])
+    batches = [list(ids) for ids in BATCHES]
+    for ids in batches[:3]:
+        update(model, optimizer, X[ids], y[ids])
     with recorder:
-        for ids in BATCHES[3:]:
-            update(model, optimizer, *recorder.batch(list(ids)))
+        for ids in batches[3:]:
+            update(model, optimizer, *recorder.batch(ids))
     settings = OPTIMIZERS[name].settings
     channels = set()
     if settings.get("momentum") or "adam" in name or "amsgrad" in name:
@@ -610,7 +617,7 @@ def test_a_closed_recorder_does_not_keep_the_optimizer_busy() -> None:
 
 def test_the_ends_of_neighbouring_steps_are_one_tensor() -> None:
     steps = list(record().trajectory.steps())
-    assert all(a.after is b.before for a, b in zip(steps, steps[1:], strict=False))
+    assert all(a.after is b.before for a, b in itertools.pairwise(steps))
     assert all(step.index == s for s, step in enumerate(steps))
 
 
