@@ -40,6 +40,7 @@ class Curve:
         self.displacement = self.change = torch.linspace(0.5, 1.5, dimensions, dtype=torch.float64)
         self.squared_length = float(self.displacement @ self.displacement)
         self.start_value, self.end_value = self.values(0.0), self.values(1.0)
+        self.scale = torch.maximum(self.start_value.abs(), self.end_value.abs())
         across = torch.ones(dimensions, dtype=torch.float64)
         self.across = across - (across @ self.displacement) / self.squared_length * self.displacement
 

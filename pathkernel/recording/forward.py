@@ -12,7 +12,7 @@ from pathkernel.functional import ForwardState, Modes, generator_states, modes_o
 
 
 class ForwardWatcher:
-    """Tells how the first forward pass with gradients after each announced batch ran.
+    """Tells how the first forward passes with gradients after each announced batch ran.
 
     Parameters
     ----------
@@ -20,16 +20,18 @@ class ForwardWatcher:
         The network in training.
     report
         Called with the `ForwardState` of each such pass.
+    passes
+        How many to tell of: the stages of a step.
 
     Notes
     -----
     The states of the random generators are kept only where the pass drew random numbers.
     """
 
-    def __init__(self, model: nn.Module, report: Callable[[ForwardState], None]) -> None:
-        self.model, self.report = model, report
+    def __init__(self, model: nn.Module, report: Callable[[ForwardState], None], passes: int = 1) -> None:
+        self.model, self.report, self.passes = model, report, passes
         self.device = next(model.parameters()).device
-        self._waiting = False
+        self._waiting = 0
         self._before: tuple[Modes, dict[str, Tensor], tuple[str, torch.dtype] | None] | None = None
         self._handles: list[Any] = []
 
@@ -44,11 +46,11 @@ class ForwardWatcher:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._waiting, self._before = [], False, None
+        self._handles, self._waiting, self._before = [], 0, None
 
     def expect(self) -> None:
-        """A batch was announced: report the next pass."""
-        self._waiting, self._before = True, None
+        """A batch was announced: report the next passes."""
+        self._waiting, self._before = self.passes, None
 
     def _enter(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if self._waiting and torch.is_grad_enabled():
@@ -59,7 +61,7 @@ class ForwardWatcher:
     def _leave(self, module: nn.Module, arguments: tuple[Any, ...], outputs: Any) -> None:
         if self._before is None:
             return
-        (modes, generators, autocast), self._before, self._waiting = self._before, None, False
+        (modes, generators, autocast), self._before, self._waiting = self._before, None, self._waiting - 1
         after = generator_states(self.device)
         drew = any(not torch.equal(generators[name], after[name]) for name in generators)
         self.report(ForwardState(modes, generators if drew else {}, autocast))

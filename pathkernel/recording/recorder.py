@@ -57,7 +57,8 @@ class KernelRecorder:
         The training samples: ``(X, y)`` of arrays or tensors, or a map-style dataset of ``(input, target)``.
     rule
         How the optimizer turns gradients into displacement; known by itself for the optimizers in
-        `pathkernel.update_rules`.
+        `pathkernel.update_rules`. ``"elementwise"`` shares each step entry by entry in proportion to the gradient,
+        for optimizers without a rule: exact in total, a convention in the split.
     reduction
         For a loss that returns one number per sample: how the loop reduces it, ``"mean"`` or ``"sum"``.
     regularizers
@@ -103,14 +104,14 @@ class KernelRecorder:
         loss: Loss,
         data: Any,
         *,
-        rule: UpdateRule | None = None,
+        rule: UpdateRule | str | None = None,
         reduction: str = "mean",
         regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None = None,
         averages: Mapping[str, nn.Module | Mapping[str, Tensor]] | None = None,
         audit_every: int | None = None,
     ) -> None:
         outer, model = model, unwrapped(model)
-        rule = rule_of(optimizer) if rule is None else rule
+        rule = rule_of(optimizer, rule)
         check_optimizer(model, optimizer, rule)
         self.model, self.optimizer, self.audit_every = model, optimizer, audit_every
         trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -133,7 +134,8 @@ class KernelRecorder:
         self._listening: dict[str, Any] = {}
         self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
         self._arrived = True
-        self._forward = ForwardWatcher(outer, self._forward_ran)
+        self._forward = ForwardWatcher(outer, self._forward_ran, rule.stages)
+        self._seen = False
         self._averages = dict(averages or {})
         for name, source in self._averages.items():
             self._trajectory.averages[name] = AverageRecord.begin(name, source, layout)
@@ -291,20 +293,29 @@ class KernelRecorder:
             The channel of the explanation. Changes of parameters outside the optimizer that are not made in such a
             block are booked as ``"unexplained"``; changes of gradients that are not are refused by the audit.
         """
-        self._note_change("unexplained")
-        before = {n: p.grad.detach().clone() for n, p in self._named.items() if p.grad is not None}
+        inside = self._open is not None  # in a closure: the optimizer may have moved the parameters to look ahead
+        if not inside:
+            self._note_change("unexplained")
+        before = {n: gradient.clone() for n, gradient in self._gradients().items()}
         yield
-        self._note_change(name)
-        edits = {
-            n: p.grad.detach() - before.get(n, torch.zeros_like(p))
-            for n, p in self._named.items()
-            if p.grad is not None
-        }
+        if not inside:
+            self._note_change(name)
+        edits = {n: g - before.get(n, torch.zeros_like(g)) for n, g in self._gradients().items()}
         if any(bool(edit.any()) for edit in edits.values()):
+            self._check_one_stage(name)
             layout = self._trajectory.layout
             zeros = {n: torch.zeros_like(p.detach()) for n, p in self._named.items()}
             edit = layout.flatten({**zeros, **edits})
             self._gradient_changes[name] = self._gradient_changes.get(name, torch.zeros_like(edit)) + edit
+
+    def _check_one_stage(self, name: str) -> None:
+        rule = self._trajectory.rule
+        if rule.stages > 1:
+            raise RecordingError(
+                f"Gradients were edited under the name `{name}`, and a step of {rule.name} takes {rule.stages} of them",
+                "Edits of gradients are booked for optimizers that take one gradient in a step",
+                "Edit the weights after the step instead, or train with an optimizer that has one stage",
+            )
 
     def _take_stock(self) -> None:
         """Put on record where parameters and buffers stand while the recorder watches."""
@@ -346,14 +357,16 @@ class KernelRecorder:
 
     def _forward_ran(self, state: ForwardState) -> None:
         if self._pending:
-            self._pending[-1] = replace(self._pending[-1], state=state)
+            batch = self._pending[-1]
+            now = replace(batch, later=(*batch.later, state)) if self._seen else replace(batch, state=state)
+            self._pending[-1], self._seen = now, True
 
     def _announce(self, batch: MicroBatch) -> None:
         self._listen()
         if not self._arrived:
             del self._pending[-1:]  # the batch before this one was never used, as after an early `break`
         self._pending.append(replace(batch, state=ForwardState(modes_of(self.model))))
-        self._arrived = False
+        self._arrived = self._seen = False
         self._forward.expect()
 
     def _listen(self) -> None:
@@ -366,10 +379,11 @@ class KernelRecorder:
         """Called before a gradient is added to `.grad`, at which moment it shows whether those before were cleared."""
         if not self._arrived and len(self._pending) > 1 and self._gradients_were_cleared():
             del self._pending[:-1]  # a skipped step, or one that overflowed under loss scaling
+            self._gradient_changes = {}
         self._arrived = True
 
     def _gradients_were_cleared(self) -> bool:
-        gradients = [p.grad for p in self._named.values() if p.grad is not None]
+        gradients = list(self._gradients().values())
         if not gradients:
             return True
         norms = torch.stack(torch._foreach_norm(gradients, float("inf")))
@@ -398,11 +412,12 @@ class KernelRecorder:
         self._open = None
         trajectory = self._trajectory
         if getattr(optimizer, "found_inf", None) is not None and torch.equal(self._flat(), before):
-            self._pending = []  # a fused optimizer skipped a step that overflowed under loss scaling
+            # A fused optimizer skipped a step that overflowed under loss scaling.
+            self._pending, self._gradient_changes = [], {}
             return
         self._check_pending()
         groups = self._groups()
-        active = frozenset(name for name, p in self._named.items() if p.grad is not None and name in groups)
+        active = frozenset(self._gradients())
         settings = tuple(
             {key: plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
         )
@@ -485,7 +500,7 @@ class KernelRecorder:
     def _check_gradients(self) -> None:
         if getattr(self.optimizer, "grad_scale", None) is not None:
             return  # a fused optimizer under loss scaling skips overflowed steps by itself
-        named = {name: p.grad for name, p in self._named.items() if p.grad is not None}
+        named = self._gradients()
         if not named:
             return
         finite = torch.stack(torch._foreach_norm(list(named.values()), float("inf"))).isfinite()
@@ -509,7 +524,7 @@ class KernelRecorder:
         scaled = getattr(self.optimizer, "grad_scale", None) is not None
         if elsewhere or scaled or not is_due(index, self.audit_every):
             return
-        active = frozenset(name for name, p in self._named.items() if p.grad is not None)
+        active = frozenset(self._gradients())
         found = self._gradient(active)
         audit(trajectory, index, self._pending, before, found, active, self._gradient_changes, self._changed_buffers())
 
@@ -517,6 +532,11 @@ class KernelRecorder:
 
     def _flat(self) -> Tensor:
         return self._trajectory.layout.flatten({name: p.detach() for name, p in self._named.items()})
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Gradients that the optimizer uses, by name: parameters that it does not hold may keep theirs for ever."""
+        held = self._groups()
+        return {n: p.grad.detach() for n, p in self._named.items() if p.grad is not None and n in held}
 
     def _gradient(self, active: frozenset[str]) -> Tensor:
         gradients = {

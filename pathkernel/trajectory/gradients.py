@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,8 @@ def fit_gradient(layout: ParameterLayout, found: Tensor, expected: Tensor, toler
     clipped = torch.where(at_bound, found / safe, torch.full_like(found, inner))
     # A clipped entry was at least as large before, and had the same sign.
     plausible = bool((clipped[at_bound] > 0).all() and (clipped[at_bound] <= inner * (1 + 1e-3)).all())
-    for factor, fits in ((each, True), (clipped, plausible)):
+    # Clipping turns no sign and wipes nothing out.
+    for factor, fits in ((each, bool((each > 0).all())), (clipped, plausible)):
         candidate = _fit(layout, found, expected, factor)
         if fits and candidate.relative <= tolerance:
             return candidate
@@ -152,9 +153,10 @@ class RecordedGradients:
     def stages(self, step: Step, rows: bool) -> list[StageGradients]:
         """What the samples contributed to each gradient of a step, by row or in total."""
         trajectory, stages = self.trajectory, []
-        for offset in self._offsets(step):
+        for index, offset in enumerate(self._offsets(step)):
             point = step.before if offset is None else step.before.double() + offset
-            stages.append(self._stage(step, point, rows, compare=trajectory.rule.stages == 1))
+            ran = replace(step, batches=tuple(batch.at_stage(index) for batch in step.batches))
+            stages.append(self._stage(ran, point, rows, compare=trajectory.rule.stages == 1))
         return stages
 
     def _offsets(self, step: Step) -> list[Tensor | None]:
@@ -182,7 +184,8 @@ class RecordedGradients:
         total = gradients.sum(dim=0) if rows else gradients
         if not compare:
             named |= regularizers
-            return StageGradients(ids, gradients, {name: g.double() for name, g in named.items()}, 1.0, point)
+            channels = {name: g.double() for name, g in named.items()}
+            return StageGradients(ids, gradients, channels, 1.0, point, step.batches)
 
         recorded = step.gradient.double() - sum((change.double() for change in named.values()), torch.zeros(()))
         explained = total + sum((g.double() for g in regularizers.values()), torch.zeros(()))
@@ -205,7 +208,7 @@ class RecordedGradients:
         channels = {name: change.double() for name, change in named.items()}
         channels |= {name: fit.factor * g.double() for name, g in regularizers.items()}
         channels["unexplained"] = recorded - fit.factor * explained
-        return StageGradients(ids, gradients.mul_(fit.factor), channels, fit.factor, point)
+        return StageGradients(ids, gradients.mul_(fit.factor), channels, fit.factor, point, step.batches)
 
     def _batch(self, step: Step, batch: MicroBatch, point: Tensor, rows: bool) -> Tensor:
         """Rows (B, P) or total (P,) of a micro-batch, run as it was."""
@@ -228,7 +231,7 @@ class RecordedGradients:
         directions = weight * stage.factor
         self._silence(step, directions)
         objective = self.trajectory.objective
-        for batch in step.batches:
+        for batch in stage.batches:
             function = self._replayed(step, batch)
             inputs, targets = samples_of(batch, self.trajectory.data)
             slopes = output_cotangents(function, stage.point, objective, inputs, targets, batch.weights)
@@ -269,6 +272,8 @@ class StageGradients:
         What accumulation, clipping and loss scaling made of the samples' gradient; included in ``samples``.
     point
         θ where the gradient was taken, (P,).
+    batches
+        The micro-batches, each with the forward pass of this stage.
     """
 
     ids: Tensor
@@ -276,3 +281,4 @@ class StageGradients:
     channels: Mapping[str, Tensor]
     factor: float | Tensor
     point: Tensor
+    batches: tuple[MicroBatch, ...]

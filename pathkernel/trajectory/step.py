@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +27,8 @@ class MicroBatch:
         The samples as the network saw them, where that differs from the training data under the same ids.
     state
         How the forward pass ran: modes, random generators, mixed precision.
+    later
+        The same of the further passes that a step with several stages made of the batch.
     """
 
     ids: Tensor
@@ -34,6 +36,11 @@ class MicroBatch:
     inputs: PyTree = None
     targets: PyTree = None
     state: ForwardState = EVALUATION
+    later: tuple[ForwardState, ...] = ()
+
+    def at_stage(self, stage: int) -> MicroBatch:
+        """The micro-batch with the forward pass of a stage as its ``state``; stages not seen ran like the first."""
+        return replace(self, state=self.later[stage - 1]) if 0 < stage <= len(self.later) else self
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,8 @@ class Trajectory:
                 for name, point in step.changes:
                     pieces.append(Segment(came_from, point, None, name, step.buffers))
                     came_from = point
+                if came_from is not step.before and not torch.equal(came_from, step.before):  # a step is missing
+                    pieces.append(Segment(came_from, step.before, None, "unexplained", step.buffers))
                 pieces.append(Segment(step.before, step.after, step, "", step.buffers))
             else:
                 for name, point in self.tail:

@@ -26,15 +26,16 @@ from torch.utils.data import DataLoader, TensorDataset
 import pathkernel as pk
 from pathkernel import errors
 from pathkernel.attributions import Attributions
-from pathkernel.functional import as_tensors, memory_bytes
+from pathkernel.functional import as_tensors, batch_outputs, memory_bytes
 from pathkernel.losses import check_reduction
 from pathkernel.quadrature import as_quadrature
+from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.update_rules.sgd import SGD
 from pathkernel.update_rules.table import rule_of
 
 PACKAGE = Path(errors.__file__).parent
 # These have tests of refusals of their own, or are programs that end with an exit code.
-ELSEWHERE = ("analysis", "plotting", "reference", "testing.py", "cli.py", "demo.py", "errors.py")
+ELSEWHERE = ("analysis", "dynamics", "plotting", "reference", "testing.py", "cli.py", "demo.py", "errors.py")
 CE = nn.CrossEntropyLoss()
 
 
@@ -113,10 +114,6 @@ def with_complex_parameter() -> nn.Module:
     return model
 
 
-def dropped_out() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.1), nn.Linear(4, 3))
-
-
 class OnlySmall(SGD):
     """Covers small steps only."""
 
@@ -165,6 +162,54 @@ def step_with_new_parameters() -> None:
     scene.gradient([3, 4])
     scene.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(7))]})
     scene.optimizer.step()
+
+
+def step_with_changed_parameters() -> None:
+    model, X, y = make_model(), make_inputs(4), torch.tensor([0, 1, 2, 0])
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    with pk.KernelRecorder(model, optimizer, CE, data=(X, y)) as recorder:
+        x, target = recorder.batch([0, 1])
+        CE(model(x), target).backward()
+        with torch.no_grad():
+            model[0].weight.add_(0.1)
+            model[0].bias.add_(0.1)
+        optimizer.add_param_group({"params": list(model[0].requires_grad_().parameters())})
+        optimizer.step()
+
+
+def average_that_is_none() -> None:
+    average = copy.deepcopy(model := make_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pk.KernelRecorder(
+        model, optimizer, CE, data=(make_inputs(2), torch.tensor([0, 1])), averages={"ema": average}
+    ) as recorder:
+        x, y = recorder.batch([0, 1])
+        CE(model(x), y).backward()
+        optimizer.step()
+        average[2].weight.data.mul_(-1)
+
+
+def chord_of_an_average() -> None:
+    trajectory = run().trajectory
+    trajectory.averages["ema"] = AverageRecord.begin("ema", trajectory.model, trajectory.layout)
+    pk.KernelMachine(trajectory, weights="ema", form="chord")
+
+
+def swinging() -> pk.Trajectory:
+    return record(loss="mse_mean", batches=((0, 1),) * 4, schedule=lambda o: faster(o)).trajectory
+
+
+def faster(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 30.0)
+
+
+def changes_that_nobody_named() -> None:
+    scene = Scene()
+    with torch.no_grad():
+        scene.model[2].weight.mul_(1.5)
+    scene.step([3, 4])
+    pk.KernelMachine(scene.recorder.close()).explain(scene.X[:2], outputs=0)
 
 
 def restart_after_an_unseen_step() -> None:
@@ -247,16 +292,6 @@ REFUSALS: dict[str, Case] = {
         errors.RecordingError,
         ("`phase` is complex", "real parameters", "two real parameters"),
     ),
-    "layers that couple samples": (
-        lambda: recorder_of(dropped_out()),
-        errors.UnsupportedModelError,
-        ("`1` (BatchNorm1d), `2` (Dropout)", "each sample by itself", "`layer.eval()`"),
-    ),
-    "dropout inside a recurrent layer": (
-        lambda: recorder_of(nn.LSTM(4, 3, num_layers=2, dropout=0.2)),
-        errors.UnsupportedModelError,
-        ("`model` (LSTM)", "no random numbers", "dropout to 0"),
-    ),
     "unknown reduction": (
         lambda: recorder_of(make_model(), reduction="average"),
         errors.InputError,
@@ -267,10 +302,62 @@ REFUSALS: dict[str, Case] = {
         errors.RecordingError,
         ("between `close()` and `start()`", "memory must still be there", "new KernelRecorder"),
     ),
-    "parameters added on the way": (
+    "parameters added on the way that are not the model's": (
         step_with_new_parameters,
         errors.RecordingError,
-        ("1 more parameters after recording began, with shapes (7,)", "has not moved", "all parameters first"),
+        ("1 parameters that are not the model's, with shapes (7,)", "very same tensors", "model.parameters()"),
+    ),
+    "parameters added on the way that had changed": (
+        step_with_changed_parameters,
+        errors.RecordingError,
+        ("`0.weight`, `0.bias` joined the optimizer and had changed", "a constant since", "new KernelRecorder"),
+    ),
+    # recording: averages
+    "an average of another model": (
+        lambda: recorder_of(make_model(), averages={"ema": nn.Linear(4, 3).double()}),
+        errors.RecordingError,
+        ("The average 'ema' lacks `0.weight`", "parameter names", "AveragedModel"),
+    ),
+    "an average that is none": (
+        average_that_is_none,
+        errors.RecordingError,
+        ("the average 'ema' did not move towards the weights", "one number a", "right after `optimizer.step()`"),
+    ),
+    # kernel machine: what is asked for
+    "unknown form": (
+        lambda: pk.KernelMachine(run().trajectory, form="dual"),
+        errors.InputError,
+        ("`form='dual'`", "'folded', 'average'", '`form="folded"`'),
+    ),
+    "unknown average": (
+        lambda: pk.KernelMachine(run().trajectory, weights="ema"),
+        errors.InputError,
+        ("`weights='ema'`", "on record are none", "averages="),
+    ),
+    "chord of an average": (
+        chord_of_an_average,
+        errors.InputError,
+        ('`form="chord"`', "last weights", "Leave out"),
+    ),
+    "unknown module": (
+        lambda: machine().explain(X3, outputs="encoder"),
+        errors.InputError,
+        ("the module 'encoder'", "modules are '0', '1', '2'", "outputs="),
+    ),
+    "constant coefficients where the slope turns": (
+        lambda: pk.KernelMachine(swinging(), form="constant").explain(X3),
+        errors.InputError,
+        ("slope of the loss of sample", "keeps its sign", '`form="average"`'),
+    ),
+    "outputs that are not one for each sample": (
+        lambda: batch_outputs((torch.zeros(3, 2), torch.zeros(()))),
+        errors.InputError,
+        ("shapes (3, 2), ()", "along its first axis", "inside the loss"),
+    ),
+    "changes that nobody named": (
+        changes_that_nobody_named,
+        errors.TrajectoryError,
+        ("a change of `2.weight`", "No more than 1.0%", "recorder.channel"),
     ),
     # recording: training data
     "data of unequal lengths": (
@@ -594,19 +681,18 @@ def test_by_default_the_first_steps_and_ever_fewer_later_ones_are_audited() -> N
 @pytest.mark.parametrize(
     "change",
     [
-        lambda scene: nn.utils.clip_grad_value_(scene.model.parameters(), 1e-3),
         lambda scene: scene.model[0].weight.grad.add_(0.01),
         lambda scene: (0.05 * sum(p.square().sum() for p in scene.model.parameters())).backward(),
         lambda scene: scene.model[2].bias.grad.zero_(),
     ],
-    ids=["clipping by value", "noise", "a penalty outside the loss", "an edit"],
+    ids=["noise", "a penalty outside the loss", "an edit"],
 )
 def test_gradients_that_the_samples_do_not_explain(change) -> None:
     scene = Scene("momentum")
     scene.recorder.batch([3, 4])
     scene.gradient([3, 4])
     change(scene)
-    assert "with nothing added" in scene.refused(scene.optimizer.step).write
+    assert "`regularizers=`" in scene.refused(scene.optimizer.step).write
     scene.goes_on()
 
 
@@ -636,35 +722,13 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bad: float) -> None:
     scene.goes_on()
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.Dropout(0.5), nn.InstanceNorm1d(4, track_running_stats=True)])
-def test_layers_put_in_train_mode_on_the_way(layer: nn.Module) -> None:
-    model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 3)).double()
-    layer.eval()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    recorder = pk.KernelRecorder(model, optimizer, CE, data=(make_inputs(4), torch.tensor([0, 1, 2, 0])))
-    recorder.start()
-    model.train()
-    before = copy.deepcopy(model.state_dict())
-    for announce in (lambda: recorder.batch([0]), lambda: next(recorder.batches(batch_size=2))):
-        with pytest.raises(errors.UnsupportedModelError, match=type(layer).__name__):
-            announce()
-    layer.eval()
-    recorder.batch([0])
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def test_layers_without_chance_or_statistics_are_welcome() -> None:
-    layers = [nn.Dropout(0.0), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.InstanceNorm1d(4)]
-    recorder_of(nn.Sequential(nn.Linear(4, 4), *layers, nn.Linear(4, 3)))
-    recorder_of(dropped_out().eval())
-
-
 def test_a_recorder_that_was_refused_leaves_no_hooks() -> None:
-    model = dropped_out()
+    model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(errors.UnsupportedModelError):
-        recorder_of(model, optimizer)
+    with pytest.raises(errors.InputError):
+        recorder_of(model, optimizer, reduction="average")
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert not model._forward_pre_hooks and not model._forward_hooks
 
 
 @pytest.mark.parametrize("make", [pk.KernelMachine, pk.PathKernel])
@@ -735,7 +799,7 @@ def test_queries_of_another_shape(shape: tuple[int, ...]) -> None:
             call(X)
 
 
-@pytest.mark.parametrize("outputs", [1.5, True, "predicted", [0, 1], [[0, 1, 2]], [0, 1, 3], -4, object()], ids=str)
+@pytest.mark.parametrize("outputs", [1.5, True, [0, 1], [[0, 1, 2]], [0, 1, 3], -4, slice(2)], ids=str)
 def test_outputs_that_are_none(outputs) -> None:
     with pytest.raises(errors.InputError, match="an output index"):
         machine().explain(X3, outputs=outputs)

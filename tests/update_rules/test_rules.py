@@ -71,7 +71,7 @@ def test_the_adjoint_by_inner_products(name: str) -> None:
     weights = tuple(normal(queries, *shape, seed=3 + i) for i in range(slots))
     memory = tuple(normal(*shape, seed=6 + i) for i in range(slots))
     delta, after = rule.step(gradient, memory, frozen, settings)
-    u, before = adjoint(rule, frozen, settings, q, weights)
+    (u,), before = adjoint(rule, frozen, settings, q, weights)
     assert u.shape == q.shape and len(before) == slots
     left = inner(q, delta) + sum(inner(w, m) for w, m in zip(weights, after, strict=True))
     right = inner(u, gradient) + sum(inner(w, m) for w, m in zip(before, memory, strict=True))
