@@ -213,7 +213,7 @@ def _check_elementwise(
         )
 
 
-# -- the step that was taken -------------------------------------------------------------------------------------------
+# -- the step that was taken -----------------------------------------------------------------------------------------
 
 
 def _check_steps(rule: UpdateRule, trajectory: Trajectory) -> None:
@@ -252,7 +252,7 @@ def _gradients(rule: UpdateRule, trajectory: Trajectory, step: Step) -> tuple[Te
     if rule.stages == 1:
         return (step.gradient.double(),)
     layout, function = trajectory.layout, trajectory.function()
-    points = [step.before.double() for _ in range(rule.stages)]
+    points = [step.before.double().clone() for _ in range(rule.stages)]
     for name in step.active:
         offsets = rule.stage_offsets(step.frozen[name], step.hyperparameters_of(name))
         for point, offset in zip(points, offsets, strict=True):
@@ -267,7 +267,7 @@ def _gradients(rule: UpdateRule, trajectory: Trajectory, step: Step) -> tuple[Te
     return tuple(total)
 
 
-# -- completeness --------------------------------------------------------------------------------------------------------
+# -- completeness ------------------------------------------------------------------------------------------------------
 
 
 def _check_completeness(rule: UpdateRule, trajectory: Trajectory, inputs: Tensor) -> None:

@@ -145,9 +145,13 @@ WRONG: dict[str, tuple[type[UpdateRule], Make, tuple[str, str, str]]] = {
     "missing factor": (
         TooShort,
         with_options(optim.Adam),
-        ("At step 0, `0.weight` was moved by up to 0.01, and `TooShort` is off by 9.0e-03", "to rounding", "term by term"),
+        ("`0.weight` was moved by up to 0.01, and `TooShort` is off by 9.0e-03", "to rounding", "term by term"),
     ),
-    "live tensor": (Live, with_options(optim.Adam), ("At step 0, `0.weight` was moved", "to rounding", "copy what the")),
+    "live tensor": (
+        Live,
+        with_options(optim.Adam),
+        ("At step 0, `0.weight` was moved", "to rounding", "copy what the"),
+    ),
     "lost memory": (Undamped, momentum, ("At step 1, `0.weight` was moved", "carried memory", "`keep_before`")),
     "lost decay": (
         NoDecay,
@@ -193,7 +197,11 @@ def test_what_is_left_over_at_the_end() -> None:
     check_update_rule(Descent(), lambda parameters: ByHand(parameters, 0.1))
     with pytest.raises(UpdateRuleError) as caught:
         check_update_rule(Descent(), lambda parameters: ByHand(parameters, 5.0), steps=2)
-    words = ("Under `Descent`, shares and channels miss outputs that moved by", "At most 1e-06 of it is left over", "the steps are small")
+    words = (
+        "Under `Descent`, shares and channels miss outputs that moved by",
+        "At most 1e-06 of it is left over",
+        "the steps are small",
+    )
     for part, word in zip((caught.value.found, caught.value.expected, caught.value.write), words, strict=True):
         assert word in part
 
@@ -206,7 +214,7 @@ def test_the_training_does_not_touch_the_global_generator() -> None:
     assert torch.equal(torch.randn(3), expected)
 
 
-# -- several gradients a step --------------------------------------------------------------------------------------------
+# -- several gradients a step ------------------------------------------------------------------------------------------
 
 
 class Heun(ByHand):

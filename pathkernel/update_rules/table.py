@@ -87,5 +87,6 @@ def rule_of(optimizer: Optimizer, rule: str | UpdateRule | None = None) -> Updat
         f"`{type(optimizer).__module__}.{type(optimizer).__name__}` has no update rule",
         f"Optimizers with a rule are {known}, by their exact class",
         "Pass `rule=` with an `UpdateRule` that states its step in a few lines; or "
-        '`rule="elementwise"`, which is exact in total and shares each step by a convention; or train with one of these',
+        '`rule="elementwise"`, which is exact in total and shares each step by a convention; or train with one of '
+        "these",
     )

@@ -25,7 +25,6 @@ from pathkernel.update_rules.table import RULES, rule_of
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-6}
 DOUBLE_LR = torch.tensor(0.01, dtype=torch.float64)
-STEPS = (*BATCHES, (1, 4, 8), (0, 6, 9, 2))
 CAPTURABLE = ("adam", "adamax", "nadam", "radam", "adadelta", "rmsprop", "asgd", "rprop")
 
 
@@ -49,43 +48,47 @@ def matrices_only(parameters: Any, **settings: Any) -> Optimizer:
 
 DECAY = frozenset({"weight_decay"})
 LOOP, LOOP_FUSED = ("loop",), ("loop", "foreach", "fused")
-ALL = ("loop", "foreach", "capturable", "capturable_foreach")
+MOST, ALL = ("loop", "foreach"), ("loop", "foreach", "capturable", "capturable_foreach")
 ROWS = {
     "sgd": Row(optim.SGD, {"lr": 0.1, "weight_decay": 0.05}, LOOP_FUSED, DECAY),
     "sgd_nesterov": Row(optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}, LOOP_FUSED),
     "sgd_maximize": Row(
-        optim.SGD, {"lr": 0.05, "momentum": 0.9, "dampening": 0.2, "maximize": True, "weight_decay": 0.1}, LOOP_FUSED, DECAY
+        optim.SGD,
+        {"lr": 0.05, "momentum": 0.9, "dampening": 0.2, "maximize": True, "weight_decay": 0.1},
+        LOOP_FUSED,
+        DECAY,
     ),
     "adam": Row(optim.Adam, {"lr": 0.01, "weight_decay": 0.05}, (*ALL, "fused"), DECAY),
     "adam_amsgrad_maximize": Row(
-        optim.Adam, {"lr": 0.01, "amsgrad": True, "betas": (0.9, 0.5), "maximize": True}, (*ALL, "fused")
+        optim.Adam, {"lr": 0.01, "amsgrad": True, "betas": (0.9, 0.5), "maximize": True}, LOOP_FUSED
     ),
     "adam_tensor_lr": Row(optim.Adam, {"lr": DOUBLE_LR, "weight_decay": 0.05}, LOOP, DECAY),
     "adam_tensor_lr_fused": Row(optim.Adam, {"lr": DOUBLE_LR, "weight_decay": 0.05, "fused": True}, LOOP, DECAY),
     "adamw": Row(optim.AdamW, {"lr": 0.003, "weight_decay": 0.01}, (*ALL, "fused"), DECAY),
     "adamw_amsgrad": Row(
-        optim.AdamW, {"lr": 0.01, "weight_decay": 0.3, "amsgrad": True, "betas": (0.9, 0.5)}, (*ALL, "fused"), DECAY
+        optim.AdamW, {"lr": 0.01, "weight_decay": 0.3, "amsgrad": True, "betas": (0.9, 0.5)}, LOOP_FUSED, DECAY
     ),
     "adamw_tensor_lr": Row(optim.AdamW, {"lr": DOUBLE_LR, "weight_decay": 0.3}, LOOP, DECAY),
-    "adamax": Row(optim.Adamax, {"lr": 0.01}, ALL),
+    "adamax": Row(optim.Adamax, {"lr": 0.01}, MOST),
     "adamax_decay": Row(optim.Adamax, {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.9)}, ALL, DECAY),
-    "adamax_maximize": Row(optim.Adamax, {"lr": 0.01, "weight_decay": 0.1, "eps": 0.01, "maximize": True}, ALL, DECAY),
-    "nadam": Row(optim.NAdam, {"lr": 0.01}, ALL),
+    "adamax_maximize": Row(optim.Adamax, {"lr": 0.01, "weight_decay": 0.1, "eps": 0.01, "maximize": True}, MOST, DECAY),
+    "nadam": Row(optim.NAdam, {"lr": 0.01}, MOST),
     "nadam_decay": Row(optim.NAdam, {"lr": 0.01, "weight_decay": 0.1, "momentum_decay": 0.1}, ALL, DECAY),
     "nadam_decoupled": Row(
-        optim.NAdam, {"lr": 0.003, "weight_decay": 0.01, "decoupled_weight_decay": True, "betas": (0.8, 0.9)}, ALL, DECAY
+        optim.NAdam,
+        {"lr": 0.003, "weight_decay": 0.01, "decoupled_weight_decay": True, "betas": (0.8, 0.9)},
+        ALL,
+        DECAY,
     ),
     "nadam_maximize": Row(
-        optim.NAdam, {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "decoupled_weight_decay": True}, ALL, DECAY
+        optim.NAdam, {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "decoupled_weight_decay": True}, MOST, DECAY
     ),
     # With β₂ = 0.999 the sixth step is the first one to be rectified; with 0.5 none is.
-    "radam": Row(optim.RAdam, {"lr": 0.01}, ALL),
+    "radam": Row(optim.RAdam, {"lr": 0.01}, MOST),
     "radam_never_rectified": Row(optim.RAdam, {"lr": 0.01, "betas": (0.9, 0.5)}, LOOP),
     "radam_decay": Row(optim.RAdam, {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95)}, ALL, DECAY),
     "radam_decoupled": Row(optim.RAdam, {"lr": 0.02, "weight_decay": 0.01, "decoupled_weight_decay": True}, ALL, DECAY),
-    "radam_maximize": Row(
-        optim.RAdam, {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "eps": 0.01}, ALL, DECAY
-    ),
+    "radam_maximize": Row(optim.RAdam, {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "eps": 0.01}, MOST, DECAY),
     "adagrad": Row(optim.Adagrad, {"lr": 0.03}, LOOP_FUSED),
     "adagrad_options": Row(
         optim.Adagrad,
@@ -94,29 +97,33 @@ ROWS = {
         DECAY,
     ),
     "adagrad_maximize": Row(optim.Adagrad, {"lr": 0.02, "maximize": True, "weight_decay": 0.1}, LOOP_FUSED, DECAY),
-    "adadelta": Row(optim.Adadelta, {}, ALL),
+    "adadelta": Row(optim.Adadelta, {}, MOST),
     "adadelta_options": Row(optim.Adadelta, {"lr": 1.5, "rho": 0.7, "eps": 1e-4, "weight_decay": 0.1}, ALL, DECAY),
-    "adadelta_maximize": Row(optim.Adadelta, {"eps": 1e-5, "weight_decay": 0.1, "maximize": True}, ALL, DECAY),
-    "rmsprop": Row(optim.RMSprop, {"lr": 0.003}, ALL),
-    "rmsprop_centered": Row(optim.RMSprop, {"lr": 0.003, "centered": True, "weight_decay": 0.1, "alpha": 0.8}, ALL, DECAY),
-    "rmsprop_momentum": Row(optim.RMSprop, {"lr": 0.003, "momentum": 0.9, "weight_decay": 0.1, "eps": 0.01}, ALL, DECAY),
+    "adadelta_maximize": Row(optim.Adadelta, {"eps": 1e-5, "weight_decay": 0.1, "maximize": True}, MOST, DECAY),
+    "rmsprop": Row(optim.RMSprop, {"lr": 0.003}, MOST),
+    "rmsprop_centered": Row(
+        optim.RMSprop, {"lr": 0.003, "centered": True, "weight_decay": 0.1, "alpha": 0.8}, MOST, DECAY
+    ),
+    "rmsprop_momentum": Row(
+        optim.RMSprop, {"lr": 0.003, "momentum": 0.9, "weight_decay": 0.1, "eps": 0.01}, MOST, DECAY
+    ),
     "rmsprop_all": Row(
         optim.RMSprop,
         {"lr": 0.003, "momentum": 0.9, "weight_decay": 0.1, "centered": True, "maximize": True, "alpha": 0.9},
         ALL,
         DECAY,
     ),
-    "asgd": Row(optim.ASGD, {"lr": 0.1}, ALL, frozenset({"lambd"})),
+    "asgd": Row(optim.ASGD, {"lr": 0.1}, MOST, frozenset({"lambd"})),
     "asgd_options": Row(
         optim.ASGD,
         {"lr": 0.1, "lambd": 0.1, "alpha": 0.9, "t0": 2.0, "weight_decay": 0.1},
         ALL,
         frozenset({"lambd", "weight_decay"}),
     ),
-    "asgd_maximize": Row(optim.ASGD, {"lr": 0.05, "lambd": 0.01, "maximize": True}, ALL, frozenset({"lambd"})),
-    "rprop": Row(optim.Rprop, {"lr": 0.003}, ALL),
+    "asgd_maximize": Row(optim.ASGD, {"lr": 0.05, "lambd": 0.01, "maximize": True}, MOST, frozenset({"lambd"})),
+    "rprop": Row(optim.Rprop, {"lr": 0.003}, MOST),
     "rprop_options": Row(optim.Rprop, {"lr": 0.01, "etas": (0.3, 1.5), "step_sizes": (1e-3, 0.02)}, ALL),
-    "rprop_maximize": Row(optim.Rprop, {"lr": 0.003, "maximize": True}, ALL),
+    "rprop_maximize": Row(optim.Rprop, {"lr": 0.003, "maximize": True}, MOST),
     "adafactor": Row(optim.Adafactor, {"lr": 0.02}),
     "adafactor_options": Row(
         optim.Adafactor,
@@ -136,17 +143,33 @@ ROWS = {
         DECAY,
     ),
 }
-IN_PLACE = pytest.mark.xfail(strict=True, reason="torch adds the momentum to `p.grad` itself; read it before the step")
+UNREADABLE = ("sgd_nesterov", "foreach")
+IN_PLACE = pytest.mark.xfail(strict=True, reason="torch adds the momentum to `p.grad` itself: read it before the step")
+# Everything in float64; in float32 every row, and those implementations that round in another way.
 VARIANTS = [
-    pytest.param(name, implementation, marks=IN_PLACE if (name, implementation) == ("sgd_nesterov", "foreach") else ())
+    pytest.param(name, implementation, dtype, marks=IN_PLACE if (name, implementation) == UNREADABLE else ())
+    for dtype in LIMITS
     for name, row in ROWS.items()
     for implementation in row.implementations
+    if dtype == torch.float64 or implementation in ("loop", "fused", "capturable") or row.make is optim.ASGD
 ]
 # One row of each optimizer, with as many of its options as it has: for what need not be tried in every combination.
 FULLEST = (
-    "sgd_maximize adam adamw_amsgrad adamax_decay nadam_decay nadam_decoupled radam_decay adagrad_options "
-    "adadelta_options rmsprop_all asgd_options rprop_options adafactor_options muon"
-).split()
+    "sgd_maximize",
+    "adam",
+    "adamw_amsgrad",
+    "adamax_decay",
+    "nadam_decay",
+    "nadam_decoupled",
+    "radam_decay",
+    "adagrad_options",
+    "adadelta_options",
+    "rmsprop_all",
+    "asgd_options",
+    "rprop_options",
+    "adafactor_options",
+    "muon",
+)
 
 
 @pytest.fixture
@@ -187,7 +210,7 @@ def train(
     optimizer = make(model.parameters())
     scheduler = schedule(optimizer) if schedule else None
     with pk.KernelRecorder(model, optimizer, LOSS, data=(X, y), rule=rule, audit_every=0) as recorder:
-        for ids in STEPS:
+        for ids in BATCHES:
             x, target = recorder.batch(list(ids))
 
             def closure(x: Tensor = x, target: Tensor = target) -> Tensor:
@@ -209,8 +232,7 @@ def train(
 # -- completeness ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize(("name", "implementation"), VARIANTS)
+@pytest.mark.parametrize(("name", "implementation", "dtype"), VARIANTS)
 def test_nothing_is_left_over(name: str, implementation: str, dtype: torch.dtype, capturable_on_cpus: None) -> None:
     row, default = ROWS[name], torch.get_default_dtype()
     # Step counts have the default type, and capturable steps compute with them.
@@ -225,18 +247,17 @@ def test_nothing_is_left_over(name: str, implementation: str, dtype: torch.dtype
     assert np.abs(why.channels["unexplained"]).max() < LIMITS[dtype]
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("name", FULLEST)
-def test_schedules(name: str, dtype: torch.dtype) -> None:
+def test_schedules_in_both_sweeps(name: str) -> None:
     # The learning rate passes through 0, as a warm-up does, and jumps.
-    factors = (0.0, 1.0, 0.5, 1.3, 0.0, 0.2, 1.0, 0.7, 0.0)
-
-    def schedule(optimizer: Optimizer) -> Any:
-        return optim.lr_scheduler.LambdaLR(optimizer, lambda s: factors[s])
-
-    why = train(ROWS[name], dtype, schedule=schedule).explain()
-    assert why.relative_residual < 3 * LIMITS[dtype]
+    factors = (0.0, 1.0, 0.5, 1.3, 0.0, 0.7, 0.0)
+    run = train(ROWS[name], schedule=lambda optimizer: optim.lr_scheduler.LambdaLR(optimizer, lambda s: factors[s]))
+    why = run.explain()
+    assert why.relative_residual < 3 * LIMITS[torch.float64]
     assert set(why.channels) == {"initial", "unexplained"} | ROWS[name].channels
+    found = pk.KernelMachine(run.trajectory, quadrature=pk.GaussLegendre(4)).decision_function(run.queries)
+    expected = run.trajectory.function().outputs(run.trajectory.final, run.queries)
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-11)
 
 
 @pytest.mark.parametrize("name", FULLEST)
@@ -249,7 +270,7 @@ def test_two_groups_of_parameters(name: str) -> None:
         groups = [{"params": [first], **slower}, {"params": others}]
         return (optim.Muon if row.make is matrices_only else row.make)(groups, **row.settings)
 
-    assert train(make).explain().relative_residual < LIMITS[torch.float64]
+    assert train(make).explain().relative_residual < 3 * LIMITS[torch.float64]
 
 
 @pytest.mark.parametrize("name", FULLEST)
@@ -262,23 +283,15 @@ def test_a_recording_that_begins_in_the_middle(name: str) -> None:
         optimizer.step()
     run = train(lambda _: optimizer, model=model)
     why = run.explain()
-    assert why.relative_residual < LIMITS[torch.float64]
+    assert why.relative_residual < 10 * LIMITS[torch.float64]
     memory = {"memory"} if run.trajectory.rule.memory else set()
     assert set(why.channels) == {"initial", "unexplained"} | row.channels | memory
 
 
 @pytest.mark.parametrize("name", FULLEST)
-def test_predictions_by_the_forward_sweep(name: str) -> None:
-    run = train(ROWS[name])
-    found = pk.KernelMachine(run.trajectory, quadrature=pk.GaussLegendre(4)).decision_function(run.queries)
-    expected = run.trajectory.function().outputs(run.trajectory.final, run.queries)
-    np.testing.assert_allclose(found, expected.numpy(), atol=1e-11)
-
-
-@pytest.mark.parametrize("name", FULLEST)
 def test_the_scaling_of_the_gradient_by_learning_rate(name: str) -> None:
     trajectory = train(ROWS[name]).trajectory
-    rule, step = trajectory.rule, next(s for s in trajectory.steps() if s.index == 5)
+    rule, step = trajectory.rule, trajectory.store.read(4)
     for parameter, shape in zip(trajectory.layout.names, trajectory.layout.shapes, strict=True):
         if not rule.elementwise or parameter not in step.active:
             continue
@@ -296,13 +309,31 @@ def test_the_scaling_of_the_gradient_by_learning_rate(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["rmsprop", "rmsprop_centered", "rmsprop_momentum", "rmsprop_all", "adagrad", "adagrad_options", "adagrad_maximize"]
+    "name",
+    [
+        "rmsprop",
+        "rmsprop_centered",
+        "rmsprop_momentum",
+        "rmsprop_all",
+        "adagrad",
+        "adagrad_options",
+        "adagrad_maximize",
+    ],
 )
 def test_shares_are_those_of_the_oracle(name: str) -> None:
     run, row = train(ROWS[name]), ROWS[name]
     why = run.explain()
     oracle = reference.decompose(
-        run.start, LOSS, run.X, run.y, STEPS, name.split("_")[0], run.queries, 1, reference.gauss_legendre(4), **row.settings
+        run.start,
+        LOSS,
+        run.X,
+        run.y,
+        BATCHES,
+        name.split("_")[0],
+        run.queries,
+        1,
+        reference.gauss_legendre(4),
+        **row.settings,
     )
     for found, expected in (
         (why.shares, oracle.shares),
@@ -317,7 +348,7 @@ def test_shares_are_those_of_the_oracle(name: str) -> None:
 
 def test_radam_is_rectified_from_the_sixth_step() -> None:
     steps = list(train(ROWS["radam"]).trajectory.steps())
-    assert [isinstance(step.frozen["0.weight"]["denominator"], Tensor) for step in steps] == [False] * 5 + [True] * 3
+    assert [isinstance(step.frozen["0.weight"]["denominator"], Tensor) for step in steps] == [False] * 5 + [True]
 
 
 def test_adafactor_clips_in_these_tests() -> None:
@@ -354,7 +385,10 @@ def test_muon_hits_what_torch_did_and_whitens_the_rest(shape: tuple[int, int], n
     rule, settings = rule_of(optimizer), dict(optimizer.param_groups[0])
     memory = (torch.zeros(shape, dtype=torch.float64),)
     for seed in range(3):
-        before, weight.grad = weight.detach().clone(), torch.randn(shape, dtype=torch.float64, generator=generator(seed))
+        before, weight.grad = (
+            weight.detach().clone(),
+            torch.randn(shape, dtype=torch.float64, generator=generator(seed)),
+        )
         optimizer.step()
         moved = weight.detach() - before
         frozen = rule.frozen(Observation({}, optimizer.state[weight], before, weight.grad, moved), settings)
@@ -370,7 +404,9 @@ def test_muon_hits_what_torch_did_and_whitens_the_rest(shape: tuple[int, int], n
         factor = frozen["whitening"]
         expected = factor @ other if shape[0] <= shape[1] else other @ factor
         scale = 0.1 * max(1.0, shape[0] / shape[1]) ** 0.5 * mixed
-        torch.testing.assert_close(rule.step(other, zeros, frozen, settings)[0], -scale * expected, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(
+            rule.step(other, zeros, frozen, settings)[0], -scale * expected, rtol=1e-10, atol=1e-13
+        )
 
 
 def test_muon_at_rest() -> None:
@@ -433,8 +469,8 @@ def test_what_moves_without_gradient_is_unexplained() -> None:
     step = run.trajectory.store.read(0)
     alone = Elementwise().displacement_sources(step.before[:20], step.frozen["0.weight"], {})["unexplained"]
     moved, dead = (step.after - step.before)[:20].reshape(5, 4), step.gradient[:20].reshape(5, 4) == 0
-    assert dead[0].all() and not dead.all()
-    assert torch.equal(alone, moved.where(dead, 0.0)) and (alone[0] != 0).all()
+    assert dead[0].all() and not dead.all() and (alone[0] != 0).all()
+    assert torch.equal(alone, moved.where(dead, torch.zeros_like(moved)))
 
 
 @pytest.mark.xfail(strict=True, reason="the recorder takes every list in an optimizer's state for numbers")
@@ -463,7 +499,11 @@ def parameters() -> list[nn.Parameter]:
         (Unknown(parameters(), lr=0.1), None, ("Unknown` has no update rule", "exact class", 'rule="elementwise"')),
         (optim.LBFGS(parameters()), None, ("LBFGS` has no update rule", "several times", "max_iter=1")),
         (optim.SparseAdam(parameters()), None, ("SparseAdam` has no update rule", "are dense", "sparse=False")),
-        (optim.SparseAdam(parameters()), "elementwise", ("SparseAdam` has no update rule", "are dense", "sparse=False")),
+        (
+            optim.SparseAdam(parameters()),
+            "elementwise",
+            ("SparseAdam` has no update rule", "are dense", "sparse=False"),
+        ),
         (optim.SGD(parameters(), lr=0.1), "scalar", ("`rule='scalar'`", "'elementwise'", 'rule="elementwise"')),
     ],
     ids=["unknown", "lbfgs", "sparse", "sparse by convention", "unknown name"],
