@@ -90,7 +90,7 @@ def draw(results: dict[str, tuple[pk.Attributions, pk.Attributions]], rows: list
         ax.set(title=f"{name}\nrank correlation {row['rank_correlation']:.2f}", xlabel="exact share (scaled)")
         ax.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal")
     axes[0].set_ylabel("share as if SGD (scaled)")
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=160, bbox_inches="tight")
     plt.close(figure)
 
 
