@@ -113,7 +113,7 @@ def verify(
     assert np.abs(why.channels["unexplained"]).max() <= 1e-12 * max(moved, 1.0)
 
 
-# -- losses -------------------------------------------------------------------------------------------------------------
+# -- losses -----------------------------------------------------------------------------------------------------------
 
 CLASSES = torch.randint(3, (SAMPLES,), generator=generator(2))
 IGNORED = torch.where(torch.arange(SAMPLES) % 4 == 3, -100, CLASSES)
@@ -180,12 +180,13 @@ def test_a_contrastive_loss_couples_the_samples_of_a_batch() -> None:
         def forward(self, one: Tensor, two: Tensor) -> Tensor:
             return torch.cat([self.encoder(one), self.encoder(two)], dim=1)
 
-    views, targets = (make_inputs(SAMPLES), make_inputs(SAMPLES) + 0.3 * make_inputs(SAMPLES, seed=5)), torch.zeros(SAMPLES)
+    X, targets = make_inputs(SAMPLES), torch.zeros(SAMPLES)
+    views = (X, X + 0.3 * make_inputs(SAMPLES, seed=5))
     run = train(Siamese(), loss, views, targets)
     verify(run, loss, views, targets, (make_inputs(2, seed=8), make_inputs(2, seed=9)), output=4)
 
 
-# -- outputs and inputs of any shape --------------------------------------------------------------------------------------
+# -- outputs and inputs of any shape ----------------------------------------------------------------------------------
 
 
 class Heads(nn.Module):
@@ -236,6 +237,7 @@ def test_inputs_as_a_tuple_of_image_and_mask() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Masked().double()
+
     def pixels(n: int, seed: int) -> tuple[Tensor, Tensor]:
         return make_inputs(n, (1, 3, 3), seed=seed), torch.rand(n, 1, 3, 3, generator=generator(seed)) < 0.7
 
@@ -287,10 +289,14 @@ class Transformer(nn.Module):
         return self.head(self.layer(h, src_mask=future))
 
 
-def test_a_masked_sequence_loss_of_a_causal_transformer_with_a_tied_embedding() -> None:
+def transformer() -> Transformer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Transformer().double()
+        return Transformer().double()
+
+
+def test_a_masked_sequence_loss_of_a_causal_transformer_with_a_tied_embedding() -> None:
+    model = transformer()
     assert "head.weight" not in dict(model.named_parameters())
     text = torch.randint(1, TOKENS, (SAMPLES, LENGTH + 1), generator=generator(4))
     lengths = torch.randint(2, LENGTH + 1, (SAMPLES, 1), generator=generator(5))
@@ -307,12 +313,6 @@ def test_a_masked_sequence_loss_of_a_causal_transformer_with_a_tied_embedding() 
     verify(run, loss, inputs, targets, queries, output=2 * TOKENS + 3)
     # What follows the last counted token of a sample has no part in it.
     other = torch.where(targets["counted"].bool(), following, 0)
-    again = train(_retrained(), loss, inputs, {**targets, "tokens": other})
+    again = train(transformer(), loss, inputs, {**targets, "tokens": other})
     shares = [pk.KernelMachine(t).explain(queries, outputs=lambda z: z[0]).shares for t in (run, again)]
     np.testing.assert_allclose(*shares, rtol=0, atol=1e-14)
-
-
-def _retrained() -> Transformer:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Transformer().double()
