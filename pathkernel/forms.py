@@ -10,7 +10,7 @@ form            sum                                      holds
 ``folded``      share_i: everything inside               always; coefficients are 1
 ``average``     α_i(x) K_i(x), α = ∫λk / ∫k              always; α depends on the query, ill-conditioned where K ≈ 0
 ``ensemble``    one kernel machine for each step         always; coefficients do not depend on the query
-``constant``    −sign(λ_i) ∫|λ_i| k                      where the sign of λ never changes (cross-entropy, BCE)
+``constant``    −sign(λ_i) ∫ abs(λ_i) k                    where the sign of λ never changes (cross-entropy, BCE)
 ==============  =======================================  ==========================================================
 
 References
@@ -67,7 +67,7 @@ class ConstantForm:
     coefficients
         −sign λ_ic, (N, C); 0 for samples that never moved anything.
     kernel
-        ∫ |λ| k, (Q, N, C).
+        ∫ abs(λ) k, (Q, N, C).
     """
 
     coefficients: np.ndarray
@@ -179,7 +179,7 @@ class ConstantBuilder(_Dense):
         self.signs: Tensor | None = None
 
     def add(self, step: int, ids: Tensor, slopes: Tensor, kernel: Tensor) -> None:
-        """Check that no sign has changed; add |λ| k."""
+        """Check that no sign has changed; add abs(λ) k."""
         if self.signs is None:
             self.signs = torch.zeros(self.samples, slopes.shape[1], dtype=torch.float64)
         signs = torch.sign(slopes)

@@ -54,8 +54,8 @@ FLOWS = {
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize(("method", "order"), METHODS.values(), ids=METHODS)
 def test_gradient_flow_is_followed_to_the_order_of_the_method(method, order: int, flow: str) -> None:
-    (loss, solution), errors, start = FLOWS[flow], [], np.array([1.0, -0.6])
-    for steps in (8, 16, 32):
+    (loss, solution), errors, start = FLOWS[flow], [], np.array([0.8, 0.5])
+    for steps in (64, 128):
         theta = torch.tensor(start, requires_grad=True)
         optimizer = method([theta], lr=1.0 / steps)
 
@@ -68,7 +68,7 @@ def test_gradient_flow_is_followed_to_the_order_of_the_method(method, order: int
         for _ in range(steps):
             optimizer.step(closure)
         errors.append(np.linalg.norm(theta.detach().numpy() - solution(start, 1.0)))
-    np.testing.assert_allclose(np.log2(errors[1] / errors[2]), order, atol=ORDER)
+    np.testing.assert_allclose(np.log2(errors[0] / errors[1]), order, atol=ORDER)
 
 
 @each_method
