@@ -10,7 +10,7 @@ form            sum                                      holds
 ``folded``      share_i: everything inside               always; coefficients are 1
 ``average``     α_i(x) K_i(x), α = ∫λk / ∫k              always; α depends on the query, ill-conditioned where K ≈ 0
 ``ensemble``    one kernel machine for each step         always; coefficients do not depend on the query
-``constant``    −sign(λ_i) ∫ abs(λ_i) k                    where the sign of λ never changes (cross-entropy, BCE)
+``constant``    −sign(λ_i) ∫ abs(λ_i) k                  where the sign of λ never changes (cross-entropy, BCE)
 ==============  =======================================  ==========================================================
 
 References
