@@ -68,11 +68,11 @@ def step_count(observed: Observation, settings: Settings) -> Any:
 def decoupled_decay(observed: Observation, settings: Settings) -> float:
     """−ηλ as torch applies it, by multiplying the parameter with 1 − ηλ in its own type.
 
-    In float32, 1 − 3e-5 is off by a thousandth of the decay, in every step to the same side. Fused steps subtract
-    ηλθ instead. Types of half precision are multiplied in float32.
+    In float32, 1 − 3e-5 is off by a thousandth of the decay, in every step to the same side. Fused steps on
+    accelerators subtract ηλθ instead. Types of half precision are multiplied in float32.
     """
     decay = float(settings["lr"]) * float(settings["weight_decay"])
-    if settings.get("fused", False):
+    if settings.get("fused", False) and observed.after["step"].device.type != "cpu":
         return -decay
     working = torch.promote_types(observed.parameter.dtype, torch.float32)
     return torch.tensor(1 - decay, dtype=working).item() - 1

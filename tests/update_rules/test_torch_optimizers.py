@@ -23,7 +23,7 @@ from pathkernel.update_rules.elementwise import Elementwise
 from pathkernel.update_rules.rule import Observation
 from pathkernel.update_rules.table import RULES, rule_of
 
-LIMITS = {torch.float64: 1e-12, torch.float32: 2e-6}
+LIMITS = {torch.float64: 1e-11, torch.float32: 5e-6}
 DOUBLE_LR = torch.tensor(0.01, dtype=torch.float64)
 CAPTURABLE = ("adam", "adamax", "nadam", "radam", "adadelta", "rmsprop", "asgd", "rprop")
 
@@ -50,7 +50,7 @@ DECAY = frozenset({"weight_decay"})
 LOOP, LOOP_FUSED = ("loop",), ("loop", "foreach", "fused")
 MOST, ALL = ("loop", "foreach"), ("loop", "foreach", "capturable", "capturable_foreach")
 ROWS = {
-    "sgd": Row(optim.SGD, {"lr": 0.1, "weight_decay": 0.05}, LOOP_FUSED, DECAY),
+    "sgd": Row(optim.SGD, {"lr": 0.1, "weight_decay": 0.05}, LOOP, DECAY),
     "sgd_nesterov": Row(optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}, LOOP_FUSED),
     "sgd_maximize": Row(
         optim.SGD,
@@ -69,10 +69,10 @@ ROWS = {
         optim.AdamW, {"lr": 0.01, "weight_decay": 0.3, "amsgrad": True, "betas": (0.9, 0.5)}, LOOP_FUSED, DECAY
     ),
     "adamw_tensor_lr": Row(optim.AdamW, {"lr": DOUBLE_LR, "weight_decay": 0.3}, LOOP, DECAY),
-    "adamax": Row(optim.Adamax, {"lr": 0.01}, MOST),
+    "adamax": Row(optim.Adamax, {"lr": 0.01}, LOOP),
     "adamax_decay": Row(optim.Adamax, {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.9)}, ALL, DECAY),
     "adamax_maximize": Row(optim.Adamax, {"lr": 0.01, "weight_decay": 0.1, "eps": 0.01, "maximize": True}, MOST, DECAY),
-    "nadam": Row(optim.NAdam, {"lr": 0.01}, MOST),
+    "nadam": Row(optim.NAdam, {"lr": 0.01}, LOOP),
     "nadam_decay": Row(optim.NAdam, {"lr": 0.01, "weight_decay": 0.1, "momentum_decay": 0.1}, ALL, DECAY),
     "nadam_decoupled": Row(
         optim.NAdam,
@@ -84,12 +84,12 @@ ROWS = {
         optim.NAdam, {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "decoupled_weight_decay": True}, MOST, DECAY
     ),
     # With β₂ = 0.999 the sixth step is the first one to be rectified; with 0.5 none is.
-    "radam": Row(optim.RAdam, {"lr": 0.01}, MOST),
+    "radam": Row(optim.RAdam, {"lr": 0.01}, LOOP),
     "radam_never_rectified": Row(optim.RAdam, {"lr": 0.01, "betas": (0.9, 0.5)}, LOOP),
     "radam_decay": Row(optim.RAdam, {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95)}, ALL, DECAY),
     "radam_decoupled": Row(optim.RAdam, {"lr": 0.02, "weight_decay": 0.01, "decoupled_weight_decay": True}, ALL, DECAY),
     "radam_maximize": Row(optim.RAdam, {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "eps": 0.01}, MOST, DECAY),
-    "adagrad": Row(optim.Adagrad, {"lr": 0.03}, LOOP_FUSED),
+    "adagrad": Row(optim.Adagrad, {"lr": 0.03}, LOOP),
     "adagrad_options": Row(
         optim.Adagrad,
         {"lr": 0.05, "lr_decay": 0.1, "initial_accumulator_value": 0.2, "eps": 0.01, "weight_decay": 0.1},
@@ -97,15 +97,15 @@ ROWS = {
         DECAY,
     ),
     "adagrad_maximize": Row(optim.Adagrad, {"lr": 0.02, "maximize": True, "weight_decay": 0.1}, LOOP_FUSED, DECAY),
-    "adadelta": Row(optim.Adadelta, {}, MOST),
+    "adadelta": Row(optim.Adadelta, {}, LOOP),
     "adadelta_options": Row(optim.Adadelta, {"lr": 1.5, "rho": 0.7, "eps": 1e-4, "weight_decay": 0.1}, ALL, DECAY),
     "adadelta_maximize": Row(optim.Adadelta, {"eps": 1e-5, "weight_decay": 0.1, "maximize": True}, MOST, DECAY),
-    "rmsprop": Row(optim.RMSprop, {"lr": 0.003}, MOST),
+    "rmsprop": Row(optim.RMSprop, {"lr": 0.003}, LOOP),
     "rmsprop_centered": Row(
-        optim.RMSprop, {"lr": 0.003, "centered": True, "weight_decay": 0.1, "alpha": 0.8}, MOST, DECAY
+        optim.RMSprop, {"lr": 0.003, "centered": True, "weight_decay": 0.1, "alpha": 0.8}, LOOP, DECAY
     ),
     "rmsprop_momentum": Row(
-        optim.RMSprop, {"lr": 0.003, "momentum": 0.9, "weight_decay": 0.1, "eps": 0.01}, MOST, DECAY
+        optim.RMSprop, {"lr": 0.003, "momentum": 0.9, "weight_decay": 0.1, "eps": 0.01}, LOOP, DECAY
     ),
     "rmsprop_all": Row(
         optim.RMSprop,
@@ -113,7 +113,7 @@ ROWS = {
         ALL,
         DECAY,
     ),
-    "asgd": Row(optim.ASGD, {"lr": 0.1}, MOST, frozenset({"lambd"})),
+    "asgd": Row(optim.ASGD, {"lr": 0.1}, LOOP, frozenset({"lambd"})),
     "asgd_options": Row(
         optim.ASGD,
         {"lr": 0.1, "lambd": 0.1, "alpha": 0.9, "t0": 2.0, "weight_decay": 0.1},
@@ -121,17 +121,17 @@ ROWS = {
         frozenset({"lambd", "weight_decay"}),
     ),
     "asgd_maximize": Row(optim.ASGD, {"lr": 0.05, "lambd": 0.01, "maximize": True}, MOST, frozenset({"lambd"})),
-    "rprop": Row(optim.Rprop, {"lr": 0.003}, MOST),
+    "rprop": Row(optim.Rprop, {"lr": 0.003}, LOOP),
     "rprop_options": Row(optim.Rprop, {"lr": 0.01, "etas": (0.3, 1.5), "step_sizes": (1e-3, 0.02)}, ALL),
     "rprop_maximize": Row(optim.Rprop, {"lr": 0.003, "maximize": True}, MOST),
-    "adafactor": Row(optim.Adafactor, {"lr": 0.02}),
+    "adafactor": Row(optim.Adafactor, {"lr": 0.02}, LOOP),
     "adafactor_options": Row(
         optim.Adafactor,
         {"lr": 0.5, "beta2_decay": -0.5, "eps": (0.5, 0.1), "d": 1.5, "weight_decay": 0.02},
         channels=DECAY,
     ),
     "adafactor_maximize": Row(optim.Adafactor, {"lr": 0.02, "maximize": True, "weight_decay": 0.1}, channels=DECAY),
-    "adafactor_tensor_lr": Row(optim.Adafactor, {"lr": 2 * DOUBLE_LR, "weight_decay": 0.1}, channels=DECAY),
+    "adafactor_tensor_lr": Row(optim.Adafactor, {"lr": 2 * DOUBLE_LR, "weight_decay": 0.1}, LOOP, DECAY),
     "muon": Row(matrices_only, {"lr": 0.01}, LOOP, DECAY),
     "muon_plain_momentum": Row(
         matrices_only, {"lr": 0.01, "nesterov": False, "momentum": 0.8, "weight_decay": 0.0, "ns_steps": 3}, LOOP
@@ -147,7 +147,13 @@ UNREADABLE = ("sgd_nesterov", "foreach")
 IN_PLACE = pytest.mark.xfail(strict=True, reason="torch adds the momentum to `p.grad` itself: read it before the step")
 # Everything in float64; in float32 every row, and those implementations that round in another way.
 VARIANTS = [
-    pytest.param(name, implementation, dtype, marks=IN_PLACE if (name, implementation) == UNREADABLE else ())
+    pytest.param(
+        name,
+        implementation,
+        dtype,
+        marks=IN_PLACE if (name, implementation) == UNREADABLE else (),
+        id=f"{name}-{implementation}-{str(dtype).removeprefix('torch.')}",
+    )
     for dtype in LIMITS
     for name, row in ROWS.items()
     for implementation in row.implementations
@@ -241,7 +247,6 @@ def test_nothing_is_left_over(name: str, implementation: str, dtype: torch.dtype
         why = train(lambda parameters: row(parameters, implementation), dtype).explain()
     finally:
         torch.set_default_dtype(default)
-    print(f"RESIDUAL {name} {implementation} {dtype} {why.relative_residual:.1e}")
     assert why.relative_residual < LIMITS[dtype]
     assert set(why.channels) == {"initial", "unexplained"} | row.channels
     assert np.abs(why.channels["unexplained"]).max() < LIMITS[dtype]
@@ -253,7 +258,7 @@ def test_schedules_in_both_sweeps(name: str) -> None:
     factors = (0.0, 1.0, 0.5, 1.3, 0.0, 0.7, 0.0)
     run = train(ROWS[name], schedule=lambda optimizer: optim.lr_scheduler.LambdaLR(optimizer, lambda s: factors[s]))
     why = run.explain()
-    assert why.relative_residual < 3 * LIMITS[torch.float64]
+    assert why.relative_residual < LIMITS[torch.float64]
     assert set(why.channels) == {"initial", "unexplained"} | ROWS[name].channels
     found = pk.KernelMachine(run.trajectory, quadrature=pk.GaussLegendre(4)).decision_function(run.queries)
     expected = run.trajectory.function().outputs(run.trajectory.final, run.queries)
@@ -270,7 +275,7 @@ def test_two_groups_of_parameters(name: str) -> None:
         groups = [{"params": [first], **slower}, {"params": others}]
         return (optim.Muon if row.make is matrices_only else row.make)(groups, **row.settings)
 
-    assert train(make).explain().relative_residual < 3 * LIMITS[torch.float64]
+    assert train(make).explain().relative_residual < LIMITS[torch.float64]
 
 
 @pytest.mark.parametrize("name", FULLEST)
@@ -283,7 +288,7 @@ def test_a_recording_that_begins_in_the_middle(name: str) -> None:
         optimizer.step()
     run = train(lambda _: optimizer, model=model)
     why = run.explain()
-    assert why.relative_residual < 10 * LIMITS[torch.float64]
+    assert why.relative_residual < LIMITS[torch.float64]
     memory = {"memory"} if run.trajectory.rule.memory else set()
     assert set(why.channels) == {"initial", "unexplained"} | row.channels | memory
 
@@ -341,6 +346,37 @@ def test_shares_are_those_of_the_oracle(name: str) -> None:
         (why.output, oracle.final),
     ):
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-10 * expected.abs().max().item())
+
+
+# -- decay in float32 --------------------------------------------------------------------------------------------------
+
+DECAYING = {
+    "adamw": (optim.AdamW, {"weight_decay": 0.01}, ("loop", "foreach", "fused")),
+    "nadam": (optim.NAdam, {"weight_decay": 0.01, "decoupled_weight_decay": True}, MOST),
+    "radam": (optim.RAdam, {"weight_decay": 0.01, "decoupled_weight_decay": True}, MOST),
+    "adafactor": (optim.Adafactor, {"weight_decay": 0.01}, MOST),
+    "muon": (optim.Muon, {"weight_decay": 0.01}, LOOP),
+    "asgd": (optim.ASGD, {"lambd": 0.01}, MOST),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"), [(name, way) for name, (_, _, ways) in DECAYING.items() for way in ways]
+)
+def test_decay_is_rounded_as_torch_rounds_it(name: str, implementation: str) -> None:
+    # 1 − 3e-5 is off by 1e-8 in float32, always to the same side. The rounding of θ averages out over many entries.
+    make, settings, _ = DECAYING[name]
+    weight = nn.Parameter(torch.randn(300, 300, generator=generator(0)))
+    weight.grad = torch.zeros(300, 300)
+    chosen = {} if implementation == "loop" else {implementation: True}
+    optimizer = make([weight], lr=0.003, **settings, **chosen)
+    rule, group, before = rule_of(optimizer), dict(optimizer.param_groups[0]), weight.detach().clone()
+    optimizer.step()
+    moved = weight.detach().double() - before.double()
+    frozen = rule.frozen(Observation({}, optimizer.state[weight], before, weight.grad, moved), group)
+    (decay,) = rule.displacement_sources(before.double(), frozen, group).values()
+    error = ((moved - decay) * before).sum() / before.double().square().sum()
+    assert abs(error) < 1e-9
 
 
 # -- single rules ------------------------------------------------------------------------------------------------------
@@ -466,9 +502,9 @@ def test_what_moves_without_gradient_is_unexplained() -> None:
     run = train(make, rule=Elementwise(), model=model)
     why = pk.KernelMachine(run.trajectory).explain(run.queries, outputs="all")
     assert why.relative_residual < 1e-12
-    step = run.trajectory.store.read(0)
-    alone = Elementwise().displacement_sources(step.before[:20], step.frozen["0.weight"], {})["unexplained"]
-    moved, dead = (step.after - step.before)[:20].reshape(5, 4), step.gradient[:20].reshape(5, 4) == 0
+    step, where = run.trajectory.store.read(0), run.trajectory.layout.slices["0.weight"]
+    alone = Elementwise().displacement_sources(step.before[where], step.frozen["0.weight"], {})["unexplained"]
+    moved, dead = (step.after - step.before)[where].reshape(-1, 4), step.gradient[where].reshape(-1, 4) == 0
     assert dead[0].all() and not dead.all() and (alone[0] != 0).all()
     assert torch.equal(alone, moved.where(dead, torch.zeros_like(moved)))
 
