@@ -12,10 +12,9 @@ from torch.optim import Optimizer
 
 from pathkernel.errors import PathKernelError
 from pathkernel.kernel_machine import KernelMachine
-from pathkernel.losses import batch_gradient
 from pathkernel.quadrature import GaussLegendre
 from pathkernel.recording.recorder import KernelRecorder
-from pathkernel.trajectory.gradients import samples_of
+from pathkernel.trajectory.gradients import RecordedGradients
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Frozen, Memory, Settings, UpdateRule, adjoint
@@ -251,20 +250,8 @@ def _gradients(rule: UpdateRule, trajectory: Trajectory, step: Step) -> tuple[Te
     """The gradients of a step, (P,) float64 each: the one on record, or recomputed at every stage."""
     if rule.stages == 1:
         return (step.gradient.double(),)
-    layout, function = trajectory.layout, trajectory.function()
-    points = [step.before.double().clone() for _ in range(rule.stages)]
-    for name in step.active:
-        offsets = rule.stage_offsets(step.frozen[name], step.hyperparameters_of(name))
-        for point, offset in zip(points, offsets, strict=True):
-            if offset is not None:
-                point[layout.slices[name]] += offset.double().reshape(-1)
-    total = [torch.zeros_like(point) for point in points]
-    for batch in step.batches:
-        inputs, targets = samples_of(batch, trajectory.data)
-        arguments = (trajectory.loss, inputs, targets, batch.weights, trajectory.reduction)
-        for sum_, point in zip(total, points, strict=True):
-            sum_ += batch_gradient(function, point.to(trajectory.dtype), *arguments)
-    return tuple(total)
+    recomputed = RecordedGradients(trajectory, trajectory.function(), 2**28).stages(step, rows=False)
+    return tuple(stage.samples + sum(stage.channels.values(), torch.zeros(())) for stage in recomputed)
 
 
 # -- completeness ------------------------------------------------------------------------------------------------------

@@ -258,7 +258,8 @@ def test_changes_outside_the_optimizer_reach_the_average_or_not() -> None:
 def test_buffers_of_the_average_are_its_own(use_buffers: bool) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double().train()
+        layers = nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)
+        model = nn.Sequential(*layers).double().train()
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=use_buffers)
     run = train(model, adamw(model), averaged, lambda k: averaged.update_parameters(model))
     model.eval()

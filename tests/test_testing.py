@@ -248,7 +248,6 @@ class HeunRule(UpdateRule):
         return None, frozen["offset"]
 
 
-@pytest.mark.xfail(strict=True, reason="adjoint and sweeps take one gradient a step")
 def test_a_rule_of_two_stages() -> None:
     check_update_rule(HeunRule(), lambda parameters: Heun(parameters, 0.1))
 

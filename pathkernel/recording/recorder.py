@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +37,28 @@ def plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(plain(v) for v in value)
     return value
+
+
+@dataclass(frozen=True)
+class OpenStep:
+    """What is known of a step before it is taken.
+
+    Attributes
+    ----------
+    before
+        θ_s, (P,).
+    states
+        The optimizer's state by parameter; see `pathkernel.update_rules.rule.Observation`.
+    active
+        Parameters with a gradient.
+    gradient
+        (P,), or None where it only arrives inside the step.
+    """
+
+    before: Tensor
+    states: Mapping[str, Mapping[str, Any]]
+    active: frozenset[str]
+    gradient: Tensor | None
 
 
 class KernelRecorder:
@@ -129,7 +151,7 @@ class KernelRecorder:
         )
         self._named = named
         self._pending: list[MicroBatch] = []
-        self._open: tuple[Tensor, dict[str, dict[str, Any]]] | None = None
+        self._open: OpenStep | None = None
         self._handles: list[Any] = []
         self._listening: dict[str, Any] = {}
         self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
@@ -403,13 +425,18 @@ class KernelRecorder:
         before = self._last_point()  # one tensor for the end of a step and the start of the next
         if closure is None:
             self._audit(before)
-        self._open = (before, {name: self._state(p) for name, p in self._named.items() if p in optimizer.state})
+        states = {name: self._state(p) for name, p in self._named.items() if p in optimizer.state}
+        scaled = getattr(optimizer, "grad_scale", None) is not None
+        # Now, where the gradient is there already: some implementations (SGD's foreach Nesterov) write on it. A fused
+        # optimizer under loss scaling divides it by the scale inside the step.
+        known = closure is None and not scaled
+        self._open = OpenStep(before, states, frozenset(self._gradients()), self._gradient() if known else None)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._open is None:
             return
-        before, state_before = self._open
-        self._open = None
+        opened, self._open = self._open, None
+        before = opened.before
         trajectory = self._trajectory
         if getattr(optimizer, "found_inf", None) is not None and torch.equal(self._flat(), before):
             # A fused optimizer skipped a step that overflowed under loss scaling.
@@ -417,15 +444,16 @@ class KernelRecorder:
             return
         self._check_pending()
         groups = self._groups()
-        active = frozenset(self._gradients())
+        known = opened.gradient is not None
+        active = opened.active if known else frozenset(self._gradients())
         settings = tuple(
             {key: plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
         )
-        after, gradient = self._flat(), self._gradient(active)
+        after, gradient = self._flat(), self._gradient() if opened.gradient is None else opened.gradient
         at, received, moved = (trajectory.layout.unflatten(v) for v in (before, gradient, after - before))
         observed = {
             name: Observation(
-                before=state_before.get(name, {}),
+                before=opened.states.get(name, {}),
                 after=optimizer.state[self._named[name]],
                 parameter=at[name],
                 gradient=received[name],
@@ -482,9 +510,10 @@ class KernelRecorder:
         kept = self._trajectory.rule.keep_before
 
         def keep(key: str, value: Any) -> Any:
-            if isinstance(value, Tensor) and (key in kept or value.numel() > 1):
-                return value.detach().clone() if key in kept else True
-            return plain(value)
+            if isinstance(value, Tensor):
+                return value.detach().clone() if key in kept else (True if value.numel() > 1 else value.item())
+            holds_tensors = isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value)
+            return True if holds_tensors else plain(value)
 
         return {key: keep(key, value) for key, value in self.optimizer.state[parameter].items()}
 
@@ -524,9 +553,16 @@ class KernelRecorder:
         scaled = getattr(self.optimizer, "grad_scale", None) is not None
         if elsewhere or scaled or not is_due(index, self.audit_every):
             return
-        active = frozenset(self._gradients())
-        found = self._gradient(active)
-        audit(trajectory, index, self._pending, before, found, active, self._gradient_changes, self._changed_buffers())
+        audit(
+            trajectory,
+            index,
+            self._pending,
+            before,
+            self._gradient(),
+            frozenset(self._gradients()),
+            self._gradient_changes,
+            self._changed_buffers(),
+        )
 
     # -- flat copies ------------------------------------------------------------------------------------------
 
@@ -538,12 +574,10 @@ class KernelRecorder:
         held = self._groups()
         return {n: p.grad.detach() for n, p in self._named.items() if p.grad is not None and n in held}
 
-    def _gradient(self, active: frozenset[str]) -> Tensor:
-        gradients = {
-            name: p.grad if name in active and p.grad is not None else torch.zeros_like(p)
-            for name, p in self._named.items()
-        }
-        return self._trajectory.layout.flatten(gradients).detach()
+    def _gradient(self) -> Tensor:
+        gradients = self._gradients()
+        zeros = {name: torch.zeros_like(p) for name, p in self._named.items() if name not in gradients}
+        return self._trajectory.layout.flatten({**gradients, **zeros}).detach()
 
     def _groups(self) -> dict[str, int]:
         index = {id(p): g for g, group in enumerate(self.optimizer.param_groups) for p in group["params"]}

@@ -178,6 +178,20 @@ def step_with_changed_parameters() -> None:
         optimizer.step()
 
 
+class TwoStages(SGD):
+    """Says of itself that it takes two gradients in a step."""
+
+    stages = 2
+
+
+def edit_of_one_stage() -> None:
+    scene = Scene(steps=0, rule=TwoStages())
+    scene.recorder.batch([3, 4])
+    scene.gradient([3, 4])
+    with scene.recorder.channel("noise"):
+        scene.model[0].weight.grad.add_(1.0)
+
+
 def average_that_is_none() -> None:
     average = copy.deepcopy(model := make_model())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -311,6 +325,11 @@ REFUSALS: dict[str, Case] = {
         step_with_changed_parameters,
         errors.RecordingError,
         ("`0.weight`, `0.bias` joined the optimizer and had changed", "a constant since", "new KernelRecorder"),
+    ),
+    "gradients edited between the stages of a step": (
+        edit_of_one_stage,
+        errors.RecordingError,
+        ("edited under the name `noise`", "one gradient in a step", "one stage"),
     ),
     # recording: averages
     "an average of another model": (

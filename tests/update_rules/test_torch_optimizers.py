@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 import pathkernel as pk
 from pathkernel import reference
 from pathkernel.attributions import Attributions
-from pathkernel.errors import UnsupportedOptimizerError
+from pathkernel.errors import TrajectoryError, UnsupportedOptimizerError
 from pathkernel.update_rules.elementwise import Elementwise
 from pathkernel.update_rules.rule import Observation
 from pathkernel.update_rules.table import RULES, rule_of
@@ -143,15 +143,12 @@ ROWS = {
         DECAY,
     ),
 }
-UNREADABLE = ("sgd_nesterov", "foreach")
-IN_PLACE = pytest.mark.xfail(strict=True, reason="torch adds the momentum to `p.grad` itself: read it before the step")
 # Everything in float64; in float32 every row, and those implementations that round in another way.
 VARIANTS = [
     pytest.param(
         name,
         implementation,
         dtype,
-        marks=IN_PLACE if (name, implementation) == UNREADABLE else (),
         id=f"{name}-{implementation}-{str(dtype).removeprefix('torch.')}",
     )
     for dtype in LIMITS
@@ -500,7 +497,9 @@ def test_what_moves_without_gradient_is_unexplained() -> None:
         return optim.SGD(parameters, lr=0.1, weight_decay=0.1)
 
     run = train(make, rule=Elementwise(), model=model)
-    why = pk.KernelMachine(run.trajectory).explain(run.queries, outputs="all")
+    with pytest.raises(TrajectoryError, match="is unexplained"):
+        pk.KernelMachine(run.trajectory, unexplained=1e-3).explain(run.queries, outputs="all")
+    why = pk.KernelMachine(run.trajectory, unexplained=1.0).explain(run.queries, outputs="all")
     assert why.relative_residual < 1e-12
     step, where = run.trajectory.store.read(0), run.trajectory.layout.slices["0.weight"]
     alone = Elementwise().displacement_sources(step.before[where], step.frozen["0.weight"], {})["unexplained"]
@@ -509,7 +508,6 @@ def test_what_moves_without_gradient_is_unexplained() -> None:
     assert torch.equal(alone, moved.where(dead, torch.zeros_like(moved)))
 
 
-@pytest.mark.xfail(strict=True, reason="the recorder takes every list in an optimizer's state for numbers")
 def test_one_quasi_newton_step_at_a_time() -> None:
     def make(parameters: Any) -> Optimizer:
         return optim.LBFGS(parameters, lr=0.1, max_iter=1)
