@@ -7,13 +7,11 @@ a dict by parameter name) and z the outputs of a batch, flattened to (B, C).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
@@ -22,103 +20,8 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Parameters, PyTree
 from pathkernel.errors import InputError
-
-
-@dataclass(frozen=True)
-class ParameterLayout:
-    """Where each parameter lies in the flat vector θ.
-
-    Parameters
-    ----------
-    names
-        Parameter names as in ``module.named_parameters()``; a tied parameter appears once.
-    shapes
-        Their shapes, in the same order.
-    """
-
-    names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
-
-    @classmethod
-    def of(cls, parameters: Parameters) -> ParameterLayout:
-        """Lay out the given parameters in their order."""
-        return cls(tuple(parameters), tuple(p.shape for p in parameters.values()))
-
-    @cached_property
-    def slices(self) -> dict[str, slice]:
-        """The range of each parameter in θ."""
-        ranges, offset = {}, 0
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            ranges[name] = slice(offset, offset + shape.numel())
-            offset += shape.numel()
-        return ranges
-
-    @cached_property
-    def size(self) -> int:
-        """P, the length of θ."""
-        return sum(shape.numel() for shape in self.shapes)
-
-    def flatten(self, tensors: Parameters, dtype: torch.dtype | None = None) -> Tensor:
-        """Copy tensors with shapes (..., *shape) into one (..., P); any leading axes are kept."""
-        rows = []
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            tensor = tensors[name]
-            leading = tensor.shape[: tensor.dim() - len(shape)]
-            rows.append(tensor.reshape(*leading, -1).to(dtype or tensor.dtype))
-        return torch.cat(rows, dim=-1)
-
-    def unflatten(self, vector: Float[Tensor, "*leading P"]) -> dict[str, Tensor]:
-        """Views of (..., P) with shapes (..., *shape), by name."""
-        leading = vector.shape[:-1]
-        return {
-            name: vector[..., where].reshape(*leading, *shape)
-            for (name, where), shape in zip(self.slices.items(), self.shapes, strict=True)
-        }
-
-
-def as_tensors(tree: PyTree, dtype: torch.dtype) -> PyTree:
-    """Tensors for arrays: floating numpy arrays take the model's type, tensors are left as they are."""
-
-    def convert(leaf: Any) -> Tensor:
-        if isinstance(leaf, Tensor):
-            return leaf.detach()
-        array = np.asarray(leaf)
-        if array.dtype.kind == "f":
-            return torch.as_tensor(array, dtype=dtype)
-        if array.dtype.kind in "iub":
-            return torch.as_tensor(array.astype(np.int64) if array.dtype.kind != "b" else array)
-        raise InputError(
-            f"Samples of type {array.dtype} were given",
-            "Samples are numbers: floating point, integers or booleans",
-            "Encode text as token ids and categories as integers first",
-        )
-
-    def is_array_like(node: Any) -> bool:
-        # A list of numbers (or of rows of numbers) is one array; a list of tensors is a tree.
-        return isinstance(node, list) and not any(isinstance(v, (Tensor, np.ndarray)) for v in node)
-
-    return pytree.tree_map(convert, tree, is_leaf=is_array_like)
-
-
-def take(tree: PyTree, index: Any) -> PyTree:
-    """Index the first axis of every leaf."""
-    return pytree.tree_map(lambda leaf: leaf[index], tree)
-
-
-def count(tree: PyTree) -> int:
-    """The number of samples along the first axis."""
-    return len(pytree.tree_leaves(tree)[0])
-
-
-def cast_floating(tree: PyTree, dtype: torch.dtype) -> PyTree:
-    """Convert the floating leaves; integers (token ids, masks) stay as they are."""
-    return pytree.tree_map(lambda leaf: leaf.to(dtype) if torch.is_floating_point(leaf) else leaf, tree)
-
-
-def blocks(n: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most ``size`` that cover ``range(n)``."""
-    for start in range(0, n, max(1, size)):
-        yield slice(start, min(n, start + max(1, size)))
+from pathkernel.parameters import ParameterLayout
+from pathkernel.pytrees import blocks, cast_floating, count, take
 
 
 @contextmanager
@@ -402,34 +305,3 @@ def push_forward(function: Callable[[Tensor], Tensor], point: Tensor, direction:
         return jvp(function, (point,), (direction,))[1]
 
 
-def memory_bytes(memory: int | str) -> int:
-    """Bytes of a budget given as a number or as text such as ``"512MB"`` or ``"2 GiB"``."""
-    if isinstance(memory, int) and memory > 0:
-        return memory
-    units = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-    text = str(memory).strip().lower()
-    for unit, size in units.items():
-        if text.endswith(unit):
-            try:
-                if (budget := int(float(text[: -len(unit)]) * size)) > 0:
-                    return budget
-            except ValueError:
-                pass
-            break
-    raise InputError(
-        f"`memory={memory!r}` was given",
-        "It must be a positive number of bytes, or text with one of the units kB, MB, GB, KiB, MiB, GiB",
-        'Write for example `memory="512MB"`',
-    )
-
-
-def named_trainable(module: nn.Module, also: Sequence[nn.Parameter] = ()) -> dict[str, nn.Parameter]:
-    """Parameters that can move: those that require gradients, and those named in ``also``, tied ones once."""
-    wanted = {id(p) for p in also}
-    return {name: p for name, p in module.named_parameters() if p.requires_grad or id(p) in wanted}
-
-
-def constants_of(module: nn.Module, layout: ParameterLayout) -> dict[str, Tensor]:
-    """Copies of all parameters outside the layout and of all buffers."""
-    rest = {n: p.detach().clone() for n, p in module.named_parameters() if n not in layout.slices}
-    return {**rest, **{n: b.detach().clone() for n, b in module.named_buffers()}}

@@ -13,7 +13,8 @@ from pathkernel.attributions import Attributions
 from pathkernel.curves import Account, AverageCurve, ChordCurve, Curve, PathCurve
 from pathkernel.errors import InputError, TrajectoryError, check
 from pathkernel.forms import BUILDERS, join_forms
-from pathkernel.functional import ModelFunction, blocks, count, memory_bytes, take
+from pathkernel.functional import ModelFunction
+from pathkernel.pytrees import blocks, count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.queries import Queries, one_hot_context
 from pathkernel.sweeps import backward_sweep, forward_sweep

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Loss, Parameters, PyTree
 from pathkernel.errors import InputError
-from pathkernel.functional import ModelFunction, batch_outputs, cast_floating, push_forward, take
+from pathkernel.functional import ModelFunction, batch_outputs, push_forward
+from pathkernel.pytrees import cast_floating, take
 
 
 def batch_loss(loss: Loss, outputs: PyTree, targets: PyTree, weights: Tensor | None, reduction: str) -> Tensor:

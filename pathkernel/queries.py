@@ -11,17 +11,8 @@ from torch import Tensor
 from torch.func import vmap
 
 from pathkernel._typing import Float, Int, PyTree
-from pathkernel.functional import (
-    ModelFunction,
-    OutputFunctional,
-    blocks,
-    cast_floating,
-    count,
-    gradients_along,
-    push_forward,
-    sample_gradients,
-    take,
-)
+from pathkernel.functional import ModelFunction, OutputFunctional, gradients_along, push_forward, sample_gradients
+from pathkernel.pytrees import blocks, cast_floating, count, take
 from pathkernel.trajectory.step import Segment
 
 

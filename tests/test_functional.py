@@ -13,18 +13,9 @@ from tolerances import TOLERANCES
 from torch import nn
 
 from pathkernel import reference
-from pathkernel.functional import (
-    ModelFunction,
-    ParameterLayout,
-    as_tensors,
-    blocks,
-    constants_of,
-    gradients_along,
-    memory_bytes,
-    named_trainable,
-    sample_gradients,
-    take,
-)
+from pathkernel.functional import ModelFunction, gradients_along, sample_gradients
+from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
+from pathkernel.pytrees import as_tensors, blocks, memory_bytes, take
 
 DOUBLE = TOLERANCES[torch.float64]
 

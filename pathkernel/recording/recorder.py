@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError
-from pathkernel.functional import ForwardState, ParameterLayout, constants_of, count, modes_of, named_trainable
+from pathkernel.functional import ForwardState, modes_of
 from pathkernel.losses import Objective, check_reduction
+from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
+from pathkernel.pytrees import count
 from pathkernel.recording.audit import audit, is_due
 from pathkernel.recording.forward import ForwardWatcher
 from pathkernel.recording.indexed import indexed_loader

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.functional import blocks, count, sample_gradients, take
+from pathkernel.functional import sample_gradients
+from pathkernel.pytrees import blocks, count, take
 from pathkernel.tangent_kernel.engine import Engine
 
 

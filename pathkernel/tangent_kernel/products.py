@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
 from pathkernel._typing import PyTree
-from pathkernel.functional import ModelFunction, blocks, cast_floating, count, take
+from pathkernel.functional import ModelFunction
+from pathkernel.pytrees import blocks, cast_floating, count, take
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
 

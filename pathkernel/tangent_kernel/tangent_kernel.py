@@ -10,16 +10,9 @@ from torch import Tensor, nn
 
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.errors import InputError, ModelMismatchError, check
-from pathkernel.functional import (
-    ModelFunction,
-    ParameterLayout,
-    as_tensors,
-    cast_floating,
-    constants_of,
-    count,
-    memory_bytes,
-    named_trainable,
-)
+from pathkernel.functional import ModelFunction
+from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
+from pathkernel.pytrees import as_tensors, cast_floating, count, memory_bytes
 from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.jacobian import JacobianEngine
 from pathkernel.tangent_kernel.outputs import OutputSelection, select_outputs

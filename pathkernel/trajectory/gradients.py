@@ -11,8 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import TrajectoryError
-from pathkernel.functional import ModelFunction, Modes, ParameterLayout, as_tensors, blocks, sample_gradients, take
+from pathkernel.functional import ModelFunction, Modes, sample_gradients
 from pathkernel.losses import batch_gradient, batch_products, coupled_rows, output_cotangents
+from pathkernel.parameters import ParameterLayout
+from pathkernel.pytrees import as_tensors, blocks, take
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
-from pathkernel.functional import as_tensors, take
+from pathkernel.pytrees import as_tensors, take
 
 
 class Samples:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from pathkernel._typing import Loss
 from pathkernel.errors import InputError, ModelMismatchError, TrajectoryError, check
-from pathkernel.functional import ModelFunction, ParameterLayout
+from pathkernel.functional import ModelFunction
 from pathkernel.losses import Objective
+from pathkernel.parameters import ParameterLayout
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import Segment, Step

@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import pathkernel as pk
 from pathkernel import errors
 from pathkernel.attributions import Attributions
-from pathkernel.functional import as_tensors, batch_outputs, memory_bytes
+from pathkernel.functional import batch_outputs
 from pathkernel.losses import check_reduction
+from pathkernel.pytrees import as_tensors, memory_bytes
 from pathkernel.quadrature import as_quadrature
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.update_rules.sgd import SGD
