@@ -48,7 +48,8 @@ def rule_of(optimizer: Optimizer, rule: str | UpdateRule | None = None) -> Updat
     optimizer
         The optimizer to be recorded.
     rule
-        A rule of the user's own; ``"elementwise"`` for the convention of `Elementwise`; None for the one in the table.
+        A rule of the user's own; ``"elementwise"`` for the convention of `Elementwise`; None for the one that the
+        optimizer's class names as its attribute ``rule``, or else the one in the table.
 
     Raises
     ------
@@ -71,7 +72,8 @@ def rule_of(optimizer: Optimizer, rule: str | UpdateRule | None = None) -> Updat
                 'Write `KernelRecorder(..., rule="elementwise")`, or pass an instance of your `UpdateRule`',
             )
         return NAMED_RULES[rule]()
-    rule_class = RULES.get(type(optimizer))
+    own = vars(type(optimizer)).get("rule")  # of this very class: a subclass may step differently
+    rule_class = own if isinstance(own, type) and issubclass(own, UpdateRule) else RULES.get(type(optimizer))
     if rule_class is not None:
         return rule_class()
     if isinstance(optimizer, optim.LBFGS):
