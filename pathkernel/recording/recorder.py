@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError
-from pathkernel.functional import ForwardState, modes_of
 from pathkernel.losses import Objective, check_reduction
 from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.pytrees import count
 from pathkernel.recording.audit import audit, is_due
-from pathkernel.recording.forward import ForwardWatcher
 from pathkernel.recording.indexed import indexed_loader
+from pathkernel.recording.live import LiveParameters
+from pathkernel.recording.pending import PendingBatches, checked_ids
 from pathkernel.recording.validation import check_optimizer, unwrapped
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.gradients import samples_of
@@ -30,15 +30,6 @@ from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Observation, UpdateRule
 from pathkernel.update_rules.table import rule_of
-
-
-def plain(value: Any) -> Any:
-    """A hyper-parameter as numbers: schedulers change tensors in place."""
-    if isinstance(value, Tensor):
-        return value.item()
-    if isinstance(value, (tuple, list)):
-        return tuple(plain(v) for v in value)
-    return value
 
 
 @dataclass(frozen=True)
@@ -151,15 +142,11 @@ class KernelRecorder:
             constants=constants_of(model, layout),
             rule=rule,
         )
-        self._named = named
-        self._pending: list[MicroBatch] = []
+        self._live = LiveParameters(named, optimizer)
+        self._pending = PendingBatches(outer, self._live, rule.stages, self._forget_edits)
         self._open: OpenStep | None = None
         self._handles: list[Any] = []
-        self._listening: dict[str, Any] = {}
         self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
-        self._arrived = True
-        self._forward = ForwardWatcher(outer, self._forward_ran, rule.stages)
-        self._seen = False
         self._averages = dict(averages or {})
         for name, source in self._averages.items():
             self._trajectory.averages[name] = AverageRecord.begin(name, source, layout)
@@ -183,9 +170,9 @@ class KernelRecorder:
         if self._handles:
             return
         if not len(self._trajectory):
-            self._trajectory.initial = self._flat()
-            self._trajectory.initial_memory = self._memory()
-        elif not _equal(self._memory(), self._memory_at_close):
+            self._trajectory.initial = self._live.vector()
+            self._trajectory.initial_memory = self._live.memory(self._trajectory.rule)
+        elif not _equal(self._live.memory(self._trajectory.rule), self._memory_at_close):
             raise RecordingError(
                 "The optimizer stepped between `close()` and `start()`, which changed its momentum",
                 "What recorded samples left in the optimizer's memory must still be there when recording goes on",
@@ -195,16 +182,16 @@ class KernelRecorder:
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
-        self._forward.start()
+        self._pending.start()
 
     def close(self) -> Trajectory:
         """Let go of the optimizer and return the trajectory; recording may be started again."""
         self._take_stock()
-        for handle in (*self._handles, *self._listening.values()):
+        for handle in self._handles:
             handle.remove()
-        self._forward.stop()
-        self._handles, self._listening, self._pending, self._open, self._arrived = [], {}, [], None, True
-        self._memory_at_close = self._memory()
+        self._pending.stop()
+        self._handles, self._open = [], None
+        self._memory_at_close = self._live.memory(self._trajectory.rule)
         self._trajectory.store.flush()
         return self._trajectory
 
@@ -243,7 +230,7 @@ class KernelRecorder:
             if drop_last and len(ids) < batch_size:
                 break
             inputs, targets = self._trajectory.data[ids]
-            self._announce(MicroBatch(ids))
+            self._pending.announce(MicroBatch(ids))
             yield inputs, targets
 
     def track(self, loader: DataLoader) -> Iterator[Any]:
@@ -253,7 +240,7 @@ class KernelRecorder:
         detach them.
         """
         for ids, batch in indexed_loader(loader):
-            self._announce(MicroBatch(self._check_ids(ids)))
+            self._pending.announce(MicroBatch(checked_ids(ids, len(self._trajectory.data))))
             yield batch
 
     def batch(
@@ -274,7 +261,7 @@ class KernelRecorder:
         -------
         The inputs and targets to train on.
         """
-        ids = self._check_ids(torch.as_tensor(ids))
+        ids = checked_ids(torch.as_tensor(ids), len(self._trajectory.data))
         if weights is not None:
             weights = torch.as_tensor(weights).detach().clone()
             if weights.shape != ids.shape:
@@ -291,21 +278,8 @@ class KernelRecorder:
                     f"Write `recorder.batch(ids, {name}={name})` with one row for each id",
                 )
         batch = MicroBatch(ids, weights, inputs, targets)
-        self._announce(batch)
+        self._pending.announce(batch)
         return samples_of(batch, self._trajectory.data)
-
-    def _check_ids(self, ids: Tensor) -> Tensor:
-        n = len(self._trajectory.data)
-        integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-        if not integral or ids.dim() != 1 or len(ids) == 0 or ids.min() < 0 or ids.max() >= n:
-            raise SampleIdError(
-                f"Sample ids {ids.tolist() if ids.numel() <= 8 else f'of shape {tuple(ids.shape)}'} "
-                f"({str(ids.dtype).removeprefix('torch.')}) were announced"
-                + (f", from {ids.min().item()} to {ids.max().item()}" if ids.numel() else ""),
-                f"Ids are a list of integers from 0 to {n - 1}, the rows of `data`",
-                "Write `recorder.batch(ids)` with the positions of the batch's samples in `data`",
-            )
-        return ids.to(torch.int64).cpu().clone()
 
     @contextmanager
     def channel(self, name: str) -> Iterator[None]:
@@ -320,16 +294,14 @@ class KernelRecorder:
         inside = self._open is not None  # in a closure: the optimizer may have moved the parameters to look ahead
         if not inside:
             self._note_change("unexplained")
-        before = {n: gradient.clone() for n, gradient in self._gradients().items()}
+        before = {n: gradient.clone() for n, gradient in self._live.gradients().items()}
         yield
         if not inside:
             self._note_change(name)
-        edits = {n: g - before.get(n, torch.zeros_like(g)) for n, g in self._gradients().items()}
+        edits = {n: g - before.get(n, torch.zeros_like(g)) for n, g in self._live.gradients().items()}
         if any(bool(edit.any()) for edit in edits.values()):
             self._check_one_stage(name)
-            layout = self._trajectory.layout
-            zeros = {n: torch.zeros_like(p.detach()) for n, p in self._named.items()}
-            edit = layout.flatten({**zeros, **edits})
+            edit = self._live.padded(edits)
             self._gradient_changes[name] = self._gradient_changes.get(name, torch.zeros_like(edit)) + edit
 
     def _check_one_stage(self, name: str) -> None:
@@ -340,6 +312,9 @@ class KernelRecorder:
                 "Edits of gradients are booked for optimizers that take one gradient in a step",
                 "Edit the weights after the step instead, or train with an optimizer that has one stage",
             )
+
+    def _forget_edits(self) -> None:
+        self._gradient_changes = {}
 
     def _take_stock(self) -> None:
         """Put on record where parameters and buffers stand while the recorder watches."""
@@ -359,7 +334,7 @@ class KernelRecorder:
 
     def _note_change(self, name: str) -> None:
         """Put a change of the parameters since they were last seen on record."""
-        now, last = self._flat(), self._last_point()
+        now, last = self._live.vector(), self._last_point()
         if not torch.equal(now, last):
             self._changes.append((name, now))
 
@@ -379,40 +354,6 @@ class KernelRecorder:
         }
         return self._buffers
 
-    def _forward_ran(self, state: ForwardState) -> None:
-        if self._pending:
-            batch = self._pending[-1]
-            now = replace(batch, later=(*batch.later, state)) if self._seen else replace(batch, state=state)
-            self._pending[-1], self._seen = now, True
-
-    def _announce(self, batch: MicroBatch) -> None:
-        self._listen()
-        if not self._arrived:
-            del self._pending[-1:]  # the batch before this one was never used, as after an early `break`
-        self._pending.append(replace(batch, state=ForwardState(modes_of(self.model))))
-        self._arrived = self._seen = False
-        self._forward.expect()
-
-    def _listen(self) -> None:
-        """Be told when gradients arrive; parameters that are unfrozen on the way are met here."""
-        for name, p in self._named.items():
-            if self._handles and p.requires_grad and name not in self._listening:
-                self._listening[name] = p.register_hook(self._gradient_arrives)
-
-    def _gradient_arrives(self, gradient: Tensor) -> None:
-        """Called before a gradient is added to `.grad`, at which moment it shows whether those before were cleared."""
-        if not self._arrived and len(self._pending) > 1 and self._gradients_were_cleared():
-            del self._pending[:-1]  # a skipped step, or one that overflowed under loss scaling
-            self._gradient_changes = {}
-        self._arrived = True
-
-    def _gradients_were_cleared(self) -> bool:
-        gradients = list(self._gradients().values())
-        if not gradients:
-            return True
-        norms = torch.stack(torch._foreach_norm(gradients, float("inf")))
-        return bool((norms == 0).all() or not norms.isfinite().all())
-
     # -- the optimizer's own hooks ----------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -427,12 +368,12 @@ class KernelRecorder:
         before = self._last_point()  # one tensor for the end of a step and the start of the next
         if closure is None:
             self._audit(before)
-        states = {name: self._state(p) for name, p in self._named.items() if p in optimizer.state}
         scaled = getattr(optimizer, "grad_scale", None) is not None
         # Now, where the gradient is there already: some implementations (SGD's foreach Nesterov) write on it. A fused
         # optimizer under loss scaling divides it by the scale inside the step.
         known = closure is None and not scaled
-        self._open = OpenStep(before, states, frozenset(self._gradients()), self._gradient() if known else None)
+        states, active = self._live.states(self._trajectory.rule), frozenset(self._live.gradients())
+        self._open = OpenStep(before, states, active, self._live.gradient() if known else None)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._open is None:
@@ -440,23 +381,21 @@ class KernelRecorder:
         opened, self._open = self._open, None
         before = opened.before
         trajectory = self._trajectory
-        if getattr(optimizer, "found_inf", None) is not None and torch.equal(self._flat(), before):
+        if getattr(optimizer, "found_inf", None) is not None and torch.equal(self._live.vector(), before):
             # A fused optimizer skipped a step that overflowed under loss scaling.
-            self._pending, self._gradient_changes = [], {}
+            self._pending.take()
+            self._forget_edits()
             return
         self._check_pending()
-        groups = self._groups()
-        known = opened.gradient is not None
-        active = opened.active if known else frozenset(self._gradients())
-        settings = tuple(
-            {key: plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-        )
-        after, gradient = self._flat(), self._gradient() if opened.gradient is None else opened.gradient
+        live, gradient = self._live, opened.gradient
+        active = frozenset(live.gradients()) if gradient is None else opened.active
+        gradient = live.gradient() if gradient is None else gradient
+        groups, settings, after = live.groups(), live.settings(), live.vector()
         at, received, moved = (trajectory.layout.unflatten(v) for v in (before, gradient, after - before))
         observed = {
             name: Observation(
                 before=opened.states.get(name, {}),
-                after=optimizer.state[self._named[name]],
+                after=optimizer.state[live.named[name]],
                 parameter=at[name],
                 gradient=received[name],
                 displacement=moved[name],
@@ -470,7 +409,7 @@ class KernelRecorder:
             after=after,
             gradient=gradient,
             active=active,
-            batches=tuple(self._pending),
+            batches=self._pending.take(),
             groups=groups,
             hyperparameters=settings,
             frozen=frozen,
@@ -478,13 +417,12 @@ class KernelRecorder:
             gradient_changes=self._gradient_changes,
             buffers=self._changed_buffers(),
         )
-        self._pending, self._changes, self._gradient_changes = [], [], {}
+        self._changes, self._gradient_changes = [], {}
         trajectory.store.append(step)
 
     def _check_parameters(self) -> None:
         """Take parameters into the record that the optimizer was given after recording began."""
-        known = {id(p) for p in self._named.values()}
-        strangers = [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in known]
+        strangers = self._live.strangers()
         if not strangers:
             return
         check_optimizer(self.model, self.optimizer, self._trajectory.rule)
@@ -505,22 +443,10 @@ class KernelRecorder:
         self._gradient_changes = {
             name: torch.cat([change, torch.zeros_like(pad)]) for name, change in self._gradient_changes.items()
         }
-        self._named = {**self._named, **new}
-
-    def _state(self, parameter: Tensor) -> dict[str, Any]:
-        """The optimizer's state of a parameter as it is before a step; see `Observation.before`."""
-        kept = self._trajectory.rule.keep_before
-
-        def keep(key: str, value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.detach().clone() if key in kept else (True if value.numel() > 1 else value.item())
-            holds_tensors = isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value)
-            return True if holds_tensors else plain(value)
-
-        return {key: keep(key, value) for key, value in self.optimizer.state[parameter].items()}
+        self._live.named.update(new)
 
     def _check_pending(self) -> None:
-        if not self._pending:
+        if not self._pending.batches:
             raise SampleIdError(
                 f"`optimizer.step()` number {len(self._trajectory)} came without sample ids",
                 "Every step must know which training samples its gradient came from",
@@ -531,15 +457,14 @@ class KernelRecorder:
     def _check_gradients(self) -> None:
         if getattr(self.optimizer, "grad_scale", None) is not None:
             return  # a fused optimizer under loss scaling skips overflowed steps by itself
-        named = self._gradients()
+        named = self._live.gradients()
         if not named:
             return
         finite = torch.stack(torch._foreach_norm(list(named.values()), float("inf"))).isfinite()
         if not finite.all():
             bad = [name for name, good in zip(named, finite.tolist(), strict=True) if not good]
-            ids = torch.cat([batch.ids for batch in self._pending]).tolist()
+            ids = torch.cat([batch.ids for batch in self._pending.take()]).tolist()
             index = len(self._trajectory)
-            self._pending = []
             raise NonFiniteStepError(
                 f"At step {index} the gradient of {', '.join(f'`{n}`' for n in bad)} holds NaN or infinity; "
                 f"its samples are {ids[:16]}{' …' if len(ids) > 16 else ''}",
@@ -558,42 +483,13 @@ class KernelRecorder:
         audit(
             trajectory,
             index,
-            self._pending,
+            self._pending.batches,
             before,
-            self._gradient(),
-            frozenset(self._gradients()),
+            self._live.gradient(),
+            frozenset(self._live.gradients()),
             self._gradient_changes,
             self._changed_buffers(),
         )
-
-    # -- flat copies ------------------------------------------------------------------------------------------
-
-    def _flat(self) -> Tensor:
-        return self._trajectory.layout.flatten({name: p.detach() for name, p in self._named.items()})
-
-    def _gradients(self) -> dict[str, Tensor]:
-        """Gradients that the optimizer uses, by name: parameters that it does not hold may keep theirs for ever."""
-        held = self._groups()
-        return {n: p.grad.detach() for n, p in self._named.items() if p.grad is not None and n in held}
-
-    def _gradient(self) -> Tensor:
-        gradients = self._gradients()
-        zeros = {name: torch.zeros_like(p) for name, p in self._named.items() if name not in gradients}
-        return self._trajectory.layout.flatten({**gradients, **zeros}).detach()
-
-    def _groups(self) -> dict[str, int]:
-        index = {id(p): g for g, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
-        return {name: index[id(p)] for name, p in self._named.items() if id(p) in index}
-
-    def _memory(self) -> dict[str, tuple[Tensor, ...]]:
-        """The optimizer's memory at the start of recording, for parameters that already have some."""
-        memory = {}
-        for name, p in self._named.items():
-            state = self.optimizer.state.get(p, {})
-            held = tuple(state.get(key) for key in self._trajectory.rule.memory)
-            if any(isinstance(m, Tensor) for m in held):
-                memory[name] = tuple(torch.zeros_like(p) if m is None else m.detach().clone() for m in held)
-        return memory
 
 
 def _equal(one: dict[str, tuple[Tensor, ...]], other: dict[str, tuple[Tensor, ...]]) -> bool:

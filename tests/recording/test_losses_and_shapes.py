@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +35,19 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def train(
-    model: nn.Module, loss: Callable[..., Tensor], inputs: Any, targets: Any, batches: Sequence[Sequence[int]] = BATCHES
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    inputs: Any,
+    targets: Any,
+    recorded: Callable[..., Tensor] | None = None,
+    **options: Any,
 ) -> pk.Trajectory:
+    """Train by plain gradient descent; the recorder is told of ``loss`` or of another name for it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    with pk.KernelRecorder(model, optimizer, loss, data=(inputs, targets), audit_every=1) as recorder:
-        for ids in batches:
+    with pk.KernelRecorder(
+        model, optimizer, recorded or loss, data=(inputs, targets), audit_every=1, **options
+    ) as recorder:
+        for ids in BATCHES:
             x, y = recorder.batch(list(ids))
             optimizer.zero_grad()
             loss(call(model, x), y).backward()
@@ -157,6 +165,17 @@ def test_losses(name: str) -> None:
         model = nn.Sequential(*model, nn.LogSoftmax(dim=1))
     X = make_inputs(SAMPLES)
     verify(train(model, loss, X, targets), loss, X, targets, make_inputs(2, seed=8), output=1)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loss_with_one_number_for_every_output_of_a_sample(reduction: str) -> None:
+    # Numbers of one sample are averaged; the samples are then reduced as the loop says.
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return getattr((z - y).square().mean(dim=1), reduction)()
+
+    X, each = make_inputs(SAMPLES), nn.MSELoss(reduction="none")
+    run = train(make_model(), loss, X, REAL, recorded=each, reduction=reduction)
+    verify(run, loss, X, REAL, make_inputs(2, seed=8), output=1)
 
 
 def test_ignored_samples_have_no_share() -> None:
