@@ -59,9 +59,10 @@ class Attributions:
         (Q, N) float64, columns in the order of sample ids.
     channels
         What is not a training sample, by name, (Q,) each: ``"initial"`` (the untrained network),
-        ``"unexplained"`` (gradient that no sample accounts for, usually rounding, and changes made outside the
-        optimizer without a name), and, where they occur, ``"weight_decay"``, ``"buffers"`` (running statistics),
-        ``"memory"`` (momentum from before the recording), regularisers and named changes.
+        ``"rounding"`` (what recomputed gradients differ by from those that the optimizer received, within their
+        rounding), and, where they occur, ``"weight_decay"``, ``"buffers"`` (running statistics), ``"memory"``
+        (momentum from before the recording), regularisers, named changes, and ``"unexplained"`` (changes made outside
+        the optimizer without a name).
     output
         (Q,) the network's own outputs at the end of the trajectory.
     samples, outputs

@@ -53,11 +53,14 @@ class ForwardState:
         States of the random generators right before the pass, by device; empty where it drew no random numbers.
     autocast
         (device type, floating type) of automatic mixed precision, or None.
+    buffers
+        Buffers that had changed since recording began, as the pass found them; None where that is not known.
     """
 
     modes: Modes = False
     generators: Mapping[str, Tensor] = field(default_factory=dict)
     autocast: tuple[str, torch.dtype] | None = None
+    buffers: Mapping[str, Tensor] | None = None
 
 
 EVALUATION = ForwardState()

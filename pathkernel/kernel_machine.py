@@ -371,7 +371,7 @@ class KernelMachine:
         size = account.channels["unexplained"].norm().item() if "unexplained" in account.channels else 0.0
         if size <= self.unexplained * moved:
             return
-        layout, where = self.trajectory.layout, "its gradients"
+        layout, where = self.trajectory.layout, "steps of parameters without a gradient"
         changes = [s for s in self.trajectory.segments() if s.step is None and s.channel == "unexplained"]
         if changes:
             largest = max(changes, key=lambda change: change.displacement.norm().item())

@@ -69,7 +69,7 @@ def complete(trajectory: pk.Trajectory, averaged: nn.Module, weights: str = "ema
     np.testing.assert_allclose(why.reconstruction, live[:, 0], atol=tolerance)
     np.testing.assert_allclose(machine.decision_function(X), live, atol=tolerance)
     np.testing.assert_array_equal(machine.predict(X), live.argmax(axis=1))
-    assert np.abs(why.channels["unexplained"]).max() <= tolerance * np.abs(why.output - why.initial).max()
+    assert np.abs(why.channels["rounding"]).max() <= tolerance * np.abs(why.output - why.initial).max()
     return why
 
 

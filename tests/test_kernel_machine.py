@@ -67,8 +67,8 @@ def assert_same_account(why: Attributions, oracle: reference.Decomposition, tole
     close(why.initial, oracle.initial, tolerance)
     close(why.channels.get("weight_decay", np.zeros(len(why.output))), oracle.weight_decay, tolerance)
     close(why.output, oracle.final, tolerance)
-    assert set(why.channels) <= {"initial", "weight_decay", "unexplained"}
-    close(why.channels["unexplained"], np.zeros(len(why.output)), tolerance)
+    assert set(why.channels) <= {"initial", "weight_decay", "rounding"}
+    close(why.channels["rounding"], np.zeros(len(why.output)), tolerance)
 
 
 # -- against the oracle, which carries every sample's own momentum forward --------------------------------------------

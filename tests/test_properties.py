@@ -112,7 +112,7 @@ def test_nothing_is_left_over_and_the_machine_is_the_network(optimizer: str, dra
         machine.decision_function(X), why.reconstruction.reshape(live.shape), rtol=0, atol=1e-9 * size
     )
     moved = np.abs(why.output - why.initial).max()
-    assert np.abs(why.channels["unexplained"]).max() <= 1e-7 * max(moved, 1e-3)
+    assert np.abs(why.channels["rounding"]).max() <= 1e-7 * max(moved, 1e-3)
     never = sorted(set(range(SAMPLES)) - {i for micros in plan.steps for ids in micros for i in ids})
     assert (why.shares[:, never] == 0).all()
     assert ("weight_decay" in why.channels) == any(group["weight_decay"] for group in plan.groups)

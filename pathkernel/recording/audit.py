@@ -57,7 +57,8 @@ def audit(
     expected = torch.zeros_like(at)
     for batch in batches:
         inputs, targets = samples_of(batch, trajectory.data)
-        replayed = function.replaced(constants=buffers, state=batch.state)
+        found_buffers = buffers if batch.state.buffers is None else batch.state.buffers
+        replayed = function.replaced(constants=found_buffers, state=batch.state)
         expected += batch_gradient(replayed, at, objective, inputs, targets, batch.weights)
     for gradient in objective.regularizer_gradients(function, at).values():
         expected += gradient

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pathkernel.functional import ForwardState, Modes, generator_states, modes_of
+from pathkernel.functional import ForwardState, generator_states, modes_of
 
 
 class ForwardWatcher:
@@ -20,6 +21,8 @@ class ForwardWatcher:
         The network in training.
     report
         Called with the `ForwardState` of each such pass.
+    buffers
+        Gives the buffers that have changed since recording began.
     passes
         How many to tell of: the stages of a step.
 
@@ -28,11 +31,17 @@ class ForwardWatcher:
     The states of the random generators are kept only where the pass drew random numbers.
     """
 
-    def __init__(self, model: nn.Module, report: Callable[[ForwardState], None], passes: int = 1) -> None:
-        self.model, self.report, self.passes = model, report, passes
+    def __init__(
+        self,
+        model: nn.Module,
+        report: Callable[[ForwardState], None],
+        buffers: Callable[[], Mapping[str, Tensor]],
+        passes: int = 1,
+    ) -> None:
+        self.model, self.report, self.buffers, self.passes = model, report, buffers, passes
         self.device = next(model.parameters()).device
         self._waiting = 0
-        self._before: tuple[Modes, dict[str, Tensor], tuple[str, torch.dtype] | None] | None = None
+        self._before: ForwardState | None = None
         self._handles: list[Any] = []
 
     def start(self) -> None:
@@ -56,12 +65,12 @@ class ForwardWatcher:
         if self._waiting and torch.is_grad_enabled():
             kind = self.device.type
             autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
-            self._before = (modes_of(module), generator_states(self.device), autocast)
+            self._before = ForwardState(modes_of(module), generator_states(self.device), autocast, self.buffers())
 
     def _leave(self, module: nn.Module, arguments: tuple[Any, ...], outputs: Any) -> None:
         if self._before is None:
             return
-        (modes, generators, autocast), self._before, self._waiting = self._before, None, self._waiting - 1
+        state, self._before, self._waiting = self._before, None, self._waiting - 1
         after = generator_states(self.device)
-        drew = any(not torch.equal(generators[name], after[name]) for name in generators)
-        self.report(ForwardState(modes, generators if drew else {}, autocast))
+        drew = any(not torch.equal(state.generators[name], after[name]) for name in after)
+        self.report(state if drew else replace(state, generators={}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -50,14 +50,23 @@ class PendingBatches:
         The parameters in training.
     stages
         Gradients that a step takes of the same batch.
+    buffers
+        Gives the buffers that have changed since recording began.
     dropped
         Called when batches are dropped whose gradients had arrived.
     """
 
-    def __init__(self, model: nn.Module, live: LiveParameters, stages: int, dropped: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        live: LiveParameters,
+        stages: int,
+        buffers: Callable[[], Mapping[str, Tensor]],
+        dropped: Callable[[], None],
+    ) -> None:
         self.model, self.live, self.dropped = model, live, dropped
         self.batches: list[MicroBatch] = []
-        self._forward = ForwardWatcher(model, self._forward_ran, stages)
+        self._forward = ForwardWatcher(model, self._forward_ran, buffers, stages)
         self._listening: dict[str, Any] | None = None
         self._arrived, self._seen = True, False
 

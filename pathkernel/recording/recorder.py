@@ -143,7 +143,7 @@ class KernelRecorder:
             rule=rule,
         )
         self._live = LiveParameters(named, optimizer)
-        self._pending = PendingBatches(outer, self._live, rule.stages, self._forget_edits)
+        self._pending = PendingBatches(outer, self._live, rule.stages, self._changed_buffers, self._forget_edits)
         self._open: OpenStep | None = None
         self._handles: list[Any] = []
         self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}

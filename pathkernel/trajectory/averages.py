@@ -143,5 +143,5 @@ def averaged_events(trajectory: Trajectory, record: AverageRecord) -> list[Segme
         events += update(*waiting)
     final = layout.flatten(record.last, torch.float64)
     if not torch.equal(final, average):  # rounding of the average itself, in its own floating type
-        events.append(Update(0.0, Segment(average, final, None, "unexplained")))
+        events.append(Update(0.0, Segment(average, final, None, "rounding")))
     return events

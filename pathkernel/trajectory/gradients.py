@@ -209,7 +209,7 @@ class RecordedGradients:
             )
         channels = {name: change.double() for name, change in named.items()}
         channels |= {name: fit.factor * g.double() for name, g in regularizers.items()}
-        channels["unexplained"] = recorded - fit.factor * explained
+        channels["rounding"] = recorded - fit.factor * explained
         return StageGradients(ids, gradients.mul_(fit.factor), channels, fit.factor, point, step.batches)
 
     def _batch(self, step: Step, batch: MicroBatch, point: Tensor, rows: bool) -> Tensor:
@@ -244,7 +244,8 @@ class RecordedGradients:
         """The network as a micro-batch ran it."""
         # Mixed precision is entered again from the recorded type: other types would not be rounded alike.
         function = self.recorded if batch.state.autocast else self.function
-        return function.replaced(constants=step.buffers, state=batch.state)
+        buffers = step.buffers if batch.state.buffers is None else batch.state.buffers
+        return function.replaced(constants=buffers, state=batch.state)
 
     def _tolerance(self, step: Step) -> float:
         types = {self.trajectory.dtype, self.function.dtype}
@@ -269,7 +270,7 @@ class StageGradients:
     samples
         c_i g_i by row, (B, P), or their total, (P,); float64.
     channels
-        What came from elsewhere, (P,) each: regularisers, named changes, and what nothing explains.
+        What came from elsewhere, (P,) each: regularisers, named changes, and what the rounding of gradients left.
     factor
         What accumulation, clipping and loss scaling made of the samples' gradient; included in ``samples``.
     point

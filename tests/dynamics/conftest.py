@@ -96,7 +96,7 @@ def _assert_complete(
     assert why.relative_residual < tolerance
     np.testing.assert_allclose(why.output, says[:, 1], rtol=0, atol=tolerance)
     np.testing.assert_allclose(machine.decision_function(queries), says, rtol=0, atol=tolerance)
-    unexplained = why.channels.get("unexplained", np.zeros(QUERIES))
+    unexplained = why.channels.get("rounding", np.zeros(QUERIES))
     assert np.abs(unexplained).max() < tolerance
     assert np.abs(why.shares).max() > 1e-3
 

@@ -170,5 +170,5 @@ def test_noise_on_gradients_inside_the_closure_has_its_channel(record, assert_co
     assert_complete(*run, "auto", DOUBLE.residual)
     assert not any(step.changes for step in run[0].steps())  # looking ahead is no change of the weights
     why = pk.KernelMachine(run[0]).explain(run[2], outputs=0)
-    assert set(why.channels) <= {"initial", "noise", "unexplained"}
+    assert set(why.channels) <= {"initial", "noise", "rounding"}
     assert np.abs(why.channels["noise"]).min() > 1e-5

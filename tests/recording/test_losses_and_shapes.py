@@ -118,7 +118,7 @@ def verify(
     np.testing.assert_allclose(why.shares, expected, rtol=0, atol=1e-12)
     assert np.abs(expected).max() > 1e-4
     moved = np.abs(why.output - why.initial).max()
-    assert np.abs(why.channels["unexplained"]).max() <= 1e-12 * max(moved, 1.0)
+    assert np.abs(why.channels["rounding"]).max() <= 1e-12 * max(moved, 1.0)
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------

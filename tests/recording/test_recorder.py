@@ -69,10 +69,10 @@ def assert_complete(model: nn.Module, trajectory: pk.Trajectory, channels: Colle
     assert why.relative_residual <= TOLERANCES[trajectory.dtype].residual
     with torch.no_grad():
         np.testing.assert_allclose(why.output, model(X)[:, 0], rtol=1e-5)
-    assert set(why.channels) == {"initial", "unexplained", *channels}
+    assert set(why.channels) == {"initial", "rounding", *channels}
     for name in channels:
         assert np.abs(why.channels[name]).max() > 1e-4 * np.abs(why.output - why.initial).max()
-    unexplained = np.abs(why.channels["unexplained"]).max()
+    unexplained = np.abs(why.channels["rounding"]).max()
     assert unexplained <= TOLERANCES[trajectory.dtype].residual * np.abs(why.output - why.initial).max()
 
 

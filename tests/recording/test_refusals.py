@@ -81,7 +81,7 @@ class Scene:
         trajectory = self.recorder.close()
         why = pk.KernelMachine(trajectory).explain(self.X[:2], outputs=0)
         assert why.relative_residual < 1e-11
-        assert set(why.channels) <= {"initial", "unexplained", "weight_decay"}
+        assert set(why.channels) <= {"initial", "rounding", "weight_decay"}
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

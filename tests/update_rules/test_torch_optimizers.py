@@ -245,8 +245,8 @@ def test_nothing_is_left_over(name: str, implementation: str, dtype: torch.dtype
     finally:
         torch.set_default_dtype(default)
     assert why.relative_residual < LIMITS[dtype]
-    assert set(why.channels) == {"initial", "unexplained"} | row.channels
-    assert np.abs(why.channels["unexplained"]).max() < LIMITS[dtype]
+    assert set(why.channels) == {"initial", "rounding"} | row.channels
+    assert np.abs(why.channels["rounding"]).max() < LIMITS[dtype]
 
 
 @pytest.mark.parametrize("name", FULLEST)
@@ -256,7 +256,7 @@ def test_schedules_in_both_sweeps(name: str) -> None:
     run = train(ROWS[name], schedule=lambda optimizer: optim.lr_scheduler.LambdaLR(optimizer, lambda s: factors[s]))
     why = run.explain()
     assert why.relative_residual < LIMITS[torch.float64]
-    assert set(why.channels) == {"initial", "unexplained"} | ROWS[name].channels
+    assert set(why.channels) == {"initial", "rounding"} | ROWS[name].channels
     found = pk.KernelMachine(run.trajectory, quadrature=pk.GaussLegendre(4)).decision_function(run.queries)
     expected = run.trajectory.function().outputs(run.trajectory.final, run.queries)
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-11)
@@ -287,7 +287,7 @@ def test_a_recording_that_begins_in_the_middle(name: str) -> None:
     why = run.explain()
     assert why.relative_residual < LIMITS[torch.float64]
     memory = {"memory"} if run.trajectory.rule.memory else set()
-    assert set(why.channels) == {"initial", "unexplained"} | row.channels | memory
+    assert set(why.channels) == {"initial", "rounding"} | row.channels | memory
 
 
 @pytest.mark.parametrize("name", FULLEST)
@@ -475,8 +475,8 @@ class Normalised(Optimizer):
 def test_elementwise_is_exact_in_total(dtype: torch.dtype) -> None:
     why = train(lambda parameters: Normalised(parameters, 0.01), dtype, rule=Elementwise()).explain()
     assert why.relative_residual < LIMITS[dtype]
-    assert set(why.channels) == {"initial", "unexplained"}
-    assert np.abs(why.channels["unexplained"]).max() < 10 * LIMITS[dtype]
+    assert set(why.channels) == {"initial", "rounding"}
+    assert np.abs(why.channels["rounding"]).max() < 10 * LIMITS[dtype]
 
 
 def test_elementwise_of_plain_descent_is_plain_descent() -> None:
