@@ -148,7 +148,7 @@ OPTIMIZERS = {
     "adagrad": Recipe(lambda p: optim.Adagrad(p, lr=3e-3, lr_decay=0.01), note="lr 3e-3, lr decay 0.01"),
     "adadelta": Recipe(lambda p: optim.Adadelta(p, lr=1.0), note="lr 1"),
     "asgd": Recipe(lambda p: optim.ASGD(p, lr=0.03), note="lr 0.03"),
-    "rprop": Recipe(lambda p: optim.Rprop(p, lr=5e-4), note="lr 5e-4"),
+    "rprop": Recipe(lambda p: optim.Rprop(p, lr=3e-4), note="lr 3e-4"),
     "adafactor": Recipe(lambda p: optim.Adafactor(p, lr=1e-2), note="lr 1e-2"),
     "muon": Recipe(
         lambda p: optim.Muon([w for w in p if w.dim() == 2], lr=1e-2), note="lr 1e-2; matrices only, the rest stays"

@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument(
         "--output", type=Path, default=Path("pathkernel-demo"), metavar="DIR", help="where report.html goes"
     )
-    job.add_argument("--nodes", type=int, default=12, help="steps of the path that the path kernel uses (default 12)")
+    job.add_argument("--nodes", type=int, default=8, help="steps of the path that the path kernel uses (default 8)")
     job.add_argument("--quiet", action="store_true", help="no progress bars")
     job.set_defaults(run=demo)
     return commands

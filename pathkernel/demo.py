@@ -29,7 +29,7 @@ from pathkernel.recording.recorder import KernelRecorder
 from pathkernel.tangent_kernel.tangent_kernel import TangentKernel
 from pathkernel.trajectory.trajectory import Trajectory
 
-EPOCHS, BATCH, HIDDEN, RATE = 20, 64, 64, 3e-3
+EPOCHS, BATCH, HIDDEN, RATE = 14, 64, 64, 6e-3
 EXPLAINED = 6
 """Test digits shown one by one."""
 PROBE = 300
@@ -140,7 +140,7 @@ def chosen_digits(predicted: np.ndarray, outputs: np.ndarray, y: np.ndarray) -> 
     return np.array([*first, *others])[:EXPLAINED]
 
 
-def run(seed: int = 0, output: Path | None = None, nodes: int = 12, progress: bool = True) -> Demo:
+def run(seed: int = 0, output: Path | None = None, nodes: int = 8, progress: bool = True) -> Demo:
     """Do the whole job.
 
     Parameters
@@ -174,11 +174,11 @@ def run(seed: int = 0, output: Path | None = None, nodes: int = 12, progress: bo
     demo.numbers["machine.quadrature_error"] = float(np.median(why.quadrature_error))
     demo.numbers["machine.largest_difference"] = float(np.abs(decisions - outputs).max())
 
-    path_kernel = PathKernel(trajectory, steps=nodes, quadrature="midpoint", progress=progress)
+    path_kernel = PathKernel(trajectory, steps=nodes, quadrature="midpoint", memory="2GB", progress=progress)
     path = kernel_predictions(demo, "path", path_kernel, digits)
     demo.row("svc_path", "SVC(path kernel)", path["svc"], network, digits.y_test)
     demo.row("kernel_ridge_path", "KernelRidge(path kernel)", path["ridge"], network, digits.y_test)
-    tangent = kernel_predictions(demo, "tangent", TangentKernel(model), digits)
+    tangent = kernel_predictions(demo, "tangent", TangentKernel(model, memory="2GB"), digits)
     demo.row("svc_tangent", "SVC(final tangent kernel)", tangent["svc"], network, digits.y_test)
     rbf = SVC(kernel="rbf", C=10.0).fit(digits.X_train, digits.y_train)
     demo.row("svc_rbf", "SVC(rbf)", rbf.predict(digits.X_test), network, digits.y_test)
