@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, check
 from pathkernel.quadrature import Quadrature, as_quadrature
+from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.outputs import select_outputs
 from pathkernel.tangent_kernel.tangent_kernel import make_engine, split_samples
 from pathkernel.trajectory.step import Segment, Step
@@ -172,7 +174,7 @@ class PathKernel:
         y, context_y = (None, None) if same else self._samples(Y)
         total = None
         for node in tqdm(self.nodes, desc="path kernel", unit="node", disable=not self.progress):
-            tile = node.weight * self.engine.gram(node.theta, x, y, context_x, context_y, node.diagonal)
+            tile = node.weight * self._engine_at(node).gram(node.theta, x, y, context_x, context_y, node.diagonal)
             total = tile if total is None else total.add_(tile)
         assert total is not None
         return total.numpy()
@@ -180,8 +182,18 @@ class PathKernel:
     def diagonal(self, X: PyTree) -> np.ndarray:
         """K(x, x) for every sample: (n,), or (n, C, C) for ``outputs="full"``."""
         x, context = self._samples(X)
-        pieces = [node.weight * self.engine.diagonal(node.theta, x, context, node.diagonal) for node in self.nodes]
+        pieces = [
+            node.weight * self._engine_at(node).diagonal(node.theta, x, context, node.diagonal) for node in self.nodes
+        ]
         return torch.stack(pieces).sum(dim=0).numpy()
+
+    def _engine_at(self, node: PathNode) -> Engine:
+        """The engine, for the network with the running statistics that it had at a node."""
+        if not node.segment.buffers:
+            return self.engine
+        engine = copy.copy(self.engine)
+        engine.function = self.engine.function.replaced(constants=node.segment.buffers)
+        return engine
 
     def _samples(self, X: PyTree) -> tuple[PyTree, PyTree]:
         if self.selection.with_targets:
@@ -280,12 +292,17 @@ def _thin(trajectory: Trajectory, steps: int | None) -> list[list[Segment]]:
 
 
 def _merge(nodes: list[PathNode]) -> list[PathNode]:
-    """Join the end of a step with the start of the next where both are the same point under the same M."""
+    """Join the end of a step with the start of the next where both are the same network under the same M."""
     merged: list[PathNode] = []
     for node in nodes:
         last = merged[-1] if merged else None
-        if last is not None and last.diagonal is None and node.diagonal is None and last.theta is node.theta:
+        if last is not None and _same_network(last, node):
             merged[-1] = PathNode(last.segment, last.time, last.weight + node.weight, None)
         else:
             merged.append(node)
     return merged
+
+
+def _same_network(one: PathNode, other: PathNode) -> bool:
+    plain = one.diagonal is None and other.diagonal is None
+    return plain and one.theta is other.theta and one.segment.buffers is other.segment.buffers

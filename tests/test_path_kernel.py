@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -368,3 +369,27 @@ def test_repr_says_what_the_kernel_is(run: Recording) -> None:
     text = repr(pk.PathKernel(run.trajectory, steps=3, outputs=1))
     for part in ("6 steps of SGD", "output 1", "learning_rate", "Trapezoid()", "total weight 0.6", "jacobian"):
         assert part in text
+
+
+def test_running_statistics_are_those_of_each_step() -> None:
+    # BatchNorm evaluates by its running statistics, which move in training: each node has its own.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+    X, y = make_inputs(8), torch.arange(8) % 3
+    optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+    with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+        for x, target in recorder.batches(batch_size=4):
+            optimizer.zero_grad()
+            loss(model(x), target).backward()
+            optimizer.step()
+    trajectory = recorder.trajectory
+    expected = np.zeros((8, 8))
+    for index, step in enumerate(trajectory.steps()):
+        then = copy.deepcopy(model).eval()
+        then.load_state_dict({**trajectory.constants, **step.buffers, **trajectory.parameters(index)})
+        expected += 0.1 * pk.TangentKernel(then)(X)
+    for kernel in (pk.PathKernel(trajectory, quadrature="left"), pk.PathKernel(trajectory, quadrature="left", steps=2)):
+        np.testing.assert_allclose(kernel(X), expected, rtol=1e-10)
+        np.testing.assert_allclose(kernel.diagonal(X), np.diag(expected), rtol=1e-10)
+    np.testing.assert_allclose(pk.PathKernel(trajectory)(X, X[:3]), pk.PathKernel(trajectory)(X)[:, :3], rtol=1e-10)
