@@ -125,4 +125,6 @@ def written(value: float, scale: float, sign: bool = False) -> str:
     """
     exponent = int(np.floor(np.log10(scale))) if scale > 0 else 0
     digits = f".{max(0, 2 - exponent)}f" if -3 <= exponent <= 5 else ".2e"
+    if float(f"{value:{digits}}") == 0:
+        value, sign = 0.0, False  # no sign for what is nothing at this scale
     return f"{value:{'+' if sign else ''}{digits}}".replace("-", MINUS)
