@@ -171,9 +171,8 @@ class AverageCurve(Curve):
     def __init__(
         self, trajectory: Trajectory, queries: Queries, quadrature: Quadrature, record: AverageRecord
     ) -> None:
-        buffers = {name: value for name, value in record.last.items() if name in trajectory.constants}
         self.record = record
-        super().__init__(trajectory, queries.under(buffers), quadrature)
+        super().__init__(trajectory, queries.under(record.constants(trajectory)), quadrature)
         self.events = averaged_events(trajectory, record)
 
     def initial(self) -> Tensor:

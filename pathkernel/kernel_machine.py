@@ -33,6 +33,14 @@ FORMS = {
 """The forms of the same exact sum, and their properties."""
 
 
+ROUNDING_LIMIT = 0.1
+"""Part of the change of the outputs beyond which differences between recorded and recomputed gradients are no rounding.
+
+Each step's gradient is checked by itself, but the gradients of a step may be small beside the largest of the run and
+still move the outputs. A bias before BatchNorm under Adam in float32 takes a few per cent.
+"""
+
+
 class KernelMachine:
     r"""The exact equivalent of a trained network, sample by sample.
 
@@ -329,9 +337,9 @@ class KernelMachine:
         if self.weights is None:
             trained = function.replaced(constants=trajectory.final_buffers)
             return trained.outputs(trajectory.final, inputs)
-        values = trajectory.averages[self.weights].last
-        trained = function.replaced(constants={n: v for n, v in values.items() if n in trajectory.constants})
-        return trained.outputs(trajectory.layout.flatten(values), inputs)
+        record = trajectory.averages[self.weights]
+        averaged = function.replaced(constants=record.constants(trajectory))
+        return averaged.outputs(trajectory.layout.flatten(record.last), inputs)
 
     def _samples(self, X: PyTree) -> PyTree:
         return self.trajectory.data.queries(X, "KernelMachine")
@@ -368,6 +376,15 @@ class KernelMachine:
     def _check_unexplained(self, account: Account, output: Tensor) -> None:
         """Fail loudly where too much of the account has no name."""
         moved = (output - account.channels["initial"]).norm().item()
+        rounding = account.channels["rounding"].norm().item() if "rounding" in account.channels else 0.0
+        if rounding > max(ROUNDING_LIMIT, self.unexplained) * moved:
+            raise TrajectoryError(
+                f"{rounding / max(moved, 1e-300):.1%} of what moved these outputs are differences between the recorded "
+                "gradients and those of the recorded samples",
+                f"They are rounding, and {ROUNDING_LIMIT:.0%} is more than rounding",
+                "Record with `KernelRecorder(..., audit_every=1)`, which tells at which step ids, inputs or loss are not "
+                "those of the loop, or in float64",
+            )
         size = account.channels["unexplained"].norm().item() if "unexplained" in account.channels else 0.0
         if size <= self.unexplained * moved:
             return

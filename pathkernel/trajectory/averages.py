@@ -61,6 +61,10 @@ class AverageRecord:
         )
         return cls(name, values, [], values)
 
+    def constants(self, trajectory: Trajectory) -> dict[str, Tensor]:
+        """What the averaged network holds besides θ: its own buffers, as they were at the end."""
+        return {name: value for name, value in self.last.items() if name in trajectory.constants}
+
     def observe(
         self,
         source: nn.Module | Mapping[str, Tensor],

@@ -243,6 +243,20 @@ def machine_of_wrong_ids() -> None:
     pk.KernelMachine(scene.recorder.close()).explain(scene.X[:1])
 
 
+def machine_of_wrong_ids_with_small_gradients() -> None:
+    scene = Scene("sgd", steps=0, audit_every=0)
+    rate, scene.optimizer.param_groups[0]["lr"] = scene.optimizer.param_groups[0]["lr"], 0.0
+    scene.recorder.batch([0, 1])
+    (1e13 * scene.loss(scene.model(scene.X[:2]), scene.y[:2])).backward()
+    scene.optimizer.step()  # moves nothing, and makes every later gradient look negligible
+    scene.optimizer.param_groups[0]["lr"] = rate
+    for _ in range(3):
+        scene.recorder.batch([3, 4])
+        scene.gradient([5, 6])
+        scene.optimizer.step()
+    pk.KernelMachine(scene.recorder.close()).explain(scene.X[:2], outputs=0)
+
+
 def changed_model() -> None:
     recording = run()
     with torch.no_grad():
@@ -373,6 +387,11 @@ REFUSALS: dict[str, Case] = {
         lambda: batch_outputs((torch.zeros(3, 2), torch.zeros(()))),
         errors.InputError,
         ("shapes (3, 2), ()", "along its first axis", "inside the loss"),
+    ),
+    "wrong ids of gradients that are small beside the largest": (
+        machine_of_wrong_ids_with_small_gradients,
+        errors.TrajectoryError,
+        ("differences between the recorded gradients", "more than rounding", "audit_every=1"),
     ),
     "changes that nobody named": (
         changes_that_nobody_named,
