@@ -382,8 +382,8 @@ class KernelMachine:
                 f"{rounding / max(moved, 1e-300):.1%} of what moved these outputs are differences between the recorded "
                 "gradients and those of the recorded samples",
                 f"They are rounding, and {ROUNDING_LIMIT:.0%} is more than rounding",
-                "Record with `KernelRecorder(..., audit_every=1)`, which tells at which step ids, inputs or loss are not "
-                "those of the loop, or in float64",
+                "Record with `KernelRecorder(..., audit_every=1)`, which tells at which step ids, inputs or loss "
+                "are not those of the loop, or in float64",
             )
         size = account.channels["unexplained"].norm().item() if "unexplained" in account.channels else 0.0
         if size <= self.unexplained * moved:
