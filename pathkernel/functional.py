@@ -177,6 +177,10 @@ class ModelFunction:
             self.tap if tap is None else tap,
         )
 
+    def converted(self, dtype: torch.dtype) -> ModelFunction:
+        """The same function in another floating type."""
+        return ModelFunction(self.module, self.layout, self.constants, dtype, self.state, self.tap)
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """Evaluate inside, once where the pass draws random numbers, with kernels that can be differentiated."""

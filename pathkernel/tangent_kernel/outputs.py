@@ -30,6 +30,8 @@ class OutputSelection:
         ``"sum"``: Σ_k ⟨∇h_k, ∇h_k'⟩; ``"mean"``: that over K; ``"full"``: the (K, K) block of all pairs.
     with_targets
         Whether samples are pairs (input, target), the target being h's context.
+    identity
+        Whether h is the outputs themselves.
     """
 
     name: str
@@ -37,6 +39,7 @@ class OutputSelection:
     scalar: bool
     combine: Literal["sum", "mean", "full"] = "sum"
     with_targets: bool = False
+    identity: bool = False
 
 
 def select_outputs(outputs: Any, loss: Loss | None = None, reduction: str = "mean") -> OutputSelection:
@@ -57,7 +60,7 @@ def select_outputs(outputs: Any, loss: Loss | None = None, reduction: str = "mea
         pass
     elif outputs in ("trace", "mean", "full"):
         combine: Any = "sum" if outputs == "trace" else outputs
-        return OutputSelection(outputs, lambda z, _: z, False, combine)
+        return OutputSelection(outputs, lambda z, _: z, False, combine, identity=True)
     elif outputs == "sum":
         return OutputSelection("sum", lambda z, _: z.sum(), True)
     elif isinstance(outputs, int):

@@ -15,10 +15,11 @@ from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.pytrees import as_tensors, cast_floating, count, memory_bytes
 from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.jacobian import JacobianEngine
+from pathkernel.tangent_kernel.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.outputs import OutputSelection, select_outputs
 from pathkernel.tangent_kernel.products import kernel_vector_product
 
-ENGINES: dict[str, type[Engine]] = {"auto": JacobianEngine, "jacobian": JacobianEngine}
+ENGINES: dict[str, type[Engine]] = {"auto": LayerwiseEngine, "layerwise": LayerwiseEngine, "jacobian": JacobianEngine}
 
 
 def make_engine(engine: str, function: ModelFunction, selection: OutputSelection, memory: int | str) -> Engine:

@@ -1,0 +1,1 @@
+"""Per-sample gradients layer by layer, as activations × back-propagated signals, without forming them."""

@@ -1,0 +1,134 @@
+r"""Proof that a tape sees every parameter exactly as autograd does; what it does not is named, with the reason.
+
+Reused modules, tied weights, parameters used by functions, in-place operations: each of them has made a known library
+silently wrong. So before a tape is believed, the gradients of a few samples in random directions of the outputs are
+compared with autograd's, parameter by parameter, in float64 and at a generic point near θ (where nothing is zero by
+initialisation). Once for each sequence of calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pathkernel._typing import Float, PyTree
+from pathkernel.functional import ModelFunction
+from pathkernel.layers.factors import Piece
+from pathkernel.layers.tape import Arrangement, Tape
+from pathkernel.parameters import ParameterLayout
+from pathkernel.pytrees import cast_floating, count, take
+
+TOLERANCE = 1e-9
+"""Relative difference between a parameter's gradients on the tape and by autograd that is rounding in float64."""
+
+SAMPLES = (3, 2)
+"""How many samples are compared, and how many a second pass has, to see along which axis they lie."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What was proved of one sequence of calls.
+
+    Attributes
+    ----------
+    arrangements
+        Where the samples are in the result of each use.
+    plain
+        Parameters that the tape does not cover, and why.
+    largest
+        Largest relative difference among those that it does.
+    """
+
+    arrangements: tuple[Arrangement, ...]
+    plain: Mapping[str, str]
+    largest: float
+
+
+def prove(function: ModelFunction, theta: Float[Tensor, " P"], inputs: PyTree) -> Coverage:
+    """Compare a tape with autograd, parameter by parameter.
+
+    Parameters
+    ----------
+    function
+        The network; compared in float64.
+    theta
+        θ near which the comparison is made.
+    inputs
+        Samples; the first few are used.
+    """
+    double = function.converted(torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    scale = 1e-2 * theta.double().abs().mean().clamp_min(1e-2)
+    point = theta.double() + scale * torch.randn(theta.shape, generator=generator, dtype=torch.float64)
+    few, fewer = (_repeated(inputs, n) for n in SAMPLES)
+    tape = Tape(double, point, few)
+    arrangements = _arrangements(tape, Tape(double, point, fewer))
+    cotangents = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64)
+    expected = torch.stack([_autograd(double, point, take(few, slice(i, i + 1)), cotangents[i]) for i in range(SAMPLES[0])])
+
+    best: Coverage | None = None
+    for merged in ("samples", "positions"):
+        tried = tuple(replace(a, merged=merged) if a.merged else a for a in arrangements)
+        found = _compare(double, Tape(double, point, few, tried), cotangents, expected, tried)
+        if best is None or len(found.plain) < len(best.plain):
+            best = found
+        if not any(a.merged for a in arrangements):
+            break
+    assert best is not None
+    return best
+
+
+def _compare(
+    function: ModelFunction, tape: Tape, cotangents: Tensor, expected: Tensor, arrangements: tuple[Arrangement, ...]
+) -> Coverage:
+    """Each parameter's gradients on the tape against autograd's."""
+    pieces = tape.pieces((tape.outputs * cotangents).sum(dim=1, keepdim=True))
+    found, plain = assembled(pieces, function.layout, len(cotangents)), dict(tape.plain)
+    largest = 0.0
+    floor = TOLERANCE * 1e-3 * expected.norm().item()
+    for name, where in function.layout.slices.items():
+        difference = (found[:, where] - expected[:, where]).norm().item()
+        norm = expected[:, where].norm().item()
+        if not difference <= TOLERANCE * norm + floor:
+            plain.setdefault(name, f"its gradients on the tape differ from autograd's by {difference / max(norm, 1e-300):.1g}")
+        elif name not in plain:
+            largest = max(largest, difference / max(norm, floor, 1e-300))
+    return Coverage(arrangements, plain, largest)
+
+
+def assembled(pieces: Sequence[Piece], layout: ParameterLayout, samples: int) -> Tensor:
+    """Pieces of one component as rows (n, P)."""
+    rows = torch.zeros(samples, layout.size, dtype=torch.float64)
+    for piece in pieces:
+        for where, values in piece.dense():
+            rows[:, where] += values[:, 0].double()
+    return rows
+
+
+def _autograd(function: ModelFunction, theta: Tensor, sample: PyTree, cotangent: Tensor) -> Tensor:
+    """Gradient of one sample, by itself, in one random direction of its outputs."""
+    point = theta.detach().requires_grad_(True)
+    with torch.enable_grad(), function.running():
+        outputs = function.batch(function.layout.unflatten(point), cast_floating(sample, function.dtype))
+        value = (outputs[0] * cotangent).sum() + 0 * point.sum()
+        return torch.autograd.grad(value, point)[0].detach()
+
+
+def _repeated(inputs: PyTree, n: int) -> PyTree:
+    """The first n samples, over again where there are fewer."""
+    return take(inputs, torch.arange(n) % count(inputs))
+
+
+def _arrangements(tape: Tape, other: Tape) -> list[Arrangement]:
+    """Along which axis the samples of each use lie: the one whose length follows the number of samples."""
+    n, m = tape.n, other.n
+    arrangements = []
+    for one, two in zip(tape.shapes, other.shapes, strict=True):
+        axes = [a for a, (s, t) in enumerate(zip(one, two, strict=True)) if s != t and s * m == t * n]
+        axis = axes[0] if axes else 0
+        merged = "samples" if axes and one[axis] != n else ""
+        arrangements.append(Arrangement(axis, merged))
+    return arrangements
