@@ -16,15 +16,16 @@ from pathkernel.layers.factors import Dense, Factor, Outer
 Contribution = tuple[str, slice, Factor]
 """Parameter, the part of it, and the gradients."""
 
+_METHODS = (
+    *("t", "transpose", "permute", "view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand"),
+    *("expand_as", "chunk", "split", "unbind", "narrow", "select", "contiguous", "movedim", "repeat", "view_as"),
+    *("swapaxes", "broadcast_to", "__getitem__"),
+)
 VIEWS = frozenset(
     {
-        *(Tensor.t, Tensor.transpose, Tensor.permute, Tensor.view, Tensor.reshape, Tensor.unsqueeze, Tensor.squeeze),
-        *(Tensor.flatten, Tensor.unflatten, Tensor.__getitem__, Tensor.expand, Tensor.expand_as, Tensor.chunk),
-        *(Tensor.split, Tensor.unbind, Tensor.narrow, Tensor.select, Tensor.contiguous, Tensor.movedim, Tensor.repeat),
-        *(Tensor.T.__get__, Tensor.mT.__get__, Tensor.view_as, Tensor.swapaxes, Tensor.alias if hasattr(Tensor, "alias") else Tensor.t),
-        *(torch.t, torch.transpose, torch.permute, torch.reshape, torch.unsqueeze, torch.squeeze, torch.flatten),
-        *(torch.chunk, torch.split, torch.unbind, torch.narrow, torch.select, torch.movedim, torch.swapaxes),
-        *(torch.broadcast_to, Tensor.broadcast_to),
+        *(getattr(Tensor, name) for name in _METHODS),
+        *(getattr(torch, name) for name in _METHODS if hasattr(torch, name)),
+        *(vars(Tensor.__mro__[1])[name].__get__ for name in ("T", "mT")),
     }
 )
 """Functions whose results hold entries of their first argument, moved and repeated but not changed."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.functional import ModelFunction
-from pathkernel.layers.coverage import Coverage, prove
-from pathkernel.layers.tape import Tape
+from pathkernel.layers.coverage import Coverage, prove, uncovered
+from pathkernel.layers.tape import FAILURES, Tape
 
 
 class ProvedTapes:
@@ -44,12 +44,19 @@ class ProvedTapes:
         """
         function = function or self.function
         latest = self._latest
-        tape = Tape(function, theta, inputs, latest.arrangements if latest else (), latest.plain if latest else {})
-        coverage = self.proved.get(tape.signature)
-        if coverage is not None and coverage is latest:
-            return tape
+        if latest is not None and latest.plain.keys() >= set(function.layout.names):
+            return Tape(function, theta, inputs, (), latest.plain)
+        try:
+            tape = Tape(function, theta, inputs, latest.arrangements if latest else (), latest.plain if latest else {})
+            signature = tape.signature
+        except FAILURES as error:
+            tape, signature = None, None
+            self.proved.setdefault(signature, uncovered(function, error))
+        coverage = self.proved.get(signature)
         if coverage is None:
-            coverage = self.proved[tape.signature] = prove(function, theta, inputs)
+            coverage = self.proved[signature] = prove(function, theta, inputs)
+        if tape is not None and coverage is latest:
+            return tape
         self._latest = coverage
         return Tape(function, theta, inputs, coverage.arrangements, coverage.plain)
 

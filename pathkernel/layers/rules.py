@@ -62,8 +62,8 @@ def layer_rule(*functions: Any) -> Callable[[Rule], Rule]:
 
     Notes
     -----
-    The rule of a function is called as ``rule(samples, *args, **kwargs)`` with the function's own arguments; the rule of
-    a module class as ``rule(samples, module, *inputs)``, its keys being the names of the module's parameters.
+    The rule of a function is called as ``rule(samples, *args, **kwargs)`` with the function's own arguments; the rule
+    of a module class as ``rule(samples, module, *inputs)``, its keys being the names of the module's parameters.
     ``samples`` brings a tensor's sample axis to the front: call it, inside the returned functions, on every tensor
     that holds all samples. Every rule is compared with autograd on each network before it is used.
 
@@ -230,7 +230,6 @@ def convolution(
     stride, dilation = _each(stride, space), _each(dilation, space)
 
     def gradient(signal: Tensor) -> Factor:
-        n, k, out = signal.shape[:3]
         patches = _patches(_padded(input, padding, weight, dilation), weight.shape[2:], stride, dilation)
         delta = signal.flatten(3).transpose(2, 3)
         return _grouped(delta, patches, groups)
@@ -258,16 +257,15 @@ def transposed_convolution(
 
     def gradient(signal: Tensor) -> Outer:
         n, k = signal.shape[:2]
-        patches = _patches(
-            _padded(signal.flatten(0, 1), padding, weight, dilation), weight.shape[2:], stride, dilation, input.shape[2:]
-        )
+        padded = _padded(signal.flatten(0, 1), padding, weight, dilation)
+        patches = _patches(padded, weight.shape[2:], stride, dilation, input.shape[2:])
         return Outer(patches.reshape(n, k, *patches.shape[1:]), input.flatten(2).transpose(1, 2), transposed=True)
 
     return {"weight": gradient, "bias": SumOfSignals(channels_second=True)}
 
 
 def _grouped(delta: Tensor, patches: Tensor, groups: int) -> Factor:
-    """Gradients of a convolution's weight (out, in / groups · taps) from δ (n, K, T, out) and patches (n, T, in · taps)."""
+    """Of a convolution's weight (out, in / groups · taps), from δ (n, K, T, out) and patches (n, T, in · taps)."""
     if groups == 1:
         return Outer(delta, patches)
     n, k, t, out = delta.shape

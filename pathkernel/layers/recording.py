@@ -1,0 +1,274 @@
+"""Which calls of a forward pass have parameters among their arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils import _pytree as pytree
+
+from pathkernel.layers.arrangement import Arrangement
+from pathkernel.layers.composites import opened
+from pathkernel.layers.factors import Dense
+from pathkernel.layers.handles import VIEWS, Composed, Handle, View
+from pathkernel.layers.local import local_gradients
+from pathkernel.layers.rules import RULES, Gradient, NoRule, Rule
+
+
+@dataclass
+class Use:
+    """One call with parameters among its arguments.
+
+    Attributes
+    ----------
+    function
+        Its name.
+    output
+        Its result, whose gradient is the signal.
+    handles
+        Argument → what it is made of.
+    gradients
+        Argument → its gradients, from the signal.
+    """
+
+    function: str
+    output: Tensor
+    handles: dict[str, Handle]
+    gradients: Mapping[str, Gradient]
+    arrangement: Arrangement = field(default_factory=Arrangement)
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What must be the same for what was proved of one pass to hold for another."""
+        return (self.function, tuple((key, tuple(sorted(h.names()))) for key, h in self.handles.items()))
+
+
+class Recording(TorchFunctionMode):
+    """Sees every torch function that is called, and notes those with parameters among their arguments.
+
+    Parameters
+    ----------
+    parameters
+        θ by name, the very tensors that the network is given.
+    n
+        Samples in the pass.
+    arrangement
+        Of the result of each use, by its number.
+    fixed
+        Tensors that are the same for all samples.
+
+    Attributes
+    ----------
+    uses
+        In the order of the pass.
+    clones
+        What the network went on with after each use, by identity.
+    without
+        Parameters that something was done to which no rule covers, and what.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        n: int,
+        arrangement: Callable[[int], Arrangement],
+        fixed: Iterable[Tensor] = (),
+    ) -> None:
+        super().__init__()
+        self.known: dict[int, tuple[Tensor, Handle]] = {}
+        self.fixed = {id(value) for value in fixed}
+        self.n, self.arrangement = n, arrangement
+        self.uses: list[Use] = []
+        self.clones: dict[int, int] = {}
+        self.without: dict[str, str] = {}
+        self._inputs: list[tuple[Tensor, int]] = []
+        self._kept: list[Tensor] = []  # an identity is only good for as long as its tensor lives
+        for name, value in parameters.items():
+            self.known[id(value)] = (value, View.of(name, value))
+
+    def handle(self, value: Any) -> Handle | None:
+        """What a tensor is made of, if of parameters alone."""
+        known = self.known.get(id(value)) if isinstance(value, Tensor) else None
+        return known[1] if known is not None else None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = [leaf for leaf in leaves_of((args, kwargs)) if self.handle(leaf) is not None]
+        if not leaves or not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        others = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor) and self.handle(leaf) is None]
+        if function in VIEWS and not others and len(leaves) == 1:
+            return self._viewed(function, args, kwargs)
+        body = None if function in RULES else opened(function)
+        if body is not None:
+            # A function that cannot be opened in this call (packed sequences) is one operation after all.
+            try:
+                with self:
+                    return body(*args, **kwargs)
+            except NoRule:
+                return self._give_up(function, args, kwargs)
+        return self._used(function, args, kwargs, others)
+
+    def _viewed(self, function: Any, args: Any, kwargs: Any) -> Any:
+        result, view = function(*args, **kwargs), self.handle(args[0])
+        if isinstance(view, View):
+            self._register(result, view.viewed(function, *args[1:], **kwargs), view)
+            return result
+        return self._composed(function, args, kwargs)
+
+    def _register(self, result: Any, places: Any, view: View) -> None:
+        if isinstance(result, Tensor):
+            self.known[id(result)] = (result, View(view.name, places, view.origin))
+        else:
+            for part, own in zip(result, places, strict=True):
+                self._register(part, own, view)
+
+    def _used(self, function: Any, args: Any, kwargs: Any, others: list[Tensor]) -> Any:
+        before = [(leaf, leaf._version) for leaf in others]
+        result = function(*args, **kwargs)
+        if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves_of(result)):
+            return result  # a shape, a type
+        batch = [leaf for leaf in others if id(leaf) not in self.fixed]
+        if not batch:
+            return self._composed(function, args, kwargs)
+        name = resolve_name(function) or getattr(function, "__name__", str(function))
+        if not isinstance(result, Tensor) or any(leaf is result or leaf._version != v for leaf, v in before):
+            self._without((args, kwargs), f"changed or returned together with others by {name}")
+            return result
+        try:
+            bound = _bound(function, args, kwargs)
+            gradients = RULES[function](self._samples(), **self._detached(bound)) if function in RULES else None
+        except (NoRule, TypeError):
+            gradients = None
+        if gradients is None or any(
+            self.handle(value) is not None and key not in gradients for key, value in bound.items()
+        ):
+            bound, gradients = self._local(function, args, kwargs)
+        handles = {key: self.handle(value) for key, value in bound.items()}
+        own = {key: handle for key, handle in handles.items() if handle is not None}
+        self._inputs += before
+        return self.use(name, result, own, gradients)
+
+    def use(self, name: str, result: Tensor, handles: dict[str, Handle], gradients: Mapping[str, Gradient]) -> Tensor:
+        """Note a use; what the network goes on with is a copy, so that in-place operations leave the result alone."""
+        if not result.requires_grad:
+            result = result.detach().requires_grad_(True)
+        self.uses.append(Use(name, result, handles, gradients, self.arrangement(len(self.uses))))
+        copy = result.clone()
+        self.clones[id(copy)] = len(self.uses) - 1
+        self._kept.append(copy)
+        return copy
+
+    def _detached(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What a rule reads: the graph stays out of it."""
+        return {
+            key: value.detach() if isinstance(value, Tensor) and self.handle(value) is None else value
+            for key, value in arguments.items()
+        }
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether something that a layer read was changed in place afterwards."""
+        return any(leaf._version != version for leaf, version in self._inputs)
+
+    def module_use(self, module: nn.Module, rule: Rule, inputs: tuple[Any, ...]) -> Any:
+        """A module whose class has a rule of its own is one use."""
+        own = {name: self.handle(value) for name, value in module._parameters.items() if value is not None}
+        handles = {name: handle for name, handle in own.items() if handle is not None}
+        with torch._C.DisableTorchFunction():
+            result = type(module).forward(module, *inputs)
+        gradients = rule(self._samples(), module, *(i.detach() if isinstance(i, Tensor) else i for i in inputs))
+        if not isinstance(result, Tensor) or not handles.keys() <= gradients.keys():
+            for handle in handles.values():
+                self.without |= dict.fromkeys(handle.names(), f"the rule of {type(module).__name__} leaves it out")
+            return result
+        self._inputs += [(leaf, leaf._version) for leaf in leaves_of(inputs) if isinstance(leaf, Tensor)]
+        return self.use(type(module).__name__, result, handles, gradients)
+
+    def _samples(self) -> Callable[[Tensor], Tensor]:
+        index = len(self.uses)
+        return lambda tensor: self.arrangement(index).front(tensor, self.n)
+
+    def _local(self, function: Any, args: Any, kwargs: Any) -> tuple[dict[str, Any], dict[str, Gradient]]:
+        """The rule of a function that has none: its own derivative, sample by sample."""
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        index, own = len(self.uses), [i for i, leaf in enumerate(leaves) if self.handle(leaf) is not None]
+
+        def gradient(place: int) -> Gradient:
+            def pull(signal: Tensor) -> Dense:
+                return local_gradients(function, leaves, tree, place, self, index, signal)
+
+            return pull
+
+        return {str(i): leaves[i] for i in own}, {str(i): gradient(i) for i in own}
+
+    def _composed(self, function: Any, args: Any, kwargs: Any) -> Any:
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        own = [i for i, leaf in enumerate(leaves) if self.handle(leaf) is not None]
+        result = function(*args, **kwargs)
+        if not isinstance(result, Tensor):
+            self._without((args, kwargs), f"{resolve_name(function)} of parameters alone")
+            return result
+
+        def of_parameters(*values: Tensor) -> Tensor:
+            filled = list(leaves)
+            for place, value in zip(own, values, strict=True):
+                filled[place] = value
+            new_args, new_kwargs = pytree.tree_unflatten(filled, tree)
+            return function(*new_args, **new_kwargs)
+
+        sources = tuple(handle for i in own if (handle := self.handle(leaves[i])) is not None)
+        composed = Composed(of_parameters, tuple(leaves[i] for i in own), sources, result.shape)
+        self.known[id(result)] = (result, composed)
+        return result
+
+    def _give_up(self, function: Any, args: Any, kwargs: Any) -> Any:
+        self._without((args, kwargs), f"{resolve_name(function)} has no rule for this call")
+        return function(*args, **kwargs)
+
+    def _without(self, arguments: Any, reason: str) -> None:
+        for leaf in leaves_of(arguments):
+            handle = self.handle(leaf)
+            for name in handle.names() if handle is not None else ():
+                self.without[name] = reason
+
+
+def leaves_of(tree: Any) -> Iterator[Any]:
+    """What is in nested tuples, lists and dicts."""
+    if isinstance(tree, (tuple, list)):
+        for node in tree:
+            yield from leaves_of(node)
+    elif isinstance(tree, dict):
+        for node in tree.values():
+            yield from leaves_of(node)
+    else:
+        yield tree
+
+
+def _bound(function: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by the names that the function's rule gives them."""
+    rule = RULES.get(function)
+    if rule is None:
+        return {}
+    names = list(inspect.signature(rule).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@contextmanager
+def module_rules(module: nn.Module, recording: Recording) -> Iterator[None]:
+    """Let the modules whose class has a rule of its own be one use each."""
+    patched = [child for child in module.modules() if type(child) in RULES and "forward" not in vars(child)]
+    for child in patched:
+        rule = RULES[type(child)]
+        child.forward = lambda *inputs, m=child, r=rule: recording.module_use(m, r, inputs)
+    try:
+        yield
+    finally:
+        for child in patched:
+            del child.forward
