@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel.layers.arrangement import Arrangement
 from pathkernel.layers.composites import opened
-from pathkernel.layers.factors import Dense
+from pathkernel.layers.factors import Dense, Factor
 from pathkernel.layers.handles import VIEWS, Composed, Handle, View
 from pathkernel.layers.local import local_gradients
 from pathkernel.layers.rules import RULES, Gradient, NoRule, Rule
@@ -189,7 +189,8 @@ class Recording(TorchFunctionMode):
                 self.without |= dict.fromkeys(handle.names(), f"the rule of {type(module).__name__} leaves it out")
             return result
         self._inputs += [(leaf, leaf._version) for leaf in leaves_of(inputs) if isinstance(leaf, Tensor)]
-        return self.use(type(module).__name__, result, handles, gradients)
+        within = {key: _at(module, dict(module._parameters), gradient) for key, gradient in gradients.items()}
+        return self.use(type(module).__name__, result, handles, within)
 
     def _samples(self) -> Callable[[Tensor], Tensor]:
         index = len(self.uses)
@@ -258,6 +259,20 @@ def _bound(function: Any, args: Any, kwargs: Any) -> dict[str, Any]:
         return {}
     names = list(inspect.signature(rule).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _at(module: nn.Module, parameters: dict[str, Any], gradient: Gradient) -> Gradient:
+    """A rule's function, with the module's parameters as they are in the pass."""
+
+    def evaluated(signal: Tensor) -> Factor:
+        live = dict(module._parameters)
+        module._parameters.update(parameters)
+        try:
+            return gradient(signal)
+        finally:
+            module._parameters.update(live)
+
+    return evaluated
 
 
 @contextmanager

@@ -1,0 +1,270 @@
+"""Long computations that survive being killed: what is finished is on disk, and the same call goes on from there.
+
+A Gram matrix along a path is a sum over nodes, tile by tile; an attribution is one block of queries after the other.
+Both are kept in a zarr v3 group, each block written before the record that says so. Sums are taken in the same order
+whether or not they were interrupted, so the result is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from math import ceil, isqrt, prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+from pathkernel._typing import PyTree
+from pathkernel.errors import StoreError, check
+from pathkernel.storage import MAX_CHUNK_BYTES, ChunkedArray, Group, Lock
+from pathkernel.trajectory.identity import compared, digest
+from pathkernel.trajectory.trajectory import Trajectory
+
+FORMAT, VERSION = "pathkernel-computation", 1
+TILE_BYTES = MAX_CHUNK_BYTES // 2
+"""Largest tile of a Gram matrix."""
+FINISHED = 2
+"""In the record of a tile, in place of the place of a sum that still grows."""
+WRITING = 0.05
+"""Largest part of the time that is spent on writing sums that are not finished."""
+
+
+def identity_of(trajectory: Trajectory, **settings: Any) -> dict[str, str]:
+    """What must be the same for a computation to be gone on with."""
+    ends = [("initial", trajectory.initial), ("final", trajectory.final)]
+    return {
+        "trajectory": f"{len(trajectory)} steps of {trajectory.rule.name}, {digest(ends)}",
+        **{key: str(value) for key, value in settings.items()},
+    }
+
+
+def samples_identity(X: PyTree) -> str:
+    """Number and digest of samples."""
+    leaves = [leaf for leaf in pytree.tree_leaves(X) if isinstance(leaf, Tensor)]
+    return f"{len(leaves[0]) if leaves else 0} samples, {digest(enumerate(leaves))}"
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], kind: str, identity: Mapping[str, str]) -> Iterator[Group]:
+    """The group of a computation, new or begun before, held by this process alone.
+
+    Raises
+    ------
+    StoreError
+        Where another computation is kept there, saying what differs; or another process is at work on it.
+    """
+    folder, mine = Path(path), {"format": FORMAT, "version": VERSION, "kind": kind, "identity": dict(identity)}
+    new = not (folder / "zarr.json").exists()
+    check(
+        not new or not folder.exists() or not any(folder.iterdir()),
+        StoreError,
+        f"`{folder}` holds other files",
+        f"A computation ({kind}) is kept in a folder of its own",
+        "Give a path that does not exist yet",
+    )
+    group = Group.create(folder, mine) if new else Group.open(folder)
+    lock = Lock(folder)
+    with lock.held():
+        found = group.attributes()
+        check(
+            found.get("format") == FORMAT and found.get("kind") == kind,
+            StoreError,
+            f"`{folder}` holds {found.get('kind', 'something else')!r} of format {found.get('format')!r}",
+            f"It must be new, or hold a computation of kind {kind!r}",
+            "Give another path",
+        )
+        check(
+            found.get("version") == VERSION,
+            StoreError,
+            f"`{folder}` was written in version {found.get('version')} of the format",
+            f"This pathkernel reads version {VERSION}",
+            "Finish it with the pathkernel that began it, or give another path",
+        )
+        differences = compared(found.get("identity", {}), identity, kind)
+        check(
+            not differences,
+            StoreError,
+            f"`{folder}` holds another computation. {'; '.join(differences)}",
+            "Going on needs the same trajectory, settings and samples",
+            "Give another path, or delete this one",
+        )
+        yield group
+
+
+def resumable_gram(
+    path: str | os.PathLike[str],
+    identity: Mapping[str, str],
+    shape: tuple[int, ...],
+    symmetric: bool,
+    terms: int,
+    term: Callable[[slice, slice, int], Tensor],
+    progress: bool = False,
+) -> np.ndarray:
+    """A Gram matrix that is a sum of terms, tile by tile.
+
+    Parameters
+    ----------
+    path, identity
+        Where it is kept, and what it is of.
+    shape
+        (n, m), or (n, m, K, K).
+    symmetric
+        Whether only tiles on and above the diagonal are computed.
+    terms, term
+        Number of terms, and the term ``s`` of the tile of rows i and columns j, float64.
+    progress
+        Show a bar over the terms, with the time left.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64; its chunks stay in the array ``gram`` of the group.
+
+    Notes
+    -----
+    An interruption loses at most the terms since the sum was last written, which is done as often as costs a
+    twentieth of the time.
+    """
+    n, m, *block = shape
+    edge = max(1, min(max(n, m), isqrt(TILE_BYTES // (8 * prod(block)))))
+    grid = ceil(n / edge), ceil(m / edge)
+    with opened(path, "gram", identity) as group:
+        chunks = (edge, edge, *block)
+        final = group.create_array("gram", (grid[0] * edge, grid[1] * edge, *block), chunks, "float64")
+        sums = [group.create_array(f"partial-{slot}", final.shape, chunks, "float64") for slot in "ab"]
+        record = group.create_array("progress", (*grid, 3), (1, 1, 3), "uint64")
+        tiles = [(i, j) for i in range(grid[0]) for j in range(grid[1]) if not symmetric or j >= i]
+        bar = tqdm(total=len(tiles) * terms, desc="Gram matrix", unit="node", disable=not progress)
+        result = np.empty(shape)
+        for i, j in tiles:
+            rows, columns = slice(i * edge, min(n, (i + 1) * edge)), slice(j * edge, min(m, (j + 1) * edge))
+            own = _Tile((i, j), rows, columns, final, sums, record)
+            tile = own.computed(terms, partial(term, rows, columns), bar)
+            result[rows, columns] = tile
+            if symmetric and i != j:
+                result[columns, rows] = tile.swapaxes(0, 1) if not block else tile.transpose(1, 0, 3, 2)
+        bar.close()
+    return result
+
+
+class _Tile:
+    """One tile of a Gram matrix, its sum in one of two places while it grows."""
+
+    def __init__(
+        self,
+        index: tuple[int, int],
+        rows: slice,
+        columns: slice,
+        final: ChunkedArray,
+        sums: Sequence[ChunkedArray],
+        record: ChunkedArray,
+    ) -> None:
+        self.index, self.final, self.sums, self.record = index, final, sums, record
+        self.size = rows.stop - rows.start, columns.stop - columns.start
+
+    def computed(self, terms: int, term: Callable[[int], Tensor], bar: Any) -> np.ndarray:
+        """The whole sum, from where it stands."""
+        done, slot, total = self._stand()
+        bar.update(done)
+        written, cost = time.monotonic(), 0.0
+        for s in range(done, terms):
+            addend = term(s)
+            total = addend if total is None else total.add_(addend)
+            bar.update()
+            if s + 1 < terms and time.monotonic() - written > cost / WRITING:
+                began = time.monotonic()
+                slot = 1 - slot
+                self._write(self.sums[slot], s + 1, slot, total)
+                written = time.monotonic()
+                cost = written - began
+        assert total is not None
+        if done < terms:
+            self._write(self.final, terms, FINISHED, total)
+            for array in self.sums:
+                array.remove(self._place(array))
+        return total.numpy()
+
+    def _place(self, array: ChunkedArray) -> tuple[int, ...]:
+        return (*self.index, *(0,) * (len(array.shape) - 2))
+
+    def _stand(self) -> tuple[int, int, Tensor | None]:
+        """How many terms are in the sum on disk, in which place it is, and the sum."""
+        if not self.record.has((*self.index, 0)):
+            return 0, 0, None
+        done, slot, checksum = (int(v) for v in self.record.read((*self.index, 0)).reshape(-1))
+        source = self.final if slot == FINISHED else self.sums[slot % 2]
+        values = source.read(self._place(source), checksum)
+        return done, slot, torch.from_numpy(values[: self.size[0], : self.size[1]].astype(np.float64))
+
+    def _write(self, array: ChunkedArray, done: int, slot: int, total: Tensor) -> None:
+        whole = np.zeros(array.chunks)
+        whole[: self.size[0], : self.size[1]] = total.numpy()
+        checksum = array.write(self._place(array), whole)
+        # The record comes after what it speaks of: until then the other place holds the sum.
+        self.record.write((*self.index, 0), np.array([[[done, slot, checksum]]], dtype=np.uint64))
+
+
+def resumable_blocks(
+    path: str | os.PathLike[str],
+    identity: Mapping[str, str],
+    sizes: Sequence[int],
+    block: Callable[[int], Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Arrays with one row for each query, block of queries by block of queries.
+
+    Parameters
+    ----------
+    path, identity
+        Where they are kept, and what they are of.
+    sizes
+        Rows of each block.
+    block
+        Computes the arrays of a block by name; a name that a block does not have stands for zeros.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        float64.
+    """
+    with opened(path, "attributions", identity) as group:
+        record = group.create_array("progress", (len(sizes),), (1,), "uint8")
+        for index in range(len(sizes)):
+            if not record.has((index,)):
+                _write_block(group, index, sizes, block(index))
+                record.write((index,), np.ones(1, dtype=np.uint8))
+        return _read_blocks(group, sizes)
+
+
+def _write_block(group: Group, index: int, sizes: Sequence[int], arrays: Mapping[str, np.ndarray]) -> None:
+    names = list(group.attributes().get("names", []))
+    new = [name for name in arrays if name not in names]
+    if new:
+        group.set_attributes({**group.attributes(), "names": names + new})
+    for name, values in arrays.items():
+        chunk = (max(sizes), *values.shape[1:])
+        array = group.create_array(
+            f"array-{(names + new).index(name)}", (len(sizes) * chunk[0], *chunk[1:]), chunk, "float64"
+        )
+        whole = np.zeros(chunk)
+        whole[: len(values)] = values
+        array.write((index, *(0,) * (values.ndim - 1)), whole)
+
+
+def _read_blocks(group: Group, sizes: Sequence[int]) -> dict[str, np.ndarray]:
+    result = {}
+    for place, name in enumerate(group.attributes().get("names", [])):
+        array = group.array(f"array-{place}")
+        rows = []
+        for index, size in enumerate(sizes):
+            where = (index, *(0,) * (len(array.shape) - 1))
+            rows.append(array.read(where)[:size] if array.has(where) else np.zeros((size, *array.chunks[1:])))
+        result[name] = np.concatenate(rows)
+    return result
