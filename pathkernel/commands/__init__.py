@@ -1,0 +1,1 @@
+"""What the commands of the command line do; each returns its result as numbers and text, for ``--json``."""

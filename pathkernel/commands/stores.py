@@ -1,0 +1,186 @@
+"""Commands that need the store alone: info, verify, export."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pathkernel.errors import CorruptBlockError, InputError, check
+from pathkernel.pytrees import memory_bytes
+from pathkernel.trajectory.disk import DiskStore
+
+Result = tuple[int, dict[str, Any], str]
+"""Exit code, numbers, and text."""
+
+
+def info(arguments: argparse.Namespace) -> Result:
+    """What a store holds."""
+    store = DiskStore.open(arguments.run)
+    header = store.header
+    assert header is not None
+    layout = header.layouts[-1]
+    ended = header.end is not None and header.end.steps == len(store)
+    numbers = {
+        "path": str(arguments.run),
+        "steps": len(store),
+        "ended": ended,
+        "parameters": layout.size,
+        "dtype": str(header.dtype).removeprefix("torch."),
+        "rule": header.rule["name"],
+        "reduction": header.reduction,
+        "regularizers": list(header.regularizers),
+        "averages": list(header.averages),
+        "loss": header.fingerprints["loss"]["name"],
+        "samples": header.fingerprints["data"]["count"],
+        "bytes": store.size_bytes(),
+        "versions": dict(header.versions),
+        "table": [
+            {"name": name, "shape": list(shape)} for name, shape in zip(layout.names, layout.shapes, strict=True)
+        ],
+    }
+    state = "ended" if ended else "cut off, or still going on: the steps that are committed are valid"
+    lines = [
+        f"{arguments.run}: {len(store)} steps committed ({state})",
+        f"rule {numbers['rule']}, loss {numbers['loss']}, {numbers['samples']} training samples",
+        f"{layout.size} parameters, {numbers['dtype']}; {store.size_bytes() / 1e6:.1f} MB on disk, "
+        f"{store.size_bytes() / max(1, len(store)) / 1e3:.1f} kB a step",
+        "written by " + ", ".join(f"{name} {version}" for name, version in header.versions.items()),
+        *(f"  {row['name']:40} {tuple(row['shape'])}" for row in numbers["table"]),
+    ]
+    return 0, numbers, "\n".join(lines)
+
+
+def verify(arguments: argparse.Namespace) -> Result:
+    """Read everything; exit code 1 where something is damaged."""
+    try:
+        store = DiskStore.open(arguments.run)
+        steps, problems = len(store), store.verify()
+    except CorruptBlockError as error:
+        steps, problems = 0, [error]
+    numbers = {"path": str(arguments.run), "steps": steps, "damage": [str(problem) for problem in problems]}
+    if not problems:
+        return 0, numbers, f"{arguments.run}: {steps} steps, every checksum right"
+    lines = [f"{arguments.run}: {len(problems)} damaged", *(f"  {problem}" for problem in problems)]
+    return 1, numbers, "\n".join(lines)
+
+
+def export(arguments: argparse.Namespace) -> Result:
+    """Weights along the path as .npz or .safetensors, or a table of the steps as .parquet or .csv."""
+    store, path = DiskStore.open(arguments.run), Path(arguments.file)
+    writers: dict[str, Callable[[DiskStore, Path, argparse.Namespace], int]] = {
+        ".npz": _npz,
+        ".safetensors": _safetensors,
+        ".parquet": _table,
+        ".csv": _table,
+    }
+    check(
+        path.suffix in writers,
+        InputError,
+        f"The file to write is `{path}`",
+        f"Its ending tells the format: {', '.join(writers)}",
+        "Write for example `pathkernel export runs/digits weights.safetensors`",
+    )
+    count = writers[path.suffix](store, path, arguments)
+    size = path.stat().st_size
+    return 0, {"file": str(path), "steps": count, "bytes": size}, f"{path}: {count} steps, {size / 1e6:.1f} MB"
+
+
+def _points(store: DiskStore, arguments: argparse.Namespace) -> list[int]:
+    """Which points of the path: all, or those asked for; negative ones count from the end."""
+    length = len(store)
+    asked = range(length) if arguments.steps is None else [int(s) for s in arguments.steps.split(",")]
+    points = [s + length + 1 if s < 0 else s for s in asked]
+    outside = [s for s in points if not 0 <= s <= length]
+    check(
+        not outside,
+        InputError,
+        f"Points {outside} of the path were asked for",
+        f"It has the points 0 to {length}",
+        "Write for example `--steps 0,-1` for the untrained and the trained network",
+    )
+    return points
+
+
+def _weights(store: DiskStore, arguments: argparse.Namespace) -> dict[str, np.ndarray]:
+    """θ at some points, (points, *shape) by parameter name."""
+    header = store.header
+    assert header is not None
+    points, layout = _points(store, arguments), header.layouts[-1]
+    needed, budget = len(points) * layout.size * 4 * 2, memory_bytes(arguments.memory)
+    check(
+        needed <= budget,
+        InputError,
+        f"{len(points)} points of {layout.size} numbers take {needed / 1e6:.0f} MB",
+        f"The budget is {budget / 1e6:.0f} MB",
+        "Write for example `--steps 0,100,-1` for some of them, or `--memory 8GB`",
+    )
+    vectors = [store.vector(s) if s < len(store) else store.read(s - 1).after for s in points]
+    named = [layout.unflatten(vector) for vector in vectors]
+    arrays = {name: np.stack([one[name].float().numpy() for one in named]) for name in layout.names}
+    return {"steps": np.array(points), **arrays}
+
+
+def _npz(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
+    arrays = _weights(store, arguments)
+    _whole(path, lambda place: np.savez(place, **arrays))  # type: ignore[arg-type]
+    return len(arrays["steps"])
+
+
+def _safetensors(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
+    from safetensors.numpy import save_file
+
+    arrays = _weights(store, arguments)
+    _whole(path, lambda place: save_file(arrays, place))
+    return len(arrays["steps"])
+
+
+def _table(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
+    """One row for each step: settings, lengths, and sample ids."""
+    import pandas
+
+    rows = []
+    for index in range(len(store)):
+        step = store.read(index)
+        displacement = step.after.double() - step.before.double()
+        row: dict[str, Any] = {
+            "step": index,
+            "displacement": displacement.norm().item(),
+            "gradient": step.gradient.double().norm().item(),
+            "ids": [int(i) for batch in step.batches for i in batch.ids],
+        }
+        for group, settings in enumerate(step.hyperparameters):
+            numbers = {key: value for key, value in settings.items() if isinstance(value, (int, float))}
+            row |= {f"{key}_{group}": float(value) for key, value in numbers.items()}
+        rows.append(row)
+    table = pandas.DataFrame(rows)
+    if path.suffix == ".csv":
+        _whole(path, lambda place: table.to_csv(place, index=False))
+    else:
+        try:
+            _whole(path, lambda place: table.to_parquet(place, index=False))
+        except ImportError as error:
+            raise InputError(
+                f"`{path}` is to be written, and no library for parquet is installed",
+                "pandas writes parquet with pyarrow",
+                "Write `pip install pyarrow`, or a file that ends in .csv",
+            ) from error
+    return len(rows)
+
+
+def _whole(path: Path, write: Callable[[str], Any]) -> None:
+    """A file at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
