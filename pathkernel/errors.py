@@ -49,6 +49,14 @@ class ModelMismatchError(TrajectoryError):
     """The model at hand is not the one that was recorded."""
 
 
+class StoreError(TrajectoryError):
+    """A store on disk cannot be opened, written or gone on with."""
+
+
+class CorruptBlockError(StoreError):
+    """Part of a store is damaged; what is named is not used, the rest stays readable."""
+
+
 class InputError(PathKernelError):
     """Samples of the wrong shape or type were given to a kernel."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pathkernel.functional import ForwardState, generator_states, modes_of
+from pathkernel.functional import ForwardState, generator_states
+from pathkernel.recording.equality import equal_joined
+from pathkernel.recording.modules import WatchedModules
 
 
 class ForwardWatcher:
@@ -21,8 +22,8 @@ class ForwardWatcher:
         The network in training.
     report
         Called with the `ForwardState` of each such pass.
-    buffers
-        Gives the buffers that have changed since recording began.
+    modules
+        Its submodules.
     passes
         How many to tell of: the stages of a step.
 
@@ -35,10 +36,10 @@ class ForwardWatcher:
         self,
         model: nn.Module,
         report: Callable[[ForwardState], None],
-        buffers: Callable[[], Mapping[str, Tensor]],
+        modules: WatchedModules,
         passes: int = 1,
     ) -> None:
-        self.model, self.report, self.buffers, self.passes = model, report, buffers, passes
+        self.model, self.report, self.modules, self.passes = model, report, modules, passes
         self.device = next(model.parameters()).device
         self._waiting = 0
         self._before: ForwardState | None = None
@@ -65,12 +66,14 @@ class ForwardWatcher:
         if self._waiting and torch.is_grad_enabled():
             kind = self.device.type
             autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
-            self._before = ForwardState(modes_of(module), generator_states(self.device), autocast, self.buffers())
+            self._before = ForwardState(
+                self.modules.modes(), generator_states(self.device), autocast, self.modules.changed_buffers()
+            )
 
     def _leave(self, module: nn.Module, arguments: tuple[Any, ...], outputs: Any) -> None:
         if self._before is None:
             return
         state, self._before, self._waiting = self._before, None, self._waiting - 1
         after = generator_states(self.device)
-        drew = any(not torch.equal(state.generators[name], after[name]) for name in after)
-        self.report(state if drew else replace(state, generators={}))
+        drew = any(not equal_joined([found], state.generators[name]) for name, found in after.items())
+        self.report(state if drew else ForwardState(state.modes, {}, state.autocast, state.buffers))

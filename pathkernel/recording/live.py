@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel.parameters import ParameterLayout
+from pathkernel.recording.equality import equal_joined
+from pathkernel.recording.slabs import Slabs
 from pathkernel.update_rules.rule import UpdateRule
+
+EMPTY: Mapping[str, Any] = {}
+
+SIMPLE = (bool, int, float, str, type(None))
+"""Types of which a hyper-parameter is plain as it is."""
 
 
 def plain(value: Any) -> Any:
@@ -24,54 +32,150 @@ def plain(value: Any) -> Any:
 class LiveParameters:
     """Reads values, gradients, settings and memory of the parameters on record.
 
+    Which parameters the optimizer holds is looked up by `strangers`, which every step asks for first, and `gradients`.
+
     Parameters
     ----------
     named
         The parameters on record, by name.
     optimizer
         Whose groups, gradients and state are read.
+
+    Attributes
+    ----------
+    layout
+        Where each of them lies in θ.
+    groups
+        Parameter name → index of its parameter group.
     """
 
     def __init__(self, named: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
         self.named, self.optimizer = named, optimizer
+        self._slabs = Slabs()
+        self._members: list[list[int]] | None = None
+        self._settings: tuple[dict[str, Any], ...] = ()
+        self._active: frozenset[str] = frozenset()
+        self._absent: list[bool] | None = None
+        self._look()
 
-    @property
-    def layout(self) -> ParameterLayout:
-        """Where each of them lies in θ."""
-        return ParameterLayout.of(self.named)
+    def add(self, new: dict[str, nn.Parameter]) -> None:
+        """Take further parameters on record."""
+        self.named.update(new)
+        self._members = None
+        self._look()
+
+    # -- values and gradients --------------------------------------------------------------------------------------
 
     def vector(self) -> Tensor:
         """θ, (P,), a copy."""
-        return torch.cat([p.detach().reshape(-1) for p in self.named.values()])
+        return self._joined(list(self.named.values()))
+
+    def is_at(self, point: Tensor) -> bool:
+        """Whether θ is a given vector."""
+        return equal_joined(list(self.named.values()), point)
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients that the optimizer uses, by name: parameters that it does not hold may keep theirs for ever."""
-        held = self.groups()
-        return {n: p.grad.detach() for n, p in self.named.items() if p.grad is not None and n in held}
+        self._look()
+        return {name: g.detach() for name, g in zip(self.named, self._gradients(), strict=True) if g is not None}
+
+    def active(self) -> frozenset[str]:
+        """Names of the parameters that have a gradient; the same set for as long as they are the same."""
+        absent = [g is None for g in self._gradients()]
+        if absent != self._absent:
+            self._active = frozenset(name for name, without in zip(self.named, absent, strict=True) if not without)
+            self._absent = absent
+        return self._active
 
     def gradient(self) -> Tensor:
-        """The same, (P,), zero where there is none."""
-        return self.padded(self.gradients())
+        """The gradient, (P,), a copy; zero where there is none."""
+        return self._padded(self._gradients())
 
     def padded(self, tensors: dict[str, Tensor]) -> Tensor:
         """Some parameters' tensors as a vector (P,), zero elsewhere."""
-        rows = [tensors.get(name, torch.zeros_like(p.detach())) for name, p in self.named.items()]
-        return torch.cat([row.reshape(-1) for row in rows])
+        return self._padded([tensors.get(name) for name in self.named])
 
-    def groups(self) -> dict[str, int]:
-        """Parameter name → index of its parameter group."""
-        index = {id(p): g for g, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
-        return {name: index[id(p)] for name, p in self.named.items() if id(p) in index}
+    def _gradients(self) -> list[Tensor | None]:
+        return [p.grad if name in self.groups else None for name, p in self.named.items()]
 
-    def settings(self) -> tuple[dict[str, Any], ...]:
-        """All numbers and flags of every parameter group."""
-        groups = self.optimizer.param_groups
-        return tuple({key: plain(value) for key, value in group.items() if key != "params"} for group in groups)
+    def _padded(self, rows: list[Tensor | None]) -> Tensor:
+        if any(row is None for row in rows):
+            parameters = self.named.values()
+            return self._joined(
+                [torch.zeros_like(p) if row is None else row for row, p in zip(rows, parameters, strict=True)]
+            )
+        return self._joined(rows)  # type: ignore[arg-type]
+
+    def _joined(self, rows: list[Tensor]) -> Tensor:
+        """One vector of many tensors, in memory that is there for the record."""
+        flat = [(row.detach() if row.requires_grad else row).reshape(-1) for row in rows]
+        if len({row.dtype for row in rows}) > 1:
+            return torch.cat(flat)
+        return torch.cat(flat, out=self._slabs.empty(self.layout.size, rows[0]))
+
+    # -- the optimizer ---------------------------------------------------------------------------------------------
 
     def strangers(self) -> list[nn.Parameter]:
         """Parameters that the optimizer holds and the record does not."""
+        self._look()
+        return self._strangers
+
+    def _look(self) -> None:
+        members = [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
+        if members == self._members:
+            return
+        self._members = members
+        self._holding = [p for group in self.optimizer.param_groups for p in group["params"]]  # so that ids stay theirs
+        index = {p: g for g, ids in enumerate(members) for p in ids}
+        self.groups = {name: index[id(p)] for name, p in self.named.items() if id(p) in index}
+        self.layout = ParameterLayout.of(self.named)
         known = {id(p) for p in self.named.values()}
-        return [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in known]
+        self._strangers = [p for p in self._holding if id(p) not in known]
+        self._absent = None
+
+    def settings(self) -> tuple[dict[str, Any], ...]:
+        """All numbers and flags of every parameter group; the same tuple for as long as they stay as they are."""
+        groups = self.optimizer.param_groups
+        found = tuple(
+            {key: value if type(value) in SIMPLE else plain(value) for key, value in group.items() if key != "params"}
+            for group in groups
+        )
+        if found != self._settings:
+            self._settings = found
+        return self._settings
+
+    def kept_keys(self, rule: UpdateRule) -> tuple[str, ...] | None:
+        """Which of the state's tensors a rule wants to keep after a step, or None where it looks at the live state."""
+        wanted = [rule.keep_after(group) for group in self.optimizer.param_groups]
+        if None in wanted or len({p.dtype for p in self.named.values()}) > 1:
+            return None  # a common vector would have another type than some state tensors
+        return tuple(dict.fromkeys(key for keys in wanted for key in keys))  # type: ignore[union-attr]
+
+    def fresh(self, rule: UpdateRule) -> frozenset[str]:
+        """Parameters with a gradient and without linear memory."""
+        if not rule.memory:
+            return frozenset()
+        active = self.active()
+        states = zip(self.named, self._states(), strict=True)
+        without = [name for name, state in states if name in active and _lacks(state, rule.memory)]
+        return active if len(without) == len(active) else frozenset(without)
+
+    def state_vectors(self, keys: tuple[str, ...]) -> dict[str, Tensor]:
+        """Tensors of the optimizer's state as vectors (P,), copies, zero where a parameter has none."""
+        states = self._states() if keys else []
+        return {key: self._padded([state.get(key) for state in states]) for key in keys}
+
+    def state_numbers(self, keys: tuple[str, ...], active: frozenset[str]) -> dict[str, Tensor]:
+        """Numbers of the optimizer's state, one for each active parameter, copies."""
+        if not keys or not active:
+            return {}
+        states = [state for name, state in zip(self.named, self._states(), strict=True) if name in active]
+        return {key: _numbers([state[key] for state in states]) for key in keys}
+
+    def _states(self) -> list[Mapping[str, Any]]:
+        """The optimizer's state, parameter by parameter."""
+        state = self.optimizer.state
+        return [state.get(p, EMPTY) for p in self.named.values()]
 
     def memory(self, rule: UpdateRule) -> dict[str, tuple[Tensor, ...]]:
         """The optimizer's linear memory, for parameters that already have some."""
@@ -99,3 +203,15 @@ class LiveParameters:
             for name, p in self.named.items()
             if p in state
         }
+
+
+def _lacks(state: Mapping[str, Any], keys: tuple[str, ...]) -> bool:
+    """Whether some entry is missing or None."""
+    return any(state.get(key) is None for key in keys)
+
+
+def _numbers(values: list[Any]) -> Tensor:
+    """Numbers, or tensors of one number each, as a vector in their own type."""
+    if isinstance(values[0], Tensor):
+        return torch.stack(values)
+    return torch.tensor(values, dtype=torch.float64)

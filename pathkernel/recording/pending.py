@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel.errors import SampleIdError
-from pathkernel.functional import ForwardState, modes_of
+from pathkernel.functional import ForwardState
 from pathkernel.recording.forward import ForwardWatcher
 from pathkernel.recording.live import LiveParameters
+from pathkernel.recording.modules import WatchedModules
 from pathkernel.trajectory.step import MicroBatch
 
 
@@ -39,8 +41,9 @@ def checked_ids(ids: Tensor, samples: int) -> Tensor:
 class PendingBatches:
     """Keeps announced batches until a step takes them, and drops those whose gradients never got there.
 
-    A hook on every parameter tells when a gradient arrives: a batch whose gradient has not arrived by the time of
-    the next announcement was not used, and gradients that had been cleared before one arrives were skipped.
+    A batch whose gradient has not arrived by the time of the next announcement was not used, and gradients that had
+    been cleared before one arrives were skipped. Where several batches wait for a step, a hook on every parameter tells
+    when a gradient arrives; in a loop with one batch in each step nobody has to be told.
 
     Parameters
     ----------
@@ -50,8 +53,8 @@ class PendingBatches:
         The parameters in training.
     stages
         Gradients that a step takes of the same batch.
-    buffers
-        Gives the buffers that have changed since recording began.
+    modules
+        The submodules of the model.
     dropped
         Called when batches are dropped whose gradients had arrived.
     """
@@ -61,39 +64,46 @@ class PendingBatches:
         model: nn.Module,
         live: LiveParameters,
         stages: int,
-        buffers: Callable[[], Mapping[str, Tensor]],
+        modules: WatchedModules,
         dropped: Callable[[], None],
     ) -> None:
-        self.model, self.live, self.dropped = model, live, dropped
+        self.live, self.dropped, self._modules = live, dropped, modules
         self.batches: list[MicroBatch] = []
-        self._forward = ForwardWatcher(model, self._forward_ran, buffers, stages)
-        self._listening: dict[str, Any] | None = None
-        self._arrived, self._seen = True, False
+        self._forward = ForwardWatcher(model, self._forward_ran, modules, stages)
+        self._listening: dict[str, Any] = {}
+        self._marks: list[tuple[Any, int]] = []
+        self._watching = self._seen = False
+        self._arrived = True
 
     def start(self) -> None:
         """Begin to listen."""
-        self._listening = {}
+        self._watching = True
         self._forward.start()
 
     def stop(self) -> None:
         """Take all hooks off and forget what was announced."""
-        for handle in (self._listening or {}).values():
-            handle.remove()
         self._forward.stop()
-        self._listening, self.batches, self._arrived = None, [], True
+        self._stop_listening()
+        self._watching, self.batches, self._arrived = False, [], True
 
     def announce(self, batch: MicroBatch) -> None:
         """Take note of the samples of the next backward pass."""
-        self._listen()
-        if not self._arrived:
-            del self.batches[-1:]  # the batch before this one was never used, as after an early `break`
-        self.batches.append(replace(batch, state=ForwardState(modes_of(self.model))))
+        if self.batches:
+            if not (self._arrived or self._gradients_differ()):
+                del self.batches[-1:]  # the batch before this one was never used, as after an early `break`
+            self._listen()
+        state = ForwardState(self._modules.modes())
+        self.batches.append(MicroBatch(batch.ids, batch.weights, batch.inputs, batch.targets, state))
         self._arrived = self._seen = False
+        if not self._listening:
+            self._mark_gradients()
         self._forward.expect()
 
     def take(self) -> tuple[MicroBatch, ...]:
         """The batches of a step; nothing is pending afterwards."""
         taken, self.batches = tuple(self.batches), []
+        if len(taken) == 1:
+            self._stop_listening()
         return taken
 
     def _forward_ran(self, state: ForwardState) -> None:
@@ -102,11 +112,33 @@ class PendingBatches:
             now = replace(batch, later=(*batch.later, state)) if self._seen else replace(batch, state=state)
             self.batches[-1], self._seen = now, True
 
+    def _mark_gradients(self) -> None:
+        """Remember which gradients there are, without keeping them."""
+        found = [p.grad for p in self.live.named.values()]
+        self._marks = [(None, 0) if g is None else (weakref.ref(g), g._version) for g in found]
+
+    def _gradients_differ(self) -> bool:
+        """Whether a gradient has been made, changed or cleared since they were marked."""
+        if self._listening:
+            return False
+        found = [p.grad for p in self.live.named.values()]
+        if len(found) != len(self._marks):
+            return True
+        return any(
+            g is not (mark and mark()) or (g is not None and g._version != version)
+            for g, (mark, version) in zip(found, self._marks, strict=True)
+        )
+
     def _listen(self) -> None:
         """Be told when gradients arrive; parameters that are unfrozen or added on the way are met here."""
         for name, p in self.live.named.items():
-            if self._listening is not None and p.requires_grad and name not in self._listening:
+            if self._watching and p.requires_grad and name not in self._listening:
                 self._listening[name] = p.register_hook(self._gradient_arrives)
+
+    def _stop_listening(self) -> None:
+        for handle in self._listening.values():
+            handle.remove()
+        self._listening = {}
 
     def _gradient_arrives(self, gradient: Tensor) -> None:
         """Called before a gradient is added to `.grad`, at which moment it shows whether those before were cleared."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -21,12 +24,15 @@ from pathkernel.pytrees import count
 from pathkernel.recording.audit import audit, is_due
 from pathkernel.recording.indexed import indexed_loader
 from pathkernel.recording.live import LiveParameters
+from pathkernel.recording.modules import WatchedModules
 from pathkernel.recording.pending import PendingBatches, checked_ids
 from pathkernel.recording.validation import check_optimizer, unwrapped
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.gradients import samples_of
+from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.samples import Samples
-from pathkernel.trajectory.step import MicroBatch, Step
+from pathkernel.trajectory.step import FrozenOnReading, MicroBatch, OptimizerState, Step
+from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Observation, UpdateRule
 from pathkernel.update_rules.table import rule_of
@@ -40,8 +46,12 @@ class OpenStep:
     ----------
     before
         θ_s, (P,).
+    keys
+        Keys of the state tensors to keep after the step; None where the rule looks at the live state.
+    vectors, fresh
+        Of the state before the step, where it does not; see `pathkernel.trajectory.step.OptimizerState`.
     states
-        The optimizer's state by parameter; see `pathkernel.update_rules.rule.Observation`.
+        Where it does: the optimizer's state by parameter; see `pathkernel.update_rules.rule.Observation`.
     active
         Parameters with a gradient.
     gradient
@@ -49,6 +59,9 @@ class OpenStep:
     """
 
     before: Tensor
+    keys: tuple[str, ...] | None
+    vectors: Mapping[str, Tensor]
+    fresh: frozenset[str]
     states: Mapping[str, Mapping[str, Any]]
     active: frozenset[str]
     gradient: Tensor | None
@@ -87,6 +100,11 @@ class KernelRecorder:
         optimizer is about to use, before it is used: every so many steps, never (0), or, by default, at steps
         0, 1, 2, 4, 8, … .
 
+    store
+        Where the steps are kept: None for memory, a path for a folder, or a store of your own such as
+        `pathkernel.trajectory.disk.DiskStore`. A folder that holds the record of this training run already is gone on
+        with, from where the weights lie on its path.
+
     Raises
     ------
     UnsupportedOptimizerError, RecordingError
@@ -124,6 +142,7 @@ class KernelRecorder:
         regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None = None,
         averages: Mapping[str, nn.Module | Mapping[str, Tensor]] | None = None,
         audit_every: int | None = None,
+        store: str | os.PathLike[str] | Store | None = None,
     ) -> None:
         outer, model = model, unwrapped(model)
         rule = rule_of(optimizer, rule)
@@ -141,9 +160,11 @@ class KernelRecorder:
             initial=initial,
             constants=constants_of(model, layout),
             rule=rule,
+            store=store_at(store),
         )
         self._live = LiveParameters(named, optimizer)
-        self._pending = PendingBatches(outer, self._live, rule.stages, self._changed_buffers, self._forget_edits)
+        self._modules = WatchedModules(model, self._trajectory.constants)
+        self._pending = PendingBatches(outer, self._live, rule.stages, self._modules, self._forget_edits)
         self._open: OpenStep | None = None
         self._handles: list[Any] = []
         self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
@@ -152,7 +173,7 @@ class KernelRecorder:
             self._trajectory.averages[name] = AverageRecord.begin(name, source, layout)
         self._changes: list[tuple[str, Tensor]] = []
         self._gradient_changes: dict[str, Tensor] = {}
-        self._buffers: dict[str, Tensor] = {}
+        self._end_of_steps = initial
 
     # -- the life of a recording ------------------------------------------------------------------------------
 
@@ -170,14 +191,17 @@ class KernelRecorder:
         if self._handles:
             return
         if not len(self._trajectory):
-            self._trajectory.initial = self._live.vector()
+            self._trajectory.initial = self._end_of_steps = self._live.vector()
             self._trajectory.initial_memory = self._live.memory(self._trajectory.rule)
+            self._begin()
         elif not _equal(self._live.memory(self._trajectory.rule), self._memory_at_close):
             raise RecordingError(
                 "The optimizer stepped between `close()` and `start()`, which changed its momentum",
                 "What recorded samples left in the optimizer's memory must still be there when recording goes on",
                 "Keep recording without a break, or make a new KernelRecorder here",
             )
+        else:
+            self._trajectory.store.begin(self._trajectory)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -192,8 +216,20 @@ class KernelRecorder:
         self._pending.stop()
         self._handles, self._open = [], None
         self._memory_at_close = self._live.memory(self._trajectory.rule)
-        self._trajectory.store.flush()
+        self._trajectory.store.close()
         return self._trajectory
+
+    def _begin(self) -> None:
+        """Make the store, or go on with what is in it."""
+        trajectory = self._trajectory
+        if not trajectory.store.exists:
+            trajectory.store.begin(trajectory)
+            return
+        from pathkernel.recording.resume import resume  # not before it is needed
+
+        place = resume(trajectory, self._live, self._averages)
+        self._changes, self._end_of_steps = place.changes, place.end
+        self._modules.resume(place.buffers)
 
     @property
     def trajectory(self) -> Trajectory:
@@ -318,11 +354,11 @@ class KernelRecorder:
 
     def _take_stock(self) -> None:
         """Put on record where parameters and buffers stand while the recorder watches."""
-        if self._handles and self._open is None:
+        if self._handles and self._open is None and not self._trajectory.store.stopped:
             self._note_change("unexplained")
             self._observe_averages()
             self._trajectory.tail = tuple(self._changes)
-            self._trajectory.final_buffers = self._changed_buffers()
+            self._trajectory.final_buffers = self._modules.changed_buffers()
 
     def _observe_averages(self) -> None:
         """See how the averages moved after the last step."""
@@ -330,50 +366,45 @@ class KernelRecorder:
         for name, source in self._averages.items():
             record = trajectory.averages[name]
             if len(record.updates) == last:
-                record.observe(source, trajectory.layout, last, trajectory.end_of_steps, self._last_point())
+                record.observe(source, trajectory.layout, last, self._end_of_steps, self._last_point())
 
     def _note_change(self, name: str) -> None:
         """Put a change of the parameters since they were last seen on record."""
-        now, last = self._live.vector(), self._last_point()
-        if not torch.equal(now, last):
-            self._changes.append((name, now))
+        if not self._live.is_at(self._last_point()):
+            self._changes.append((name, self._live.vector()))
 
     def _last_point(self) -> Tensor:
-        return self._changes[-1][1] if self._changes else self._trajectory.end_of_steps
-
-    def _changed_buffers(self) -> dict[str, Tensor]:
-        """Buffers that have changed since recording began; the same dict for as long as they stay as they are."""
-        constants, live = self._trajectory.constants, dict(self.model.named_buffers())
-        known = {name: self._buffers.get(name, constants[name]) for name in live}
-        if all(torch.equal(live[name], known[name]) for name in live):
-            return self._buffers
-        self._buffers = {
-            name: known[name] if torch.equal(buffer, known[name]) else buffer.detach().clone()
-            for name, buffer in live.items()
-            if name in self._buffers or not torch.equal(buffer, constants[name])
-        }
-        return self._buffers
+        return self._changes[-1][1] if self._changes else self._end_of_steps
 
     # -- the optimizer's own hooks ----------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._trajectory.store.stopped:  # the disk gave out; training goes on
+            self._pending.take()
+            return
         self._check_parameters()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer first
+        scaled = getattr(optimizer, "grad_scale", None) is not None
+        gradient = None
         # With a closure, forward and backward run inside the step: gradient and batch are only known afterwards.
         if closure is None:
             self._check_pending()
-            self._check_gradients()
+            # Now, where the gradient is there already: some implementations (SGD's foreach Nesterov) write on it. A
+            # fused optimizer under loss scaling skips overflowed steps and divides by the scale by itself.
+            if not scaled:
+                gradient = self._live.gradient()
+                self._check_gradient(gradient)
         self._note_change("unexplained")
         self._observe_averages()
         before = self._last_point()  # one tensor for the end of a step and the start of the next
-        if closure is None:
-            self._audit(before)
-        scaled = getattr(optimizer, "grad_scale", None) is not None
-        # Now, where the gradient is there already: some implementations (SGD's foreach Nesterov) write on it. A fused
-        # optimizer under loss scaling divides it by the scale inside the step.
-        known = closure is None and not scaled
-        states, active = self._live.states(self._trajectory.rule), frozenset(self._live.gradients())
-        self._open = OpenStep(before, states, active, self._live.gradient() if known else None)
+        if gradient is not None:
+            self._audit(before, gradient)
+        rule, live = self._trajectory.rule, self._live
+        keys = live.kept_keys(rule)
+        vectors = {} if keys is None else live.state_vectors(rule.keep_before)
+        fresh = frozenset() if keys is None else live.fresh(rule)
+        states = live.states(rule) if keys is None else {}
+        self._open = OpenStep(before, keys, vectors, fresh, states, live.active(), gradient)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._open is None:
@@ -381,28 +412,16 @@ class KernelRecorder:
         opened, self._open = self._open, None
         before = opened.before
         trajectory = self._trajectory
-        if getattr(optimizer, "found_inf", None) is not None and torch.equal(self._live.vector(), before):
+        if getattr(optimizer, "found_inf", None) is not None and self._live.is_at(before):
             # A fused optimizer skipped a step that overflowed under loss scaling.
             self._pending.take()
             self._forget_edits()
             return
         self._check_pending()
-        live, gradient = self._live, opened.gradient
-        active = frozenset(live.gradients()) if gradient is None else opened.active
-        gradient = live.gradient() if gradient is None else gradient
-        groups, settings, after = live.groups(), live.settings(), live.vector()
-        at, received, moved = (trajectory.layout.unflatten(v) for v in (before, gradient, after - before))
-        observed = {
-            name: Observation(
-                before=opened.states.get(name, {}),
-                after=optimizer.state[live.named[name]],
-                parameter=at[name],
-                gradient=received[name],
-                displacement=moved[name],
-            )
-            for name in active
-        }
-        frozen = {name: trajectory.rule.frozen(seen, settings[groups[name]]) for name, seen in observed.items()}
+        live, gradient, active = self._live, opened.gradient, opened.active
+        if gradient is None:
+            gradient, active = live.gradient(), live.active()
+        settings, after = live.settings(), live.vector()
         step = Step(
             index=len(trajectory),
             before=before,
@@ -410,15 +429,46 @@ class KernelRecorder:
             gradient=gradient,
             active=active,
             batches=self._pending.take(),
-            groups=groups,
+            groups=live.groups,
             hyperparameters=settings,
-            frozen=frozen,
+            frozen=self._frozen(opened, after, gradient, active, settings),
             changes=tuple(self._changes),
             gradient_changes=self._gradient_changes,
-            buffers=self._changed_buffers(),
+            buffers=self._modules.changed_buffers(),
         )
-        self._changes, self._gradient_changes = [], {}
+        self._changes, self._gradient_changes, self._end_of_steps = [], {}, after
         trajectory.store.append(step)
+
+    def _frozen(
+        self,
+        opened: OpenStep,
+        after: Tensor,
+        gradient: Tensor,
+        active: frozenset[str],
+        settings: tuple[Mapping[str, Any], ...],
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """What the rule freezes: found now from the live state, or kept as what it is found from on reading."""
+        live, rule, layout = self._live, self._trajectory.rule, self._trajectory.layout
+        before, device = opened.before, opened.before.device.type
+        if opened.keys is not None:
+            vectors = live.state_vectors(opened.keys)
+            numbers = live.state_numbers(rule.numbers_after, active)
+            state = OptimizerState(opened.vectors, vectors, numbers, opened.fresh, device)
+            evaluate = partial(rule.frozen_in, layout)
+            return FrozenOnReading(state, evaluate, before, gradient, after, active, live.groups, settings)
+        at, received, moved = (layout.unflatten(v) for v in (before, gradient, after - before))
+        observed = {
+            name: Observation(
+                before=opened.states.get(name, {}),
+                after=self.optimizer.state[live.named[name]],
+                parameter=at[name],
+                gradient=received[name],
+                displacement=moved[name],
+                device=device,
+            )
+            for name in active
+        }
+        return {name: rule.frozen(seen, settings[live.groups[name]]) for name, seen in observed.items()}
 
     def _check_parameters(self) -> None:
         """Take parameters into the record that the optimizer was given after recording began."""
@@ -443,7 +493,8 @@ class KernelRecorder:
         self._gradient_changes = {
             name: torch.cat([change, torch.zeros_like(pad)]) for name, change in self._gradient_changes.items()
         }
-        self._live.named.update(new)
+        self._live.add(new)
+        self._end_of_steps = self._trajectory.end_of_steps
 
     def _check_pending(self) -> None:
         if not self._pending.batches:
@@ -454,13 +505,11 @@ class KernelRecorder:
                 "before the backward pass; step outside the `with` block to train unrecorded",
             )
 
-    def _check_gradients(self) -> None:
-        if getattr(self.optimizer, "grad_scale", None) is not None:
-            return  # a fused optimizer under loss scaling skips overflowed steps by itself
-        named = self._live.gradients()
-        if not named:
+    def _check_gradient(self, gradient: Tensor) -> None:
+        if math.isfinite(gradient.sum().item()):  # NaN and infinity do not cancel
             return
-        finite = torch.stack(torch._foreach_norm(list(named.values()), float("inf"))).isfinite()
+        named = self._live.gradients()
+        finite = torch.stack([value.isfinite().all() for value in named.values()])
         if not finite.all():
             bad = [name for name, good in zip(named, finite.tolist(), strict=True) if not good]
             ids = torch.cat([batch.ids for batch in self._pending.take()]).tolist()
@@ -472,23 +521,22 @@ class KernelRecorder:
                 "Look at these samples, lower the learning rate, or skip the step when the loss is not finite",
             )
 
-    def _audit(self, before: Tensor) -> None:
+    def _audit(self, before: Tensor, gradient: Tensor) -> None:
         """Compare the gradient at hand with that of the announced samples, before the optimizer uses it."""
         trajectory, index = self._trajectory, len(self._trajectory)
         # Only the optimizer knows where a look-ahead or multi-stage method took its gradient.
         elsewhere = type(trajectory.rule).stage_offsets is not UpdateRule.stage_offsets or trajectory.rule.stages > 1
-        scaled = getattr(self.optimizer, "grad_scale", None) is not None
-        if elsewhere or scaled or not is_due(index, self.audit_every):
+        if elsewhere or not is_due(index, self.audit_every):
             return
         audit(
             trajectory,
             index,
             self._pending.batches,
             before,
-            self._live.gradient(),
-            frozenset(self._live.gradients()),
+            gradient,
+            self._live.active(),
             self._gradient_changes,
-            self._changed_buffers(),
+            self._modules.changed_buffers(),
         )
 
 
@@ -497,3 +545,14 @@ def _equal(one: dict[str, tuple[Tensor, ...]], other: dict[str, tuple[Tensor, ..
     return one.keys() == other.keys() and all(
         torch.equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True)
     )
+
+
+def store_at(store: str | os.PathLike[str] | Store | None) -> Store:
+    """The store that ``store=`` stands for."""
+    if isinstance(store, Store):
+        return store
+    if store is None:
+        return MemoryStore()
+    from pathkernel.trajectory.disk import DiskStore  # not before it is needed
+
+    return DiskStore(store)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +14,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import TrajectoryError
-from pathkernel.functional import ModelFunction, Modes, sample_gradients
+from pathkernel.factored import FactoredGradients, GradientSource, working
+from pathkernel.functional import ModelFunction, Modes
+from pathkernel.layers.tape import Tape
 from pathkernel.losses import batch_gradient, batch_products, coupled_rows, output_cotangents
 from pathkernel.parameters import ParameterLayout
-from pathkernel.pytrees import as_tensors, blocks, take
+from pathkernel.pytrees import as_tensors
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.update_rules.rule import UpdateRule
 
 GRADIENT_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """Relative difference between a recorded gradient and its recomputation that is still rounding.
@@ -35,29 +41,6 @@ def samples_of(batch: MicroBatch, data: Samples) -> tuple[PyTree, PyTree]:
         inputs = stored_inputs if inputs is None else inputs
         targets = stored_targets if targets is None else targets
     return as_tensors(inputs, data.dtype), as_tensors(targets, data.dtype)
-
-
-def sample_rows(
-    function: ModelFunction,
-    vector: Float[Tensor, " P"],
-    inputs: PyTree,
-    cotangents: Float[Tensor, "B C"],
-    memory: int,
-) -> Float[Tensor, "B P"]:
-    """Rows c_i g_i = J_iᵀ λ_i of a batch, (B, P), in pieces that fit a memory budget in bytes."""
-    row_bytes = 4 * function.layout.size * torch.finfo(function.dtype).bits // 8
-    pieces = []
-    for piece in blocks(len(cotangents), memory // row_bytes):
-        gradients = sample_gradients(
-            function,
-            vector,
-            take(inputs, piece),
-            lambda outputs, weight: outputs @ weight,
-            cotangents[piece],
-            scalar=True,
-        )
-        pieces.append(function.layout.flatten(gradients))
-    return torch.cat(pieces)
 
 
 def normalises_batch(module: nn.Module, modes: Modes) -> bool:
@@ -79,25 +62,38 @@ class Fit:
         What accumulation, clipping and loss scaling made of it: a number, or (P,) where it differs by entry.
     relative
         ‖recorded − factor · recomputed‖ / ‖recorded‖.
-    parameters
-        The same by parameter name, relative to the whole ‖recorded‖.
+    difference
+        recorded − factor · recomputed, (P,).
+    layout
+        Where each parameter lies in it.
     """
 
     factor: float | Tensor
     relative: float
-    parameters: Mapping[str, float]
+    difference: Tensor
+    layout: ParameterLayout
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """``relative`` by parameter name: each one's part of the difference over the whole ‖recorded‖."""
+        whole = max(self.difference.norm().item(), torch.finfo(torch.float64).tiny)
+        slices = self.layout.slices.items()
+        return {name: self.difference[where].norm().item() * self.relative / whole for name, where in slices}
 
     @property
     def worst(self) -> str:
         """The parameter that fits worst."""
-        return max(self.parameters, key=lambda name: self.parameters[name])
+        parameters = self.parameters
+        return max(parameters, key=lambda name: parameters[name])
 
 
 def _fit(layout: ParameterLayout, found: Tensor, expected: Tensor, factor: float | Tensor) -> Fit:
-    difference = found - factor * expected
+    if isinstance(factor, Tensor):
+        difference = torch.addcmul(found, factor, expected, value=-1)
+    else:
+        difference = torch.sub(found, expected, alpha=factor)
     norm = max(found.norm().item(), torch.finfo(torch.float64).tiny)
-    by_name = {name: difference[where].norm().item() / norm for name, where in layout.slices.items()}
-    return Fit(factor, difference.norm().item() / norm, by_name)
+    return Fit(factor, difference.norm().item() / norm, difference, layout)
 
 
 def _multiple(found: Tensor, expected: Tensor) -> float:
@@ -144,16 +140,24 @@ class RecordedGradients:
         The record, and the network in the floating type of the arithmetic.
     memory
         Bytes for rows of per-sample gradients.
+    engine
+        How they are taken, see `pathkernel.factored.GradientSource`.
     """
 
-    def __init__(self, trajectory: Trajectory, function: ModelFunction, memory: int) -> None:
+    def __init__(
+        self, trajectory: Trajectory, function: ModelFunction, memory: int, engine: str = "auto"
+    ) -> None:
         self.trajectory, self.function, self.memory = trajectory, function, memory
         self.recorded = trajectory.function()
+        self.source = GradientSource(function, engine, memory)
+        # Mixed precision rounds every product; rows by torch.func round as the loop did.
+        self.rounded = GradientSource(self.recorded, "jacobian", memory)
         self.largest = max(step.gradient.norm().item() for step in trajectory.steps())
         self._coupled = False
+        self._separate: dict[Any, bool] = {}
 
     def stages(self, step: Step, rows: bool) -> list[StageGradients]:
-        """What the samples contributed to each gradient of a step, by row or in total."""
+        """What the samples contributed to each gradient of a step, one by one (``rows``) or in total only."""
         trajectory, stages = self.trajectory, []
         for index, offset in enumerate(self._offsets(step)):
             point = step.before if offset is None else step.before.double() + offset
@@ -165,6 +169,8 @@ class RecordedGradients:
         """Where the gradients of a step were taken, relative to θ_s, (P,) or None for θ_s itself."""
         layout, rule = self.trajectory.layout, self.trajectory.rule
         offsets: list[Tensor | None] = [None] * rule.stages
+        if type(rule).stage_offsets is UpdateRule.stage_offsets:
+            return offsets
         for name in step.active:
             taken = rule.stage_offsets(step.frozen[name], step.hyperparameters_of(name))
             for stage, offset in enumerate(taken):
@@ -179,19 +185,23 @@ class RecordedGradients:
         trajectory = self.trajectory
         named = {**step.gradient_changes}
         regularizers = trajectory.objective.regularizer_gradients(self.function, point)
-        ids = torch.cat([batch.ids for batch in step.batches])
-        pieces = [self._batch(step, batch, point, rows) for batch in step.batches]
-        gradients = torch.cat(pieces).double() if rows else torch.stack(pieces).sum(dim=0).double()
-        self._silence(step, gradients)
-        total = gradients.sum(dim=0) if rows else gradients
+        parts: tuple[FactoredGradients, ...] = ()
+        if rows:
+            parts = tuple(self._by_sample(step, batch, point) for batch in step.batches)
+            totals = [part.total() for part in parts]
+        else:
+            totals = [self._in_total(step, batch, point) for batch in step.batches]
+        total = functools.reduce(operator.add, totals)
+        self._silence(step, total)
         if not compare:
             named |= regularizers
             channels = {name: g.double() for name, g in named.items()}
-            return StageGradients(ids, gradients, channels, 1.0, point, step.batches)
+            return StageGradients(total, parts, channels, 1.0, point, step.batches)
 
-        recorded = step.gradient.double() - sum((change.double() for change in named.values()), torch.zeros(()))
-        explained = total + sum((g.double() for g in regularizers.values()), torch.zeros(()))
-        self._silence(step, explained)
+        recorded = functools.reduce(operator.sub, (change.double() for change in named.values()), step.gradient.double())
+        explained = functools.reduce(operator.add, (g.double() for g in regularizers.values()), total)
+        if regularizers:
+            self._silence(step, explained)
         tolerance = self._tolerance(step)
         fit = fit_gradient(trajectory.layout, recorded, explained, tolerance)
         # Gradients far below the largest of the run are differences of nearly equal numbers: judged by its scale.
@@ -209,21 +219,44 @@ class RecordedGradients:
             )
         channels = {name: change.double() for name, change in named.items()}
         channels |= {name: fit.factor * g.double() for name, g in regularizers.items()}
-        channels["rounding"] = recorded - fit.factor * explained
-        return StageGradients(ids, gradients.mul_(fit.factor), channels, fit.factor, point, step.batches)
+        channels["rounding"] = fit.difference
+        return StageGradients(total * fit.factor, parts, channels, fit.factor, point, step.batches)
 
-    def _batch(self, step: Step, batch: MicroBatch, point: Tensor, rows: bool) -> Tensor:
-        """Rows (B, P) or total (P,) of a micro-batch, run as it was."""
-        objective = self.trajectory.objective
+    def _in_total(self, step: Step, batch: MicroBatch, point: Tensor) -> Tensor:
+        """The gradient of a micro-batch, run as it was, (P,) float64."""
+        inputs, targets = samples_of(batch, self.trajectory.data)
+        function = self._replayed(step, batch)
+        return batch_gradient(function, point, self.trajectory.objective, inputs, targets, batch.weights).double()
+
+    def _by_sample(self, step: Step, batch: MicroBatch, point: Tensor) -> FactoredGradients:
+        """The gradients of the samples of a micro-batch, run as it was, (B,)."""
         function = self._replayed(step, batch)
         inputs, targets = samples_of(batch, self.trajectory.data)
-        if not rows:
-            return batch_gradient(function, point, objective, inputs, targets, batch.weights)
+        objective = self.trajectory.objective
         cotangents = output_cotangents(function, point, objective, inputs, targets, batch.weights)
-        coupled = self._coupled or batch.state.generators or normalises_batch(function.module, batch.state.modes)
-        if coupled:
-            return coupled_rows(function, point, inputs, cotangents)
-        return sample_rows(function, point, inputs, cotangents, self.memory)
+        if self._together(batch, point, inputs):
+            return FactoredGradients.dense(
+                coupled_rows(function, point, inputs, cotangents).to(working(function.dtype)), function.layout
+            )
+        source = self.rounded if batch.state.autocast else self.source
+        return source.gradients(point, inputs, _weighted, cotangents, None, function)
+
+    def _together(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
+        """Whether the samples of a batch have to be run together, one reverse sweep for each."""
+        if self._coupled or normalises_batch(self.function.module, batch.state.modes):
+            return True
+        if not batch.state.generators:
+            return False
+        # What is random in training is proved as it is in evaluation, where each sample can be run by itself. That its
+        # training mode couples no samples is seen once.
+        if batch.state.autocast or self.source.engine == "jacobian":
+            return True
+        key = batch.state.modes if isinstance(batch.state.modes, bool) else tuple(batch.state.modes.items())
+        if key not in self._separate:
+            self.source.tapes.record(point, inputs, self.function)
+            tape = self.source.tapes.record(point, inputs, self.function.replaced(state=batch.state))
+            self._separate[key] = not self.source.plain and _separate(tape)
+        return not self._separate[key]
 
     def kernel(self, step: Step, stage: StageGradients, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Ids (B,), slopes λ (B, C) and kernel values k = −⟨u, ∇z⟩ (Q, B, C) of each micro-batch of a step.
@@ -259,16 +292,31 @@ class RecordedGradients:
                 gradients[..., where] = 0
 
 
+def _weighted(outputs: Tensor, cotangent: Tensor) -> Tensor:
+    """z·λ: its gradient is J_iᵀ λ_i, what sample i contributed to the batch's."""
+    return outputs @ cotangent
+
+
+def _separate(tape: Tape) -> bool:
+    """Whether the outputs of the first sample depend on the first sample alone, in every layer."""
+    first = torch.zeros_like(tape.outputs)
+    first[0] = 1.0
+    total = FactoredGradients(tape.function.layout, tape.n, tuple(tape.pieces((tape.outputs * first).sum(1, keepdim=True))))
+    return all(
+        not total.columns(where, torch.float64)[1:].any() for where in total.layout.slices.values()
+    )
+
+
 @dataclass(frozen=True)
 class StageGradients:
     """Where one gradient of a step came from.
 
     Attributes
     ----------
-    ids
-        (B,) sample ids, repeated ones included.
     samples
-        c_i g_i by row, (B, P), or their total, (P,); float64.
+        Σ_i c_i g_i, (P,) float64.
+    parts
+        The summands c_i g_i of each micro-batch without ``factor``, where asked.
     channels
         What came from elsewhere, (P,) each: regularisers, named changes, and what the rounding of gradients left.
     factor
@@ -279,9 +327,22 @@ class StageGradients:
         The micro-batches, each with the forward pass of this stage.
     """
 
-    ids: Tensor
     samples: Tensor
+    parts: tuple[FactoredGradients, ...]
     channels: Mapping[str, Tensor]
     factor: float | Tensor
     point: Tensor
     batches: tuple[MicroBatch, ...]
+
+    @property
+    def ids(self) -> Tensor:
+        """(B,) sample ids, repeated ones included."""
+        return torch.cat([batch.ids for batch in self.batches])
+
+    def columns(self, where: slice, dtype: torch.dtype) -> Float[Tensor, "B size"]:
+        """What the samples contributed to a part of θ."""
+        rows = [part.columns(where, dtype) for part in self.parts]
+        joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+        if isinstance(self.factor, Tensor):
+            return joined * self.factor[where].to(dtype)
+        return joined if self.factor == 1.0 else joined * self.factor

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from pathkernel.trajectory.step import Step
+from pathkernel.trajectory.store import Store, padded
 
 
-class MemoryStore:
-    """The store contract in its plainest form: append, read, length, flush."""
+class MemoryStore(Store):
+    """The store contract in its plainest form: a list."""
 
     def __init__(self) -> None:
         self._steps: list[Step] = []
@@ -21,12 +24,9 @@ class MemoryStore:
         """The step with this index."""
         return self._steps[index]
 
-    def rewrite(self, change: Callable[[Step], Step]) -> None:
-        """Replace every step by what ``change`` makes of it."""
-        self._steps = [change(step) for step in self._steps]
-
     def __len__(self) -> int:
         return len(self._steps)
 
-    def flush(self) -> None:
-        """Nothing waits to be written."""
+    def extend(self, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> None:
+        """Lengthen every vector of every step."""
+        self._steps = [padded(step, tail, pad) for step in self._steps]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -44,6 +45,71 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class OptimizerState:
+    """What is kept of an optimizer's state around a step, for its rule to find what is frozen.
+
+    Attributes
+    ----------
+    before, after
+        State tensors before and after the step by their key, (P,) each, zero where a parameter has none.
+    numbers
+        Numbers after the step by their key, one for each active parameter in the order of θ.
+    fresh
+        Active parameters that had no linear memory before the step.
+    device
+        Type of the device on which the step was taken.
+    """
+
+    before: Mapping[str, Tensor] = field(default_factory=dict)
+    after: Mapping[str, Tensor] = field(default_factory=dict)
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
+    fresh: frozenset[str] = frozenset()
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenOnReading(Mapping[str, Mapping[str, Any]]):
+    """What a rule freezes in a step by parameter name, found when it is read rather than kept.
+
+    Only the step that was read last is remembered: reading a trajectory takes no memory in proportion to its length.
+
+    Attributes
+    ----------
+    state
+        The optimizer's state around the step.
+    evaluate
+        Finds what is frozen: `UpdateRule.frozen_in` with the layout filled in.
+    before, gradient, after, active, groups, hyperparameters
+        As in `Step`.
+    """
+
+    state: OptimizerState
+    evaluate: Callable[[FrozenOnReading], Mapping[str, Mapping[str, Any]]] = field(repr=False)
+    before: Tensor = field(repr=False)
+    gradient: Tensor = field(repr=False)
+    after: Tensor = field(repr=False)
+    active: frozenset[str] = field(repr=False)
+    groups: Mapping[str, int] = field(repr=False)
+    hyperparameters: tuple[Mapping[str, Any], ...] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        return _evaluated(self)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_evaluated(self))
+
+    def __len__(self) -> int:
+        return len(self.active)
+
+    __hash__ = object.__hash__  # one step is not another
+
+
+@lru_cache(maxsize=1)
+def _evaluated(frozen: FrozenOnReading) -> Mapping[str, Mapping[str, Any]]:
+    return frozen.evaluate(frozen)
+
+
+@dataclass(frozen=True)
 class Step:
     """One optimizer step θ_s → θ_{s+1} with everything that is frozen in it.
 
@@ -64,7 +130,8 @@ class Step:
     hyperparameters
         All numbers and flags of every parameter group.
     frozen
-        Parameter name → what its update rule freezes (denominators, step counts …).
+        Parameter name → what its update rule freezes (denominators, step counts …); a `FrozenOnReading` where that
+        follows from the optimizer's state.
     changes
         (name, θ) after each change that was made outside the optimizer since the step before, in their order.
     gradient_changes

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pathkernel._typing import Loss
+from pathkernel._typing import Loss, Parameters
 from pathkernel.errors import InputError, ModelMismatchError, TrajectoryError, check
 from pathkernel.functional import ModelFunction
 from pathkernel.losses import Objective
@@ -17,6 +18,7 @@ from pathkernel.parameters import ParameterLayout
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import Segment, Step
+from pathkernel.trajectory.store import Store
 
 if TYPE_CHECKING:
     from pathkernel.trajectory.averages import AverageRecord
@@ -51,6 +53,8 @@ class Trajectory:
         Buffers at the end of the recording that have changed since its beginning.
     averages
         Averages of the weights kept beside training, by name.
+    store
+        Where the steps are kept.
     """
 
     model: nn.Module
@@ -61,10 +65,58 @@ class Trajectory:
     constants: dict[str, Tensor]
     rule: UpdateRule
     initial_memory: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    store: MemoryStore = field(default_factory=MemoryStore)
-    tail: tuple[tuple[str, Tensor], ...] = ()
+    store: Store = field(default_factory=MemoryStore)
+    tail: tuple[tuple[str, Tensor], ...] = field(default_factory=tuple)
     final_buffers: Mapping[str, Tensor] = field(default_factory=dict)
     averages: dict[str, AverageRecord] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: nn.Module,
+        loss: Loss,
+        data: Any,
+        rule: UpdateRule | None = None,
+        regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None = None,
+    ) -> Trajectory:
+        """A trajectory that was recorded with ``store=path``, with the objects that it was recorded with.
+
+        Reads some kilobytes; everything else when it is needed.
+
+        Parameters
+        ----------
+        path
+            The store's folder, which may have been moved.
+        model
+            The network with its weights at the end of the recording.
+        loss, data, regularizers
+            As given to the recorder.
+        rule
+            An update rule of your own; those of the package are found by their name.
+
+        Raises
+        ------
+        ModelMismatchError
+            For another architecture, other weights, another loss or other data, with what differs.
+        StoreError
+            Where there is no store, or in a format that is not known.
+        CorruptBlockError
+            Where it is damaged.
+        """
+        from pathkernel.trajectory.opening import open_trajectory  # not before it is needed
+
+        return open_trajectory(path, model, loss, data, rule, regularizers)
+
+    def __getattr__(self, name: str) -> Any:
+        """Parts of an opened trajectory that were not read yet."""
+        deferred = vars(self).get("_deferred", {})
+        if name not in deferred:
+            raise AttributeError(f"'Trajectory' object has no attribute {name!r}")
+        value = deferred[name]()
+        setattr(self, name, value)
+        return value
 
     def __len__(self) -> int:
         """S, the number of optimizer steps."""
@@ -138,7 +190,7 @@ class Trajectory:
             f"Write `parameters({length})` for the trained network and `parameters(0)` for the untrained one",
         )
         s = s + length + 1 if s < 0 else s
-        return self.store.read(s).before if s < length else self.final
+        return self.store.vector(s) if s < length else self.final
 
     def extend(self, new: Mapping[str, Tensor]) -> None:
         """Take further parameters into θ, which so far have been constants.
@@ -160,18 +212,7 @@ class Trajectory:
 
         self.initial = pad(self.initial)
         self.tail = tuple((name, pad(point)) for name, point in self.tail)
-        self.store.rewrite(
-            lambda step: replace(
-                step,
-                before=pad(step.before),
-                after=pad(step.after),
-                gradient=torch.cat([step.gradient, torch.zeros_like(tail)]),
-                changes=tuple((name, pad(point)) for name, point in step.changes),
-                gradient_changes={
-                    name: torch.cat([change, torch.zeros_like(tail)]) for name, change in step.gradient_changes.items()
-                },
-            )
-        )
+        self.store.extend(tail, pad)
 
     def parameters(self, s: int) -> dict[str, Tensor]:
         """θ_s by parameter name."""

@@ -26,6 +26,10 @@ class Adadelta(UpdateRule):
     name = "Adadelta"
     keep_before = ("acc_delta",)
 
+    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
+        """The average of g²."""
+        return ("square_avg",)
+
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The ratio of the two roots."""
         v, eps = observed.after["square_avg"], settings["eps"]

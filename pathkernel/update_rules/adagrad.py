@@ -24,6 +24,11 @@ class Adagrad(UpdateRule):
     """
 
     name = "Adagrad"
+    numbers_after = ("step",)
+
+    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
+        """The accumulated squares."""
+        return ("sum",)
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The denominator √Σ + ε and the step count t."""

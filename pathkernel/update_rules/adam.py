@@ -23,6 +23,11 @@ class Adam(UpdateRule):
 
     name = "Adam"
     memory = ("exp_avg",)
+    numbers_after = ("step",)
+
+    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
+        """The second moment, or its running maximum."""
+        return ("max_exp_avg_sq",) if settings["amsgrad"] else ("exp_avg_sq",)
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The denominator √v̂ + ε, the step count t, and the decay."""
@@ -72,7 +77,7 @@ def decoupled_decay(observed: Observation, settings: Settings) -> float:
     accelerators subtract ηλθ instead. Types of half precision are multiplied in float32.
     """
     decay = float(settings["lr"]) * float(settings["weight_decay"])
-    if settings.get("fused", False) and observed.after["step"].device.type != "cpu":
+    if settings.get("fused", False) and observed.device != "cpu":
         return -decay
     working = torch.promote_types(observed.parameter.dtype, torch.float32)
     return torch.tensor(1 - decay, dtype=working).item() - 1

@@ -24,6 +24,11 @@ class Adamax(UpdateRule):
 
     name = "Adamax"
     memory = ("exp_avg",)
+    numbers_after = ("step",)
+
+    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
+        """The infinity norm."""
+        return ("exp_inf",)
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The infinity norm u⁺ and the bias correction 1 − β₁ᵗ."""
@@ -59,6 +64,11 @@ class NAdam(UpdateRule):
 
     name = "NAdam"
     memory = ("exp_avg",)
+    numbers_after = ("step", "mu_product")
+
+    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
+        """The second moment."""
+        return ("exp_avg_sq",)
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The denominator √v̂ + ε, the weights of gradient and moment, and the decay."""
@@ -104,6 +114,11 @@ class RAdam(UpdateRule):
 
     name = "RAdam"
     memory = ("exp_avg",)
+    numbers_after = ("step",)
+
+    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
+        """The second moment."""
+        return ("exp_avg_sq",)
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The denominator D (the number 1 in the early steps), the bias correction 1 − β₁ᵗ, and the decay."""

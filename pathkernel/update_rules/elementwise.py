@@ -23,6 +23,10 @@ class Elementwise(UpdateRule):
 
     name = "elementwise convention"
 
+    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
+        """Nothing: displacement and gradient are on record."""
+        return ()
+
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The displacement Δ_s, and the gradient g_s, infinite in place of 0 so that the ratio is 0 there."""
         return {

@@ -37,6 +37,10 @@ class Muon(UpdateRule):
     memory = ("momentum_buffer",)
     elementwise = False
 
+    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
+        """The momentum."""
+        return ("momentum_buffer",)
+
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """W, the missed direction O − W m̃ₛ, m̃ₛ / ‖m̃ₛ‖², and the decay."""
         buffer, momentum = observed.after["momentum_buffer"], float(settings["momentum"])

@@ -25,6 +25,10 @@ class RMSprop(UpdateRule):
     name = "RMSprop"
     memory = ("momentum_buffer",)
 
+    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
+        """The average of g², and that of g if it is subtracted."""
+        return ("square_avg", "grad_avg") if settings["centered"] else ("square_avg",)
+
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The denominator √v + ε."""
         v = observed.after["square_avg"]

@@ -28,6 +28,10 @@ class Rprop(UpdateRule):
 
     name = "Rprop"
 
+    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
+        """The step sizes, and the gradient as it was followed."""
+        return ("prev", "step_size")
+
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The step sizes, and the magnitude of the gradient, infinite where the entry did not move."""
         followed = observed.after["prev"]  # the gradient, with 0 where it has turned

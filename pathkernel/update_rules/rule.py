@@ -14,11 +14,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
+
+from pathkernel.parameters import ParameterLayout
+
+if TYPE_CHECKING:
+    from pathkernel.trajectory.step import FrozenOnReading
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,13 @@ class Observation:
         Its entry after the step, live: copy what you keep.
     parameter, gradient, displacement
         θ_s, the gradient as the optimizer received it, and Δ_s, in the parameter's shape.
+    device
+        Type of the device on which the step was taken.
+
+    Notes
+    -----
+    A rule with `UpdateRule.keep_after` finds the entries that it names there, in `UpdateRule.numbers_after` and in
+    `UpdateRule.keep_before`, and True in ``before`` for every slot of linear memory, if there was one.
     """
 
     before: Mapping[str, Any]
@@ -41,6 +53,7 @@ class Observation:
     parameter: Tensor
     gradient: Tensor
     displacement: Tensor
+    device: str = "cpu"
 
 
 Frozen = Mapping[str, Any]
@@ -63,6 +76,8 @@ class UpdateRule(ABC):
         Keys of ``optimizer.state[parameter]`` that hold linear memory (momentum buffers, first moments).
     keep_before
         Keys of tensors that `frozen` wants as they were before the step; they are copied.
+    numbers_after
+        Where `keep_after` is defined: keys of numbers that `frozen` wants as they are after the step.
     elementwise
         Whether each entry of the step depends on the same entry of gradient and memory only, so that the shape of a
         parameter does not matter and parameters with equal settings are treated as one vector.
@@ -71,8 +86,14 @@ class UpdateRule(ABC):
     name: ClassVar[str]
     stages: ClassVar[int] = 1
     keep_before: ClassVar[tuple[str, ...]] = ()
+    numbers_after: ClassVar[tuple[str, ...]] = ()
     memory: ClassVar[tuple[str, ...]] = ()
     elementwise: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "frozen" in vars(cls) and "keep_after" not in vars(cls):
+            cls.keep_after = UpdateRule.keep_after  # type: ignore[method-assign]  # what another `frozen` wants
 
     @abstractmethod
     def step(self, gradient: Any, memory: Memory, frozen: Frozen, settings: Settings) -> tuple[Tensor, Memory]:
@@ -93,6 +114,45 @@ class UpdateRule(ABC):
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """What is held fixed in a step: tensors and numbers that `step` and the sources need besides ``settings``."""
         return {}
+
+    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
+        """Keys of tensors in a parameter's shape that `frozen` wants as they are after the step; None for anything.
+
+        With None, `frozen` is called right after every step, with the live state. With keys, these tensors are copied,
+        and `frozen` is called when the step is read: it may then take its time. A subclass with a `frozen` of its own
+        has to say again what that wants.
+        """
+        return None
+
+    def frozen_in(self, layout: ParameterLayout, taken: FrozenOnReading) -> dict[str, dict[str, Any]]:
+        """What is held fixed in a step, by parameter name, from what was kept of it.
+
+        Parameters
+        ----------
+        layout
+            Where each parameter lay in θ.
+        taken
+            The step, and the optimizer's state around it.
+        """
+        state = taken.state
+        theta, gradient = layout.unflatten(taken.before), layout.unflatten(taken.gradient)
+        displacement = layout.unflatten(taken.after - taken.before)
+        before = {key: layout.unflatten(vector) for key, vector in state.before.items()}
+        after = {key: layout.unflatten(vector) for key, vector in state.after.items()}
+        frozen = {}
+        for row, name in enumerate(name for name in layout.names if name in taken.active):
+            numbers = {key: values[row] for key, values in state.numbers.items()}
+            memory = {} if name in state.fresh else dict.fromkeys(self.memory, True)
+            observed = Observation(
+                before={**memory, **{key: tensors[name] for key, tensors in before.items()}},
+                after={**numbers, **{key: tensors[name] for key, tensors in after.items()}},
+                parameter=theta[name],
+                gradient=gradient[name],
+                displacement=displacement[name],
+                device=state.device,
+            )
+            frozen[name] = self.frozen(observed, taken.hyperparameters[taken.groups[name]])
+        return frozen
 
     def gradient_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
         """Named terms that the optimizer adds to the gradient, such as coupled weight decay."""

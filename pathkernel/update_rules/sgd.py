@@ -32,6 +32,10 @@ class SGD(UpdateRule):
     name = "SGD"
     memory = ("momentum_buffer",)
 
+    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
+        """Nothing."""
+        return ()
+
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """Whether this step makes the momentum buffer."""
         return {"first": observed.before.get("momentum_buffer") is None}

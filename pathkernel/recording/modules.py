@@ -1,0 +1,75 @@
+"""The submodules of the model in training: their modes and buffers, listed again only where something was replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pathkernel.functional import Modes
+
+
+class WatchedModules:
+    """Tells in which mode the submodules are, and which buffers have changed.
+
+    Parameters
+    ----------
+    model
+        The network in training.
+    constants
+        Its buffers, by name, as they were when recording began.
+    """
+
+    def __init__(self, model: nn.Module, constants: Mapping[str, Tensor]) -> None:
+        self.model, self.constants = model, constants
+        self._named: dict[str, nn.Module] = {}
+        self._listed: list[nn.Module] = []
+        self._children: list[int] | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._held: list[int] | None = None
+        self._changed: dict[str, Tensor] = {}
+
+    def resume(self, changed: Mapping[str, Tensor]) -> None:
+        """Go on from buffers as they were seen last."""
+        self._changed = dict(changed) if not isinstance(changed, dict) else changed
+
+    def modes(self) -> Modes:
+        """Train mode of the submodules, as one flag where all agree."""
+        self._list_modules()
+        flags = [module.training for module in self._listed]
+        if all(flags) or not any(flags):
+            return flags[0]
+        return dict(zip(self._named, flags, strict=True))
+
+    def changed_buffers(self) -> dict[str, Tensor]:
+        """Buffers that have changed since recording began; the same dict for as long as they stay as they are."""
+        live = self._list_buffers()
+        if not live:
+            return self._changed
+        known = {name: self._changed.get(name, self.constants[name]) for name in live}
+        if all(torch.equal(live[name], known[name]) for name in live):
+            return self._changed
+        self._changed = {
+            name: known[name] if torch.equal(buffer, known[name]) else buffer.detach().clone()
+            for name, buffer in live.items()
+            if name in self._changed or not torch.equal(buffer, self.constants[name])
+        }
+        return self._changed
+
+    # Lists hold what they name, so that no other object can have taken its identity.
+
+    def _list_modules(self) -> None:
+        children = [id(child) for module in self._listed for child in module._modules.values()]
+        if children != self._children:
+            self._named = dict(self.model.named_modules())
+            self._listed = list(self._named.values())
+            self._children = [id(child) for module in self._listed for child in module._modules.values()]
+            self._held = None
+
+    def _list_buffers(self) -> dict[str, Tensor]:
+        self._list_modules()
+        held = [id(buffer) for module in self._listed for buffer in module._buffers.values()]
+        if held != self._held:
+            self._buffers, self._held = dict(self.model.named_buffers()), held
+        return self._buffers

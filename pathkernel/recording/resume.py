@@ -1,0 +1,269 @@
+"""Going on with a recording that was cut off: where the live weights lie on the path that is in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pathkernel.errors import ModelMismatchError, RecordingError, StoreError, check
+from pathkernel.parameters import ParameterLayout
+from pathkernel.recording.live import LiveParameters
+from pathkernel.trajectory.averages import AverageRecord, averaged_values
+from pathkernel.trajectory.disk import DiskStore
+from pathkernel.trajectory.header import Header
+from pathkernel.trajectory.opening import constants_now, known_rule, mismatches
+from pathkernel.trajectory.step import FrozenOnReading
+from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.update_rules.rule import UpdateRule
+
+WINDOW = 300
+"""Steps from which the optimizer's memory is recomputed: older gradients have faded."""
+FADED = 0.05
+"""What the older ones, and rounding, may amount to, relative to the memory."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a recording goes on.
+
+    Attributes
+    ----------
+    steps
+        How many steps of the record are kept.
+    end
+        θ after the last of them, (P,).
+    changes
+        Changes made outside the optimizer since then; see `pathkernel.trajectory.step.Step.changes`.
+    buffers
+        Buffers that had changed, as last seen.
+    """
+
+    steps: int
+    end: Tensor
+    changes: list[tuple[str, Tensor]]
+    buffers: Mapping[str, Tensor]
+
+
+def resume(trajectory: Trajectory, live: LiveParameters, averages: Mapping[str, Any]) -> Place:
+    """Join a trajectory that is about to begin with the record in its store; what overlaps is cut off there.
+
+    Raises
+    ------
+    ModelMismatchError
+        Where the record is of other objects, or the live weights are nowhere on its path.
+    StoreError
+        Where somebody else is writing, or the record was finished and would be overwritten from its start.
+    """
+    store = trajectory.store
+    assert isinstance(store, DiskStore)
+    store.lock()
+    try:
+        return _joined(trajectory, store, live, averages)
+    except BaseException:
+        store.unlock()
+        raise
+
+
+def _joined(
+    trajectory: Trajectory, store: DiskStore, live: LiveParameters, averages: Mapping[str, Any]
+) -> Place:
+    header = store.load()
+    _check_identity(trajectory, header, averages, store)
+    region = _region(header, live, store)
+    layout = header.layouts[region]
+    named = {name: live.named[name] for name in layout.names}
+    live.named.clear()
+    live.add(named)
+    store.drop_regions(region)
+    start, end = store.start_values(), store.end_values()
+    initial = torch.cat([start["initial"], *store.tails])
+    tail = end["tail"] if end is not None else ()
+    store.rule = trajectory.rule
+    place = _find(store, live, trajectory.rule, initial, tail, start["initial_memory"])
+    check(
+        place.steps > 0 or len(store) == 0 or end is None,
+        StoreError,
+        f"`{store.path}` holds a finished recording of {len(store)} steps, and the weights are those of its start",
+        "A recording goes on from a checkpoint; from the start, all of it would be overwritten",
+        "Load a checkpoint of model and optimizer before `KernelRecorder(...)` starts, delete the folder, or give "
+        "another path",
+    )
+    buffers = _buffers(store, place.steps, end)
+    trajectory.layout, trajectory.initial = layout, initial
+    trajectory.initial_memory = start["initial_memory"]
+    constants = constants_now(start["constants"], header.layouts[: region + 1])
+    trajectory.constants.clear()
+    trajectory.constants.update(constants)
+    _resume_averages(trajectory, store, place.steps, averages, start["averages"], end)
+    store.resume(trajectory, place.steps, place.end, buffers)
+    return Place(place.steps, place.end, place.changes, buffers)
+
+
+def _check_identity(trajectory: Trajectory, header: Header, averages: Mapping[str, Any], store: DiskStore) -> None:
+    objective = trajectory.objective
+    known_rule(header, trajectory.rule)
+    problems = mismatches(header, trajectory.model, objective.loss, trajectory.data, objective.regularizers)
+    if objective.reduction != header.reduction:
+        problems.append(f"reduction: {objective.reduction!r}, not {header.reduction!r}")
+    if set(averages) != set(header.averages):
+        problems.append(f"averages: {sorted(averages)}, not {sorted(header.averages)}")
+    check(
+        not problems,
+        ModelMismatchError,
+        f"`{store.path}` holds the record of another training run: {'. '.join(problems)}",
+        "A recording goes on with the same model, loss and data",
+        "Give `store=` another path, or delete this folder",
+    )
+
+
+def _region(header: Header, live: LiveParameters, store: DiskStore) -> int:
+    """Which θ of the record has the parameters that are trained now."""
+    found = [i for i, layout in enumerate(header.layouts) if set(layout.names) == set(live.named)]
+    check(
+        bool(found),
+        ModelMismatchError,
+        f"`{store.path}` holds the record of {len(header.layouts[-1].names)} parameters, and {len(live.named)} are "
+        "trained now, others among them",
+        "A recording goes on with the same parameters in training",
+        "Freeze and unfreeze parameters as in the run that was recorded, or give `store=` another path",
+    )
+    return found[-1]
+
+
+def _find(
+    store: DiskStore,
+    live: LiveParameters,
+    rule: UpdateRule,
+    initial: Tensor,
+    tail: tuple[tuple[str, Tensor], ...],
+    memory: Mapping[str, tuple[Tensor, ...]],
+) -> Place:
+    """Where θ and the optimizer's memory are those of the record, the last such place."""
+    theta, matched = live.vector(), None
+    for place in _places(store, initial, tail):
+        point = place.changes[-1][1] if place.changes else place.end
+        if torch.equal(point, theta):
+            matched = place.steps
+            if _remembers(store, live, rule, place.steps, memory):
+                return place
+    steps = len(store)
+    check(
+        matched is None,
+        ModelMismatchError,
+        f"The weights are those of `{store.path}` after step {matched}, and the optimizer's state is not",
+        "A recording goes on from a checkpoint of model and optimizer",
+        "Restore the optimizer too, with `optimizer.load_state_dict(...)`, before recording starts",
+    )
+    raise ModelMismatchError(
+        f"The weights are nowhere on the path of {steps} steps in `{store.path}`",
+        "A recording goes on from a point of the path: a checkpoint that was made while it was recorded, and not "
+        f"after step {steps}, up to which it is on disk",
+        "Load an earlier checkpoint of model and optimizer before recording starts, or give `store=` another path",
+    )
+
+
+def _places(store: DiskStore, initial: Tensor, tail: tuple[tuple[str, Tensor], ...]) -> Iterator[Place]:
+    """All points of the path, from its end."""
+    for steps in range(len(store), -1, -1):
+        changes = list(tail if steps == len(store) else store.read(steps).changes)
+        end = store.read(steps - 1).after if steps else initial
+        for count in range(len(changes), -1, -1):
+            yield Place(steps, end, changes[:count], {})
+
+
+def _remembers(
+    store: DiskStore,
+    live: LiveParameters,
+    rule: UpdateRule,
+    steps: int,
+    initial: Mapping[str, tuple[Tensor, ...]],
+) -> bool:
+    """Whether the optimizer's memory is that of the record after some steps."""
+    if steps:
+        frozen = store.read(steps - 1).frozen
+        if isinstance(frozen, FrozenOnReading):
+            now = live.state_vectors(tuple(frozen.state.after))
+            active = [live.layout.slices[name] for name in frozen.active if name in live.layout.slices]
+            if any(
+                not torch.equal(now[key][where], kept[where])
+                for key, kept in frozen.state.after.items()
+                for where in active
+                if where.stop <= len(kept)
+            ):
+                return False
+    held = live.memory(rule)
+    expected = _memory_after(store, live.layout, rule, steps, initial)
+    for name, slots in expected.items():
+        now_held = held.get(name, tuple(torch.zeros_like(slot) for slot in slots))
+        for one, other in zip(slots, now_held, strict=True):
+            size = max(one.norm().item(), other.double().norm().item())
+            if (one - other.double()).norm().item() > FADED * size:
+                return False
+    return True
+
+
+def _memory_after(
+    store: DiskStore,
+    layout: ParameterLayout,
+    rule: UpdateRule,
+    steps: int,
+    initial: Mapping[str, tuple[Tensor, ...]],
+) -> dict[str, tuple[Tensor, ...]]:
+    """The optimizer's linear memory after some steps, recomputed from the last ones, float64."""
+    if not rule.memory or rule.stages > 1:
+        return {}
+    first = max(0, steps - WINDOW)
+    memory = {
+        name: tuple(
+            initial[name][slot].double() if name in initial and not first else torch.zeros(shape, dtype=torch.float64)
+            for slot in range(len(rule.memory))
+        )
+        for name, shape in zip(layout.names, layout.shapes, strict=True)
+    }
+    for index in range(first, steps):
+        step = store.read(index)
+        gradients = layout.unflatten(step.gradient.double())
+        parameters = layout.unflatten(step.before.double())
+        for name in step.active:
+            frozen, settings = step.frozen[name], step.hyperparameters_of(name)
+            gradient = gradients[name]
+            for term in rule.gradient_sources(parameters[name], frozen, settings).values():
+                gradient = gradient + term
+            memory[name] = rule.step(gradient, memory[name], frozen, settings)[1]
+    return memory
+
+
+def _buffers(store: DiskStore, steps: int, end: dict[str, Any] | None) -> Mapping[str, Tensor]:
+    """Buffers as they were seen last before a step."""
+    if steps < len(store):
+        return store.read(steps).buffers
+    if end is not None:
+        return end["final_buffers"]
+    return store.read(steps - 1).buffers if steps else {}
+
+
+def _resume_averages(
+    trajectory: Trajectory,
+    store: DiskStore,
+    steps: int,
+    averages: Mapping[str, Any],
+    initial: Mapping[str, dict[str, Tensor]],
+    end: dict[str, Any] | None,
+) -> None:
+    moved = store.updates()
+    for name, source in averages.items():
+        updates = list(end["averages"][name]["updates"]) if end is not None else moved[name]
+        check(
+            len(updates) >= steps,
+            RecordingError,
+            f"How the average {name!r} moved is on disk up to step {len(updates)}, and the checkpoint is that of step "
+            f"{steps}",
+            "What an average did after a step is written with the next block",
+            "Load an earlier checkpoint, or leave the average out of `averages=` and give `store=` another path",
+        )
+        now = {key: value.detach().clone() for key, value in averaged_values(source).items()}
+        trajectory.averages[name] = AverageRecord(name, initial[name], [tuple(u) for u in updates[:steps]], now)

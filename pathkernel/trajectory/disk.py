@@ -1,0 +1,685 @@
+"""Steps kept on disk, written in blocks by a thread of their own while training goes on."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pathkernel.errors import CorruptBlockError, InputError, StoreError, check
+from pathkernel.storage import MAX_CHUNK_BYTES, Compression, Group, Lock, damaged
+from pathkernel.trajectory import identity
+from pathkernel.trajectory.blocks import COLUMNS, Blocks, Recent, Region, read_packed, write_packed
+from pathkernel.trajectory.encoding import BlockEncoder, Serials
+from pathkernel.trajectory.header import End, Header, end_values, start_values
+from pathkernel.trajectory.reading import StoredBlock
+from pathkernel.trajectory.step import Step
+from pathkernel.trajectory.store import Store
+
+if TYPE_CHECKING:
+    from pathkernel.trajectory.trajectory import Trajectory
+    from pathkernel.update_rules.rule import UpdateRule
+
+QUEUE = 4
+"""Full blocks that may wait to be written before training waits for the disk."""
+BLOCK_BYTES = 2**26
+"""θ in a block; larger networks have fewer steps in each."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A block on its way to the disk."""
+
+    first: int
+    steps: list[Step]
+    previous: Tensor | None
+    region: Region
+    averages: dict[str, Any]
+
+
+class DiskStore(Store):
+    """Steps in a folder, as written down in docs/reference/storage_format.md.
+
+    As a value, given to `pathkernel.KernelRecorder`, it says where and how to write; the folder is made, or found and
+    gone on with, when recording starts.
+
+    Parameters
+    ----------
+    path
+        The folder.
+    flush_every
+        Steps in a block. A process that is killed loses the steps that were not written yet, at most
+        ``(4 + 2) * flush_every``. With 1, `append` returns when its step is written, and none is lost. Larger blocks
+        compress better.
+    durable
+        Wait for the disk itself after every file: safe against loss of power, some milliseconds for each block.
+    on_error
+        When the disk gives out: ``"stop"`` warns once, stops recording and lets training go on; ``"raise"`` raises
+        at the next step.
+    compression
+        ``"fast"`` or ``"small"``: about 6 % smaller for more than twice the time.
+
+    Notes
+    -----
+    Time per step in the training thread: a list entry; the copies, compression and files are the writer thread's.
+    Memory: at most 6 blocks while writing, 3 while reading.
+
+    Examples
+    --------
+    >>> DiskStore("runs/digits", flush_every=1, durable=True)
+    DiskStore('runs/digits', 0 steps)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        flush_every: int = 16,
+        durable: bool = False,
+        on_error: str = "stop",
+        compression: str = "fast",
+    ) -> None:
+        check(
+            type(flush_every) is int and 1 <= flush_every <= 1024,
+            InputError,
+            f"`flush_every={flush_every!r}` was given",
+            "A block has between 1 and 1024 steps",
+            'Write `DiskStore("runs/name", flush_every=16)`',
+        )
+        for name, given, known in (
+            ("on_error", on_error, ("stop", "raise")),
+            ("compression", compression, ("fast", "small")),
+        ):
+            check(
+                given in known,
+                InputError,
+                f"`{name}={given!r}` was given",
+                f"It is one of {', '.join(map(repr, known))}",
+                f'Write `DiskStore("runs/name", {name}={known[0]!r})`',
+            )
+        self.path = Path(path)
+        self.flush_every, self.durable, self.on_error, self.compression = flush_every, durable, on_error, compression
+        self.header: Header | None = None
+        self.rule: UpdateRule | None = None
+        self._blocks: Blocks | None = None
+        self._regions: list[Region] = []
+        self._tails: list[Tensor] = []
+        self._trajectory: Trajectory | None = None
+        self._lock: Lock | None = None
+        self._thread: threading.Thread | None = None
+        self._condition = threading.Condition()
+        self._failure: BaseException | None = None
+        self._closing = False
+        self._waiting: deque[Waiting] = deque()
+        self._filling: list[Step] = []
+        self._length = 0
+        self._previous: Tensor | None = None
+        self._end_before: Tensor | None = None
+        self._serials, self._streams = Serials(), {}  # type: ignore[var-annotated]
+        self._noted: dict[str, int] = {}
+        self._recent, self._boundaries = Recent(3), Recent(8)
+        self._pinned: dict[int, Mapping[str, Tensor]] = {}
+        self.stopped = False
+
+    def __repr__(self) -> str:
+        return f"DiskStore({str(self.path)!r}, {len(self)} steps)"
+
+    # -- opening --------------------------------------------------------------------------------------------------
+
+    @property
+    def exists(self) -> bool:  # type: ignore[override]
+        """Whether the folder holds a store that this object has not opened yet."""
+        return self._blocks is None and (self.path / "zarr.json").exists()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], **options: Any) -> DiskStore:
+        """A store that is there, for reading; nothing is changed on disk, and somebody may be writing.
+
+        Reads the header and the last commit only.
+
+        Raises
+        ------
+        StoreError
+            Where there is none, or in a format that is not known.
+        CorruptBlockError
+            Where its header or its last commit are damaged.
+        """
+        store = cls(path, **options)
+        store.load()
+        return store
+
+    def load(self) -> Header:
+        """Read the header of the store that is there; see `open`."""
+        group = Group.open(self.path, self.durable)
+        header = Header.read(group)
+        self.header = header
+        self._regions = [Region(i, layout) for i, layout in enumerate(header.layouts)]
+        self._tails = [
+            self._tensor(read_packed(group, f"region-{i}", length), group)
+            for i, length in enumerate(header.tails, start=1)
+        ]
+        self._blocks = Blocks(group, header.dtype, header.capacity, self._compression)
+        self.refresh()
+        end = header.end
+        if end is not None and end.steps > self._length:
+            raise damaged(
+                group.path / "commit", f"steps {self._length}–{end.steps - 1} are missing, of {end.steps} recorded"
+            )
+        return header
+
+    @staticmethod
+    def _tensor(value: Any, group: Group) -> Tensor:
+        if not isinstance(value, Tensor) or value.dim() != 1:
+            raise damaged(group.path, "the values of parameters that joined are no vector")
+        return value
+
+    @property
+    def _compression(self) -> Compression:
+        return Compression("lz4" if self.compression == "fast" else "zstd")
+
+    def refresh(self) -> int:
+        """Look for steps that were committed since, by another process; returns how many there are in all."""
+        assert self._blocks is not None
+        self._blocks.refresh()
+        self._length = self._blocks.steps
+        return self._length
+
+    def attach(self, trajectory: Trajectory) -> None:
+        """Belong to a trajectory that was opened, and share its start with it."""
+        self._trajectory = trajectory
+
+    @property
+    def tails(self) -> list[Tensor]:
+        """Values of the parameters that joined θ, in their order."""
+        return self._tails
+
+    def start_values(self) -> dict[str, Any]:
+        """θ_0, constants, first optimizer memory and averages, as packed when recording began."""
+        assert self._blocks is not None and self.header is not None
+        return read_packed(self._blocks.group, "start", self.header.start)
+
+    def end_values(self) -> dict[str, Any] | None:
+        """Tail, final buffers and averages; None where recording was cut off."""
+        assert self._blocks is not None and self.header is not None
+        if (end := self.header.end) is None:
+            return None
+        values = read_packed(self._blocks.group, *end.values)
+        if end.buffers >= 0:
+            self._pinned[end.buffers] = values["final_buffers"]
+        return values
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def begin(self, trajectory: Trajectory) -> None:
+        """Make the folder for a trajectory, or lock it again after `close`.
+
+        Raises
+        ------
+        StoreError
+            Where it cannot be written, is being written, or holds a store already.
+        """
+        if self._lock is not None:
+            return
+        if self._trajectory is trajectory:
+            self.lock()
+        else:
+            check(
+                not self.exists,
+                StoreError,
+                f"`{self.path}` holds a store already",
+                "A new recording goes into a folder of its own",
+                "Give another path, or delete this folder",
+            )
+            self.lock()
+            self._create(trajectory)
+        self._trajectory, self.rule = trajectory, trajectory.rule
+        self._start_thread()
+
+    def lock(self) -> None:
+        """Be the only writer.
+
+        Raises
+        ------
+        StoreError
+            Where somebody else is, or the folder cannot be written.
+        """
+        if self._lock is not None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = Lock(self.path)
+            lock.acquire()
+        except OSError as error:
+            raise StoreError(
+                f"`{self.path}` cannot be written ({error.strerror})",
+                "A store is a folder on a local file system that this process may write",
+                'Write `store="runs/name"` with a folder of your own',
+            ) from error
+        self._lock = lock
+
+    def unlock(self) -> None:
+        """Let others write."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def drop_regions(self, last: int) -> None:
+        """Leave out the steps since θ was extended for the first time after a region."""
+        if last == len(self._regions) - 1:
+            return
+        assert self._blocks is not None and self.header is not None
+        blocks = self._blocks
+        while blocks.count and blocks.commit(blocks.count - 1).region > last:
+            blocks.count -= 1
+        self._length = blocks.steps
+        self._regions, self._tails = self._regions[: last + 1], self._tails[:last]
+        layouts, tails = self.header.layouts[: last + 1], self.header.tails[:last]
+        self.header = replace(self.header, layouts=layouts, tails=tails, end=None)
+        self._clear()
+
+    def resume(self, trajectory: Trajectory, steps: int, end: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        """Go on after the first steps of a store that was loaded and locked; later ones are cut off.
+
+        Parameters
+        ----------
+        trajectory
+            What will be recorded.
+        steps
+            How many steps are kept.
+        end
+            θ after the last of them, with which the next step will begin.
+        buffers
+            Buffers that had changed by then.
+        """
+        assert self._blocks is not None and self.header is not None
+        serial = next((n for n, mapping in self._mappings() if mapping is buffers), None)
+        self._blocks.refresh()
+        old = self.header.end
+        self._write_header(self.header.ended(None))  # before a commit goes: the record is not finished any more
+        self._blocks.truncate(steps)
+        if old is not None:
+            self._blocks.group.remove_array(old.values[0])
+        self._clear()
+        self._pinned = {}  # the numbers of what is cut off are given again
+        following = 0
+        if self._blocks.count:
+            record = self._blocks.record(self._blocks.count - 1)
+            self._streams = {(key, dtype): number for key, dtype, number in record["streams"]}
+            following = 1 + max(record["mappings"])
+        self._serials = Serials(max(following, 0 if serial is None else serial + 1))
+        if serial is not None:
+            self._serials.current = [(buffers, serial)]
+        self._noted = {name: len(record.updates) for name, record in trajectory.averages.items()}
+        self._length, self._end_before = steps, end
+        self._trajectory, self.rule = trajectory, trajectory.rule
+        self._start_thread()
+
+    def _create(self, trajectory: Trajectory) -> None:
+        """Everything but the group's own zarr.json, and that last: before it, there is no store."""
+        group, size = Group(self.path, self.durable), max(1, trajectory.layout.size)
+        in_chunk = MAX_CHUNK_BYTES // (8 * min(size, COLUMNS)) - 1
+        in_memory = BLOCK_BYTES // (trajectory.initial.itemsize * size)
+        capacity = max(1, min(self.flush_every, in_chunk, in_memory))
+        self._blocks = Blocks(group, trajectory.dtype, capacity, self._compression)
+        self._blocks.create()
+        start = write_packed(group, "start", start_values(trajectory))
+        self._regions = [Region(0, trajectory.layout)]
+        self._write_header(Header.of(trajectory, capacity, start))
+
+    def _write_header(self, header: Header) -> None:
+        assert self._blocks is not None
+        self._blocks.group.set_attributes(header.to_json())
+        self.header = header
+
+    def append(self, step: Step) -> None:
+        """Take a step; it is written when its block is full.
+
+        Raises
+        ------
+        Exception
+            What the writer thread met before, unless the disk gave out and training is to go on.
+        """
+        self._check_failure()
+        if self.stopped:
+            return
+        assert self.header is not None
+        if not self._filling:
+            self._previous = self._end()
+        self._filling.append(step)
+        self._end_before = step.after
+        self._length += 1
+        if len(self._filling) >= self.header.capacity:
+            self._submit()
+
+    def _end(self) -> Tensor | None:
+        """The tensor that the path ended with so far."""
+        if self._end_before is not None:
+            return self._end_before
+        if self._length:
+            return self.read(self._length - 1).after
+        return self._trajectory.initial if self._trajectory is not None else None
+
+    def _submit(self) -> None:
+        """Hand the open block to the writer thread; wait where too many wait already."""
+        if not self._filling:
+            return
+        steps, self._filling = self._filling, []
+        block = Waiting(steps[0].index, steps, self._previous, self._regions[-1], self._averages())
+        with self._condition:
+            self._waiting.append(block)
+            self._condition.notify_all()
+            allowed = QUEUE if self.flush_every > 1 else 0  # with 1, a step that was acknowledged is on disk
+            while len(self._waiting) > allowed and self._failure is None:
+                self._condition.wait()
+
+    def _averages(self) -> dict[str, Any]:
+        """How averages moved, as far as that was not written yet."""
+        new = {}
+        records = self._trajectory.averages if self._trajectory is not None else {}
+        for name, record in records.items():
+            first = self._noted.get(name, 0)
+            new[name] = [first, list(record.updates[first:])]
+            self._noted[name] = len(record.updates)
+        return new
+
+    def flush(self) -> None:
+        """Write all steps that were appended, and wait for it."""
+        if self._thread is None:
+            return
+        self._check_failure()
+        self._submit()
+        with self._condition:
+            while self._waiting and self._failure is None:
+                self._condition.wait()
+        self._check_failure()
+
+    def close(self) -> None:
+        """Write all steps and the end of the trajectory, end the thread, give the lock up.
+
+        The steps stay readable. `begin` locks the folder again, and `append` may follow.
+        """
+        if self._lock is None:
+            return
+        try:
+            self.flush()
+            if not self.stopped and self._trajectory is not None:
+                self._write_end(self._trajectory)
+        finally:
+            self._stop_thread()
+            self._previous = None
+            self.unlock()
+
+    def _write_end(self, trajectory: Trajectory) -> None:
+        assert self._blocks is not None and self.header is not None
+        group, old = self._blocks.group, self.header.end
+        number = 1 + max([int(n[4:]) for n in group.arrays() if n.startswith("end-") and n[4:].isdigit()], default=0)
+        name = f"end-{number}"
+        try:
+            length = write_packed(group, name, end_values(trajectory))
+            serials = {id(mapping): serial for mapping, serial in self._serials.current}
+            buffers = trajectory.final_buffers
+            serial = serials.get(id(buffers), -1)
+            if serial >= 0:
+                self._pinned[serial] = buffers
+            end = End((name, length), self._length, identity.weights(trajectory.model), serial)
+            self._write_header(self.header.ended(end))
+        except OSError as error:
+            self._give_out(error)
+        else:
+            if old is not None:
+                group.remove_array(old.values[0])
+
+    # -- the writer thread ----------------------------------------------------------------------------------------
+
+    def _start_thread(self) -> None:
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="pathkernel writer", daemon=True)
+        self._thread.start()
+        me, process = weakref.ref(self), os.getpid()
+
+        def at_exit() -> None:
+            store = me()
+            if store is not None and os.getpid() == process:
+                store.close()
+
+        self._at_exit = at_exit
+        atexit.register(at_exit)
+
+    def _stop_thread(self) -> None:
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            atexit.unregister(self._at_exit)
+        self._thread = None
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                while not self._waiting and not self._closing:
+                    self._condition.wait()
+                if not self._waiting or self._failure is not None:
+                    return
+                block = self._waiting[0]
+            try:
+                self._write(block)
+            except BaseException as error:  # it surfaces at the next step
+                with self._condition:
+                    self._failure = error
+                    self._condition.notify_all()
+                return
+            with self._condition:
+                self._waiting.popleft()
+                self._condition.notify_all()
+            del block
+
+    def _write(self, block: Waiting) -> None:
+        blocks = self._blocks
+        assert blocks is not None
+        extras = blocks.commit(blocks.count - 1).extras if blocks.count else 0
+        encoder = BlockEncoder(block.region.layout, self._streams, self._serials, extras)
+        encoded = encoder.encode(block.steps, block.previous)
+        encoded.record["averages"] = block.averages
+        blocks.write(encoded, block.region, block.first)
+        self._serials.forget()
+
+    def _check_failure(self) -> None:
+        """Raise what the writer thread met; a disk that gave out ends the recording instead, with one warning."""
+        failure, self._failure = self._failure, None
+        if failure is None:
+            return
+        with self._condition:
+            self._waiting.clear()
+            self._filling, self._end_before = [], None
+        if not isinstance(failure, OSError):
+            assert self._blocks is not None
+            self.stopped, self._length = True, self._blocks.steps
+            raise failure
+        self._give_out(failure)
+
+    def _give_out(self, error: OSError) -> None:
+        assert self._blocks is not None
+        self.stopped = True
+        self._length = self._blocks.steps
+        try:
+            status = os.statvfs(self.path)
+            free = f"{status.f_bavail * status.f_frsize / 1e6:.1f} MB free"
+        except OSError:
+            free = "free space unknown"
+        message = (
+            f"`{self.path}` cannot be written any more ({error.strerror}; {free}). Recording has stopped: the first "
+            f"{self._length} steps are kept and can be read. Training goes on unrecorded; make room and start again "
+            "from a checkpoint at or before that step to go on recording."
+        )
+        if self.on_error == "raise":
+            raise StoreError(*message.rstrip(".").split(". ", 2)) from error
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, index: int) -> Step:
+        """A step; its whole block is read, and kept while its neighbours are.
+
+        Raises
+        ------
+        CorruptBlockError
+            Where the block is damaged, with its steps.
+        """
+        step = self._in_memory(index)
+        return self._block(self._find(index)).step(index) if step is None else step
+
+    def _in_memory(self, index: int) -> Step | None:
+        if not 0 <= index < self._length:
+            raise IndexError(f"step {index} of {self._length}")
+        with self._condition:
+            for first, steps in [*((b.first, b.steps) for b in self._waiting), *self._filling_block()]:
+                if first <= index < first + len(steps):
+                    return steps[index - first]
+        return None
+
+    def _filling_block(self) -> Iterator[tuple[int, list[Step]]]:
+        if self._filling:
+            yield self._filling[0].index, self._filling
+
+    def _find(self, index: int) -> int:
+        assert self._blocks is not None
+        return self._blocks.find(index)
+
+    def _block(self, number: int) -> StoredBlock:
+        def make() -> StoredBlock:
+            blocks = self._blocks
+            assert blocks is not None
+            commit = blocks.commit(number)
+            with blocks.named(number):
+                if commit.region >= len(self._regions):
+                    raise damaged(self.path / "zarr.json", f"lacks region {commit.region}")
+            tails = self._tails[commit.region :]
+            tail = torch.cat(tails) if tails else None
+            region = self._regions[commit.region]
+            return StoredBlock(blocks, number, region, tail, self._boundary, self._known_mapping, self.rule)
+
+        return self._recent.get(number, make)
+
+    def _boundary(self, number: int, make: Callable[[], Tensor]) -> Tensor | None:
+        """The first θ of a block where it is also the last of the block before."""
+        blocks = self._blocks
+        assert blocks is not None
+        if number < blocks.count:
+            if not blocks.commit(number).joined:
+                return None
+            if number == 0 and self._trajectory is not None and "initial" in vars(self._trajectory):
+                return self._trajectory.initial
+        else:
+            following = self._in_memory(blocks.steps) if blocks.steps < self._length else None
+            if following is not None:
+                end = following.before
+                return end if torch.equal(end, make()) else None
+            if self._end_before is not None:
+                return self._end_before
+        return self._boundaries.get(number, make)
+
+    def _known_mapping(self, serial: int) -> Mapping[str, Tensor] | None:
+        return next((mapping for number, mapping in self._mappings() if number == serial), None)
+
+    def _mappings(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+        """Mappings of buffers that are at hand, with their serial numbers."""
+        yield from self._pinned.items()
+        yield from ((number, mapping) for mapping, number in list(self._serials.current))
+        for block in self._recent.values():
+            yield from block.mappings.items()
+
+    def vector(self, index: int) -> Tensor:
+        """θ before a step; gradients and frozen tensors are not read."""
+        step = self._in_memory(index)
+        if step is not None:
+            return step.before
+        block = self._block(self._find(index))
+        row = index - block.commit.first
+        place = block.record["steps"][row]["before"]
+        return block.points[place] if place >= 0 else block.step(index).before
+
+    def columns(self, index: int, ranges: Sequence[slice]) -> list[Tensor]:
+        """Ranges of θ before a step, reading only the pieces of the block that they lie in."""
+        step = self._in_memory(index)
+        if step is not None:
+            return [step.before[where] for where in ranges]
+        block = self._block(self._find(index))
+        place = block.record["steps"][index - block.commit.first]["before"]
+        if place < 0 or "points" in vars(block):
+            return [self.vector(index)[where] for where in ranges]
+        return block.columns(place, ranges)
+
+    def extend(self, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> None:
+        """Begin a new region of blocks with longer vectors; what is written stays, and is lengthened when read."""
+        self.flush()
+        assert self._blocks is not None and self.header is not None and self._trajectory is not None
+        length = write_packed(self._blocks.group, f"region-{len(self._regions)}", tail)
+        layout = self._trajectory.layout
+        self._write_header(
+            replace(self.header, layouts=(*self.header.layouts, layout), tails=(*self.header.tails, length))
+        )
+        self._regions.append(Region(len(self._regions), layout))
+        self._tails.append(tail)
+        self._end_before = None if self._end_before is None else pad(self._end_before)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._recent.clear()
+        self._boundaries.clear()
+
+    def updates(self) -> dict[str, list[tuple[float, bool]]]:
+        """How the averages moved after each step, as far as that is committed; reads the record of every block."""
+        assert self._blocks is not None and self.header is not None
+        moves: dict[str, list[tuple[float, bool]]] = {name: [] for name in self.header.averages}
+        for number in range(self._blocks.count if moves else 0):
+            for name, (first, new) in self._blocks.record(number)["averages"].items():
+                moves[name][first:] = new
+        return moves
+
+    # -- checking -------------------------------------------------------------------------------------------------
+
+    def verify(self) -> list[CorruptBlockError]:
+        """Read everything and list the damage, block by block."""
+        assert self._blocks is not None
+        problems = []
+        for read in (self.start_values, self.end_values):
+            try:
+                read()
+            except CorruptBlockError as error:
+                problems.append(error)
+        expected = 0
+        for number in range(self._blocks.count):
+            try:
+                commit = self._blocks.commit(number)
+                block = self._block(number)
+                if commit.first != expected:
+                    with self._blocks.named(number):
+                        raise damaged(self.path / "commit", f"step {expected} should come here")
+                for index in range(commit.first, commit.stop):
+                    block.step(index)
+                expected = commit.stop
+            except CorruptBlockError as error:
+                problems.append(error)
+                expected = self._blocks._commits[number].stop if number in self._blocks._commits else expected
+        self._clear()
+        return problems
+
+    def size_bytes(self) -> int:
+        """What the folder takes on disk."""
+        return sum(entry.stat().st_size for entry in self.path.rglob("*") if entry.is_file())
+
+

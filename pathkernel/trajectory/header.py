@@ -1,0 +1,268 @@
+"""Everything of a trajectory that is not a step: parameters, start and end, versions, fingerprints.
+
+What can be read without tensors stands as JSON in the attributes of the store's group; see
+docs/reference/storage_format.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pathkernel import __version__
+from pathkernel.errors import StoreError, check
+from pathkernel.parameters import ParameterLayout
+from pathkernel.storage import Group, damaged
+from pathkernel.trajectory import identity
+from pathkernel.trajectory.packing import DTYPES
+
+if TYPE_CHECKING:
+    from pathkernel.trajectory.trajectory import Trajectory
+
+FORMAT, VERSION = "pathkernel trajectory", 1
+MAX_NUMBERS = 2**44
+"""No θ is longer."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a recording was left.
+
+    Attributes
+    ----------
+    values
+        Name of the array with the packed tail, final buffers and averages, and its length in bytes.
+    steps
+        How many steps there were.
+    weights
+        Digest of the model's parameters and buffers.
+    buffers
+        Serial number of the final buffers, as in the blocks' records.
+    """
+
+    values: tuple[str, int]
+    steps: int
+    weights: str
+    buffers: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a store says of its trajectory.
+
+    Attributes
+    ----------
+    dtype
+        Floating type of θ.
+    capacity
+        Most steps in a block.
+    layouts
+        Parameters of θ, one layout for each time that it was extended.
+    tails
+        Lengths in bytes of the packed values of the parameters that joined, one for each layout but the first.
+    start
+        Length in bytes of the packed start values.
+    rule
+        Name, class and memory of the update rule.
+    reduction, regularizers, averages
+        As given to the recorder; the last two by name.
+    versions
+        Of the libraries that wrote it.
+    fingerprints
+        Of ``"model"``, ``"loss"`` and ``"data"``.
+    end
+        None while the recording goes on, or where it was cut off.
+    """
+
+    dtype: torch.dtype
+    capacity: int
+    layouts: tuple[ParameterLayout, ...]
+    tails: tuple[int, ...]
+    start: int
+    rule: Mapping[str, Any]
+    reduction: str
+    regularizers: tuple[str, ...]
+    averages: tuple[str, ...]
+    versions: Mapping[str, str]
+    fingerprints: Mapping[str, Any]
+    end: End | None = None
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, capacity: int, start: int) -> Header:
+        """The header of a trajectory that begins."""
+        return cls(
+            dtype=trajectory.dtype,
+            capacity=capacity,
+            layouts=(trajectory.layout,),
+            tails=(),
+            start=start,
+            rule=rule_identity(trajectory.rule),
+            reduction=trajectory.objective.reduction,
+            regularizers=tuple(trajectory.objective.regularizers),
+            averages=tuple(trajectory.averages),
+            versions=versions(),
+            fingerprints=fingerprints(trajectory),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The group's attributes."""
+        end = None if self.end is None else {**vars(self.end), "values": list(self.end.values)}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "steps_per_block": self.capacity,
+            "regions": [_table(layout) for layout in self.layouts],
+            "tails": list(self.tails),
+            "start": self.start,
+            "rule": dict(self.rule),
+            "reduction": self.reduction,
+            "regularizers": list(self.regularizers),
+            "averages": list(self.averages),
+            "versions": dict(self.versions),
+            "fingerprints": dict(self.fingerprints),
+            "end": end,
+        }
+
+    @classmethod
+    def read(cls, group: Group) -> Header:
+        """The header of a store.
+
+        Raises
+        ------
+        StoreError
+            For another format, or a newer version of it.
+        CorruptBlockError
+            Where it makes no sense.
+        """
+        attributes, where = group.attributes(), group.path / "zarr.json"
+        check(
+            attributes.get("format") == FORMAT,
+            StoreError,
+            f"`{group.path}` holds {str(attributes.get('format'))[:100]!r}",
+            f"A recorded trajectory says {FORMAT!r} in its attributes",
+            "Give the path that was given to `KernelRecorder(..., store=path)`",
+        )
+        version = attributes.get("version")
+        written_by = str(attributes.get("versions", {}).get("pathkernel", "?"))[:40]
+        check(
+            type(version) is int and 1 <= version <= VERSION,
+            StoreError,
+            f"`{group.path}` has version {str(version)[:20]} of the format, written by pathkernel {written_by}",
+            f"pathkernel {__version__} reads versions 1 to {VERSION}",
+            f"Install pathkernel {written_by} or later",
+        )
+        try:
+            return cls._of_json(attributes)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
+            raise damaged(where, f"the header makes no sense ({str(error)[:200]})") from None
+
+    @classmethod
+    def _of_json(cls, content: dict[str, Any]) -> Header:
+        end = content["end"]
+        if end is not None:
+            name, length = end["values"]
+            end = End((_text(name), _count(length)), _count(end["steps"]), _text(end["weights"]), int(end["buffers"]))
+        layouts = tuple(_layout(table) for table in content["regions"])
+        tails = tuple(_count(n) for n in content["tails"])
+        if not layouts or len(tails) != len(layouts) - 1:
+            raise ValueError("regions and tails")
+        dtype = DTYPES[content["dtype"]]
+        if not dtype.is_floating_point or not 1 <= _count(content["steps_per_block"]) <= 2**20:
+            raise ValueError("type or steps per block")
+        return cls(
+            dtype=dtype,
+            capacity=content["steps_per_block"],
+            layouts=layouts,
+            tails=tails,
+            start=_count(content["start"]),
+            rule={key: content["rule"][key] for key in ("name", "class", "memory")},
+            reduction=_text(content["reduction"]),
+            regularizers=tuple(_text(name) for name in content["regularizers"]),
+            averages=tuple(_text(name) for name in content["averages"]),
+            versions={_text(key): _text(value) for key, value in content["versions"].items()},
+            fingerprints={key: dict(content["fingerprints"][key]) for key in ("model", "loss", "data")},
+            end=end,
+        )
+
+    def ended(self, end: End | None) -> Header:
+        """The same header with another end."""
+        return replace(self, end=end)
+
+
+def _table(layout: ParameterLayout) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "shape": list(shape), "offset": layout.slices[name].start}
+        for name, shape in zip(layout.names, layout.shapes, strict=True)
+    ]
+
+
+def _layout(table: list[dict[str, Any]]) -> ParameterLayout:
+    names = tuple(_text(row["name"]) for row in table)
+    sizes = [[_count(n) for n in row["shape"]] for row in table]
+    if len(set(names)) != len(names) or sum(int(np.prod(s, dtype=object)) for s in sizes) > MAX_NUMBERS:
+        raise ValueError("parameter table")
+    return ParameterLayout(names, tuple(torch.Size(size) for size in sizes))
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_NUMBERS:
+        raise ValueError(f"{str(value)[:40]} is no size")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"{str(value)[:40]} is no text")
+    return value
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries at hand."""
+    return {
+        "pathkernel": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+    }
+
+
+def rule_identity(rule: Any) -> dict[str, Any]:
+    """Name, class and memory of an update rule."""
+    return {"name": rule.name, "class": identity.named(type(rule)), "memory": list(rule.memory)}
+
+
+def fingerprints(trajectory: Trajectory) -> dict[str, Any]:
+    """Of model, loss and data."""
+    return {
+        "model": identity.architecture(trajectory.model),
+        "loss": identity.loss_identity(trajectory.objective.loss),
+        "data": identity.data_identity(trajectory.data),
+    }
+
+
+def start_values(trajectory: Trajectory) -> dict[str, Any]:
+    """What is packed when a recording begins."""
+    return {
+        "initial": trajectory.initial,
+        "constants": trajectory.constants,
+        "initial_memory": trajectory.initial_memory,
+        "averages": {name: record.initial for name, record in trajectory.averages.items()},
+    }
+
+
+def end_values(trajectory: Trajectory) -> dict[str, Any]:
+    """What is packed when it ends."""
+    return {
+        "tail": trajectory.tail,
+        "final_buffers": dict(trajectory.final_buffers),
+        "averages": {
+            name: {"updates": list(record.updates), "last": record.last}
+            for name, record in trajectory.averages.items()
+        },
+    }

@@ -1,0 +1,148 @@
+"""A recorded trajectory from its folder, joined with the live objects that it was recorded with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pathkernel._typing import Loss, Parameters
+from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, check
+from pathkernel.losses import Objective
+from pathkernel.parameters import ParameterLayout
+from pathkernel.storage import damaged
+from pathkernel.trajectory import identity
+from pathkernel.trajectory.averages import AverageRecord
+from pathkernel.trajectory.disk import DiskStore
+from pathkernel.trajectory.header import Header, rule_identity
+from pathkernel.trajectory.samples import Samples
+from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.update_rules.rule import UpdateRule
+from pathkernel.update_rules.table import NAMED_RULES, RULES
+
+
+def open_trajectory(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    loss: Loss,
+    data: Any,
+    rule: UpdateRule | None,
+    regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None,
+) -> Trajectory:
+    """See `Trajectory.open`."""
+    store = DiskStore.open(path)
+    header = store.header
+    assert header is not None
+    samples = Samples(data, header.dtype)
+    problems = mismatches(header, model, loss, samples, regularizers or {})
+    if not problems and header.end is not None and header.end.weights != identity.weights(model):
+        problems = ["weights: they are not those at the end of the recording"]
+    check(
+        not problems,
+        ModelMismatchError,
+        f"`{path}` was recorded with other objects: {'. '.join(problems)}",
+        "A trajectory is read with the network at the end of its recording, and with the loss and the data of the "
+        "recording, so that nobody explains one network with another one's history",
+        "Load the weights that training ended with, and pass the same `loss=`, `data=` and `regularizers=`",
+    )
+    store.rule = known_rule(header, rule)
+    objective = Objective(loss, header.reduction, dict(regularizers or {}))
+    return assembled(store, model, objective, samples)
+
+
+def mismatches(
+    header: Header,
+    model: nn.Module,
+    loss: Loss,
+    data: Samples,
+    regularizers: Mapping[str, Any],
+) -> list[str]:
+    """What differs between live objects and those of a recording; weights are not looked at."""
+    recorded = header.fingerprints
+    problems = identity.compared(recorded["model"], identity.architecture(model), "model")
+    problems += identity.compared(recorded["loss"], identity.loss_identity(loss), "loss")
+    problems += identity.compared(recorded["data"], identity.data_identity(data), "data")
+    if set(regularizers) != set(header.regularizers):
+        problems.append(f"regularizers: {sorted(regularizers)}, not {sorted(header.regularizers)}")
+    return problems
+
+
+def known_rule(header: Header, rule: UpdateRule | None) -> UpdateRule:
+    """The rule of a recording: one of the package by its name, or the one that is passed."""
+    known = {identity.named(cls): cls for cls in (*RULES.values(), *NAMED_RULES.values())}
+    recorded = header.rule
+    if rule is None and recorded["class"] in known:
+        rule = known[recorded["class"]]()
+    check(
+        rule is not None and rule_identity(rule) == dict(recorded),
+        StoreError,
+        f"The steps were recorded under the update rule {recorded['name']!r} ({recorded['class']}), and "
+        f"{'none' if rule is None else identity.named(type(rule))} was passed",
+        "Rules of the package are found by their name; a rule of your own has to be passed again",
+        "Write `Trajectory.open(path, ..., rule=YourRule())`",
+    )
+    assert rule is not None
+    return rule
+
+
+def assembled(store: DiskStore, model: nn.Module, objective: Objective, data: Samples) -> Trajectory:
+    """A trajectory whose parts are read when they are asked for."""
+    header = store.header
+    assert header is not None and store.rule is not None
+    trajectory = Trajectory.__new__(Trajectory)
+    trajectory.model, trajectory.objective, trajectory.data = model, objective, data
+    trajectory.layout, trajectory.rule, trajectory.store = header.layouts[-1], store.rule, store
+    store.attach(trajectory)
+    start, end = cache(store.start_values), cache(store.end_values)
+
+    def guarded(read: Callable[[], Any]) -> Callable[[], Any]:
+        def checked() -> Any:
+            try:
+                return read()
+            except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+                if isinstance(error, CorruptBlockError):
+                    raise
+                raise damaged(store.path, f"its start or end makes no sense ({str(error)[:100]})") from None
+
+        return checked
+
+    def ending(key: str, without: Any) -> Callable[[], Any]:
+        return guarded(lambda: without if (values := end()) is None else values[key])
+
+    vars(trajectory)["_deferred"] = {
+        "initial": guarded(lambda: torch.cat([start()["initial"], *store.tails])),
+        "constants": guarded(lambda: constants_now(start()["constants"], header.layouts)),
+        "initial_memory": guarded(lambda: start()["initial_memory"]),
+        "tail": ending("tail", ()),
+        "final_buffers": guarded(lambda: final_buffers(store, end())),
+        "averages": guarded(lambda: averages(store, start()["averages"], end())),
+    }
+    return trajectory
+
+
+def constants_now(constants: dict[str, Tensor], layouts: tuple[ParameterLayout, ...]) -> dict[str, Tensor]:
+    """Constants without the parameters that joined θ later."""
+    return {name: value for name, value in constants.items() if name not in layouts[-1].slices}
+
+
+def final_buffers(store: DiskStore, end: dict[str, Any] | None) -> Mapping[str, Tensor]:
+    """Buffers at the end; where recording was cut off, as the last step found them."""
+    if end is not None:
+        return end["final_buffers"]
+    return store.read(len(store) - 1).buffers if len(store) else {}
+
+
+def averages(
+    store: DiskStore, initial: dict[str, dict[str, Tensor]], end: dict[str, Any] | None
+) -> dict[str, AverageRecord]:
+    """How averages moved; none where recording was cut off, since their last values are not known then."""
+    if end is None:
+        return {}
+    return {
+        name: AverageRecord(name, initial[name], list(end["averages"][name]["updates"]), end["averages"][name]["last"])
+        for name in initial
+    }

@@ -1,0 +1,170 @@
+"""Stores that keep less than they are given: θ alone, at some of the steps, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pathkernel.errors import TrajectoryError, check
+from pathkernel.trajectory.schedule import Streaming
+from pathkernel.trajectory.step import MicroBatch, Step
+from pathkernel.trajectory.store import Store, padded
+from pathkernel.trajectory.trajectory import Trajectory
+
+STRETCH = "steps"
+"""Key in the settings of a joined step: how many steps of the optimizer it stands for."""
+
+
+class ThinnedStore(Store):
+    """Keeps θ at every so many steps, joined by straight lines.
+
+    A step on record goes from one point that was kept to the next. Its learning rate is the sum of those on the way,
+    the time of gradient flow that passed; its batches are their samples, by id alone.
+
+    Parameters
+    ----------
+    inner
+        Where the joined steps are kept.
+    every
+        How many steps one joined step stands for; the last before `flush` may stand for fewer.
+    """
+
+    def __init__(self, inner: Store, every: int) -> None:
+        self.inner, self.every = inner, every
+        self._open: Step | None = None
+
+    @property
+    def stopped(self) -> bool:  # type: ignore[override]
+        """See `Store.stopped`."""
+        return self.inner.stopped
+
+    def begin(self, trajectory: Trajectory) -> None:
+        """See `Store.begin`."""
+        self.inner.begin(trajectory)
+
+    def append(self, step: Step) -> None:
+        """Lengthen the open stretch by a step."""
+        self._open = joined(self._open, step, len(self.inner))
+        if self._open.hyperparameters[0][STRETCH] == self.every:
+            self._store()
+
+    def _store(self) -> None:
+        if self._open is not None:
+            self.inner.append(self._open)
+            self._open = None
+
+    def read(self, index: int) -> Step:
+        """The joined step with this index; the last is the stretch that is still open."""
+        index = range(len(self))[index]
+        return self._open if self._open is not None and index == len(self.inner) else self.inner.read(index)
+
+    def __len__(self) -> int:
+        return len(self.inner) + (self._open is not None)
+
+    def extend(self, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> None:
+        """Lengthen every stored vector."""
+        self.inner.extend(tail, pad)
+        if self._open is not None:
+            self._open = replace(padded(self._open, tail, pad), gradient=self._open.gradient)
+
+    def flush(self) -> None:
+        """End the open stretch here and write it."""
+        self._store()
+        self.inner.flush()
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        self._store()
+        self.inner.close()
+
+
+def joined(stretch: Step | None, step: Step, index: int) -> Step:
+    """A stretch and the step after it as one step of θ alone."""
+    settings = tuple({**group, STRETCH: 1} for group in step.hyperparameters)
+    batches = tuple(MicroBatch(batch.ids, batch.weights) for batch in step.batches)
+    alone = replace(
+        step,
+        index=index,
+        gradient=torch.empty(0, dtype=step.gradient.dtype),  # a view would keep the whole
+        batches=batches,
+        hyperparameters=settings,
+        frozen={},
+        gradient_changes={},
+    )
+    if stretch is None:
+        return alone
+    return replace(
+        stretch,
+        after=step.after,
+        active=stretch.active | step.active,
+        batches=stretch.batches + batches,
+        groups={**stretch.groups, **step.groups},
+        hyperparameters=tuple(
+            _summed(stretch.hyperparameters[g] if g < len(stretch.hyperparameters) else {}, group)
+            for g, group in enumerate(settings)
+        ),
+        changes=stretch.changes,
+    )
+
+
+def _summed(stretch: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    sums = {key: stretch.get(key, 0) + group[key] for key in ("lr", STRETCH) if key in group}
+    return {**group, **sums}
+
+
+class StreamingStore(Store):
+    """Shows every step to its observers and keeps the last one alone.
+
+    Parameters
+    ----------
+    streaming
+        Who looks on.
+    settings
+        The optimizer's, by parameter group.
+    """
+
+    def __init__(self, streaming: Streaming, settings: tuple[Mapping[str, Any], ...]) -> None:
+        self.streaming, self.settings, self._seen = streaming, settings, 0
+        self._last: Step | None = None
+
+    def begin(self, trajectory: Trajectory) -> None:
+        """Tell the observers where training begins."""
+        for observer in self.streaming.observers:
+            observer.begin(trajectory, self.settings)
+
+    def append(self, step: Step) -> None:
+        """Show a step to the observers."""
+        for observer in self.streaming.observers:
+            observer.observe(step)
+        self._last, self._seen = step, self._seen + 1
+
+    def read(self, index: int) -> Step:
+        """The last step; the others are gone.
+
+        Raises
+        ------
+        TrajectoryError
+            For any other step.
+        """
+        last = self._last
+        check(
+            last is not None and range(self._seen)[index] == self._seen - 1,
+            TrajectoryError,
+            f"Step {index} was asked for, and this path was streamed, not stored",
+            "A streamed path keeps its last step only",
+            "Ask the observers for their results, or record with `Schedule(keyframes=32)`",
+        )
+        assert last is not None
+        return last
+
+    def __len__(self) -> int:
+        return self._seen
+
+    def extend(self, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> None:
+        """Lengthen the vectors of the last step."""
+        if self._last is not None:
+            self._last = padded(self._last, tail, pad)

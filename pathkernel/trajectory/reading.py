@@ -1,0 +1,165 @@
+"""One block of a store, read: its steps, each piece only when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pathkernel.errors import PathKernelError
+from pathkernel.storage import damaged
+from pathkernel.trajectory.blocks import COLUMNS, Blocks, Region
+from pathkernel.trajectory.encoding import BlockRows, accumulated, decode_step, from_bits
+from pathkernel.trajectory.packing import DTYPES
+from pathkernel.trajectory.step import Step
+
+if TYPE_CHECKING:
+    from pathkernel.update_rules.rule import UpdateRule
+
+
+class StoredBlock:
+    """The steps of one block.
+
+    Parameters
+    ----------
+    blocks, number, region
+        Which one.
+    tail
+        Values of parameters that joined θ after it, or None.
+    boundary
+        The θ that a block begins with where it is shared with the block before: the tensor of a block's number, made
+        by the function that is given where nobody has it; None where it is not shared.
+    mapping
+        Buffers by serial number, where a neighbour has them already.
+    rule
+        See `pathkernel.trajectory.encoding.decode_step`.
+    """
+
+    def __init__(
+        self,
+        blocks: Blocks,
+        number: int,
+        region: Region,
+        tail: Tensor | None,
+        boundary: Callable[[int, Callable[[], Tensor]], Tensor | None],
+        mapping: Callable[[int], Mapping[str, Tensor] | None],
+        rule: UpdateRule | None,
+    ) -> None:
+        self.blocks, self.number, self.region, self.tail = blocks, number, region, tail
+        self.commit = blocks.commit(number)
+        self.boundary, self._known_mapping, self.rule = boundary, mapping, rule
+        self._steps: dict[int, Step] = {}
+        self._frozen: dict[int, np.ndarray] = {}
+        self._extras: dict[int, Tensor] = {}
+        self.mappings: dict[int, Mapping[str, Tensor]] = {}
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """Everything that is not a row."""
+        return self.blocks.record(self.number)
+
+    def step(self, index: int) -> Step:
+        """A step by its number in the run."""
+        if index not in self._steps:
+            try:
+                self._steps[index] = self._decoded(index, index - self.commit.first)
+            except PathKernelError:
+                raise
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                with self.blocks.named(self.number):
+                    where = self.blocks.group.path / "log"
+                    raise damaged(where, f"the record of step {index} makes no sense ({str(error)[:100]})") from None
+        return self._steps[index]
+
+    def _decoded(self, index: int, row: int) -> Step:
+        entry = self.record["steps"][row]
+        before, after, gradient = self._point(entry["before"]), self.points[row + 1], self.gradients[row]
+        written = (before, after, gradient)
+        if self.tail is not None:
+            written = tuple(vector[: self.region.layout.size] for vector in written)  # type: ignore[assignment]
+        rows = BlockRows(
+            self.region.layout,
+            self._point,
+            self._edit,
+            *written,
+            frozen=lambda stream: from_bits(self._frozen_rows(stream)[row], self._type(stream)),
+            mapping=self._mapping,
+        )
+        return decode_step(index, self.record, entry, rows, (before, after, gradient), self.rule)
+
+    @cached_property
+    def points(self) -> list[Tensor]:
+        """θ before the first step and after each."""
+        rows = self._rows(f"theta-{self.region.index}", self.commit.steps + 1)
+        points: list[Tensor] = []
+        for place, row in enumerate(accumulated(rows)):
+            make = lambda row=row: self._padded(from_bits(row, self.blocks.dtype))  # noqa: E731
+            block = self.number if place == 0 else self.number + 1
+            shared = self.boundary(block, make) if place in (0, self.commit.steps) else None
+            points.append(make() if shared is None else shared)
+        return points
+
+    def columns(self, row: int, ranges: Sequence[slice]) -> list[Tensor]:
+        """Ranges of a point, reading only the pieces that they lie in."""
+        size = self.region.layout.size
+        taken = []
+        for where in ranges:
+            whole, inside = where.stop - where.start, slice(where.start, min(where.stop, size))
+            values = torch.empty(0, dtype=self.blocks.dtype)
+            if inside.start < inside.stop:
+                first, last = inside.start // COLUMNS, (inside.stop - 1) // COLUMNS
+                rows = self._rows(f"theta-{self.region.index}", row + 1, range(first, last + 1))
+                begin = first * COLUMNS
+                cut = np.ascontiguousarray(rows[:, inside.start - begin : inside.stop - begin])
+                values = from_bits(accumulated(cut)[row], self.blocks.dtype)
+            if len(values) < whole and self.tail is not None:
+                late = slice(max(where.start - size, 0), where.stop - size)
+                values = torch.cat([values, self.tail[late]])
+            taken.append(values)
+        return taken
+
+    @cached_property
+    def gradients(self) -> list[Tensor]:
+        """The gradient of each step."""
+        rows = self._rows(f"gradient-{self.region.index}", self.commit.steps)
+        return [self._padded(from_bits(row, self.blocks.dtype), zeros=True) for row in rows]
+
+    def _rows(self, name: str, count: int, pieces: range | None = None) -> np.ndarray:
+        return self.blocks.rows(name, self.number, self.record, count, self.region.layout.size, pieces)
+
+    def _type(self, stream: int) -> torch.dtype:
+        return next(DTYPES[dtype] for _, dtype, number in self.record["streams"] if number == stream)
+
+    def _frozen_rows(self, stream: int) -> np.ndarray:
+        if stream not in self._frozen:
+            rows = self._rows(f"frozen-{int(stream)}-{self.region.index}", self.commit.steps)
+            self._frozen[stream] = accumulated(rows)
+        return self._frozen[stream]
+
+    def _point(self, place: int) -> Tensor:
+        if place >= 0:
+            return self.points[place]
+        if place not in self._extras:  # the same change may end one step and begin the next
+            self._extras[place] = self._padded(self._extra(place))
+        return self._extras[place]
+
+    def _edit(self, place: int) -> Tensor:
+        return self._padded(self._extra(place), zeros=True)
+
+    def _extra(self, place: int) -> Tensor:
+        return from_bits(self.blocks.extra(self.region, self.number, self.record, -1 - place), self.blocks.dtype)
+
+    def _mapping(self, serial: int) -> Mapping[str, Tensor]:
+        if serial not in self.mappings:
+            known = self._known_mapping(serial)
+            self.mappings[serial] = self.record["mappings"][serial] if known is None else known
+        return self.mappings[serial]
+
+    def _padded(self, vector: Tensor, zeros: bool = False) -> Tensor:
+        if self.tail is None:
+            return vector
+        return torch.cat([vector, torch.zeros_like(self.tail) if zeros else self.tail])

@@ -1,0 +1,86 @@
+"""What keeps the steps of a trajectory: the contract of every store."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pathkernel.trajectory.step import Step
+
+if TYPE_CHECKING:
+    from pathkernel.trajectory.trajectory import Trajectory
+
+
+class Store(ABC):
+    """Keeps steps in their order.
+
+    What `read` gives back equals what was appended to the last bit, and where the ``after`` of a step was the
+    ``before`` of the next, it *is* again the same tensor when neighbouring steps are read one after the other.
+    `pathkernel.testing.check_store` checks it.
+    """
+
+    stopped: bool = False
+    """Whether steps are no longer taken, because the disk gave out and training was to go on."""
+
+    exists: bool = False
+    """Whether steps of an earlier run are there, to be gone on with."""
+
+    def begin(self, trajectory: Trajectory) -> None:  # noqa: B027 - most stores need nothing else than the steps
+        """Called before the first step with the trajectory that the steps belong to."""
+
+    @abstractmethod
+    def append(self, step: Step) -> None:
+        """Put a step behind the others. Its tensors are no longer changed by anybody."""
+
+    @abstractmethod
+    def read(self, index: int) -> Step:
+        """The step with this index, 0 … len − 1."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def extend(self, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> None:
+        """Lengthen every stored vector: points of the path by ``tail``, gradients by zeros.
+
+        Parameters
+        ----------
+        tail
+            Values of the parameters that join θ.
+        pad
+            Lengthens a point; the same result for the same tensor, so that shared ends stay shared.
+        """
+
+    def flush(self) -> None:  # noqa: B027 - a store that does not wait has nothing to write
+        """Write what waits to be written."""
+
+    def close(self) -> None:
+        """Flush, and let go of files and threads; the steps stay readable, and `append` may follow."""
+        self.flush()
+
+    def vector(self, index: int) -> Tensor:
+        """θ before the step with this index, (P,)."""
+        return self.read(index).before
+
+    def columns(self, index: int, ranges: Sequence[slice]) -> list[Tensor]:
+        """Ranges of θ before the step with this index: what a few parameters were, without the others."""
+        vector = self.vector(index)
+        return [vector[where] for where in ranges]
+
+
+def padded(step: Step, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> Step:
+    """A step with longer vectors; see `Store.extend`."""
+    zeros = torch.zeros_like(tail)
+    return replace(
+        step,
+        before=pad(step.before),
+        after=pad(step.after),
+        gradient=torch.cat([step.gradient, zeros]),
+        changes=tuple((name, pad(point)) for name, point in step.changes),
+        gradient_changes={name: torch.cat([change, zeros]) for name, change in step.gradient_changes.items()},
+    )
