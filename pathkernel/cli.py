@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.json is not None:
             write_json(parsed.json, numbers)
         return int(code)
-    except (PathKernelError, argparse.ArgumentTypeError) as error:
+    except PathKernelError as error:
         print(f"pathkernel {parsed.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import math
 from typing import Any
 
 import numpy as np
+import torch
 
+from pathkernel._typing import PyTree
 from pathkernel.commands.objects import opened, samples
 from pathkernel.commands.stores import Result, _whole
 from pathkernel.kernel_machine import KernelMachine
 from pathkernel.path_kernel import PathKernel
 from pathkernel.recording.plan import format_plan, plan_table
+from pathkernel.trajectory.trajectory import Trajectory
 
 
 def gram(arguments: argparse.Namespace) -> Result:
@@ -29,7 +31,7 @@ def gram(arguments: argparse.Namespace) -> Result:
         memory=arguments.memory,
         progress=not arguments.quiet,
     )
-    everything = trajectory.data[_all(trajectory)][0]
+    everything = _everything(trajectory)
     (X,) = samples(arguments.queries, ("X",)) if arguments.queries else (everything,)
     K = kernel(X, None if arguments.queries is None else everything, store=arguments.store)
     if arguments.output is not None:
@@ -75,29 +77,18 @@ def explain(arguments: argparse.Namespace) -> Result:
     return 0, {"queries": rows}, "\n".join([*lines, f"largest residual {largest:.2g}"])
 
 
-def _all(trajectory: Any) -> Any:
-    import torch
-
-    return torch.arange(len(trajectory.data))
+def _everything(trajectory: Trajectory) -> PyTree:
+    """The inputs of all training samples."""
+    return trajectory.data[torch.arange(len(trajectory.data))][0]
 
 
 def plan(arguments: argparse.Namespace) -> Result:
     """What each level of record serves and costs."""
     rows = plan_table(
-        number(arguments.size),
-        int(number(arguments.steps)),
+        arguments.size,
+        arguments.steps,
         optimizer=arguments.optimizer,
         batch_size=arguments.batch_size,
         bytes_per_number=arguments.bytes,
     )
-    return 0, {"levels": rows}, format_plan(rows)
-
-
-def number(text: str) -> int:
-    """``"85k"``, ``"1.2M"``, ``"124000000"``."""
-    units = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
-    unit = units.get(text[-1:].lower(), 1.0)
-    value = float(text[:-1] if unit != 1.0 else text) * unit
-    if not math.isfinite(value) or value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number such as 85000, 85k or 1.2M")
-    return int(value)
+    return 0, {"levels": [row.to_json() for row in rows]}, format_plan(rows)
