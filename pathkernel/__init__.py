@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathkernel.estimators.gaussian_process import GaussianProcessKernel as GaussianProcessKernel
     from pathkernel.estimators.transformer import PathKernelTransformer as PathKernelTransformer
     from pathkernel.kernel_machine import KernelMachine as KernelMachine
+    from pathkernel.layers.rules import layer_rule as layer_rule
     from pathkernel.path_kernel import PathKernel as PathKernel
     from pathkernel.quadrature import Adaptive as Adaptive
     from pathkernel.quadrature import DiscreteGradient as DiscreteGradient
@@ -44,6 +45,7 @@ _HOMES = {
     "Trajectory": "trajectory.trajectory",
     "Trapezoid": "quadrature",
     "UpdateRule": "update_rules.rule",
+    "layer_rule": "layers.rules",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])

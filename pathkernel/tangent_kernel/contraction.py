@@ -8,27 +8,28 @@ one is taken, layer by layer: all pairs of positions, :math:`\sum_{ts} (a_{it} \
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from pathkernel._typing import Float
 from pathkernel.layers.factors import Dense, Factor, Lookup, Outer, Piece
-
-Combine = Literal["sum", "full"]
+from pathkernel.tangent_kernel.matrix_products import product
 
 
 def by_pairs(factor: Factor, n: int, m: int, full: bool = False) -> bool:
-    """Whether all pairs of positions are cheaper than rows, for an (n, m) tile."""
+    """Whether all pairs of positions are cheaper than rows, for n × m pairs of samples."""
     if isinstance(factor, Dense):
         return False
     k, t = factor.components, factor.signal.shape[2] if isinstance(factor, (Outer, Lookup)) else 1
     width = factor.signal.shape[3]
     other = factor.activation.shape[2] if isinstance(factor, Outer) else 1
     products = k * k if full else k
-    pairs = n * m * t * t * (width * products + other + products)
-    rows = (n + m) * k * (t * width * other if isinstance(factor, Outer) else factor.size) + n * m * products * factor.size
+    signals = 0 if isinstance(factor, Outer) and factor.head else width * products
+    pairs = n * m * t * t * (signals + other + products)
+    forming = t * width * other if isinstance(factor, Outer) else factor.size
+    rows = (n + m) * k * forming + n * m * products * factor.size
     return pairs <= rows
 
 
@@ -37,48 +38,95 @@ def pair_products(left: Piece, right: Piece, full: bool, weight: float = 1.0, bi
 
     ``weight`` and ``bias`` scale the parts of θ.
     """
-    one, two = left.factor, right.factor
-    inner = _readings(one, two)
-    if weight != 1.0:
-        inner = inner * weight
-    if left.bias is not None:
-        inner = inner + bias
-    assert isinstance(one, (Outer, Lookup)) and isinstance(two, (Outer, Lookup))
-    (n, k, t, p), (m, j, s, _) = one.signal.shape, two.signal.shape
-    if isinstance(one, Outer) and one.head:
-        # δ is the identity: δ_k · δ_l is 1 for k = l and 0 otherwise.
-        return inner * k if not full else inner[:, None, :, None] * torch.eye(k, dtype=inner.dtype)[None, :, None, :]
-    if not full:
-        signals = _flat(one.signal) @ _flat(two.signal).T
+    units = all(isinstance(piece.factor, Outer) and piece.factor.head for piece in (left, right))
+    one, two = (Pairs.of(piece, full, weight, bias, units) for piece in (left, right))
+    everything = slice(None), slice(None)
+    products = one.added(None, two, one.readings(two, *everything), everything, everything)
+    return products.transpose(0, 1) if full else products[0, :, 0]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    r"""A layer's gradients as δ and a, contracted by all pairs of positions.
+
+    Attributes
+    ----------
+    signal
+        δ, (J, n, T, p): J = K components for blocks of all pairs of components; for their trace J = 1 with the
+        components side by side, so that their products add up inside one matrix product. None for an output layer
+        whose δ is the identity.
+    activation
+        a, (n, T, q), or the rows read from a table, (n, T) integers.
+    weight, bias
+        Metric of the weight and of the bias; 0 without one.
+    components
+        J.
+    alike
+        Components that are one in J.
+    """
+
+    signal: Tensor | None
+    activation: Tensor
+    weight: float
+    bias: float
+    components: int
+    alike: int
+
+    @classmethod
+    def of(cls, piece: Piece, full: bool, weight: float = 1.0, bias: float = 1.0, unit: bool = False) -> Pairs:
+        """From a piece of a tape; ``unit`` where δ is the identity on both sides."""
+        factor = piece.factor
+        assert isinstance(factor, (Outer, Lookup))
+        n, k, t, p = factor.signal.shape
+        signal: Tensor | None = None
+        if not unit:
+            own = factor.signal
+            signal = own.transpose(0, 1).contiguous() if full else own.transpose(1, 2).reshape(1, n, t, k * p)
+        activation = factor.activation if isinstance(factor, Outer) else factor.indices
+        count, alike = (k, 1) if full else (1, k)
+        return cls(signal, activation.contiguous(), weight, bias if piece.bias is not None else 0.0, count, alike)
+
+    def readings(self, other: Pairs, rows: slice, columns: slice) -> Float[Tensor, "nT mT"]:
+        """The metric's a_it · a_js for some samples of each side."""
+        one, two = self.activation[rows], other.activation[columns]
+        if not one.is_floating_point():
+            assert self.signal is not None
+            found = (one.reshape(-1, 1) == two.reshape(1, -1)).to(self.signal)
+        else:
+            found = product(one.flatten(0, 1), two.flatten(0, 1))
+        if self.weight != 1.0:
+            found *= self.weight
+        return found.add_(self.bias) if self.bias else found
+
+    def added(
+        self,
+        total: Tensor | None,
+        other: Pairs,
+        readings: Tensor,
+        own: tuple[slice, slice],
+        others: tuple[slice, slice],
+    ) -> Float[Tensor, "J n L m"]:
+        """``total`` plus Σ_ts (a_it · a_js)(δ_it · δ_js), for components and samples of each side."""
+        if self.signal is None or other.signal is None:
+            return self._head(total, readings, range(self.components)[own[0]], range(other.components)[others[0]])
+        one, two = self.signal[own], other.signal[others]
+        (k, n, t, _), (j, m, s, _) = one.shape, two.shape
+        signals = product(one.flatten(0, 2), two.flatten(0, 2))
         if t == s == 1:
-            return signals.mul_(inner)
-        return torch.einsum("itjs,itjs->ij", signals.reshape(n, t, m, s), inner.reshape(n, t, m, s))
-    signals = one.signal.reshape(n * k * t, p) @ two.signal.reshape(m * j * s, p).T
-    if t == s == 1:
-        return signals.reshape(n, k, m, j).mul_(inner[:, None, :, None])
-    return torch.einsum("iktjls,itjs->ikjl", signals.reshape(n, k, t, m, j, s), inner.reshape(n, t, m, s))
+            signals, readings = signals.view(k, n, j, m), readings.view(1, n, 1, m)
+            if total is None:
+                return signals.mul_(readings)
+            return total.addcmul_(signals, readings)
+        signals = signals.view(k, n, t, j, m, s).mul_(readings.view(1, n, t, 1, m, s)).sum(dim=(2, 5))
+        return signals if total is None else total.add_(signals)
 
-
-def _readings(one: Factor, two: Factor) -> Tensor:
-    """a_it · a_js, (n T, m T)."""
-    if isinstance(one, Lookup) and isinstance(two, Lookup):
-        return (one.indices.reshape(-1, 1) == two.indices.reshape(1, -1)).to(one.signal)
-    assert isinstance(one, Outer) and isinstance(two, Outer)
-    return one.activation.flatten(0, 1) @ two.activation.flatten(0, 1).T
-
-
-def _flat(signal: Tensor) -> Tensor:
-    """δ with the components behind each other, (n T, K p): their products then add up over components."""
-    n, k, t, p = signal.shape
-    return signal.transpose(1, 2).reshape(n * t, k * p)
-
-
-def row_products(left: Tensor, right: Tensor, full: bool) -> Tensor:
-    """The same from rows (n, K, size) and (m, K, size)."""
-    (n, k, size), (m, j, _) = left.shape, right.shape
-    if full:
-        return (left.reshape(n * k, size) @ right.reshape(m * j, size).T).reshape(n, k, m, j)
-    return left.reshape(n, k * size) @ right.reshape(m, k * size).T
+    def _head(self, total: Tensor | None, readings: Tensor, own: range, others: range) -> Tensor:
+        """δ_k · δ_l is 1 for k = l and 0 otherwise."""
+        if total is None:
+            total = readings.new_zeros(len(own), readings.shape[0], len(others), readings.shape[1])
+        for j in set(own) & set(others):
+            total[own.index(j), :, others.index(j)].add_(readings, alpha=self.alike)
+        return total
 
 
 def parts(piece: Piece, bytes_per_sample: int) -> Iterator[tuple[slice, Piece]]:
@@ -97,7 +145,7 @@ def parts(piece: Piece, bytes_per_sample: int) -> Iterator[tuple[slice, Piece]]:
     for begin in range(0, length, step):
         end = min(length, begin + step)
         where = slice(piece.where.start + begin * unit, piece.where.start + end * unit)
-        yield where, Piece(where, _part(factor, begin, end))
+        yield where, Piece(where, factor if step == length else _part(factor, begin, end))
 
 
 def _part(factor: Factor, begin: int, end: int) -> Factor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
+from pathkernel.errors import InputError, check
 from pathkernel.functional import ModelFunction
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
@@ -20,7 +22,8 @@ class Engine(ABC):
     Parameters
     ----------
     function
-        The network.
+        The network. In bfloat16 only the factors of matrix products between gradients are rounded to it: passes
+        through the network are float32 then.
     selection
         h, and how its components are combined.
     memory
@@ -30,7 +33,16 @@ class Engine(ABC):
     name: ClassVar[str]
 
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
-        self.function, self.selection, self.memory = function, selection, memory
+        check(
+            function.dtype in (torch.float64, torch.float32, torch.bfloat16),
+            InputError,
+            f"`dtype={function.dtype}` was given",
+            "Kernels are computed in float64, in float32, or in float32 with matrix products of bfloat16 factors",
+            "Write `dtype=torch.float32`",
+        )
+        self.products, self.selection, self.memory = function.dtype, selection, memory
+        # Gradients rounded to 8 bits on their way back would be of no use; their inner products average errors out.
+        self.function = function.converted(torch.float32) if function.dtype == torch.bfloat16 else function
 
     @abstractmethod
     def gram(

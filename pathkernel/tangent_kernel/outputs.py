@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from pathkernel._typing import Loss
+from pathkernel._typing import Loss, PyTree
 from pathkernel.errors import InputError
 from pathkernel.losses import batch_loss
+
+
+class OutputStructure:
+    """How the network returns what kernels see as one vector for each sample; the vector itself until that is known."""
+
+    def __init__(self) -> None:
+        self.shapes: list[torch.Size | None] = []
+        self.tree: Any = None
+
+    def learn(self, returned: PyTree) -> None:
+        """From what the network returned for any batch."""
+        leaves, self.tree = pytree.tree_flatten(returned)
+        floating = [isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves]
+        self.shapes = [leaf.shape[1:] if own else None for leaf, own in zip(leaves, floating, strict=True)]
+
+    def restore(self, outputs: Tensor) -> PyTree:
+        """Outputs (n, C) in the network's own form."""
+        if self.tree is None:
+            return outputs
+        leaves, begin = [], 0
+        for shape in self.shapes:
+            size = 0 if shape is None else shape.numel()
+            leaves.append(None if shape is None else outputs[:, begin : begin + size].reshape(-1, *shape))
+            begin += size
+        return pytree.tree_unflatten(leaves, self.tree)
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,8 @@ class OutputSelection:
         Whether samples are pairs (input, target), the target being h's context.
     identity
         Whether h is the outputs themselves.
+    structure
+        In what form h has its samples' outputs, where that matters (a loss has them as the network returns them).
     """
 
     name: str
@@ -40,6 +68,7 @@ class OutputSelection:
     combine: Literal["sum", "mean", "full"] = "sum"
     with_targets: bool = False
     identity: bool = False
+    structure: OutputStructure | None = field(default=None, compare=False)
 
 
 def select_outputs(outputs: Any, loss: Loss | None = None, reduction: str = "mean") -> OutputSelection:
@@ -67,11 +96,13 @@ def select_outputs(outputs: Any, loss: Loss | None = None, reduction: str = "mea
         return OutputSelection(f"output {outputs}", lambda z, _: z[outputs], True)
     elif outputs == "loss" and loss is not None:
 
-        def loss_of(z: Tensor, target: Any) -> Tensor:
-            targets = torch.utils._pytree.tree_map(lambda leaf: leaf.unsqueeze(0), target)
-            return batch_loss(loss, z.unsqueeze(0), targets, None, reduction)
+        structure = OutputStructure()
 
-        return OutputSelection("loss", loss_of, True, with_targets=True)
+        def loss_of(z: Tensor, target: Any) -> Tensor:
+            targets = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), target)
+            return batch_loss(loss, structure.restore(z.unsqueeze(0)), targets, None, reduction)
+
+        return OutputSelection("loss", loss_of, True, with_targets=True, structure=structure)
     elif callable(outputs):
         name = getattr(outputs, "__name__", type(outputs).__name__)
         return OutputSelection(name, lambda z, _: outputs(z).reshape(-1), False)

@@ -1,30 +1,43 @@
-"""Kernel–vector products without the kernel: K v = J (M (Jᵀ v)), one vjp and one jvp."""
+"""Products with a Jacobian that is never formed: gradients added up, and derivatives along directions."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import vjp, vmap
 
-from pathkernel._typing import PyTree
-from pathkernel.functional import ModelFunction
+from pathkernel._typing import Float, PyTree
+from pathkernel.functional import ModelFunction, push_forward
 from pathkernel.pytrees import blocks, cast_floating, count, take
+from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
 
-def kernel_vector_product(
-    function: ModelFunction,
-    selection: OutputSelection,
-    theta: Tensor,
-    X: PyTree,
-    context: PyTree,
-    v: Tensor,
-    block: int = 256,
-) -> Tensor:
-    """K(X, X) v at θ.
+class JacobianProducts(ABC):
+    r"""The Jacobian J of h at one θ, (n, K, P), as two linear maps.
+
+    Where the kernel is a sum over components, :math:`J_k J_k^\top`, each component c has a direction of its own; for
+    ``"full"`` blocks all components share one.
+    """
+
+    @abstractmethod
+    def pull(self, weights: Tensor, components: slice) -> Float[Tensor, "K D P"]:
+        """Gradients added up: Σ_i v_id ∇h_c(x_i) for c in ``components``, float64.
+
+        ``weights`` is v, (n, D); for full blocks (n, K, D), and the result, (1, D, P), is over all components.
+        """
+
+    @abstractmethod
+    def push(self, directions: Float[Tensor, "K D P"], components: slice) -> Tensor:
+        """Derivatives along directions: Σ_c ⟨∇h_c(x_i), u_cd⟩, float64, (n, D); for full blocks (n, K, D)."""
+
+
+class PlainJacobianProducts(JacobianProducts):
+    """By `torch.func`: a vjp and a jvp for each component and vector. Right for any model; memory O(P).
 
     Parameters
     ----------
@@ -32,47 +45,108 @@ def kernel_vector_product(
         Network, h and θ.
     X, context
         n samples and what h needs of each.
-    v
-        (n,), or (n, K) for full blocks.
     block
         Samples per sweep.
-
-    Returns
-    -------
-    Tensor
-        float64 of v's shape; time of about five forward passes, memory O(P).
     """
-    X = cast_floating(X, function.dtype)
-    v = v.to(function.dtype)
-    full, mean = selection.combine == "full", selection.combine == "mean"
-    layout = function.layout
 
-    def components_of(outputs: Tensor, sample_context: PyTree) -> Tensor:
-        return selection.function(outputs, sample_context).reshape(-1)
+    def __init__(
+        self,
+        function: ModelFunction,
+        selection: OutputSelection,
+        theta: Float[Tensor, " P"],
+        X: PyTree,
+        context: PyTree,
+        block: int = 256,
+    ) -> None:
+        self.function, self.selection, self.context = function, selection, context
+        self.point, self.X = theta.to(function.dtype), cast_floating(X, function.dtype)
+        self.full, self.pieces = selection.combine == "full", list(blocks(count(X), block))
 
-    def outputs(theta: Tensor, piece: slice) -> Tensor:
-        batch = function.batch(layout.unflatten(theta), take(X, piece))
-        return vmap(components_of)(batch, take(context, piece))
+    def _components(self, theta: Tensor, piece: slice) -> Tensor:
+        """h of some samples, (n, K), as a function of θ."""
+        outputs = self.function.batch(self.function.layout.unflatten(theta), take(self.X, piece))
+        return vmap(lambda z, c: self.selection.function(z, c).reshape(-1))(outputs, take(self.context, piece))
 
-    point = theta.to(function.dtype)
-    pieces = list(blocks(count(X), block))
-    with function.running():
-        if full:
-            return _apply(outputs, point, pieces, v)
-        components = outputs(point, slice(0, 1)).shape[1]
-        products = torch.zeros(count(X), dtype=torch.float64)
-        # The trace kernel is a sum over components: each is the kernel of one output.
-        for k in range(components):
-            column = torch.zeros(count(X), components, dtype=v.dtype)
-            column[:, k] = v
-            products += _apply(outputs, point, pieces, column)[:, k]
-        return products / components if mean else products
+    def pull(self, weights: Tensor, components: slice) -> Tensor:
+        """See `JacobianProducts.pull`."""
+        chosen = [None] if self.full else list(range(components.start, components.stop))
+        result = torch.zeros(len(chosen), weights.shape[-1], len(self.point), dtype=torch.float64)
+        with self.function.running():
+            for piece in self.pieces:
+                values, pull_back = vjp(partial(self._components, piece=piece), self.point)[:2]
+                for place, c in enumerate(chosen):
+                    for d in range(weights.shape[-1]):
+                        cotangent = torch.zeros_like(values)
+                        cotangent[:, slice(None) if c is None else c] = weights[piece, ..., d].to(values)
+                        result[place, d] += pull_back(cotangent)[0]
+        return result
+
+    def push(self, directions: Tensor, components: slice) -> Tensor:
+        """See `JacobianProducts.push`."""
+        return torch.cat([self._pushed(directions, components, piece) for piece in self.pieces])
+
+    def _pushed(self, directions: Tensor, components: slice, piece: slice) -> Tensor:
+        function: Callable[[Tensor], Tensor] = partial(self._components, piece=piece)
+        along = directions.to(self.point)
+        with self.function.running():
+            if self.full:
+                return torch.stack([push_forward(function, self.point, u).double() for u in along[0]], dim=-1)
+            chosen = range(components.start, components.stop)
+            return torch.stack(
+                [
+                    sum(push_forward(function, self.point, along[i, d])[:, c].double() for i, c in enumerate(chosen))  # type: ignore[misc]
+                    for d in range(along.shape[1])
+                ],
+                dim=-1,
+            )
 
 
-def _apply(outputs: Callable[..., Tensor], point: Tensor, pieces: list[slice], v: Tensor) -> Tensor:
-    direction = torch.zeros_like(point)
-    for piece in pieces:
-        pull_back = vjp(partial(outputs, piece=piece), point)[1]
-        direction += pull_back(v[piece])[0]
-    pushed = [jvp(partial(outputs, piece=piece), (point,), (direction,))[1] for piece in pieces]
-    return torch.cat(pushed).double()
+class ProductsEngine(Engine):
+    """A kernel matrix by kernel–vector products, one column at a time.
+
+    For each column the gradient of one sample and then a jvp of all, for each component: time O(m K n · forward),
+    memory O(P). The slowest way to a matrix, and the one that shares the least with the others.
+    """
+
+    name = "products"
+
+    def _jacobian(self, theta: Tensor, X: PyTree, context: PyTree) -> PlainJacobianProducts:
+        return PlainJacobianProducts(self.function, self.selection, theta, X, context)
+
+    def _directions(self, theta: Tensor, X: PyTree, context: PyTree, i: int) -> tuple[Tensor, slice]:
+        """Gradients of sample i, (K, 1, P), or for full blocks (1, K, P), and all components."""
+        one, own = take(X, slice(i, i + 1)), take(context, slice(i, i + 1))
+        z = self.function.outputs(theta, one)[0]
+        k = self.selection.function(z, take(own, 0)).numel()
+        weights = torch.eye(k)[None] if self.selection.combine == "full" else torch.ones(1, 1)
+        return self._jacobian(theta, one, own).pull(weights, slice(0, k)), slice(0, k)
+
+    def gram(
+        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, diagonal: Tensor | None
+    ) -> Tensor:
+        """K(X, Y), column by column."""
+        columns, context = (X, context_X) if Y is None else (Y, context_Y)
+        jacobian, found = self._jacobian(theta, X, context_X), []
+        for j in range(count(columns)):
+            directions, components = self._directions(theta, columns, context, j)
+            directions = directions if diagonal is None else directions * diagonal.double()
+            column = jacobian.push(directions, components)
+            found.append(column / components.stop if self.selection.combine == "mean" else column)
+        if self.selection.combine == "full":
+            result = torch.stack(found, dim=1)
+            return result if Y is not None else (result + result.permute(1, 0, 3, 2)) / 2
+        result = torch.cat(found, dim=1)
+        return result if Y is not None else (result + result.T) / 2
+
+    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> Tensor:
+        """K(x, x), from the gradients of one sample at a time."""
+        found = []
+        for i in range(count(X)):
+            directions, components = self._directions(theta, X, context, i)
+            weighted = directions if diagonal is None else directions * diagonal.double()
+            if self.selection.combine == "full":
+                found.append(weighted[0] @ directions[0].T)
+            else:
+                squared = (weighted * directions).sum()
+                found.append(squared / components.stop if self.selection.combine == "mean" else squared)
+        return torch.stack(found)

@@ -9,29 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.errors import InputError, ModelMismatchError, check
+from pathkernel.errors import InputError, check
 from pathkernel.functional import ModelFunction
-from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
-from pathkernel.pytrees import as_tensors, cast_floating, count, memory_bytes
-from pathkernel.tangent_kernel.engine import Engine
-from pathkernel.tangent_kernel.jacobian import JacobianEngine
-from pathkernel.tangent_kernel.layerwise import LayerwiseEngine
+from pathkernel.parameters import ParameterLayout, constants_of
+from pathkernel.pytrees import as_tensors, cast_floating, count, take
+from pathkernel.tangent_kernel.choice import EngineValue, make_engine
+from pathkernel.tangent_kernel.cost import CostRow
+from pathkernel.tangent_kernel.explanation import cost_rows, describe, precision
+from pathkernel.tangent_kernel.filters import ParameterFilter, chosen_parameters
+from pathkernel.tangent_kernel.operators import KernelOperator, Point
 from pathkernel.tangent_kernel.outputs import OutputSelection, select_outputs
-from pathkernel.tangent_kernel.products import kernel_vector_product
-
-ENGINES: dict[str, type[Engine]] = {"auto": LayerwiseEngine, "layerwise": LayerwiseEngine, "jacobian": JacobianEngine}
-
-
-def make_engine(engine: str, function: ModelFunction, selection: OutputSelection, memory: int | str) -> Engine:
-    """The engine of that name, or the best one for ``"auto"``."""
-    check(
-        engine in ENGINES,
-        InputError,
-        f"`engine={engine!r}` was given",
-        f"Engines are {', '.join(map(repr, ENGINES))}",
-        'Write `engine="auto"`',
-    )
-    return ENGINES[engine](function, selection, memory_bytes(memory))
 
 
 def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype) -> tuple[PyTree, PyTree]:
@@ -49,6 +36,14 @@ def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype) -> 
     return inputs, torch.zeros(count(inputs), 0)
 
 
+def learn_structure(selection: OutputSelection, function: ModelFunction, theta: Tensor, inputs: PyTree) -> None:
+    """Tell a loss in what form the network returns its outputs, from one sample."""
+    if selection.structure is not None and selection.structure.tree is None:
+        with torch.no_grad(), function.running():
+            one = cast_floating(take(inputs, slice(0, 1)), function.dtype)
+            selection.structure.learn(function.call(function.parameters(theta), one))
+
+
 class TangentKernel:
     r"""Empirical neural tangent kernel at one θ.
 
@@ -59,17 +54,22 @@ class TangentKernel:
     model
         Any module that treats samples independently; evaluated in eval mode, in blocks through `torch.func`.
     parameters
-        θ by name, all or some of the model's parameters; by default the trainable ones at their present values. The
-        kernel keeps copies: later training does not change it.
+        θ by name, all or some of the model's parameters; or which of the trainable ones make up θ, at their present
+        values: a name or glob (``"layers.*.weight"``), a list of them, or a callable ``(name, parameter) -> bool``;
+        by default all of them. The rest, and what is frozen, are constants and cost nothing. The kernel keeps copies:
+        later training does not change it.
     outputs
         ``"trace"`` (default), ``"mean"``, ``"sum"``, an index, ``"full"``, ``"loss"`` or a callable; see
         `pathkernel.tangent_kernel.outputs.select_outputs`.
     engine
-        ``"auto"`` or ``"jacobian"``.
+        ``"auto"`` (default), ``"layerwise"``, ``"jacobian"`` (rows of gradients by `torch.func`), ``"products"`` (one
+        column at a time), or a value that makes an engine, such as a projection; see `explain`.
     memory
-        Budget for intermediate rows, as bytes or text.
+        Budget for what is held at once beside inputs and result, as bytes or text.
     dtype
-        Floating type of the arithmetic, by default the parameters'. Sums over blocks are float64.
+        Floating type of passes and products, by default the parameters': ``torch.float64``, ``torch.float32``, or
+        ``torch.bfloat16`` for passes in float32 and products of factors rounded to bfloat16, twice as fast at errors
+        of some 1e-4. The matrix itself is float64 in each case.
     loss
         ``(output, target)``, for ``outputs="loss"``.
 
@@ -88,20 +88,32 @@ class TangentKernel:
     def __init__(
         self,
         model: nn.Module,
-        parameters: Parameters | None = None,
+        parameters: Parameters | ParameterFilter | None = None,
         *,
         outputs: Any = "trace",
-        engine: str = "auto",
+        engine: str | EngineValue = "auto",
         memory: int | str = "1GB",
         dtype: torch.dtype | None = None,
         loss: Loss | None = None,
     ) -> None:
-        chosen = _chosen_parameters(model, parameters)
+        chosen = chosen_parameters(model, parameters)
         layout = ParameterLayout.of(chosen)
         self.theta = layout.flatten({name: p.detach() for name, p in chosen.items()})
         function = ModelFunction(model, layout, constants_of(model, layout), dtype or self.theta.dtype)
         self.selection = select_outputs(outputs, loss)
-        self.function, self.engine = function, make_engine(engine, function, self.selection, memory)
+        self.engine = make_engine(engine, function, self.selection, memory)
+        self.function = self.engine.function
+        self._left_out = {
+            name: "not among `parameters`" if p.requires_grad else "frozen"
+            for name, p in model.named_parameters()
+            if name not in chosen
+        }
+
+    def _samples(self, X: PyTree) -> tuple[PyTree, PyTree]:
+        """Inputs and context; a loss is told in what form the network returns its outputs."""
+        x, context = split_samples(X, self.selection, self.function.dtype)
+        learn_structure(self.selection, self.function, self.theta, x)
+        return x, context
 
     def __call__(self, X: PyTree, Y: PyTree | None = None) -> np.ndarray:
         """Kernel matrix.
@@ -117,69 +129,88 @@ class TangentKernel:
         numpy.ndarray
             float64 (n, m), or (n, m, C, C) for ``outputs="full"``.
         """
-        x, context_x = split_samples(X, self.selection, self.function.dtype)
+        x, context_x = self._samples(X)
         if Y is None or Y is X:
             return self.engine.gram(self.theta, x, None, context_x, None, None).numpy()
-        y, context_y = split_samples(Y, self.selection, self.function.dtype)
+        y, context_y = self._samples(Y)
         return self.engine.gram(self.theta, x, y, context_x, context_y, None).numpy()
 
     def diagonal(self, X: PyTree) -> np.ndarray:
         """K(x, x) for every sample: (n,), or (n, C, C) for ``outputs="full"``."""
-        x, context = split_samples(X, self.selection, self.function.dtype)
+        x, context = self._samples(X)
         return self.engine.diagonal(self.theta, x, context, None).numpy()
 
     def matvec(self, X: PyTree, v: np.ndarray | Tensor) -> np.ndarray:
-        """K(X, X) v without the matrix, v (n,), or (n, C) for ``outputs="full"``."""
-        x, context = split_samples(X, self.selection, self.function.dtype)
-        vector = torch.as_tensor(v)
+        """K(X, X) v without the matrix, v (n,), or (n, C) for ``outputs="full"``.
+
+        For many products at the same samples, see `operator`.
+        """
+        n, vector = count(self._samples(X)[0]), np.asarray(v, dtype=np.float64)
         check(
-            vector.shape[:1] == (count(x),) and vector.dim() == (2 if self.selection.combine == "full" else 1),
+            vector.shape[:1] == (n,) and vector.ndim == (2 if self.selection.combine == "full" else 1),
             InputError,
-            f"`matvec` was given {count(x)} samples and a vector of shape {tuple(vector.shape)}",
+            f"`matvec` was given {n} samples and a vector of shape {tuple(vector.shape)}",
             "The vector has one entry for each row of the kernel matrix",
             "Pass v of shape (n,), or (n, C) for `outputs='full'`",
         )
-        return kernel_vector_product(self.function, self.selection, self.theta, x, context, vector).numpy()
+        return self.operator(X).matvec(vector.reshape(-1)).reshape(vector.shape)
 
-    def explain(self) -> str:
-        """Which engine computes this kernel, in which precision, under which budget."""
-        return (
+    def operator(self, X: PyTree, Y: PyTree | None = None) -> KernelOperator:
+        """K(X, Y) as a linear operator that is never formed, for `scipy.sparse.linalg`.
+
+        Parameters
+        ----------
+        X, Y
+            n and m samples; Y None stands for X.
+
+        Returns
+        -------
+        KernelOperator
+            float64 (n, m), or (n C, m C) for ``outputs="full"``; symmetric for Y None.
+        """
+        x, y = self._samples(X), None if Y is None or Y is X else self._samples(Y)
+        return KernelOperator([Point(self.theta)], lambda _: self.engine, x, y)
+
+    def cost(self, X: PyTree, n: int | None = None, m: int | None = None) -> list[CostRow]:
+        """What an (n, m) matrix costs on every engine, layer by layer, before it is computed.
+
+        Parameters
+        ----------
+        X
+            Samples like those of the matrix; the first few are passed through the network.
+        n, m
+            Rows and columns; n None for as many as X has, m None for the symmetric (n, n).
+
+        Returns
+        -------
+        list of CostRow
+            ``engine``, ``layer``, ``way``, ``flops``, ``bytes``, ``peak_bytes``, ``seconds``, ``reason``; an engine's
+            rows add up to its cost.
+        """
+        x, context = self._samples(X)
+        return cost_rows(self.engine, self.theta, x, context, count(x) if n is None else n, m)
+
+    def explain(self, X: PyTree | None = None, n: int | None = None, m: int | None = None) -> str:
+        """Which engine computes this kernel, in which precision, under which budget; given samples, at what cost.
+
+        Parameters
+        ----------
+        X, n, m
+            As for `cost`: with samples, the table of costs is added, layer by layer, with the way taken and why.
+        """
+        head = (
             f"TangentKernel of {self.selection.name!r}: P = {self.function.layout.size} parameters, "
-            f"engine {self.engine.name!r}, {str(self.function.dtype).removeprefix('torch.')} products accumulated in "
-            f"float64, memory budget {self.engine.memory / 1e6:.0f} MB"
+            f"engine {self.engine.name!r}, {precision(self.engine)}, "
+            f"memory budget {self.engine.memory / 1e6:.0f} MB"
         )
+        if X is None:
+            return head
+        x, context = self._samples(X)
+        table = describe(self.engine, self.theta, x, context, count(x) if n is None else n, m, self._left_out)
+        return f"{head}\n{table}"
 
     def __repr__(self) -> str:
         return f"<{self.explain()}>"
 
     def __sklearn_clone__(self) -> TangentKernel:
         return self
-
-
-def _chosen_parameters(model: nn.Module, parameters: Parameters | None) -> Parameters:
-    """The parameters that make up θ, checked against the model's."""
-    own = dict(model.named_parameters())
-    if parameters is None:
-        chosen: Parameters = named_trainable(model)
-    else:
-        chosen = parameters
-    wrong = [
-        f"`{name}` {tuple(p.shape)}" for name, p in chosen.items() if name not in own or own[name].shape != p.shape
-    ]
-    check(
-        not wrong,
-        ModelMismatchError,
-        f"`parameters` holds {', '.join(wrong)}",
-        "Names and shapes must be those of `model.named_parameters()`",
-        "Pass `parameters=trajectory.parameters(s)` of this very model",
-    )
-    check(
-        len(chosen) > 0,
-        InputError,
-        "The model has no trainable parameters",
-        "A tangent kernel is made of gradients in the parameters",
-        "Set `requires_grad_(True)` on some, or name them in `parameters`",
-    )
-    return chosen
-
-

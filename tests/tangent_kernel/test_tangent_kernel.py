@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 import pathkernel as pk
 from pathkernel import reference
-from pathkernel.tangent_kernel.products import kernel_vector_product
+from pathkernel.errors import InputError
+from pathkernel.tangent_kernel.engine import Engine
+from pathkernel.tangent_kernel.jacobian import JacobianEngine
 
 DOUBLE, SINGLE = TOLERANCES[torch.float64], TOLERANCES[torch.float32]
 
@@ -61,24 +63,39 @@ def test_against_the_oracle(model: str, outputs) -> None:
     assert symmetric.dtype == np.float64
 
 
-@pytest.mark.parametrize(
-    "outputs",
-    ["trace", "mean", "sum", "full", 1, torch.square],
-    ids=["trace", "mean", "sum", "full", "1", "callable"],  # a callable's address would differ between processes
-)
-@pytest.mark.parametrize("block", [1, 3, 256])
-def test_products_with_vectors(outputs, block: int) -> None:
-    module, X = make_model(), make_inputs(5)
-    kernel = pk.TangentKernel(module, outputs=outputs)
-    v = torch.randn(5, 3, generator=generator(0), dtype=torch.float64)
-    K = kernel(X)
-    if outputs == "full":
-        close(kernel.matvec(X, v), np.einsum("nmcd,md->nc", K, v))
-    else:
-        close(kernel.matvec(X, v[:, 0].numpy()), K @ v[:, 0].numpy())
-    w = v if outputs == "full" else v[:, 0]
-    arguments = (kernel.function, kernel.selection, kernel.theta, X, torch.zeros(5, 0), w)
-    close(kernel_vector_product(*arguments, block=block), kernel.matvec(X, w))
+@pytest.mark.parametrize("engine", ["layerwise", "jacobian", "products"])
+@pytest.mark.parametrize("outputs", REDUCTIONS, ids=str)
+def test_every_engine_against_the_oracle(outputs, engine: str) -> None:
+    module, X, Y = make_model("layer_norm"), make_inputs(4), make_inputs(3, seed=2)
+    kernel, reduce = pk.TangentKernel(module, outputs=outputs, engine=engine), REDUCTIONS[outputs]
+    symmetric = kernel(X)
+    close(symmetric, reduce(oracle(module, X)))
+    close(kernel(X, Y), reduce(oracle(module, X, Y)))
+    diagonal = np.arange(len(X))
+    close(kernel.diagonal(X), symmetric[diagonal, diagonal])
+    np.testing.assert_array_equal(symmetric, symmetric.transpose(1, 0, 3, 2) if outputs == "full" else symmetric.T)
+    assert kernel.engine.name == engine
+
+
+def test_any_value_that_makes_an_engine() -> None:
+    class Doubled(Engine):
+        name = "doubled"
+
+        def gram(self, theta, X, Y, context_X, context_Y, diagonal):
+            plain = JacobianEngine(self.function, self.selection, self.memory)
+            return 2 * plain.gram(theta, X, Y, context_X, context_Y, diagonal)
+
+        def diagonal(self, theta, X, context, diagonal):
+            raise NotImplementedError
+
+    class Value:
+        def engine(self, function, selection, memory):
+            return Doubled(function, selection, memory)
+
+    module, X = make_model(), make_inputs(4)
+    kernel = pk.TangentKernel(module, engine=Value(), memory="3 MB")
+    close(kernel(X), 2 * REDUCTIONS["trace"](oracle(module, X)))
+    assert kernel.engine.memory == 3_000_000 and "'doubled'" in repr(kernel)
 
 
 def test_any_function_of_the_outputs() -> None:
@@ -106,6 +123,39 @@ def test_the_kernel_of_losses(loss: str) -> None:
     close(kernel.diagonal((X, y)), (rows**2).sum(dim=1))
     v = torch.randn(n, generator=generator(1), dtype=torch.float64)
     close(kernel.matvec((X, y), v), rows @ rows.T @ v)
+
+
+class Tokens(nn.Module):
+    """Two outputs of different forms: scores of every token, and one number in a dict."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        self.inner, self.plain = nn.Linear(3, 4), plain
+
+    def forward(self, x: Tensor) -> Any:
+        scores = self.inner(x).tanh()
+        return scores if self.plain else {"scores": scores, "length": x.sum(dim=(1, 2))}
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_loss_sees_outputs_as_the_network_returns_them(plain: bool) -> None:
+    def loss(output: Any, target: Tensor) -> Tensor:
+        scores = output if plain else output["scores"] + output["length"][:, None, None]
+        return nn.functional.cross_entropy(scores.flatten(0, 1), target.flatten())
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = Tokens(plain).double()
+    X, y = make_inputs(4, (5, 3)), torch.randint(4, (4, 5), generator=generator(5))
+    rows = []
+    for x, target in zip(X, y, strict=True):
+        gradients = torch.autograd.grad(loss(module(x[None]), target[None]), list(module.parameters()))
+        rows.append(torch.cat([g.reshape(-1) for g in gradients]))
+    G = torch.stack(rows)
+    for engine in ("auto", "jacobian"):
+        kernel = pk.TangentKernel(module, outputs="loss", loss=loss, engine=engine)
+        close(kernel((X, y)), G @ G.T)
+        close(kernel.matvec((X, y), np.ones(4)), (G @ G.T).sum(dim=1))
 
 
 @settings(max_examples=12)
@@ -149,6 +199,66 @@ def test_parameters_can_be_chosen_and_given_other_values() -> None:
     close(pk.TangentKernel(module, others)(X), expected)
     parts = [pk.TangentKernel(module, {name: p.detach()})(X) for name, p in module.named_parameters()]
     close(sum(parts), pk.TangentKernel(module)(X))
+
+
+def test_parameters_can_be_chosen_by_name_and_by_pattern() -> None:
+    module, X = make_model("layer_norm"), make_inputs(4)
+    chosen = {
+        "0.weight": ["0.weight"],
+        "*.weight": ["0.weight", "1.weight", "3.weight"],
+        ("3.*", "0.bias"): ["0.bias", "3.weight", "3.bias"],
+        "[!1].*": ["0.weight", "0.bias", "3.weight", "3.bias"],
+    }
+    for pattern, names in chosen.items():
+        kernel = pk.TangentKernel(module, list(pattern) if isinstance(pattern, tuple) else pattern)
+        assert kernel.function.layout.names == tuple(names)
+        close(kernel(X), pk.TangentKernel(module, {name: values(module)[name] for name in names})(X))
+    matrices = pk.TangentKernel(module, lambda name, p: p.dim() == 2)
+    assert matrices.function.layout.names == ("0.weight", "3.weight")
+    module[0].weight.requires_grad_(False)
+    assert pk.TangentKernel(module, "*.weight").function.layout.names == ("1.weight", "3.weight")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "found"),
+    [
+        ("5.*", "`parameters` has '5.*', which matches no trainable parameter."),
+        (["2.*", "o.*", "x"], "`parameters` has 'o.*', 'x', which matches no trainable parameter."),
+        ("0.*", "`parameters` has '0.*', which matches no trainable parameter (only frozen ones: 0.weight, 0.bias)."),
+        ([], "`parameters` has no pattern, which matches no trainable parameter."),
+        (lambda name, p: False, "`parameters` said no to each of 2 trainable parameters."),
+    ],
+)
+def test_a_choice_of_nothing_is_refused(parameters, found: str) -> None:
+    module = make_model()
+    module[0].requires_grad_(False)
+    with pytest.raises(InputError) as caught:
+        pk.TangentKernel(module, parameters)
+    assert str(caught.value).startswith(found)
+    assert "2.weight" in str(caught.value)
+
+
+def test_products_in_bfloat16() -> None:
+    """Passes in float32, so that only the factors of products are rounded: to 8 bits, 2⁻⁹ each."""
+    module, X = make_model("relu", dtype=torch.float32), make_inputs(40, dtype=torch.float32)
+    kernel = pk.TangentKernel(module, dtype=torch.bfloat16, engine="layerwise")
+    expected, found = pk.TangentKernel(module)(X), kernel(X)
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 1e-6 < error < 4e-3
+    np.testing.assert_array_equal(found, found.T)
+    assert "passes in float32, products in bfloat16, sums in float32, matrix in float64" in kernel.explain()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.complex64], ids=str)
+def test_other_floating_types_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match=rf"`dtype={dtype}` was given\. .* Write `dtype=torch.float32`\."):
+        pk.TangentKernel(make_model(), dtype=dtype)
+
+
+@pytest.mark.parametrize("engine", ["fastest", None, 3])
+def test_other_engines_are_refused(engine) -> None:
+    with pytest.raises(InputError, match="Engines are 'auto', 'layerwise', 'jacobian', 'products', or a value"):
+        pk.TangentKernel(make_model(), engine=engine)
 
 
 def test_later_training_does_not_change_a_kernel() -> None:
@@ -249,7 +359,7 @@ def test_the_machine_of_recurrent_and_attentive_networks(make, dtype: torch.dtyp
 def test_it_says_how_it_is_computed() -> None:
     kernel = pk.TangentKernel(make_model(), outputs=1, memory="2 MiB")
     assert kernel.explain() == (
-        "TangentKernel of 'output 1': P = 43 parameters, engine 'jacobian', float64 products accumulated in float64, "
-        "memory budget 2 MB"
+        "TangentKernel of 'output 1': P = 43 parameters, engine 'auto', passes in float64, products in float64, "
+        "sums in float64, matrix in float64, memory budget 2 MB"
     )
     assert repr(kernel) == f"<{kernel.explain()}>"

@@ -1,0 +1,49 @@
+"""The matrix product X Yᵀ, and memory for large results."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pathkernel._typing import Float
+
+HUGE = 1 << 22
+"""Bytes from which an array is large."""
+
+
+def product(left: Float[Tensor, "n k"], right: Float[Tensor, "m k"]) -> Float[Tensor, "n m"]:
+    """X Yᵀ; in float32 on the CPU by oneDNN where torch has it, faster by 5 – 40 % than MKL.
+
+    bfloat16 factors give a float32 result, rounded to bfloat16.
+    """
+    if left.dtype == torch.float32 and left.is_cpu and left.numel() and right.numel() and _has_onednn():
+        # Of anything but contiguous rows it makes a thousand times slower work.
+        factors = left.contiguous(), right.contiguous()
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(*factors, None, "none", [], None)
+        return result
+    found = left @ right.T
+    return found.float() if found.dtype == torch.bfloat16 else found
+
+
+@cache
+def _has_onednn() -> bool:
+    """Whether oneDNN's product can be called (torch exposes it to its compiler), and is right."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x = torch.arange(12.0).reshape(3, 4)
+    try:
+        found = torch.ops.mkldnn._linear_pointwise(x, x[:2], None, "none", [], None)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(found, x @ x[:2].T)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for an array; numpy asks for large pages, which are several times faster to touch for the first time."""
+    count, types = int(np.prod(shape)), {torch.float32: np.float32, torch.float64: np.float64}
+    if dtype not in types or count * dtype.itemsize < HUGE:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(np.empty(shape, dtype=types[dtype]))

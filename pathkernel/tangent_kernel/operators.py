@@ -1,0 +1,260 @@
+"""Kernels as linear operators: K v at sizes where K itself does not fit, for iterative solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from pathkernel._typing import Float, PyTree
+from pathkernel.pytrees import count, take
+from pathkernel.tangent_kernel.engine import Engine
+from pathkernel.tangent_kernel.layer_products import LayerJacobianProducts
+from pathkernel.tangent_kernel.layerwise import LayerwiseEngine
+from pathkernel.tangent_kernel.products import JacobianProducts, PlainJacobianProducts
+from pathkernel.tangent_kernel.projection import ProjectionEngine
+
+Samples = tuple[PyTree, PyTree]
+"""Inputs, and what h needs of each of them."""
+
+
+class Term(Protocol):
+    r"""One tangent kernel of a sum, :math:`w\, J(\theta)\, \mathrm{diag}(d)\, J(\theta)^\top`."""
+
+    @property
+    def theta(self) -> Tensor:
+        """θ, (P,)."""
+
+    @property
+    def weight(self) -> float:
+        """w."""
+
+    @property
+    def diagonal(self) -> Tensor | None:
+        """d, (P,), or None for the identity."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A tangent kernel by itself.
+
+    Attributes
+    ----------
+    theta, weight, diagonal
+        See `Term`.
+    """
+
+    theta: Tensor
+    weight: float = 1.0
+    diagonal: Tensor | None = None
+
+
+class FeatureProducts(JacobianProducts):
+    """Sketched gradients in place of gradients: φ, with M inside, in ``dim`` dimensions in place of P.
+
+    Parameters
+    ----------
+    engine, term
+        The engine of sketches; θ and d.
+    samples
+        n samples and what h needs of each.
+    memory
+        Bytes that may be held between products.
+    """
+
+    def __init__(self, engine: ProjectionEngine, term: Term, samples: Samples, memory: int) -> None:
+        self.engine, self.term, self.samples = engine, term, samples
+        self.holds = count(samples[0]) * engine.projection.dim * 8 <= memory
+        self._held: Tensor | None = None
+
+    def _features(self) -> Tensor:
+        if self._held is not None:
+            return self._held
+        features = self.engine.features(self.term.theta, *self.samples, self.term.diagonal)
+        if self.engine.selection.combine == "mean":  # φ has the mean in it already, and is asked for the sum
+            features = features * features.new_tensor(self._components()).sqrt()
+        self._held = features if self.holds else None
+        return features
+
+    def _components(self) -> int:
+        return number_of_components(self.engine, self.term.theta, *self.samples)
+
+    def pull(self, weights: Tensor, components: slice) -> Tensor:
+        """Σ_i v_id φ(x_i), (1, D, dim): a sketch is of all components at once."""
+        features = self._features()
+        return (weights.flatten(0, -2).T @ features.flatten(0, -2)).unsqueeze(0)
+
+    def push(self, directions: Tensor, components: slice) -> Tensor:
+        """φ(x_i) · u_d."""
+        return self._features() @ directions[0].T
+
+
+class KernelProducts:
+    r"""Products of one tangent kernel with vectors, :math:`J_X\, \mathrm{diag}(d)\, J_Y^\top V`.
+
+    Layer by layer under the layer-wise engine, with the parameters that it does not cover by `torch.func`; by features
+    under a projection; wholly by `torch.func` under any other.
+
+    Parameters
+    ----------
+    engine
+        Engine of the kernel.
+    term
+        θ, weight, and d.
+    X, Y
+        n rows and m columns; Y None stands for X.
+    components
+        K, numbers that h has.
+    memory
+        Bytes of activations and signals that may be kept between products.
+
+    Notes
+    -----
+    Time of a product with D vectors: O((n + m) K D Σ_layers T p q) in matrix products, after passes over the samples
+    that are made once where their activations and signals fit into ``memory``, and for every product otherwise.
+    """
+
+    def __init__(
+        self, engine: Engine, term: Term, X: Samples, Y: Samples | None, components: int, memory: int
+    ) -> None:
+        self.term, self.components = term, components
+        self.full, self.mean = engine.selection.combine == "full", engine.selection.combine == "mean"
+        self.parts: list[tuple[JacobianProducts, JacobianProducts, Tensor | None, int]] = []
+        self.memory, theta, share = engine.memory, term.theta, memory if Y is None else memory // 2
+        if isinstance(engine, ProjectionEngine):
+            features = [FeatureProducts(engine, term, s, share) for s in (X, Y) if s is not None]
+            self.parts.append((features[0], features[-1], None, engine.projection.dim))
+            return
+        if not isinstance(engine, LayerwiseEngine):
+            everything = torch.arange(len(theta))
+            self._add(everything, *(_plain(engine, theta, samples) for samples in (X, Y) if samples is not None))
+            return
+        layers = [LayerJacobianProducts(engine, theta, *s, share) for s in (X, Y) if s is not None]
+        self._add(torch.arange(len(theta)), *layers)
+        rest = engine._plain_engine(theta)
+        if rest is not None:
+            own, values, where = rest
+            self._add(where, *(_plain(own, values, samples) for samples in (X, Y) if samples is not None))
+
+    def _add(self, where: Tensor, rows: JacobianProducts, columns: JacobianProducts | None = None) -> None:
+        """The Jacobians of some of the parameters."""
+        diagonal = None if self.term.diagonal is None else self.term.diagonal[where].double()
+        self.parts.append((rows, columns or rows, diagonal, len(where)))
+
+    @property
+    def holds(self) -> bool:
+        """Whether activations and signals, or features, are kept from one product to the next."""
+        return any(getattr(rows, "holds", False) for rows, *_ in self.parts)
+
+    def __call__(self, V: Tensor, transposed: bool = False) -> Tensor:
+        """K V, or Kᵀ V, float64: V (m, D) → (n, D), for full blocks (m, K, D) → (n, K, D)."""
+        total: Tensor | None = None
+        for rows, columns, diagonal, size in self.parts:
+            left, right = (columns, rows) if transposed else (rows, columns)
+            # Directions are numbers of P × components × vectors in float64 and once more in the working precision.
+            at_once = max(1, self.memory // (48 * size))
+            for c in self._components_at_once(at_once):
+                results = []
+                width = max(1, at_once // (1 if self.full else c.stop - c.start))
+                for vectors in V.split(width, dim=-1):
+                    directions = right.pull(vectors, c)
+                    results.append(left.push(directions if diagonal is None else directions * diagonal, c))
+                own = torch.cat(results, dim=-1)
+                total = own if total is None else total.add_(own)
+        assert total is not None
+        return total * (self.term.weight / (self.components if self.mean else 1))
+
+    def _components_at_once(self, at_once: int) -> list[slice]:
+        together = self.full or any(isinstance(rows, FeatureProducts) for rows, *_ in self.parts)
+        step = self.components if together else min(self.components, at_once)
+        return [slice(c, min(self.components, c + step)) for c in range(0, self.components, step)]
+
+
+def _plain(engine: Engine, theta: Tensor, samples: Samples) -> PlainJacobianProducts:
+    return PlainJacobianProducts(engine.function, engine.selection, theta, *samples)
+
+
+def number_of_components(engine: Engine, theta: Tensor, X: PyTree, context: PyTree) -> int:
+    """K, the numbers that h has of one sample."""
+    z = engine.function.outputs(theta, take(X, slice(0, 1)))[0]
+    return engine.selection.function(z, take(context, 0)).numel()
+
+
+class KernelOperator(LinearOperator):
+    r"""A sum of tangent kernels, :math:`\sum_s w_s J_s\, \mathrm{diag}(d_s) J_s^\top`, as a scipy operator.
+
+    What `scipy.sparse.linalg.cg`, ``eigsh``, ``lobpcg`` and ``svds`` take: shape (n, m), or (n K, m K) for full
+    blocks; float64; products with one vector or several at once. Of the samples with themselves it is symmetric and
+    positive semi-definite (to the rounding of the kernel's floating type).
+
+    Parameters
+    ----------
+    terms
+        Points of the path with their weights.
+    engine_at
+        The engine for a term.
+    X, Y
+        n rows and m columns; Y None stands for X.
+    memory
+        Bytes of activations and signals that may be kept between products, over all terms.
+
+    Examples
+    --------
+    >>> import torch, pathkernel as pk
+    >>> from scipy.sparse.linalg import eigsh
+    >>> K = pk.TangentKernel(torch.nn.Linear(2, 1)).operator(torch.eye(2))
+    >>> eigsh(K, k=1, return_eigenvectors=False).round(4).tolist()  # of [[2, 1], [1, 2]]
+    [3.0]
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        engine_at: Callable[[Term], Engine],
+        X: Samples,
+        Y: Samples | None = None,
+        memory: int | None = None,
+    ) -> None:
+        self.terms, self.engine_at, self.X, self.Y = terms, engine_at, X, Y
+        engine = engine_at(terms[0])
+        self.memory = (engine.memory if memory is None else memory) // len(terms)
+        self.components = number_of_components(engine, terms[0].theta, *X)
+        self.inner = self.components if engine.selection.combine == "full" else 0
+        n, m = count(X[0]), count(X[0] if Y is None else Y[0])
+        super().__init__(np.float64, (n * max(1, self.inner), m * max(1, self.inner)))
+        self._kept: dict[int, KernelProducts] = {}
+
+    def _products(self, index: int) -> KernelProducts:
+        """Products of one term; kept where they hold activations and signals."""
+        if index in self._kept:
+            return self._kept[index]
+        term = self.terms[index]
+        made = KernelProducts(self.engine_at(term), term, self.X, self.Y, self.components, self.memory)
+        if made.holds:
+            self._kept[index] = made
+        return made
+
+    def apply(self, V: Float[np.ndarray, "columns D"], transposed: bool = False) -> Float[np.ndarray, "rows D"]:
+        """K V, or Kᵀ V."""
+        vectors = torch.tensor(np.asarray(V), dtype=torch.float64)
+        if self.inner:
+            vectors = vectors.reshape(-1, self.inner, vectors.shape[1])
+        products = [self._products(index)(vectors, transposed) for index in range(len(self.terms))]
+        return torch.stack(products).sum(dim=0).flatten(0, -2).numpy()
+
+    def _matmat(self, V: np.ndarray) -> np.ndarray:
+        return self.apply(V)
+
+    def _rmatmat(self, V: np.ndarray) -> np.ndarray:
+        return self.apply(V, transposed=self.Y is not None)
+
+    def _matvec(self, v: np.ndarray) -> np.ndarray:
+        return self.apply(np.asarray(v).reshape(-1, 1)).reshape(-1)
+
+    def _rmatvec(self, v: np.ndarray) -> np.ndarray:
+        return self._rmatmat(np.asarray(v).reshape(-1, 1)).reshape(-1)
