@@ -24,11 +24,23 @@ if TYPE_CHECKING:
     from pathkernel.quadrature import Trapezoid as Trapezoid
     from pathkernel.recording.indexed import IndexedDataset as IndexedDataset
     from pathkernel.recording.recorder import KernelRecorder as KernelRecorder
+    from pathkernel.streaming import StreamingGram as StreamingGram
+    from pathkernel.streaming import StreamingShares as StreamingShares
     from pathkernel.tangent_kernel.tangent_kernel import TangentKernel as TangentKernel
+    from pathkernel.trajectory.disk import DiskStore as DiskStore
+    from pathkernel.trajectory.schedule import Schedule as Schedule
+    from pathkernel.trajectory.schedule import StepObserver as StepObserver
+    from pathkernel.trajectory.schedule import Streaming as Streaming
     from pathkernel.trajectory.trajectory import Trajectory as Trajectory
     from pathkernel.update_rules.rule import UpdateRule as UpdateRule
 
 _HOMES = {
+    "StreamingGram": "streaming",
+    "StreamingShares": "streaming",
+    "DiskStore": "trajectory.disk",
+    "StepObserver": "trajectory.schedule",
+    "Streaming": "trajectory.schedule",
+    "Schedule": "trajectory.schedule",
     "Adaptive": "quadrature",
     "Attributions": "attributions",
     "DiscreteGradient": "quadrature",

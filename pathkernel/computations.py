@@ -64,7 +64,7 @@ def opened(path: str | os.PathLike[str], kind: str, identity: Mapping[str, str])
     folder, mine = Path(path), {"format": FORMAT, "version": VERSION, "kind": kind, "identity": dict(identity)}
     new = not (folder / "zarr.json").exists()
     check(
-        not new or not folder.exists() or not any(folder.iterdir()),
+        not new or not folder.exists() or all(place.name.endswith(".partial") for place in folder.iterdir()),
         StoreError,
         f"`{folder}` holds other files",
         f"A computation ({kind}) is kept in a folder of its own",
@@ -88,6 +88,7 @@ def opened(path: str | os.PathLike[str], kind: str, identity: Mapping[str, str])
             f"This pathkernel reads version {VERSION}",
             "Finish it with the pathkernel that began it, or give another path",
         )
+        group.check(found)
         differences = compared(found.get("identity", {}), identity, kind)
         check(
             not differences,
@@ -235,36 +236,37 @@ def resumable_blocks(
         float64.
     """
     with opened(path, "attributions", identity) as group:
-        record = group.create_array("progress", (len(sizes),), (1,), "uint8")
         for index in range(len(sizes)):
-            if not record.has((index,)):
+            if str(index) not in group.attributes().get("blocks", {}):
                 _write_block(group, index, sizes, block(index))
-                record.write((index,), np.ones(1, dtype=np.uint8))
         return _read_blocks(group, sizes)
 
 
 def _write_block(group: Group, index: int, sizes: Sequence[int], arrays: Mapping[str, np.ndarray]) -> None:
-    names = list(group.attributes().get("names", []))
-    new = [name for name in arrays if name not in names]
-    if new:
-        group.set_attributes({**group.attributes(), "names": names + new})
+    attributes = group.attributes()
+    names = list(attributes.get("names", []))
+    names += [name for name in arrays if name not in names]
+    checksums = {}
     for name, values in arrays.items():
         chunk = (max(sizes), *values.shape[1:])
         array = group.create_array(
-            f"array-{(names + new).index(name)}", (len(sizes) * chunk[0], *chunk[1:]), chunk, "float64"
+            f"array-{names.index(name)}", (len(sizes) * chunk[0], *chunk[1:]), chunk, "float64"
         )
         whole = np.zeros(chunk)
         whole[: len(values)] = values
-        array.write((index, *(0,) * (values.ndim - 1)), whole)
+        checksums[name] = array.write((index, *(0,) * (values.ndim - 1)), whole)
+    # What says that the block is finished comes after it.
+    blocks = {**attributes.get("blocks", {}), str(index): checksums}
+    group.set_attributes({**attributes, "names": names, "blocks": blocks})
 
 
 def _read_blocks(group: Group, sizes: Sequence[int]) -> dict[str, np.ndarray]:
-    result = {}
-    for place, name in enumerate(group.attributes().get("names", [])):
+    result, attributes = {}, group.attributes()
+    for place, name in enumerate(attributes.get("names", [])):
         array = group.array(f"array-{place}")
         rows = []
         for index, size in enumerate(sizes):
-            where = (index, *(0,) * (len(array.shape) - 1))
-            rows.append(array.read(where)[:size] if array.has(where) else np.zeros((size, *array.chunks[1:])))
+            where, checksum = (index, *(0,) * (len(array.shape) - 1)), attributes["blocks"][str(index)].get(name)
+            rows.append(np.zeros((size, *array.chunks[1:])) if checksum is None else array.read(where, checksum)[:size])
         result[name] = np.concatenate(rows)
     return result

@@ -12,13 +12,15 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from pathkernel.factored import FactoredGradients, working
 from pathkernel.forms import Form
 from pathkernel.quadrature import Quadrature, StepAverage
-from pathkernel.queries import ProductStep, Queries, RowStep
+from pathkernel.queries import GradientStep, ProductStep, Queries
 from pathkernel.trajectory.averages import AverageRecord, Update, averaged_events
 from pathkernel.trajectory.step import Segment
 from pathkernel.trajectory.trajectory import Trajectory
@@ -65,7 +67,7 @@ class Account:
         channels["initial"] = initial
         return cls(channels, torch.zeros_like(initial))
 
-    def book(self, average: StepAverage) -> Tensor:
+    def book(self, average: StepAverage) -> Any:
         """Note error and cost of a quadrature; returns its gradient."""
         self.missed += average.error
         self.evaluations += average.evaluations
@@ -100,12 +102,32 @@ class Curve(ABC):
         """Values of the queries where it ends, (Q,)."""
 
     @abstractmethod
-    def backward(self, account: Account) -> Iterator[tuple[Segment, Tensor]]:
-        """Segments of the recorded path from its end, each with its weight q, (Q, P)."""
+    def backward(self, account: Account) -> Iterator[tuple[Segment, FactoredGradients]]:
+        """Segments of the recorded path from its end, each with its weight q."""
+
+    dense: ClassVar[int] = 0
+    """Matrices (Q, P) that a backward sweep of the curve holds."""
 
     @abstractmethod
     def forward(self, account: Account, displacements: Displacements) -> None:
         """Add what each channel's displacements did to the queries."""
+
+    def _average(self, account: Account, view: GradientStep) -> FactoredGradients:
+        """The query gradients averaged over a segment, with error and cost booked."""
+        gradient = account.book(self.quadrature.average(view))
+        if isinstance(gradient, Tensor):  # a quadrature that treats each query by itself
+            return FactoredGradients.dense(gradient, self.trajectory.layout)
+        assert isinstance(gradient, FactoredGradients)
+        return gradient
+
+    def _no_weight(self) -> Tensor:
+        dtype = working(self.queries.function.dtype)
+        return torch.zeros(len(self.queries), self.trajectory.layout.size, dtype=dtype)
+
+    def _add(self, weight: Tensor, gradient: FactoredGradients, factor: float) -> None:
+        """weight ← weight + factor · gradient, parameter by parameter."""
+        for where in self.trajectory.layout.slices.values():
+            weight[:, where].add_(gradient.columns(where, weight.dtype), alpha=factor)
 
 
 class PathCurve(Curve):
@@ -119,13 +141,13 @@ class PathCurve(Curve):
         """Values at its end."""
         return self.queries.under(self.trajectory.final_buffers).values(self.trajectory.final)
 
-    def backward(self, account: Account) -> Iterator[tuple[Segment, Tensor]]:
+    def backward(self, account: Account) -> Iterator[tuple[Segment, FactoredGradients]]:
         """See `Curve.backward`."""
-        view: RowStep | None = None
+        view: GradientStep | None = None
         for segment in self.trajectory.segments(reverse=True):
-            later, view = view, RowStep(self.queries, segment, view)
+            later, view = view, GradientStep(self.queries, segment, view)
             self._book_buffers(account, view, later)
-            yield segment, account.book(self.quadrature.average(view))
+            yield segment, self._average(account, view)
         self._book_first_buffers(account, view)
 
     def forward(self, account: Account, displacements: Displacements) -> None:
@@ -144,14 +166,14 @@ class PathCurve(Curve):
         if view is not None:
             self._book_buffers(account, view, None)
 
-    def _book_buffers(self, account: Account, view: RowStep, later: RowStep | None) -> None:
+    def _book_buffers(self, account: Account, view: GradientStep, later: GradientStep | None) -> None:
         """What a change of buffers (running statistics) did to f between a segment and the one after it."""
         buffers = self.trajectory.final_buffers if later is None else later.segment.buffers
         if buffers is not view.segment.buffers:
             after = self.queries.under(buffers).values(view.segment.end) if later is None else later.start_value
             account.channels["buffers"] += after - view.end_value
 
-    def _book_first_buffers(self, account: Account, first: RowStep | None) -> None:
+    def _book_first_buffers(self, account: Account, first: GradientStep | None) -> None:
         if first is not None and first.segment.buffers:
             account.channels["buffers"] += first.start_value - account.channels["initial"]
 
@@ -167,6 +189,8 @@ class AverageCurve(Curve):
     record
         The average.
     """
+
+    dense = 1
 
     def __init__(
         self, trajectory: Trajectory, queries: Queries, quadrature: Quadrature, record: AverageRecord
@@ -188,22 +212,23 @@ class AverageCurve(Curve):
         start = self.trajectory.layout.flatten(self.record.initial, torch.float64)
         return self.trajectory.initial.double() - start
 
-    def backward(self, account: Account) -> Iterator[tuple[Segment, Tensor]]:
+    def backward(self, account: Account) -> Iterator[tuple[Segment, FactoredGradients]]:
         """See `Curve.backward`."""
-        weight = torch.zeros(len(self.queries), self.trajectory.layout.size, dtype=torch.float64)
-        view: RowStep | None = None
+        weight, layout = self._no_weight(), self.trajectory.layout
+        view: GradientStep | None = None
         for event in reversed(self.events):
             if isinstance(event, Segment):
-                yield event, weight
+                yield event, FactoredGradients.dense(weight, layout)
                 continue
-            view = RowStep(self.queries, event.segment, view)
-            average = account.book(self.quadrature.average(view))
+            view = GradientStep(self.queries, event.segment, view)
+            average = self._average(account, view)
             if event.segment.channel:
                 account.channels[event.segment.channel] += average @ event.segment.displacement
             else:
-                weight = event.a * average + (1 - event.a) * weight
+                weight.mul_(1 - event.a)
+                self._add(weight, average, event.a)
         if self._first_gap.any():
-            account.channels["average"] += weight @ self._first_gap
+            account.channels["average"] += FactoredGradients.dense(weight, layout) @ self._first_gap
 
     def forward(self, account: Account, displacements: Displacements) -> None:
         """See `Curve.forward`."""
@@ -237,6 +262,8 @@ class AverageCurve(Curve):
 class ChordCurve(Curve):
     """The straight line θ_0 → θ_S: every displacement has the same weight, and nodes are taken once, not per step."""
 
+    dense = 1
+
     def initial(self) -> Tensor:
         """Values at its beginning."""
         return self.queries.values(self.trajectory.initial)
@@ -259,16 +286,16 @@ class ChordCurve(Curve):
             changed = self._trained.values(self.trajectory.initial)
             account.channels["buffers"] += changed - account.channels["initial"]
 
-    def backward(self, account: Account) -> Iterator[tuple[Segment, Tensor]]:
+    def backward(self, account: Account) -> Iterator[tuple[Segment, FactoredGradients]]:
         """See `Curve.backward`."""
         self._book_buffers(account)
-        view: RowStep | None = None
-        weight = torch.zeros(len(self.queries), self.trajectory.layout.size, dtype=torch.float64)
+        view: GradientStep | None = None
+        weight = self._no_weight()
         for piece in self._pieces():
-            view = RowStep(self._trained, piece, view)
-            weight += account.book(self.quadrature.average(view)) / CHORD_PIECES
+            view = GradientStep(self._trained, piece, view)
+            self._add(weight, self._average(account, view), 1 / CHORD_PIECES)
         for segment in self.trajectory.segments(reverse=True):
-            yield segment, weight
+            yield segment, FactoredGradients.dense(weight, self.trajectory.layout)
 
     def forward(self, account: Account, displacements: Displacements) -> None:
         """See `Curve.forward`."""

@@ -13,11 +13,14 @@ from pathkernel.attributions import Attributions
 from pathkernel.curves import Account, AverageCurve, ChordCurve, Curve, PathCurve
 from pathkernel.errors import InputError, TrajectoryError, check
 from pathkernel.forms import BUILDERS, join_forms
+from pathkernel.forward_sweep import forward_sweep
 from pathkernel.functional import ModelFunction
+from pathkernel.gradient_source import GradientSource
 from pathkernel.pytrees import blocks, count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.queries import Queries, one_hot_context
-from pathkernel.sweeps import backward_sweep, forward_sweep
+from pathkernel.query_blocks import samples_at_once
+from pathkernel.sweeps import backward_sweep
 from pathkernel.tangent_kernel.outputs import select_outputs
 from pathkernel.tangent_kernel.tangent_kernel import split_samples
 from pathkernel.trajectory.gradients import RecordedGradients
@@ -32,6 +35,7 @@ FORMS = {
 }
 """The forms of the same exact sum, and their properties."""
 
+ENGINES = ("auto", "layerwise", "jacobian")
 
 ROUNDING_LIMIT = 0.1
 """Part of the change of the outputs beyond which differences between recorded and recomputed gradients are no rounding.
@@ -66,8 +70,12 @@ class KernelMachine:
         Name of a recorded average (EMA, SWA): explains the averaged network.
     unexplained
         Largest part of the change of the outputs that may come from unnamed changes before it is an error.
+    engine
+        How gradients are taken: ``"auto"`` or ``"layerwise"`` (from activations and back-propagated signals; parameters
+        that these do not account for as rows), or ``"jacobian"`` (all as rows by `torch.func`, plain and slow).
     memory
-        Budget for rows of gradients, as bytes or text; queries are taken in blocks that fit it.
+        Budget for gradients and the optimizer's memory of the queries, as bytes or text; queries are taken in blocks
+        that fit it.
     dtype
         Floating type of gradients, by default the recorded one. Sums are float64.
     progress
@@ -113,6 +121,7 @@ class KernelMachine:
         form: str = "folded",
         weights: str | None = None,
         unexplained: float = 0.01,
+        engine: str = "auto",
         memory: int | str = "1GB",
         dtype: torch.dtype | None = None,
         progress: bool = False,
@@ -120,13 +129,20 @@ class KernelMachine:
         trajectory.require_steps("KernelMachine")
         self.trajectory, self.quadrature = trajectory, as_quadrature(quadrature)
         self.memory, self.progress = memory_bytes(memory), progress
-        self.form, self.weights, self.unexplained = form, weights, unexplained
+        self.form, self.weights, self.unexplained, self.engine = form, weights, unexplained, engine
         check(
             form in FORMS,
             InputError,
             f"`form={form!r}` was given",
             f"Forms are {', '.join(map(repr, FORMS))}",
             'Write `form="folded"`',
+        )
+        check(
+            engine in ENGINES,
+            InputError,
+            f"`engine={engine!r}` was given",
+            f"Engines are {', '.join(map(repr, ENGINES))}",
+            'Write `engine="auto"`',
         )
         check(
             weights is None or weights in trajectory.averages,
@@ -152,6 +168,7 @@ class KernelMachine:
         )
         self.function = trajectory.function(dtype or needed)
         self._gradients: RecordedGradients | None = None
+        self._sources: dict[str | None, GradientSource] = {}
 
     # -- what the network says -------------------------------------------------------------------------------
 
@@ -270,15 +287,14 @@ class KernelMachine:
             selection = select_outputs("loss", self.trajectory.loss, self.trajectory.objective.reduction)
             inputs, targets = split_samples(X, selection, self.trajectory.data.dtype)
             inputs = self._samples(inputs)
-            queries = Queries(self.function, inputs, selection.function, targets, None, self.memory)
+            queries = Queries(self._source(self.function), inputs, selection.function, targets, None)
             return queries, np.arange(len(queries)), np.full(len(queries), -1)
         inputs = self._samples(X)
         n = count(inputs)
         function, outputs = self._tapped(outputs)
         if callable(outputs):
-            queries = Queries(
-                function, inputs, lambda z, _: outputs(z).reshape(()), torch.zeros(n, 0), None, self.memory
-            )
+            source = self._source(function)
+            queries = Queries(source, inputs, lambda z, _: outputs(z).reshape(()), torch.zeros(n, 0), None)
             return queries, np.arange(n), np.full(n, -1)
         everything = self._all_outputs(inputs, function)
         c = everything.components
@@ -287,7 +303,7 @@ class KernelMachine:
             return everything, np.repeat(np.arange(n), c), np.tile(np.arange(c), n)
         chosen = self._chosen(inputs, outputs, n, c)
         context = one_hot_context(chosen, c)
-        queries = Queries(function, inputs, lambda z, weight: z @ weight.to(z), context, None, self.memory)
+        queries = Queries(self._source(function), inputs, lambda z, weight: z @ weight.to(z), context, None)
         return queries, np.arange(n), chosen.numpy()
 
     def _chosen(self, inputs: PyTree, outputs: Any, n: int, c: int) -> Tensor:
@@ -329,7 +345,13 @@ class KernelMachine:
     def _all_outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Queries:
         function = function or self.function
         c = self._outputs(take(inputs, slice(0, 1)), function).shape[1]
-        return Queries(function, inputs, lambda z, _: z, torch.zeros(count(inputs), 0), c, self.memory)
+        return Queries(self._source(function), inputs, lambda z, _: z, torch.zeros(count(inputs), 0), c)
+
+    def _source(self, function: ModelFunction) -> GradientSource:
+        """Of the network or of one of its modules; what was proved of it is kept."""
+        if function.tap not in self._sources:
+            self._sources[function.tap] = GradientSource(function, self.engine, self.memory // 4)
+        return self._sources[function.tap]
 
     def _outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Tensor:
         """The explained network's own outputs, (n, C)."""
@@ -349,7 +371,7 @@ class KernelMachine:
     @property
     def _recorded(self) -> RecordedGradients:
         if self._gradients is None:
-            self._gradients = RecordedGradients(self.trajectory, self.function, self.memory // 4)
+            self._gradients = RecordedGradients(self.trajectory, self.function, self.memory // 4, self.engine)
         return self._gradients
 
     def _curve(self, queries: Queries) -> Curve:
@@ -363,15 +385,11 @@ class KernelMachine:
         return forward_sweep(self._curve(queries), self._recorded, self.progress)
 
     def _backward(self, queries: Queries, by: str | None) -> Account:
-        """Blocks of queries whose rows, averages and memory fit the budget."""
-        rows = 4 + 2 * len(self.trajectory.rule.memory)
-        per_sample = 8 * rows * self.trajectory.layout.size * queries.components
+        """Blocks of queries that fit the budget."""
         samples = len(queries) // queries.components
-        accounts = [
-            self._swept(queries.block(piece), by)
-            for piece in blocks(samples, self.memory // per_sample)
-        ]
-        return _join(accounts)
+        size = samples_at_once(self._curve(queries.block(slice(0, 1))), queries, self.memory, self.form in BUILDERS)
+        even = -(-samples // -(-samples // size))  # as many blocks, but none much smaller than the others
+        return _join([self._swept(queries.block(piece), by) for piece in blocks(samples, even)])
 
     def _check_unexplained(self, account: Account, output: Tensor) -> None:
         """Fail loudly where too much of the account has no name."""

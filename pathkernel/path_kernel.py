@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-from itertools import pairwise
+import os
+from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,41 +14,21 @@ from tqdm.auto import tqdm
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, check
+from pathkernel.path_features import E, Features, at_node, features_of
+from pathkernel.path_nodes import PathMeasure, PathNode, path_nodes
+from pathkernel.path_selection import probe_samples, select_nodes
+from pathkernel.pytrees import count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
+from pathkernel.tangent_kernel.choice import EngineValue, make_engine
 from pathkernel.tangent_kernel.engine import Engine
+from pathkernel.tangent_kernel.measured_error import MeasuredError
+from pathkernel.tangent_kernel.operators import KernelOperator, Samples
+from pathkernel.tangent_kernel.output_probes import OutputProbes
 from pathkernel.tangent_kernel.outputs import select_outputs
-from pathkernel.tangent_kernel.tangent_kernel import make_engine, split_samples
-from pathkernel.trajectory.step import Segment, Step
+from pathkernel.tangent_kernel.projection import Projection, ProjectionEngine, products
+from pathkernel.tangent_kernel.tangent_kernel import split_samples
+from pathkernel.trajectory.schedule import PRECONDITIONED
 from pathkernel.trajectory.trajectory import Trajectory
-
-MEASURES = ("learning_rate", "arc_length", "uniform")
-
-
-@dataclass(frozen=True)
-class PathNode:
-    """A point on the path at which the tangent kernel is evaluated.
-
-    Attributes
-    ----------
-    segment, time
-        θ = start + time · (end − start).
-    weight
-        Its share ω of the measure.
-    diagonal
-        d of the preconditioner M = diag(d), (P,), or None.
-    """
-
-    segment: Segment
-    time: float
-    weight: float
-    diagonal: Tensor | None
-
-    @property
-    def theta(self) -> Tensor:
-        """θ, (P,)."""
-        if self.time in (0.0, 1.0):
-            return self.segment.end if self.time else self.segment.start
-        return (self.segment.start.double() + self.time * self.segment.displacement).to(self.segment.start.dtype)
 
 
 class PathKernel:
@@ -68,7 +48,8 @@ class PathKernel:
         The recorded path, thinned or whole.
     outputs
         ``"trace"`` over the outputs (default), ``"mean"``, ``"sum"``, an index, ``"full"``, ``"loss"`` (samples are
-        then pairs ``(X, y)``) or a callable of one sample's outputs.
+        then pairs ``(X, y)``), a callable of one sample's outputs, or `OutputProbes`: random combinations of the
+        outputs, drawn afresh at every node, whose kernel is the trace in expectation.
     measure
         w_s: ``"learning_rate"`` (the time of gradient flow; parameter groups each at their own rate),
         ``"arc_length"`` (‖Δ_s‖) or ``"uniform"`` (1).
@@ -80,10 +61,20 @@ class PathKernel:
     steps
         How many steps to use: the path is cut into that many stretches, each represented by its middle step with
         the weight of the whole stretch. None for every step.
+    tolerance
+        Relative Frobenius error against every step for which few nodes are chosen, with weights of their own, from the
+        kernels of 48 training samples at every step; `error` is measured on 48 others. None for every step.
     engine, memory, dtype
-        As for `pathkernel.TangentKernel`.
+        As for `pathkernel.TangentKernel`; at every node a `Projection` draws a map of its own.
     progress
         Show a progress bar over the nodes.
+
+    Attributes
+    ----------
+    nodes
+        The points of the path that are used, as `pathkernel.path_nodes.PathNode`.
+    error
+        How far this kernel is from that of every step, all outputs and exact products; zero where it is that kernel.
 
     Examples
     --------
@@ -117,67 +108,133 @@ class PathKernel:
         quadrature: str | Quadrature = "trapezoid",
         preconditioner: str | None = None,
         steps: int | None = None,
-        engine: str = "auto",
+        tolerance: float | None = None,
+        engine: str | EngineValue = "auto",
         memory: int | str = "1GB",
         dtype: torch.dtype | None = None,
         progress: bool = False,
     ) -> None:
-        trajectory.require_steps("PathKernel")
-        check(
-            measure in MEASURES,
-            InputError,
-            f"`measure={measure!r}` was given",
-            f"Measures are {', '.join(map(repr, MEASURES))}",
-            'Write `measure="learning_rate"`',
-        )
-        check(
-            preconditioner in (None, "optimizer"),
-            InputError,
-            f"`preconditioner={preconditioner!r}` was given",
-            'Preconditioners are None and "optimizer"',
-            'Write `preconditioner="optimizer"` for the scaling of the optimizer\'s own steps',
-        )
-        self.trajectory, self.measure, self.quadrature = trajectory, measure, as_quadrature(quadrature)
-        self.preconditioner, self.progress = preconditioner, progress
-        self.selection = select_outputs(outputs, trajectory.loss, trajectory.objective.reduction)
+        trajectory.require_steps("PathKernel" if preconditioner is None else PRECONDITIONED)
+        self.trajectory, self.progress, self.memory = trajectory, progress, memory_bytes(memory)
+        self.measure, self.quadrature = PathMeasure(trajectory, measure, preconditioner), as_quadrature(quadrature)
+        self.steps, self.tolerance = steps, tolerance
         self.function = trajectory.function(dtype)
-        self.engine = make_engine(engine, self.function, self.selection, memory)
-        self.nodes = _merge(self._nodes(_thin(trajectory, steps)))
-        check(
-            len(self.nodes) > 0,
-            InputError,
-            f"The path has no length by `measure={measure!r}`",
-            "At least one step must have a positive weight",
-            'Write `measure="uniform"`, or record steps with a learning rate above 0',
+        self.probes = outputs if isinstance(outputs, OutputProbes) else None
+        exact = select_outputs(
+            outputs if self.probes is None else "trace", trajectory.loss, trajectory.objective.reduction
         )
+        self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
+        self.engine = make_engine(engine, self.function, self.selection, self.memory)
+        approximate = self.probes is not None or isinstance(engine, Projection)
+        self._exact = make_engine("auto", self.function, exact, self.memory) if approximate else self.engine
+        self.nodes = path_nodes(self.measure, self.quadrature, steps)
+        if tolerance is not None:
+            self.nodes, self.error = self._chosen(tolerance)
+
+    def _chosen(self, tolerance: float) -> tuple[list[PathNode], MeasuredError]:
+        """Fewer nodes, and the error that this makes."""
+        check(
+            self.steps is None and self.probes is None,
+            InputError,
+            f"`tolerance={tolerance!r}` was given together with {'`steps`' if self.steps else '`OutputProbes`'}",
+            "A tolerance chooses the steps itself, and over few steps the errors of random outputs do not average out",
+            f"Write `PathKernel(trajectory, tolerance={tolerance!r})`",
+        )
+        check(
+            isinstance(tolerance, float) and 0 < tolerance < 1,
+            InputError,
+            f"`tolerance={tolerance!r}` was given",
+            "The tolerance is a relative error between 0 and 1",
+            "Write for example `PathKernel(trajectory, tolerance=1e-3)`",
+        )
+        check(
+            len(self.trajectory.data) > 1,
+            InputError,
+            f"`tolerance={tolerance!r}` was given for a trajectory with one training sample",
+            "Nodes are chosen by some of the training samples, and the error is measured on others",
+            "Leave out `tolerance`",
+        )
+        chosen_by, held_out = self._probe_ids
+        samples = self._training_samples(torch.cat([chosen_by, held_out]))
+        with tqdm(self.nodes, desc="choosing nodes", unit="node", disable=not self.progress) as bar:
+
+            def gram(node: PathNode) -> Tensor:
+                bar.update()
+                return self._exact_gram(node, *samples)
+
+            entries = (count(samples[0]) * (self._outputs if self._is_full else 1)) ** 2
+            return select_nodes(self.nodes, gram, len(chosen_by), tolerance, entries)
 
     @property
     def total_weight(self) -> float:
         """Σ w_s: a constant tangent kernel times this is the path kernel."""
         return sum(node.weight for node in self.nodes)
 
-    def __call__(self, X: PyTree, Y: PyTree | None = None) -> np.ndarray:
+    @cached_property
+    def error(self) -> MeasuredError:
+        """How far this kernel is from that of every step, all outputs and exact products.
+
+        Measured on up to 48 training samples when it is first asked for (by a kernel with a tolerance when its nodes
+        are chosen); takes a small kernel at every step.
+        """
+        samples = self._training_samples(self._probe_ids[1])
+        every = path_nodes(self.measure, self.quadrature)
+        against = f"all {len(every)} nodes of the path"
+        if self.engine is self._exact and every == self.nodes:
+            return MeasuredError(0.0, 0.0, count(samples[0]), against)
+        exact = sum(node.weight * self._exact_gram(node, *samples) for node in self._progress(every))
+        return MeasuredError.between(self._gram(samples, None).numpy(), torch.as_tensor(exact).numpy(), against)
+
+    def __call__(
+        self, X: PyTree, Y: PyTree | None = None, *, store: str | os.PathLike[str] | None = None
+    ) -> np.ndarray:
         """Kernel matrix.
 
         Parameters
         ----------
         X, Y
             n queries and m references; Y None stands for X.
+        store
+            A folder in which the matrix is kept while it grows: the same call goes on from there after an interruption.
 
         Returns
         -------
         numpy.ndarray
             float64 (n, m), or (n, m, C, C) for ``outputs="full"``.
         """
-        same = Y is None or Y is X
-        x, context_x = self._samples(X)
-        y, context_y = (None, None) if same else self._samples(Y)
-        total = None
-        for node in tqdm(self.nodes, desc="path kernel", unit="node", disable=not self.progress):
-            tile = node.weight * self._engine_at(node).gram(node.theta, x, y, context_x, context_y, node.diagonal)
-            total = tile if total is None else total.add_(tile)
+        rows, columns = self._samples(X), None if Y is None or Y is X else self._samples(Y)
+        return self._gram(rows, columns).numpy() if store is None else self._stored_gram(store, rows, columns)
+
+    def _gram(self, rows: Samples, columns: Samples | None) -> Tensor:
+        (x, context_x), (y, context_y) = rows, columns or (None, None)
+        total: Tensor | None = None
+        for node in self._progress(self.nodes):
+            tile = self._engine_at(node).gram(node.theta, x, y, context_x, context_y, node.diagonal)
+            total = tile.mul_(node.weight) if total is None else total.add_(tile, alpha=node.weight)
         assert total is not None
-        return total.numpy()
+        return total
+
+    def _stored_gram(self, store: str | os.PathLike[str], rows: Samples, columns: Samples | None) -> np.ndarray:
+        from pathkernel import computations  # not before it is needed: what writes to disk takes a second to load
+
+        def term(i: slice, j: slice, s: int) -> Tensor:
+            node, one = self.nodes[s], take(rows, i)
+            x, context = one
+            y, context_y = (None, None) if columns is None and i == j else take(columns or rows, j)
+            tile = self._engine_at(node).gram(node.theta, x, y, context, context_y, node.diagonal)
+            return tile.mul_(node.weight)
+
+        identity = computations.identity_of(
+            self.trajectory,
+            kernel=f"{self.probes or self.selection.name}, {self.measure!r}, {self.quadrature!r}, {self.engine.name}",
+            nodes=computations.samples_identity(torch.tensor([(n.position, n.time, n.weight) for n in self.nodes])),
+            rows=computations.samples_identity(rows),
+            columns=computations.samples_identity(columns),
+        )
+        shape = (count(rows[0]), count((columns or rows)[0]), *(self._outputs, self._outputs) * self._is_full)
+        return computations.resumable_gram(
+            store, identity, shape, columns is None, len(self.nodes), term, self.progress
+        )
 
     def diagonal(self, X: PyTree) -> np.ndarray:
         """K(x, x) for every sample: (n,), or (n, C, C) for ``outputs="full"``."""
@@ -187,122 +244,119 @@ class PathKernel:
         ]
         return torch.stack(pieces).sum(dim=0).numpy()
 
-    def _engine_at(self, node: PathNode) -> Engine:
-        """The engine, for the network with the running statistics that it had at a node."""
-        if not node.segment.buffers:
-            return self.engine
-        engine = copy.copy(self.engine)
-        engine.function = self.engine.function.replaced(constants=node.segment.buffers)
-        return engine
+    def operator(self, X: PyTree, Y: PyTree | None = None) -> KernelOperator:
+        """K(X, Y) as a linear operator that is never formed, for `scipy.sparse.linalg`.
 
-    def _samples(self, X: PyTree) -> tuple[PyTree, PyTree]:
+        Parameters
+        ----------
+        X, Y
+            n and m samples; Y None stands for X.
+
+        Returns
+        -------
+        KernelOperator
+            float64 (n, m), or (n C, m C) for ``outputs="full"``; symmetric for Y None.
+        """
+        check(
+            not isinstance(self.engine, ProjectionEngine),
+            InputError,
+            "`operator` was asked of a kernel of sketched gradients",
+            "Products with K = φφᵀ need no more than φ",
+            "Write `phi = PathKernel(trajectory).features(X, dim)` and `phi @ (phi.T @ v)`",
+        )
+        same = Y is None or Y is X
+        return KernelOperator(self.nodes, self._engine_at, self._samples(X), None if same else self._samples(Y))
+
+    def features(self, X: PyTree, dim: int = 1024, *, kind: str = "tensor", seed: int = 0) -> Features:
+        """Features φ with φφᵀ ≈ K, for N beyond what a Gram matrix holds.
+
+        The same sample has the same features in every call.
+
+        Parameters
+        ----------
+        X
+            n samples.
+        dim
+            Length of φ(x); the relative error falls like 1/√dim.
+        kind, seed
+            The random map, as of `pathkernel.tangent_kernel.projection.Projection`.
+
+        Returns
+        -------
+        Features
+            float64 (n, dim), or (n, C, dim) for ``outputs="full"``: a numpy array whose ``error`` says how far φφᵀ is
+            from this kernel on up to 48 training samples.
+
+        Notes
+        -----
+        Time O(nodes · n · dim), memory O(n · dim).
+        """
+        engine = ProjectionEngine(self.function, self.selection, self.memory, Projection(dim, kind, seed))
+
+        def of(samples: Samples) -> Tensor:
+            return features_of(((self._at(engine, node), node) for node in self._progress(self.nodes)), *samples)
+
+        probe = of(self._training_samples(self._probe_ids[1]))
+        found = products(probe, probe).numpy()
+        error = MeasuredError.between(found, self._probe_kernel.numpy(), "the kernel's own matrix")
+        return Features.of(of(self._samples(X)).numpy(), error)
+
+    # -- engines and samples ---------------------------------------------------------------------------------
+
+    def _engine_at(self, node: Any) -> Engine:
+        """The engine at a node: with its running statistics, random outputs and random map."""
+        return self._at(self.engine, node)
+
+    def _at(self, engine: E, node: PathNode) -> E:
+        # Half the number: consecutive nodes take consecutive rows of the Hadamard matrix.
+        selection = None if self.probes is None else self.probes.selection(node.number // 2, self._outputs)
+        return at_node(engine, node, selection)
+
+    def _exact_gram(self, node: PathNode, x: PyTree, context: PyTree) -> Tensor:
+        """The tangent kernel of all outputs at a node, symmetric."""
+        return at_node(self._exact, node).gram(node.theta, x, None, context, None, node.diagonal)
+
+    @cached_property
+    def _outputs(self) -> int:
+        """C."""
+        sample, _ = self.trajectory.data[torch.zeros(1, dtype=torch.int64)]
+        return self.function.outputs(self.trajectory.initial, sample).shape[1]
+
+    @property
+    def _is_full(self) -> bool:
+        return self.selection.combine == "full"
+
+    @cached_property
+    def _probe_ids(self) -> tuple[Tensor, Tensor]:
+        """Training samples to choose nodes by, and to measure errors on."""
+        return probe_samples(len(self.trajectory.data), self._outputs if self._is_full else 1)
+
+    @cached_property
+    def _probe_kernel(self) -> Tensor:
+        """K of the samples that errors are measured on."""
+        return self._gram(self._training_samples(self._probe_ids[1]), None)
+
+    def _training_samples(self, ids: Tensor) -> Samples:
+        inputs, targets = self.trajectory.data[ids]
+        return self._samples((inputs, targets) if self.selection.with_targets else inputs)
+
+    def _samples(self, X: PyTree) -> Samples:
         if self.selection.with_targets:
             x, context = split_samples(X, self.selection, self.function.dtype)
             return self.trajectory.data.queries(x, "PathKernel"), context
-        return split_samples(
-            self.trajectory.data.queries(X, "PathKernel"), self.selection, self.function.dtype
-        )
+        return split_samples(self.trajectory.data.queries(X, "PathKernel"), self.selection, self.function.dtype)
 
-    def _nodes(self, stretches: list[list[Segment]]) -> list[PathNode]:
-        """Quadrature nodes on the middle step of each stretch, with the weight of the whole stretch."""
-        nodes = []
-        for stretch in stretches:
-            middle = stretch[(len(stretch) - 1) // 2]
-            weight = sum(self._weight(segment) for segment in stretch)
-            diagonal = self._diagonal(middle)
-            nodes += [PathNode(middle, t, omega * weight, diagonal) for t, omega in self.quadrature.nodes]
-        return [node for node in nodes if node.weight > 0]
-
-    def _weight(self, segment: Segment) -> float:
-        """w_s of a step."""
-        assert segment.step is not None
-        if self.measure == "arc_length":
-            return segment.displacement.norm().item()
-        return max(_rates(segment.step)) if self.measure == "learning_rate" else 1.0
-
-    def _diagonal(self, segment: Segment) -> Tensor | None:
-        """Diagonal of M_s; under several learning rates, each parameter's own relative to the largest."""
-        step = segment.step
-        assert step is not None
-        diagonal = self._preconditioner(step) if self.preconditioner == "optimizer" else None
-        rates = _rates(step)
-        if self.measure == "learning_rate" and len(set(rates)) > 1:
-            own = self._per_parameter(step, lambda name: float(step.hyperparameters_of(name)["lr"]) / max(rates))
-            diagonal = own if diagonal is None else own * diagonal
-        return diagonal
-
-    def _per_parameter(self, step: Step, value: Any) -> Tensor:
-        layout = self.trajectory.layout
-        vector = torch.zeros(layout.size, dtype=torch.float64)
-        for name, where in layout.slices.items():
-            if name in step.groups:
-                vector[where] = value(name)
-        return vector
-
-    def _preconditioner(self, step: Step) -> Tensor:
-        rule, layout = self.trajectory.rule, self.trajectory.layout
-        check(
-            rule.elementwise,
-            InputError,
-            f'`preconditioner="optimizer"` was asked of {rule.name}',
-            "The optimizer's scaling must be a positive diagonal",
-            "Write `preconditioner=None`",
-        )
-        shapes = dict(zip(layout.names, layout.shapes, strict=True))
-        like = torch.zeros((), dtype=torch.float64)
-
-        def diagonal(name: str) -> Tensor:
-            if name not in step.active:
-                return like
-            settings = step.hyperparameters_of(name)
-            return rule.preconditioner(shapes[name], step.frozen[name], settings, like).abs().reshape(-1)
-
-        return self._per_parameter(step, diagonal)
+    def _progress(self, nodes: list[PathNode]) -> Iterable[PathNode]:
+        return tqdm(nodes, desc="path kernel", unit="node", disable=not self.progress)
 
     def __repr__(self) -> str:
         return (
-            f"PathKernel({self.trajectory!r}, outputs={self.selection.name!r}, measure={self.measure!r}, "
-            f"quadrature={self.quadrature!r}, preconditioner={self.preconditioner!r}: {len(self.nodes)} nodes, "
-            f"total weight {self.total_weight:.4g}, engine {self.engine.name!r})"
+            f"PathKernel({self.trajectory!r}, outputs={self.selection.name!r}, measure={self.measure.name!r}, "
+            f"quadrature={self.quadrature!r}, preconditioner={self.measure.preconditioner!r}: {len(self.nodes)} nodes, "
+            f"total weight {self.total_weight:.4g}, engine {self.engine.name!r}"
+            f"{'' if self.tolerance is None else f', error {self.error}'})"
         )
 
     def __sklearn_clone__(self) -> PathKernel:
         # A deep copy would copy the whole trajectory; the kernel is immutable.
         return self
-
-
-def _rates(step: Step) -> list[float]:
-    """Learning rate of each parameter group."""
-    return [float(settings["lr"]) for settings in step.hyperparameters]
-
-
-def _thin(trajectory: Trajectory, steps: int | None) -> list[list[Segment]]:
-    """Cut the path into that many stretches of neighbouring steps."""
-    segments = [segment for segment in trajectory.segments() if segment.step is not None]
-    check(
-        steps is None or (isinstance(steps, int) and steps >= 1),
-        InputError,
-        f"`steps={steps!r}` was given",
-        f"The number of steps to use is an integer from 1 to {len(segments)}, or None for every step",
-        "Write for example `PathKernel(trajectory, steps=50)`",
-    )
-    stretches = len(segments) if steps is None else min(steps, len(segments))
-    edges = np.linspace(0, len(segments), stretches + 1).round().astype(int)
-    return [segments[first:last] for first, last in pairwise(edges)]
-
-
-def _merge(nodes: list[PathNode]) -> list[PathNode]:
-    """Join the end of a step with the start of the next where both are the same network under the same M."""
-    merged: list[PathNode] = []
-    for node in nodes:
-        last = merged[-1] if merged else None
-        if last is not None and _same_network(last, node):
-            merged[-1] = PathNode(last.segment, last.time, last.weight + node.weight, None)
-        else:
-            merged.append(node)
-    return merged
-
-
-def _same_network(one: PathNode, other: PathNode) -> bool:
-    plain = one.diagonal is None and other.diagonal is None
-    return plain and one.theta is other.theta and one.segment.buffers is other.segment.buffers

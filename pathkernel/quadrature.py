@@ -7,10 +7,12 @@ Every class is a value: make one, pass it on. Strings are shorthand (see `as_qua
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,17 +21,28 @@ from torch import Tensor
 from pathkernel.errors import InputError, check
 
 
+class Gradients(Protocol):
+    """Gradients of Q query outputs, in whatever form: a quadrature takes weighted sums and products with Δ_s."""
+
+    def __rmul__(self, weight: float, /) -> Any:
+        """Each times a number."""
+
+    def __add__(self, other: Any, /) -> Any:
+        """Added one by one."""
+
+    def __matmul__(self, change: Any, /) -> Tensor:
+        """∇f·Δ_s, (Q,) float64."""
+
+
 class QueryStep(Protocol):
     """What a quadrature may ask about one step, for Q query outputs at once.
 
-    Gradients are represented by D numbers a query: all P entries, or their products with a few directions where only
-    those are needed. Either way ``gradient @ change`` is ∇f·Δ_s.
+    Gradients are in factored form, or D numbers a query (all P entries, or products with a few directions where only
+    those are needed). In each case ``gradient @ change`` is ∇f·Δ_s.
     """
 
     change: Tensor
     """Turns a gradient into ∇f·Δ_s, (D,)."""
-    displacement: Tensor
-    """Δ_s, represented as gradients are, (D,)."""
     squared_length: float
     """‖Δ_s‖²."""
     start_value: Tensor
@@ -41,8 +54,11 @@ class QueryStep(Protocol):
     rounding: float
     """Machine epsilon of the arithmetic in which f is evaluated."""
 
-    def gradient(self, time: float) -> Tensor:
-        """∇f at θ_s + tΔ_s, (Q, D) float64."""
+    def gradient(self, time: float) -> Any:
+        """∇f at θ_s + tΔ_s, as `Gradients`."""
+
+    def plus_displacement(self, gradient: Any, multiples: Tensor) -> Any:
+        """Gradients with a multiple (Q,) of Δ_s added to each."""
 
     def value_and_gradient_at(self, times: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Values (n,) and gradients (n, D) float64 of the given queries, each at its own time."""
@@ -52,15 +68,15 @@ class QueryStep(Protocol):
 class StepAverage:
     """The averaged query gradient of a step and what is known about its error."""
 
-    gradient: Tensor
-    """q_s, (Q, D) float64."""
+    gradient: Any
+    """q_s, as `Gradients`."""
     error: Tensor
     """What the rule misses of f(θ_{s+1}) − f(θ_s) before any correction, in absolute value, (Q,)."""
     evaluations: float
     """Gradients taken per query."""
 
 
-def missed(step: QueryStep, gradient: Tensor) -> Tensor:
+def missed(step: QueryStep, gradient: Gradients) -> Tensor:
     """What q·Δ leaves of the exact change of f, (Q,)."""
     return step.end_value - step.start_value - gradient @ step.change
 
@@ -92,10 +108,9 @@ class FixedQuadrature(Quadrature):
 
     def average(self, step: QueryStep) -> StepAverage:
         """Σ_n ω_n ∇f(θ_s + t_n Δ_s)."""
-        if len(self.nodes) == 1:
-            gradient = step.gradient(self.nodes[0][0])
-        else:
-            gradient = sum((weight * step.gradient(time) for time, weight in self.nodes), torch.zeros(()))
+        first, *others = (step.gradient(time) if weight == 1 else weight * step.gradient(time)
+                          for time, weight in self.nodes)
+        gradient = functools.reduce(operator.add, others, first)
         return StepAverage(gradient, missed(step, gradient).abs(), float(len(self.nodes)))
 
 
@@ -199,7 +214,7 @@ class Adaptive(Quadrature):
         allowed = allowed.clamp_min(torch.finfo(step.start_value.dtype).tiny)
 
         count = len(queries)
-        gradient = torch.zeros(count, len(step.displacement), dtype=torch.float64, device=queries.device)
+        gradient = torch.zeros(count, len(step.change), dtype=torch.float64, device=queries.device)
         error, evaluations = torch.zeros_like(step.start_value), 0
         for depth in range(self.max_depth + 1):
             last = depth == self.max_depth or len(queries) > self.max_intervals * count
@@ -259,7 +274,7 @@ class DiscreteGradient(Quadrature):
         gradient = step.gradient(0.5)
         error = missed(step, gradient)
         if step.squared_length > 0:
-            gradient = torch.addr(gradient, error / step.squared_length, step.displacement)
+            gradient = step.plus_displacement(gradient, error / step.squared_length)
         return StepAverage(gradient, error.abs(), 1.0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from pathkernel._typing import Float, Int, PyTree
-from pathkernel.functional import ModelFunction, OutputFunctional, gradients_along, push_forward, sample_gradients
+from pathkernel.factored import FactoredGradients
+from pathkernel.functional import OutputFunctional, gradients_along, push_forward
+from pathkernel.gradient_source import GradientSource
 from pathkernel.pytrees import blocks, cast_floating, count, take
 from pathkernel.trajectory.step import Segment
 
@@ -21,35 +23,33 @@ class Queries:
 
     Parameters
     ----------
-    function
-        The network.
+    source
+        The network, and how its gradients are taken.
     inputs, context
         n samples and what h needs of each of them.
     functional
         h, returning a scalar (then K = 1) or (K,).
     components
         K, or None for a scalar h.
-    memory
-        Bytes for intermediate rows of gradients.
 
     Notes
     -----
     ``scale`` is what a curve's errors are relative to, (Q,), once a curve has been laid through them.
 
-    Query q is component ``q % K`` of sample ``q // K``. Everything is returned in float64.
+    Query q is component ``q % K`` of sample ``q // K``. Values are returned in float64.
     """
 
     def __init__(
         self,
-        function: ModelFunction,
+        source: GradientSource,
         inputs: PyTree,
         functional: OutputFunctional,
         context: PyTree,
         components: int | None,
-        memory: int,
     ) -> None:
-        self.function, self.functional, self.memory = function, functional, memory
-        self.inputs, self.context = cast_floating(inputs, function.dtype), cast_floating(context, function.dtype)
+        self.source, self.function, self.functional = source, source.function, functional
+        dtype = self.function.dtype
+        self.inputs, self.context = cast_floating(inputs, dtype), cast_floating(context, dtype)
         self.scalar, self.components = components is None, components or 1
         self.scale: Tensor | None = None
 
@@ -66,14 +66,9 @@ class Queries:
 
     def block(self, piece: slice) -> Queries:
         """The queries of some of the samples."""
-        return Queries(
-            self.function,
-            take(self.inputs, piece),
-            self.functional,
-            take(self.context, piece),
-            None if self.scalar else self.components,
-            self.memory,
-        )
+        other = copy.copy(self)
+        other.inputs, other.context = take(self.inputs, piece), take(self.context, piece)
+        return other
 
     def values(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " Q"]:
         """h at θ."""
@@ -84,24 +79,19 @@ class Queries:
         outputs = self.function.batch(self.function.layout.unflatten(theta), inputs)
         return vmap(self.functional)(outputs, context)
 
-    def rows(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "Q P"]:
+    @property
+    def _components(self) -> int | None:
+        return None if self.scalar else self.components
+
+    def gradients(self, theta: Float[Tensor, " P"]) -> FactoredGradients:
         """∇h at θ."""
-        size = self.function.layout.size
-        result = torch.empty(len(self), size, dtype=torch.float64)
-        per_sample = 4 * self.components * size * torch.finfo(self.function.dtype).bits // 8
-        for piece in blocks(count(self.inputs), self.memory // per_sample):
-            rows = sample_gradients(
-                self.function,
-                theta,
-                take(self.inputs, piece),
-                self.functional,
-                take(self.context, piece),
-                scalar=self.scalar,
-            )
-            target = result[piece.start * self.components : piece.stop * self.components]
-            for name, where in self.function.layout.slices.items():
-                target[:, where] = rows[name].reshape(len(target), -1)
-        return result
+        return self.source.gradients(
+            theta, self.inputs, self.functional, self.context, self._components, self.function
+        )
+
+    def bytes_per_sample(self, theta: Float[Tensor, " P"]) -> int:
+        """Memory that the gradients of one sample's components take."""
+        return self.source.bytes_per_sample(theta, self.inputs, self.functional, self.context, self._components)
 
     def _single(self, queries: Int[Tensor, " n"]) -> tuple[OutputFunctional, PyTree, PyTree]:
         """The given queries as scalar functionals with their inputs and context."""
@@ -115,7 +105,6 @@ class Queries:
     def rows_at(self, segment: Segment, times: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Values (n,) and gradients (n, P) of some queries, each at its own time of a segment."""
         functional, inputs, context = self._single(queries)
-        per_query = 6 * self.function.layout.size * torch.finfo(self.function.dtype).bits // 8
         pieces = [
             gradients_along(
                 self.function,
@@ -126,12 +115,16 @@ class Queries:
                 functional,
                 take(context, piece),
             )
-            for piece in blocks(len(queries), self.memory // per_query)
+            for piece in self._rows_at_once(len(queries))
         ]
         return torch.cat([v for v, _ in pieces]).double(), torch.cat([g for _, g in pieces]).double()
 
+    def _rows_at_once(self, queries: int) -> Iterator[slice]:
+        per_query = 6 * self.function.layout.size * torch.finfo(self.function.dtype).bits // 8
+        return blocks(queries, self.source.memory // per_query)
+
     def products(self, theta: Float[Tensor, " P"], directions: Float[Tensor, "D P"]) -> Float[Tensor, "Q D"]:
-        """∇h·v at θ for a few directions, by forward differentiation; by rows where an operation has none."""
+        """∇h·v at θ for a few directions, by forward differentiation; by gradients where it has no rule."""
         point = theta.to(self.function.dtype)
 
         def along(direction: Tensor) -> Tensor:
@@ -141,19 +134,20 @@ class Queries:
             with torch.no_grad(), self.function.running():
                 columns = [along(direction.to(point)).double().reshape(-1) for direction in directions]
         except NotImplementedError:  # forward differentiation does not cover every operation, LSTM's for one
-            return torch.cat([self.block(piece).rows(theta) @ directions.T for piece in blocks(count(self.inputs), 64)])
+            few = blocks(count(self.inputs), 64)
+            return torch.cat([self.block(piece).gradients(theta) @ directions.T for piece in few])
         return torch.stack(columns, dim=1)
 
     def products_at(
         self, segment: Segment, times: Tensor, queries: Tensor, directions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Values (n,) and products (n, D) of some queries, each at its own time of a segment."""
-        values, rows = self.rows_at(segment, times, queries)
-        return values, rows @ directions.T
+        found = [self.rows_at(segment, times[piece], queries[piece]) for piece in self._rows_at_once(len(queries))]
+        return torch.cat([v for v, _ in found]), torch.cat([rows @ directions.T for _, rows in found])
 
 
-class RowStep:
-    """One segment with gradients as rows of P numbers; see `pathkernel.quadrature.QueryStep`.
+class GradientStep:
+    """One segment with gradients in factored form; see `pathkernel.quadrature.QueryStep`.
 
     Parameters
     ----------
@@ -163,49 +157,52 @@ class RowStep:
         The segment's neighbour in the sweep: values and gradients at a shared end are taken once.
     """
 
-    def __init__(self, queries: Queries, segment: Segment, neighbour: RowStep | None = None) -> None:
+    def __init__(self, queries: Queries, segment: Segment, neighbour: GradientStep | None = None) -> None:
         if neighbour is not None and neighbour.segment.buffers is not segment.buffers:
             neighbour = None  # another network, as far as values and gradients are concerned
         self.queries: Queries = queries.under(segment.buffers)
         self.segment: Segment = segment
-        delta = segment.displacement
-        self.squared_length = float(delta @ delta)
+        self.delta = segment.displacement
+        self.squared_length = float(self.delta @ self.delta)
         self.rounding = torch.finfo(queries.function.dtype).eps
         self.scale = torch.ones(len(queries), dtype=torch.float64) if queries.scale is None else queries.scale
-        self._known: dict[int, Tensor] = dict(neighbour._ends) if neighbour is not None else {}
+        self._known: dict[int, Any] = dict(neighbour._ends) if neighbour is not None else {}
         self._values: dict[int, Tensor] = dict(neighbour._values) if neighbour is not None else {}
-        self._ends: dict[int, Tensor] = {}
+        self._ends: dict[int, Any] = {}
         self._values = {id(end): self._value(end) for end in (segment.start, segment.end)}
         self.start_value, self.end_value = self._values[id(segment.start)], self._values[id(segment.end)]
-        self._prepare(delta)
+        self.change = self._change()
 
-    def _prepare(self, delta: Tensor) -> None:
-        self.change = self.displacement = delta
+    def _change(self) -> Tensor:
+        return self.delta
 
     def _value(self, theta: Tensor) -> Tensor:
         known = self._values.get(id(theta))
         return self.queries.values(theta) if known is None else known
 
-    def _evaluate(self, theta: Tensor) -> Tensor:
-        return self.queries.rows(theta)
+    def _evaluate(self, theta: Tensor) -> Any:
+        return self.queries.gradients(theta)
 
-    def gradient(self, time: float) -> Tensor:
-        """∇h at start + time·Δ, (Q, D)."""
+    def gradient(self, time: float) -> Any:
+        """∇h at start + time·Δ."""
         if time not in (0.0, 1.0):
-            theta = self.segment.start.double() + time * self.segment.displacement
-            return self._evaluate(theta)
+            return self._evaluate(torch.add(self.segment.start.double(), self.delta, alpha=time))
         end = self.segment.end if time else self.segment.start
         if id(end) not in self._ends:
             known = self._known.get(id(end))
             self._ends[id(end)] = self._evaluate(end) if known is None else known
         return self._ends[id(end)]
 
+    def plus_displacement(self, gradient: Any, multiples: Tensor) -> Any:
+        """Gradients with a multiple of Δ added to each."""
+        return gradient.plus(multiples, self.delta)
+
     def value_and_gradient_at(self, times: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Values and gradients of some queries at times of their own."""
         return self.queries.rows_at(self.segment, times, queries)
 
 
-class ProductStep(RowStep):
+class ProductStep(GradientStep):
     """One segment with gradients as their products with D directions.
 
     Parameters
@@ -219,10 +216,14 @@ class ProductStep(RowStep):
         super().__init__(queries, segment, neighbour)
         self._known = {}  # products at a shared end are with this segment's own directions
 
-    def _prepare(self, delta: Tensor) -> None:
-        self.displacement = self.directions @ delta
-        self.change = torch.zeros_like(self.displacement)
-        self.change[0] = 1.0
+    def _change(self) -> Tensor:
+        change = torch.zeros(len(self.directions), dtype=torch.float64)
+        change[0] = 1.0
+        return change
+
+    def plus_displacement(self, gradient: Any, multiples: Tensor) -> Any:
+        """Products with a multiple of those of Δ itself added to each."""
+        return torch.addr(gradient, multiples, self.directions @ self.delta)
 
     def _evaluate(self, theta: Tensor) -> Tensor:
         return self.queries.products(theta, self.directions)

@@ -1,81 +1,28 @@
-r"""The two ways through a trajectory that a kernel machine needs.
-
-Backward, for shares: one P-vector per query and memory slot is pulled through the adjoint of every step,
+r"""Backward through a trajectory, for shares.
 
 .. math:: \mathrm{share}_i = \sum_{r : i \in B_r} c_{r,i} \langle u_r, g_{r,i}\rangle,\qquad
-          u_r = \sum_{s \ge r} A_{s,r}^\top q_s .
+          u_r = \sum_{s \ge r} A_{s,r}^\top q_s
 
-Forward, for predictions: since shares are linear in the samples' gradients, their sum needs only the displacement that
-all samples together caused in each step, and one directional derivative along it.
+A step that only scales the gradient needs no P numbers a query: pieces of the queries' gradients meet those of the
+batch. Otherwise one cotangent of the optimizer's memory, (Q, P), is pulled through the adjoint of every step.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pathkernel.curves import Account, Curve
+from pathkernel.factored import FactoredGradients, working
 from pathkernel.forms import FormBuilder
-from pathkernel.trajectory.gradients import RecordedGradients
+from pathkernel.inner_products import contracted, paired_names
+from pathkernel.pull_back import Adjoint
+from pathkernel.pytrees import blocks
+from pathkernel.trajectory.gradients import RecordedGradients, StageGradients
 from pathkernel.trajectory.step import Segment, Step
-from pathkernel.trajectory.trajectory import Trajectory
-from pathkernel.update_rules.rule import Memory, adjoint
-
-
-@dataclass(frozen=True)
-class Part:
-    """A range of θ that one evaluation of the update rule covers: a parameter, or neighbours that step alike."""
-
-    where: slice
-    shape: torch.Size
-    frozen: Mapping[str, Any]
-    settings: Mapping[str, Any]
-
-
-def _parts(trajectory: Trajectory, step: Step) -> list[Part]:
-    """Cut θ into parts; parameters that an elementwise rule treats alike are joined, inactive ones left out."""
-    layout, rule = trajectory.layout, trajectory.rule
-    parts: list[Part] = []
-    names: list[list[str]] = []
-    for (name, where), shape in zip(layout.slices.items(), layout.shapes, strict=True):
-        if name not in step.active:
-            continue
-        settings, frozen = step.hyperparameters_of(name), step.frozen[name]
-        numbers = {key: value for key, value in frozen.items() if not isinstance(value, Tensor)}
-        last = parts[-1] if parts else None
-        alike = last is not None and last.where.stop == where.start and last.settings is settings
-        if rule.elementwise and alike and last is not None and last.frozen == numbers:
-            parts[-1] = Part(slice(last.where.start, where.stop), torch.Size(), numbers, settings)
-            names[-1].append(name)
-        else:
-            parts.append(Part(where, shape, numbers, settings))
-            names.append([name])
-    return [_with_tensors(part, step, members) for part, members in zip(parts, names, strict=True)]
-
-
-def _with_tensors(part: Part, step: Step, members: list[str]) -> Part:
-    """Put the frozen tensors of its members, end to end, into a part."""
-    first = step.frozen[members[0]]
-    tensors = {key: value for key, value in first.items() if isinstance(value, Tensor)}
-    if len(members) == 1:
-        return Part(part.where, part.shape, {**part.frozen, **tensors}, part.settings)
-    joined = {key: torch.cat([step.frozen[name][key].reshape(-1) for name in members]).double() for key in tensors}
-    size = part.where.stop - part.where.start
-    return Part(part.where, torch.Size([size]), {**part.frozen, **joined}, part.settings)
-
-
-def _modules(trajectory: Trajectory) -> dict[str, Tensor]:
-    """Module name → which entries of θ are its own parameters, as indices."""
-    ranges: dict[str, list[Tensor]] = defaultdict(list)
-    for name, where in trajectory.layout.slices.items():
-        ranges[name.rpartition(".")[0]].append(torch.arange(where.start, where.stop))
-    return {module: torch.cat(indices) for module, indices in ranges.items()}
 
 
 def backward_sweep(
@@ -87,134 +34,226 @@ def backward_sweep(
 ) -> Account:
     """Shares of all training samples in all queries.
 
-    Time per step: the quadrature's query gradients, per-sample gradients of one batch, and their (Q, P) × (P, B)
-    product. Memory O(Q · P · (2 + memory slots)), independent of N.
+    Time per step: the quadrature's query gradients and those of one batch, and their inner products: Q · B · (p + q)
+    for each layer (p, q) where the step only scales the gradient, otherwise Q · B · P and one pass over the memory's
+    cotangents. Memory O(Q · P · memory slots) where the optimizer has a memory, independent of N.
     """
-    trajectory, size = curve.trajectory, curve.trajectory.layout.size
-    account = Account.opened(curve.initial())
-    channels, count = account.channels, len(curve.queries)
-    account.shares = torch.zeros(count, len(trajectory.data), dtype=torch.float64)
-    modules = _modules(trajectory) if by == "module" else {}
-    account.modules = {module: torch.zeros_like(account.shares) for module in modules}
-    account.steps = torch.zeros(count, len(trajectory), dtype=torch.float64) if by == "step" else None
-    memory = [torch.zeros(count, size, dtype=torch.float64) for _ in trajectory.rule.memory]
-
-    bar = tqdm(total=len(trajectory), desc="backward sweep", unit="step", disable=not progress)
-    for segment, q in curve.backward(account):
-        step = segment.step
-        if step is None:
-            channels[segment.channel] += q @ segment.displacement
-            continue
-        weights = _pull_back(trajectory, segment, step, q, memory, channels)
-        for weight, stage in zip(weights, gradients.stages(step, rows=True), strict=True):
-            contribution = weight @ stage.samples.T
-            account.shares.index_add_(1, stage.ids, contribution)
-            for name, change in stage.channels.items():
-                channels[name] += weight @ change
-            for module, own in modules.items():
-                account.modules[module].index_add_(1, stage.ids, weight[:, own] @ stage.samples[:, own].T)
-            if account.steps is not None:
-                account.steps[:, step.index] += contribution.sum(dim=1)
-            if builder is not None:
-                for ids, slopes, kernel in gradients.kernel(step, stage, weight):
-                    builder.add(step.index, ids, slopes, kernel)
-        bar.update()
-    bar.close()
-
-    for name, held in trajectory.initial_memory.items():
-        where = trajectory.layout.slices[name]
-        for cotangent, start in zip(memory, held, strict=True):
-            channels["memory"] += cotangent[:, where] @ start.double().reshape(-1)
-    return account
-
-
-def _pull_back(
-    trajectory: Trajectory,
-    segment: Segment,
-    step: Step,
-    average: Tensor,
-    memory: list[Tensor],
-    channels: dict[str, Tensor],
-) -> list[Tensor]:
-    """u, the weight of each gradient of this step, (Q, P); ``memory`` becomes that before it, sources are booked."""
-    rule, parts = trajectory.rule, _parts(trajectory, step)
-    whole = len(parts) == 1 and parts[0].where == slice(0, average.shape[1])
-    weights = [average if whole else torch.zeros_like(average) for _ in range(rule.stages)]
-    for part in parts:
-        q = average[:, part.where].reshape(-1, *part.shape)
-        held = tuple(slot[:, part.where].reshape(-1, *part.shape) for slot in memory)
-        pulled, held = adjoint(rule, part.frozen, part.settings, q, held)
-        if whole:  # the common case needs no copies
-            weights, memory[:] = [u.flatten(1) for u in pulled], [cotangent.flatten(1) for cotangent in held]
-        else:
-            for weight, u in zip(weights, pulled, strict=True):
-                weight[:, part.where] = u.flatten(1)
-            for slot, cotangent in zip(memory, held, strict=True):
-                slot[:, part.where] = cotangent.flatten(1)
-        parameter = segment.start[part.where].double().reshape(part.shape)
-        for source, term in rule.gradient_sources(parameter, part.frozen, part.settings).items():
-            channels[source] += torch.stack(pulled).sum(dim=0).flatten(1) @ term.reshape(-1)
-        for source, term in rule.displacement_sources(parameter, part.frozen, part.settings).items():
-            channels[source] += average[:, part.where] @ term.reshape(-1)
-    return weights
-
-
-def forward_sweep(curve: Curve, gradients: RecordedGradients, progress: bool = False) -> Account:
-    """What all samples together, and every channel, added to each query: a prediction without shares.
-
-    Time per step: one batch gradient and as many directional derivatives as there are channels. Memory O(P).
-    """
-    trajectory, size = curve.trajectory, curve.trajectory.layout.size
-    memory: dict[str, list[Tensor]] = defaultdict(
-        lambda: [torch.zeros(size, dtype=torch.float64) for _ in trajectory.rule.memory]
-    )
-    for name, held in trajectory.initial_memory.items():
-        for slot, start in zip(memory["memory"], held, strict=True):
-            slot[trajectory.layout.slices[name]] = start.double().reshape(-1)
-
-    bar = tqdm(total=len(trajectory), desc="forward sweep", unit="step", disable=not progress)
-
-    def displacements(segment: Segment) -> dict[str, Tensor]:
+    sweep = _Backward(curve, gradients, by, builder)
+    bar = tqdm(total=len(curve.trajectory), desc="backward sweep", unit="step", disable=not progress)
+    for segment, q in curve.backward(sweep.account):
         if segment.step is None:
-            return {segment.channel: segment.displacement}
-        bar.update()
-        return _displacements(trajectory, segment, segment.step, gradients, memory)
-
-    account = Account.opened(curve.initial())
-    curve.forward(account, displacements)
+            sweep.account.channels[segment.channel] += q @ segment.displacement
+        else:
+            sweep.step(segment, segment.step, q)
+            bar.update()
     bar.close()
-    return account
+    sweep.finish()
+    return sweep.account
 
 
-def _displacements(
-    trajectory: Trajectory,
-    segment: Segment,
-    step: Step,
-    gradients: RecordedGradients,
-    memory: dict[str, list[Tensor]],
-) -> dict[str, Tensor]:
-    """Δ_s split by where it came from, (P,) each; ``memory`` becomes that after the step."""
-    rule, size = trajectory.rule, trajectory.layout.size
-    none = [torch.zeros(size, dtype=torch.float64) for _ in range(rule.stages)]
-    received: dict[str, list[Tensor]] = defaultdict(lambda: [vector.clone() for vector in none])
-    for index, stage in enumerate(gradients.stages(step, rows=False)):
-        for channel, gradient in {"samples": stage.samples, **stage.channels}.items():
-            received[channel][index] = gradient
-    moved: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64))
-    parts = _parts(trajectory, step)
-    for part in parts:
-        parameter = segment.start[part.where].double().reshape(part.shape)
-        for source, term in rule.gradient_sources(parameter, part.frozen, part.settings).items():
-            for vector in received[source]:
-                vector[part.where] += term.reshape(-1)
-        for source, term in rule.displacement_sources(parameter, part.frozen, part.settings).items():
-            moved[source][part.where] += term.reshape(-1)
-    for channel in dict.fromkeys((*received, *memory)):  # in the same order in every process
-        for part in parts:
-            held: Memory = tuple(slot[part.where].reshape(part.shape) for slot in memory[channel])
-            taken = tuple(vector[part.where].reshape(part.shape) for vector in received[channel])
-            delta, held = rule.step(taken if rule.stages > 1 else taken[0], held, part.frozen, part.settings)
-            moved[channel][part.where] += delta.reshape(-1)
-            for slot, after in zip(memory[channel], held, strict=True):
-                slot[part.where] = after.reshape(-1)
-    return moved
+BLOCK = 2**19
+"""Entries of a block of columns for all queries: three of them stay in cache, and products run at full speed."""
+
+FEW = 4
+"""Queries up to which a batch is pushed along each, in place of forming rows of the batch."""
+
+
+class _Backward:
+    """A backward sweep: the account, and the memory's cotangents in blocks of columns."""
+
+    def __init__(
+        self, curve: Curve, gradients: RecordedGradients, by: str | None, builder: FormBuilder | None
+    ) -> None:
+        self.trajectory, self.gradients, self.by, self.builder = curve.trajectory, gradients, by, builder
+        trajectory, count = self.trajectory, len(curve.queries)
+        self.layout, self.rule, self.count = trajectory.layout, trajectory.rule, count
+        self.shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
+        # Rules that mix entries are differentiated, and add up rounding along the way.
+        self.dtype = working(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
+        self.account = account = Account.opened(curve.initial())
+        # (N, Q), so that a batch adds to whole rows.
+        self.shares = torch.zeros(len(trajectory.data), count, dtype=torch.float64)
+        modules = dict.fromkeys(_module(name) for name in self.layout.names) if by == "module" else ()
+        self.modules = {module: torch.zeros_like(self.shares) for module in modules}
+        account.steps = torch.zeros(count, len(trajectory), dtype=torch.float64) if by == "step" else None
+        self.memory: dict[int, list[Tensor | None]] = {}
+        """By where a block starts: one (Q, size) for each slot, None while it is zero."""
+
+    # -- one step --------------------------------------------------------------------------------------------
+
+    def step(self, segment: Segment, step: Step, q: FactoredGradients) -> None:
+        """Book what a step did to the queries, and pull the memory's cotangents back through it."""
+        adjoint = Adjoint(self.rule, step, self.shapes)
+        stages = self.gradients.stages(step, rows=True)
+        in_gradient, in_displacement = self._sources(segment, step)
+        if in_displacement:
+            products = q @ torch.stack(list(in_displacement.values()), dim=1)
+            for column, name in enumerate(in_displacement):
+                self.account.channels[name] += products[:, column]
+        received = [_Received(stage, [*stage.channels.items(), *in_gradient.items()]) for stage in stages]
+        totals = [_Total(self, step, one) for one in received]
+        rates = self._rates(adjoint, step, q, received) if self.builder is None else {}
+        if rates:
+            self._scaled(q, rates, received[0], totals[0])
+        weights = [torch.zeros(self.count, self.layout.size, dtype=torch.float64) for _ in stages if self.builder]
+        for name in self.layout.names:
+            if name in step.active and name not in rates:
+                self._carried(name, adjoint, q, received, totals, weights)
+        for total in totals:
+            total.book()
+        for stage, weight in zip(stages, weights, strict=False):
+            assert self.builder is not None
+            for ids, slopes, kernel in self.gradients.kernel(step, stage, weight):
+                self.builder.add(step.index, ids, slopes, kernel)
+
+    def _sources(self, segment: Segment, step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the optimizer added to the gradient and to the displacement, (P,) each."""
+        sources: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        asked = (self.rule.gradient_sources, self.rule.displacement_sources)
+        for name, where in self.layout.slices.items():
+            if name not in step.active:
+                continue
+            parameter = segment.start[where].double().reshape(self.shapes[name])
+            for found, of in zip(sources, asked, strict=True):
+                for source, term in of(parameter, step.frozen[name], step.hyperparameters_of(name)).items():
+                    if source not in found:
+                        found[source] = torch.zeros(self.layout.size, dtype=torch.float64)
+                    found[source][where] = term.reshape(-1)
+        return sources
+
+    # -- steps that only scale the gradient: no P numbers a query ---------------------------------------------
+
+    def _rates(
+        self, adjoint: Adjoint, step: Step, q: FactoredGradients, received: list[_Received]
+    ) -> dict[str, float]:
+        """The rate of each parameter that is only scaled, where pieces are best met in pairs; often all or none."""
+        if isinstance(received[0].stage.factor, Tensor) or self.memory or self.by == "module":
+            return {}
+        rates: dict[str, float] = {}
+        for name in step.active:
+            linear = adjoint.linear(name)
+            if linear is None or linear.rate is None:
+                return {}
+            rates[name] = linear.rate
+        return {name: rates[name] for name in paired_names(q, received[0].stage.parts) if name in rates}
+
+    def _scaled(
+        self, q: FactoredGradients, rates: dict[str, float], received: _Received, total: _Total
+    ) -> None:
+        """u = a q: pieces of queries and batch meet directly."""
+        scale = torch.zeros(self.layout.size, dtype=torch.float64)
+        for name, rate in rates.items():
+            scale[self.layout.slices[name]] = rate
+        factor, begin = received.stage.factor, 0
+        assert isinstance(factor, float | int)
+        for part in received.stage.parts:
+            products = contracted(q, part, rates, self.gradients.memory)
+            if q.multiples is not None and q.direction is not None:
+                products.addr_(q.multiples, part @ (scale * q.direction))
+            total.add_rows(begin, products.T, factor)
+            begin += len(part)
+        if received.vectors:
+            total.add_rows(begin, (q @ (torch.stack(received.vectors, dim=1) * scale[:, None])).T)
+
+    # -- all other steps: columns of the queries' cotangents, block by block ----------------------------------
+
+    def _carried(
+        self,
+        name: str,
+        adjoint: Adjoint,
+        q: FactoredGradients,
+        received: list[_Received],
+        totals: list[_Total],
+        weights: list[Tensor],
+    ) -> None:
+        """Pull one parameter's columns back, and contract them while they are in cache."""
+        pull, own = adjoint.on(name, self.dtype), self.layout.slices[name]
+        for where in self._blocks(name):
+            held = self.memory.get(where.start, [None] * len(self.rule.memory))
+            pulled = pull(
+                slice(where.start - own.start, where.stop - own.start), q.columns(where, self.dtype), held
+            )
+            if any(cotangent is not None for cotangent in held):
+                self.memory[where.start] = held
+            for stage, (u, scale) in enumerate(pulled):
+                if u is None:
+                    continue
+                totals[stage].add(name, received[stage].products(where, u), scale)
+                if weights:
+                    weights[stage][:, where] = u.double() * scale
+
+    def _blocks(self, name: str) -> Iterator[slice]:
+        """A parameter in blocks of whole rows; in one where the rule needs it whole."""
+        own, shape = self.layout.slices[name], self.shapes[name]
+        if not self.rule.elementwise:
+            yield own
+            return
+        size = own.stop - own.start
+        row = size // shape[0] if len(shape) > 1 and shape[0] else 1
+        columns = max(1, BLOCK // self.count)
+        for block in blocks(size, max(row, columns // row * row) if row <= columns else columns):
+            yield slice(own.start + block.start, own.start + block.stop)
+
+    def finish(self) -> None:
+        """Book what was in the optimizer's memory before the first recorded step, and close the account."""
+        self.account.shares = self.shares.T.contiguous()
+        self.account.modules = {module: shares.T.contiguous() for module, shares in self.modules.items()}
+        for name, start in self.trajectory.initial_memory.items():
+            own = self.layout.slices[name]
+            for where in self._blocks(name):
+                held = self.memory.get(where.start, [None] * len(start))
+                for cotangent, slot in zip(held, start, strict=True):
+                    if cotangent is not None:
+                        values = slot.reshape(-1)[where.start - own.start : where.stop - own.start]
+                        self.account.channels["memory"] += cotangent.double() @ values.double()
+
+
+class _Received:
+    """One gradient of a step: what samples and named channels put into it."""
+
+    def __init__(self, stage: StageGradients, channels: list[tuple[str, Tensor]]) -> None:
+        self.stage, self.names = stage, [name for name, _ in channels]
+        self.vectors = [vector for _, vector in channels]
+        self.ids = stage.ids
+
+    def products(self, where: slice, u: Tensor) -> Tensor:
+        """g · u of every sample, then of every channel, over a block of columns: (B + channels, Q)."""
+        rest = [vector[where].to(u.dtype).unsqueeze(0) for vector in self.vectors]
+        if len(u) <= FEW and not isinstance(self.stage.factor, Tensor):
+            pushed = [part.pushed(where, u).T * self.stage.factor for part in self.stage.parts]
+            return torch.cat([*pushed, *(row @ u.T for row in rest)])
+        return torch.cat([self.stage.columns(where, u.dtype), *rest]) @ u.T
+
+
+class _Total:
+    """Inner products of what was received with a gradient's weights, (B + channels, Q), on their way to the account."""
+
+    def __init__(self, sweep: _Backward, step: Step, received: _Received) -> None:
+        self.sweep, self.step, self.received = sweep, step, received
+        width = len(received.ids) + len(received.names)
+        self.sum = torch.zeros(width, sweep.count, dtype=torch.float64)
+
+    def add(self, name: str, products: Tensor, scale: float = 1.0) -> None:
+        """Products over some columns of a parameter."""
+        self.sum.add_(products, alpha=scale)
+        if self.sweep.modules:
+            samples = products[: len(self.received.ids)].double()
+            self.sweep.modules[_module(name)].index_add_(0, self.received.ids, samples, alpha=scale)
+
+    def add_rows(self, begin: int, products: Tensor, scale: float = 1.0) -> None:
+        """Products with some of what was received."""
+        self.sum[begin : begin + len(products)].add_(products, alpha=scale)
+
+    def book(self) -> None:
+        """Put everything where it belongs."""
+        account, count = self.sweep.account, len(self.received.ids)
+        samples = self.sum[:count]
+        self.sweep.shares.index_add_(0, self.received.ids, samples)
+        for row, name in enumerate(self.received.names, start=count):
+            account.channels[name] += self.sum[row]
+        if account.steps is not None:
+            account.steps[:, self.step.index] += samples.sum(dim=0)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

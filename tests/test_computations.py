@@ -157,3 +157,20 @@ def test_blocks_of_queries(tmp_path: Path) -> None:
     assert computed == [0, 1, -1, 2]
     assert found["shares"].shape == (11, 5) and found["output"][-1] == 22.0
     assert found["late"].tolist() == [0.0] * 4 + [1.0] * 4 + [0.0] * 3
+
+
+def test_a_block_that_is_gone_is_found(tmp_path: Path) -> None:
+    def run() -> dict[str, np.ndarray]:
+        return resumable_blocks(tmp_path / "why", {"of": "it"}, [2, 2], lambda index: {"shares": np.ones((2, 3))})
+
+    run()
+    chunk = tmp_path / "why" / "array-0" / "c" / "1" / "0"
+    kept = chunk.read_bytes()
+    chunk.unlink()
+    with pytest.raises(CorruptBlockError, match="is missing"):
+        run()
+    chunk.write_bytes(kept)
+    where = tmp_path / "why" / "zarr.json"
+    where.write_text(where.read_text().replace('"shares"', '"sharer"', 1))
+    with pytest.raises(CorruptBlockError, match="checksum is wrong"):
+        run()

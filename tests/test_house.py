@@ -24,7 +24,7 @@ IMPORTED_ONLY_IN = {
     "dask": "distributed.py",
     "matplotlib": "plotting",
     "jinja2": "plotting",
-    "zarr": "trajectory/disk.py",
+    "zarr": "storage/groups.py",
     "lightning": "callbacks",
     "transformers": "callbacks",
     "skorch": "callbacks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -367,7 +368,7 @@ def test_gaussian_process_classification(problem) -> None:
 
 def test_repr_says_what_the_kernel_is(run: Recording) -> None:
     text = repr(pk.PathKernel(run.trajectory, steps=3, outputs=1))
-    for part in ("6 steps of SGD", "output 1", "learning_rate", "Trapezoid()", "total weight 0.6", "jacobian"):
+    for part in ("6 steps of SGD", "output 1", "learning_rate", "Trapezoid()", "total weight 0.6", "engine"):
         assert part in text
 
 
@@ -393,3 +394,24 @@ def test_running_statistics_are_those_of_each_step() -> None:
         np.testing.assert_allclose(kernel(X), expected, rtol=1e-10)
         np.testing.assert_allclose(kernel.diagonal(X), np.diag(expected), rtol=1e-10)
     np.testing.assert_allclose(pk.PathKernel(trajectory)(X, X[:3]), pk.PathKernel(trajectory)(X)[:, :3], rtol=1e-10)
+
+
+def test_nodes_are_numbers_until_they_are_used(tmp_path) -> None:
+    def train(store) -> pk.Trajectory:
+        model, X, y = make_model(), make_inputs(8), torch.arange(8) % 3
+        optimizer, loss = torch.optim.Adam(model.parameters(), lr=0.01), nn.CrossEntropyLoss()
+        with pk.KernelRecorder(model, optimizer, loss, data=(X, y), store=store) as recorder:
+            for _ in range(3):
+                for x, target in recorder.batches(batch_size=4):
+                    optimizer.zero_grad()
+                    loss(model(x), target).backward()
+                    optimizer.step()
+        return recorder.trajectory
+
+    stored, held = train(tmp_path / "run"), train(None)
+    for options in ({}, {"quadrature": "midpoint"}, {"preconditioner": "optimizer"}, {"tolerance": 1e-2}):
+        kernel, expected = (pk.PathKernel(trajectory, **options) for trajectory in (stored, held))
+        for node in kernel.nodes:
+            assert all(isinstance(getattr(node, f.name), (int, float)) for f in fields(node) if f.name != "measure")
+        assert len(kernel.nodes) == len(expected.nodes)
+        np.testing.assert_array_equal(kernel(make_inputs(3)), expected(make_inputs(3)))

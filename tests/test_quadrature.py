@@ -54,6 +54,9 @@ class Curve:
     def gradient(self, time: float) -> Tensor:
         return torch.stack([self.row(q, time) for q in range(len(self.functions))])
 
+    def plus_displacement(self, gradient: Tensor, multiples: Tensor) -> Tensor:
+        return torch.addr(gradient, multiples, self.displacement)
+
     def value_and_gradient_at(self, times: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         pairs = list(zip(queries.tolist(), times.tolist(), strict=True))
         values = [self.functions[q](t) for q, t in pairs]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
@@ -99,24 +99,68 @@ class Tape:
         """
         contributions: dict[str, list[tuple[slice, Factor]]] = defaultdict(list)
         partners: dict[str, set[str]] = defaultdict(set)
+        biases: dict[str, list[tuple[Use, str, Tensor]]] = defaultdict(list)
         for use, signal in zip(self.uses, self._signals(components, identity), strict=True):
             for key, handle in use.handles.items():
                 if signal is None or handle.names() <= self.plain.keys():
                     continue
-                try:
-                    with torch.no_grad():
-                        factor = use.gradients[key](signal)
-                    if isinstance(factor, Outer) and self._is_head(use, identity):
-                        factor = replace(factor, head=True)
-                    for name, where, own in handle.pull(factor):
-                        contributions[name].append((where, own))
-                        partners[name].add(_partner(use, key))
-                except FAILURES as error:
-                    if not self.proving:
-                        raise
-                    reason = f"{use.function} could not be taken apart ({type(error).__name__})"
-                    self.plain |= dict.fromkeys(handle.names(), reason)
-        return list(self._assembled(contributions, partners))
+                partner = _partner(use, key)
+                for name in handle.names():
+                    partners[name].add(partner)
+                if partner.startswith("of "):
+                    biases[next(iter(handle.names()))].append((use, key, signal))
+                    continue
+                self._pull(use, key, signal, identity, contributions)
+        own = {name: self._pieces_of(name, parts) for name, parts in contributions.items()}
+        for name, bias in self._with_weights(own, partners).items():
+            own[name] = [replace(own[name][0], bias=self.function.layout.slices[bias])]
+            biases.pop(bias)
+        alone: dict[str, list[tuple[slice, Factor]]] = {name: contributions[name] for name in biases}
+        for name, uses in biases.items():
+            for use, key, signal in uses:
+                self._pull(use, key, signal, identity, alone)
+            own[name] = self._pieces_of(name, alone[name])
+        return [piece for pieces in own.values() for piece in pieces]
+
+    def _pull(
+        self,
+        use: Use,
+        key: str,
+        signal: Tensor,
+        identity: slice | None,
+        contributions: dict[str, list[tuple[slice, Factor]]],
+    ) -> None:
+        """Add the gradients of one argument of a use."""
+        handle = use.handles[key]
+        try:
+            with torch.no_grad():
+                factor = use.gradients[key](signal)
+            if isinstance(factor, Outer) and self._is_head(use, identity):
+                factor = replace(factor, head=True)
+            for name, where, own in handle.pull(factor):
+                contributions[name].append((where, own))
+        except FAILURES as error:
+            if not self.proving:
+                raise
+            reason = f"{use.function} could not be taken apart ({type(error).__name__})"
+            self.plain |= dict.fromkeys(handle.names(), reason)
+
+    def _pieces_of(self, name: str, parts: list[tuple[slice, Factor]]) -> list[Piece]:
+        where = self.function.layout.slices[name]
+        return [
+            Piece(slice(where.start + part.start, where.start + part.stop), factor)
+            for part, factor in _disjoint(parts, where.stop - where.start)
+        ]
+
+    def _with_weights(self, pieces: Mapping[str, list[Piece]], partners: Mapping[str, set[str]]) -> dict[str, str]:
+        """Weight → bias where each is used with the other and with nothing else: a bias need not be formed then."""
+        found = {}
+        for name, own in pieces.items():
+            (bias,) = partners[name] if len(partners[name]) == 1 else ("",)
+            whole = len(own) == 1 and isinstance(own[0].factor, Outer) and not own[0].factor.transposed
+            if bias and whole and partners[bias] == {f"of {name}"}:
+                found[name] = bias
+        return found
 
     def _is_head(self, use: Use, identity: slice | None) -> bool:
         return identity is not None and self._head is not None and use is self.uses[self._head]
@@ -124,48 +168,40 @@ class Tape:
     def _signals(self, components: Tensor, identity: slice | None) -> list[Tensor | None]:
         """δ of every use, (n, K, *output with the samples first)."""
         outputs, k = [use.output for use in self.uses], components.shape[1]
-        columns: list[tuple[Tensor | None, ...]] = []
-        wanted = [i for i, use in enumerate(self.uses) if not self._is_head(use, identity)]
-        if wanted:
-            columns = [
-                torch.autograd.grad(
-                    components[:, c].sum(), [outputs[i] for i in wanted], retain_graph=True, allow_unused=True
-                )
-                for c in range(k)
-            ]
         signals: list[Tensor | None] = [None] * len(outputs)
-        for place, i in enumerate(wanted):
-            use = self.uses[i]
-            parts = [column[place] for column in columns]
-            if any(part is not None for part in parts):
-                filled = [torch.zeros_like(use.output) if part is None else part for part in parts]
-                signals[i] = torch.stack([use.arrangement.front(part, self.n) for part in filled], dim=1)
+        wanted = [i for i, use in enumerate(self.uses) if not self._is_head(use, identity)]
+        for c in range(k if wanted and components.requires_grad else 0):
+            cotangent = torch.zeros_like(components)
+            cotangent[:, c] = 1
+            column = torch.autograd.grad(
+                components, [outputs[i] for i in wanted], cotangent, retain_graph=True, allow_unused=True
+            )
+            for i, part in zip(wanted, column, strict=True):
+                signals[i] = _with_column(signals[i], part, self.uses[i].arrangement, (self.n, k, c))
         if identity is not None and self._head is not None:
             width = self.outputs.shape[1]
             unit = torch.eye(width, dtype=components.dtype)[identity]
             signals[self._head] = unit.expand(self.n, *unit.shape)
         return signals
 
-    def _assembled(
-        self, contributions: Mapping[str, list[tuple[slice, Factor]]], partners: Mapping[str, set[str]]
-    ) -> Iterator[Piece]:
-        slices = self.function.layout.slices
-        pieces: dict[str, list[Piece]] = {}
-        for name, parts in contributions.items():
-            start = slices[name].start
-            pieces[name] = [
-                Piece(slice(start + where.start, start + where.stop), factor)
-                for where, factor in _disjoint(parts, slices[name].stop - start)
-            ]
-        for name, own in list(pieces.items()):
-            (bias,) = partners[name] if len(partners[name]) == 1 else ("",)
-            # A bias goes with its weight where each is used with the other and with nothing else.
-            whole = len(own) == 1 and isinstance(own[0].factor, Outer) and not own[0].factor.transposed
-            if bias and bias in pieces and whole and partners[bias] == {f"of {name}"}:
-                pieces[name] = [replace(own[0], bias=slices[bias])]
-                del pieces[bias]
-        for found in pieces.values():
-            yield from found
+
+def _with_column(
+    signal: Tensor | None, part: Tensor | None, arrangement: Arrangement, place: tuple[int, int, int]
+) -> Tensor | None:
+    """δ (n, K, …) with that of component c filled in; None while no component has any."""
+    n, k, c = place
+    if part is None:
+        if signal is not None:
+            signal[:, c] = 0
+        return signal
+    part = arrangement.front(part, n)
+    if k == 1:
+        return part.unsqueeze(1)
+    if signal is None:
+        signal = part.new_empty(part.shape[0], k, *part.shape[1:])
+        signal[:, :c] = 0
+    signal[:, c] = part
+    return signal
 
 
 def _partner(use: Use, key: str) -> str:

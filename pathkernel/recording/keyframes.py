@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from pathkernel.trajectory.replay import Notes, Replay, abridged, checksum, stat
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 
+GLANCE = 256
+"""Entries of each parameter that are compared before every step."""
+
 STORED = 0
 """Divisor of steps whose gradient is stored, since a replay does not find it."""
 
@@ -29,9 +33,10 @@ def is_tried(index: int, every: int | None) -> bool:
 
 
 class GradientWatch:
-    """Tells whether gradients were touched between their arrival and the optimizer's step.
+    """Tells whether gradients are finite, and whether they were touched between their arrival and the step.
 
-    Clipping, unscaling, noise and the like write on gradients in place, which torch counts, or put others there.
+    Clipping, unscaling, noise and the like write on gradients in place, which torch counts, or put others there. They
+    are added up when they arrive, while the processor still has them at hand.
 
     Parameters
     ----------
@@ -43,6 +48,7 @@ class GradientWatch:
         self.live = live
         self._handles: dict[int, Any] = {}
         self._arrived: dict[int, tuple[int, int]] = {}
+        self._sums: dict[int, Tensor] = {}
 
     def listen(self) -> None:
         """Hook on to the parameters; those that are unfrozen later are met at the next call."""
@@ -54,7 +60,7 @@ class GradientWatch:
         """Take the hooks off."""
         for handle in self._handles.values():
             handle.remove()
-        self._handles, self._arrived = {}, {}
+        self._handles, self._arrived, self._sums = {}, {}, {}
 
     def touched(self) -> bool:
         """Whether some gradient is not what arrived; forgets what arrived."""
@@ -62,10 +68,16 @@ class GradientWatch:
         seen = [(id(p), p.grad) for p in self.live.named.values() if p.grad is not None]
         return any(arrived.get(key) != (id(gradient), gradient._version) for key, gradient in seen)
 
+    def are_finite(self) -> bool:
+        """Whether no gradient that arrived holds NaN or infinity, as far as its sum tells; forgets what arrived."""
+        sums, self._sums = self._sums, {}
+        return math.isfinite(sum(total.item() for total in sums.values()))
+
     def _arrive(self, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
         if gradient is not None:
             self._arrived[id(parameter)] = (id(gradient), gradient._version)
+            self._sums[id(parameter)] = gradient.detach().sum(dtype=gradient.dtype)
 
 
 class KeyframeKeeper:
@@ -92,7 +104,7 @@ class KeyframeKeeper:
 
     Notes
     -----
-    Time per step: two checksums of θ. Time per keyframe: a copy of θ and of the optimizer's state.
+    Time per step: a checksum of θ, and the sum of its gradient; per keyframe: a copy of θ and the optimizer's state.
     """
 
     def __init__(self, trajectory: Trajectory, live: LiveParameters, optimizer: Optimizer, every: int) -> None:
@@ -104,6 +116,9 @@ class KeyframeKeeper:
         self._warned: set[str] = set()
         self._start: int | None = None
         self._checksum: int | None = None
+        self._seen: tuple[list[tuple[int, int]], Tensor] | None = None
+        self._places: list[int] = []
+        self._beginnings: list[Tensor] = []
         self._opened = OpenReplay()
 
     # -- the life of a recording --------------------------------------------------------------------------------
@@ -119,15 +134,28 @@ class KeyframeKeeper:
         """Take the hooks off."""
         self.watch.stop()
 
-    def is_finite(self) -> bool:
-        """Whether no gradient holds NaN or infinity, as far as their sum tells."""
-        sums = [p.grad.sum() for p in self.live.named.values() if p.grad is not None]
-        return not sums or bool(torch.stack(sums).sum().isfinite())
-
     def moved(self) -> bool:
-        """Whether θ is no longer what it was when this was last asked, or after the last step."""
+        """Whether θ is no longer what it was when this was last asked, or after the last step.
+
+        torch counts what is written on a tensor, but for what is written through ``.data``. That is looked for at the
+        beginning of each parameter; elsewhere it is found when the step is replayed, and refused.
+        """
+        seen, self._seen = self._seen, self._glance()
+        if seen is not None and seen[0] == self._seen[0] and torch.equal(seen[1], self._seen[1]):
+            return False
         before, self._checksum = self._checksum, checksum(self.live.named.values())
         return before != self._checksum
+
+    def _glance(self) -> tuple[list[tuple[int, int]], Tensor]:
+        """Where parameters lie, how often they were written on, and how they begin."""
+        parameters = list(self.live.named.values())
+        places = [(p.data_ptr(), p._version) for p in parameters]
+        if [place for place, _ in places] != self._places:
+            self._places = [place for place, _ in places]
+            self._beginnings = [
+                p.detach().as_strided((min(GLANCE, p.numel()),), (1,), p.storage_offset()) for p in parameters
+            ]
+        return places, torch.cat(self._beginnings)
 
     # -- before the step ----------------------------------------------------------------------------------------
 
@@ -207,7 +235,7 @@ class KeyframeKeeper:
     def after(self, step: Step) -> Step:
         """What is kept of a step, in full where it was tried out."""
         self.is_open = False
-        self._checksum = checksum(self.live.named.values())
+        self._checksum, self._seen = checksum(self.live.named.values()), self._glance()
         self.watch.listen()
         opened = self._opened
         assert self._start is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,22 @@ def plain(value: Any) -> Any:
     return value
 
 
+class FlatViews:
+    """Flat views of tensors, made again only where a tensor lies elsewhere in memory than before."""
+
+    def __init__(self) -> None:
+        self._places: list[int] = []
+        self._views: list[Tensor] = []
+
+    def of(self, tensors: Collection[Tensor]) -> list[Tensor]:
+        """Each tensor as a vector: a view, or a copy where it is not contiguous."""
+        places = [tensor.data_ptr() if tensor.is_contiguous() else 0 for tensor in tensors]
+        if places != self._places or 0 in places:
+            # Views hold the memory that they see, so that nothing else can come to lie in the same place.
+            self._places, self._views = places, [tensor.detach().reshape(-1) for tensor in tensors]
+        return self._views
+
+
 class LiveParameters:
     """Reads values, gradients, settings and memory of the parameters on record.
 
@@ -51,7 +67,8 @@ class LiveParameters:
 
     def __init__(self, named: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
         self.named, self.optimizer = named, optimizer
-        self._slabs = Slabs()
+        self._slabs, self._values = Slabs(), FlatViews()
+        self._kept: dict[str, FlatViews] = {}
         self._members: list[list[int]] | None = None
         self._settings: tuple[dict[str, Any], ...] = ()
         self._active: frozenset[str] = frozenset()
@@ -68,16 +85,20 @@ class LiveParameters:
 
     def vector(self) -> Tensor:
         """θ, (P,), a copy."""
-        return self._joined(list(self.named.values()))
+        return self._joined(self._values.of(self.named.values()))
 
     def is_at(self, point: Tensor) -> bool:
         """Whether θ is a given vector."""
-        return equal_joined(list(self.named.values()), point)
+        return equal_joined(self._values.of(self.named.values()), point)
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients that the optimizer uses, by name: parameters that it does not hold may keep theirs for ever."""
         self._look()
         return {name: g.detach() for name, g in zip(self.named, self._gradients(), strict=True) if g is not None}
+
+    def gradient(self) -> Tensor:
+        """The gradient, (P,), a copy; zero where there is none."""
+        return self._padded(self._gradients())
 
     def active(self) -> frozenset[str]:
         """Names of the parameters that have a gradient; the same set for as long as they are the same."""
@@ -87,31 +108,29 @@ class LiveParameters:
             self._absent = absent
         return self._active
 
-    def gradient(self) -> Tensor:
-        """The gradient, (P,), a copy; zero where there is none."""
-        return self._padded(self._gradients())
-
     def padded(self, tensors: dict[str, Tensor]) -> Tensor:
         """Some parameters' tensors as a vector (P,), zero elsewhere."""
         return self._padded([tensors.get(name) for name in self.named])
 
     def _gradients(self) -> list[Tensor | None]:
+        if len(self.groups) == len(self.named):
+            return [p.grad for p in self.named.values()]
         return [p.grad if name in self.groups else None for name, p in self.named.items()]
 
-    def _padded(self, rows: list[Tensor | None]) -> Tensor:
-        if any(row is None for row in rows):
-            parameters = self.named.values()
-            return self._joined(
-                [torch.zeros_like(p) if row is None else row for row, p in zip(rows, parameters, strict=True)]
-            )
-        return self._joined(rows)  # type: ignore[arg-type]
+    def _padded(self, tensors: list[Tensor | None]) -> Tensor:
+        parameters = self.named.values()
+        return self._joined(
+            [
+                (torch.zeros_like(p) if tensor is None else tensor).detach().reshape(-1)
+                for tensor, p in zip(tensors, parameters, strict=True)
+            ]
+        )
 
     def _joined(self, rows: list[Tensor]) -> Tensor:
-        """One vector of many tensors, in memory that is there for the record."""
-        flat = [(row.detach() if row.requires_grad else row).reshape(-1) for row in rows]
+        """One vector of many, in memory that is there for the record."""
         if len({row.dtype for row in rows}) > 1:
-            return torch.cat(flat)
-        return torch.cat(flat, out=self._slabs.empty(self.layout.size, rows[0]))
+            return torch.cat(rows)
+        return torch.cat(rows, out=self._slabs.empty(self.layout.size, rows[0]))
 
     # -- the optimizer ---------------------------------------------------------------------------------------------
 
@@ -163,7 +182,14 @@ class LiveParameters:
     def state_vectors(self, keys: tuple[str, ...]) -> dict[str, Tensor]:
         """Tensors of the optimizer's state as vectors (P,), copies, zero where a parameter has none."""
         states = self._states() if keys else []
-        return {key: self._padded([state.get(key) for state in states]) for key in keys}
+        vectors = {}
+        for key in keys:
+            tensors = [state[key] for state in states if state.get(key) is not None]
+            if len(tensors) < len(states):
+                vectors[key] = self._padded([state.get(key) for state in states])
+            else:
+                vectors[key] = self._joined(self._kept.setdefault(key, FlatViews()).of(tensors))
+        return vectors
 
     def state_numbers(self, keys: tuple[str, ...], active: frozenset[str]) -> dict[str, Tensor]:
         """Numbers of the optimizer's state, one for each active parameter, copies."""

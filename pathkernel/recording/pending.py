@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,6 +71,7 @@ class PendingBatches:
         self._forward = ForwardWatcher(model, self._forward_ran, modules, stages)
         self._listening: dict[str, Any] = {}
         self._marks: list[tuple[Any, int]] = []
+        self._unseen = ForwardState()  # of a batch of which no pass of the whole model is seen
         self._watching = self._seen = False
         self._arrived = True
 
@@ -92,8 +92,10 @@ class PendingBatches:
             if not (self._arrived or self._gradients_differ()):
                 del self.batches[-1:]  # the batch before this one was never used, as after an early `break`
             self._listen()
-        state = ForwardState(self._modules.modes())
-        self.batches.append(MicroBatch(batch.ids, batch.weights, batch.inputs, batch.targets, state))
+        modes = self._modules.modes()
+        if modes != self._unseen.modes:
+            self._unseen = ForwardState(modes)
+        self.batches.append(MicroBatch(batch.ids, batch.weights, batch.inputs, batch.targets, self._unseen))
         self._arrived = self._seen = False
         if not self._listening:
             self._mark_gradients()
@@ -109,8 +111,9 @@ class PendingBatches:
     def _forward_ran(self, state: ForwardState) -> None:
         if self.batches:
             batch = self.batches[-1]
-            now = replace(batch, later=(*batch.later, state)) if self._seen else replace(batch, state=state)
-            self.batches[-1], self._seen = now, True
+            first, later = (batch.state, (*batch.later, state)) if self._seen else (state, ())
+            self.batches[-1] = MicroBatch(batch.ids, batch.weights, batch.inputs, batch.targets, first, later)
+            self._seen = True
 
     def _mark_gradients(self) -> None:
         """Remember which gradients there are, without keeping them."""

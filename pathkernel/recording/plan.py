@@ -12,7 +12,7 @@ from torch import nn
 
 from pathkernel.errors import InputError, check
 from pathkernel.recording.recorder import KernelRecorder
-from pathkernel.trajectory.schedule import RunSize, Schedule
+from pathkernel.trajectory.schedule import PRECONDITIONED, RunSize, Schedule
 from pathkernel.trajectory.step import FrozenOnReading, Step
 from pathkernel.update_rules.table import RULES
 
@@ -111,7 +111,7 @@ def plan_table(
     rows = [
         PlanRow(
             repr(schedule),
-            schedule.serves,
+            tuple(name for name in schedule.serves if name != PRECONDITIONED),
             schedule.bytes_per_step(run),
             schedule.bytes_per_step(run) * length,
             schedule.working_bytes(run),
@@ -151,7 +151,9 @@ def format_plan(rows: Sequence[PlanRow]) -> str:
         for line in (head, *cells)
     ]
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join([lines[0], rule, *lines[1:], "", "Before compression, which on disk leaves about half of the weights."])
+    return "\n".join(
+        [lines[0], rule, *lines[1:], "", "Before compression, which on disk leaves about half of the weights."]
+    )
 
 
 def as_bytes(size: float) -> str:

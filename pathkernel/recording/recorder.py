@@ -23,6 +23,7 @@ from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.pytrees import count
 from pathkernel.recording.audit import audit, is_due
 from pathkernel.recording.indexed import indexed_loader
+from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.recording.pending import PendingBatches, checked_ids
@@ -30,7 +31,10 @@ from pathkernel.recording.validation import check_optimizer, unwrapped
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.memory import MemoryStore
+from pathkernel.trajectory.partial import StreamingStore, ThinnedStore
+from pathkernel.trajectory.replay import ReplayStore
 from pathkernel.trajectory.samples import Samples
+from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel, Schedule, Streaming, as_schedule
 from pathkernel.trajectory.step import FrozenOnReading, MicroBatch, OptimizerState, Step
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory
@@ -104,6 +108,9 @@ class KernelRecorder:
         Where the steps are kept: None for memory, a path for a folder, or a store of your own such as
         `pathkernel.trajectory.disk.DiskStore`. A folder that holds the record of this training run already is gone on
         with, from where the weights lie on its path.
+    schedule
+        What is kept of each step, and when: every step in full by default; `Schedule(keyframes=32)` keeps little and
+        trains again what is asked for, `Schedule(every=10)` thins, `Streaming(…)` stores nothing.
 
     Raises
     ------
@@ -143,6 +150,7 @@ class KernelRecorder:
         averages: Mapping[str, nn.Module | Mapping[str, Tensor]] | None = None,
         audit_every: int | None = None,
         store: str | os.PathLike[str] | Store | None = None,
+        schedule: RecordingLevel | None = None,
     ) -> None:
         outer, model = model, unwrapped(model)
         rule = rule_of(optimizer, rule)
@@ -163,6 +171,8 @@ class KernelRecorder:
             store=store_at(store),
         )
         self._live = LiveParameters(named, optimizer)
+        self._taken = 0
+        self._keyframes = self._follow(as_schedule(schedule), bool(averages))
         self._modules = WatchedModules(model, self._trajectory.constants)
         self._pending = PendingBatches(outer, self._live, rule.stages, self._modules, self._forget_edits)
         self._open: OpenStep | None = None
@@ -207,6 +217,36 @@ class KernelRecorder:
             self.optimizer.register_step_post_hook(self._after_step),
         ]
         self._pending.start()
+        if self._keyframes is not None:
+            self._keyframes.start()
+
+    def _follow(self, schedule: RecordingLevel, averages: bool) -> KeyframeKeeper | None:
+        """Let the store keep what the schedule says."""
+        trajectory = self._trajectory
+        trajectory.schedule = schedule
+        if schedule == EVERY_STEP:
+            return None
+        if averages:
+            raise RecordingError(
+                f"`averages` were given, and `schedule={schedule!r}`",
+                "How an average moved is seen from θ at every step",
+                "Leave out `schedule`, or leave out `averages`",
+            )
+        if trajectory.store.exists:
+            raise RecordingError(
+                f"`store=` holds steps of an earlier run, and `schedule={schedule!r}`",
+                "A recording that goes on in a store keeps every step in full",
+                "Give `store=` another path, or leave out `schedule`",
+            )
+        if isinstance(schedule, Streaming):
+            trajectory.store = StreamingStore(schedule, self._live.settings())
+        elif isinstance(schedule, Schedule) and schedule.keyframes is not None:
+            keeper = KeyframeKeeper(trajectory, self._live, self.optimizer, schedule.keyframes)
+            trajectory.store = ReplayStore(trajectory.store, keeper.replay, torch.get_num_threads())
+            return keeper
+        elif isinstance(schedule, Schedule):
+            trajectory.store = ThinnedStore(trajectory.store, schedule.every)
+        return None
 
     def close(self) -> Trajectory:
         """Let go of the optimizer and return the trajectory; recording may be started again."""
@@ -214,6 +254,8 @@ class KernelRecorder:
         for handle in self._handles:
             handle.remove()
         self._pending.stop()
+        if self._keyframes is not None:
+            self._keyframes.stop()
         self._handles, self._open = [], None
         self._memory_at_close = self._live.memory(self._trajectory.rule)
         self._trajectory.store.close()
@@ -370,7 +412,8 @@ class KernelRecorder:
 
     def _note_change(self, name: str) -> None:
         """Put a change of the parameters since they were last seen on record."""
-        if not self._live.is_at(self._last_point()):
+        keeper = self._keyframes
+        if keeper.moved() if keeper is not None else not self._live.is_at(self._last_point()):
             self._changes.append((name, self._live.vector()))
 
     def _last_point(self) -> Tensor:
@@ -391,13 +434,22 @@ class KernelRecorder:
             self._check_pending()
             # Now, where the gradient is there already: some implementations (SGD's foreach Nesterov) write on it. A
             # fused optimizer under loss scaling skips overflowed steps and divides by the scale by itself.
-            if not scaled:
+            if not scaled and (self._keyframes is None or not self._keyframes.watch.are_finite()):
                 gradient = self._live.gradient()
                 self._check_gradient(gradient)
         self._note_change("unexplained")
         self._observe_averages()
-        before = self._last_point()  # one tensor for the end of a step and the start of the next
-        if gradient is not None:
+        keeper, explained = self._keyframes, False
+        if keeper is None:
+            before = self._last_point()  # one tensor for the end of a step and the start of the next
+        else:
+            known = closure is None and not scaled
+            before, gradient = self._before_replayed(keeper, known)
+            if not keeper.trial:
+                return
+            explained = known and keeper.explains(self._slim_step(before, gradient))
+            gradient = gradient if known else None
+        if gradient is not None and not explained:
             self._audit(before, gradient)
         rule, live = self._trajectory.rule, self._live
         keys = live.kept_keys(rule)
@@ -406,7 +458,59 @@ class KernelRecorder:
         states = live.states(rule) if keys is None else {}
         self._open = OpenStep(before, keys, vectors, fresh, states, live.active(), gradient)
 
+    def _before_replayed(self, keeper: KeyframeKeeper, known: bool) -> tuple[Tensor, Tensor]:
+        """θ and gradient as far as a replay needs them."""
+        return keeper.before(
+            self._taken,
+            self._pending.batches,
+            known,
+            due=is_tried(self._taken, self.audit_every),
+            edited=bool(self._gradient_changes),
+            theta=self._changes[-1][1] if self._changes else None,
+        )
+
+    def _slim_step(self, before: Tensor, gradient: Tensor) -> Step:
+        """The step at hand as far as a replay needs it."""
+        return Step(
+            index=self._taken,
+            before=before,
+            after=before[:0],
+            gradient=gradient,
+            active=self._live.active(),
+            batches=tuple(self._pending.batches),
+            groups=self._live.groups,
+            hyperparameters=self._live.settings(),
+            changes=tuple(self._changes),
+            gradient_changes=self._gradient_changes,
+            buffers=self._modules.changed_buffers(),
+        )
+
+    def _after_replayed(self, keeper: KeyframeKeeper) -> None:
+        if getattr(self.optimizer, "found_inf", None) is not None and not keeper.moved():
+            self._pending.take()
+            self._forget_edits()
+            return
+        self._check_pending()
+        step = self._slim_step(*keeper.vectors)
+        self._pending.take()
+        self._changes, self._gradient_changes = [], {}
+        self._keep(step)
+
+    def _keep(self, step: Step) -> None:
+        """Put a step on record."""
+        keeper = self._keyframes
+        if keeper is not None:
+            step = keeper.after(step)
+            if keeper.gave_up:
+                keeper.stop()
+                self._keyframes = None
+        self._taken += 1
+        self._trajectory.store.append(step)
+
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._keyframes is not None and self._keyframes.is_open:
+            self._after_replayed(self._keyframes)
+            return
         if self._open is None:
             return
         opened, self._open = self._open, None
@@ -437,7 +541,7 @@ class KernelRecorder:
             buffers=self._modules.changed_buffers(),
         )
         self._changes, self._gradient_changes, self._end_of_steps = [], {}, after
-        trajectory.store.append(step)
+        self._keep(step)
 
     def _frozen(
         self,

@@ -16,6 +16,7 @@ from pathkernel.trajectory.averages import AverageRecord, averaged_values
 from pathkernel.trajectory.disk import DiskStore
 from pathkernel.trajectory.header import Header
 from pathkernel.trajectory.opening import constants_now, known_rule, mismatches
+from pathkernel.trajectory.schedule import EVERY_STEP
 from pathkernel.trajectory.step import FrozenOnReading
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import UpdateRule
@@ -72,6 +73,13 @@ def _joined(
     trajectory: Trajectory, store: DiskStore, live: LiveParameters, averages: Mapping[str, Any]
 ) -> Place:
     header = store.load()
+    check(
+        header.schedule == EVERY_STEP,
+        StoreError,
+        f"`{store.path}` holds a recording with `{header.schedule!r}`",
+        "Only a recording that keeps every step in full goes on",
+        "Give `store=` another path, or delete this folder",
+    )
     _check_identity(trajectory, header, averages, store)
     region = _region(header, live, store)
     layout = header.layouts[region]
@@ -238,9 +246,11 @@ def _memory_after(
 
 
 def _buffers(store: DiskStore, steps: int, end: dict[str, Any] | None) -> Mapping[str, Tensor]:
-    """Buffers as they were seen last before a step."""
+    """Buffers as they were seen last before a step: by its first forward pass, which may have changed others."""
     if steps < len(store):
-        return store.read(steps).buffers
+        step = store.read(steps)
+        seen = step.batches[0].state.buffers if step.batches else None
+        return step.buffers if seen is None else seen
     if end is not None:
         return end["final_buffers"]
     return store.read(steps - 1).buffers if steps else {}

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SLAB = 16 << 20
-"""Bytes of a slab."""
+SLAB = 4 << 20
+"""Bytes of a slab. Small, so that memory which has just been let go of is still in the processor's cache."""
 
 FREE = 128 << 20
 """Bytes that are kept for the next vectors: a store lets go of many steps at once, when a block has been written."""
@@ -54,7 +54,8 @@ class Slabs:
             if len(memory) >= length:
                 break
         else:
-            memory = mmap.mmap(-1, max(SLAB, -(-length // LINE) * LINE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            # A vector that would leave much of a slab over gets one of its own size.
+            memory = mmap.mmap(-1, SLAB if length <= SLAB // 4 else length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory.madvise(mmap.MADV_HUGEPAGE)
         array = np.frombuffer(memory, dtype=np.uint8)
         weakref.finalize(array, _release, self._free, memory).atexit = False

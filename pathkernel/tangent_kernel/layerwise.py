@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isqrt
 from typing import Any
 
 import torch
@@ -12,85 +11,30 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils import _pytree as pytree
 
-from pathkernel._typing import PyTree
+from pathkernel._typing import Float, PyTree
 from pathkernel.functional import ModelFunction
 from pathkernel.layers.factors import Piece
 from pathkernel.layers.proved import ProvedTapes
 from pathkernel.layers.tape import Tape
 from pathkernel.parameters import ParameterLayout
 from pathkernel.pytrees import blocks, count, take
-from pathkernel.tangent_kernel.contraction import parts
 from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.jacobian import JacobianEngine
 from pathkernel.tangent_kernel.matrix_products import empty
-from pathkernel.tangent_kernel.operands import TILE, Form, Group, Metric, contract, mirror, numbers, row_numbers
+from pathkernel.tangent_kernel.operands import (
+    Form,
+    Group,
+    Metric,
+    contract,
+    mirror,
+    numbers,
+    own_products,
+    row_numbers,
+)
 from pathkernel.tangent_kernel.outputs import OutputSelection
+from pathkernel.tangent_kernel.planning import BLOCKS, Plan, Sizes, cuts
 
-__all__ = ["TILE", "LayerwiseEngine"]
-
-PASS = 128 << 20
-"""Bytes of one pass through the network: what it leaves behind should still be near when it is used."""
-
-BLOCKS = 256
-"""Samples on each side of a tile of blocks of all pairs of components."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes that a sample takes, as a number and so much more for each component.
-
-    Attributes
-    ----------
-    components
-        K.
-    passing
-        While it passes through the network.
-    held
-        From then until it is contracted.
-    """
-
-    components: int
-    passing: tuple[float, float]
-    held: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a kernel matrix is cut up so that it fits into a budget.
-
-    Attributes
-    ----------
-    components
-        Components in hand at once.
-    passing
-        Samples in one pass through the network.
-    left, right
-        Samples held on each side.
-    scratch
-        Bytes for tiles.
-    """
-
-    components: int
-    passing: int
-    left: int
-    right: int
-    scratch: int
-
-    @classmethod
-    def of(cls, sizes: Sizes, memory: int, n: int, m: int | None, full: bool) -> Plan:
-        """For n × m samples, m None for a symmetric matrix: half of the budget is held, the rest is in motion."""
-        held, passing, scratch = memory // 2, memory // 4, memory // 8
-        samples = n + (m or 0)
-        chosen = sizes.components
-        if not full:  # the trace is a sum over components, a few at a time
-            spare = held / samples - sizes.held[0]
-            chosen = max(1, min(chosen, int(spare // max(1.0, sizes.held[1]))))
-        each = sizes.held[0] + chosen * sizes.held[1]
-        left, right = n, n if m is None else m
-        if each * samples > held:
-            left, right = (max(1, int(part * held / each)) for part in (0.75, 0.25))
-        pass_size = max(1, int(min(passing, PASS) / (sizes.passing[0] + chosen * sizes.passing[1])))
-        return cls(chosen, pass_size, min(left, n), right, scratch)
+__all__ = ["BLOCKS", "LayerwiseEngine", "Plan", "Sizes"]
 
 
 class LayerwiseEngine(Engine):
@@ -124,19 +68,25 @@ class LayerwiseEngine(Engine):
             if self.selection.identity:
                 chosen = slice(*components.indices(tape.outputs.shape[1]))
                 return tape.pieces(tape.outputs[:, chosen], chosen), tape
-            h = vmap(self.selection.function)(tape.outputs, context)
-            return tape.pieces(h.reshape(tape.n, -1)[:, components]), tape
+            return tape.pieces(self._values(tape, context)[:, components]), tape
+
+    def _values(self, tape: Tape, context: PyTree) -> Float[Tensor, "n K"]:
+        """h."""
+        if self.selection.identity:
+            return tape.outputs
+        return vmap(self.selection.function)(tape.outputs, context).reshape(tape.n, -1)
 
     def sizes(self, theta: Tensor, X: PyTree, context: PyTree, form: Form) -> Sizes:
-        """What a sample takes, from a pass of two; once for each shape of samples."""
+        """What a sample takes, from passes of two; once for each shape of samples."""
         leaves = [leaf for leaf in pytree.tree_leaves((X, context)) if isinstance(leaf, Tensor)]
         key = (*((leaf.shape[1:], leaf.dtype) for leaf in leaves), form.metric.diagonal is None)
         if key not in self._sizes:
-            self._sizes[key] = self._measured(theta, X, context, form)
+            few = slice(0, min(2, count(X)))
+            self._sizes[key] = self._measured(theta, take(X, few), take(context, few), form)
         return self._sizes[key]
 
     def _measured(self, theta: Tensor, X: PyTree, context: PyTree, form: Form) -> Sizes:
-        few = min(2, count(X))
+        pieces, tape = self.pieces(theta, X, context)
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -144,53 +94,29 @@ class LayerwiseEngine(Engine):
             saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        own = take(X, slice(0, few))
-        pieces, tape = self.pieces(theta, own, take(context, slice(0, few)))
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self.tapes.record(theta, own, self.function)
-        parameters = self.function.layout.size * self.function.dtype.itemsize
-        item, k = self.function.dtype.itemsize, self._components(pieces, tape)
-        outputs = sum(shape.numel() for shape in tape.shapes) * item
-        graph = max(0, sum(saved.values()) - parameters) + 2 * outputs
-        fixed, varying, kept_fixed, kept = 0, 0, 0, 0
+            self.tapes.record(theta, X, self.function)
+        item, n = self.function.dtype.itemsize, count(X)
+        graph = max(0, sum(saved.values()) - self.function.layout.size * item)
+        graph += 2 * item * sum(shape.numel() for shape in tape.shapes)
+        signals, others, kept_signals, kept_others, rows = 0, 0, 0, 0, 0
         for piece in pieces:
-            factor = piece.factor
-            own = numbers(factor) * item
-            signals = factor.signal.numel() * item if hasattr(factor, "signal") else own
-            fixed, varying = fixed + own - signals, varying + 2 * signals
+            of_components, alike = numbers(piece.factor)
+            signals, others = signals + of_components, others + alike
             if not form.by_pairs(piece) and form.by_kept_rows(piece):
-                rows = row_numbers(factor) * item
-                varying, kept = varying + rows, kept + rows
+                rows += row_numbers(piece.factor)
             else:
-                kept_fixed, kept = kept_fixed + own - signals, kept + signals
+                kept_signals, kept_others = kept_signals + of_components, kept_others + alike
+        k = self._values(tape, context).shape[1]
+        each = item / n
         return Sizes(
-            k, ((graph + fixed) / few, varying / k / few), (kept_fixed / few, max(1.0, kept / k / few))
+            components=k,
+            passing=(graph / n + others * each, (2 * signals + rows) * each / k),
+            held=(kept_others * each, (kept_signals + rows) * each / k),
         )
-
-    def _components(self, pieces: list[Piece], tape: Tape) -> int:
-        """K."""
-        if pieces:
-            return pieces[0].factor.components
-        return tape.outputs.shape[1] if self.selection.identity else 1
-
-    def _bytes_per_sample(self, theta: Tensor, X: PyTree, context: PyTree) -> int:
-        """What one sample takes in a pass."""
-        sizes = self.sizes(theta, X, context, self._form(None, 1, 1))
-        return int(sizes.passing[0] + sizes.components * sizes.passing[1])
 
     def _form(self, diagonal: Tensor | None, n: int, m: int) -> Form:
         return Form((n, m), self.full, Metric(diagonal), self.products)
-
-    def _group(
-        self, theta: Tensor, X: PyTree, context: PyTree, form: Form, components: slice, passing: int
-    ) -> Group:
-        """Some samples, a few in each pass."""
-
-        def passes() -> Iterator[tuple[slice, list[Piece]]]:
-            for piece in blocks(count(X), passing):
-                yield piece, self.pieces(theta, take(X, piece), take(context, piece), components)[0]
-
-        return Group.joined(count(X), passes(), form)
 
     # -- the contract ----------------------------------------------------------------------------------------
 
@@ -202,33 +128,25 @@ class LayerwiseEngine(Engine):
         form = self._form(diagonal, n, m)
         sizes = self.sizes(theta, X, context_X, form)
         plan = Plan.of(sizes, self.memory, n, None if Y is None else m, self.full)
+        left = Side(self, theta, X, context_X, form, plan)
+        right = left if Y is None else Side(self, theta, Y, context_Y, form, plan)
         k = sizes.components if self.full else 1
         result = empty((k, n, k, m), torch.float64)
-        tile = min(BLOCKS, max(1, isqrt(plan.scratch // (24 * k)))) if self.full else max(n, m)
-        groups = [slice(i.start + j.start, i.start + j.stop) for i in blocks(n, plan.left) for j in _cut(i, tile)]
         for components in blocks(sizes.components, plan.components):
-            every = slice(None) if self.full else components
-
-            def groups_of(Z: PyTree, context: PyTree, block: slice) -> list[tuple[slice, Group]]:
-                return [
-                    (own, self._group(theta, take(Z, own), take(context, own), form, every, plan.passing))
-                    for own in (slice(block.start + c.start, block.start + c.stop) for c in _cut(block, tile))
-                ]
-
             first = components.start == 0
             for block in blocks(n, plan.left):
-                left = groups_of(X, context_X, block)
+                held = left.groups(block, components)
+                begin = block.stop if Y is None else 0
                 if Y is None:
-                    for place, (i, one) in enumerate(left):
-                        for j, two in left[place:]:
+                    for place, (i, one) in enumerate(held):
+                        for j, two in held[place:]:
                             contract(one, two, result[:, i, :, j], form, same=i == j, first=first, scratch=plan.scratch)
-                Z, context, begin = (X, context_X, block.stop) if Y is None else (Y, context_Y, 0)
-                for other in blocks(m - begin, plan.right):
-                    for j, two in groups_of(Z, context, slice(begin + other.start, begin + other.stop)):
-                        for i, one in left:
+                for other in cuts(slice(begin, m), plan.right):
+                    for j, two in right.groups(other, components):
+                        for i, one in held:
                             contract(one, two, result[:, i, :, j], form, same=False, first=first, scratch=plan.scratch)
         if Y is None:
-            mirror(result, groups)
+            mirror(result, [tile for block in blocks(n, plan.left) for tile in cuts(block, plan.tile)])
         if self.selection.combine == "mean":
             result /= sizes.components
         found = result.permute(1, 3, 0, 2) if self.full else result[0, :, 0]
@@ -242,28 +160,20 @@ class LayerwiseEngine(Engine):
         """K(x, x), sample by sample."""
         form = self._form(diagonal, 1, 1)
         sizes = self.sizes(theta, X, context, form)
-        plan = Plan.of(sizes, self.memory, count(X), None, True)
+        k, passing = sizes.components, Plan.of(sizes, self.memory, count(X), None, True).passing
         found = []
-        for piece in blocks(count(X), plan.passing):
-            pieces, _ = self.pieces(theta, take(X, piece), take(context, piece))
-            found.append(self._diagonal(pieces, piece.stop - piece.start, sizes.components, form.metric))
+        for block in blocks(count(X), passing):
+            n, pieces = block.stop - block.start, self.pieces(theta, take(X, block), take(context, block))[0]
+            total = torch.zeros((n, *(k,) * 2 * self.full), dtype=torch.float64)
+            for piece in pieces:
+                total += own_products(piece, form, self.memory // (16 * n))
+            found.append(total / k if self.selection.combine == "mean" else total)
         result = torch.cat(found)
         plain = self._plain_engine(theta)
         if plain is not None:
             engine, own, where = plain
             result += engine.diagonal(own, X, context, None if diagonal is None else diagonal[where])
         return result
-
-    def _diagonal(self, pieces: list[Piece], n: int, k: int, metric: Metric) -> Tensor:
-        total = torch.zeros((n, k, k) if self.full else (n,), dtype=torch.float64)
-        for piece in pieces:
-            rows = [(where, part.factor.rows()) for where, part in parts(piece, self.memory // (8 * n))]
-            if piece.bias is not None:
-                rows.append((piece.bias, piece.bias_rows()))
-            for where, own in rows:
-                weighted = metric.applied(own.double(), where)
-                total += weighted @ weighted.mT if self.full else weighted.square().sum(dim=(1, 2))
-        return total / k if self.selection.combine == "mean" else total
 
     def _plain_engine(self, theta: Tensor) -> tuple[JacobianEngine, Tensor, Tensor] | None:
         """The plain engine for the parameters that the tape does not cover, their values, and where they are."""
@@ -282,5 +192,37 @@ class LayerwiseEngine(Engine):
         return JacobianEngine(function, self.selection, self.memory), theta[where], where
 
 
-def _cut(block: slice, size: int) -> Iterator[slice]:
-    return blocks(block.stop - block.start, size)
+@dataclass(frozen=True)
+class Side:
+    """Rows or columns of a kernel matrix.
+
+    Attributes
+    ----------
+    engine, theta
+        Engine and θ.
+    X, context
+        Samples, and what h needs of each.
+    form, plan
+        How gradients are contracted, and how many at once.
+    """
+
+    engine: LayerwiseEngine
+    theta: Tensor
+    X: PyTree
+    context: PyTree
+    form: Form
+    plan: Plan
+
+    def groups(self, block: slice, components: slice) -> list[tuple[slice, Group]]:
+        """Gradients of some samples, tile by tile, and where they are."""
+        every = slice(None) if self.form.full else components
+        return [
+            (tile, Group.joined(tile.stop - tile.start, self._passes(tile, every), self.form))
+            for tile in cuts(block, self.plan.tile)
+        ]
+
+    def _passes(self, tile: slice, components: slice) -> Iterator[tuple[slice, list[Piece]]]:
+        for own in cuts(tile, self.plan.passing):
+            inputs, context = take(self.X, own), take(self.context, own)
+            place = slice(own.start - tile.start, own.stop - tile.start)
+            yield place, self.engine.pieces(self.theta, inputs, context, components)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ TILE = 128
 WIDE = 4096
 """Columns from which rows are contracted by themselves; narrower ones are put beside each other."""
 
-PART = 4 << 20
-"""Bytes of rows formed at once where they are not kept: they stay in the cache until they are contracted."""
+PART = 32 << 20
+"""Bytes of rows formed at once where they are not kept."""
 
 
 class Metric:
@@ -78,7 +79,7 @@ class Form:
 
     def by_kept_rows(self, piece: Piece) -> bool:
         """Whether rows take no more memory than δ and a (by 5 %), and so are formed at once and kept."""
-        return isinstance(piece.factor, Dense) or row_numbers(piece.factor) <= 1.05 * numbers(piece.factor)
+        return isinstance(piece.factor, Dense) or row_numbers(piece.factor) <= 1.05 * sum(numbers(piece.factor))
 
     def plain(self, factor: Outer) -> bool:
         """Whether nothing is to be done to rows."""
@@ -265,6 +266,24 @@ def contract(
                     result[j : j + 1, rows, others[0], columns] += _row_products(None, mine, theirs, own, others)
 
 
+def own_products(piece: Piece, form: Form, limit: int) -> Tensor:
+    """Inner products of each sample's gradients with themselves: (n,), or (n, K, K) for blocks; float64.
+
+    ``limit`` is how many bytes of rows a sample may have at a time.
+    """
+    if form.by_pairs(piece):
+        constants = form.metric.constants(piece)
+        assert constants is not None
+        return Pairs.of(_cast(piece, torch.float64), form.full, *constants).own()
+    factor = piece.factor
+    total = torch.zeros((factor.samples, *(factor.components,) * 2 * form.full), dtype=torch.float64)
+    rows = ((where, part.factor.rows()) for where, part in parts(piece, limit))
+    for where, own in chain(rows, () if piece.bias is None else ((piece.bias, piece.bias_rows()),)):
+        weighted = form.metric.applied(own.double(), where)
+        total += weighted @ weighted.mT if form.full else weighted.square().sum(dim=(1, 2))
+    return total
+
+
 def mirror(result: Float[Tensor, "J n J n"], groups: list[slice]) -> None:
     """Fill in the entries that `contract` left out, from those across the diagonal of the (J n, J n) matrix."""
     count, tile = result.shape[0], 512
@@ -282,9 +301,14 @@ def mirror(result: Float[Tensor, "J n J n"], groups: list[slice]) -> None:
                         result[k, i, k, i][b, a] = result[k, i, k, i][a, b].T
 
 
-def numbers(factor: Factor) -> int:
+def numbers(factor: Factor) -> tuple[int, int]:
     """How many numbers δ and a are."""
-    return sum(tensor.numel() for tensor, _ in _factor_tensors(factor) if tensor.is_floating_point())
+    if isinstance(factor, Outer):
+        return factor.signal.numel(), factor.activation.numel()
+    if isinstance(factor, Lookup):
+        return factor.signal.numel(), factor.indices.numel()
+    assert isinstance(factor, Dense)
+    return factor.values.numel(), 0
 
 
 def row_numbers(factor: Factor) -> int:
@@ -335,12 +359,6 @@ def _is_head(factor: Factor) -> bool:
 def _cast(piece: Piece, dtype: torch.dtype) -> Piece:
     cast = _mapped_factor(piece.factor, lambda tensor, _: tensor.to(dtype) if tensor.is_floating_point() else tensor)
     return replace(piece, factor=cast)
-
-
-def _factor_tensors(factor: Factor) -> list[tuple[Tensor, int]]:
-    found: list[tuple[Tensor, int]] = []
-    _mapped_factor(factor, lambda tensor, axis: found.append((tensor, axis)) or tensor)
-    return found
 
 
 def _mapped_factor(factor: Factor, function: Callable[[Tensor, int], Tensor]) -> Factor:

@@ -166,22 +166,18 @@ class Blocks:
 
     def write(self, block: EncodedBlock, region: Region, first: int) -> Commit:
         """Write a block behind the others: rows, record, and last the commit."""
-        number, steps = self.count, len(block.gradients)
+        number, steps = self.count, block.steps
         before = self.commit(number - 1) if number else Commit(-1, 0, 0, 0, 0, 0, 0, 0, 0)
         suffix, checksums = f"-{region.index}", {}
-        points = self._scratch(self.capacity + 1, region.layout.size, self.dtype)
-        for row, point in enumerate(block.points):
-            points[row] = bits(point)
-        points[steps + 1 :] = 0
-        differences(points[: steps + 1])
-        name = self._vectors("theta" + suffix, region, self.capacity + 1, self.dtype, self.compression)
-        checksums[name] = self._write_rows(name, number, points)
-        gradients = points[: self.capacity]  # the memory serves again
-        for row, gradient in enumerate(block.gradients):
-            gradients[row] = bits(gradient)
-        gradients[steps:] = 0
-        name = self._vectors("gradient" + suffix, region, self.capacity, self.dtype, PLAIN)
-        checksums[name] = self._write_rows(name, number, gradients)
+        if block.points:
+            points = self._filled(self.capacity + 1, region.layout.size, block.points)
+            differences(points[: steps + 1])
+            name = self._vectors("theta" + suffix, region, self.capacity + 1, self.dtype, self.compression)
+            checksums[name] = self._write_rows(name, number, points)
+        if any(gradient.numel() for gradient in block.gradients):
+            gradients = self._filled(self.capacity, region.layout.size, block.gradients)
+            name = self._vectors("gradient" + suffix, region, self.capacity, self.dtype, PLAIN)
+            checksums[name] = self._write_rows(name, number, gradients)
         types = {stream: dtype for _, dtype, stream in block.record["streams"]}
         for stream, tensors in block.frozen.items():
             dtype = getattr(torch, types[stream])
@@ -220,6 +216,14 @@ class Blocks:
         if len(self._memory) < length:
             self._memory = np.empty(length, np.uint8)
         return self._memory[:length].view(UNSIGNED[dtype.itemsize]).reshape(rows, size)
+
+    def _filled(self, height: int, size: int, vectors: Sequence[torch.Tensor]) -> np.ndarray:
+        """Vectors as rows, zeros where there is none."""
+        rows = self._scratch(height, size, self.dtype)
+        for row, vector in enumerate(vectors):
+            rows[row] = bits(vector) if vector.numel() else 0
+        rows[len(vectors) :] = 0
+        return rows
 
     def _write_rows(self, name: str, number: int, rows: np.ndarray) -> list[int]:
         array, size = self._arrays[name], rows.shape[1]

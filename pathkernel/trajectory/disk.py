@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
-import threading
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +15,16 @@ import torch
 from torch import Tensor
 
 from pathkernel.errors import CorruptBlockError, InputError, StoreError, check
-from pathkernel.storage import MAX_CHUNK_BYTES, Compression, Group, Lock, damaged
+from pathkernel.storage import MAX_CHUNK_BYTES, Compression, Group, Lock, damaged, synchronise
 from pathkernel.trajectory import identity
 from pathkernel.trajectory.blocks import COLUMNS, Blocks, Recent, Region, read_packed, write_packed
 from pathkernel.trajectory.encoding import BlockEncoder, Serials
 from pathkernel.trajectory.header import End, Header, end_values, start_values
-from pathkernel.trajectory.reading import StoredBlock
+from pathkernel.trajectory.reading import SENSELESS, StoredBlock
+from pathkernel.trajectory.replay import ReplayStore
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.store import Store
+from pathkernel.trajectory.writer import UnwrittenBlock, Writer
 
 if TYPE_CHECKING:
     from pathkernel.trajectory.trajectory import Trajectory
@@ -34,17 +34,6 @@ QUEUE = 4
 """Full blocks that may wait to be written before training waits for the disk."""
 BLOCK_BYTES = 2**26
 """θ in a block; larger networks have fewer steps in each."""
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """A block on its way to the disk."""
-
-    first: int
-    steps: list[Step]
-    previous: Tensor | None
-    region: Region
-    averages: dict[str, Any]
 
 
 class DiskStore(Store):
@@ -116,15 +105,8 @@ class DiskStore(Store):
         self._tails: list[Tensor] = []
         self._trajectory: Trajectory | None = None
         self._lock: Lock | None = None
-        self._thread: threading.Thread | None = None
-        self._condition = threading.Condition()
-        self._failure: BaseException | None = None
-        self._closing = False
-        self._waiting: deque[Waiting] = deque()
-        self._filling: list[Step] = []
-        self._length = 0
-        self._previous: Tensor | None = None
-        self._end_before: Tensor | None = None
+        self._writer: Writer | None = None
+        self._end: tuple[int, Tensor] | None = None
         self._serials, self._streams = Serials(), {}  # type: ignore[var-annotated]
         self._noted: dict[str, int] = {}
         self._recent, self._boundaries = Recent(3), Recent(8)
@@ -169,12 +151,9 @@ class DiskStore(Store):
             for i, length in enumerate(header.tails, start=1)
         ]
         self._blocks = Blocks(group, header.dtype, header.capacity, self._compression)
-        self.refresh()
-        end = header.end
-        if end is not None and end.steps > self._length:
-            raise damaged(
-                group.path / "commit", f"steps {self._length}–{end.steps - 1} are missing, of {end.steps} recorded"
-            )
+        steps, end = self.refresh(), header.end
+        if end is not None and end.steps > steps:
+            raise damaged(group.path / "commit", f"steps {steps}–{end.steps - 1} are missing, of {end.steps} recorded")
         return header
 
     @staticmethod
@@ -191,8 +170,7 @@ class DiskStore(Store):
         """Look for steps that were committed since, by another process; returns how many there are in all."""
         assert self._blocks is not None
         self._blocks.refresh()
-        self._length = self._blocks.steps
-        return self._length
+        return self._blocks.steps
 
     def attach(self, trajectory: Trajectory) -> None:
         """Belong to a trajectory that was opened, and share its start with it."""
@@ -207,6 +185,14 @@ class DiskStore(Store):
         """θ_0, constants, first optimizer memory and averages, as packed when recording began."""
         assert self._blocks is not None and self.header is not None
         return read_packed(self._blocks.group, "start", self.header.start)
+
+    def optimizer_constants(self) -> dict[str, Any]:
+        """What the optimizer was made of, for a recording with keyframes; see `Replay.constants`."""
+        assert self._blocks is not None and self.header is not None and self.header.replay is not None
+        constants = read_packed(self._blocks.group, "optimizer", self.header.replay["constants"])
+        if not isinstance(constants, dict) or set(constants) != {"groups", "made_of"}:
+            raise damaged(self._blocks.group.path / "optimizer", "it makes no sense")
+        return constants
 
     def end_values(self) -> dict[str, Any] | None:
         """Tail, final buffers and averages; None where recording was cut off."""
@@ -241,9 +227,13 @@ class DiskStore(Store):
                 "Give another path, or delete this folder",
             )
             self.lock()
-            self._create(trajectory)
+            try:
+                self._create(trajectory)
+            except OSError as error:
+                self.unlock()
+                raise self._not_writable(error) from error
         self._trajectory, self.rule = trajectory, trajectory.rule
-        self._start_thread()
+        self._start_writing()
 
     def lock(self) -> None:
         """Be the only writer.
@@ -260,12 +250,15 @@ class DiskStore(Store):
             lock = Lock(self.path)
             lock.acquire()
         except OSError as error:
-            raise StoreError(
-                f"`{self.path}` cannot be written ({error.strerror})",
-                "A store is a folder on a local file system that this process may write",
-                'Write `store="runs/name"` with a folder of your own',
-            ) from error
+            raise self._not_writable(error) from error
         self._lock = lock
+
+    def _not_writable(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"`{self.path}` cannot be written ({error.strerror})",
+            "A store is a folder on a local file system that this process may write",
+            'Write `store="runs/name"` with a folder of your own',
+        )
 
     def unlock(self) -> None:
         """Let others write."""
@@ -281,7 +274,6 @@ class DiskStore(Store):
         blocks = self._blocks
         while blocks.count and blocks.commit(blocks.count - 1).region > last:
             blocks.count -= 1
-        self._length = blocks.steps
         self._regions, self._tails = self._regions[: last + 1], self._tails[:last]
         layouts, tails = self.header.layouts[: last + 1], self.header.tails[:last]
         self.header = replace(self.header, layouts=layouts, tails=tails, end=None)
@@ -305,8 +297,11 @@ class DiskStore(Store):
         serial = next((n for n, mapping in self._mappings() if mapping is buffers), None)
         self._blocks.refresh()
         old = self.header.end
-        self._write_header(self.header.ended(None))  # before a commit goes: the record is not finished any more
-        self._blocks.truncate(steps)
+        try:
+            self._write_header(self.header.ended(None))  # before a commit goes: the record is not finished any more
+            self._blocks.truncate(steps)
+        except OSError as error:
+            raise self._not_writable(error) from error
         if old is not None:
             self._blocks.group.remove_array(old.values[0])
         self._clear()
@@ -320,9 +315,9 @@ class DiskStore(Store):
         if serial is not None:
             self._serials.current = [(buffers, serial)]
         self._noted = {name: len(record.updates) for name, record in trajectory.averages.items()}
-        self._length, self._end_before = steps, end
+        self._end = (steps, end)
         self._trajectory, self.rule = trajectory, trajectory.rule
-        self._start_thread()
+        self._start_writing()
 
     def _create(self, trajectory: Trajectory) -> None:
         """Everything but the group's own zarr.json, and that last: before it, there is no store."""
@@ -334,7 +329,12 @@ class DiskStore(Store):
         self._blocks.create()
         start = write_packed(group, "start", start_values(trajectory))
         self._regions = [Region(0, trajectory.layout)]
-        self._write_header(Header.of(trajectory, capacity, start))
+        replayed, constants = trajectory.store, 0
+        if isinstance(replayed, ReplayStore):
+            constants = write_packed(group, "optimizer", replayed.replay.constants)
+        self._write_header(Header.of(trajectory, capacity, start, constants))
+        if self.durable:
+            synchronise(self.path.resolve().parent)
 
     def _write_header(self, header: Header) -> None:
         assert self._blocks is not None
@@ -353,54 +353,51 @@ class DiskStore(Store):
         if self.stopped:
             return
         assert self.header is not None
-        if not self._filling:
-            self._previous = self._end()
-        self._filling.append(step)
-        self._end_before = step.after
-        self._length += 1
-        if len(self._filling) >= self.header.capacity:
-            self._submit()
+        writer = self._writer
+        assert writer is not None
+        block = writer.filling
+        if block is None:
+            block = UnwrittenBlock(step.index, [step], self._last_point(), self._regions[-1])
+            writer.begin(block)
+        else:
+            block.steps.append(step)
+        self._end = (step.index + 1, step.after)
+        if len(block.steps) >= self.header.capacity:
+            self._complete()
+            writer.wait(QUEUE if self.flush_every > 1 else 0)  # with 1, a step that was acknowledged is on disk
 
-    def _end(self) -> Tensor | None:
-        """The tensor that the path ended with so far."""
-        if self._end_before is not None:
-            return self._end_before
-        if self._length:
-            return self.read(self._length - 1).after
+    def _last_point(self) -> Tensor | None:
+        """The very tensor that the path ended with so far."""
+        length = len(self)
+        if self._end is not None and self._end[0] == length:
+            return self._end[1]
+        if length:
+            return self.read(length - 1).after
         return self._trajectory.initial if self._trajectory is not None else None
 
-    def _submit(self) -> None:
-        """Hand the open block to the writer thread; wait where too many wait already."""
-        if not self._filling:
+    def _complete(self) -> None:
+        """Let the steps that came last be written."""
+        assert self._writer is not None
+        block = self._writer.filling
+        if block is None:
             return
-        steps, self._filling = self._filling, []
-        block = Waiting(steps[0].index, steps, self._previous, self._regions[-1], self._averages())
-        with self._condition:
-            self._waiting.append(block)
-            self._condition.notify_all()
-            allowed = QUEUE if self.flush_every > 1 else 0  # with 1, a step that was acknowledged is on disk
-            while len(self._waiting) > allowed and self._failure is None:
-                self._condition.wait()
-
-    def _averages(self) -> dict[str, Any]:
-        """How averages moved, as far as that was not written yet."""
-        new = {}
         records = self._trajectory.averages if self._trajectory is not None else {}
-        for name, record in records.items():
-            first = self._noted.get(name, 0)
-            new[name] = [first, list(record.updates[first:])]
-            self._noted[name] = len(record.updates)
-        return new
+        noted = {name: len(record.updates) for name, record in records.items()}
+        block.averages = {
+            name: [first, list(record.updates[first : noted[name]])]
+            for name, record in records.items()
+            for first in [self._noted.get(name, 0)]
+        }
+        self._noted = noted
+        self._writer.complete()
 
     def flush(self) -> None:
         """Write all steps that were appended, and wait for it."""
-        if self._thread is None:
+        if self._writer is None:
             return
         self._check_failure()
-        self._submit()
-        with self._condition:
-            while self._waiting and self._failure is None:
-                self._condition.wait()
+        self._complete()
+        self._writer.wait()
         self._check_failure()
 
     def close(self) -> None:
@@ -415,8 +412,7 @@ class DiskStore(Store):
             if not self.stopped and self._trajectory is not None:
                 self._write_end(self._trajectory)
         finally:
-            self._stop_thread()
-            self._previous = None
+            self._stop_writing()
             self.unlock()
 
     def _write_end(self, trajectory: Trajectory) -> None:
@@ -431,7 +427,7 @@ class DiskStore(Store):
             serial = serials.get(id(buffers), -1)
             if serial >= 0:
                 self._pinned[serial] = buffers
-            end = End((name, length), self._length, identity.weights(trajectory.model), serial)
+            end = End((name, length), len(self), identity.weights(trajectory.model), serial)
             self._write_header(self.header.ended(end))
         except OSError as error:
             self._give_out(error)
@@ -439,12 +435,10 @@ class DiskStore(Store):
             if old is not None:
                 group.remove_array(old.values[0])
 
-    # -- the writer thread ----------------------------------------------------------------------------------------
+    # -- the writer's part ----------------------------------------------------------------------------------------
 
-    def _start_thread(self) -> None:
-        self._closing = False
-        self._thread = threading.Thread(target=self._work, name="pathkernel writer", daemon=True)
-        self._thread.start()
+    def _start_writing(self) -> None:
+        self._writer = Writer(self._write)
         me, process = weakref.ref(self), os.getpid()
 
         def at_exit() -> None:
@@ -455,36 +449,15 @@ class DiskStore(Store):
         self._at_exit = at_exit
         atexit.register(at_exit)
 
-    def _stop_thread(self) -> None:
-        with self._condition:
-            self._closing = True
-            self._condition.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-            atexit.unregister(self._at_exit)
-        self._thread = None
+    def _stop_writing(self) -> None:
+        if self._writer is None:
+            return
+        self._complete()  # where a second Ctrl-C interrupted `flush`
+        self._writer.stop()
+        atexit.unregister(self._at_exit)
+        self._writer = None
 
-    def _work(self) -> None:
-        while True:
-            with self._condition:
-                while not self._waiting and not self._closing:
-                    self._condition.wait()
-                if not self._waiting or self._failure is not None:
-                    return
-                block = self._waiting[0]
-            try:
-                self._write(block)
-            except BaseException as error:  # it surfaces at the next step
-                with self._condition:
-                    self._failure = error
-                    self._condition.notify_all()
-                return
-            with self._condition:
-                self._waiting.popleft()
-                self._condition.notify_all()
-            del block
-
-    def _write(self, block: Waiting) -> None:
+    def _write(self, block: UnwrittenBlock) -> None:
         blocks = self._blocks
         assert blocks is not None
         extras = blocks.commit(blocks.count - 1).extras if blocks.count else 0
@@ -496,22 +469,17 @@ class DiskStore(Store):
 
     def _check_failure(self) -> None:
         """Raise what the writer thread met; a disk that gave out ends the recording instead, with one warning."""
-        failure, self._failure = self._failure, None
-        if failure is None:
+        writer = self._writer
+        if writer is None or (failure := writer.failure) is None:
             return
-        with self._condition:
-            self._waiting.clear()
-            self._filling, self._end_before = [], None
+        self.stopped, self._end = True, None
+        writer.discard()
         if not isinstance(failure, OSError):
-            assert self._blocks is not None
-            self.stopped, self._length = True, self._blocks.steps
             raise failure
         self._give_out(failure)
 
     def _give_out(self, error: OSError) -> None:
-        assert self._blocks is not None
         self.stopped = True
-        self._length = self._blocks.steps
         try:
             status = os.statvfs(self.path)
             free = f"{status.f_bavail * status.f_frsize / 1e6:.1f} MB free"
@@ -519,7 +487,7 @@ class DiskStore(Store):
             free = "free space unknown"
         message = (
             f"`{self.path}` cannot be written any more ({error.strerror}; {free}). Recording has stopped: the first "
-            f"{self._length} steps are kept and can be read. Training goes on unrecorded; make room and start again "
+            f"{len(self)} steps are kept and can be read. Training goes on unrecorded; make room and start again "
             "from a checkpoint at or before that step to go on recording."
         )
         if self.on_error == "raise":
@@ -529,7 +497,10 @@ class DiskStore(Store):
     # -- reading --------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return self._length
+        unwritten = None if self._writer is None else self._writer.last
+        if unwritten is not None:
+            return unwritten.stop
+        return 0 if self._blocks is None else self._blocks.steps
 
     def read(self, index: int) -> Step:
         """A step; its whole block is read, and kept while its neighbours are.
@@ -543,17 +514,12 @@ class DiskStore(Store):
         return self._block(self._find(index)).step(index) if step is None else step
 
     def _in_memory(self, index: int) -> Step | None:
-        if not 0 <= index < self._length:
-            raise IndexError(f"step {index} of {self._length}")
-        with self._condition:
-            for first, steps in [*((b.first, b.steps) for b in self._waiting), *self._filling_block()]:
-                if first <= index < first + len(steps):
-                    return steps[index - first]
+        if not 0 <= index < len(self):
+            raise IndexError(f"step {index} of {len(self)}")
+        for block in [] if self._writer is None else self._writer.unwritten():
+            if block.first <= index < block.stop:
+                return block.steps[index - block.first]
         return None
-
-    def _filling_block(self) -> Iterator[tuple[int, list[Step]]]:
-        if self._filling:
-            yield self._filling[0].index, self._filling
 
     def _find(self, index: int) -> int:
         assert self._blocks is not None
@@ -584,12 +550,13 @@ class DiskStore(Store):
             if number == 0 and self._trajectory is not None and "initial" in vars(self._trajectory):
                 return self._trajectory.initial
         else:
-            following = self._in_memory(blocks.steps) if blocks.steps < self._length else None
+            steps = blocks.steps
+            following = self._in_memory(steps) if steps < len(self) else None
             if following is not None:
                 end = following.before
                 return end if torch.equal(end, make()) else None
-            if self._end_before is not None:
-                return self._end_before
+            if self._end is not None and self._end[0] == steps:
+                return self._end[1]
         return self._boundaries.get(number, make)
 
     def _known_mapping(self, serial: int) -> Mapping[str, Tensor] | None:
@@ -603,38 +570,44 @@ class DiskStore(Store):
             yield from block.mappings.items()
 
     def vector(self, index: int) -> Tensor:
-        """θ before a step; gradients and frozen tensors are not read."""
+        """θ before a step; gradients and frozen tensors are not read.
+
+        Raises
+        ------
+        StoreError
+            For a step between keyframes, which has to be trained again first.
+        """
         step = self._in_memory(index)
-        if step is not None:
-            return step.before
-        block = self._block(self._find(index))
-        row = index - block.commit.first
-        place = block.record["steps"][row]["before"]
-        return block.points[place] if place >= 0 else block.step(index).before
+        vector = self._block(self._find(index)).vector(index) if step is None else step.before
+        check(
+            vector.numel() > 0,
+            StoreError,
+            f"θ before step {index} was asked of `{self.path}`, which keeps it at keyframes only",
+            "Steps between keyframes are trained again, which takes the network, the loss and the data",
+            f"Write `Trajectory.open(path, model=model, loss=loss, data=data).vector({index})`",
+        )
+        return vector
 
     def columns(self, index: int, ranges: Sequence[slice]) -> list[Tensor]:
         """Ranges of θ before a step, reading only the pieces of the block that they lie in."""
         step = self._in_memory(index)
         if step is not None:
             return [step.before[where] for where in ranges]
-        block = self._block(self._find(index))
-        place = block.record["steps"][index - block.commit.first]["before"]
-        if place < 0 or "points" in vars(block):
-            return [self.vector(index)[where] for where in ranges]
-        return block.columns(place, ranges)
+        return self._block(self._find(index)).columns(index, ranges)
 
     def extend(self, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> None:
         """Begin a new region of blocks with longer vectors; what is written stays, and is lengthened when read."""
         self.flush()
         assert self._blocks is not None and self.header is not None and self._trajectory is not None
-        length = write_packed(self._blocks.group, f"region-{len(self._regions)}", tail)
-        layout = self._trajectory.layout
-        self._write_header(
-            replace(self.header, layouts=(*self.header.layouts, layout), tails=(*self.header.tails, length))
-        )
+        layout, header = self._trajectory.layout, self.header
+        try:
+            length = write_packed(self._blocks.group, f"region-{len(self._regions)}", tail)
+            self._write_header(replace(header, layouts=(*header.layouts, layout), tails=(*header.tails, length)))
+        except OSError as error:
+            self._give_out(error)
         self._regions.append(Region(len(self._regions), layout))
         self._tails.append(tail)
-        self._end_before = None if self._end_before is None else pad(self._end_before)
+        self._end = None if self._end is None else (self._end[0], pad(self._end[1]))
         self._clear()
 
     def _clear(self) -> None:
@@ -646,8 +619,13 @@ class DiskStore(Store):
         assert self._blocks is not None and self.header is not None
         moves: dict[str, list[tuple[float, bool]]] = {name: [] for name in self.header.averages}
         for number in range(self._blocks.count if moves else 0):
-            for name, (first, new) in self._blocks.record(number)["averages"].items():
-                moves[name][first:] = new
+            record = self._blocks.record(number)
+            try:
+                for name, (first, new) in record["averages"].items():
+                    moves[name][first:] = new
+            except SENSELESS as error:
+                with self._blocks.named(number):
+                    raise damaged(self.path / "log", f"an average makes no sense ({str(error)[:100]})") from None
         return moves
 
     # -- checking -------------------------------------------------------------------------------------------------
@@ -656,7 +634,8 @@ class DiskStore(Store):
         """Read everything and list the damage, block by block."""
         assert self._blocks is not None
         problems = []
-        for read in (self.start_values, self.end_values):
+        replayed = self.header is not None and self.header.replay is not None
+        for read in (self.start_values, self.end_values, *([self.optimizer_constants] if replayed else [])):
             try:
                 read()
             except CorruptBlockError as error:

@@ -81,11 +81,11 @@ class EncodedBlock:
     Attributes
     ----------
     points
-        θ before the first step, and after each.
+        θ before the first step, and after each; of length 0 where it was not kept, none where it never was.
     gradients
-        One for each step.
+        One for each step, of length 0 where it was not kept.
     extras
-        Points between steps, and edits of gradients.
+        Points between steps, edits of gradients, keyframes.
     frozen
         Stream number → for each step, tensors by parameter.
     record
@@ -100,6 +100,11 @@ class EncodedBlock:
     frozen: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     joined: bool = False
+
+    @property
+    def steps(self) -> int:
+        """How many there are."""
+        return len(self.gradients)
 
 
 class BlockEncoder:
@@ -120,7 +125,7 @@ class BlockEncoder:
     def __init__(
         self, layout: ParameterLayout, streams: dict[tuple[str, str], int], serials: Serials, first_extra: int
     ) -> None:
-        self.shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        self.layout, self.shapes = layout, dict(zip(layout.names, layout.shapes, strict=True))
         self.streams, self.serials, self.first_extra = streams, serials, first_extra
         self._tables: dict[str, dict[str, int]] = {"groups": {}, "settings": {}, "modes": {}, "active": {}}
         self._values: dict[str, list[Any]] = {name: [] for name in self._tables}
@@ -128,14 +133,15 @@ class BlockEncoder:
 
     def encode(self, steps: Sequence[Step], previous: Tensor | None) -> EncodedBlock:
         """The block of some steps; ``previous`` is the end of the step before them."""
-        points = [steps[0].before, *(step.after for step in steps)]
-        block = EncodedBlock(points, [step.gradient for step in steps], joined=previous is steps[0].before)
-        places = {id(steps[0].before): 0}
+        kept = any(step.after.numel() for step in steps)  # where not, a keyframe's θ is an extra vector
+        points = [steps[0].before, *(step.after for step in steps)] if kept else []
+        joined = kept and previous is steps[0].before
+        block = EncodedBlock(points, [step.gradient for step in steps], joined=joined)
+        places = {id(steps[0].before): 0} if kept else {}
 
         def place(point: Tensor) -> int:
             if id(point) not in places:
-                block.extras.append(point)
-                places[id(point)] = -(self.first_extra + len(block.extras))
+                places[id(point)] = self._extra(block, point)
             return places[id(point)]
 
         entries = []
@@ -143,7 +149,8 @@ class BlockEncoder:
             entries.append(
                 {
                     "changes": [[name, place(point)] for name, point in step.changes],
-                    "before": place(step.before),
+                    "before": place(step.before) if step.before.numel() else None,
+                    "left_out": [name for name in ("after", "gradient") if not getattr(step, name).numel()],
                     "gradient_changes": {
                         name: self._extra(block, change) for name, change in step.gradient_changes.items()
                     },
@@ -155,7 +162,8 @@ class BlockEncoder:
                     "buffers": self._mapping(step.buffers),
                 }
             )
-            places[id(step.after)] = row + 1
+            if step.after.numel():
+                places[id(step.after)] = row + 1
         block.record = {
             "steps": entries,
             **self._values,
@@ -193,7 +201,8 @@ class BlockEncoder:
     def _frozen(self, block: EncodedBlock, step: Step, row: int) -> dict[str, Any]:
         """What is frozen, or the optimizer's state that it follows from.
 
-        By parameter: [key, number of a stream] for a tensor of the parameter's shape, else [key, None, value].
+        By parameter: [key, number of a stream] for a tensor of the parameter's shape, else [key, None, value]. Keyframes
+        are too rare for a stream: theirs lie in extra vectors, whose places are negative.
         """
         if isinstance(step.frozen, FrozenOnReading):
             state = step.frozen.state
@@ -208,15 +217,28 @@ class BlockEncoder:
                 "fresh": self._shared("active", [name for name in self.shapes if name in state.fresh]),
                 "device": state.device,
             }
+        keyframe = {} if step.after.numel() else self._keyframe(block, step)
         encoded: dict[str, Any] = {}
         for name, values in step.frozen.items():
             encoded[name] = [
-                [key, self._stream(block, key, row, name, value)]
-                if name in self.shapes and _is_regular(value, self.shapes[name])
-                else [key, None, value]
+                [key, None, value]
+                if name not in self.shapes or not _is_regular(value, self.shapes[name])
+                else [key, keyframe[key, value.dtype]]
+                if (key, value.dtype) in keyframe
+                else [key, self._stream(block, key, row, name, value)]
                 for key, value in values.items()
             ]
         return {"parameters": encoded}
+
+    def _keyframe(self, block: EncodedBlock, step: Step) -> dict[tuple[str, torch.dtype], int]:
+        """Put the tensors of an optimizer's state into an extra vector for each key; returns their places."""
+        vectors: dict[str, Tensor] = {}
+        for name, values in step.frozen.items():
+            for key, value in values.items():
+                if name in self.shapes and _is_regular(value, self.shapes[name]) and value.dtype == step.before.dtype:
+                    vector = vectors.setdefault(key, torch.zeros(self.layout.size, dtype=value.dtype))
+                    vector[self.layout.slices[name]] = value.detach().reshape(-1)
+        return {(key, vector.dtype): self._extra(block, vector) for key, vector in vectors.items()}
 
     def _stream(self, block: EncodedBlock, key: str, row: int, name: str, value: Tensor) -> int:
         """Put a tensor into the rows of its key; returns their number. Without a name it is a whole row."""
@@ -243,7 +265,7 @@ class BlockRows:
     before, after, gradient
         The step's own vectors as they were written, before θ was extended.
     frozen
-        The step's row of a stream, by number.
+        The step's row of a stream, by number, or an extra vector, by place.
     mapping
         Buffers by serial number.
     """

@@ -11,15 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import TrajectoryError
-from pathkernel.factored import FactoredGradients, GradientSource, working
-from pathkernel.functional import ModelFunction, Modes
+from pathkernel.factored import FactoredGradients, working
+from pathkernel.functional import ModelFunction, Modes, batch_outputs
+from pathkernel.gradient_source import GradientSource
 from pathkernel.layers.tape import Tape
-from pathkernel.losses import batch_gradient, batch_products, coupled_rows, output_cotangents
+from pathkernel.losses import (
+    Objective,
+    batch_gradient,
+    batch_loss,
+    batch_products,
+    coupled_rows,
+    output_cotangents,
+)
 from pathkernel.parameters import ParameterLayout
-from pathkernel.pytrees import as_tensors
+from pathkernel.pytrees import as_tensors, cast_floating
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -141,7 +150,7 @@ class RecordedGradients:
     memory
         Bytes for rows of per-sample gradients.
     engine
-        How they are taken, see `pathkernel.factored.GradientSource`.
+        How they are taken, see `pathkernel.gradient_source.GradientSource`.
     """
 
     def __init__(
@@ -198,7 +207,8 @@ class RecordedGradients:
             channels = {name: g.double() for name, g in named.items()}
             return StageGradients(total, parts, channels, 1.0, point, step.batches)
 
-        recorded = functools.reduce(operator.sub, (change.double() for change in named.values()), step.gradient.double())
+        changes = (change.double() for change in named.values())
+        recorded = functools.reduce(operator.sub, changes, step.gradient.double())
         explained = functools.reduce(operator.add, (g.double() for g in regularizers.values()), total)
         if regularizers:
             self._silence(step, explained)
@@ -232,14 +242,15 @@ class RecordedGradients:
         """The gradients of the samples of a micro-batch, run as it was, (B,)."""
         function = self._replayed(step, batch)
         inputs, targets = samples_of(batch, self.trajectory.data)
-        objective = self.trajectory.objective
-        cotangents = output_cotangents(function, point, objective, inputs, targets, batch.weights)
+        objective, weights = self.trajectory.objective, batch.weights
         if self._together(batch, point, inputs):
-            return FactoredGradients.dense(
-                coupled_rows(function, point, inputs, cotangents).to(working(function.dtype)), function.layout
-            )
+            cotangents = output_cotangents(function, point, objective, inputs, targets, weights)
+            rows = coupled_rows(function, point, inputs, cotangents).to(working(function.dtype))
+            return FactoredGradients.dense(rows, function.layout)
         source = self.rounded if batch.state.autocast else self.source
-        return source.gradients(point, inputs, _weighted, cotangents, None, function)
+        return source.pulled_back(
+            point, inputs, lambda outputs: slopes(function, objective, outputs, targets, weights), function
+        )
 
     def _together(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
         """Whether the samples of a batch have to be run together, one reverse sweep for each."""
@@ -292,19 +303,28 @@ class RecordedGradients:
                 gradients[..., where] = 0
 
 
-def _weighted(outputs: Tensor, cotangent: Tensor) -> Tensor:
-    """z·λ: its gradient is J_iᵀ λ_i, what sample i contributed to the batch's."""
-    return outputs @ cotangent
+def slopes(
+    function: ModelFunction, objective: Objective, outputs: PyTree, targets: PyTree, weights: Tensor | None
+) -> Tensor:
+    """λ = ∂L/∂z of what the network returned for a batch, (B, C) in the order of `batch_outputs`."""
+    floating = lambda leaf: isinstance(leaf, Tensor) and leaf.is_floating_point()  # noqa: E731
+    outputs = pytree.tree_map(lambda z: z.detach().requires_grad_(True) if floating(z) else z, outputs)
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if floating(leaf)]
+    with torch.enable_grad(), function.running():
+        targets = cast_floating(targets, function.dtype)
+        value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
+        found = torch.autograd.grad(value, leaves, allow_unused=True)
+    zeros = [torch.zeros_like(z) if gradient is None else gradient for z, gradient in zip(leaves, found, strict=True)]
+    return batch_outputs(zeros)
 
 
 def _separate(tape: Tape) -> bool:
     """Whether the outputs of the first sample depend on the first sample alone, in every layer."""
     first = torch.zeros_like(tape.outputs)
     first[0] = 1.0
-    total = FactoredGradients(tape.function.layout, tape.n, tuple(tape.pieces((tape.outputs * first).sum(1, keepdim=True))))
-    return all(
-        not total.columns(where, torch.float64)[1:].any() for where in total.layout.slices.values()
-    )
+    pieces = tape.pieces((tape.outputs * first).sum(dim=1, keepdim=True))
+    found = FactoredGradients(tape.function.layout, tape.n, tuple(pieces))
+    return not any(found.columns(where, torch.float64)[1:].any() for where in found.layout.slices.values())
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pathkernel import __version__
-from pathkernel.errors import StoreError, check
+from pathkernel.errors import InputError, StoreError, check
 from pathkernel.parameters import ParameterLayout
 from pathkernel.storage import Group, damaged
 from pathkernel.trajectory import identity
 from pathkernel.trajectory.packing import DTYPES
+from pathkernel.trajectory.replay import ReplayStore
+from pathkernel.trajectory.schedule import EVERY_STEP, Schedule
 
 if TYPE_CHECKING:
     from pathkernel.trajectory.trajectory import Trajectory
@@ -75,6 +78,11 @@ class Header:
         Of the libraries that wrote it.
     fingerprints
         Of ``"model"``, ``"loss"`` and ``"data"``.
+    schedule
+        What was kept of each step.
+    replay
+        Where steps are trained again: class of the optimizer, length in bytes of its packed constants, and number of
+        threads.
     end
         None while the recording goes on, or where it was cut off.
     """
@@ -90,11 +98,18 @@ class Header:
     averages: tuple[str, ...]
     versions: Mapping[str, str]
     fingerprints: Mapping[str, Any]
+    schedule: Schedule = EVERY_STEP
+    replay: Mapping[str, Any] | None = None
     end: End | None = None
 
     @classmethod
-    def of(cls, trajectory: Trajectory, capacity: int, start: int) -> Header:
-        """The header of a trajectory that begins."""
+    def of(cls, trajectory: Trajectory, capacity: int, start: int, constants: int = 0) -> Header:
+        """The header of a trajectory that begins; see `start` and `replay` for the lengths of packed values."""
+        store, schedule, replay = trajectory.store, trajectory.schedule, None
+        if isinstance(store, ReplayStore):
+            kind = identity.named(store.replay.kind)
+            replay = {"optimizer": kind, "constants": constants, "threads": store.threads or 0}
+        thinned = isinstance(schedule, Schedule) and schedule.weights_only
         return cls(
             dtype=trajectory.dtype,
             capacity=capacity,
@@ -107,6 +122,8 @@ class Header:
             averages=tuple(trajectory.averages),
             versions=versions(),
             fingerprints=fingerprints(trajectory),
+            schedule=schedule if isinstance(schedule, Schedule) and (thinned or replay) else EVERY_STEP,
+            replay=replay,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -126,6 +143,8 @@ class Header:
             "averages": list(self.averages),
             "versions": dict(self.versions),
             "fingerprints": dict(self.fingerprints),
+            "schedule": dict(vars(self.schedule)),
+            "replay": None if self.replay is None else dict(self.replay),
             "end": end,
         }
 
@@ -149,7 +168,8 @@ class Header:
             "Give the path that was given to `KernelRecorder(..., store=path)`",
         )
         version = attributes.get("version")
-        written_by = str(attributes.get("versions", {}).get("pathkernel", "?"))[:40]
+        libraries = attributes.get("versions")
+        written_by = str(libraries.get("pathkernel", "?") if isinstance(libraries, dict) else "?")[:40]
         check(
             type(version) is int and 1 <= version <= VERSION,
             StoreError,
@@ -157,6 +177,7 @@ class Header:
             f"pathkernel {__version__} reads versions 1 to {VERSION}",
             f"Install pathkernel {written_by} or later",
         )
+        group.check(attributes)
         try:
             return cls._of_json(attributes)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
@@ -175,6 +196,14 @@ class Header:
         dtype = DTYPES[content["dtype"]]
         if not dtype.is_floating_point or not 1 <= _count(content["steps_per_block"]) <= 2**20:
             raise ValueError("type or steps per block")
+        if content["reduction"] not in ("mean", "sum"):
+            raise ValueError("reduction")
+        schedule, replay = _schedule(content["schedule"]), content["replay"]
+        if replay is not None:
+            counts = {key: _count(replay[key]) for key in ("constants", "threads")}
+            replay = {"optimizer": _text(replay["optimizer"]), **counts}
+        if (replay is None) != (schedule.keyframes is None):
+            raise ValueError("schedule and replay")
         return cls(
             dtype=dtype,
             capacity=content["steps_per_block"],
@@ -187,6 +216,8 @@ class Header:
             averages=tuple(_text(name) for name in content["averages"]),
             versions={_text(key): _text(value) for key, value in content["versions"].items()},
             fingerprints={key: dict(content["fingerprints"][key]) for key in ("model", "loss", "data")},
+            schedule=schedule,
+            replay=replay,
             end=end,
         )
 
@@ -208,6 +239,19 @@ def _layout(table: list[dict[str, Any]]) -> ParameterLayout:
     if len(set(names)) != len(names) or sum(int(np.prod(s, dtype=object)) for s in sizes) > MAX_NUMBERS:
         raise ValueError("parameter table")
     return ParameterLayout(names, tuple(torch.Size(size) for size in sizes))
+
+
+def _schedule(content: dict[str, Any]) -> Schedule:
+    try:
+        return Schedule(**content)
+    except InputError as error:
+        raise ValueError(error.found) from None
+
+
+def _live_parameters(trajectory: Trajectory) -> Tensor:
+    """θ at the end, which would take a replay to be found from the record."""
+    live = dict(trajectory.model.named_parameters(remove_duplicate=False))
+    return trajectory.layout.flatten({name: live[name].detach() for name in trajectory.layout.names}, trajectory.dtype)
 
 
 def _count(value: Any) -> int:
@@ -259,6 +303,7 @@ def start_values(trajectory: Trajectory) -> dict[str, Any]:
 def end_values(trajectory: Trajectory) -> dict[str, Any]:
     """What is packed when it ends."""
     return {
+        "final": _live_parameters(trajectory) if isinstance(trajectory.store, ReplayStore) else None,
         "tail": trajectory.tail,
         "final_buffers": dict(trajectory.final_buffers),
         "averages": {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pathkernel._typing import Loss, Parameters
 from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, check
@@ -19,6 +20,7 @@ from pathkernel.trajectory import identity
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.disk import DiskStore
 from pathkernel.trajectory.header import Header, rule_identity
+from pathkernel.trajectory.replay import Replay, ReplayStore
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import UpdateRule
@@ -32,6 +34,7 @@ def open_trajectory(
     data: Any,
     rule: UpdateRule | None,
     regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None,
+    optimizer: type[Optimizer] | None = None,
 ) -> Trajectory:
     """See `Trajectory.open`."""
     store = DiskStore.open(path)
@@ -51,7 +54,11 @@ def open_trajectory(
     )
     store.rule = known_rule(header, rule)
     objective = Objective(loss, header.reduction, dict(regularizers or {}))
-    return assembled(store, model, objective, samples)
+    trajectory = assembled(store, model, objective, samples)
+    if header.replay is not None:
+        replay = Replay(trajectory, known_optimizer(header.replay["optimizer"], optimizer), store.optimizer_constants())
+        trajectory.store = ReplayStore(store, replay, header.replay["threads"] or None)
+    return trajectory
 
 
 def mismatches(
@@ -89,6 +96,23 @@ def known_rule(header: Header, rule: UpdateRule | None) -> UpdateRule:
     return rule
 
 
+def known_optimizer(recorded: str, optimizer: type[Optimizer] | None) -> type[Optimizer]:
+    """The class of the optimizer of a recording: one of torch by its name, or the one that is passed."""
+    known = {identity.named(cls): cls for cls in vars(torch.optim).values() if isinstance(cls, type)}
+    found = known.get(recorded) if optimizer is None else optimizer
+    check(
+        found is not None and identity.named(found) == recorded,
+        StoreError,
+        f"The steps were taken by an optimizer of the class {recorded}, and "
+        f"{'none' if optimizer is None else identity.named(optimizer)} was passed",
+        "Steps between keyframes are trained again; optimizers of torch are found by their name, one of your own has "
+        "to be passed again",
+        "Write `Trajectory.open(path, ..., optimizer=YourOptimizer)`",
+    )
+    assert found is not None
+    return found
+
+
 def assembled(store: DiskStore, model: nn.Module, objective: Objective, data: Samples) -> Trajectory:
     """A trajectory whose parts are read when they are asked for."""
     header = store.header
@@ -96,6 +120,7 @@ def assembled(store: DiskStore, model: nn.Module, objective: Objective, data: Sa
     trajectory = Trajectory.__new__(Trajectory)
     trajectory.model, trajectory.objective, trajectory.data = model, objective, data
     trajectory.layout, trajectory.rule, trajectory.store = header.layouts[-1], store.rule, store
+    trajectory.schedule = header.schedule
     store.attach(trajectory)
     start, end = cache(store.start_values), cache(store.end_values)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pathkernel.errors import RecordingError
+from pathkernel.errors import RecordingError, check
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -28,6 +28,8 @@ DTYPES = {
     )
 }  # fmt: skip
 ALIGNMENT = 16
+MAX_TEXT = 2**27
+"""Bytes of JSON text, which takes up to twenty times as much memory when it is read."""
 
 
 class PackingError(ValueError):
@@ -106,6 +108,13 @@ def pack(value: Any) -> bytes:
     packer = _Packer()
     encoded = packer.value(value)
     text = json.dumps({"tensors": packer.table, "value": encoded}, allow_nan=False, separators=(",", ":")).encode()
+    check(
+        len(text) <= MAX_TEXT,
+        RecordingError,
+        f"A value of {len(text)} bytes besides its tensors was to be stored",
+        f"At most {MAX_TEXT} are",
+        "Keep long lists of numbers as tensors",
+    )
     padding = bytes(-(8 + len(text)) % ALIGNMENT)
     return b"".join([struct.pack("<q", len(text)), text, padding, *(piece.data for piece in packer.pieces)])
 
@@ -116,6 +125,7 @@ class _Unpacker:
     def __init__(self, raw: bytes, start: int, table: list[Any]) -> None:
         self.raw, self.start, self.table = raw, start, table
         self._read: dict[int, Tensor] = {}
+        self._left = len(raw)  # tensors do not overlap, or a small record would fill the memory
 
     def tensor(self, place: int) -> Tensor:
         if place not in self._read:
@@ -125,8 +135,9 @@ class _Unpacker:
                 raise PackingError("sizes of a tensor")
             count = prod(shape)
             begin, size = self.start + offset, count * dtype.itemsize
-            if begin + size > len(self.raw):
-                raise PackingError("a tensor outside the record")
+            self._left -= size
+            if begin + size > len(self.raw) or self._left < 0:
+                raise PackingError("a tensor outside the record, or over another")
             copy = np.frombuffer(self.raw, np.uint8, size, begin).copy()
             flat = torch.from_numpy(copy).view(dtype) if count else torch.empty(0, dtype=dtype)
             self._read[place] = flat.reshape(shape)
@@ -163,11 +174,11 @@ def unpack(raw: bytes) -> Any:
     """
     try:
         (length,) = struct.unpack("<q", raw[:8])
-        if not 0 <= length <= len(raw) - 8:
+        if not 0 <= length <= min(len(raw) - 8, MAX_TEXT):
             raise PackingError("length of the text")
         content = json.loads(raw[8 : 8 + length])
         return _Unpacker(raw, 8 + length + -(8 + length) % ALIGNMENT, content["tensors"]).value(content["value"])
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError, OverflowError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError, ArithmeticError, RuntimeError) as error:
         raise PackingError(str(error)[:200]) from None
     except struct.error as error:
         raise PackingError(str(error)) from None

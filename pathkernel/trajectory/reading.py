@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,10 @@ from pathkernel.trajectory.step import Step
 
 if TYPE_CHECKING:
     from pathkernel.update_rules.rule import UpdateRule
+
+
+SENSELESS = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError)
+"""What values of another form than the format's lead to."""
 
 
 class StoredBlock:
@@ -65,19 +70,42 @@ class StoredBlock:
     def step(self, index: int) -> Step:
         """A step by its number in the run."""
         if index not in self._steps:
-            try:
+            with self._checked(index):
                 self._steps[index] = self._decoded(index, index - self.commit.first)
-            except PathKernelError:
-                raise
-            except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                with self.blocks.named(self.number):
-                    where = self.blocks.group.path / "log"
-                    raise damaged(where, f"the record of step {index} makes no sense ({str(error)[:100]})") from None
         return self._steps[index]
+
+    @contextmanager
+    def _checked(self, index: int) -> Iterator[None]:
+        """Name the step whose record is of another form than the format's: checksums may be right, and it not."""
+        try:
+            yield
+        except PathKernelError:
+            raise
+        except SENSELESS as error:
+            with self.blocks.named(self.number):
+                where = self.blocks.group.path / "log"
+                raise damaged(where, f"the record of step {index} makes no sense ({str(error)[:100]})") from None
+
+    def vector(self, index: int) -> Tensor:
+        """θ before a step; gradients and frozen tensors are not read."""
+        with self._checked(index):
+            place = self.record["steps"][index - self.commit.first]["before"]
+            return self.points[place] if place is not None and place >= 0 else self.step(index).before
+
+    def columns(self, index: int, ranges: Sequence[slice]) -> list[Tensor]:
+        """Ranges of θ before a step, reading only the pieces that they lie in."""
+        with self._checked(index):
+            place = self.record["steps"][index - self.commit.first]["before"]
+            if place is None or place < 0 or "points" in vars(self):
+                return [self.vector(index)[where] for where in ranges]
+            return self._pieces(place, ranges)
 
     def _decoded(self, index: int, row: int) -> Step:
         entry = self.record["steps"][row]
-        before, after, gradient = self._point(entry["before"]), self.points[row + 1], self.gradients[row]
+        nothing, place = torch.empty(0, dtype=self.blocks.dtype), entry["before"]
+        before = nothing if place is None else self._point(place)
+        after = nothing if "after" in entry["left_out"] else self.points[row + 1]
+        gradient = nothing if "gradient" in entry["left_out"] else self.gradients[row]
         written = (before, after, gradient)
         if self.tail is not None:
             written = tuple(vector[: self.region.layout.size] for vector in written)  # type: ignore[assignment]
@@ -86,7 +114,7 @@ class StoredBlock:
             self._point,
             self._edit,
             *written,
-            frozen=lambda stream: from_bits(self._frozen_rows(stream)[row], self._type(stream)),
+            frozen=lambda stream: self._frozen_row(stream, row),
             mapping=self._mapping,
         )
         return decode_step(index, self.record, entry, rows, (before, after, gradient), self.rule)
@@ -95,16 +123,17 @@ class StoredBlock:
     def points(self) -> list[Tensor]:
         """θ before the first step and after each."""
         rows = self._rows(f"theta-{self.region.index}", self.commit.steps + 1)
+        steps = self.record["steps"]
+        kept = [steps[0]["before"] == 0, *("after" not in step["left_out"] for step in steps)]
         points: list[Tensor] = []
         for place, row in enumerate(accumulated(rows)):
             make = lambda row=row: self._padded(from_bits(row, self.blocks.dtype))  # noqa: E731
             block = self.number if place == 0 else self.number + 1
-            shared = self.boundary(block, make) if place in (0, self.commit.steps) else None
+            shared = self.boundary(block, make) if place in (0, self.commit.steps) and kept[place] else None
             points.append(make() if shared is None else shared)
         return points
 
-    def columns(self, row: int, ranges: Sequence[slice]) -> list[Tensor]:
-        """Ranges of a point, reading only the pieces that they lie in."""
+    def _pieces(self, row: int, ranges: Sequence[slice]) -> list[Tensor]:
         size = self.region.layout.size
         taken = []
         for where in ranges:
@@ -133,6 +162,13 @@ class StoredBlock:
 
     def _type(self, stream: int) -> torch.dtype:
         return next(DTYPES[dtype] for _, dtype, number in self.record["streams"] if number == stream)
+
+    def _frozen_row(self, stream: int, row: int) -> Tensor:
+        if stream < 0:
+            if stream not in self._extras:  # asked for once by each parameter
+                self._extras[stream] = self._extra(stream)
+            return self._extras[stream]
+        return from_bits(self._frozen_rows(stream)[row], self._type(stream))
 
     def _frozen_rows(self, stream: int) -> np.ndarray:
         if stream not in self._frozen:

@@ -31,6 +31,7 @@ from pathkernel.update_rules.rule import Observation
 NOTES = ""
 """Key of a replayed step's own notes in `Step.frozen`; no parameter has this name."""
 
+
 def checksum(tensors: Iterable[Tensor]) -> int:
     """A number that changes with any bit of any tensor: sums of their contents read as integers of eight bytes.
 
@@ -127,17 +128,35 @@ class Replay:
         Whose steps; its model, data and loss are used, none is changed.
     optimizer
         The optimizer of the run, or another one of its class; or the class.
+    constants
+        Where the class is given: the `constants` of the replay that recorded.
     """
 
-    def __init__(self, trajectory: Trajectory, optimizer: Optimizer | type[Optimizer]) -> None:
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        optimizer: Optimizer | type[Optimizer],
+        constants: Mapping[str, Any] | None = None,
+    ) -> None:
         self.trajectory = trajectory
-        self.kind = optimizer if isinstance(optimizer, type) else type(optimizer)
-        self.groups = [] if isinstance(optimizer, type) else optimizer.param_groups
-        #: What a copy is made of besides groups and state, as `copy.deepcopy` and `pickle` do it.
-        self._made_of = {"defaults": {}} if isinstance(optimizer, type) else optimizer.__getstate__()
+        if isinstance(optimizer, type):
+            known = constants or {"groups": [], "made_of": {"defaults": {}}}
+            self.kind, self.groups, self._made_of = optimizer, known["groups"], known["made_of"]
+        else:
+            # What a copy is made of besides groups and state, as `copy.deepcopy` and `pickle` do it.
+            self.kind, self.groups = type(optimizer), optimizer.param_groups
+            self._made_of = optimizer.__getstate__()
         self._parameters: dict[str, nn.Parameter] = {}
         self._optimizer: Optimizer | None = None
         self._at = trajectory.initial
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What a copy of the optimizer is made of that no step tells: settings that are tensors, and its own values."""
+        return {
+            "groups": [{key: v for key, v in g.items() if isinstance(v, Tensor)} for g in self.groups],
+            "made_of": {key: v for key, v in self._made_of.items() if key not in ("state", "param_groups")},
+        }
 
     # -- where it stands ----------------------------------------------------------------------------------------
 

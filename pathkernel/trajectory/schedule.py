@@ -17,8 +17,15 @@ from pathkernel.trajectory.step import Step
 KEYFRAMES = 32
 """Steps from one keyframe to the next where the length of the run is not known: about √S for a thousand steps."""
 
+PRECONDITIONED = 'PathKernel(preconditioner="optimizer")'
+"""Who else asks: what the optimizer scaled its gradients by is not on record where θ alone is."""
+
 ID_BYTES, NOTE_BYTES, GENERATOR_BYTES = 8, 24, 5056
 """One sample id; checksum, keyframe and divisor of a replayed step; one state of torch's generator on the CPU."""
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
@@ -84,16 +91,8 @@ class RecordingLevel(ABC):
         return (2 + run.frozen) * run.vector
 
     @abstractmethod
-    def require(self, asker: str, exact: bool) -> None:
-        """Refuse what this record cannot serve.
-
-        Parameters
-        ----------
-        asker
-            Who asks, for the message.
-        exact
-            Whether every step is needed with its gradient, or θ along the path alone.
-        """
+    def require(self, asker: str) -> None:
+        """Refuse an asker that this record cannot serve: one whose name is not among `serves`."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class Schedule(RecordingLevel):
     @property
     def serves(self) -> tuple[str, ...]:
         """What can be computed from such a record."""
-        return ("PathKernel",) if self.weights_only else ("KernelMachine", "PathKernel")
+        return ("PathKernel",) if self.weights_only else ("KernelMachine", "PathKernel", PRECONDITIONED)
 
     @property
     def extra_compute(self) -> str:
@@ -200,22 +199,22 @@ class Schedule(RecordingLevel):
             return (2 * self.keyframes * (2 + run.frozen) + 2 + run.statistics) * run.vector
         return run.vector if self.weights_only else super().working_bytes(run)
 
-    def require(self, asker: str, exact: bool) -> None:
-        """Refuse what this record cannot serve.
+    def require(self, asker: str) -> None:
+        """Refuse an asker that this record cannot serve.
 
         Raises
         ------
         TrajectoryError
             Where gradients are needed and θ alone was kept.
         """
-        if exact and self.every > 1:
+        if self.every > 1 and asker not in self.serves:
             raise TrajectoryError(
                 f"`{asker}` needs every step, but this trajectory was thinned with `{self!r}`",
                 "A thinned path has neither the steps between nor their gradients",
                 "Record again with `Schedule(every=1)`, or use `PathKernel`, which accepts a thinned path",
             )
         check(
-            not exact or not self.weights_only,
+            asker in self.serves,
             TrajectoryError,
             f"`{asker}` needs the gradients of every step, but `{self!r}` kept the weights alone",
             "Weights along the path serve `PathKernel` without a preconditioner, and analyses of the path",
@@ -227,6 +226,10 @@ class Schedule(RecordingLevel):
         plain = {"every": 1, "keyframes": None, "keep": "steps"}
         shown = {name: value for name, value in given.items() if value != plain[name]} or {"every": 1}
         return f"Schedule({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+EVERY_STEP = Schedule()
+"""All of every step."""
 
 
 class StepObserver(ABC):
@@ -280,7 +283,7 @@ class Streaming(RecordingLevel):
         """Nothing."""
         return 0.0
 
-    def require(self, asker: str, exact: bool) -> None:
+    def require(self, asker: str) -> None:
         """Refuse: there is no record.
 
         Raises
@@ -304,7 +307,7 @@ def as_schedule(schedule: RecordingLevel | None) -> RecordingLevel:
         For anything else.
     """
     if schedule is None:
-        return Schedule()
+        return EVERY_STEP
     check(
         isinstance(schedule, RecordingLevel),
         InputError,
@@ -313,7 +316,3 @@ def as_schedule(schedule: RecordingLevel | None) -> RecordingLevel:
         f"Write for example `schedule=Schedule(keyframes={KEYFRAMES})`",
     )
     return schedule
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pathkernel._typing import Loss, Parameters
-from pathkernel.errors import InputError, ModelMismatchError, TrajectoryError, check
+from pathkernel.errors import InputError, ModelMismatchError, RecordingError, TrajectoryError, check
 from pathkernel.functional import ModelFunction
 from pathkernel.losses import Objective
 from pathkernel.parameters import ParameterLayout
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.samples import Samples
+from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.store import Store
 
@@ -53,6 +55,8 @@ class Trajectory:
         Buffers at the end of the recording that have changed since its beginning.
     averages
         Averages of the weights kept beside training, by name.
+    schedule
+        What was kept of each step.
     store
         Where the steps are kept.
     """
@@ -69,6 +73,7 @@ class Trajectory:
     tail: tuple[tuple[str, Tensor], ...] = field(default_factory=tuple)
     final_buffers: Mapping[str, Tensor] = field(default_factory=dict)
     averages: dict[str, AverageRecord] = field(default_factory=dict)
+    schedule: RecordingLevel = EVERY_STEP
 
     @classmethod
     def open(
@@ -80,6 +85,7 @@ class Trajectory:
         data: Any,
         rule: UpdateRule | None = None,
         regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None = None,
+        optimizer: type[Optimizer] | None = None,
     ) -> Trajectory:
         """A trajectory that was recorded with ``store=path``, with the objects that it was recorded with.
 
@@ -95,6 +101,8 @@ class Trajectory:
             As given to the recorder.
         rule
             An update rule of your own; those of the package are found by their name.
+        optimizer
+            The class of an optimizer of your own, for a recording with keyframes; those of torch are found by name.
 
         Raises
         ------
@@ -107,7 +115,7 @@ class Trajectory:
         """
         from pathkernel.trajectory.opening import open_trajectory  # not before it is needed
 
-        return open_trajectory(path, model, loss, data, rule, regularizers)
+        return open_trajectory(path, model, loss, data, rule, regularizers, optimizer)
 
     def __getattr__(self, name: str) -> Any:
         """Parts of an opened trajectory that were not read yet."""
@@ -198,11 +206,6 @@ class Trajectory:
         Earlier points of the path get their present values, earlier gradients get zeros.
         """
         tail = ParameterLayout.of(new).flatten(new, self.dtype).detach()
-        self.layout = ParameterLayout(
-            (*self.layout.names, *new), (*self.layout.shapes, *(value.shape for value in new.values()))
-        )
-        for name in new:
-            self.constants.pop(name, None)
         padded: dict[int, Tensor] = {}  # one tensor for the end of a step and the start of the next, as before
 
         def pad(vector: Tensor) -> Tensor:
@@ -210,9 +213,18 @@ class Trajectory:
                 padded[id(vector)] = torch.cat([vector, tail])
             return padded[id(vector)]
 
+        before, self.layout = self.layout, ParameterLayout(
+            (*self.layout.names, *new), (*self.layout.shapes, *(value.shape for value in new.values()))
+        )  # which a store on disk writes down
+        try:
+            self.store.extend(tail, pad)
+        except RecordingError:  # not every record can be lengthened
+            self.layout = before
+            raise
         self.initial = pad(self.initial)
         self.tail = tuple((name, pad(point)) for name, point in self.tail)
-        self.store.extend(tail, pad)
+        for name in new:
+            self.constants.pop(name, None)
 
     def parameters(self, s: int) -> dict[str, Tensor]:
         """θ_s by parameter name."""
@@ -223,7 +235,8 @@ class Trajectory:
         return ModelFunction(self.model, self.layout, self.constants, dtype or self.dtype)
 
     def require_steps(self, asker: str) -> None:
-        """Refuse an empty path, and a model that is no longer the recorded one."""
+        """Refuse an empty path, one of which too little was kept, and a model that is no longer the recorded one."""
+        self.schedule.require(asker)
         check(
             len(self) > 0,
             TrajectoryError,

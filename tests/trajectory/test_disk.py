@@ -146,7 +146,7 @@ class Counted(torch.utils.data.Dataset):
 
 
 def test_opening_reads_no_large_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pathkernel import storage
+    from pathkernel.storage import arrays, files
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4000), nn.ReLU(), nn.Linear(4000, 3))
@@ -158,14 +158,15 @@ def test_opening_reads_no_large_array(tmp_path: Path, monkeypatch: pytest.Monkey
             CE(model(x), y).backward()
             optimizer.step()
     read: list[tuple[str, int]] = []
-    plain = storage.read_file
+    plain = files.read_file
 
     def counting(root: Path, relative: str, limit: int) -> bytes:
         content = plain(root, relative, limit)
         read.append((relative, len(content)))
         return content
 
-    monkeypatch.setattr(storage, "read_file", counting)
+    monkeypatch.setattr(arrays, "read_file", counting)
+    monkeypatch.setattr(files, "read_file", counting)
     trajectory = pk.Trajectory.open(tmp_path / "run", model=model, loss=CE, data=Counted())
     assert len(trajectory) == 20
     assert sum(size for _, size in read) < 20_000 < 0.01 * trajectory.store.size_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,9 @@ def test_every_step_comes_out_again_to_the_last_bit(name: str) -> None:
     assert_same_steps(run, full)
 
 
-@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop"])
+@pytest.mark.parametrize(
+    "optimizer", [*OPTIMIZERS, "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop"]
+)
 def test_every_optimizer(optimizer: str) -> None:
     make = None if optimizer in OPTIMIZERS else getattr(torch.optim, optimizer)
     run, full = (train(schedule, optimizer, make_optimizer=make) for schedule in (Schedule(keyframes=EVERY), None))
@@ -166,9 +169,9 @@ def test_shares_predictions_and_kernels_are_those_of_the_full_record() -> None:
 def test_neighbours_share_one_tensor_also_across_keyframes() -> None:
     run = train(Schedule(keyframes=EVERY))
     steps = list(run.trajectory.steps())
-    assert all(one.after is other.before for one, other in zip(steps, steps[1:], strict=False))
-    backwards = [segment for segment in run.trajectory.segments(reverse=True)]
-    assert all(one.start is other.end for one, other in zip(backwards, backwards[1:], strict=False))
+    assert all(one.after is other.before for one, other in pairwise(steps))
+    backwards = list(run.trajectory.segments(reverse=True))
+    assert all(one.start is other.end for one, other in pairwise(backwards))
     assert len(run.trajectory.store._blocks) <= 2  # type: ignore[attr-defined]
 
 
@@ -359,9 +362,7 @@ def test_what_only_a_full_record_can_follow_is_refused() -> None:
     averaged = torch.optim.swa_utils.AveragedModel(model)
     opt = torch.optim.SGD(model[0].parameters(), lr=0.1)
     with pytest.raises(errors.RecordingError, match="`averages` were given, and `schedule=Schedule"):
-        pk.KernelRecorder(
-            model, opt, CE, data=(X, y), schedule=Schedule(keyframes=2), averages={"swa": averaged}
-        )
+        pk.KernelRecorder(model, opt, CE, data=(X, y), schedule=Schedule(keyframes=2), averages={"swa": averaged})
     model[2].requires_grad_(False)
     with pk.KernelRecorder(model, opt, CE, data=(X, y), schedule=Schedule(keyframes=2), audit_every=0) as recorder:
         x, target = recorder.batch([1, 2])

@@ -109,6 +109,16 @@ def test_interrupted_by_the_keyboard(tmp_path: Path) -> None:
     same_trajectories(whole, second.train(20, tmp_path / "run")[0])
 
 
+def test_started_again_from_the_beginning(tmp_path: Path) -> None:
+    whole, _ = Run().train(12, None)
+    first = Run()
+    with pytest.raises(KeyboardInterrupt):
+        first.train(12, tmp_path / "run", stop=5)
+    header = DiskStore.open(tmp_path / "run")
+    header._write_header(header.header.ended(None))  # as where it was killed
+    same_trajectories(whole, Run().train(12, tmp_path / "run")[0])
+
+
 SCRIPT = """
 import sys, torch
 sys.path[:0] = {paths!r}

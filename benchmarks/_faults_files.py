@@ -1,0 +1,318 @@
+"""Files of a store that are damaged, lost, of another version, or made to do harm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from _faults_killed import computed
+from _faults_table import FAILED, SURVIVED, WRONG, Bench, Fault, Outcome, first_sentence
+from _faults_training import Reference, Training
+
+from pathkernel.errors import PathKernelError, StoreError
+from pathkernel.storage import crc32c
+from pathkernel.storage.groups import checksum
+from pathkernel.trajectory.disk import DiskStore
+
+STEPS = 9
+
+
+@dataclass
+class Stored:
+    """A finished recording on disk, and what is in it."""
+
+    path: Path
+    training: Training
+    whole: Reference
+
+    def copy(self, bench: Bench) -> Stored:
+        return Stored(Path(shutil.copytree(self.path, bench.place())), self.training, self.whole)
+
+    def files(self) -> list[str]:
+        names = sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file())
+        return [name for name in names if name != "lock"]
+
+    def read(self) -> Outcome:
+        """What a reader gets: everything right, or an error that names the file."""
+        try:
+            trajectory = self.training.opened(self.path)
+            wrong = self.whole.wrong(trajectory)
+            if len(trajectory) != len(self.whole.steps):
+                wrong.append(f"{len(trajectory)} steps")
+        except StoreError as error:
+            named = str(self.path) in str(error)
+            return Outcome(SURVIVED if named else FAILED, f"{type(error).__name__} that names the file")
+        except PathKernelError as error:
+            return Outcome(SURVIVED, type(error).__name__)
+        except Exception as error:
+            return Outcome(FAILED, first_sentence(error))
+        return Outcome(WRONG, f"wrong: {wrong[:3]}") if wrong else Outcome(SURVIVED, "every value right")
+
+
+@cache
+def stored(folder: Path) -> Stored:
+    """A recording in blocks of two steps, with averages, changes from outside, buffers and late parameters."""
+    path, training = folder / "original", Training("adamw")
+    late = training.model[4]
+    for p in late.parameters():
+        p.requires_grad_(False)
+    training.optimizer = torch.optim.AdamW(training.model[:2].parameters(), lr=0.01)
+    ema = torch.optim.swa_utils.AveragedModel(training.model)
+    with training.recorder(DiskStore(path, flush_every=2), averages={"ema": ema}) as recorder:
+        for step in training.train(recorder, STEPS):
+            ema.update_parameters(training.model)
+            if step == 5:
+                late.requires_grad_(True)
+                training.optimizer.add_param_group({"params": list(late.parameters())})
+    return Stored(path, training, Reference.of(recorder.trajectory))
+
+
+Damage = Callable[[bytes, Bench], bytes | None]
+
+
+def flipped(raw: bytes, bench: Bench) -> bytes:
+    place, damaged = bench.random.randrange(8 * len(raw)), bytearray(raw)
+    damaged[place // 8] ^= 1 << place % 8
+    return bytes(damaged)
+
+
+def flips(bench: Bench) -> Iterator[Outcome]:
+    """One bit in every file, and again."""
+    one = stored(bench.folder).copy(bench)
+    names = one.files()
+    for name in (names * 40)[: bench.count(60, 1000)]:
+        yield with_damage(one, name, flipped((one.path / name).read_bytes(), bench))
+
+
+def with_damage(one: Stored, name: str, content: bytes | None) -> Outcome:
+    place = one.path / name
+    kept = place.read_bytes()
+    if content is None:
+        place.unlink()
+    else:
+        place.write_bytes(content)
+    outcome = one.read()
+    place.write_bytes(kept)
+    return outcome
+
+
+def truncations(bench: Bench) -> Iterator[Outcome]:
+    """Every file, cut at the ends of its parts, or with something behind it."""
+    one = stored(bench.folder).copy(bench)
+    names = one.files()
+    for name in bench.random.sample(names, bench.count(10, len(names))):
+        raw = (one.path / name).read_bytes()
+        for size in sorted({0, 1, 4, 8, 15, 16, 17, 20, len(raw) // 2, len(raw) - 5, len(raw) - 4, len(raw) - 1}):
+            if 0 <= size < len(raw):
+                yield with_damage(one, name, raw[:size])
+        yield must_be_refused(with_damage(one, name, raw + b"\0"), name)
+
+
+def must_be_refused(outcome: Outcome, name: str) -> Outcome:
+    if outcome.gets == "every value right" and not name.endswith("zarr.json"):
+        return Outcome(FAILED, f"{name.split('/')[0]}: accepted")
+    return outcome
+
+
+def lost_files(bench: Bench) -> Iterator[Outcome]:
+    """Every file alone, and every folder."""
+    one = stored(bench.folder).copy(bench)
+    for name in bench.random.sample(one.files(), bench.count(15, len(one.files()))):
+        yield must_be_refused(with_damage(one, name, None), name)
+    for folder in sorted(p for p in one.path.rglob("*") if p.is_dir()):
+        if folder.exists():
+            folder.rename(bench.folder / "aside")
+            yield must_be_refused(one.read(), "folder")
+            (bench.folder / "aside").rename(folder)
+
+
+def exchanged(bench: Bench) -> Iterator[Outcome]:
+    """A file in the place of another of the same kind."""
+    one = stored(bench.folder).copy(bench)
+    chunks = [name for name in one.files() if "/c/" in name]
+    for _ in range(bench.count(10, 60)):
+        name = bench.random.choice(chunks)
+        others = [n for n in chunks if n.split("/")[0] == name.split("/")[0] and n != name]
+        others = [n for n in others if (one.path / n).read_bytes() != (one.path / name).read_bytes()]
+        if others:
+            yield with_damage(one, name, (one.path / bench.random.choice(others)).read_bytes())
+
+
+def edited(raw: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
+    """A zarr.json that was changed by somebody who put its checksum right."""
+    content = json.loads(raw)
+    change(content)
+    if "checksum" in content.get("attributes", {}):
+        content["attributes"]["checksum"] = checksum(content["attributes"])
+    return json.dumps(content).encode()
+
+
+def versions(bench: Bench) -> Iterator[Outcome]:
+    one = stored(bench.folder).copy(bench)
+    raw = (one.path / "zarr.json").read_bytes()
+    for version in (2, 3, 99, 10**30, 0, -1, None, "1", 1.0, True, [1]):
+        for writer in ("9.9", None, ["9"]):
+            change = partial(_set_version, version=version, writer=writer)
+            outcome = with_damage(one, "zarr.json", edited(raw, change))
+            refused = "StoreError" in outcome.gets
+            yield Outcome(outcome.verdict if refused else WRONG, outcome.gets)
+
+
+def _set_version(content: dict[str, Any], version: Any, writer: Any) -> None:
+    content["attributes"].update(version=version, versions={"pathkernel": writer} if writer != ["9"] else writer)
+
+
+def hostile_metadata() -> list[tuple[str, Callable[[dict[str, Any]], Any]]]:
+    """Files and what is done to them."""
+    huge = [2**31, 2**62, 10**400, -1, float("nan"), float("inf"), 1e15, "9", None, [], {}, True]
+    header: list[Callable[[dict[str, Any]], Any]] = [
+        *(lambda c, n=n: c["attributes"].update(start=n) for n in huge),
+        *(lambda c, n=n: c["attributes"].update(steps_per_block=n) for n in huge),
+        *(lambda c, n=n: c["attributes"]["regions"][0][0].update(shape=[n, n]) for n in huge),
+        *(lambda c, n=n: c["attributes"]["end"].update(steps=n) for n in huge if n is not True),
+        *(lambda c, n=n: c["attributes"]["end"].update(values=[n, 10]) for n in ("../../etc", "/etc", "a/../../b", "")),
+        *(lambda c, n=n: c["attributes"].update(tails=[n]) for n in huge),
+        *(lambda c, n=n: c["attributes"].update(dtype=n) for n in ("object", "int64", "V8", 3)),
+        lambda c: c["attributes"].update(rule={"name": "os.system", "class": "os.system", "memory": []}),
+    ]
+    array: list[Callable[[dict[str, Any]], Any]] = [
+        *(lambda c, n=n: c["chunk_grid"]["configuration"].update(chunk_shape=[n, n]) for n in huge if n is not True),
+        *(lambda c, n=n: c.update(data_type=n) for n in ("object", "|O", "float16", "numpy.datetime64", 3, [])),
+        lambda c: c["codecs"].insert(1, {"name": "numcodecs.pickle", "configuration": {}}),
+        lambda c: c["codecs"].append({"name": "numcodecs.zfpy"}),
+        lambda c: c.update(codecs=[]),
+        lambda c: c.update(codecs=[{"name": "sharding_indexed", "configuration": {}}]),
+        lambda c: c.update(storage_transformers=[{"name": "x"}]),
+        lambda c: c["chunk_key_encoding"].update(configuration={"separator": "../"}),
+        lambda c: c["codecs"][1]["configuration"].update(clevel=float("inf")),
+    ]
+    return [("zarr.json", f) for f in header] + [
+        (f"{name}/zarr.json", f) for name in ("theta-0", "log", "commit", "start") for f in array
+    ]
+
+
+def hostile(bench: Bench) -> Iterator[Outcome]:
+    """Declared sizes beyond all limits, other types and codecs, links, pickles, bombs; memory is watched."""
+    one = stored(bench.folder).copy(bench)
+    cases = hostile_metadata()
+    for name, change in bench.random.sample(cases, bench.count(40, len(cases))):
+        yield must_be_refused(with_damage(one, name, edited((one.path / name).read_bytes(), change)), "metadata")
+    payload = b"cos\nsystem\n(S'touch /tmp/pathkernel-was-here'\ntR."
+    for name in bench.random.sample(one.files(), bench.count(5, 20)):
+        yield must_be_refused(with_damage(one, name, payload), "pickle")
+        yield must_be_refused(with_damage(one, name, payload + struct.pack("<I", crc32c(payload))), "pickle")
+    for name in bench.random.sample([n for n in one.files() if "/c/" in n], bench.count(5, 20)):
+        packed = bytearray((one.path / name).read_bytes()[:-4])
+        packed[4:8] = struct.pack("<I", 2**31 - 1)  # decompresses to two gigabytes, it says
+        yield must_be_refused(with_damage(one, name, bytes(packed) + struct.pack("<I", crc32c(bytes(packed)))), "bomb")
+    yield from links(one, bench)
+    if Path("/tmp/pathkernel-was-here").exists():
+        yield Outcome(WRONG, "a pickle was run")
+
+
+def links(one: Stored, bench: Bench) -> Iterator[Outcome]:
+    """Links in place of files and folders: nothing behind them is read, written or deleted."""
+    outside = bench.place()
+    for place in ("zarr.json", "theta-0/c/1/0", "commit/c/1", "log", "start/c", "theta-0/c", "commit/c"):
+        target = outside / place.replace("/", "-")
+        outside.mkdir(exist_ok=True)
+        (one.path / place).rename(target)
+        (one.path / place).symlink_to(target)
+        before = _tree(outside)
+        outcome = must_be_refused(one.read(), "link")
+        training = Training("adamw")
+        try:
+            training.recorded(one.path, 3)
+            outcome = Outcome(WRONG, f"recording went on behind a link at {place}")
+        except PathKernelError as error:
+            outcome = outcome if outcome.verdict != SURVIVED else Outcome(SURVIVED, type(error).__name__)
+        if _tree(outside) != before:
+            outcome = Outcome(WRONG, f"something behind a link at {place} was changed")
+        yield outcome
+        (one.path / place).unlink()
+        target.rename(one.path / place)
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def damaged_computation(bench: Bench) -> Iterator[Outcome]:
+    """A bit in a file of a Gram matrix or an attribution, and files that are gone."""
+    training = Training("momentum")
+    trajectory = training.recorded(None, STEPS)
+    for kind in ("gram", "explain"):
+        path = bench.place()
+        whole = computed(kind, trajectory, path)
+        names = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name != "lock")
+        kept = shutil.copytree(path, bench.place())
+        for name in (names * 20)[: bench.count(10, 60)]:
+            raw = (path / name).read_bytes()
+            for content in (flipped(raw, bench), raw[: len(raw) // 2], None):
+                (path / name).unlink() if content is None else (path / name).write_bytes(content)
+                try:
+                    same = computed(kind, trajectory, path).tobytes() == whole.tobytes()
+                    yield Outcome(SURVIVED, "every value right") if same else Outcome(WRONG, f"{kind}: {name}")
+                except StoreError as error:
+                    yield Outcome(SURVIVED, type(error).__name__ + " that names the file")
+                except Exception as error:
+                    yield Outcome(FAILED, f"{kind}, {name}: {first_sentence(error)}")
+                shutil.rmtree(path)
+                shutil.copytree(kept, path)
+
+
+def moved(bench: Bench) -> Iterator[Outcome]:
+    """Renamed when closed, while a reader has it open, and while it is recorded."""
+    for _ in range(bench.count(1, 10)):
+        one = stored(bench.folder).copy(bench)
+        trajectory, new = one.training.opened(one.path), bench.place()
+        one.path.rename(new)
+        try:
+            trajectory.store.read(STEPS - 1)
+            yield Outcome(WRONG, "read from where nothing is")
+        except StoreError:
+            yield Outcome(SURVIVED, "CorruptBlockError that names the file")
+        yield Stored(new, one.training, one.whole).read()
+        yield _moved_while_recording(bench)
+
+
+def _moved_while_recording(bench: Bench) -> Outcome:
+    import warnings
+
+    from _faults_training import reference
+
+    path, new, whole, training = bench.place(), bench.place(), reference("momentum", 30), Training("momentum")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with training.recorder(DiskStore(path, flush_every=bench.random.choice([1, 4]))) as recorder:
+            for step in training.train(recorder, 30):
+                if step == 12:
+                    recorder.trajectory.store.flush()
+                    path.rename(new)
+    again = DiskStore.open(new)
+    told = [w for w in seen if "cannot be written any more" in str(w.message)]
+    right = not again.verify() and not whole.wrong(Training("momentum").opened(new))
+    if not right or path.exists():
+        return Outcome(WRONG, f"{again!r}, the old place is there: {path.exists()}")
+    kept = len(again) == 12 and len(told) == 1
+    return Outcome(SURVIVED if kept else FAILED, f"one warning, {len(again)} of 12 steps kept, training goes on")
+
+
+FAULTS = [
+    Fault("a flipped bit anywhere", "none", flips),
+    Fault("a file cut short, or lengthened", "none", truncations),
+    Fault("a file or folder gone", "none", lost_files),
+    Fault("a chunk in the place of another", "none", exchanged),
+    Fault("damage to a Gram's or attribution's store", "none", damaged_computation),
+    Fault("a newer, older or unknown format", "none", versions),
+    Fault("hostile files", "none", hostile),
+    Fault("store moved, also while it is open", "none", moved),
+]

@@ -1,0 +1,153 @@
+"""Where gradients in factored form come from: tapes of the network, and rows for what these do not cover."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from pathkernel._typing import Float, PyTree
+from pathkernel.factored import FactoredGradients, in_working_type, numel, working
+from pathkernel.functional import ModelFunction, OutputFunctional, sample_gradients
+from pathkernel.layers.factors import Piece
+from pathkernel.layers.proved import ProvedTapes
+from pathkernel.layers.tape import Tape
+from pathkernel.parameters import ParameterLayout
+from pathkernel.pytrees import blocks, cast_floating, count, take
+
+
+class GradientSource:
+    """Gradients of functionals of a network's outputs, sample by sample and factored.
+
+    Parameters
+    ----------
+    function
+        The network.
+    engine
+        ``"auto"`` and ``"layerwise"``: from activations and back-propagated signals, parameters that these do not
+        account for as rows; ``"jacobian"``: all as rows, by `torch.func`.
+    memory
+        Bytes for intermediate rows.
+    """
+
+    def __init__(self, function: ModelFunction, engine: str, memory: int) -> None:
+        self.function, self.engine, self.memory = function, engine, memory
+        self.tapes = ProvedTapes(function)
+
+    def gradients(
+        self,
+        theta: Float[Tensor, " P"],
+        inputs: PyTree,
+        functional: OutputFunctional,
+        context: PyTree,
+        components: int | None,
+        function: ModelFunction | None = None,
+    ) -> FactoredGradients:
+        """∇h of K components (None: of a scalar) for n samples at θ.
+
+        ``function`` is the same network with other buffers or run in another way.
+        """
+        function = function or self.function
+        if self.engine == "jacobian":
+            rows = self._rows(function, function.layout.names, theta, inputs, functional, context, components)
+            return FactoredGradients.of_rows(rows, function.layout)
+        tape = self.tapes.record(theta, inputs, function)
+        pieces = tape_pieces(tape, functional, context)
+        if self.plain:
+            rows = self._rows(function, self.plain, theta, inputs, functional, context, components)
+            pieces += FactoredGradients.of_rows(rows, function.layout).pieces
+        return FactoredGradients(function.layout, tape.n * (components or 1), pieces)
+
+    def pulled_back(
+        self,
+        theta: Float[Tensor, " P"],
+        inputs: PyTree,
+        cotangents: Callable[[PyTree], Tensor],
+        function: ModelFunction,
+    ) -> FactoredGradients:
+        """J_iᵀ λ_i of n samples, with λ (n, C) made of what the network returned for all of them."""
+        if self.engine == "jacobian":
+            with torch.no_grad(), function.running():
+                weights = cotangents(function.call(function.parameters(theta), cast_floating(inputs, function.dtype)))
+            return self.gradients(theta, inputs, _weighted, weights, None, function)
+        returned: list[PyTree] = []
+        handle = function.module.register_forward_hook(lambda _, __, outputs: returned.append(outputs))
+        try:
+            tape = self.tapes.record(theta, inputs, function)
+        finally:
+            handle.remove()
+        weights = cotangents(returned[-1])
+        with torch.enable_grad():
+            weighted = (tape.outputs * weights).sum(dim=1, keepdim=True)
+        pieces = tuple(in_working_type(piece) for piece in tape.pieces(weighted))
+        if self.plain:
+            rows = self._rows(function, self.plain, theta, inputs, _weighted, weights, None)
+            pieces += FactoredGradients.of_rows(rows, function.layout).pieces
+        return FactoredGradients(function.layout, tape.n, pieces)
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Parameters whose gradients were last formed as rows, in the order of θ."""
+        if self.engine == "jacobian":
+            return self.function.layout.names
+        coverage = self.tapes.coverage
+        return tuple(name for name in self.function.layout.names if coverage is not None and name in coverage.plain)
+
+    def bytes_per_sample(
+        self, theta: Tensor, inputs: PyTree, functional: OutputFunctional, context: PyTree, components: int | None
+    ) -> int:
+        """What one sample keeps alive: activations, signals, the graph while it is needed, rows of plain parameters."""
+        function, few = self.function, min(2, count(inputs))
+        itemsize = torch.finfo(function.dtype).bits // 8
+        graph = pieces = 0
+        if self.engine != "jacobian":
+            tape = self.tapes.record(theta, take(inputs, slice(0, few)), function)
+            graph = 4 * sum(shape.numel() for shape in tape.shapes) // few
+            pieces = sum(numel(p.factor) for p in tape_pieces(tape, functional, take(context, slice(0, few)))) // few
+        slices = function.layout.slices
+        rows = 2 * (components or 1) * sum(slices[name].stop - slices[name].start for name in self.plain)
+        return itemsize * (graph + pieces + rows)
+
+    def _rows(
+        self,
+        function: ModelFunction,
+        names: Iterable[str],
+        theta: Tensor,
+        inputs: PyTree,
+        functional: OutputFunctional,
+        context: PyTree,
+        components: int | None,
+    ) -> dict[str, Tensor]:
+        """Gradients (n·K, size) of some parameters by `torch.func`, in blocks of samples within the budget."""
+        values = function.layout.unflatten(theta)
+        own = ParameterLayout.of({name: values[name] for name in names})
+        rest = {name: value for name, value in values.items() if name not in own.slices}
+        part = ModelFunction(
+            function.module, own, {**function.constants, **rest}, function.dtype, function.state, function.tap
+        )
+        k, point = components or 1, own.flatten(values)
+        n, dtype = count(inputs), working(function.dtype)
+        rows = {name: torch.empty(n * k, where.stop - where.start, dtype=dtype) for name, where in own.slices.items()}
+        per_sample = 4 * k * own.size * torch.finfo(function.dtype).bits // 8
+        for piece in blocks(n, self.memory // per_sample):
+            found = sample_gradients(
+                part, point, take(inputs, piece), functional, take(context, piece), scalar=components is None
+            )
+            for name, gradient in found.items():
+                target = rows[name][piece.start * k : piece.stop * k]
+                target.copy_(gradient.reshape(target.shape))
+        return rows
+
+
+def _weighted(outputs: Tensor, weights: Tensor) -> Tensor:
+    """z·λ, whose gradient is Jᵀ λ."""
+    return outputs @ weights
+
+
+def tape_pieces(tape: Tape, functional: OutputFunctional, context: PyTree) -> tuple[Piece, ...]:
+    """Pieces of ∇h on a tape, in a type of at least float32."""
+    with torch.enable_grad():
+        h = vmap(functional)(tape.outputs, context)
+    return tuple(in_working_type(piece) for piece in tape.pieces(h.reshape(tape.n, -1)))

@@ -1,0 +1,224 @@
+"""The points of a path at which tangent kernels are evaluated, and the weight of each; read when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pathkernel._typing import Float
+from pathkernel.errors import InputError, check
+from pathkernel.quadrature import Quadrature
+from pathkernel.trajectory.partial import STRETCH
+from pathkernel.trajectory.step import Segment, Step
+from pathkernel.trajectory.trajectory import Trajectory
+
+MEASURES = ("learning_rate", "arc_length", "uniform")
+
+
+@dataclass(frozen=True)
+class PathMeasure:
+    """The measure w_s and the metric M_s of every step.
+
+    Attributes
+    ----------
+    trajectory
+        The path.
+    name
+        ``"learning_rate"``, ``"arc_length"`` or ``"uniform"``.
+    preconditioner
+        None, or ``"optimizer"``.
+    """
+
+    trajectory: Trajectory = field(repr=False)
+    name: str = "learning_rate"
+    preconditioner: str | None = None
+
+    def __post_init__(self) -> None:
+        check(
+            self.name in MEASURES,
+            InputError,
+            f"`measure={self.name!r}` was given",
+            f"Measures are {', '.join(map(repr, MEASURES))}",
+            'Write `measure="learning_rate"`',
+        )
+        check(
+            self.preconditioner in (None, "optimizer"),
+            InputError,
+            f"`preconditioner={self.preconditioner!r}` was given",
+            'Preconditioners are None and "optimizer"',
+            'Write `preconditioner="optimizer"` for the scaling of the optimizer\'s own steps',
+        )
+
+    def weight(self, step: Step) -> float:
+        """w_s."""
+        if self.name == "arc_length":
+            return Segment(step.before, step.after, step).displacement.norm().item()
+        if self.name == "learning_rate":
+            return max(_rates(step))
+        return float(step.hyperparameters[0].get(STRETCH, 1))
+
+    def is_identity(self, step: Step) -> bool:
+        """Whether M_s is the identity."""
+        return self.preconditioner is None and (self.name != "learning_rate" or len(set(_rates(step))) == 1)
+
+    def diagonal(self, step: Step) -> Float[Tensor, " P"] | None:
+        """Diagonal of M_s, or None for the identity.
+
+        Under several learning rates, each parameter's own relative to the largest.
+        """
+        if self.is_identity(step):
+            return None
+        diagonal = self._preconditioner(step) if self.preconditioner == "optimizer" else None
+        rates = _rates(step)
+        if self.name == "learning_rate" and len(set(rates)) > 1:
+            own = self._per_parameter(step, lambda name: float(step.hyperparameters_of(name)["lr"]) / max(rates))
+            diagonal = own if diagonal is None else own * diagonal
+        return diagonal
+
+    def _per_parameter(self, step: Step, value: Callable[[str], Tensor | float]) -> Tensor:
+        layout = self.trajectory.layout
+        vector = torch.zeros(layout.size, dtype=torch.float64)
+        for name, where in layout.slices.items():
+            if name in step.groups:
+                vector[where] = value(name)
+        return vector
+
+    def _preconditioner(self, step: Step) -> Tensor:
+        rule, layout = self.trajectory.rule, self.trajectory.layout
+        check(
+            rule.elementwise,
+            InputError,
+            f'`preconditioner="optimizer"` was asked of {rule.name}',
+            "The optimizer's scaling must be a positive diagonal",
+            "Write `preconditioner=None`",
+        )
+        shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        like = torch.zeros((), dtype=torch.float64)
+
+        def diagonal(name: str) -> Tensor:
+            if name not in step.active:
+                return like
+            settings = step.hyperparameters_of(name)
+            return rule.preconditioner(shapes[name], step.frozen[name], settings, like).abs().reshape(-1)
+
+        return self._per_parameter(step, diagonal)
+
+
+@dataclass(frozen=True)
+class PathNode:
+    """A point on the path at which the tangent kernel is evaluated; a few numbers, its θ is read on demand.
+
+    Attributes
+    ----------
+    measure
+        Of the path that it lies on.
+    position, time
+        θ = θ_s + time · (θ_{s+1} − θ_s) on the step at this position in the record.
+    weight
+        Its share ω of the measure.
+    number
+        What is drawn at random for a node follows from it, so it differs between nodes: 0, 2, 4 … count the nodes of
+        every step of the run, and the end of a step has an odd number unless it is the start of the next.
+    """
+
+    measure: PathMeasure = field(repr=False)
+    position: int
+    time: float
+    weight: float
+    number: int
+
+    @property
+    def step(self) -> Step:
+        """The step that it lies on."""
+        return self.measure.trajectory.store.read(self.position)
+
+    @property
+    def theta(self) -> Float[Tensor, " P"]:
+        """θ."""
+        step = self.step
+        if self.time in (0.0, 1.0):
+            return step.after if self.time else step.before
+        return (step.before.double() + self.time * (step.after.double() - step.before.double())).to(step.before.dtype)
+
+    @property
+    def diagonal(self) -> Float[Tensor, " P"] | None:
+        """d of the preconditioner M = diag(d), or None for the identity."""
+        return self.measure.diagonal(self.step)
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """Running statistics of the step, as far as they have changed in training."""
+        return self.step.buffers
+
+
+def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: int | None = None) -> list[PathNode]:
+    """Quadrature nodes on the middle step of each stretch of the path, with the weight of the whole stretch.
+
+    The end of a step and the start of the next are one node where both are the same network under the same M.
+
+    Parameters
+    ----------
+    measure
+        The path, w_s and M_s.
+    quadrature
+        Nodes on each step.
+    steps
+        Number of stretches of neighbouring steps; None for every step by itself.
+
+    Notes
+    -----
+    One pass over the record, one step in memory at a time.
+    """
+    trajectory, times = measure.trajectory, quadrature.nodes
+    inside = sum(time < 1 for time, _ in times) or 1
+    nodes: list[PathNode] = []
+    end: tuple[Tensor, Mapping[str, Tensor]] | None = None  # what the latest node was evaluated with, if a step's end
+    for stretch in stretches(len(trajectory), steps):
+        weight = 0.0
+        for position in stretch:
+            step = trajectory.store.read(position)
+            weight += measure.weight(step)
+            if position == stretch[(len(stretch) - 1) // 2]:
+                middle, represented = step, position
+        if weight <= 0:
+            continue
+        identity = measure.is_identity(middle)
+        for place, (time, omega) in enumerate(times):
+            if time == 0 and identity and end is not None and end[0] is middle.before and end[1] is middle.buffers:
+                weight_of_both = nodes[-1].weight + omega * weight
+                nodes[-1] = replace(nodes[-1], weight=weight_of_both, number=2 * middle.index * inside)
+                continue
+            number = middle.index * inside + (place if time < 1 else inside)
+            nodes.append(PathNode(measure, represented, time, omega * weight, 2 * number + (time == 1)))
+        end = (middle.after, middle.buffers) if identity and times[-1][0] == 1 else None
+    check(
+        len(nodes) > 0,
+        InputError,
+        f"The path has no length by `measure={measure.name!r}`",
+        "At least one step must have a positive weight",
+        'Write `measure="uniform"`, or record steps with a learning rate above 0',
+    )
+    return nodes
+
+
+def stretches(length: int, steps: int | None) -> list[range]:
+    """Cut a path of that many steps into stretches of neighbouring steps."""
+    check(
+        steps is None or (isinstance(steps, int) and steps >= 1),
+        InputError,
+        f"`steps={steps!r}` was given",
+        f"The number of steps to use is an integer from 1 to {length}, or None for every step",
+        "Write for example `PathKernel(trajectory, steps=50)`",
+    )
+    edges = np.linspace(0, length, (length if steps is None else min(steps, length)) + 1).round().astype(int)
+    return [range(first, last) for first, last in pairwise(edges.tolist())]
+
+
+def _rates(step: Step) -> list[float]:
+    """Learning rate of each parameter group."""
+    return [float(settings["lr"]) for settings in step.hyperparameters]
