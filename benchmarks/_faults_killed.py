@@ -36,6 +36,7 @@ IMPORTED = [
     *(f"pathkernel.recording.{name}" for name in ("recorder", "resume")),
     "_faults_killed",
     "_faults_disk",
+    "_faults_hostile",
 ]
 BEGUN, ACKNOWLEDGED, FINISHED = 0, 1, 2
 

@@ -53,7 +53,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind of fault: its name, what may be lost by it, and the trials."""
+    """A kind of fault: its name, what may be lost by it, and the trials, each of which does the harm and looks."""
 
     name: str
     bound: str

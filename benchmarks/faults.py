@@ -33,11 +33,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # these networks are so small tha
 import torch
 from _faults_disk import FAULTS as DISK
 from _faults_files import FAULTS as FILES
+from _faults_hostile import FAULTS as HOSTILE
 from _faults_killed import FAULTS as KILLED
 from _faults_loop import FAULTS as LOOP
 from _faults_table import Bench, Tally
 
-FAULTS = [*KILLED, *DISK, *FILES, *LOOP]
+FAULTS = [*KILLED, *DISK, *FILES, *HOSTILE, *LOOP]
 LINE = "{:<44} {:>7} {:>9} {:>5} {:>6} {:>7} {:>9} {:>8}  {}"
 
 

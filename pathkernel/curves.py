@@ -11,15 +11,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from pathkernel.accounts import Account
 from pathkernel.factored import FactoredGradients, working
-from pathkernel.forms import Form
-from pathkernel.quadrature import Quadrature, StepAverage
+from pathkernel.quadrature import Quadrature
 from pathkernel.queries import GradientStep, ProductStep, Queries
 from pathkernel.trajectory.averages import AverageRecord, Update, averaged_events
 from pathkernel.trajectory.step import Segment
@@ -30,48 +29,6 @@ CHORD_PIECES = 32
 
 Displacements = Callable[[Segment], Mapping[str, Tensor]]
 """Splits the displacement of a segment by channel, (P,) each; called once for each segment, in their order."""
-
-
-@dataclass
-class Account:
-    """What a sweep adds up, for Q queries.
-
-    Attributes
-    ----------
-    channels
-        (Q,) by name; a forward sweep puts the sum over samples under ``"samples"``.
-    missed
-        What the quadrature missed, in absolute value and summed over the pieces, (Q,).
-    evaluations
-        Query gradients taken per query, over all pieces.
-    shares
-        (Q, N), backward only.
-    modules, steps
-        (Q, N) by module name and (Q, S), where asked.
-    form
-        The sum in another form, where asked.
-    """
-
-    channels: dict[str, Tensor]
-    missed: Tensor
-    evaluations: float = 0.0
-    shares: Tensor | None = None
-    modules: dict[str, Tensor] = field(default_factory=dict)
-    steps: Tensor | None = None
-    form: Form | None = None
-
-    @classmethod
-    def opened(cls, initial: Tensor) -> Account:
-        """An account that holds the untrained network's outputs alone."""
-        channels: dict[str, Tensor] = defaultdict(lambda: torch.zeros_like(initial))
-        channels["initial"] = initial
-        return cls(channels, torch.zeros_like(initial))
-
-    def book(self, average: StepAverage) -> Any:
-        """Note error and cost of a quadrature; returns its gradient."""
-        self.missed += average.error
-        self.evaluations += average.evaluations
-        return average.gradient
 
 
 class Curve(ABC):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pathkernel.curves import Account, Curve
+from pathkernel.accounts import Account
+from pathkernel.curves import Curve
 from pathkernel.trajectory.gradients import RecordedGradients
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.trajectory import Trajectory

@@ -27,14 +27,17 @@ from pathkernel.pytrees import blocks, cast_floating, count, take
 @contextmanager
 def module_mode(module: nn.Module, training: Mapping[str, bool] | bool) -> Iterator[None]:
     """Set train or eval mode submodule by submodule and put it back afterwards."""
-    before = {name: child.training for name, child in module.named_modules()}
+    before = []
+    for name, child in module.named_modules():
+        wanted = training if isinstance(training, bool) else training[name]
+        if child.training != wanted:
+            before.append(child)
+            child.training = wanted
     try:
-        for name, child in module.named_modules():
-            child.training = training if isinstance(training, bool) else training[name]
         yield
     finally:
-        for name, child in module.named_modules():
-            child.training = before[name]
+        for child in before:
+            child.training = not child.training
 
 
 Modes = bool | Mapping[str, bool]

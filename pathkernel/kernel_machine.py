@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel._typing import PyTree
+from pathkernel.accounts import Account, account_of, arrays_of, joined
 from pathkernel.attributions import Attributions
-from pathkernel.curves import Account, AverageCurve, ChordCurve, Curve, PathCurve
+from pathkernel.curves import AverageCurve, ChordCurve, Curve, PathCurve
 from pathkernel.errors import InputError, TrajectoryError, check
-from pathkernel.forms import BUILDERS, join_forms
+from pathkernel.forms import BUILDERS
 from pathkernel.forward_sweep import forward_sweep
 from pathkernel.functional import ModelFunction
 from pathkernel.gradient_source import GradientSource
@@ -36,6 +38,9 @@ FORMS = {
 """The forms of the same exact sum, and their properties."""
 
 ENGINES = ("auto", "layerwise", "jacobian")
+
+KEPT_QUERIES = 64
+"""Samples in a block of a computation that is kept in a store: what an interruption may cost."""
 
 ROUNDING_LIMIT = 0.1
 """Part of the change of the outputs beyond which differences between recorded and recomputed gradients are no rounding.
@@ -235,7 +240,13 @@ class KernelMachine:
 
     # -- why it says so ---------------------------------------------------------------------------------------
 
-    def explain(self, X: PyTree, outputs: Any = None, by: str | None = None) -> Attributions:
+    def explain(
+        self,
+        X: PyTree,
+        outputs: Any = None,
+        by: str | None = None,
+        store: str | os.PathLike[str] | None = None,
+    ) -> Attributions:
         """How much each training sample moved each query output.
 
         Parameters
@@ -249,6 +260,9 @@ class KernelMachine:
             output in place of the network's; ``(name, unit)`` or ``(name, callable)`` one function of them.
         by
             ``"module"`` splits the shares by module as well, ``"step"`` adds each step's total.
+        store
+            A folder in which finished blocks of queries are kept: the same call goes on from there after an
+            interruption. For the folded form.
 
         Returns
         -------
@@ -263,7 +277,7 @@ class KernelMachine:
             'Write `machine.explain(X, by="module")`',
         )
         queries, samples, indices = self._queries(X, outputs)
-        account = self._backward(queries, by)
+        account = self._backward(queries, by) if store is None else self._stored(store, queries, by, outputs)
         output = self._curve(queries).final()
         self._check_unexplained(account, output)
         moved = (output - account.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
@@ -389,7 +403,34 @@ class KernelMachine:
         samples = len(queries) // queries.components
         size = samples_at_once(self._curve(queries.block(slice(0, 1))), queries, self.memory, self.form in BUILDERS)
         even = -(-samples // -(-samples // size))  # as many blocks, but none much smaller than the others
-        return _join([self._swept(queries.block(piece), by) for piece in blocks(samples, even)])
+        return joined([self._swept(queries.block(piece), by) for piece in blocks(samples, even)])
+
+    def _stored(self, store: str | os.PathLike[str], queries: Queries, by: str | None, outputs: Any) -> Account:
+        """The same, block by block in a store."""
+        from pathkernel import computations  # not before it is needed: what writes to disk takes a second to load
+
+        check(
+            self.form not in BUILDERS,
+            InputError,
+            f'An explanation in the form "{self.form}" was to be kept in a store',
+            "What is kept are shares, channels and the certificate, of the forms folded and chord",
+            'Write `KernelMachine(trajectory, form="folded")`, or leave `store` out',
+        )
+        samples = len(queries) // queries.components
+        size = samples_at_once(self._curve(queries.block(slice(0, 1))), queries, self.memory, False)
+        pieces = list(blocks(samples, min(size, KEPT_QUERIES)))
+        settings = f"{self.quadrature!r}, {self.form}, {self.weights}, {self.function.dtype}, by {by}"
+        identity = computations.identity_of(
+            self.trajectory,
+            machine=settings,
+            outputs=outputs if isinstance(outputs, (str, int)) else getattr(outputs, "__qualname__", "chosen"),
+            queries=computations.samples_identity((queries.inputs, queries.context)),
+        )
+        sizes = [(piece.stop - piece.start) * queries.components for piece in pieces]
+        kept = computations.resumable_blocks(
+            store, identity, sizes, lambda index: arrays_of(self._swept(queries.block(pieces[index]), by))
+        )
+        return account_of(kept)
 
     def _check_unexplained(self, account: Account, output: Tensor) -> None:
         """Fail loudly where too much of the account has no name."""
@@ -434,22 +475,3 @@ class KernelMachine:
             f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{weights}: exact "
             f"for every recorded step; {FORMS[self.form]}; not symmetric, so not a kernel for scikit-learn)"
         )
-
-
-def _join(accounts: list[Account]) -> Account:
-    """Accounts of blocks of queries as one."""
-    if len(accounts) == 1:
-        return accounts[0]
-    first = accounts[0]
-    names = list(dict.fromkeys(name for account in accounts for name in account.channels))
-    return Account(
-        channels={
-            name: torch.cat([a.channels.get(name, torch.zeros_like(a.missed)) for a in accounts]) for name in names
-        },
-        missed=torch.cat([a.missed for a in accounts]),
-        evaluations=sum(a.evaluations * len(a.missed) for a in accounts) / sum(len(a.missed) for a in accounts),
-        shares=torch.cat([a.shares for a in accounts if a.shares is not None]),
-        modules={name: torch.cat([a.modules[name] for a in accounts]) for name in first.modules},
-        steps=None if first.steps is None else torch.cat([a.steps for a in accounts if a.steps is not None]),
-        form=None if first.form is None else join_forms([a.form for a in accounts if a.form is not None]),
-    )

@@ -210,7 +210,8 @@ class PathKernel:
         total: Tensor | None = None
         for node in self._progress(self.nodes):
             tile = self._engine_at(node).gram(node.theta, x, y, context_x, context_y, node.diagonal)
-            total = tile.mul_(node.weight) if total is None else total.add_(tile, alpha=node.weight)
+            tile.mul_(node.weight)
+            total = tile if total is None else total.add_(tile)
         assert total is not None
         return total
 

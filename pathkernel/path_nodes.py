@@ -53,6 +53,14 @@ class PathMeasure:
             'Preconditioners are None and "optimizer"',
             'Write `preconditioner="optimizer"` for the scaling of the optimizer\'s own steps',
         )
+        rule = self.trajectory.rule
+        check(
+            self.preconditioner is None or rule.elementwise,
+            InputError,
+            f'`preconditioner="optimizer"` was asked of {rule.name}',
+            "The optimizer's scaling must be a positive diagonal",
+            "Write `preconditioner=None`",
+        )
 
     def weight(self, step: Step) -> float:
         """w_s."""
@@ -90,13 +98,6 @@ class PathMeasure:
 
     def _preconditioner(self, step: Step) -> Tensor:
         rule, layout = self.trajectory.rule, self.trajectory.layout
-        check(
-            rule.elementwise,
-            InputError,
-            f'`preconditioner="optimizer"` was asked of {rule.name}',
-            "The optimizer's scaling must be a positive diagonal",
-            "Write `preconditioner=None`",
-        )
         shapes = dict(zip(layout.names, layout.shapes, strict=True))
         like = torch.zeros((), dtype=torch.float64)
 

@@ -149,7 +149,7 @@ def _smallest(
 ) -> Found | None:
     """Fewer than ``most`` vectors with an error within the tolerance, or None.
 
-    Twice as many are added as would do, and then taken away again: about a fifth fewer are left than by adding alone.
+    Three times as many are added as would do, and then taken away again: fewer are left than by adding alone.
     """
     best: Found | None = None
     many: list[int] = []
@@ -158,7 +158,7 @@ def _smallest(
         if best is None and len(places) < most:
             error = measured(places, weights)
             best = (places, weights, error) if error.relative + error.deviation <= tolerance else None
-        if best is not None and len(places) >= 2 * len(best[0]):
+        if best is not None and len(places) >= 3 * len(best[0]):
             break
     if best is None:
         return None

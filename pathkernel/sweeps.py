@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pathkernel.curves import Account, Curve
+from pathkernel.accounts import Account
+from pathkernel.curves import Curve
 from pathkernel.factored import FactoredGradients, working
 from pathkernel.forms import FormBuilder
 from pathkernel.inner_products import contracted, paired_names

@@ -72,7 +72,7 @@ def explain(arguments: argparse.Namespace) -> Result:
         lines.append(f"query {rows[-1]['query']}, output {rows[-1]['output']} = {why.output[q]:.4g}: {named}")
     if arguments.output is not None:
         arrays = {"shares": why.shares, "output": why.output, **{f"channel.{k}": v for k, v in why.channels.items()}}
-        _whole(arguments.output, lambda place: np.savez(place, **arrays))
+        _whole(arguments.output, lambda place: np.savez(place, **arrays))  # type: ignore[arg-type]
     largest = max(abs(row["residual"]) for row in rows)
     return 0, {"queries": rows}, "\n".join([*lines, f"largest residual {largest:.2g}"])
 

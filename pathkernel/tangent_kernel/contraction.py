@@ -120,8 +120,8 @@ class Pairs:
         signals = signals.view(k, n, t, j, m, s).mul_(readings.view(1, n, t, 1, m, s)).sum(dim=(2, 5))
         return signals if total is None else total.add_(signals)
 
-    def own(self) -> Tensor:
-        """Each sample with itself: (n,) for J = 1 component or their trace, else (n, J, J)."""
+    def own(self) -> Float[Tensor, "n J J"]:
+        """Each sample with itself."""
         assert self.signal is not None
         count, n, t, p = self.signal.shape
         flat = self.signal.transpose(0, 1).reshape(n, count * t, p)
@@ -130,8 +130,7 @@ class Pairs:
             readings = self.activation @ self.activation.mT
         else:
             readings = (self.activation.unsqueeze(2) == self.activation.unsqueeze(1)).to(signals)
-        found = torch.einsum("njtls,nts->njl", signals, readings * self.weight + self.bias)
-        return found if self.alike == 1 else found[:, 0, 0]
+        return torch.einsum("njtls,nts->njl", signals, readings * self.weight + self.bias)
 
     def _head(self, total: Tensor | None, readings: Tensor, own: range, others: range) -> Tensor:
         """δ_k · δ_l is 1 for k = l and 0 otherwise."""

@@ -274,7 +274,8 @@ def own_products(piece: Piece, form: Form, limit: int) -> Tensor:
     if form.by_pairs(piece):
         constants = form.metric.constants(piece)
         assert constants is not None
-        return Pairs.of(_cast(piece, torch.float64), form.full, *constants).own()
+        found = Pairs.of(_cast(piece, torch.float64), form.full, *constants).own()
+        return found if form.full else found[:, 0, 0]
     factor = piece.factor
     total = torch.zeros((factor.samples, *(factor.components,) * 2 * form.full), dtype=torch.float64)
     rows = ((where, part.factor.rows()) for where, part in parts(piece, limit))

@@ -325,9 +325,11 @@ class Blocks:
                 raise damaged(where, "it is not the record that was committed")
             try:
                 record = unpack(raw)
+                if not isinstance(record, dict) or not isinstance(record["steps"], list):
+                    raise PackingError("of another form")
                 if record["block"] != block or record["first"] != commit.first or len(record["steps"]) < commit.steps:
                     raise PackingError("of another block")
-            except (PackingError, KeyError, TypeError) as error:
+            except (PackingError, KeyError, TypeError, RuntimeError) as error:
                 raise damaged(where, f"holds no record of block {block} ({error})") from None
             return record
 

@@ -201,8 +201,8 @@ class BlockEncoder:
     def _frozen(self, block: EncodedBlock, step: Step, row: int) -> dict[str, Any]:
         """What is frozen, or the optimizer's state that it follows from.
 
-        By parameter: [key, number of a stream] for a tensor of the parameter's shape, else [key, None, value]. Keyframes
-        are too rare for a stream: theirs lie in extra vectors, whose places are negative.
+        By parameter: [key, number of a stream] for a tensor of the parameter's shape, else [key, None, value].
+        Keyframes are too rare for a stream: theirs lie in extra vectors, whose places are negative.
         """
         if isinstance(step.frozen, FrozenOnReading):
             state = step.frozen.state

@@ -161,7 +161,7 @@ class StoredBlock:
         return self.blocks.rows(name, self.number, self.record, count, self.region.layout.size, pieces)
 
     def _type(self, stream: int) -> torch.dtype:
-        return next(DTYPES[dtype] for _, dtype, number in self.record["streams"] if number == stream)
+        return {number: DTYPES[dtype] for _, dtype, number in self.record["streams"]}[stream]
 
     def _frozen_row(self, stream: int, row: int) -> Tensor:
         if stream < 0:

@@ -119,11 +119,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:The batches of step")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("flush_every", [3, 16])
-def test_a_level_on_disk_is_the_level_in_memory(tmp_path: Path, level: str, variant: str, flush_every: int) -> None:
+def test_a_level_on_disk_is_the_level_in_memory(tmp_path: Path, level: str, variant: str) -> None:
     path, options = tmp_path / "run", VARIANTS[variant]
     in_memory = train(None, LEVELS[level], **options)
-    on_disk = train(DiskStore(path, flush_every=flush_every), LEVELS[level], **options)
+    on_disk = train(DiskStore(path, flush_every=3), LEVELS[level], **options)
     again = opened(on_disk, path)
     same_paths(in_memory, on_disk)
     same_paths(in_memory, again)
@@ -143,6 +142,7 @@ def test_the_state_of_every_optimizer(tmp_path: Path, optimizer: str) -> None:
     same_paths(in_memory, opened(on_disk, tmp_path / "run"))
 
 
+@pytest.mark.slow  # a new process imports torch
 def test_shares_and_kernels_of_a_new_process(tmp_path: Path) -> None:
     paths = {level: tmp_path / level for level in LEVELS}
     runs = {level: train(path, LEVELS[level]) for level, path in paths.items()}

@@ -1,0 +1,107 @@
+"""What a sweep through a trajectory adds up for its queries."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pathkernel.forms import Form, join_forms
+from pathkernel.quadrature import StepAverage
+
+
+@dataclass
+class Account:
+    """What a sweep adds up, for Q queries.
+
+    Attributes
+    ----------
+    channels
+        (Q,) by name; a forward sweep puts the sum over samples under ``"samples"``.
+    missed
+        What the quadrature missed, in absolute value and summed over the pieces, (Q,).
+    evaluations
+        Query gradients taken per query, over all pieces.
+    shares
+        (Q, N), backward only.
+    modules, steps
+        (Q, N) by module name and (Q, S), where asked.
+    form
+        The sum in another form, where asked.
+    """
+
+    channels: dict[str, Tensor]
+    missed: Tensor
+    evaluations: float = 0.0
+    shares: Tensor | None = None
+    modules: dict[str, Tensor] = field(default_factory=dict)
+    steps: Tensor | None = None
+    form: Form | None = None
+
+    @classmethod
+    def opened(cls, initial: Tensor) -> Account:
+        """An account that holds the untrained network's outputs alone."""
+        channels: dict[str, Tensor] = defaultdict(lambda: torch.zeros_like(initial))
+        channels["initial"] = initial
+        return cls(channels, torch.zeros_like(initial))
+
+    def book(self, average: StepAverage) -> Any:
+        """Note error and cost of a quadrature; returns its gradient."""
+        self.missed += average.error
+        self.evaluations += average.evaluations
+        return average.gradient
+
+
+def joined(accounts: list[Account]) -> Account:
+    """Accounts of blocks of queries as one."""
+    if len(accounts) == 1:
+        return accounts[0]
+    first = accounts[0]
+    names = list(dict.fromkeys(name for account in accounts for name in account.channels))
+    return Account(
+        channels={
+            name: torch.cat([a.channels.get(name, torch.zeros_like(a.missed)) for a in accounts]) for name in names
+        },
+        missed=torch.cat([a.missed for a in accounts]),
+        evaluations=sum(a.evaluations * len(a.missed) for a in accounts) / sum(len(a.missed) for a in accounts),
+        shares=torch.cat([a.shares for a in accounts if a.shares is not None]),
+        modules={name: torch.cat([a.modules[name] for a in accounts]) for name in first.modules},
+        steps=None if first.steps is None else torch.cat([a.steps for a in accounts if a.steps is not None]),
+        form=None if first.form is None else join_forms([a.form for a in accounts if a.form is not None]),
+    )
+
+
+def arrays_of(account: Account) -> dict[str, np.ndarray]:
+    """An account as arrays with one row for each query, by name."""
+    assert account.shares is not None
+    arrays = {
+        "shares": account.shares,
+        "missed": account.missed,
+        "evaluations": torch.full_like(account.missed, account.evaluations),
+        **{f"channel {name}": value for name, value in account.channels.items()},
+        **{f"module {name}": value for name, value in account.modules.items()},
+    }
+    if account.steps is not None:
+        arrays["steps"] = account.steps
+    return {name: value.numpy() for name, value in arrays.items()}
+
+
+def account_of(arrays: Mapping[str, np.ndarray]) -> Account:
+    """The account that `arrays_of` took apart."""
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
+    under = lambda kind: {  # noqa: E731
+        name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)
+    }
+    return Account(
+        channels=under("channel "),
+        missed=tensors["missed"],
+        evaluations=tensors["evaluations"].mean().item(),
+        shares=tensors["shares"],
+        modules=under("module "),
+        steps=tensors.get("steps"),
+    )
