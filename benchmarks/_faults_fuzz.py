@@ -28,11 +28,12 @@ from pathkernel.trajectory.packing import ALIGNMENT, PackingError, unpack
 
 NUMBERS = (0, 1, 2, 3, 15, 16, 127, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64, 10**30)
 VALUES = (
-    *NUMBERS, *(-n for n in NUMBERS), 0.5, 1e308, float("nan"), float("inf"), None, True, False, "", "float32",
-    "object", "../../x", "/etc/passwd", "\0", "a" * 1000, [], {}, [[]], [None] * 100, {"": 0}, {"tensor": 0}, {"tensor": -1},
-    {"dict": [[1]]}, {"dict": [[[], 1]]}, {"tuple": 5}, {"float": "zz"}, {"dtype": "int8"}, {"dtype": []},
-    {"array": 2**40}, {"tensor": [0]}, {"dtype": "object"}, [2**31, 2**31], ["float64", [2**31], 0], ["float64", [1] * 70, 0],
-)  # fmt: skip
+    *(*NUMBERS, *(-n for n in NUMBERS), 0.5, 1e308, float("nan"), float("inf"), None, True, False),
+    *("", "float32", "object", "../../x", "/etc/passwd", "\0", "a" * 1000),
+    *([], {}, [[]], [None] * 100, {"": 0}, {"tensor": 0}, {"tensor": -1}, {"tensor": [0]}, {"array": 2**40}),
+    *({"dict": [[1]]}, {"dict": [[[], 1]]}, {"tuple": 5}, {"float": "zz"}, {"dtype": "int8"}, {"dtype": []}),
+    *({"dtype": "object"}, [2**31, 2**31], ["float64", [2**31], 0], ["float64", [1] * 70, 0]),
+)
 
 
 def changed_bytes(raw: bytes, rng: random.Random) -> bytes:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathkernel.estimators.transformer import PathKernelTransformer as PathKernelTransformer
     from pathkernel.kernel_machine import KernelMachine as KernelMachine
     from pathkernel.layers.rules import layer_rule as layer_rule
+    from pathkernel.path_features import StreamingFeatures as StreamingFeatures
     from pathkernel.path_kernel import PathKernel as PathKernel
     from pathkernel.quadrature import Adaptive as Adaptive
     from pathkernel.quadrature import DiscreteGradient as DiscreteGradient
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from pathkernel.recording.recorder import KernelRecorder as KernelRecorder
     from pathkernel.streaming import StreamingGram as StreamingGram
     from pathkernel.streaming import StreamingShares as StreamingShares
+    from pathkernel.tangent_kernel.output_probes import OutputProbes as OutputProbes
+    from pathkernel.tangent_kernel.projection import Projection as Projection
     from pathkernel.tangent_kernel.tangent_kernel import TangentKernel as TangentKernel
     from pathkernel.trajectory.disk import DiskStore as DiskStore
     from pathkernel.trajectory.schedule import Schedule as Schedule
@@ -35,15 +38,10 @@ if TYPE_CHECKING:
     from pathkernel.update_rules.rule import UpdateRule as UpdateRule
 
 _HOMES = {
-    "StreamingGram": "streaming",
-    "StreamingShares": "streaming",
-    "DiskStore": "trajectory.disk",
-    "StepObserver": "trajectory.schedule",
-    "Streaming": "trajectory.schedule",
-    "Schedule": "trajectory.schedule",
     "Adaptive": "quadrature",
     "Attributions": "attributions",
     "DiscreteGradient": "quadrature",
+    "DiskStore": "trajectory.disk",
     "GaussLegendre": "quadrature",
     "GaussianProcessKernel": "estimators.gaussian_process",
     "IndexedDataset": "recording.indexed",
@@ -51,8 +49,16 @@ _HOMES = {
     "KernelRecorder": "recording.recorder",
     "LeftEndpoint": "quadrature",
     "Midpoint": "quadrature",
+    "OutputProbes": "tangent_kernel.output_probes",
     "PathKernel": "path_kernel",
     "PathKernelTransformer": "estimators.transformer",
+    "Projection": "tangent_kernel.projection",
+    "Schedule": "trajectory.schedule",
+    "StepObserver": "trajectory.schedule",
+    "Streaming": "trajectory.schedule",
+    "StreamingFeatures": "path_features",
+    "StreamingGram": "streaming",
+    "StreamingShares": "streaming",
     "TangentKernel": "tangent_kernel.tangent_kernel",
     "Trajectory": "trajectory.trajectory",
     "Trapezoid": "quadrature",

@@ -102,7 +102,8 @@ def test_quick_start_runs_as_printed() -> None:
 
 
 @pytest.mark.slow
-def test_readme_code_runs_as_printed() -> None:
+def test_readme_code_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     X, y = torch.randn(60, 64, generator=generator), torch.randint(10, (60,), generator=generator)
     names: dict[str, object] = {"X_train": X[:50], "y_train": y[:50], "X_test": X[50:]}

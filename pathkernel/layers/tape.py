@@ -70,6 +70,7 @@ class Tape:
         alone = len(leaves) == 1 and leaves[0].dim() == 2
         self._head = recording.clones.get(id(leaves[0])) if alone else None
         self.uses, self.without = recording.uses, recording.without
+        recording.uses = []  # rules know the recording: a cycle would keep every pass until the garbage collector runs
         if recording.overwritten:  # activations are gone
             self.without |= dict.fromkeys(function.layout.names, "an input of a layer is overwritten in place")
         self.proving = plain is None

@@ -444,7 +444,8 @@ class DiskStore(Store):
         def at_exit() -> None:
             store = me()
             if store is not None and os.getpid() == process:
-                store.close()
+                outer = store if store._trajectory is None else store._trajectory.store
+                outer.close()  # which may hold steps that it has not handed on yet
 
         self._at_exit = at_exit
         atexit.register(at_exit)
@@ -578,11 +579,28 @@ class DiskStore(Store):
             For a step between keyframes, which has to be trained again first.
         """
         step = self._in_memory(index)
-        vector = self._block(self._find(index)).vector(index) if step is None else step.before
+        return self._kept(self._block(self._find(index)).vector(index) if step is None else step.before, index)
+
+    def final(self) -> Tensor:
+        """θ at the end of the path.
+
+        Raises
+        ------
+        StoreError
+            Where a recording with keyframes was cut off: the last steps have to be trained again first.
+        """
+        if (end := self.end_values()) is not None and (end["tail"] or end["final"] is not None):
+            return end["tail"][-1][1] if end["tail"] else end["final"]
+        steps = len(self)
+        if not steps:
+            return torch.cat([self.start_values()["initial"], *self._tails])
+        return self._kept(self.read(steps - 1).after, steps)
+
+    def _kept(self, vector: Tensor, index: int) -> Tensor:
         check(
             vector.numel() > 0,
             StoreError,
-            f"θ before step {index} was asked of `{self.path}`, which keeps it at keyframes only",
+            f"θ at step {index} was asked of `{self.path}`, which keeps it at keyframes only",
             "Steps between keyframes are trained again, which takes the network, the loss and the data",
             f"Write `Trajectory.open(path, model=model, loss=loss, data=data).vector({index})`",
         )

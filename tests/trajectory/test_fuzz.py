@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,8 @@ def test_the_fuzzer_would_notice(original: Path, tmp_path: Path, monkeypatch: py
     seen = fuzzed(original, tmp_path, 0, 60, lambda number: None)
     assert any(what.startswith("!ZeroDivisionError") for what in seen)
     (tmp_path / "outside").write_text("")
-    assert any("outside" in what for what in fuzzed(original, _cleared(tmp_path), 0, 1, lambda number: None))
-
-
-def _cleared(folder: Path) -> Path:
-    import shutil
-
-    shutil.rmtree(folder / "store")
-    return folder
+    shutil.rmtree(tmp_path / "store")
+    assert any("outside" in what for what in fuzzed(original, tmp_path, 0, 1, lambda number: None))
 
 
 def test_many_tensors_from_few_bytes() -> None:

@@ -183,8 +183,7 @@ def test_schedules_are_found_again(tmp_path: Path) -> None:
         if level != "keyframes":
             with pytest.raises(errors.TrajectoryError, match="`KernelMachine` needs"):
                 pk.KernelMachine(again)
-    end = DiskStore.open(tmp_path / "keyframes").end_values()
-    assert end is not None and torch.equal(end["final"], again.final)
+        assert torch.equal(DiskStore.open(tmp_path / level).final(), again.final)
 
 
 def test_little_is_on_disk(tmp_path: Path) -> None:
@@ -246,9 +245,29 @@ def test_a_recording_that_was_cut_off_is_replayed_as_far_as_it_was_written(tmp_p
         shutil.copytree(tmp_path / "run", tmp_path / "cut")
         again = opened(recorder.trajectory, tmp_path / "cut")
         assert len(again) == 7
+        assert "θ at step 7 was asked of" in refusal(DiskStore.open(tmp_path / "cut").final)
         for s in range(7):
             for name in ("before", "after", "gradient"):
                 assert torch.equal(getattr(again.store.read(s), name), getattr(full.store.read(s), name))
+
+
+def test_the_last_stretch_is_written_when_the_process_ends(tmp_path: Path) -> None:
+    run = train(None, LEVELS["every"], steps=5)
+    model, X, y = model_of(), *data()
+    opt, order = OPTIMIZERS["adamw"](model.parameters()), generator(3)
+    torch.manual_seed(4)
+    store = DiskStore(tmp_path / "run")
+    recorder = pk.KernelRecorder(model, opt, CE, data=(X, y), store=store, schedule=LEVELS["every"])
+    recorder.start()
+    for _ in range(5):
+        x, target = recorder.batch(torch.randint(20, (5,), generator=order))
+        opt.zero_grad()
+        CE(model(x), target).backward()
+        opt.step()
+    store._at_exit()
+    assert len(DiskStore.open(tmp_path / "run")) == 2
+    assert torch.equal(DiskStore.open(tmp_path / "run").final(), run.final)
+    recorder.close()
 
 
 # -- what is refused, and damage -----------------------------------------------------------------------------------
@@ -273,7 +292,7 @@ def test_points_between_keyframes_are_not_read_without_a_replay(tmp_path: Path) 
     store = DiskStore.open(tmp_path / "run")
     assert torch.equal(store.vector(EVERY), run.vector(EVERY))
     message = refusal(lambda: store.vector(5))
-    assert "θ before step 5 was asked of" in message and "Trajectory.open(path" in message
+    assert "θ at step 5 was asked of" in message and "Trajectory.open(path" in message
 
 
 @pytest.mark.parametrize("level", LEVELS)
