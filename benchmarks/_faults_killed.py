@@ -8,7 +8,6 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import os
-import shutil
 import signal
 import struct
 import sys
@@ -88,13 +87,12 @@ def ended(process: Any, told: Told, delay: float, number: int) -> None:
 def record(optimizer: str, path: Path, flush_every: int, checkpoints: Path, told_at: Path) -> None:
     """Train, or go on with the training, on record."""
     torch.set_num_threads(1)
-    told, kept, training = Told(told_at), Checkpoints(checkpoints), Training(optimizer)
-    if not kept.restore(training, path):
-        shutil.rmtree(path, ignore_errors=True)  # as the refusal says, where Ctrl-C came before any checkpoint
-    told[ACKNOWLEDGED] = training.step
+    told, kept = Told(told_at), Checkpoints(checkpoints)
     told[BEGUN] = 1
     try:
-        with training.recorder(DiskStore(path, flush_every=flush_every)) as recorder:
+        training, recorder = kept.goes_on(optimizer, path, flush_every=flush_every)
+        told[ACKNOWLEDGED] = training.step
+        with recorder:
             for step in training.train(recorder, STEPS):
                 told[ACKNOWLEDGED] = step
                 if step % 8 == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import pathkernel as pk
+from pathkernel.errors import ModelMismatchError
 from pathkernel.trajectory.disk import DiskStore
 from pathkernel.trajectory.step import FrozenOnReading
 
@@ -165,12 +167,20 @@ class Checkpoints:
         torch.save(training.checkpoint(), place.with_suffix(".partial"))
         os.replace(place.with_suffix(".partial"), place)
 
-    def restore(self, training: Training, path: Path) -> bool:
-        """Go to the last one that the store at a path has the steps of; whether there is one."""
-        if not (path / "zarr.json").exists():
-            return False
-        committed = len(DiskStore.open(path))
-        steps = [int(place.stem) for place in self.folder.glob("*.pt") if int(place.stem) <= committed]
-        if steps:
-            training.restore(torch.load(self.folder / f"{max(steps)}.pt"))
-        return bool(steps)
+    def goes_on(self, optimizer: str, path: Path, **options: Any) -> tuple[Training, pk.KernelRecorder]:
+        """Start recording from the last checkpoint whose place on the path is on disk, or else from the beginning."""
+        committed = len(DiskStore.open(path)) if (path / "zarr.json").exists() else 0
+        steps = sorted(int(place.stem) for place in self.folder.glob("*.pt"))
+        for step in [*(s for s in reversed(steps) if s <= committed), 0]:
+            training = Training(optimizer)
+            if step:
+                training.restore(torch.load(self.folder / f"{step}.pt"))
+            elif committed and DiskStore.open(path).header.end is not None:  # type: ignore[union-attr]
+                shutil.rmtree(path)  # as the refusal says: Ctrl-C came before any checkpoint, and closed the record
+            recorder = training.recorder(DiskStore(path, **options))
+            try:
+                recorder.start()
+            except ModelMismatchError:  # the clamp after the last step on disk was not written yet
+                continue
+            return training, recorder
+        raise AssertionError("a recording can go on from its beginning")

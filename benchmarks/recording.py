@@ -10,8 +10,8 @@ milliseconds_plain   of a plain step
 milliseconds_per_step, kilobytes_per_step
 target               of the ratio, where there is one
 
-Networks: an MLP of 85,002 parameters with batches of 64, whose steps take about a millisecond, the worst case; and a CNN
-of a million. Which of a pair comes first is turned every time. Exit status 1 if a target is missed, 0 with --quick.
+Networks: an MLP of 85,002 parameters with batches of 64, whose steps take about a millisecond, the worst case; and a
+CNN of a million. Which of a pair comes first is turned every time. Exit status 1 if a target is missed, 0 with --quick.
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ LINE = "{:<20} {:<13} {:<29} {:>7} {:>13} {:>10} {:>12} {:>9} {:>7}  {}"
 
 
 def print_row(row: dict[str, Any]) -> None:
-    verdict = "" if row["target"] is None else ("ok" if row["ratio"] <= row["target"] else "MISSED")
+    judged = row["target"] is not None and row["pairs"] > 1
+    verdict = ("ok" if row["ratio"] <= row["target"] else "MISSED") if judged else ""
     print(
         LINE.format(
             row["model"], row["optimizer"], row["level"], f"{row['ratio']:.3f}", f"{row['ratio_of_steps']:.3f}",
@@ -211,7 +212,7 @@ def main() -> int:
     quick = arguments.quick
     workloads = {
         MLP: Workload(mlp, vectors, 64, *((40, 10) if quick else (640, 40))),
-        CNN: Workload(cnn, images, 16, *((6, 2) if quick else (96, 8))),
+        CNN: Workload(cnn, images, 16, *((6, 2) if quick else (40, 4))),
     }
     print(f"Cost of recording{' (quick)' if quick else ''}, {1 if quick else arguments.pairs} pairs each")
     versions = f"python {platform.python_version()}, torch {torch.__version__}"

@@ -166,3 +166,23 @@ def test_an_interruption_says_what_is_kept(
     monkeypatch.setattr("pathkernel.path_kernel.PathKernel.__call__", interrupted)
     assert cli.main(["gram", str(run / "store"), *objects(run), "--store", str(tmp_path / "k")]) == 130
     assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_store_with_keyframes(run: Path, tmp_path: Path) -> None:
+    data = np.load(run / "train.npz")
+    X, y = torch.from_numpy(data["X"]), torch.from_numpy(data["y"])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer, loss, where = torch.optim.AdamW(model.parameters(), lr=1e-2), nn.CrossEntropyLoss(), tmp_path / "store"
+    schedule = pk.Schedule(keyframes=4)
+    with pk.KernelRecorder(model, optimizer, loss, data=(X, y), store=where, schedule=schedule) as recorder:
+        for _ in range(3):
+            for x, target in recorder.batches(batch_size=8):
+                optimizer.zero_grad()
+                loss(model(x), target).backward()
+                optimizer.step()
+    call(run, "verify", str(where))
+    call(run, "gram", str(where), *objects(run), "--output", str(tmp_path / "k.npz"))
+    assert np.array_equal(np.load(tmp_path / "k.npz")["K"], np.load(run / "expected.npz")["K"])
+    assert cli.main(["export", str(where), str(tmp_path / "steps.csv")]) == 2

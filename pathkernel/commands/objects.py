@@ -100,12 +100,9 @@ def _load(model: nn.Module, store: DiskStore) -> None:
     """Give a network the values at the end of the recording."""
     header, start, end = store.header, store.start_values(), store.end_values()
     assert header is not None
-    layout = header.layouts[-1]
-    tail = end["tail"] if end else ()
-    final = tail[-1][1] if tail else (store.read(len(store) - 1).after if len(store) else start["initial"])
     buffers = end["final_buffers"] if end else {}
     live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    values = {**start["constants"], **buffers, **layout.unflatten(final)}
+    values = {**start["constants"], **buffers, **header.layouts[-1].unflatten(store.final())}
     wrong = [name for name in values if name not in live or live[name].shape != values[name].shape]
     check(
         not wrong,

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from pathkernel.errors import CorruptBlockError, InputError, check
+from pathkernel.errors import CorruptBlockError, InputError, StoreError, check
 from pathkernel.pytrees import memory_bytes
 from pathkernel.trajectory.disk import DiskStore
+from pathkernel.trajectory.schedule import EVERY_STEP
 
 Result = tuple[int, dict[str, Any], str]
 """Exit code, numbers, and text."""
@@ -33,6 +34,7 @@ def info(arguments: argparse.Namespace) -> Result:
         "parameters": layout.size,
         "dtype": str(header.dtype).removeprefix("torch."),
         "rule": header.rule["name"],
+        "schedule": repr(header.schedule),
         "reduction": header.reduction,
         "regularizers": list(header.regularizers),
         "averages": list(header.averages),
@@ -44,9 +46,10 @@ def info(arguments: argparse.Namespace) -> Result:
             {"name": name, "shape": list(shape)} for name, shape in zip(layout.names, layout.shapes, strict=True)
         ],
     }
+    kept = "" if header.schedule == EVERY_STEP else f", kept with {header.schedule!r}"
     state = "ended" if ended else "cut off, or still going on: the steps that are committed are valid"
     lines = [
-        f"{arguments.run}: {len(store)} steps committed ({state})",
+        f"{arguments.run}: {len(store)} steps committed ({state}){kept}",
         f"rule {numbers['rule']}, loss {numbers['loss']}, {numbers['samples']} training samples",
         f"{layout.size} parameters, {numbers['dtype']}; {store.size_bytes() / 1e6:.1f} MB on disk, "
         f"{store.size_bytes() / max(1, len(store)) / 1e3:.1f} kB a step",
@@ -120,7 +123,7 @@ def _weights(store: DiskStore, arguments: argparse.Namespace) -> dict[str, np.nd
         f"The budget is {budget / 1e6:.0f} MB",
         "Write for example `--steps 0,100,-1` for some of them, or `--memory 8GB`",
     )
-    vectors = [store.vector(s) if s < len(store) else store.read(s - 1).after for s in points]
+    vectors = [store.vector(s) if s < len(store) else store.final() for s in points]
     named = [layout.unflatten(vector) for vector in vectors]
     arrays = {name: np.stack([one[name].float().numpy() for one in named]) for name in layout.names}
     return {"steps": np.array(points), **arrays}
@@ -144,6 +147,15 @@ def _table(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
     """One row for each step: settings, lengths, and sample ids."""
     import pandas
 
+    header = store.header
+    assert header is not None
+    check(
+        header.replay is None,
+        StoreError,
+        f"A table of the steps in `{store.path}` was asked for, which keeps θ at keyframes only",
+        "Steps between keyframes are trained again, which takes the network, the loss and the data",
+        "Read `Trajectory.open(path, model=model, loss=loss, data=data).steps()` instead",
+    )
     rows = []
     for index in range(len(store)):
         step = store.read(index)
@@ -151,7 +163,7 @@ def _table(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
         row: dict[str, Any] = {
             "step": index,
             "displacement": displacement.norm().item(),
-            "gradient": step.gradient.double().norm().item(),
+            "gradient": step.gradient.double().norm().item() if len(step.gradient) else None,
             "ids": [int(i) for batch in step.batches for i in batch.ids],
         }
         for group, settings in enumerate(step.hyperparameters):

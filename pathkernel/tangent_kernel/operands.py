@@ -244,26 +244,28 @@ def contract(
     scratch
         Bytes for a tile.
     """
-    n, m, count = result.shape[1], result.shape[3], result.shape[0]
-    for rows, columns in _panels(n, m, count, same, _positions(left.pairs), scratch // result.element_size()):
+    count, n, _, m = result.shape
+    shape = (count, n, m, same)
+    widest = max([_row_bytes(own.signal) for own in right.pairs] + [_row_bytes(own) for own in right.rows], default=1)
+    for rows, columns in _panels(shape, _positions(left.pairs), widest, scratch):
         readings = [one.readings(two, rows, columns) for one, two in zip(left.pairs, right.pairs, strict=True)]
-        for j in range(count):
-            own, others = (slice(j, j + 1), rows), (slice(j if same else 0, count), columns)
+        for components, columns_of in _steps(shape, columns, widest, scratch):
+            own, others = (components, rows), (columns_of, columns)
             total: Tensor | None = None
             for one, two, inner in zip(left.pairs, right.pairs, readings, strict=True):
                 total = one.added(total, two, inner, own, others)
             for mine, theirs in zip(left.rows, right.rows, strict=True):
                 total = _row_products(total, mine, theirs, own, others)
-            tile = result[j : j + 1, rows, others[0], columns]
+            tile = result[components, rows, columns_of, columns]
             if total is None:
                 total = tile.new_zeros(()).expand(tile.shape)
             tile.copy_(total) if first else tile.add_(total)
     for one, two in zip(left.unformed, right.unformed, strict=True):
         for mine, theirs in _formed(one, two, same, form, scratch):
-            for rows, columns in _panels(n, m, count, same, 1, scratch // result.element_size()):
-                for j in range(count):
-                    own, others = (slice(j, j + 1), rows), (slice(j if same else 0, count), columns)
-                    result[j : j + 1, rows, others[0], columns] += _row_products(None, mine, theirs, own, others)
+            for rows, columns in _panels(shape, 1, _row_bytes(theirs), scratch):
+                for components, columns_of in _steps(shape, columns, _row_bytes(theirs), scratch):
+                    own, others = (components, rows), (columns_of, columns)
+                    result[components, rows, columns_of, columns] += _row_products(None, mine, theirs, own, others)
 
 
 def own_products(piece: Piece, form: Form, limit: int) -> Tensor:
@@ -317,17 +319,38 @@ def row_numbers(factor: Factor) -> int:
     return factor.samples * factor.components * factor.size
 
 
-def _panels(n: int, m: int, count: int, same: bool, positions: int, limit: int) -> Iterator[tuple[slice, slice]]:
+def _panels(
+    shape: tuple[int, int, int, bool], positions: int, widest: int, scratch: int
+) -> Iterator[tuple[slice, slice]]:
     """Tiles of samples, together all n × m; for a trace of a group with itself those on and above the diagonal."""
+    count, n, m, same = shape
     if count > 1:
         yield slice(0, n), slice(0, m)
         return
     height = max(1, min(TILE, max(32, n // 4)) // positions)
-    width = max(height, limit // (3 * height * positions**2))
+    # A tile is made three times over, and a product may copy its right factor into an order of its own.
+    width = max(1, min(scratch // (24 * height * positions**2), scratch // widest))
     for rows in blocks(n, height):
         start = rows.start if same else 0
         for columns in blocks(m - start, width):
             yield rows, slice(start + columns.start, start + columns.stop)
+
+
+def _steps(
+    shape: tuple[int, int, int, bool], columns: slice, widest: int, scratch: int
+) -> Iterator[tuple[slice, slice]]:
+    """Components of each side, together all pairs; of a group with itself those with k ≤ l."""
+    count, _, _, same = shape
+    step = max(1, scratch // (widest * (columns.stop - columns.start)))
+    for j in range(count):
+        start = j if same else 0
+        for others in blocks(count - start, step):
+            yield slice(j, j + 1), slice(start + others.start, start + others.stop)
+
+
+def _row_bytes(values: Tensor | None) -> int:
+    """Of one sample and component."""
+    return 1 if values is None else max(1, values.element_size() * values.shape[2:].numel())
 
 
 def _positions(pairs: list[Pairs]) -> int:

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from stores import opened, same, written
 
 import pathkernel as pk
 from pathkernel.errors import CorruptBlockError, InputError, ModelMismatchError, RecordingError, StoreError
-from pathkernel.storage import Group, arrays
+from pathkernel.storage import Group, arrays, crc32c
 from pathkernel.storage.groups import checksum
+from pathkernel.trajectory import disk, writer
+from pathkernel.trajectory.blocks import _write_bytes
 from pathkernel.trajectory.disk import DiskStore
 from pathkernel.trajectory.packing import PackingError, pack, unpack
 
@@ -299,11 +303,122 @@ def test_what_the_writer_meets_surfaces(tmp_path: Path) -> None:
     store = DiskStore(tmp_path / "run", flush_every=1)
     trajectory = run.trajectory
     store.begin(trajectory)
-    from dataclasses import replace
-
     store.append(trajectory.store.read(0))
     store.append(replace(trajectory.store.read(1), hyperparameters=({"lr": object()},)))
     with pytest.raises(RecordingError, match=r"A step holds a builtins\.object"):
         store.flush()
     store.close()
     assert len(DiskStore.open(tmp_path / "run")) == 1
+
+
+def small_training(store: DiskStore) -> tuple[pk.KernelRecorder, Any]:
+    torch.manual_seed(0)
+    model, loss = torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = pk.KernelRecorder(
+        model, optimizer, loss, data=(torch.randn(10, 4), torch.randint(3, (10,))), store=store, audit_every=0
+    )
+
+    def take(steps: int) -> None:
+        for s in range(steps):
+            x, target = recorder.batch([s % 10, 1])
+            optimizer.zero_grad()
+            loss(model(x), target).backward()
+            optimizer.step()
+
+    return recorder, take
+
+
+def test_store_that_is_moved_while_it_is_written(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "run", flush_every=2)
+    recorder, take = small_training(store)
+    with recorder:
+        take(4)
+        store.flush()
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        with pytest.warns(RuntimeWarning, match="first 4 steps are kept") as seen:
+            take(12)
+            store.flush()
+    assert len(seen) == 1 and not (tmp_path / "run").exists()
+    again = DiskStore.open(tmp_path / "elsewhere")
+    assert len(again) == 4 and not again.verify()
+
+
+def test_disk_full_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def writing(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(arrays, "write_atomically", writing)
+    recorder, _ = small_training(DiskStore(tmp_path / "run"))
+    with pytest.raises(StoreError, match=r"cannot be written \(No space left on device\)"):
+        recorder.start()
+    monkeypatch.undo()
+    recorder, take = small_training(DiskStore(tmp_path / "run"))
+    with recorder:  # nobody holds the lock
+        take(3)
+    assert len(DiskStore.open(tmp_path / "run")) == 3
+
+
+def test_nothing_is_written_behind_a_link(original: tuple[Recording, Path], tmp_path: Path) -> None:
+    store = DiskStore(tmp_path / "run", flush_every=1)
+    recorder, take = small_training(store)
+    with recorder:
+        take(2)
+        outside = tmp_path / "outside"
+        outside.mkdir()
+        (tmp_path / "run" / "theta-0" / "c" / "2").symlink_to(outside)
+        with pytest.raises(CorruptBlockError, match="is a link, behind which nothing is written"):
+            take(2)
+    assert not list(outside.iterdir())
+
+
+def test_ctrl_c_at_any_line_of_the_store_loses_no_step(tmp_path: Path) -> None:
+    watched = {module.__file__ for module in (disk, writer)}
+    reached = 0
+    for n in range(1, 400, 13):
+        line = 0
+
+        def trace(frame: Any, event: str, _: Any, n: int = n) -> Any:
+            nonlocal line
+            if frame.f_code.co_filename not in watched:
+                return None
+            line += event == "line"
+            if line == n:
+                line += 1
+                raise KeyboardInterrupt
+            return trace
+
+        store = DiskStore(tmp_path / str(n), flush_every=2)
+        recorder, take = small_training(store)
+        taken = 0
+        try:
+            with recorder:
+                sys.settrace(trace)
+                for taken in range(1, 10):
+                    take(1)
+                taken = 10
+        except KeyboardInterrupt:
+            reached += 1
+        finally:
+            sys.settrace(None)
+        recorder.close()
+        again = DiskStore.open(tmp_path / str(n))
+        assert len(again) >= taken - 1 and not again.verify(), n
+    assert reached > 10
+
+
+def test_record_that_is_none(original: tuple[Recording, Path], store: Path) -> None:
+    """With checksums that are right."""
+    opened = DiskStore.open(store)
+    blocks = opened._blocks
+    assert blocks is not None
+    commit = blocks.commit(0)
+    for value in (torch.zeros(3), [1], {"block": 0, "first": 0, "steps": [{}, {}], "streams": [], "checksums": {}}):
+        raw = pack(value)
+        _write_bytes(blocks.array("log"), commit.log_start, raw)
+        blocks._write_commit(replace(commit, log_bytes=len(raw), log_checksum=crc32c(raw)))
+        again = DiskStore.open(store)
+        for read in (lambda: again.read(0), lambda: again.vector(0), lambda: again.columns(0, [slice(0, 2)])):
+            with pytest.raises(CorruptBlockError, match=r"\(steps 0–1\)"):
+                read()
+        assert again.verify()
