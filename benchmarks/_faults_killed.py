@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _faults_fuzz import limited
 from _faults_table import FAILED, LOST, SURVIVED, WRONG, Bench, Fault, Outcome, first_sentence
 from _faults_training import Checkpoints, Training, bits, reference
 
@@ -229,6 +230,46 @@ def computations(kind: str, signal_number: int, bench: Bench, trials: int) -> It
             yield Outcome(SURVIVED, "what is finished stays; the same call goes on to the same bits")
 
 
+def short_of_memory(run: Path, path: Path, extra: int, told_at: Path) -> None:
+    """A Gram matrix by a process that may take only so many more bytes."""
+    torch.set_num_threads(1)
+    training = Training("adamw")
+    training.model.load_state_dict(reference_weights(run))
+    kernel, X = large_kernel(training.opened(run))
+    limited(extra)
+    try:
+        kernel(X, store=path)
+        Told(told_at)[FINISHED] = 1
+    except (MemoryError, RuntimeError) as error:
+        path.with_suffix(".error").write_text(f"{type(error).__name__}: {str(error)[:60]}")
+
+
+def large_kernel(trajectory: pk.Trajectory) -> tuple[pk.PathKernel, torch.Tensor]:
+    X = torch.randn(1200, 8, generator=torch.Generator().manual_seed(5))
+    return pk.PathKernel(trajectory, steps=4), X
+
+
+def out_of_memory(bench: Bench) -> Iterator[Outcome]:
+    """A process that gets no more memory; then the same call with enough of it."""
+    run = bench.place()
+    training = Training("adamw")
+    kernel, X = large_kernel(training.recorded(run, 20))
+    torch.save(training.model.state_dict(), run.with_suffix(".pt"))
+    whole = kernel(X, store=bench.place())
+    for _ in range(bench.count(1, 12)):
+        path = bench.place()
+        told = Told(path.with_suffix(".told"))
+        process = forked(short_of_memory, run, path, bench.random.randrange(2**20, 2**26), told.path)
+        process.join(120)
+        error = path.with_suffix(".error")
+        if process.exitcode or not (told[FINISHED] or error.exists()):
+            yield Outcome(FAILED, f"the process left with {process.exitcode}")
+            continue
+        same = kernel(X, store=path).tobytes() == whole.tobytes()
+        gets = error.read_text().split(":")[0] if error.exists() else "nothing: it was enough"
+        yield Outcome(SURVIVED if same else WRONG, f"{gets}; the same call goes on with more memory")
+
+
 def finished_parts(kind: str, path: Path) -> int:
     """How much of a computation is on disk: terms of the sum, or blocks of queries."""
     if not (path / "zarr.json").exists():
@@ -258,5 +299,6 @@ FAULTS = [
     Fault("Ctrl-C while recording", "none", signals("recording", signal.SIGINT, 6, 80)),
     Fault("kill -9 during a Gram matrix", IN_HAND, signals("gram", signal.SIGKILL, 6, 60)),
     Fault("Ctrl-C during a Gram matrix", IN_HAND, signals("gram", signal.SIGINT, 3, 30)),
+    Fault("out of memory during a Gram matrix", IN_HAND, out_of_memory),
     Fault("kill -9 during an attribution", IN_HAND, signals("explain", signal.SIGKILL, 4, 40)),
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import shutil
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -38,7 +38,7 @@ class Training:
         self.name = optimizer
         torch.manual_seed(0)
         self.model = nn.Sequential(
-            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4)
+            nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4)
         )  # fmt: skip
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         generator = torch.Generator().manual_seed(1)
@@ -176,7 +176,9 @@ class Checkpoints:
             if step:
                 training.restore(torch.load(self.folder / f"{step}.pt"))
             elif committed and DiskStore.open(path).header.end is not None:  # type: ignore[union-attr]
-                shutil.rmtree(path)  # as the refusal says: Ctrl-C came before any checkpoint, and closed the record
+                # As the refusal says: Ctrl-C came before any checkpoint, and closed the record. At one stroke, for it
+                # may come again while files are deleted.
+                path.rename(path.with_suffix(f".{time.monotonic_ns()}"))
             recorder = training.recorder(DiskStore(path, **options))
             try:
                 recorder.start()

@@ -575,7 +575,7 @@ def test_small_unnamed_changes_are_let_through() -> None:
 
     why = pk.KernelMachine(train(model, momentum(model), after=after)).explain(queries(), outputs=0)
     assert why.relative_residual <= 1e-10
-    assert 0 < np.abs(why.channels["rounding"]).max() < 1e-3 * np.abs(why.output - why.initial).max()
+    assert 0 < np.abs(why.channels["unexplained"]).max() < 1e-3 * np.abs(why.output - why.initial).max()
 
 
 @pytest.mark.parametrize("edits", [1, 2])

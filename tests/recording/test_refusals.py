@@ -10,6 +10,7 @@ import ast
 import copy
 import pickle
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -284,6 +285,26 @@ def indexed(**options) -> DataLoader:
 
 X3 = make_inputs(3)
 Case = tuple[Callable[[], object], type[errors.PathKernelError], tuple[str, str, str]]
+def one_sample() -> Any:
+    """A trajectory with one training sample."""
+    model = make_model()
+    X, y = make_inputs(1), LOSSES["ce_mean"].targets(1)
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    with pk.KernelRecorder(model, optimizer, CE, data=(X, y)) as recorder:
+        for x, target in recorder.batches(1):
+            optimizer.zero_grad()
+            CE(model(x), target).backward()
+            optimizer.step()
+    return recorder.trajectory
+
+
+def gone_on_with(schedule: Any) -> None:
+    """Record into a store twice, the second time with a schedule."""
+    with tempfile.TemporaryDirectory() as folder:
+        Scene(store=f"{folder}/run").recorder.close()
+        Scene(store=f"{folder}/run", schedule=schedule)
+
+
 REFUSALS: dict[str, Case] = {
     # recording: model and optimizer
     "optimizer without a rule": (
@@ -593,6 +614,46 @@ REFUSALS: dict[str, Case] = {
         lambda: pk.PathKernel(record(rule=NotDiagonal()).trajectory, preconditioner="optimizer"),
         errors.InputError,
         ("was asked of Whitening", "positive diagonal", "preconditioner=None"),
+    ),
+    "a tolerance and a number of steps": (
+        lambda: pk.PathKernel(run().trajectory, steps=2, tolerance=1e-3),
+        errors.InputError,
+        ("`tolerance=0.001` was given together with `steps`", "chooses the steps itself", "tolerance=0.001"),
+    ),
+    "a tolerance beyond all bounds": (
+        lambda: pk.PathKernel(run().trajectory, tolerance=2.0),
+        errors.InputError,
+        ("`tolerance=2.0`", "between 0 and 1", "tolerance=1e-3"),
+    ),
+    "a tolerance with one training sample": (
+        lambda: pk.PathKernel(one_sample(), tolerance=1e-3),
+        errors.InputError,
+        ("one training sample", "measured on others", "Leave out `tolerance`"),
+    ),
+    "products with a sketched kernel": (
+        lambda: pk.PathKernel(run().trajectory, engine=pk.Projection(16)).operator(X3),
+        errors.InputError,
+        ("sketched gradients", "no more than φ", "phi @ (phi.T @ v)"),
+    ),
+    "the engine of a machine": (
+        lambda: pk.KernelMachine(run().trajectory, engine="warp"),
+        errors.InputError,
+        ("`engine='warp'`", "'layerwise'", 'engine="auto"'),
+    ),
+    "a form that is not kept in a store": (
+        lambda: pk.KernelMachine(run().trajectory, form="ensemble").explain(X3, store="nowhere"),
+        errors.InputError,
+        ('in the form "ensemble"', "shares, channels and the certificate", 'form="folded"'),
+    ),
+    "averages and keyframes": (
+        lambda: Scene(schedule=pk.Schedule(keyframes=4), averages={"ema": make_model()}),
+        errors.RecordingError,
+        ("`averages` were given", "from θ at every step", "leave out `averages`"),
+    ),
+    "keyframes in a store that is gone on with": (
+        lambda: gone_on_with(pk.Schedule(keyframes=4)),
+        errors.RecordingError,
+        ("holds steps of an earlier run", "keeps every step in full", "another path"),
     ),
     "a path without length": (
         lambda: pk.PathKernel(no_learning_rate()),

@@ -394,16 +394,16 @@ def test_ctrl_c_at_any_line_of_the_store_loses_no_step(tmp_path: Path) -> None:
         try:
             with recorder:
                 sys.settrace(trace)
-                for taken in range(1, 10):
+                while taken < 9:
                     take(1)
-                taken = 10
+                    taken += 1
         except KeyboardInterrupt:
             reached += 1
         finally:
             sys.settrace(None)
         recorder.close()
         again = DiskStore.open(tmp_path / str(n))
-        assert len(again) >= taken - 1 and not again.verify(), n
+        assert len(again) >= taken and not again.verify(), n
     assert reached > 10
 
 
@@ -418,7 +418,7 @@ def test_record_that_is_none(original: tuple[Recording, Path], store: Path) -> N
         _write_bytes(blocks.array("log"), commit.log_start, raw)
         blocks._write_commit(replace(commit, log_bytes=len(raw), log_checksum=crc32c(raw)))
         again = DiskStore.open(store)
-        for read in (lambda: again.read(0), lambda: again.vector(0), lambda: again.columns(0, [slice(0, 2)])):
+        for read, *more in ((again.read,), (again.vector,), (again.columns, [slice(0, 2)])):
             with pytest.raises(CorruptBlockError, match=r"\(steps 0–1\)"):
-                read()
+                read(0, *more)
         assert again.verify()
