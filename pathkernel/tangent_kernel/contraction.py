@@ -20,9 +20,9 @@ from pathkernel.tangent_kernel.matrix_products import product
 
 def by_pairs(factor: Factor, n: int, m: int, full: bool = False) -> bool:
     """Whether all pairs of positions are cheaper than rows, for n × m pairs of samples."""
-    if isinstance(factor, Dense):
+    if not isinstance(factor, (Outer, Lookup)):
         return False
-    k, t = factor.components, factor.signal.shape[2] if isinstance(factor, (Outer, Lookup)) else 1
+    k, t = factor.components, factor.signal.shape[2]
     width = factor.signal.shape[3]
     other = factor.activation.shape[2] if isinstance(factor, Outer) else 1
     products = k * k if full else k
@@ -144,7 +144,8 @@ class Pairs:
 def parts(piece: Piece, bytes_per_sample: int) -> Iterator[tuple[slice, Piece]]:
     """A piece in parts along the first axis of its parameter whose rows take at most so many bytes a sample."""
     factor = piece.factor
-    itemsize = factor.rows().element_size() if isinstance(factor, Dense) else factor.signal.element_size()
+    assert isinstance(factor, (Dense, Outer, Lookup))
+    itemsize = factor.values.element_size() if isinstance(factor, Dense) else factor.signal.element_size()
     row = factor.components * factor.size * itemsize
     if isinstance(factor, Dense):
         length, unit = factor.size, 1

@@ -178,7 +178,12 @@ class Group:
     def _tensors(self) -> list[tuple[Tensor, int]]:
         """δ and a, and which axis of each is that of samples."""
         found: list[tuple[Tensor, int]] = []
-        self._mapped(lambda tensor, axis: found.append((tensor, axis)) or tensor)
+
+        def note(tensor: Tensor, axis: int) -> Tensor:
+            found.append((tensor, axis))
+            return tensor
+
+        self._mapped(note)
         return found
 
     def _mapped(self, function: Callable[[Tensor, int], Tensor]) -> Group:
@@ -260,8 +265,8 @@ def contract(
             if total is None:
                 total = tile.new_zeros(()).expand(tile.shape)
             tile.copy_(total) if first else tile.add_(total)
-    for one, two in zip(left.unformed, right.unformed, strict=True):
-        for mine, theirs in _formed(one, two, same, form, scratch):
+    for piece, other in zip(left.unformed, right.unformed, strict=True):
+        for mine, theirs in _formed(piece, other, same, form, scratch):
             for rows, columns in _panels(shape, 1, _row_bytes(theirs), scratch):
                 for components, columns_of in _steps(shape, columns, _row_bytes(theirs), scratch):
                     own, others = (components, rows), (columns_of, columns)
