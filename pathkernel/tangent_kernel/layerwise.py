@@ -133,18 +133,8 @@ class LayerwiseEngine(Engine):
         k = sizes.components if self.full else 1
         result = empty((k, n, k, m), torch.float64)
         for components in blocks(sizes.components, plan.components):
-            first = components.start == 0
             for block in blocks(n, plan.left):
-                held = left.groups(block, components)
-                begin = block.stop if Y is None else 0
-                if Y is None:
-                    for place, (i, one) in enumerate(held):
-                        for j, two in held[place:]:
-                            contract(one, two, result[:, i, :, j], form, same=i == j, first=first, scratch=plan.scratch)
-                for other in cuts(slice(begin, m), plan.right):
-                    for j, two in right.groups(other, components):
-                        for i, one in held:
-                            contract(one, two, result[:, i, :, j], form, same=False, first=first, scratch=plan.scratch)
+                _contract_block(left, None if Y is None else right, block, components, result)
         if Y is None:
             mirror(result, [tile for block in blocks(n, plan.left) for tile in cuts(block, plan.tile)])
         if self.selection.combine == "mean":
@@ -192,6 +182,25 @@ class LayerwiseEngine(Engine):
         return JacobianEngine(function, self.selection, self.memory), theta[where], where
 
 
+def _contract_block(left: Side, right: Side | None, block: slice, components: slice, result: Tensor) -> None:
+    """Some rows of a kernel matrix; from the diagonal on where there is no other side."""
+    held = left.groups(block, components)
+    if right is None:
+        for place, (i, one) in enumerate(held):
+            for j, two in held[place:]:
+                left.contract(one, two, result[:, i, :, j], components, same=i == j)
+    for other in cuts(slice(block.stop if right is None else 0, result.shape[3]), left.plan.right):
+        _contract_columns(left, held, right or left, other, components, result)
+
+
+def _contract_columns(
+    left: Side, held: list[tuple[slice, Group]], right: Side, other: slice, components: slice, result: Tensor
+) -> None:
+    for j, two in right.groups(other, components):
+        for i, one in held:
+            left.contract(one, two, result[:, i, :, j], components, same=False)
+
+
 @dataclass(frozen=True)
 class Side:
     """Rows or columns of a kernel matrix.
@@ -226,3 +235,8 @@ class Side:
             inputs, context = take(self.X, own), take(self.context, own)
             place = slice(own.start - tile.start, own.stop - tile.start)
             yield place, self.engine.pieces(self.theta, inputs, context, components)[0]
+
+    def contract(self, one: Group, two: Group, result: Tensor, components: slice, *, same: bool) -> None:
+        """Inner products of a group of this side with one of the other."""
+        first = components.start == 0
+        contract(one, two, result, self.form, same=same, first=first, scratch=self.plan.scratch)

@@ -11,6 +11,9 @@ from pathkernel.pytrees import blocks
 PASS = 128 << 20
 """Bytes of one pass through the network: what it leaves behind should still be near when it is used."""
 
+ALLOCATOR = 14 << 20
+"""Bytes that are not given back between passes, measured on three networks."""
+
 BLOCKS = 256
 """Samples on each side of a tile of blocks of all pairs of components."""
 
@@ -62,6 +65,7 @@ class Plan:
     @classmethod
     def of(cls, sizes: Sizes, memory: int, n: int, m: int | None, full: bool) -> Plan:
         """For n × m samples, m None for a symmetric matrix: half of the budget is held, the rest is in motion."""
+        memory -= min(memory // 4, ALLOCATOR)
         held, passing, scratch = memory // 2, memory // 4, memory // 8
         samples, chosen = n + (m or 0), sizes.components
         if not full:  # the trace is a sum over components, a few at a time
