@@ -200,7 +200,7 @@ def computations(kind: str, signal_number: int, bench: Bench, trials: int) -> It
     """Computations that are ended and started again until they are through."""
     run = bench.place()
     training = Training("adamw")
-    trajectory = training.recorded(run, STEPS)
+    trajectory = training.recorded(run, STEPS if kind == "gram" else STEPS // 5)
     torch.save(training.model.state_dict(), run.with_suffix(".pt"))
     whole, counted, life = computed(kind, trajectory, bench.place()), 0, 0.05
     while counted < trials:

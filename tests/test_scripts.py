@@ -18,6 +18,8 @@ KEYS = {
         *("gradients_per_step", "seconds"),
     },
     "orders.py": {"quadrature", "step_size", "residual", "order"},
+    "engines.py": {"workload", "method", "seconds", "floor_seconds", "peak_mb", "error"},
+    "faults.py": {"fault", "trials", "survived", "lost", "silently_wrong"},
     "sgd_or_adam.py": {"optimizer", "rank_correlation", "residual_exact", "residual_as_sgd"},
 }
 

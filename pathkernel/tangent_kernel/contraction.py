@@ -42,7 +42,7 @@ def pair_products(left: Piece, right: Piece, full: bool, weight: float = 1.0, bi
     one, two = (Pairs.of(piece, full, weight, bias, units) for piece in (left, right))
     everything = slice(None), slice(None)
     products = one.added(None, two, one.readings(two, *everything), everything, everything)
-    return products.transpose(0, 1) if full else products[0, :, 0]
+    return products.permute(1, 0, 3, 2) if full else products[0, :, 0]
 
 
 @dataclass(frozen=True)

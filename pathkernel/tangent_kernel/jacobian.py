@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
-from pathkernel.functional import sample_gradients
+from pathkernel.functional import ModelFunction, sample_gradients
 from pathkernel.pytrees import blocks, count, take
 from pathkernel.tangent_kernel.engine import Engine
+from pathkernel.tangent_kernel.matrix_products import product
+from pathkernel.tangent_kernel.outputs import OutputSelection
 
 
 class JacobianEngine(Engine):
@@ -18,6 +23,10 @@ class JacobianEngine(Engine):
     """
 
     name = "jacobian"
+
+    def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
+        super().__init__(function, selection, memory)
+        self.known: dict[Any, int] = {}
 
     def rows(self, theta: Tensor, X: PyTree, context: PyTree) -> Tensor:
         """∇h of each sample, (n, K, P)."""
@@ -29,17 +38,21 @@ class JacobianEngine(Engine):
 
     def block_size(self, theta: Tensor, X: PyTree, context: PyTree) -> int:
         """Samples per block: rows of two blocks, twice each while they are made, within the budget."""
-        components = self.rows(theta, take(X, slice(0, 1)), take(context, slice(0, 1))).shape[1]
-        row_bytes = components * self.function.layout.size * torch.finfo(self.function.dtype).bits // 8
+        key = tuple(leaf.shape[1:] for leaf in pytree.tree_leaves((X, context)))
+        if key not in self.known:
+            one = slice(0, 1)
+            self.known[key] = self.rows(theta, take(X, one), take(context, one)).shape[1]
+        row_bytes = self.known[key] * self.function.layout.size * self.function.dtype.itemsize
         return max(1, self.memory // (4 * row_bytes))
 
     def contract(self, left: Tensor, right: Tensor) -> Tensor:
         """Inner products of two blocks of rows, float64."""
         (n, k, p), (m, j, _) = left.shape, right.shape
+        left, right = left.to(self.products), right.to(self.products)
         if self.selection.combine == "full":
-            products = left.reshape(n * k, p) @ right.reshape(m * j, p).T
+            products = product(left.reshape(n * k, p), right.reshape(m * j, p))
             return products.double().reshape(n, k, m, j).transpose(1, 2)
-        products = (left.reshape(n, k * p) @ right.reshape(m, j * p).T).double()
+        products = product(left.reshape(n, k * p), right.reshape(m, j * p)).double()
         return products / k if self.selection.combine == "mean" else products
 
     def gram(

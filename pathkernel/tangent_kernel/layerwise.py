@@ -51,6 +51,7 @@ class LayerwiseEngine(Engine):
         super().__init__(function, selection, memory)
         self.tapes = ProvedTapes(self.function)
         self._sizes: dict[Any, Sizes] = {}
+        self._plain_components: dict[Any, int] = {}
 
     @property
     def full(self) -> bool:
@@ -179,7 +180,9 @@ class LayerwiseEngine(Engine):
             self.function.tap,
         )
         where = torch.cat([torch.arange(layout.slices[name].start, layout.slices[name].stop) for name in names])
-        return JacobianEngine(function, self.selection, self.memory), theta[where], where
+        engine = JacobianEngine(function, self.selection, self.memory)
+        engine.products, engine.known = self.products, self._plain_components
+        return engine, theta[where], where
 
 
 def _contract_block(left: Side, right: Side | None, block: slice, components: slice, result: Tensor) -> None:

@@ -6,7 +6,6 @@ an item that joins or leaves a queue, and no lock is held that an interrupted th
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 from collections import deque
@@ -20,7 +19,7 @@ from pathkernel.trajectory.blocks import Region
 from pathkernel.trajectory.step import Step
 
 LOOK = 0.05
-"""Seconds after which a waiting thread looks by itself: word of a written block may be lost to Ctrl-C."""
+"""Seconds after which a thread that waits looks by itself: word of a block may be lost to Ctrl-C."""
 
 
 @dataclass
@@ -108,8 +107,10 @@ class Writer:
     def wait(self, allowed: int = 0) -> None:
         """Wait until no more than so many complete blocks are left, or writing has failed."""
         while self.failure is None and sum(block.complete for block in self.unwritten()) > allowed:
-            with contextlib.suppress(queue.Empty):
+            try:
                 self._written.get(timeout=LOOK)
+            except queue.Empty:
+                self._wake.put(True)  # Ctrl-C may have come between the mark on a block and the word of it
 
     def discard(self) -> None:
         """Forget what was not written, and why."""

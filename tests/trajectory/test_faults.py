@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -372,39 +373,43 @@ def test_nothing_is_written_behind_a_link(original: tuple[Recording, Path], tmp_
     assert not list(outside.iterdir())
 
 
-def test_ctrl_c_at_any_line_of_the_store_loses_no_step(tmp_path: Path) -> None:
-    watched = {module.__file__ for module in (disk, writer)}
-    reached = 0
-    for n in range(1, 400, 13):
-        line = 0
+def interrupted(path: Path, place: tuple[str, int] | None) -> tuple[int, list[tuple[str, int]]]:
+    """Train until Ctrl-C comes before the second visit to a line; the steps that were taken, and all lines visited."""
+    visited: list[tuple[str, int]] = []
 
-        def trace(frame: Any, event: str, _: Any, n: int = n) -> Any:
-            nonlocal line
-            if frame.f_code.co_filename not in watched:
-                return None
-            line += event == "line"
-            if line == n:
-                line += 1
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if file != writer.__file__ and (file != disk.__file__ or function not in ("append", "_complete", "flush")):
+            return None
+        if event == "line":
+            visited.append((file, frame.f_lineno))
+            if visited[-1] == place and visited.count(place) == 2:
                 raise KeyboardInterrupt
-            return trace
+        return trace
 
-        store = DiskStore(tmp_path / str(n), flush_every=2)
-        recorder, take = small_training(store)
-        taken = 0
+    store, taken = DiskStore(path, flush_every=2), 0
+    recorder, take = small_training(store)
+    with contextlib.suppress(KeyboardInterrupt), recorder:
+        sys.settrace(trace)
         try:
-            with recorder:
-                sys.settrace(trace)
-                while taken < 9:
-                    take(1)
-                    taken += 1
-        except KeyboardInterrupt:
-            reached += 1
+            while taken < 7:
+                take(1)
+                taken += 1
+            store.flush()
         finally:
             sys.settrace(None)
-        recorder.close()
-        again = DiskStore.open(tmp_path / str(n))
-        assert len(again) >= taken and not again.verify(), n
-    assert reached > 10
+    return taken, visited
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_line_of_the_store_loses_no_step(tmp_path: Path) -> None:
+    _, lines = interrupted(tmp_path / "whole", None)
+    assert len(set(lines)) > 30
+    for number, place in enumerate(dict.fromkeys(lines)):
+        path = tmp_path / str(number)
+        taken, _ = interrupted(path, place)
+        store = DiskStore.open(path)
+        assert len(store) >= taken and not store.verify(), place
 
 
 def test_record_that_is_none(original: tuple[Recording, Path], store: Path) -> None:
