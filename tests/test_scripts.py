@@ -20,6 +20,7 @@ KEYS = {
     "orders.py": {"quadrature", "step_size", "residual", "order"},
     "engines.py": {"workload", "method", "seconds", "floor_seconds", "peak_mb", "error"},
     "faults.py": {"fault", "trials", "survived", "lost", "silently_wrong"},
+    "recording.py": {"model", "optimizer", "level", "ratio", "milliseconds_per_step", "target"},
     "sgd_or_adam.py": {"optimizer", "rank_correlation", "residual_exact", "residual_as_sgd"},
 }
 
