@@ -25,6 +25,8 @@ from pathkernel.kernel_machine import KernelMachine
 from pathkernel.path_kernel import PathKernel
 from pathkernel.pytrees import memory_bytes
 from pathkernel.quadrature import Quadrature, as_quadrature
+from pathkernel.tangent_kernel.output_probes import OutputProbes
+from pathkernel.tangent_kernel.projection import Projection
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.schedule import StepObserver
 from pathkernel.trajectory.step import Step
@@ -241,7 +243,7 @@ class StreamingGram(StepObserver):
     X, Y
         n queries and m references; Y None stands for X.
     **options
-        Those of `pathkernel.PathKernel`, but for ``steps``.
+        Those of `pathkernel.PathKernel`, but for ``steps``, ``tolerance``, and what is drawn at random.
 
     Notes
     -----
@@ -252,12 +254,21 @@ class StreamingGram(StepObserver):
 
     def __init__(self, X: PyTree, Y: PyTree | None = None, **options: Any) -> None:
         self.X, self.Y, self.options = X, Y, options
+        chosen = [name for name in ("steps", "tolerance") if name in options]
         check(
-            "steps" not in options,
+            not chosen,
             InputError,
-            "`StreamingGram(steps=...)` was given",
+            f"`StreamingGram({chosen[0] if chosen else ''}=...)` was given",
             "How many steps there will be is not known while training runs, so every step is used",
-            "Leave out `steps`, or record with `Schedule(every=10)` and use `PathKernel`",
+            "Leave it out, or record with `Schedule(every=10)` and use `PathKernel`",
+        )
+        drawn = [value for value in options.values() if isinstance(value, (OutputProbes, Projection))]
+        check(
+            not drawn,
+            InputError,
+            f"`StreamingGram` was given {drawn[0] if drawn else ''}",
+            "Each step's kernel is computed by itself here, so nothing can be drawn afresh at every step",
+            "Leave it out, stream `StreamingFeatures(X, dim)`, or use `PathKernel` on a recorded path",
         )
         self._trajectory: Trajectory | None = None
         self._sum: np.ndarray | None = None

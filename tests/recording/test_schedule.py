@@ -382,3 +382,17 @@ def test_counting_states_leaves_random_numbers_alone() -> None:
     torch.manual_seed(3)
     state_numbers("adam")
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"tolerance": 1e-3}, r"`StreamingGram\(tolerance=...\)`.*every step is used.*record with"),
+        ({"outputs": pk.OutputProbes(1)}, r"was given OutputProbes.*computed by itself.*StreamingFeatures"),
+        ({"engine": pk.Projection(8)}, r"was given Projection.*computed by itself.*StreamingFeatures"),
+    ],
+    ids=["tolerance", "probes", "projection"],
+)
+def test_a_streamed_gram_matrix_chooses_and_draws_nothing(options: dict, found: str) -> None:
+    with pytest.raises(errors.InputError, match=found):
+        pk.StreamingGram(torch.zeros(2, 3), **options)
