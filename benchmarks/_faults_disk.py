@@ -302,7 +302,7 @@ def two_recorders(bench: Bench) -> Iterator[Outcome]:
 
 def reader_while_writing(bench: Bench) -> Iterator[Outcome]:
     """Readers that open the store while it grows see committed steps only, all of them right."""
-    steps = 400
+    steps = bench.count(120, 400)
     whole = reference("adamw", steps)
     for flush_every in (1, 3, 16):
         path = bench.place()

@@ -16,7 +16,7 @@ from _faults_killed import computed
 from _faults_table import FAILED, SURVIVED, WRONG, Bench, Fault, Outcome, first_sentence
 from _faults_training import Reference, Training, reference
 
-from pathkernel.errors import PathKernelError, StoreError
+from pathkernel.errors import CorruptBlockError, PathKernelError, StoreError
 from pathkernel.storage.groups import checksum
 from pathkernel.trajectory.disk import DiskStore
 
@@ -45,9 +45,9 @@ class Stored:
             wrong = self.whole.wrong(trajectory)
             if len(trajectory) != len(self.whole.steps):
                 wrong.append(f"{len(trajectory)} steps")
-        except StoreError as error:
+        except CorruptBlockError as error:
             named = str(self.path) in str(error)
-            return Outcome(SURVIVED if named else FAILED, f"{type(error).__name__} that names the file")
+            return Outcome(SURVIVED if named else FAILED, "CorruptBlockError that names the file")
         except PathKernelError as error:
             return Outcome(SURVIVED, type(error).__name__)
         except Exception as error:

@@ -253,7 +253,6 @@ def other_replay(bench: Bench) -> Iterator[Outcome]:
         elif kind == "θ":
             flip(first.before, bench)
         elif kind == "state":
-            first = bench.random.choice(keyframes[1:])  # the first has no state yet
             flip(first.frozen[bench.random.choice([name for name in first.frozen if name])]["exp_avg"], bench)
         elif kind == "generator":
             state = bench.random.choice(steps).batches[0].state.generators

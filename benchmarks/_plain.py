@@ -112,7 +112,7 @@ def rows(task: Task, arrays: Arrays, dtype: torch.dtype = torch.float32) -> Call
 def path_rows(task: Task, arrays: Arrays) -> Call:
     """One node of the path, as above; the others cost the same."""
     single = Task(**task.to_json() | {"kind": "gram"})
-    return rows(single, arrays)[0], lambda _: np.full((task.queries, task.references), np.nan)
+    return rows(single, arrays)
 
 
 # -------------------------------------------------------------------------------------------------------- shares

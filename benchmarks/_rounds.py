@@ -259,8 +259,8 @@ class Rounds:
         """Relative error, in the Frobenius norm, against the float64 result or another entry's."""
         known: dict[str, np.ndarray] = {}
         for entry in entries:
-            if entry.failure is not None or entry.result is None or np.isnan(entry.result).all():
-                continue
+            if entry.failure is not None or entry.result is None or 0 < entry.task.part < entry.task.steps:
+                continue  # of a part there is nothing to compare
             rows, columns = self._chosen(entry.task)
             if entry.judged_by is not None:
                 if entry.judged_by.result is None:

@@ -129,15 +129,9 @@ def memory_group(quick: bool) -> list[Entry]:
 
 def scaling_group(quick: bool) -> list[Entry]:
     """One size at a time: samples N, parameters P (by the width), steps S."""
-    samples, widths, steps = (
-        ((16, 32), (16, 32), (2, 4))
-        if quick
-        else (
-            (256, 512, 1024, 2048),
-            (128, 256, 512, 1024),
-            (62, 125, 250, 500),
-        )
-    )
+    samples, widths, steps = (256, 512, 1024, 2048), (128, 256, 512, 1024), (62, 125, 250, 500)
+    if quick:
+        samples, widths, steps = (16, 32), (16, 32), (2, 4)
     n, m = (16, 16) if quick else (512, 256)
     tasks = [("N", float(k), Task(queries=k)) for k in samples]
     tasks += [("P", float(parameters_of(Task(width=w))), Task(queries=n, width=w)) for w in widths]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pathkernel.errors import ModelMismatchError, RecordingError, StoreError, check
 from pathkernel.parameters import ParameterLayout
@@ -100,7 +100,7 @@ def _joined(
         "Load a checkpoint of model and optimizer before `KernelRecorder(...)` starts, delete the folder, or give "
         "another path",
     )
-    buffers = _buffers(store, place.steps, end)
+    buffers = _buffers(trajectory.model, store, place.steps, start["constants"], end)
     trajectory.layout, trajectory.initial = layout, initial
     trajectory.initial_memory = start["initial_memory"]
     constants = constants_now(start["constants"], header.layouts[: region + 1])
@@ -245,15 +245,21 @@ def _memory_after(
     return memory
 
 
-def _buffers(store: DiskStore, steps: int, end: dict[str, Any] | None) -> Mapping[str, Tensor]:
+def _buffers(
+    model: nn.Module, store: DiskStore, steps: int, constants: Mapping[str, Tensor], end: dict[str, Any] | None
+) -> Mapping[str, Tensor]:
     """Buffers as they were seen last before a step: by its first forward pass, which may have changed others."""
     if steps < len(store):
         step = store.read(steps)
         seen = step.batches[0].state.buffers if step.batches else None
         return step.buffers if seen is None else seen
-    if end is not None:
-        return end["final_buffers"]
-    return store.read(steps - 1).buffers if steps else {}
+    before = store.read(steps - 1).buffers if steps else {}
+    if end is None:
+        return before
+    seen, live = end["final_buffers"], dict(model.named_buffers())
+    # A forward pass that Ctrl-C left without its step has changed buffers that are restored now.
+    restored = {name for name in seen if name not in before and torch.equal(live[name], constants[name])}
+    return {name: buffer for name, buffer in seen.items() if name not in restored} if restored else seen
 
 
 def _resume_averages(

@@ -56,3 +56,20 @@ class Engine(ABC):
     @abstractmethod
     def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> Tensor:
         """K(x, x) for every sample, float64, (n,) or (n, K, K)."""
+
+
+def check_budget(needed: float, memory: int, of: str) -> None:
+    """Refuse a budget that does not hold the least that a computation can do with, before it begins.
+
+    Raises
+    ------
+    InputError
+        With both sizes.
+    """
+    check(
+        needed <= memory,
+        InputError,
+        f"One sample takes {needed / 1e6:.3g} MB ({of}), and the budget is {memory / 1e6:.3g} MB",
+        "A budget has to hold at least one sample; it is kept, not exceeded in silence",
+        f'Write `memory="{max(1, round(4 * needed / 1e6))}MB"` or more',
+    )

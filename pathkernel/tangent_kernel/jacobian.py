@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import PyTree
 from pathkernel.functional import ModelFunction, sample_gradients
 from pathkernel.pytrees import blocks, count, take
-from pathkernel.tangent_kernel.engine import Engine
+from pathkernel.tangent_kernel.engine import Engine, check_budget
 from pathkernel.tangent_kernel.matrix_products import product
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
@@ -43,6 +43,7 @@ class JacobianEngine(Engine):
             one = slice(0, 1)
             self.known[key] = self.rows(theta, take(X, one), take(context, one)).shape[1]
         row_bytes = self.known[key] * self.function.layout.size * self.function.dtype.itemsize
+        check_budget(row_bytes, self.memory, "rows of its gradients")
         return max(1, self.memory // (4 * row_bytes))
 
     def contract(self, left: Tensor, right: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pathkernel.layers.proved import ProvedTapes
 from pathkernel.layers.tape import Tape
 from pathkernel.parameters import ParameterLayout
 from pathkernel.pytrees import blocks, count, take
-from pathkernel.tangent_kernel.engine import Engine
+from pathkernel.tangent_kernel.engine import Engine, check_budget
 from pathkernel.tangent_kernel.jacobian import JacobianEngine
 from pathkernel.tangent_kernel.matrix_products import empty
 from pathkernel.tangent_kernel.operands import (
@@ -128,6 +128,7 @@ class LayerwiseEngine(Engine):
         n, m = count(X), count(X if Y is None else Y)
         form = self._form(diagonal, n, m)
         sizes = self.sizes(theta, X, context_X, form)
+        check_budget(sizes.least(self.full), self.memory, "activations and signals")
         plan = Plan.of(sizes, self.memory, n, None if Y is None else m, self.full)
         left = Side(self, theta, X, context_X, form, plan)
         right = left if Y is None else Side(self, theta, Y, context_Y, form, plan)
@@ -151,6 +152,7 @@ class LayerwiseEngine(Engine):
         """K(x, x), sample by sample."""
         form = self._form(diagonal, 1, 1)
         sizes = self.sizes(theta, X, context, form)
+        check_budget(sizes.least(True), self.memory, "activations and signals")
         k, passing = sizes.components, Plan.of(sizes, self.memory, count(X), None, True).passing
         found = []
         for block in blocks(count(X), passing):

@@ -36,6 +36,11 @@ class Sizes:
     passing: tuple[float, float]
     held: tuple[float, float]
 
+    def least(self, full: bool) -> float:
+        """Bytes that one sample takes with the fewest components at once: one for a trace, all for full blocks."""
+        components = self.components if full else 1
+        return self.passing[0] + self.held[0] + components * (self.passing[1] + self.held[1])
+
 
 @dataclass(frozen=True)
 class Plan:

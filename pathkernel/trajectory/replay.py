@@ -384,6 +384,7 @@ class ReplayStore(Store):
         """All steps of the block that begins with a keyframe."""
         first = self.inner.read(start)
         self.replay.restore(first.before, {name: own for name, own in first.frozen.items() if name != NOTES})
+        self._check_keyframe(start, first)
         block: list[Step] = []
         for index in range(start, len(self.inner)):
             record = self.inner.read(index)
@@ -395,6 +396,15 @@ class ReplayStore(Store):
             block.append(self.replay.take(record))
             self._check(self.replay.checksum() == Notes.of(record).checksum, index)
         return block
+
+    def _check_keyframe(self, start: int, first: Step) -> None:
+        """Compare a keyframe with where the step before ended, or with where the path begins."""
+        if first.changes:
+            return
+        if start == 0:
+            self._check(torch.equal(first.before, self.replay.trajectory.initial), 0)
+        elif is_abridged(before := self.inner.read(start - 1)):
+            self._check(self.replay.checksum() == Notes.of(before).checksum, start)
 
     def _check(self, same: bool, index: int) -> None:
         threads = torch.get_num_threads()

@@ -98,7 +98,7 @@ def test_losses() -> None:
 
 @pytest.mark.parametrize(
     ("name", "memory"),
-    [("mlp", 1), ("mlp", 20_000), ("convolutions", 1), ("convolutions", 10**5), ("tied", 3 * 10**5), ("tied", 10**6)],
+    [("mlp", 3_000), ("mlp", 20_000), ("convolutions", 40_000), ("convolutions", 10**5), ("tied", 3 * 10**5), ("tied", 10**6)],
 )
 @pytest.mark.parametrize("outputs", ["trace", "full", "sum"])
 def test_blocks_are_the_whole(name: str, outputs: str, memory: int) -> None:
@@ -265,6 +265,13 @@ def test_products_of_bfloat16_factors() -> None:
     np.testing.assert_array_equal(K, K.T)
     plain = pk.TangentKernel(model, engine="jacobian", dtype=torch.bfloat16)
     assert 1e-6 < off(plain(X), exact) < 2e-2
+
+
+def test_a_budget_that_holds_no_sample_is_refused_with_the_sizes() -> None:
+    model, X = network("mlp")
+    for engine in ("layerwise", "jacobian"):
+        with pytest.raises(InputError, match=r"One sample takes .* MB .*budget is 1e-06 MB.*at least one sample.*MB"):
+            pk.TangentKernel(model, engine=engine, memory=1)(X)
 
 
 def test_float16_is_refused() -> None:

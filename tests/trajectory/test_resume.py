@@ -119,6 +119,18 @@ def test_started_again_from_the_beginning(tmp_path: Path) -> None:
     same_trajectories(whole, Run().train(12, tmp_path / "run")[0])
 
 
+def test_interrupted_in_the_first_step(tmp_path: Path) -> None:
+    whole, _ = Run().train(12, None)
+    first = Run()
+    recorder = pk.KernelRecorder(
+        first.model, first.optimizer, CE, data=(first.X, first.y), averages={"ema": first.ema}, store=tmp_path / "run"
+    )
+    with pytest.raises(KeyboardInterrupt), recorder:
+        first.model(recorder.batch([0, 1, 2, 5])[0])
+        raise KeyboardInterrupt
+    same_trajectories(whole, Run().train(12, tmp_path / "run")[0])
+
+
 SCRIPT = """
 import sys, torch
 sys.path[:0] = {paths!r}
