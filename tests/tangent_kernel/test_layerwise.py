@@ -98,7 +98,10 @@ def test_losses() -> None:
 
 @pytest.mark.parametrize(
     ("name", "memory"),
-    [("mlp", 3_000), ("mlp", 20_000), ("convolutions", 40_000), ("convolutions", 10**5), ("tied", 3 * 10**5), ("tied", 10**6)],
+    [
+        *(("mlp", 3_000), ("mlp", 20_000), ("convolutions", 40_000)),
+        *(("convolutions", 10**5), ("tied", 3 * 10**5), ("tied", 10**6)),
+    ],
 )
 @pytest.mark.parametrize("outputs", ["trace", "full", "sum"])
 def test_blocks_are_the_whole(name: str, outputs: str, memory: int) -> None:
