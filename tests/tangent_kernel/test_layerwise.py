@@ -387,3 +387,12 @@ print((status("VmHWM") - before - K.nbytes) / budget)
 def test_measured_peak_is_within_the_budget(outputs: str) -> None:
     done = subprocess.run([sys.executable, "-c", PEAK, outputs], capture_output=True, text=True, check=True)
     assert 0.2 < float(done.stdout) < 1.1
+
+
+def test_memory_that_the_system_does_not_give_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", refused)
+    with pytest.raises(MemoryError, match="MB for an array of shape"):
+        matrix_products.empty((10_000_000,), torch.float64)
