@@ -327,7 +327,7 @@ def table(demo: Demo) -> str:
         "",
         f"kernel machine: residual {n['machine.residual']:.1e}, quadrature error {n['machine.quadrature_error']:.1e} "
         f"(median), every one of {n['path.steps']} steps",
-        f"path kernel: thinned to {n['path.nodes']} of {n['path.steps']} steps, which is what the plain engine affords",
+        f"path kernel: thinned to {n['path.nodes']} of {n['path.steps']} steps",
         "seconds: "
         + ", ".join(f"{key.removeprefix('seconds.')} {n[key]:.1f}" for key in n if key.startswith("seconds.")),
     ]
