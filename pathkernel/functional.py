@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -117,6 +118,11 @@ def batch_outputs(outputs: PyTree) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
 
+def _named_tensors(module: nn.Module, *, remove_duplicate: bool) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=remove_duplicate)
+    yield from module.named_buffers(remove_duplicate=remove_duplicate)
+
+
 @contextmanager
 def _differentiable_kernels(recurrent: bool) -> Iterator[None]:
     """Leave out fused encoder layers and oneDNN's recurrent layers: forward differentiation has no rule for them."""
@@ -163,6 +169,13 @@ class ModelFunction:
         self.constants = cast_floating(dict(constants), dtype)
         self.recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
 
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Other names of shared parameters and buffers, and the name by which each is given."""
+        given = {id(value): name for name, value in _named_tensors(self.module, remove_duplicate=True)}
+        every = _named_tensors(self.module, remove_duplicate=False)
+        return {name: given[id(value)] for name, value in every if given[id(value)] != name}
+
     def replaced(
         self,
         *,
@@ -207,12 +220,15 @@ class ModelFunction:
         constants = self.constants
         if self.state.modes is not False:  # layers in train mode write to their buffers
             constants = {name: value.clone() for name, value in constants.items()}
+        values = {**constants, **parameters}
+        # torch looks for shared weights in each call, which takes as long as a small network.
+        values |= {name: values[own] for name, own in self.aliases.items()}
         if self.tap is None:
-            return functional_call(self.module, {**constants, **parameters}, arguments)
+            return functional_call(self.module, values, arguments, tie_weights=False)
         tapped: list[Any] = []
         handle = self.module.get_submodule(self.tap).register_forward_hook(lambda _, __, out: tapped.append(out))
         try:
-            functional_call(self.module, {**constants, **parameters}, arguments)
+            functional_call(self.module, values, arguments, tie_weights=False)
         finally:
             handle.remove()
         return tapped[-1]

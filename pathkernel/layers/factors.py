@@ -197,10 +197,15 @@ class Lookup(Factor):
 
     def rows(self) -> Tensor:
         """Signals added into the rows that were read."""
+        n, k, _, q = self.signal.shape
+        return self.add_to(self.signal.new_zeros(n, k, self.vocabulary * q))
+
+    def add_to(self, rows: Float[Tensor, "n ..."]) -> Tensor:
+        """The gradients added to what is there."""
         n, k, t, q = self.signal.shape
-        table = self.signal.new_zeros(n, k, self.vocabulary, q)
         index = self.indices[:, None, :, None].expand(n, k, t, q)
-        return table.scatter_add_(2, index, self.signal).reshape(n, k, -1)
+        rows.view(n, k, self.vocabulary, q).scatter_add_(2, index, self.signal)
+        return rows
 
     def products(self, directions: Tensor) -> Tensor:
         """Σ_t δ_t · V[index_t] for each direction V."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,25 +52,41 @@ class View(Handle):
     ----------
     name
         The parameter.
-    places
-        Which entry of the parameter each entry of the tensor is: what the same views make of 0, 1, 2, ….
-    origin
-        0, 1, 2, … in the parameter's shape.
+    shape
+        Of the parameter.
+    moved
+        `places` of a view; None for the parameter itself.
+    parent
+        That of which it is a view.
     """
 
     name: str
-    places: Tensor
-    origin: Tensor
+    shape: torch.Size
+    moved: Tensor | None = None
+    parent: View | None = None
 
-    @classmethod
-    def of(cls, name: str, parameter: Tensor) -> View:
-        """The parameter itself."""
-        origin = torch.arange(parameter.numel()).reshape(parameter.shape)
-        return cls(name, origin, origin)
+    @property
+    def whole(self) -> bool:
+        """Whether it is the parameter itself."""
+        return self.moved is None
+
+    @cached_property
+    def origin(self) -> Tensor:
+        """0, 1, 2, … in the parameter's shape; most passes take no views and never need it."""
+        return torch.arange(self.shape.numel()).reshape(self.shape) if self.parent is None else self.parent.origin
+
+    @property
+    def places(self) -> Tensor:
+        """Which entry of the parameter each entry of the tensor is: what the same views make of 0, 1, 2, …."""
+        return self.origin if self.moved is None else self.moved
 
     def viewed(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """The same function of the places."""
         return function(self.places, *arguments, **options)
+
+    def at(self, places: Tensor) -> View:
+        """A view of this."""
+        return View(self.name, self.shape, places, self)
 
     def names(self) -> set[str]:
         """The parameter."""
@@ -78,6 +95,8 @@ class View(Handle):
     @property
     def where(self) -> slice | None:
         """The part of the parameter, where it is one piece, in its own order or transposed."""
+        if self.whole:
+            return slice(0, self.shape.numel())
         places = self.places
         if places.untyped_storage().data_ptr() != self.origin.untyped_storage().data_ptr():
             return None
@@ -88,7 +107,8 @@ class View(Handle):
     @property
     def transposed(self) -> bool:
         """Whether rows and columns have changed places."""
-        return self.places.dim() == 2 and not self.places.is_contiguous() and self.places.t().is_contiguous()
+        places = self.moved
+        return places is not None and places.dim() == 2 and not places.is_contiguous() and places.t().is_contiguous()
 
     def pull(self, gradients: Factor) -> Iterator[Contribution]:
         """Unchanged for the parameter itself or a part of it; otherwise entries are added where they belong."""
@@ -99,9 +119,9 @@ class View(Handle):
             yield self.name, where, replace(gradients, transposed=not gradients.transposed)
         else:
             rows = gradients.rows()
-            whole = rows.new_zeros(*rows.shape[:2], self.origin.numel())
+            whole = rows.new_zeros(*rows.shape[:2], self.shape.numel())
             whole.index_add_(2, self.places.reshape(-1), rows)
-            yield self.name, slice(0, self.origin.numel()), Dense(whole)
+            yield self.name, slice(0, self.shape.numel()), Dense(whole)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ def local_gradients(
             return False
         handle = recording.handle(leaf)
         # A parameter that was repeated for every sample is that sample's own.
-        return handle is None or (isinstance(handle, View) and handle.places.stride(axis) == 0 and n > 1)
+        places = handle.moved if isinstance(handle, View) else None
+        return handle is None or (places is not None and places.stride(axis) == 0 and n > 1)
 
     tensors = [i for i, leaf in enumerate(leaves) if i != place and batched(leaf)]
     repeated = batched(leaves[place])

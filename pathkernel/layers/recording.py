@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class Recording(TorchFunctionMode):
         self._inputs: list[tuple[Tensor, int]] = []
         self._kept: list[Tensor] = []  # an identity is only good for as long as its tensor lives
         for name, value in parameters.items():
-            self.known[id(value)] = (value, View.of(name, value))
+            self.known[id(value)] = (value, View(name, value.shape))
 
     def handle(self, value: Any) -> Handle | None:
         """What a tensor is made of, if of parameters alone."""
@@ -99,10 +100,11 @@ class Recording(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = [leaf for leaf in leaves_of((args, kwargs)) if self.handle(leaf) is not None]
+        tensors = tensors_of((args, kwargs))
+        leaves = [leaf for leaf in tensors if id(leaf) in self.known]
         if not leaves or not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        others = [leaf for leaf in leaves_of((args, kwargs)) if isinstance(leaf, Tensor) and self.handle(leaf) is None]
+        others = [leaf for leaf in tensors if id(leaf) not in self.known]
         if function in VIEWS and not others and len(leaves) == 1:
             return self._viewed(function, args, kwargs)
         body = None if function in RULES else opened(function)
@@ -124,7 +126,7 @@ class Recording(TorchFunctionMode):
 
     def _register(self, result: Any, places: Any, view: View) -> None:
         if isinstance(result, Tensor):
-            self.known[id(result)] = (result, View(view.name, places, view.origin))
+            self.known[id(result)] = (result, view.at(places))
         else:
             for part, own in zip(result, places, strict=True):
                 self._register(part, own, view)
@@ -132,12 +134,12 @@ class Recording(TorchFunctionMode):
     def _used(self, function: Any, args: Any, kwargs: Any, others: list[Tensor]) -> Any:
         before = [(leaf, leaf._version) for leaf in others]
         result = function(*args, **kwargs)
-        if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves_of(result)):
+        if not any(leaf.is_floating_point() for leaf in tensors_of(result)):
             return result  # a shape, a type
         batch = [leaf for leaf in others if id(leaf) not in self.fixed]
         if not batch:
             return self._composed(function, args, kwargs)
-        name = resolve_name(function) or getattr(function, "__name__", str(function))
+        name = _name(function)
         if not isinstance(result, Tensor) or any(leaf is result or leaf._version != v for leaf, v in before):
             self._without((args, kwargs), f"changed or returned together with others by {name}")
             return result
@@ -188,7 +190,7 @@ class Recording(TorchFunctionMode):
             for handle in handles.values():
                 self.without |= dict.fromkeys(handle.names(), f"the rule of {type(module).__name__} leaves it out")
             return result
-        self._inputs += [(leaf, leaf._version) for leaf in leaves_of(inputs) if isinstance(leaf, Tensor)]
+        self._inputs += [(leaf, leaf._version) for leaf in tensors_of(inputs)]
         within = {key: _at(module, dict(module._parameters), gradient) for key, gradient in gradients.items()}
         return self.use(type(module).__name__, result, handles, within)
 
@@ -234,31 +236,44 @@ class Recording(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _without(self, arguments: Any, reason: str) -> None:
-        for leaf in leaves_of(arguments):
+        for leaf in tensors_of(arguments):
             handle = self.handle(leaf)
             for name in handle.names() if handle is not None else ():
                 self.without[name] = reason
 
 
-def leaves_of(tree: Any) -> Iterator[Any]:
-    """What is in nested tuples, lists and dicts."""
-    if isinstance(tree, (tuple, list)):
-        for node in tree:
-            yield from leaves_of(node)
-    elif isinstance(tree, dict):
-        for node in tree.values():
-            yield from leaves_of(node)
-    else:
-        yield tree
+def tensors_of(tree: Any) -> list[Tensor]:
+    """What is in nested tuples, lists and dicts; every call of a pass comes by here, so it is not a generator."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return []
+    found: list[Tensor] = []
+    for node in tree:
+        if isinstance(node, Tensor):
+            found.append(node)
+        elif isinstance(node, (tuple, list, dict)):
+            found += tensors_of(node)
+    return found
 
 
 def _bound(function: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """Arguments by the names that the function's rule gives them."""
     rule = RULES.get(function)
-    if rule is None:
-        return {}
-    names = list(inspect.signature(rule).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {} if rule is None else {**dict(zip(_arguments(rule), args, strict=False)), **kwargs}
+
+
+@cache
+def _arguments(rule: Rule) -> tuple[str, ...]:
+    """Names of the arguments that a rule takes from the call."""
+    return tuple(inspect.signature(rule).parameters)[1:]
+
+
+@cache
+def _name(function: Any) -> str:
+    return resolve_name(function) or getattr(function, "__name__", str(function))
 
 
 def _at(module: nn.Module, parameters: dict[str, Any], gradient: Gradient) -> Gradient:

@@ -21,6 +21,7 @@ from pathkernel.layers.handles import Handle, View
 from pathkernel.layers.recording import Recording, Use, module_rules
 from pathkernel.layers.rules import NoRule, SumOfSignals
 from pathkernel.pytrees import cast_floating, count
+from pathkernel.workspace import Workspace
 
 FAILURES = (NoRule, RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
 """What a rule raises in a call that it does not cover."""
@@ -88,7 +89,9 @@ class Tape:
         """Of the results of all uses."""
         return [use.output.shape for use in self.uses]
 
-    def pieces(self, components: Float[Tensor, "n K"], identity: slice | None = None) -> list[Piece]:
+    def pieces(
+        self, components: Float[Tensor, "n K"], identity: slice | None = None, workspace: Workspace | None = None
+    ) -> list[Piece]:
         """Gradients of K scalars of each sample, one piece for each part of θ that has any.
 
         Parameters
@@ -97,11 +100,13 @@ class Tape:
             Functions of ``outputs`` with their graph; the graph is kept.
         identity
             Where ``components`` are ``outputs[:, identity]``: the last layer's signals are then known.
+        workspace
+            Memory for signals; the allocator's by default.
         """
         contributions: dict[str, list[tuple[slice, Factor]]] = defaultdict(list)
         partners: dict[str, set[str]] = defaultdict(set)
         biases: dict[str, list[tuple[Use, str, Tensor]]] = defaultdict(list)
-        for use, signal in zip(self.uses, self._signals(components, identity), strict=True):
+        for use, signal in zip(self.uses, self._signals(components, identity, workspace or Workspace(0)), strict=True):
             for key, handle in use.handles.items():
                 if signal is None or handle.names() <= self.plain.keys():
                     continue
@@ -166,7 +171,7 @@ class Tape:
     def _is_head(self, use: Use, identity: slice | None) -> bool:
         return identity is not None and self._head is not None and use is self.uses[self._head]
 
-    def _signals(self, components: Tensor, identity: slice | None) -> list[Tensor | None]:
+    def _signals(self, components: Tensor, identity: slice | None, workspace: Workspace) -> list[Tensor | None]:
         """δ of every use, (n, K, *output with the samples first)."""
         outputs, k = [use.output for use in self.uses], components.shape[1]
         signals: list[Tensor | None] = [None] * len(outputs)
@@ -178,7 +183,7 @@ class Tape:
                 components, [outputs[i] for i in wanted], cotangent, retain_graph=True, allow_unused=True
             )
             for i, part in zip(wanted, column, strict=True):
-                signals[i] = _with_column(signals[i], part, self.uses[i].arrangement, (self.n, k, c))
+                signals[i] = _with_column(signals[i], part, self.uses[i].arrangement, (self.n, k, c), workspace)
         if identity is not None and self._head is not None:
             width = self.outputs.shape[1]
             unit = torch.eye(width, dtype=components.dtype)[identity]
@@ -187,7 +192,8 @@ class Tape:
 
 
 def _with_column(
-    signal: Tensor | None, part: Tensor | None, arrangement: Arrangement, place: tuple[int, int, int]
+    signal: Tensor | None, part: Tensor | None, arrangement: Arrangement, place: tuple[int, int, int],
+    workspace: Workspace,
 ) -> Tensor | None:
     """δ (n, K, …) with that of component c filled in; None while no component has any."""
     n, k, c = place
@@ -199,7 +205,7 @@ def _with_column(
     if k == 1:
         return part.unsqueeze(1)
     if signal is None:
-        signal = part.new_empty(part.shape[0], k, *part.shape[1:])
+        signal = workspace.empty((part.shape[0], k, *part.shape[1:]), part.dtype)
         signal[:, :c] = 0
     signal[:, c] = part
     return signal
@@ -215,7 +221,7 @@ def _partner(use: Use, key: str) -> str:
 
 
 def _is_whole(handle: Handle | None) -> bool:
-    return isinstance(handle, View) and handle.places is handle.origin
+    return isinstance(handle, View) and handle.whole
 
 
 def _disjoint(parts: list[tuple[slice, Factor]], size: int) -> list[tuple[slice, Factor]]:

@@ -205,7 +205,9 @@ class CostModel:
         self.arithmetic, self.products = machine(engine.function.dtype), machine(engine.products)
 
     def _form(self, work: Work) -> Form:
-        return Form((work.n, work.m), self.engine.full, Metric(None), self.engine.products)
+        return Form(
+            (work.n, work.m), self.engine.full, Metric(None), self.engine.products, self.engine.workspace
+        )
 
     def _pieces(self, samples: int, components: slice = slice(None)) -> list[Piece]:
         few = slice(0, samples)

@@ -20,7 +20,6 @@ from pathkernel.parameters import ParameterLayout
 from pathkernel.pytrees import blocks, count, take
 from pathkernel.tangent_kernel.engine import Engine, check_budget
 from pathkernel.tangent_kernel.jacobian import JacobianEngine
-from pathkernel.tangent_kernel.matrix_products import empty
 from pathkernel.tangent_kernel.operands import (
     Form,
     Group,
@@ -33,8 +32,13 @@ from pathkernel.tangent_kernel.operands import (
 )
 from pathkernel.tangent_kernel.outputs import OutputSelection
 from pathkernel.tangent_kernel.planning import BLOCKS, Plan, Sizes, cuts
+from pathkernel.workspace import Workspace
 
 __all__ = ["BLOCKS", "LayerwiseEngine", "Plan", "Sizes"]
+
+
+KEPT = 0.75
+"""Part of the budget up to which memory is kept from one matrix to the next."""
 
 
 class LayerwiseEngine(Engine):
@@ -50,6 +54,7 @@ class LayerwiseEngine(Engine):
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
         super().__init__(function, selection, memory)
         self.tapes = ProvedTapes(self.function)
+        self.workspace = Workspace(int(KEPT * memory))
         self._sizes: dict[Any, Sizes] = {}
         self._plain_components: dict[Any, int] = {}
 
@@ -68,8 +73,8 @@ class LayerwiseEngine(Engine):
         with torch.enable_grad():
             if self.selection.identity:
                 chosen = slice(*components.indices(tape.outputs.shape[1]))
-                return tape.pieces(tape.outputs[:, chosen], chosen), tape
-            return tape.pieces(self._values(tape, context)[:, components]), tape
+                return tape.pieces(tape.outputs[:, chosen], chosen, self.workspace), tape
+            return tape.pieces(self._values(tape, context)[:, components], None, self.workspace), tape
 
     def _values(self, tape: Tape, context: PyTree) -> Float[Tensor, "n K"]:
         """h."""
@@ -117,7 +122,7 @@ class LayerwiseEngine(Engine):
         )
 
     def _form(self, diagonal: Tensor | None, n: int, m: int) -> Form:
-        return Form((n, m), self.full, Metric(diagonal), self.products)
+        return Form((n, m), self.full, Metric(diagonal), self.products, self.workspace)
 
     # -- the contract ----------------------------------------------------------------------------------------
 
@@ -133,7 +138,7 @@ class LayerwiseEngine(Engine):
         left = Side(self, theta, X, context_X, form, plan)
         right = left if Y is None else Side(self, theta, Y, context_Y, form, plan)
         k = sizes.components if self.full else 1
-        result = empty((k, n, k, m), torch.float64)
+        result = self.workspace.empty((k, n, k, m), torch.float64)
         for components in blocks(sizes.components, plan.components):
             for block in blocks(n, plan.left):
                 _contract_block(left, None if Y is None else right, block, components, result)

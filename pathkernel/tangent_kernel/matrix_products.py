@@ -1,18 +1,13 @@
-"""The matrix product X Yᵀ, and memory for large results."""
+"""The matrix product X Yᵀ."""
 
 from __future__ import annotations
 
-import math
-import mmap
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from pathkernel._typing import Float
-
-LARGE = 1 << 22
-"""Bytes from which an array is large."""
 
 
 def product(left: Float[Tensor, "n k"], right: Float[Tensor, "m k"]) -> Float[Tensor, "n m"]:
@@ -42,18 +37,3 @@ def _has_onednn() -> bool:
     return torch.equal(found, x @ x[:2].T)
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for an array; what is large gets pages of its own.
-
-    They go back to the system at once, where the allocator would keep them, and they are large pages where there are
-    any: several times faster to touch for the first time.
-    """
-    count = math.prod(shape)
-    if count * dtype.itemsize < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    try:
-        pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"{count * dtype.itemsize / 1e6:.0f} MB for an array of shape {shape}") from error
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype, count=count).view(shape)

@@ -13,13 +13,17 @@ from pathkernel._typing import Float
 from pathkernel.layers.factors import Dense, Factor, Lookup, Outer, Piece
 from pathkernel.pytrees import blocks
 from pathkernel.tangent_kernel.contraction import Pairs, by_pairs, parts
-from pathkernel.tangent_kernel.matrix_products import empty, product
+from pathkernel.tangent_kernel.matrix_products import product
+from pathkernel.workspace import Workspace
 
 TILE = 128
 """Rows of a trace kernel computed at once: enough for products at full speed, few enough to leave out nearly half."""
 
 WIDE = 4096
 """Columns from which rows are contracted by themselves; narrower ones are put beside each other."""
+
+EVEN = 64
+"""Columns of a product come in multiples of this."""
 
 PART = 32 << 20
 """Bytes of rows formed at once where they are not kept."""
@@ -66,12 +70,15 @@ class Form:
         d.
     dtype
         Of the factors of matrix products.
+    workspace
+        Memory for what is held.
     """
 
     pairs: tuple[int, int]
     full: bool
     metric: Metric
     dtype: torch.dtype
+    workspace: Workspace
 
     def by_pairs(self, piece: Piece) -> bool:
         """Whether by all pairs of positions."""
@@ -81,7 +88,7 @@ class Form:
         """Whether rows take no more memory than δ and a (by 5 %), and so are formed at once and kept."""
         return isinstance(piece.factor, Dense) or row_numbers(piece.factor) <= 1.05 * sum(numbers(piece.factor))
 
-    def plain(self, factor: Outer) -> bool:
+    def plain(self, factor: Outer | Lookup) -> bool:
         """Whether nothing is to be done to rows."""
         return self.metric.diagonal is None and factor.signal.dtype == self.dtype
 
@@ -113,7 +120,15 @@ class Rows:
         shape = (k, n, size) if form.full else (1, n, k * size)
         if isinstance(factor, Outer) and not factor.transposed and form.plain(factor):
             return cls(shape, lambda into: _outer_products(factor, into, form.full))
+        if isinstance(factor, Lookup) and form.plain(factor) and not form.full:
+            return cls(shape, lambda into: factor.add_to(into[0].zero_()))
         return cls(shape, lambda into: into.copy_(form.rows(factor.rows(), where)))
+
+    def formed(self, form: Form) -> Float[Tensor, "J n w"]:
+        """In memory of their own."""
+        into = form.workspace.empty(self.shape, form.dtype)
+        self.write(into)
+        return into
 
     @classmethod
     def beside(cls, rows: list[Rows]) -> Rows:
@@ -164,8 +179,8 @@ class Group:
             pairs, rows, unformed = _sorted(pieces, form)
             group = cls(pairs, [], unformed)
             if whole is None:
-                whole = group if where.stop == n else group._mapped(lambda own, axis: _longer(own, axis, n))
-                whole.rows.extend(empty((own.shape[0], n, own.shape[2]), form.dtype) for own in rows)
+                whole = group if where.stop == n else group._mapped(lambda own, axis: _longer(own, axis, n, form))
+                whole.rows.extend(form.workspace.empty((own.shape[0], n, own.shape[2]), form.dtype) for own in rows)
             if whole is not group:
                 for (into, axis), (tensor, _) in zip(whole._tensors(), group._tensors(), strict=True):
                     into.narrow(axis, where.start, where.stop - where.start).copy_(tensor)
@@ -336,6 +351,8 @@ def _panels(
     # A tile is made three times over, and a product may copy its right factor into an order of its own.
     width = max(1, min(scratch // (24 * height * positions**2), scratch // widest))
     for rows in blocks(n, height):
+        if width > EVEN:  # products of odd shapes are up to a third slower
+            width -= width % EVEN
         start = rows.start if same else 0
         for columns in blocks(m - start, width):
             yield rows, slice(start + columns.start, start + columns.stop)
@@ -377,8 +394,8 @@ def _formed(left: Piece, right: Piece, same: bool, form: Form, scratch: int) -> 
     long = WIDE * left.factor.components * 4 if form.full else 0
     limit = max(1, min(scratch // (n + m), max(PART // (n + m), long)))
     for (where, one), (_, two) in zip(parts(left, limit), parts(right, limit), strict=True):
-        mine = form.rows(one.factor.rows(), where).contiguous()
-        yield mine, mine if same else form.rows(two.factor.rows(), where).contiguous()
+        mine = Rows.of(one.factor, where, form).formed(form)
+        yield mine, mine if same else Rows.of(two.factor, where, form).formed(form)
 
 
 def _is_head(factor: Factor) -> bool:
@@ -400,6 +417,6 @@ def _mapped_factor(factor: Factor, function: Callable[[Tensor, int], Tensor]) ->
     return Dense(function(factor.values, 0))
 
 
-def _longer(tensor: Tensor, axis: int, n: int) -> Tensor:
+def _longer(tensor: Tensor, axis: int, n: int, form: Form) -> Tensor:
     """Memory for n samples of the same."""
-    return empty((*tensor.shape[:axis], n, *tensor.shape[axis + 1 :]), tensor.dtype)
+    return form.workspace.empty((*tensor.shape[:axis], n, *tensor.shape[axis + 1 :]), tensor.dtype)

@@ -330,13 +330,6 @@ def test_the_product_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(matrix_products.product(left, right).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_large_memory_is_memory(dtype: torch.dtype) -> None:
-    array = matrix_products.empty((1000, 3000), dtype)
-    assert array.shape == (1000, 3000) and array.dtype == dtype and array.is_contiguous()
-    assert array.fill_(2).sum(dtype=torch.float64) == 6e6
-
-
 # -- memory --------------------------------------------------------------------------------------------------------
 
 
@@ -387,12 +380,3 @@ print((status("VmHWM") - before - K.nbytes) / budget)
 def test_measured_peak_is_within_the_budget(outputs: str) -> None:
     done = subprocess.run([sys.executable, "-c", PEAK, outputs], capture_output=True, text=True, check=True)
     assert 0.2 < float(done.stdout) < 1.1
-
-
-def test_memory_that_the_system_does_not_give_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*arguments: Any, **options: Any) -> None:
-        raise OSError(12, "Cannot allocate memory")
-
-    monkeypatch.setattr("mmap.mmap", refused)
-    with pytest.raises(MemoryError, match="MB for an array of shape"):
-        matrix_products.empty((10_000_000,), torch.float64)

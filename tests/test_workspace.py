@@ -1,0 +1,105 @@
+"""Memory that is used again: never by two arrays at a time, never more of it kept than was allowed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from pathkernel.workspace import Workspace
+
+MEGABYTE = 1 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1000, 3000), (3, 5), (0, 4), ()])
+def test_its_memory_is_memory(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    array = Workspace(MEGABYTE).empty(shape, dtype)
+    assert array.shape == shape and array.dtype == dtype and array.is_contiguous()
+    assert array.fill_(2).sum(dtype=torch.float64) == 2 * array.numel()
+
+
+def test_memory_is_used_again_once_nobody_refers_to_it() -> None:
+    workspace = Workspace(64 * MEGABYTE)
+    first = workspace.empty((MEGABYTE,), torch.float32)
+    place = first.data_ptr()
+    view = first.view(4, -1)[1:, ::2]
+    del first
+    # A view, a numpy array and what autograd saved are as good a reason to keep the memory as the array itself.
+    second = workspace.empty((MEGABYTE,), torch.float32)
+    assert second.data_ptr() != place
+    array = second.numpy()[1:]
+    other = second.data_ptr()
+    del second
+    factor = torch.ones(MEGABYTE, requires_grad=True)
+    third = workspace.empty((MEGABYTE,), torch.float32).fill_(3)
+    assert third.data_ptr() not in (place, other)
+    product = (factor * third).sum()
+    saved = third.data_ptr()
+    del third
+    assert workspace.empty((MEGABYTE,), torch.float32).fill_(5).data_ptr() not in (place, other, saved)
+    product.backward()
+    assert factor.grad is not None and bool((factor.grad == 3).all())
+    size = workspace.size
+    del view, array, product, factor
+    again = [workspace.empty((MEGABYTE - 100,), torch.float32).data_ptr() for _ in range(9)]
+    assert set(again) <= {place, other, saved} or len(set(again)) == 1
+    assert workspace.size == size
+
+
+def test_no_more_is_kept_than_was_allowed() -> None:
+    workspace = Workspace(16 * MEGABYTE)
+    for megabytes in (2, 5, 9, 3, 14, 1, 7):
+        workspace.empty((megabytes, MEGABYTE), torch.int8)
+        assert workspace.size <= 16 * MEGABYTE
+    # What is in use is in use, however much.
+    held = [workspace.empty((9, MEGABYTE), torch.int8).fill_(i) for i in range(4)]
+    assert workspace.size >= 36 * MEGABYTE
+    assert [int(array[0, 0]) for array in held] == [0, 1, 2, 3]
+    del held
+    workspace.empty((20, MEGABYTE), torch.int8)
+    assert workspace.size == 20 * MEGABYTE
+
+
+def test_two_threads_never_get_the_same_memory() -> None:
+    workspace = Workspace(64 * MEGABYTE)
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            array = workspace.empty((2, MEGABYTE), torch.int8).fill_(number)
+            if int(array.min()) != number or int(array.max()) != number:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_array_outlives_its_workspace() -> None:
+    array = Workspace(0).empty((2, MEGABYTE), torch.int8).fill_(7)
+    assert int(array.min()) == 7
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda own: pickle.loads(pickle.dumps(own))])
+def test_a_copy_shares_nothing(copied: Any) -> None:
+    workspace = Workspace(8 * MEGABYTE)
+    workspace.empty((2, MEGABYTE), torch.int8)
+    other = copied(workspace)
+    assert (other.limit, other.size) == (8 * MEGABYTE, 0) and workspace.size == 2 * MEGABYTE
+
+
+def test_memory_that_the_system_does_not_give_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", refused)
+    with pytest.raises(MemoryError, match="MB for an array"):
+        Workspace(MEGABYTE).empty((10_000_000,), torch.float64)
