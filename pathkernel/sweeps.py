@@ -22,8 +22,10 @@ from pathkernel.forms import FormBuilder
 from pathkernel.inner_products import contracted, paired_names
 from pathkernel.pull_back import Adjoint
 from pathkernel.pytrees import blocks
+from pathkernel.tangent_kernel.matrix_products import product
 from pathkernel.trajectory.gradients import RecordedGradients, StageGradients
 from pathkernel.trajectory.step import Segment, Step
+from pathkernel.workspace import keep_freed_memory
 
 
 def backward_sweep(
@@ -39,6 +41,7 @@ def backward_sweep(
     for each layer (p, q) where the step only scales the gradient, otherwise Q · B · P and one pass over the memory's
     cotangents. Memory O(Q · P · memory slots) where the optimizer has a memory, independent of N.
     """
+    keep_freed_memory()
     sweep = _Backward(curve, gradients, by, builder)
     bar = tqdm(total=len(curve.trajectory), desc="backward sweep", unit="step", disable=not progress)
     for segment, q in curve.backward(sweep.account):
@@ -223,7 +226,7 @@ class _Received:
         if len(u) <= FEW and not isinstance(self.stage.factor, Tensor):
             pushed = [part.pushed(where, u).T * self.stage.factor for part in self.stage.parts]
             return torch.cat([*pushed, *(row @ u.T for row in rest)])
-        return torch.cat([self.stage.columns(where, u.dtype), *rest]) @ u.T
+        return product(torch.cat([self.stage.columns(where, u.dtype), *rest]), u)
 
 
 class _Total:

@@ -20,6 +20,15 @@ ROOM = 1.25
 """How much larger than asked for a block may be."""
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of intermediate results that are freed.
+
+    glibc gives memory back to the system from the size of the largest block on that it has seen freed, up to 32 MB. A
+    loop that frees a megabyte in each round would otherwise get every page of it anew.
+    """
+    torch.empty(LARGEST, dtype=torch.uint8)
+
+
 PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 """Memory that is not shared with child processes; Windows has no other."""
 
@@ -43,8 +52,7 @@ class Workspace:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        # glibc keeps freed memory from the size of the largest block that was ever freed, up to this one.
-        torch.empty(LARGEST, dtype=torch.uint8)
+        keep_freed_memory()
         self._blocks: list[mmap.mmap] = []
         self._lock = Lock()
 

@@ -149,6 +149,9 @@ class Outer(Factor):
         n, k, t, p = self.signal.shape
         d, q = len(directions), self.activation.shape[2]
         matrices = directions.reshape(d, q, p).transpose(1, 2) if self.transposed else directions.reshape(d, p, q)
+        if d == t == 1:  # matrices of one row are multiplied slowly
+            pushed = self.activation[:, 0] @ matrices[0].T
+            return torch.linalg.vecdot(self.signal[:, :, 0], pushed.unsqueeze(1)).unsqueeze(2)
         pushed = self.activation.reshape(n * t, q) @ matrices.permute(2, 0, 1).reshape(q, d * p)
         pushed = pushed.reshape(n, t, d, p).permute(0, 1, 3, 2).reshape(n, t * p, d)
         return self.signal.reshape(n, k, t * p) @ pushed
