@@ -212,7 +212,7 @@ def main() -> int:
     quick = arguments.quick
     workloads = {
         MLP: Workload(mlp, vectors, 64, *((40, 10) if quick else (640, 40))),
-        CNN: Workload(cnn, images, 16, *((6, 2) if quick else (40, 4))),
+        CNN: Workload(cnn, images, 16, *((6, 2) if quick else (80, 4))),
     }
     print(f"Cost of recording{' (quick)' if quick else ''}, {1 if quick else arguments.pairs} pairs each")
     versions = f"python {platform.python_version()}, torch {torch.__version__}"

@@ -26,7 +26,8 @@ def checked_ids(ids: Tensor, samples: int) -> Tensor:
         Unless they are a list of integers from 0 to ``samples`` − 1.
     """
     integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    if not integral or ids.dim() != 1 or len(ids) == 0 or ids.min() < 0 or ids.max() >= samples:
+    low, high = ids.aminmax() if integral and ids.numel() else (0, 0)
+    if not integral or ids.dim() != 1 or len(ids) == 0 or int(low) < 0 or int(high) >= samples:
         raise SampleIdError(
             f"Sample ids {ids.tolist() if ids.numel() <= 8 else f'of shape {tuple(ids.shape)}'} "
             f"({str(ids.dtype).removeprefix('torch.')}) were announced"

@@ -62,6 +62,23 @@ def write_atomically(path: Path, pieces: Sequence[Any], durable: bool = False) -
         synchronise(path.parent)
 
 
+def let_go(path: Path) -> None:
+    """Have the system write a file to disk and keep nothing of it in memory.
+
+    Asked once, writing begins; asked again later, what has been written by then is let go of. A recording is hardly
+    read while training goes on, but its pages would push the training data out of memory, and fresh ones cost more
+    than all the rest of writing. Where a file system knows nothing of this, nothing happens.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
 def synchronise(place: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(place, os.O_RDONLY)

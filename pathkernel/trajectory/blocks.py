@@ -6,9 +6,10 @@ The layout is written down in docs/reference/storage_format.md.
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,16 @@ import torch
 
 from pathkernel.errors import CorruptBlockError
 from pathkernel.parameters import ParameterLayout
-from pathkernel.storage import PLAIN, ChunkedArray, Compression, Group, crc32c, damaged
+from pathkernel.storage import PLAIN, ChunkedArray, Compression, Group, crc32c, damaged, let_go
 from pathkernel.trajectory.encoding import UNSIGNED, EncodedBlock, bits, differences
 from pathkernel.trajectory.packing import PackingError, pack, unpack
 
 RECORD_CHUNK = 2**18
 """Bytes in a chunk of the log and of other packed values; each begins at a chunk of its own."""
+LARGE = 2**18
+"""Bytes of rows from which their file is let go of by the system's cache once it is on disk."""
+LEAVING = 4
+"""Files that may be on their way to disk meanwhile."""
 COLUMNS = 2**20
 """Numbers in a row of a chunk: what a partial read by parameter reads of a row."""
 UNLIMITED = 2**40
@@ -137,6 +142,7 @@ class Blocks:
         self._arrays: dict[str, ChunkedArray] = {}
         self._commits: dict[int, Commit] = {}
         self._memory = np.empty(0, np.uint8)
+        self._leaving: deque[Path] = deque()
         self.count = 0
 
     # -- arrays -------------------------------------------------------------------------------------------------
@@ -236,7 +242,16 @@ class Blocks:
                 whole[:, : piece.shape[1]] = piece
                 piece = whole
             checksums.append(array.write([number, j], piece))
+            if piece.nbytes >= LARGE:
+                self._let_go(array.root / array.file([number, j]))
         return checksums
+
+    def _let_go(self, path: Path) -> None:
+        """Begin to move a file to disk, and let go of one for which that was begun some files ago."""
+        let_go(path)
+        self._leaving.append(path)
+        if len(self._leaving) > LEAVING:
+            let_go(self._leaving.popleft())
 
     def _write_commit(self, commit: Commit) -> None:
         self.array("commit").write([commit.block], np.array(astuple(commit), np.int64))

@@ -25,6 +25,7 @@ from pathkernel.trajectory.replay import ReplayStore
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.writer import UnwrittenBlock, Writer
+from pathkernel.workspace import keep_freed_memory
 
 if TYPE_CHECKING:
     from pathkernel.trajectory.trajectory import Trajectory
@@ -438,6 +439,7 @@ class DiskStore(Store):
     # -- the writer's part ----------------------------------------------------------------------------------------
 
     def _start_writing(self) -> None:
+        keep_freed_memory()
         self._writer = Writer(self._write)
         me, process = weakref.ref(self), os.getpid()
 
