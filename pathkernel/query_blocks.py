@@ -10,6 +10,7 @@ from pathkernel.pull_back import Adjoint
 from pathkernel.quadrature import FixedQuadrature
 from pathkernel.queries import Queries
 from pathkernel.sweeps import BLOCK
+from pathkernel.tangent_kernel.engine import check_budget
 from pathkernel.trajectory.trajectory import Trajectory
 
 VECTORS = 16
@@ -27,6 +28,11 @@ def samples_at_once(curve: Curve, queries: Queries, memory: int, dense: bool) ->
         Bytes, of which vectors of P numbers and columns in hand take a part.
     dense
         Whether the weights of each step are wanted as a matrix.
+
+    Raises
+    ------
+    InputError
+        With both sizes, where the budget does not hold a single one.
     """
     trajectory = curve.trajectory
     itemsize = torch.finfo(working(queries.function.dtype)).bits // 8 if trajectory.rule.elementwise else 8
@@ -38,6 +44,7 @@ def samples_at_once(curve: Curve, queries: Queries, memory: int, dense: bool) ->
     nodes = 2 + (len(curve.quadrature.nodes) if isinstance(curve.quadrature, FixedQuadrature) else 1)
     per_sample = matrices * itemsize * size * queries.components
     per_sample += nodes * queries.block(slice(0, 2)).bytes_per_sample(trajectory.final)
+    check_budget(per_sample, memory, "one query's gradients and its part of the optimizer's memory")
     return max(1, max(memory // 4, memory - fixed) // per_sample)
 
 

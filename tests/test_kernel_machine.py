@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import pathkernel as pk
 from pathkernel import reference
 from pathkernel.attributions import Attributions
+from pathkernel.errors import InputError
 from pathkernel.update_rules.adam import Adam
 from pathkernel.update_rules.rule import UpdateRule
 
@@ -398,7 +399,7 @@ def test_a_step_without_memory_is_its_own_kernel_machine() -> None:
 
 def test_blocks_of_queries_make_the_whole() -> None:
     run = record("relu", optimizer="adamw")
-    large, small = pk.KernelMachine(run.trajectory), pk.KernelMachine(run.trajectory, memory=1)
+    large, small = pk.KernelMachine(run.trajectory), pk.KernelMachine(run.trajectory, memory=5000)
     for by in ("module", "step"):
         whole, blocks = (m.explain(run.queries, outputs="all", by=by) for m in (large, small))
         close(blocks.shares, whole.shares, DOUBLE.rounding)
@@ -411,9 +412,15 @@ def test_blocks_of_queries_make_the_whole() -> None:
     close(small.decision_function(run.queries), large.decision_function(run.queries), DOUBLE.rounding)
     whole, blocks = (
         pk.KernelMachine(run.trajectory, quadrature="adaptive", memory=m).explain(run.queries[2:], outputs=0)
-        for m in ("1GB", 1)
+        for m in ("1GB", 5000)
     )
     close(blocks.shares, whole.shares, DOUBLE.shares)
+
+
+def test_a_budget_that_holds_no_query_is_refused_before_it_begins() -> None:
+    run = record("relu", optimizer="adamw")
+    with pytest.raises(InputError, match=r"takes 0\.00\d+ MB .* the budget is 0\.001 MB.*Write `memory="):
+        pk.KernelMachine(run.trajectory, memory=1000).explain(run.queries)
 
 
 def test_one_query_alone_is_the_same_query_among_others() -> None:

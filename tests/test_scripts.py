@@ -18,6 +18,7 @@ KEYS = {
         *("gradients_per_step", "seconds"),
     },
     "orders.py": {"quadrature", "step_size", "residual", "order"},
+    "compilation.py": {"network", "milliseconds_eager", "milliseconds_compiled", "ratio"},
     "engines.py": {"workload", "method", "seconds", "floor_seconds", "peak_mb", "error"},
     "faults.py": {"fault", "trials", "survived", "lost", "silently_wrong"},
     "recording.py": {"model", "optimizer", "level", "ratio", "milliseconds_per_step", "target"},

@@ -19,6 +19,7 @@ from pathkernel.layers.composites import opened
 from pathkernel.layers.factors import Dense, Factor
 from pathkernel.layers.handles import VIEWS, Composed, Handle, View
 from pathkernel.layers.local import local_gradients
+from pathkernel.layers.pooling import FASTER
 from pathkernel.layers.rules import RULES, Gradient, NoRule, Rule
 
 
@@ -103,7 +104,7 @@ class Recording(TorchFunctionMode):
         tensors = tensors_of((args, kwargs))
         leaves = [leaf for leaf in tensors if id(leaf) in self.known]
         if not leaves or not torch.is_grad_enabled():
-            return function(*args, **kwargs)
+            return FASTER.get(function, function)(*args, **kwargs)
         others = [leaf for leaf in tensors if id(leaf) not in self.known]
         if function in VIEWS and not others and len(leaves) == 1:
             return self._viewed(function, args, kwargs)

@@ -19,6 +19,9 @@ from pathkernel.workspace import Workspace
 TILE = 128
 """Rows of a trace kernel computed at once: enough for products at full speed, few enough to leave out nearly half."""
 
+HIGH = 512
+"""Rows of a trace kernel computed at once where nothing is left out."""
+
 WIDE = 4096
 """Columns from which rows are contracted by themselves; narrower ones are put beside each other."""
 
@@ -318,7 +321,8 @@ def mirror(result: Float[Tensor, "J n J n"], groups: list[slice]) -> None:
             result[k + 1 :, i, k, i].copy_(result[k, i, k + 1 :, i].permute(1, 2, 0))
             for a in blocks(i.stop - i.start, tile):
                 own = result[k, i, k, i][a, a]
-                own.copy_(own.triu() + own.triu(1).T)
+                above = torch.ones(own.shape, dtype=torch.bool).triu()
+                own.copy_(torch.where(above, own, own.T))
                 for b in blocks(i.stop - i.start, tile):
                     if b.start > a.start:
                         result[k, i, k, i][b, a] = result[k, i, k, i][a, b].T
@@ -347,7 +351,8 @@ def _panels(
     if count > 1:
         yield slice(0, n), slice(0, m)
         return
-    height = max(1, min(TILE, max(32, n // 4)) // positions)
+    # Low panels leave out more of what lies below the diagonal; high ones are multiplied faster.
+    height = max(1, (min(TILE, max(32, n // 4)) if same else HIGH) // positions)
     # A tile is made three times over, and a product may copy its right factor into an order of its own.
     width = max(1, min(scratch // (24 * height * positions**2), scratch // widest))
     for rows in blocks(n, height):

@@ -8,7 +8,7 @@ from math import isqrt
 
 from pathkernel.pytrees import blocks
 
-PASS = 128 << 20
+PASS = 256 << 20
 """Bytes of one pass through the network: what it leaves behind should still be near when it is used."""
 
 ALLOCATOR = 14 << 20

@@ -65,7 +65,8 @@ class TangentKernel:
         ``"auto"`` (default), ``"layerwise"``, ``"jacobian"`` (rows of gradients by `torch.func`), ``"products"`` (one
         column at a time), or a value that makes an engine, such as a projection; see `explain`.
     memory
-        Budget for what is held at once beside inputs and result, as bytes or text.
+        Budget for what is held at once beside inputs and result, as bytes or text. Up to three quarters of it are kept
+        for the next call, for as long as this object lives.
     dtype
         Floating type of passes and products, by default the parameters': ``torch.float64``, ``torch.float32``, or
         ``torch.bfloat16`` for passes in float32 and products of factors rounded to bfloat16, twice as fast at errors
