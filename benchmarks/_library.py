@@ -86,7 +86,15 @@ def samples(task: Task, arrays: Arrays) -> tuple[Any, Any]:
 
 def gram(task: Task, arrays: Arrays, engine: str) -> Call:
     kernel, (queries, references) = tangent_kernel(task, arrays, engine), samples(task, arrays)
-    return lambda: kernel(queries, references), np.asarray
+
+
+    def run() -> np.ndarray:
+        return kernel(queries, references)
+
+    # An engine keeps memory for its next call, which would not be seen there.
+    if hasattr(kernel.engine, "workspace"):
+        run.forget = kernel.engine.workspace.clear  # type: ignore[attr-defined]
+    return run, np.asarray
 
 
 def path_gram(task: Task, arrays: Arrays, engine: str) -> Call:
@@ -122,7 +130,7 @@ def predicted_seconds(task: Task, arrays: Arrays, method: str) -> float | None:
 
     The one place that knows how the model is asked.
     """
-    if task.kind == "shares":
+    if task.kind == "shares" or task.tolerance:  # how many nodes a tolerance takes is not known before
         return None
     kernel, (queries, _) = tangent_kernel(task, arrays, ENGINES[method]), samples(task, arrays)
     if not hasattr(kernel, "cost"):

@@ -70,6 +70,11 @@ class Workspace:
             block = self._block(count * dtype.itemsize)
             return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
 
+    def clear(self) -> None:
+        """Keep nothing; arrays in use stay as they are."""
+        with self._lock:
+            self._blocks = []
+
     def __reduce__(self) -> tuple[type[Workspace], tuple[int]]:
         """A copy starts with nothing."""
         return Workspace, (self.limit,)

@@ -61,8 +61,10 @@ def test_no_more_is_kept_than_was_allowed() -> None:
     assert workspace.size >= 36 * MEGABYTE
     assert [int(array[0, 0]) for array in held] == [0, 1, 2, 3]
     del held
-    workspace.empty((20, MEGABYTE), torch.int8)
+    array = workspace.empty((20, MEGABYTE), torch.int8).fill_(3)
     assert workspace.size == 20 * MEGABYTE
+    workspace.clear()
+    assert workspace.size == 0 and int(array[7, 7]) == 3
 
 
 def test_two_threads_never_get_the_same_memory() -> None:
