@@ -233,7 +233,7 @@ def test_a_form_that_is_none_is_refused() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_of_queries_make_the_whole(form: str) -> None:
     run = record(optimizer="adamw")
-    whole, blocks = explain(run, form), explain(run, form, memory=1)
+    whole, blocks = explain(run, form), explain(run, form, memory=3000)
     np.testing.assert_allclose(blocks.shares, whole.shares, rtol=0, atol=1e-14)
     for name, value in whole.channels.items():
         np.testing.assert_allclose(blocks.channels[name], value, rtol=0, atol=1e-14)
