@@ -64,9 +64,15 @@ def forked(target: Callable[..., None], *arguments: Any) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    process = context.Process(target=target, args=arguments, daemon=True)
+    process = context.Process(target=interruptible, args=(target, *arguments), daemon=True)
     process.start()
     return process
+
+
+def interruptible(target: Callable[..., None], *arguments: Any) -> None:
+    """Run it with Ctrl-C in force: a shell that puts this program in the background leaves it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    target(*arguments)
 
 
 def ended(process: Any, told: Told, delay: float, number: int) -> None:
