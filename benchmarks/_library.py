@@ -87,7 +87,6 @@ def samples(task: Task, arrays: Arrays) -> tuple[Any, Any]:
 def gram(task: Task, arrays: Arrays, engine: str) -> Call:
     kernel, (queries, references) = tangent_kernel(task, arrays, engine), samples(task, arrays)
 
-
     def run() -> np.ndarray:
         return kernel(queries, references)
 

@@ -6,11 +6,11 @@ a dict by parameter name) and z the outputs of a batch, flattened to (B, C).
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -118,6 +118,13 @@ def batch_outputs(outputs: PyTree) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
 
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """Other names of shared parameters and buffers, and the name by which each is given."""
+    given = {id(value): name for name, value in _named_tensors(module, remove_duplicate=True)}
+    every = _named_tensors(module, remove_duplicate=False)
+    return {name: given[id(value)] for name, value in every if given[id(value)] != name}
+
+
 def _named_tensors(module: nn.Module, *, remove_duplicate: bool) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(remove_duplicate=remove_duplicate)
     yield from module.named_buffers(remove_duplicate=remove_duplicate)
@@ -168,13 +175,7 @@ class ModelFunction:
         self.module, self.layout, self.dtype, self.state, self.tap = module, layout, dtype, state, tap
         self.constants = cast_floating(dict(constants), dtype)
         self.recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
-
-    @cached_property
-    def aliases(self) -> dict[str, str]:
-        """Other names of shared parameters and buffers, and the name by which each is given."""
-        given = {id(value): name for name, value in _named_tensors(self.module, remove_duplicate=True)}
-        every = _named_tensors(self.module, remove_duplicate=False)
-        return {name: given[id(value)] for name, value in every if given[id(value)] != name}
+        self.aliases = _aliases(module)
 
     def replaced(
         self,
@@ -184,14 +185,12 @@ class ModelFunction:
         tap: str | None = None,
     ) -> ModelFunction:
         """The same function with some constants, its way of running, or its output replaced."""
-        return ModelFunction(
-            self.module,
-            self.layout,
-            {**self.constants, **(constants or {})},
-            self.dtype,
-            self.state if state is None else state,
-            self.tap if tap is None else tap,
-        )
+        other = copy.copy(self)  # what was found out about the module holds for all of them
+        if constants:
+            other.constants = {**self.constants, **cast_floating(dict(constants), self.dtype)}
+        other.state = self.state if state is None else state
+        other.tap = self.tap if tap is None else tap
+        return other
 
     def converted(self, dtype: torch.dtype) -> ModelFunction:
         """The same function in another floating type."""

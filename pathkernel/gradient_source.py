@@ -16,6 +16,7 @@ from pathkernel.layers.proved import ProvedTapes
 from pathkernel.layers.tape import Tape
 from pathkernel.parameters import ParameterLayout
 from pathkernel.pytrees import blocks, cast_floating, count, take
+from pathkernel.workspace import Workspace
 
 
 class GradientSource:
@@ -34,7 +35,7 @@ class GradientSource:
 
     def __init__(self, function: ModelFunction, engine: str, memory: int) -> None:
         self.function, self.engine, self.memory = function, engine, memory
-        self.tapes = ProvedTapes(function)
+        self.tapes = ProvedTapes(function, Workspace(memory))
 
     def gradients(
         self,

@@ -1,23 +1,29 @@
-"""Memory for large intermediate arrays that is used again, call after call."""
+"""Memory for large arrays that is used again, call after call."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
-import sys
-from threading import Lock
+import weakref
 
+import numpy as np
 import torch
 from torch import Tensor
 
 SMALL = 1 << 20
 """Bytes up to which an array comes from the allocator, which has such memory at hand."""
 
+ROOM = 1.25
+"""How much larger than asked for a block may be."""
+
 LARGEST = 31 << 20
 """Bytes of the largest blocks that the C library keeps for later, once it has seen one freed."""
 
-ROOM = 1.25
-"""How much larger than asked for a block may be."""
+CPU = torch.device("cpu")
+
+PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+"""Memory that is not shared with child processes; Windows has no other."""
 
 
 def keep_freed_memory() -> None:
@@ -26,11 +32,7 @@ def keep_freed_memory() -> None:
     glibc gives memory back to the system from the size of the largest block on that it has seen freed, up to 32 MB. A
     loop that frees a megabyte in each round would otherwise get every page of it anew.
     """
-    torch.empty(LARGEST, dtype=torch.uint8)
-
-
-PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-"""Memory that is not shared with child processes; Windows has no other."""
+    torch.empty(LARGEST, dtype=torch.uint8, device=CPU)
 
 
 class Workspace:
@@ -52,51 +54,61 @@ class Workspace:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        keep_freed_memory()
-        self._blocks: list[mmap.mmap] = []
-        self._lock = Lock()
+        self._free: list[mmap.mmap] = []
+        self._used: dict[int, int] = {}
 
     @property
-    def size(self) -> int:
-        """Bytes of all blocks, in use or kept."""
-        return sum(map(len, self._blocks))
+    def kept(self) -> int:
+        """Bytes that nobody uses."""
+        return sum(map(len, list(self._free)))
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An array whose values are not set."""
+    @property
+    def used(self) -> int:
+        """Bytes of arrays in use."""
+        return sum(list(self._used.values()))
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
+        """An array whose values are not set; elsewhere than on the CPU it is the allocator's."""
         count = math.prod(shape)
-        if count * dtype.itemsize < SMALL:
-            return torch.empty(shape, dtype=dtype)
-        with self._lock:
-            block = self._block(count * dtype.itemsize)
-            return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
+        if device.type != "cpu" or count * dtype.itemsize < SMALL:
+            return torch.empty(shape, dtype=dtype, device=device)
+        block = self._block(count * dtype.itemsize)
+        self._used[id(block)] = len(block)
+        array = np.frombuffer(block, dtype=np.uint8)
+        # Tensors and their views, and arrays that share their memory, all hold this one.
+        weakref.finalize(array, _release, self._free, self._used, self.limit, block).atexit = False
+        return torch.from_numpy(array)[: count * dtype.itemsize].view(dtype).view(shape)
 
     def clear(self) -> None:
         """Keep nothing; arrays in use stay as they are."""
-        with self._lock:
-            self._blocks = []
+        self._free.clear()
 
     def __reduce__(self) -> tuple[type[Workspace], tuple[int]]:
         """A copy starts with nothing."""
         return Workspace, (self.limit,)
 
     def _block(self, size: int) -> mmap.mmap:
-        free = self._free()
-        fitting = [block for block in free if size <= len(block) <= ROOM * size]
-        if fitting:
-            return min(fitting, key=len)
-        excess = self.size + size - self.limit
-        for block in sorted(free, key=len, reverse=True):
-            if excess <= 0:
+        """One that is free, or a new one. Other threads may take and give meanwhile: what is gone is gone."""
+        free = sorted(list(self._free), key=len)
+        for block in free:
+            if size <= len(block) <= ROOM * size:
+                with contextlib.suppress(ValueError):
+                    self._free.remove(block)
+                    return block
+        for block in reversed(free):
+            if self.used + self.kept + size <= self.limit:
                 break
-            excess -= len(block)
-            self._blocks = [other for other in self._blocks if other is not block]
-        del free, fitting
+            with contextlib.suppress(ValueError):
+                self._free.remove(block)
+        del free
         try:
-            self._blocks.append(mmap.mmap(-1, size, **PRIVATE))
+            return mmap.mmap(-1, size, **PRIVATE)
         except OSError as error:
             raise MemoryError(f"{size / 1e6:.0f} MB for an array") from error
-        return self._blocks[-1]
 
-    def _free(self) -> list[mmap.mmap]:
-        """Blocks that no array refers to: what is left are the list, the loop and the call that counts."""
-        return [self._blocks[i] for i in range(len(self._blocks)) if sys.getrefcount(self._blocks[i]) == 2]
+
+def _release(free: list[mmap.mmap], used: dict[int, int], limit: int, block: mmap.mmap) -> None:
+    """Keep a block for the next arrays, up to a limit."""
+    used.pop(id(block), None)
+    if sum(map(len, list(free))) + len(block) <= limit:
+        free.append(block)

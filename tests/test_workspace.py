@@ -44,27 +44,32 @@ def test_memory_is_used_again_once_nobody_refers_to_it() -> None:
     assert workspace.empty((MEGABYTE,), torch.float32).fill_(5).data_ptr() not in (place, other, saved)
     product.backward()
     assert factor.grad is not None and bool((factor.grad == 3).all())
-    size = workspace.size
+    size = workspace.used + workspace.kept
     del view, array, product, factor
-    again = [workspace.empty((MEGABYTE - 100,), torch.float32).data_ptr() for _ in range(9)]
-    assert set(again) <= {place, other, saved} or len(set(again)) == 1
-    assert workspace.size == size
+    assert (workspace.used, workspace.kept) == (0, size)
+    again = [workspace.empty((MEGABYTE - 100,), torch.float32) for _ in range(3)]
+    assert {place, other, saved} & {array.data_ptr() for array in again}
+    assert workspace.used + workspace.kept == size
 
 
 def test_no_more_is_kept_than_was_allowed() -> None:
     workspace = Workspace(16 * MEGABYTE)
     for megabytes in (2, 5, 9, 3, 14, 1, 7):
         workspace.empty((megabytes, MEGABYTE), torch.int8)
-        assert workspace.size <= 16 * MEGABYTE
+        assert 0 < workspace.used + workspace.kept <= 16 * MEGABYTE
     # What is in use is in use, however much.
     held = [workspace.empty((9, MEGABYTE), torch.int8).fill_(i) for i in range(4)]
-    assert workspace.size >= 36 * MEGABYTE
+    assert workspace.used == 36 * MEGABYTE
     assert [int(array[0, 0]) for array in held] == [0, 1, 2, 3]
     del held
+    assert workspace.kept == 9 * MEGABYTE
     array = workspace.empty((20, MEGABYTE), torch.int8).fill_(3)
-    assert workspace.size == 20 * MEGABYTE
+    assert (workspace.used, workspace.kept) == (20 * MEGABYTE, 0)
+    small = workspace.empty((3, MEGABYTE), torch.int8)
+    del small
+    assert workspace.kept == 3 * MEGABYTE
     workspace.clear()
-    assert workspace.size == 0 and int(array[7, 7]) == 3
+    assert workspace.kept == 0 and int(array[7, 7]) == 3
 
 
 def test_two_threads_never_get_the_same_memory() -> None:
@@ -95,7 +100,7 @@ def test_a_copy_shares_nothing(copied: Any) -> None:
     workspace = Workspace(8 * MEGABYTE)
     workspace.empty((2, MEGABYTE), torch.int8)
     other = copied(workspace)
-    assert (other.limit, other.size) == (8 * MEGABYTE, 0) and workspace.size == 2 * MEGABYTE
+    assert (other.limit, other.used, other.kept) == (8 * MEGABYTE, 0, 0) and workspace.kept == 2 * MEGABYTE
 
 
 def test_memory_that_the_system_does_not_give_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathkernel._typing import Float, PyTree
 from pathkernel.functional import ModelFunction
 from pathkernel.layers.coverage import Coverage, prove, uncovered
 from pathkernel.layers.tape import FAILURES, Tape
+from pathkernel.workspace import Workspace
 
 
 class ProvedTapes:
@@ -19,14 +20,16 @@ class ProvedTapes:
     ----------
     function
         The network.
+    workspace
+        Memory for the signals of its tapes.
 
     Notes
     -----
     Cost of a proof: five passes of a few samples in float64, once.
     """
 
-    def __init__(self, function: ModelFunction) -> None:
-        self.function = function
+    def __init__(self, function: ModelFunction, workspace: Workspace | None = None) -> None:
+        self.function, self.workspace = function, workspace
         self.proved: dict[Any, Coverage] = {}
         self._latest: Coverage | None = None
 
@@ -45,9 +48,10 @@ class ProvedTapes:
         function = function or self.function
         latest = self._latest
         if latest is not None and latest.plain.keys() >= set(function.layout.names):
-            return Tape(function, theta, inputs, (), latest.plain)
+            return Tape(function, theta, inputs, (), latest.plain, self.workspace)
         try:
-            tape = Tape(function, theta, inputs, latest.arrangements if latest else (), latest.plain if latest else {})
+            known = (latest.arrangements, latest.plain) if latest else ((), {})
+            tape = Tape(function, theta, inputs, *known, self.workspace)
             signature = tape.signature
         except FAILURES as error:
             tape, signature = None, None
@@ -58,7 +62,7 @@ class ProvedTapes:
         if tape is not None and coverage is latest:
             return tape
         self._latest = coverage
-        return Tape(function, theta, inputs, coverage.arrangements, coverage.plain)
+        return Tape(function, theta, inputs, coverage.arrangements, coverage.plain, self.workspace)
 
     @property
     def coverage(self) -> Coverage | None:

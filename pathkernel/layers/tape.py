@@ -45,6 +45,8 @@ class Tape:
         Where the samples are in the result of each use; in front by default.
     plain
         Parameters to leave out, and why; None while this is being found out.
+    workspace
+        Memory for signals; by default none is kept.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class Tape:
         inputs: PyTree,
         arrangements: Sequence[Arrangement] = (),
         plain: Mapping[str, str] | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
-        self.function, self.n = function, count(inputs)
+        self.function, self.n, self.workspace = function, count(inputs), workspace or Workspace(0)
         arrangement = lambda i: arrangements[i] if i < len(arrangements) else Arrangement()  # noqa: E731
         parameters = {name: value.detach() for name, value in function.parameters(theta).items()}
         recording = Recording(parameters, self.n, arrangement, function.constants.values())
@@ -89,9 +92,7 @@ class Tape:
         """Of the results of all uses."""
         return [use.output.shape for use in self.uses]
 
-    def pieces(
-        self, components: Float[Tensor, "n K"], identity: slice | None = None, workspace: Workspace | None = None
-    ) -> list[Piece]:
+    def pieces(self, components: Float[Tensor, "n K"], identity: slice | None = None) -> list[Piece]:
         """Gradients of K scalars of each sample, one piece for each part of θ that has any.
 
         Parameters
@@ -100,13 +101,11 @@ class Tape:
             Functions of ``outputs`` with their graph; the graph is kept.
         identity
             Where ``components`` are ``outputs[:, identity]``: the last layer's signals are then known.
-        workspace
-            Memory for signals; the allocator's by default.
         """
         contributions: dict[str, list[tuple[slice, Factor]]] = defaultdict(list)
         partners: dict[str, set[str]] = defaultdict(set)
         biases: dict[str, list[tuple[Use, str, Tensor]]] = defaultdict(list)
-        for use, signal in zip(self.uses, self._signals(components, identity, workspace or Workspace(0)), strict=True):
+        for use, signal in zip(self.uses, self._signals(components, identity), strict=True):
             for key, handle in use.handles.items():
                 if signal is None or handle.names() <= self.plain.keys():
                     continue
@@ -171,7 +170,7 @@ class Tape:
     def _is_head(self, use: Use, identity: slice | None) -> bool:
         return identity is not None and self._head is not None and use is self.uses[self._head]
 
-    def _signals(self, components: Tensor, identity: slice | None, workspace: Workspace) -> list[Tensor | None]:
+    def _signals(self, components: Tensor, identity: slice | None) -> list[Tensor | None]:
         """δ of every use, (n, K, *output with the samples first)."""
         outputs, k = [use.output for use in self.uses], components.shape[1]
         signals: list[Tensor | None] = [None] * len(outputs)
@@ -183,7 +182,7 @@ class Tape:
                 components, [outputs[i] for i in wanted], cotangent, retain_graph=True, allow_unused=True
             )
             for i, part in zip(wanted, column, strict=True):
-                signals[i] = _with_column(signals[i], part, self.uses[i].arrangement, (self.n, k, c), workspace)
+                signals[i] = _with_column(signals[i], part, self.uses[i].arrangement, (self.n, k, c), self.workspace)
         if identity is not None and self._head is not None:
             width = self.outputs.shape[1]
             unit = torch.eye(width, dtype=components.dtype)[identity]
@@ -192,7 +191,10 @@ class Tape:
 
 
 def _with_column(
-    signal: Tensor | None, part: Tensor | None, arrangement: Arrangement, place: tuple[int, int, int],
+    signal: Tensor | None,
+    part: Tensor | None,
+    arrangement: Arrangement,
+    place: tuple[int, int, int],
     workspace: Workspace,
 ) -> Tensor | None:
     """δ (n, K, …) with that of component c filled in; None while no component has any."""
@@ -205,7 +207,7 @@ def _with_column(
     if k == 1:
         return part.unsqueeze(1)
     if signal is None:
-        signal = workspace.empty((part.shape[0], k, *part.shape[1:]), part.dtype)
+        signal = workspace.empty((part.shape[0], k, *part.shape[1:]), part.dtype, part.device)
         signal[:, :c] = 0
     signal[:, c] = part
     return signal

@@ -32,7 +32,7 @@ from pathkernel.tangent_kernel.operands import (
 )
 from pathkernel.tangent_kernel.outputs import OutputSelection
 from pathkernel.tangent_kernel.planning import BLOCKS, Plan, Sizes, cuts
-from pathkernel.workspace import Workspace
+from pathkernel.workspace import Workspace, keep_freed_memory
 
 __all__ = ["BLOCKS", "LayerwiseEngine", "Plan", "Sizes"]
 
@@ -53,8 +53,9 @@ class LayerwiseEngine(Engine):
 
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
         super().__init__(function, selection, memory)
-        self.tapes = ProvedTapes(self.function)
+        keep_freed_memory()
         self.workspace = Workspace(int(KEPT * memory))
+        self.tapes = ProvedTapes(self.function, self.workspace)
         self._sizes: dict[Any, Sizes] = {}
         self._plain_components: dict[Any, int] = {}
 
@@ -73,8 +74,8 @@ class LayerwiseEngine(Engine):
         with torch.enable_grad():
             if self.selection.identity:
                 chosen = slice(*components.indices(tape.outputs.shape[1]))
-                return tape.pieces(tape.outputs[:, chosen], chosen, self.workspace), tape
-            return tape.pieces(self._values(tape, context)[:, components], None, self.workspace), tape
+                return tape.pieces(tape.outputs[:, chosen], chosen), tape
+            return tape.pieces(self._values(tape, context)[:, components]), tape
 
     def _values(self, tape: Tape, context: PyTree) -> Float[Tensor, "n K"]:
         """h."""

@@ -312,7 +312,8 @@ def own_products(piece: Piece, form: Form, limit: int) -> Tensor:
 
 def mirror(result: Float[Tensor, "J n J n"], groups: list[slice]) -> None:
     """Fill in the entries that `contract` left out, from those across the diagonal of the (J n, J n) matrix."""
-    count, tile = result.shape[0], 512
+    count, tile = result.shape[0], min(512, result.shape[1])
+    above = torch.ones(tile, tile, dtype=torch.bool).triu()
     for place, i in enumerate(groups):
         for j in groups[place + 1 :]:
             for k in range(count):  # one matrix at a time: a transposition within the cache
@@ -321,8 +322,7 @@ def mirror(result: Float[Tensor, "J n J n"], groups: list[slice]) -> None:
             result[k + 1 :, i, k, i].copy_(result[k, i, k + 1 :, i].permute(1, 2, 0))
             for a in blocks(i.stop - i.start, tile):
                 own = result[k, i, k, i][a, a]
-                above = torch.ones(own.shape, dtype=torch.bool).triu()
-                own.copy_(torch.where(above, own, own.T))
+                own.copy_(torch.where(above[: len(own), : len(own)], own, own.T))
                 for b in blocks(i.stop - i.start, tile):
                     if b.start > a.start:
                         result[k, i, k, i][b, a] = result[k, i, k, i][a, b].T
@@ -355,9 +355,9 @@ def _panels(
     height = max(1, (min(TILE, max(32, n // 4)) if same else HIGH) // positions)
     # A tile is made three times over, and a product may copy its right factor into an order of its own.
     width = max(1, min(scratch // (24 * height * positions**2), scratch // widest))
+    if width > EVEN:  # products of odd shapes are up to a third slower
+        width -= width % EVEN
     for rows in blocks(n, height):
-        if width > EVEN:  # products of odd shapes are up to a third slower
-            width -= width % EVEN
         start = rows.start if same else 0
         for columns in blocks(m - start, width):
             yield rows, slice(start + columns.start, start + columns.stop)
