@@ -21,6 +21,7 @@ CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((2, 3, 7, 8), {"kernel_size": 2}),  # a line is left over
     ((2, 3, 7, 8), {"kernel_size": 2, "ceil_mode": True}),
     ((2, 3, 8, 8), {"kernel_size": 3, "stride": 2, "padding": 1}),
+    ((2, 3, 8, 8), {"kernel_size": 2, "padding": 1}),
     ((2, 3, 8, 8), {"kernel_size": 2, "divisor_override": 3}),
     ((3, 8, 8), {"kernel_size": 2}),
 ]
