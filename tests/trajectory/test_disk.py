@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +196,32 @@ def test_random_values(tmp_path: Path) -> None:
         "type": torch.float16,
     }
     same(value, unpack(pack(value)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_blocks_on_disk_are_let_go_of_and_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bytes, int]] = []
+    advise = os.posix_fadvise
+
+    def watched(descriptor: int, start: int, length: int, advice: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        asked.append((path.name, path.read_bytes(), advice))
+        advise(descriptor, start, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", watched)
+    model = nn.Linear(200, 100)
+    optimizer, X = torch.optim.SGD(model.parameters(), lr=0.1), make_inputs(4, (200,), dtype=torch.float32)
+    with pk.KernelRecorder(model, optimizer, nn.MSELoss(), data=(X, X[:, :100]), store=tmp_path / "run") as recorder:
+        for _ in range(64):
+            x, y = recorder.batch([0, 1, 2])
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+    names = [name for name, _, _ in asked]
+    assert {advice for _, _, advice in asked} == {os.POSIX_FADV_DONTNEED}
+    assert sorted(set(names)) == ["0"], "chunks of θ and of gradients, one column of files each"
+    # Four blocks of two arrays: each asked for once, and again when four more had been written.
+    assert len(asked) == 8 + 4
+    contents = [content for _, content, _ in asked]
+    assert len(set(contents)) == 8, "what is asked for again is what it was"
+    same_trajectories(recorder.trajectory, opened(recorder.trajectory, tmp_path / "run"))
