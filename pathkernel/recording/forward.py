@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from pathkernel.functional import ForwardState, generator_states
-from pathkernel.recording.equality import equal_joined
 from pathkernel.recording.modules import WatchedModules
 
 
@@ -75,5 +74,5 @@ class ForwardWatcher:
             return
         state, self._before, self._waiting = self._before, None, self._waiting - 1
         after = generator_states(self.device)
-        drew = any(not equal_joined([found], state.generators[name]) for name, found in after.items())
+        drew = any(not torch.equal(found, state.generators[name]) for name, found in after.items())
         self.report(state if drew else ForwardState(state.modes, {}, state.autocast, state.buffers))

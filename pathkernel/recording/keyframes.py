@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel.recording.audit import is_due
-from pathkernel.recording.live import LiveParameters
-from pathkernel.trajectory.replay import Notes, Replay, abridged, checksum, state_of
+from pathkernel.recording.live import GradientSums, LiveParameters
+from pathkernel.trajectory.replay import Notes, Replay, abridged, state_of
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -32,11 +33,23 @@ def is_tried(index: int, every: int | None) -> bool:
     return is_due(index, every)
 
 
-class GradientWatch:
-    """Tells whether gradients are finite, and whether they were touched between their arrival and the step.
+class Mark(NamedTuple):
+    """Knows a gradient again, unless it was written on."""
 
-    Clipping, unscaling, noise and the like write on gradients in place, which torch counts, or put others there. They
-    are added up when they arrive, while the processor still has them at hand.
+    tensor: weakref.ref[Tensor]
+    version: int
+
+    def fits(self, gradient: Tensor) -> bool:
+        """Whether it is still the same."""
+        return self.tensor() is gradient and self.version == gradient._version
+
+
+class GradientWatch:
+    """Tells whether gradients were touched between their arrival and the step.
+
+    Clipping, unscaling, noise and the like write on gradients in place, which torch counts, or put others there.
+    Normally one parameter has a hook, which has all gradients looked at when the backward pass ends. Where that does
+    not tell (a pass that leaves this parameter out, or gradients that are indeed touched), every parameter gets one.
 
     Parameters
     ----------
@@ -46,38 +59,55 @@ class GradientWatch:
 
     def __init__(self, live: LiveParameters) -> None:
         self.live = live
+        self._everywhere = False
         self._handles: dict[int, Any] = {}
-        self._arrived: dict[int, tuple[int, int]] = {}
-        self._sums: dict[int, Tensor] = {}
+        self._arrived: dict[int, Mark] = {}
+        self._old: dict[int, Mark] = {}
 
     def listen(self) -> None:
-        """Hook on to the parameters; those that are unfrozen later are met at the next call."""
-        for p in self.live.named.values():
-            if p.requires_grad and id(p) not in self._handles:
-                self._handles[id(p)] = p.register_post_accumulate_grad_hook(self._arrive)
+        """A step has been taken or will be: hook on to the parameters, and know gradients from before again."""
+        parameters = self.live.named.values()
+        if not self._handles:  # hooks of others may write on gradients before the backward pass ends
+            self._everywhere = any(p._post_accumulate_grad_hooks for p in parameters)
+        for p in parameters:
+            if p.requires_grad:
+                if id(p) not in self._handles:
+                    self._handles[id(p)] = p.register_post_accumulate_grad_hook(self._arrive)
+                if not self._everywhere:
+                    break
+        self._old = self._marks()
 
     def stop(self) -> None:
         """Take the hooks off."""
         for handle in self._handles.values():
             handle.remove()
-        self._handles, self._arrived, self._sums = {}, {}, {}
+        self._handles, self._arrived, self._old = {}, {}, {}
 
     def touched(self) -> bool:
         """Whether some gradient is not what arrived; forgets what arrived."""
         arrived, self._arrived = self._arrived, {}
-        seen = [(id(p), p.grad) for p in self.live.named.values() if p.grad is not None]
-        return any(arrived.get(key) != (id(gradient), gradient._version) for key, gradient in seen)
+        for key, gradient in self._present():
+            if key not in arrived or not arrived[key].fits(gradient):
+                self._everywhere = True
+                return True
+            if key in self._old and self._old[key].fits(gradient):  # was there before
+                return True
+        return False
 
-    def are_finite(self) -> bool:
-        """Whether no gradient that arrived holds NaN or infinity, as far as its sum tells; forgets what arrived."""
-        sums, self._sums = self._sums, {}
-        return math.isfinite(sum(total.item() for total in sums.values()))
+    def _present(self) -> list[tuple[int, Tensor]]:
+        return [(id(p), p.grad) for p in self.live.named.values() if p.grad is not None]
+
+    def _marks(self) -> dict[int, Mark]:
+        return {key: Mark(weakref.ref(gradient), gradient._version) for key, gradient in self._present()}
 
     def _arrive(self, parameter: nn.Parameter) -> None:
-        gradient = parameter.grad
-        if gradient is not None:
-            self._arrived[id(parameter)] = (id(gradient), gradient._version)
-            self._sums[id(parameter)] = gradient.detach().sum(dtype=gradient.dtype)
+        if not self._everywhere:
+            torch.autograd.Variable._execution_engine.queue_callback(self._all_arrived)
+        elif (gradient := parameter.grad) is not None:
+            self._arrived[id(parameter)] = Mark(weakref.ref(gradient), gradient._version)
+
+    def _all_arrived(self) -> None:
+        self._arrived = self._marks()
 
 
 class KeyframeKeeper:
@@ -104,7 +134,7 @@ class KeyframeKeeper:
 
     Notes
     -----
-    Time per step: a checksum of θ, and the sum of its gradient; per keyframe: a copy of θ and the optimizer's state.
+    Time per step: checksums of θ and of its gradient; per keyframe: a copy of θ and the optimizer's state.
     """
 
     def __init__(self, trajectory: Trajectory, live: LiveParameters, optimizer: Optimizer, every: int) -> None:
@@ -116,9 +146,8 @@ class KeyframeKeeper:
         self._warned: set[str] = set()
         self._start: int | None = None
         self._checksum: int | None = None
-        self._seen: tuple[list[tuple[int, int]], Tensor] | None = None
-        self._places: list[int] = []
-        self._beginnings: list[Tensor] = []
+        self._seen: tuple[list[tuple[int, int]], int] | None = None
+        self._sums = GradientSums(0.0, 0)
         self._opened = OpenReplay()
 
     # -- the life of a recording --------------------------------------------------------------------------------
@@ -127,7 +156,7 @@ class KeyframeKeeper:
         """Recording begins or goes on: the next step is a keyframe."""
         self._start = None
         if self._checksum is None:  # else changes between two recordings are seen by it
-            self._checksum = checksum(self.live.named.values())
+            self._checksum = self.live.checksum()
         self.watch.listen()
 
     def stop(self) -> None:
@@ -141,23 +170,22 @@ class KeyframeKeeper:
         beginning of each parameter; elsewhere it is found when the step is replayed, and refused.
         """
         seen, self._seen = self._seen, self._glance()
-        if seen is not None and seen[0] == self._seen[0] and torch.equal(seen[1], self._seen[1]):
+        if seen == self._seen:
             return False
-        before, self._checksum = self._checksum, checksum(self.live.named.values())
+        before, self._checksum = self._checksum, self.live.checksum()
         return before != self._checksum
 
-    def _glance(self) -> tuple[list[tuple[int, int]], Tensor]:
+    def _glance(self) -> tuple[list[tuple[int, int]], int]:
         """Where parameters lie, how often they were written on, and how they begin."""
-        parameters = list(self.live.named.values())
-        places = [(p.data_ptr(), p._version) for p in parameters]
-        if [place for place, _ in places] != self._places:
-            self._places = [place for place, _ in places]
-            self._beginnings = [
-                p.detach().as_strided((min(GLANCE, p.numel()),), (1,), p.storage_offset()) for p in parameters
-            ]
-        return places, torch.cat(self._beginnings)
+        places = [(p.data_ptr(), p._version) for p in self.live.named.values()]
+        return places, self.live.checksum(GLANCE)
 
     # -- before the step ----------------------------------------------------------------------------------------
+
+    def finds_finite(self) -> bool:
+        """Look at the gradient that has arrived: whether it holds no NaN or infinity, as far as its sum tells."""
+        self._sums = self.live.gradient_sums()
+        return math.isfinite(self._sums.total)
 
     def before(
         self, index: int, batches: Sequence[MicroBatch], known: bool, due: bool, edited: bool, theta: Tensor | None
@@ -192,6 +220,8 @@ class KeyframeKeeper:
             self._opened.state = state_of(self.optimizer, live.named)
         if stored or (trial and known):
             self._opened.gradient = live.gradient()
+        if known:
+            self._opened.received = self._sums.checksum
         self.is_open = not trial
         return self.vectors
 
@@ -235,12 +265,14 @@ class KeyframeKeeper:
     def after(self, step: Step) -> Step:
         """What is kept of a step, in full where it was tried out."""
         self.is_open = False
-        self._checksum, self._seen = checksum(self.live.named.values()), self._glance()
+        self._checksum, self._seen = self.live.checksum(), self._glance()
         self.watch.listen()
         opened = self._opened
         assert self._start is not None
         divisor = self._divisors.setdefault(opened.kind, 1)
-        notes = Notes(self._start, self._checksum, max(1, divisor))
+        # Where the gradient only arrives inside the step, it still lies there.
+        received = opened.received if opened.known else self.live.gradient_sums().checksum
+        notes = Notes(self._start, self._checksum, None if opened.stored else received, max(1, divisor))
         if opened.trial and not self._gives_back(step, notes):
             self.gave_up = True
             self._warn(
@@ -279,6 +311,8 @@ class OpenReplay:
         Steps of one kind are replayed in one way.
     trial, known, touched, stored
         Whether it is tried out; whether its gradient had arrived, has been touched since, and is kept.
+    received
+        Checksum of the gradient, where it had arrived.
     before, state, gradient
         θ, the optimizer's state and the gradient, where they are needed.
     """
@@ -288,6 +322,7 @@ class OpenReplay:
     known: bool = False
     touched: bool = False
     stored: bool = False
+    received: int | None = None
     before: Tensor | None = None
     state: Mapping[str, Mapping[str, Any]] | None = None
     gradient: Tensor | None = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,6 +13,8 @@ from torch.optim import Optimizer
 from pathkernel.parameters import ParameterLayout
 from pathkernel.recording.equality import equal_joined
 from pathkernel.recording.slabs import Slabs
+from pathkernel.storage import crc32c
+from pathkernel.trajectory.replay import checksum, joined, memory
 from pathkernel.update_rules.rule import UpdateRule
 
 EMPTY: Mapping[str, Any] = {}
@@ -35,6 +38,7 @@ class FlatViews:
     def __init__(self) -> None:
         self._places: list[int] = []
         self._views: list[Tensor] = []
+        self._bytes: dict[int | None, list[np.ndarray]] = {}
 
     def of(self, tensors: Collection[Tensor]) -> list[Tensor]:
         """Each tensor as a vector: a view, or a copy where it is not contiguous."""
@@ -42,7 +46,32 @@ class FlatViews:
         if places != self._places or 0 in places:
             # Views hold the memory that they see, so that nothing else can come to lie in the same place.
             self._places, self._views = places, [tensor.detach().reshape(-1) for tensor in tensors]
+            self._bytes = {}
         return self._views
+
+    def checksum(self, tensors: Collection[Tensor], first: int | None = None) -> int:
+        """See `pathkernel.trajectory.replay.checksum`; of the first entries of each tensor."""
+        views = self.of(tensors)
+        if not all(view.is_cpu for view in views):
+            return checksum(view[:first] for view in views)
+        if first not in self._bytes:
+            self._bytes[first] = [memory(view[:first]) for view in views]
+        return joined(map(crc32c, self._bytes[first]))
+
+
+class GradientSums(NamedTuple):
+    """What is seen of a gradient without keeping it.
+
+    Attributes
+    ----------
+    total
+        Sum of its entries: not finite where one is not, or where it overflows.
+    checksum
+        See `pathkernel.trajectory.replay.checksum`.
+    """
+
+    total: float
+    checksum: int
 
 
 class LiveParameters:
@@ -91,6 +120,10 @@ class LiveParameters:
         """Whether θ is a given vector."""
         return equal_joined(self._values.of(self.named.values()), point)
 
+    def checksum(self, first: int | None = None) -> int:
+        """That of θ, or of the first entries of each parameter."""
+        return self._values.checksum(self.named.values(), first)
+
     def gradients(self) -> dict[str, Tensor]:
         """Gradients that the optimizer uses, by name: parameters that it does not hold may keep theirs for ever."""
         self._look()
@@ -99,6 +132,18 @@ class LiveParameters:
     def gradient(self) -> Tensor:
         """The gradient, (P,), a copy; zero where there is none."""
         return self._padded(self._gradients())
+
+    def gradient_sums(self) -> GradientSums:
+        """Of the gradient, zero where there is none."""
+        rows = zip(self._gradients(), self.named.values(), strict=True)
+        gradients = [torch.zeros_like(p) if gradient is None else gradient.detach() for gradient, p in rows]
+        if not all(gradient.is_cpu for gradient in gradients):
+            return GradientSums(torch.stack([g.sum() for g in gradients]).sum().item(), checksum(gradients))
+        total, checksums = 0.0, []
+        for gradient in gradients:  # one after the other: the second look finds it in the processor's cache
+            total += gradient.sum().item()
+            checksums.append(crc32c(memory(gradient)))
+        return GradientSums(total, joined(checksums))
 
     def active(self) -> frozenset[str]:
         """Names of the parameters that have a gradient; the same set for as long as they are the same."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -176,27 +176,23 @@ class Blocks:
         before = self.commit(number - 1) if number else Commit(-1, 0, 0, 0, 0, 0, 0, 0, 0)
         suffix, checksums = f"-{region.index}", {}
         if block.points:
-            points = self._filled(self.capacity + 1, region.layout.size, block.points)
-            differences(points[: steps + 1])
+            rows = self._scratch(self.capacity + 1, region.layout.size, self.dtype)
+            differences([point if point.numel() else None for point in block.points], rows)
             name = self._vectors("theta" + suffix, region, self.capacity + 1, self.dtype, self.compression)
-            checksums[name] = self._write_rows(name, number, points)
+            checksums[name] = self._write_rows(name, number, rows)
         if any(gradient.numel() for gradient in block.gradients):
-            gradients = self._filled(self.capacity, region.layout.size, block.gradients)
+            rows = self._scratch(self.capacity, region.layout.size, self.dtype)
+            for row, vector in enumerate(block.gradients):
+                rows[row] = bits(vector) if vector.numel() else 0
+            rows[steps:] = 0
             name = self._vectors("gradient" + suffix, region, self.capacity, self.dtype, PLAIN)
-            checksums[name] = self._write_rows(name, number, gradients)
+            checksums[name] = self._write_rows(name, number, rows)
         types = {stream: dtype for _, dtype, stream in block.record["streams"]}
-        for stream, tensors in block.frozen.items():
+        for stream, by_step in block.frozen.items():
             dtype = getattr(torch, types[stream])
             name = self._vectors(f"frozen-{stream}{suffix}", region, self.capacity, dtype, self.compression)
             rows = self._scratch(self.capacity, region.layout.size, dtype)
-            rows[steps:] = 0
-            for row, by_name in enumerate(tensors):
-                if "" not in by_name:  # parameters that were left out
-                    rows[row] = 0
-                for parameter, tensor in by_name.items():
-                    where = region.layout.slices[parameter] if parameter else slice(None)
-                    rows[row, where] = bits(tensor)
-            differences(rows[:steps])
+            differences([_whole(tensors, region.layout, dtype) for tensors in by_step], rows)
             checksums[name] = self._write_rows(name, number, rows)
         extra_checksums = []
         for place, vector in enumerate(block.extras, start=before.extras):
@@ -222,14 +218,6 @@ class Blocks:
         if len(self._memory) < length:
             self._memory = np.empty(length, np.uint8)
         return self._memory[:length].view(UNSIGNED[dtype.itemsize]).reshape(rows, size)
-
-    def _filled(self, height: int, size: int, vectors: Sequence[torch.Tensor]) -> np.ndarray:
-        """Vectors as rows, zeros where there is none."""
-        rows = self._scratch(height, size, self.dtype)
-        for row, vector in enumerate(vectors):
-            rows[row] = bits(vector) if vector.numel() else 0
-        rows[len(vectors) :] = 0
-        return rows
 
     def _write_rows(self, name: str, number: int, rows: np.ndarray) -> list[int]:
         array, size = self._arrays[name], rows.shape[1]
@@ -384,6 +372,18 @@ class Blocks:
             checksums = record["extra_checksums"][place - record["first_extra"]]
             pieces = [array.read([place, j], checksum)[0] for j, checksum in enumerate(checksums)]
             return np.concatenate(pieces)[:size]
+
+
+def _whole(tensors: Mapping[str, torch.Tensor], layout: ParameterLayout, dtype: torch.dtype) -> torch.Tensor | None:
+    """A row of a stream: whole already, under no name, or put together from the tensors of some parameters."""
+    if "" in tensors:
+        return tensors[""]
+    if not tensors:
+        return None
+    row = torch.zeros(layout.size, dtype=dtype)
+    for name, tensor in tensors.items():
+        row[layout.slices[name]] = tensor.detach().reshape(-1)
+    return row
 
 
 class Recent:

@@ -35,11 +35,26 @@ def from_bits(row: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(signed).view(dtype)
 
 
-def differences(rows: np.ndarray) -> np.ndarray:
-    """Each row but the first as its XOR with the one before, in place: what has not changed becomes zero bits."""
-    for i in range(len(rows) - 1, 0, -1):
-        np.bitwise_xor(rows[i], rows[i - 1], out=rows[i])
-    return rows
+def differences(vectors: Sequence[Tensor | None], out: np.ndarray) -> np.ndarray:
+    """Bits of each vector but the first as their XOR with those of the one before: what has not changed becomes zeros.
+
+    Parameters
+    ----------
+    vectors
+        Rows, (n,) each; None stands for zeros.
+    out
+        Where to write them; further rows become zeros.
+    """
+    before = None
+    for row, vector in enumerate(vectors):
+        now = None if vector is None else bits(vector)
+        if now is not None and before is not None:
+            np.bitwise_xor(now, before, out=out[row])
+        else:
+            out[row] = now if now is not None else 0 if before is None else before
+        before = now
+    out[len(vectors) :] = 0
+    return out
 
 
 def accumulated(rows: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -28,6 +28,8 @@ DTYPES = {
     )
 }  # fmt: skip
 ALIGNMENT = 16
+THEMSELVES = frozenset({type(None), bool, int, str})
+"""Types of what is JSON already."""
 MAX_TEXT = 2**27
 """Bytes of JSON text, which takes up to twenty times as much memory when it is read."""
 
@@ -67,7 +69,7 @@ class _Packer:
 
     def value(self, value: Any) -> Any:
         kind = type(value)
-        if value is None or kind is bool or kind is int or kind is str:
+        if kind in THEMSELVES:
             return value
         if isinstance(value, float):
             return float(value) if math.isfinite(value) else {"float": struct.pack(">d", value).hex()}
@@ -76,16 +78,20 @@ class _Packer:
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
             return {"array": self.tensor(torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape), value)}
         if kind is list:
-            return [self.value(v) for v in value]
+            return self.values(value)
         if kind is tuple or kind is torch.Size:
-            return {"tuple": [self.value(v) for v in value]}
-        if isinstance(value, Mapping):
-            return {"dict": [[self.value(k), self.value(v)] for k, v in value.items()]}
+            return {"tuple": self.values(value)}
+        if kind is dict or isinstance(value, Mapping):
+            return {"dict": [self.values(pair) for pair in value.items()]}
         if isinstance(value, np.generic) and value.dtype.kind in "fiub":
             return self.value(value.item())
         if isinstance(value, torch.dtype):
             return {"dtype": str(value).removeprefix("torch.")}
         raise unstorable(f"a {kind.__module__}.{kind.__qualname__}")
+
+    def values(self, values: Iterable[Any]) -> list[Any]:
+        # Most of what a step holds stands for itself; the training thread waits for Python while this runs.
+        return [v if type(v) in THEMSELVES else self.value(v) for v in values]
 
 
 def unstorable(what: str) -> RecordingError:

@@ -4,8 +4,8 @@ A keyframe holds θ and the optimizer's state; of the steps up to the next one o
 kept. With keyframes every k steps a run of S steps takes O(S/k · P) to keep and O(k · P) to read: :math:`\sqrt S`
 each at the best k.
 
-Floating-point sums depend on the number of threads and on the machine, so what is trained again is not believed: after
-every step θ is compared with its checksum, and with the next keyframe bit by bit.
+Floating-point sums depend on the number of threads and on the machine, so what is trained again is not believed: the
+gradient of every step and θ after it are compared with their checksums, and θ with the next keyframe bit by bit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from pathkernel.errors import RecordingError, TrajectoryError, check
 from pathkernel.functional import generators_at, module_mode
 from pathkernel.losses import batch_loss
+from pathkernel.storage import crc32c
 from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store
@@ -33,24 +35,43 @@ NOTES = ""
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """A number that changes with any bit of any tensor: sums of their contents read as integers of eight bytes.
+    """A number that changes with any bit of any tensor: CRC32C of the CRC32C of each.
 
-    Time: one pass, about 0.1 ms for a million float32.
+    Of tensors on another device than the CPU, which would have to be copied, it is that of the sums of their contents
+    read as integers of eight bytes.
+
+    Time: one pass, from 0.2 ms for a million float32 in the processor's cache.
     """
-    sums = []
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        words = flat.numel() * flat.element_size() // 8 * 8 // flat.element_size()
-        head = flat[:words]
-        if head.storage_offset() * head.element_size() % 8:
-            head = head.clone()
-        sums.append(head.view(torch.int64).sum())
-        if words < flat.numel():
-            sums.append(flat[words:].clone().view(torch.uint8).sum())
-    total = 0
-    for part in torch.stack(sums).tolist() if sums else ():
-        total = (31 * total + part) % 2**64  # an odd factor loses no bit
-    return total
+    tensors = list(tensors)
+    if all(tensor.is_cpu for tensor in tensors):
+        return joined(crc32c(memory(tensor)) for tensor in tensors)
+    return crc32c(torch.cat([_sums(tensor.detach().reshape(-1)) for tensor in tensors]).cpu().numpy())
+
+
+def joined(checksums: Iterable[int]) -> int:
+    """The checksum of several tensors from those of each."""
+    return crc32c(b"".join(one.to_bytes(4, "little") for one in checksums))
+
+
+def memory(tensor: Tensor) -> np.ndarray:
+    """What a tensor on the CPU holds, row by row, as an array of a type that numpy knows."""
+    value = tensor.detach()
+    if value.dtype not in NUMPY_TYPES:
+        value = value.view(torch.uint8 if value.itemsize == 1 else torch.int16)
+    return value.contiguous().numpy()
+
+
+NUMPY_TYPES = {torch.float32, torch.float64, torch.float16, torch.int64, torch.complex64, torch.complex128}
+"""Types that numpy knows, of those that parameters have."""
+
+
+def _sums(flat: Tensor) -> Tensor:
+    """Sums of a tensor's contents: of its integers of eight bytes, and of the bytes that are left over."""
+    words = flat.numel() * flat.element_size() // 8 * 8 // flat.element_size()
+    head = flat[:words]
+    if head.storage_offset() * head.element_size() % 8:
+        head = head.clone()
+    return torch.stack([head.view(torch.int64).sum(), flat[words:].clone().view(torch.uint8).sum()])
 
 
 @dataclass(frozen=True)
@@ -63,12 +84,15 @@ class Notes:
         Index of the step with the keyframe that it is replayed from.
     checksum
         Of θ after the step.
+    gradient
+        Checksum of the gradient that the optimizer received; None where the gradient itself is kept.
     divisor
         By what the loop divided the loss of each micro-batch.
     """
 
     keyframe: int
     checksum: int
+    gradient: int | None
     divisor: int = 1
 
     @classmethod
@@ -130,6 +154,11 @@ class Replay:
         The optimizer of the run, or another one of its class; or the class.
     constants
         Where the class is given: the `constants` of the replay that recorded.
+
+    Attributes
+    ----------
+    received
+        Checksum of the gradient that was computed last.
     """
 
     def __init__(
@@ -149,6 +178,7 @@ class Replay:
         self._parameters: dict[str, nn.Parameter] = {}
         self._optimizer: Optimizer | None = None
         self._at = trajectory.initial
+        self.received = 0
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -189,6 +219,7 @@ class Replay:
             self._receive(gradient, step)
         else:
             self.differentiate(step, Notes.of(step).divisor)
+            self.received = checksum(self._gradients())  # before the optimizer may write on them
             gradient = self.gradient()
         return self.finish(step, gradient)
 
@@ -228,8 +259,10 @@ class Replay:
 
     def gradient(self) -> Tensor:
         """The gradients at hand, (P,), zero where there is none."""
-        rows = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
-        return torch.cat([row.detach().reshape(-1) for row in rows])
+        return torch.cat([row.detach().reshape(-1) for row in self._gradients()])
+
+    def _gradients(self) -> list[Tensor]:
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
 
     def checksum(self) -> int:
         """That of θ where the replay stands."""
@@ -394,7 +427,10 @@ class ReplayStore(Store):
                     block[-1] = replace(block[-1], after=record.before)  # one tensor for both, as in a full record
                 break
             block.append(self.replay.take(record))
-            self._check(self.replay.checksum() == Notes.of(record).checksum, index)
+            notes = Notes.of(record)
+            # A gradient that is another one by a few last bits may well lead to the same θ.
+            self._check(notes.gradient is None or notes.gradient == self.replay.received, index)
+            self._check(notes.checksum == self.replay.checksum(), index)
         return block
 
     def _check_keyframe(self, start: int, first: Step) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import nn
 
 import pathkernel as pk
 from pathkernel.storage import Group
+from pathkernel.trajectory.blocks import Region
 from pathkernel.trajectory.disk import DiskStore
+from pathkernel.trajectory.writer import NICENESS, UnwrittenBlock, Writer
 
 CE = nn.CrossEntropyLoss()
 
@@ -225,3 +228,14 @@ def test_blocks_on_disk_are_let_go_of_and_stay_as_they_are(tmp_path: Path, monke
     contents = [content for _, content, _ in asked]
     assert len(set(contents)) == 8, "what is asked for again is what it was"
     same_trajectories(recorder.trajectory, opened(recorder.trajectory, tmp_path / "run"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of single threads")
+def test_the_writer_gives_way_to_training() -> None:
+    mine, seen = os.getpriority(os.PRIO_PROCESS, 0), []
+    writer = Writer(lambda block: seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+    writer.begin(UnwrittenBlock(0, [], None, Region(0, record().trajectory.layout)))
+    writer.complete()
+    writer.wait()
+    writer.stop()
+    assert seen == [max(mine, NICENESS)] and os.getpriority(os.PRIO_PROCESS, 0) == mine

@@ -14,9 +14,10 @@ from torch import nn
 
 import pathkernel as pk
 from pathkernel import errors
-from pathkernel.recording.keyframes import is_tried
+from pathkernel.recording.keyframes import GradientWatch, is_tried
+from pathkernel.recording.live import LiveParameters
 from pathkernel.trajectory.memory import MemoryStore
-from pathkernel.trajectory.replay import NOTES, Notes, Replay, ReplayStore, checksum, is_abridged
+from pathkernel.trajectory.replay import NOTES, Notes, Replay, ReplayStore, _sums, checksum, is_abridged
 from pathkernel.trajectory.schedule import RunSize, Schedule
 from tests.cases import OPTIMIZERS, generator, make_inputs
 
@@ -345,6 +346,17 @@ def test_one_bit_of_a_keyframe_is_seen() -> None:
             list(run.trajectory.steps())
 
 
+def test_a_gradient_is_compared_where_theta_does_not_tell() -> None:
+    """Steps so small that θ stays where it is, whatever the gradient."""
+    run = train(Schedule(keyframes=EVERY), make_optimizer=lambda p: torch.optim.SGD(p, lr=1e-30))
+    where = run.inner[6].batches[0].ids[0]
+    sample = run.trajectory.data._inputs[where]
+    sample[0] = torch.nextafter(sample[0], torch.tensor(9.0))
+    assert run.points[0].equal(run.points[-1])
+    with pytest.raises(errors.TrajectoryError, match=r"Step \d+ came out differently"):
+        run.trajectory.store.read(6)
+
+
 def test_other_data_or_threads_are_not_replayed() -> None:
     run = train(Schedule(keyframes=EVERY))
     run.trajectory.data._inputs[:] += 1e-3
@@ -383,7 +395,7 @@ def test_what_only_a_full_record_can_follow_is_refused() -> None:
 def test_a_checksum_sees_every_bit_and_no_layout(dtype: torch.dtype) -> None:
     rows = [torch.randn(n, generator=generator(n)).to(dtype) for n in (1, 3, 8, 17)]
     expected = checksum(rows)
-    assert 0 <= expected < 2**64 and checksum([row.clone() for row in rows]) == expected
+    assert 0 <= expected < 2**32 and checksum([row.clone() for row in rows]) == expected
     one = torch.cat(rows)
     assert checksum(one.split([len(row) for row in rows])) == expected  # other offsets in memory
     signed = {8: torch.int64, 4: torch.int32, 2: torch.int16}[one.element_size()]
@@ -395,7 +407,95 @@ def test_a_checksum_sees_every_bit_and_no_layout(dtype: torch.dtype) -> None:
                 assert checksum(rows) != expected
                 bits[entry] ^= 1 << bit
     assert checksum([rows[1], rows[0], *rows[2:]]) != expected
+    turned = torch.arange(6.0).reshape(2, 3).to(dtype)
+    assert checksum([turned.t()]) == checksum([turned.t().contiguous()]) != checksum([turned])
     assert checksum([]) == 0
+
+
+def test_a_checksum_on_another_device() -> None:
+    """Two sums of each tensor, for which no more has to be copied; seen here through what they are made of."""
+    flat = torch.tensor([1, 2, 3, 4, 5], dtype=torch.int32).view(torch.float32)
+    assert _sums(flat).tolist() == [1 + 3 + (2 + 4 << 32), 5]
+    assert _sums(flat[1:]).tolist() == [2 + 4 + (3 + 5 << 32), 0]  # not where eight bytes begin
+
+
+# -- whether gradients were touched ----------------------------------------------------------------------------------
+
+
+class Watched:
+    """A network of two branches whose gradients are watched."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(3, 2), nn.Linear(3, 2)
+        self.model = nn.ModuleList([self.one, self.two])
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.watch = GradientWatch(LiveParameters(dict(self.model.named_parameters()), optimizer))
+        self.watch.listen()
+
+    def backward(self, *branches: nn.Module) -> None:
+        x = torch.randn(4, 3)
+        torch.stack([branch(x).square().sum() for branch in branches]).sum().backward()
+
+    def stepped(self) -> bool:
+        touched = self.watch.touched()
+        self.watch.listen()
+        return touched
+
+
+def test_gradients_that_arrived_are_not_touched() -> None:
+    watched = Watched()
+    for to_none in (True, False, True):
+        watched.backward(watched.one, watched.two)
+        watched.backward(watched.two, watched.one)  # further micro-batches
+        assert not watched.stepped() and len(watched.watch._handles) == 1
+        watched.model.zero_grad(set_to_none=to_none)
+
+
+@pytest.mark.parametrize("how", ["in_place", "another", "put_there", "from_before"])
+def test_gradients_that_were_touched(how: str) -> None:
+    watched = Watched()
+    watched.backward(watched.one, watched.two)
+    assert not watched.stepped()
+    watched.one.zero_grad() if how == "from_before" else watched.model.zero_grad()
+    watched.backward(*([watched.one] if how in ("put_there", "from_before") else [watched.one, watched.two]))
+    if how == "in_place":
+        nn.utils.clip_grad_norm_(watched.model.parameters(), 1e-3)
+    elif how == "another":
+        watched.two.bias.grad = watched.two.bias.grad.clone()
+    elif how == "put_there":
+        watched.two.bias.grad = torch.ones(2)
+    assert watched.stepped()
+    watched.model.zero_grad()
+    watched.backward(watched.one, watched.two)
+    assert not watched.stepped()
+
+
+def test_a_pass_without_the_parameter_that_is_watched() -> None:
+    watched = Watched()
+    watched.backward(watched.two)
+    assert watched.stepped()  # nobody can tell; from now on every parameter is watched
+    for branches in ([watched.two], [watched.one], [watched.one, watched.two]):
+        watched.model.zero_grad()
+        watched.backward(*branches)
+        assert not watched.stepped()
+
+
+def test_hooks_of_others_that_write_on_gradients() -> None:
+    def halve(p: torch.Tensor) -> None:
+        p.grad.mul_(0.5)
+
+    watched = Watched()
+    watched.watch.stop()
+    watched.two.weight.register_post_accumulate_grad_hook(lambda p: None)
+    watched.watch.listen()
+    assert len(watched.watch._handles) == 4
+    watched.two.weight.register_post_accumulate_grad_hook(halve)  # which comes after the one that watches
+    watched.backward(watched.one, watched.two)
+    assert watched.stepped()
+
+
+# -- notes -----------------------------------------------------------------------------------------------------------
 
 
 def test_notes_are_plain_numbers() -> None:
