@@ -20,8 +20,8 @@ KEYFRAMES = 32
 PRECONDITIONED = 'PathKernel(preconditioner="optimizer")'
 """Who else asks: what the optimizer scaled its gradients by is not on record where θ alone is."""
 
-ID_BYTES, NOTE_BYTES, GENERATOR_BYTES = 8, 24, 5056
-"""One sample id; checksum, keyframe and divisor of a replayed step; one state of torch's generator on the CPU."""
+ID_BYTES, NOTE_BYTES, GENERATOR_BYTES = 8, 32, 5056
+"""One sample id; checksums, keyframe and divisor of a replayed step; one state of torch's generator on the CPU."""
 
 
 def _is_count(value: Any) -> bool:

@@ -14,6 +14,7 @@ from pathkernel.recording.equality import equal_joined
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.recording.slabs import Slabs
+from pathkernel.trajectory.replay import checksum
 
 CE = nn.CrossEntropyLoss()
 
@@ -78,12 +79,13 @@ def change_through_numpy(model: nn.Linear) -> None:
 def test_no_change_of_a_parameter_escapes(change) -> None:
     model, live = live_square()
     before = live.vector()
-    assert live.is_at(before)
+    assert live.is_at(before) and live.checksum() == checksum(model.parameters())
     change(model)
     assert not live.is_at(before)
-    assert torch.equal(live.vector(), flat(model))
+    assert torch.equal(live.vector(), flat(model)) and live.checksum() == checksum(model.parameters())
     change_in_place(model)
-    assert torch.equal(live.vector(), flat(model))
+    assert torch.equal(live.vector(), flat(model)) and live.checksum() == checksum(model.parameters())
+    assert live.checksum(2) == checksum(p.reshape(-1)[:2] for p in model.parameters())
 
 
 def test_gradients_of_parameters_that_the_optimizer_does_not_hold() -> None:

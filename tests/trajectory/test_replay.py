@@ -195,7 +195,7 @@ def test_between_keyframes_no_vector_is_kept() -> None:
     stated = Schedule(keyframes=EVERY).bytes_per_step(RunSize(size, STEPS, batch_size=5))
     tensors = [v for s in run.inner for own in s.frozen.values() for v in own.values() if isinstance(v, torch.Tensor)]
     measured = sum(t.nbytes for t in tensors) + sum(s.before.nbytes + s.batches[0].ids.nbytes for s in run.inner)
-    assert measured + 24 * STEPS == pytest.approx(stated * STEPS, rel=0.15)  # three keyframes for eleven steps
+    assert measured + 32 * STEPS == pytest.approx(stated * STEPS, rel=0.15)  # three keyframes for eleven steps
 
 
 # -- what a replay cannot know ---------------------------------------------------------------------------------------
