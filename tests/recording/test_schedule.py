@@ -361,7 +361,7 @@ def test_the_plan_of_a_run() -> None:
     vector = 85_000 * 4
     assert rows["Schedule(every=1)"].total_bytes == 10_000 * (3 * vector + 512)
     keyframes = rows["Schedule(keyframes=100)"]
-    assert keyframes.total_bytes == pytest.approx(100 * 3 * vector + 10_000 * 536)
+    assert keyframes.total_bytes == pytest.approx(100 * 3 * vector + 10_000 * 544)
     assert "trains every step once more" in keyframes.extra_compute and "KernelMachine" in keyframes.serves
     assert rows["Schedule(every=10)"].serves == ("PathKernel",)
     assert rows["Schedule(every=10)"].bytes_per_step == pytest.approx(vector / 10 + 512)
