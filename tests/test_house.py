@@ -95,9 +95,11 @@ def blocks_of(page: str, language: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_quick_start_runs_as_printed() -> None:
+@pytest.mark.parametrize("page", ["tutorials/quick_start", "how_to/long_runs"])
+def test_pages_run_as_printed(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for block in blocks_of("docs/tutorials/quick_start.md", "python"):
+    for block in blocks_of(f"docs/{page}.md", "python"):
         exec(block, names)
 
 
