@@ -240,7 +240,7 @@ def other_data(bench: Bench) -> Iterator[Outcome]:
 def other_replay(bench: Bench) -> Iterator[Outcome]:
     """A replay that is not the run: one bit of a sample, of a keyframe's θ or optimizer state, or of a generator."""
     whole = [moved(step) for step in Training("adamw").recorded(None, STEPS).steps()]
-    for kind in ["nothing", "sample", "θ", "state", "generator"] * bench.count(1, 12):
+    for kind in ["nothing", "sample", "last bit", "θ", "state", "generator"] * bench.count(1, 12):
         training = Training("adamw")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -251,6 +251,9 @@ def other_replay(bench: Bench) -> Iterator[Outcome]:
         first = bench.random.choice(keyframes[1:] if kind == "state" else keyframes)
         if kind == "sample":
             flip(trajectory.data._inputs, bench)
+        elif kind == "last bit":  # of a sample: gradients change by a rounding, and θ often not at all
+            inputs = trajectory.data._inputs.view(-1)
+            inputs.view(torch.int32)[bench.random.randrange(len(inputs))] ^= 1
         elif kind == "θ":
             flip(first.before, bench)
         elif kind == "state":
