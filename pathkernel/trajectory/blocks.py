@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from pathkernel.errors import CorruptBlockError
 from pathkernel.parameters import ParameterLayout
 from pathkernel.storage import PLAIN, ChunkedArray, Compression, Group, crc32c, damaged, let_go
-from pathkernel.trajectory.encoding import UNSIGNED, EncodedBlock, bits, differences
+from pathkernel.trajectory.encoding import UNSIGNED, EncodedBlock, bits, differences, whole
 from pathkernel.trajectory.packing import PackingError, pack, unpack
 
 RECORD_CHUNK = 2**18
@@ -192,7 +192,9 @@ class Blocks:
             dtype = getattr(torch, types[stream])
             name = self._vectors(f"frozen-{stream}{suffix}", region, self.capacity, dtype, self.compression)
             rows = self._scratch(self.capacity, region.layout.size, dtype)
-            differences([_whole(tensors, region.layout, dtype) for tensors in by_step], rows)
+            # A row is whole already, under no name, or put together from some parameters.
+            vectors = [t[""] if "" in t else whole(t, region.layout, dtype) if t else None for t in by_step]
+            differences(vectors, rows)
             checksums[name] = self._write_rows(name, number, rows)
         extra_checksums = []
         for place, vector in enumerate(block.extras, start=before.extras):
@@ -372,18 +374,6 @@ class Blocks:
             checksums = record["extra_checksums"][place - record["first_extra"]]
             pieces = [array.read([place, j], checksum)[0] for j, checksum in enumerate(checksums)]
             return np.concatenate(pieces)[:size]
-
-
-def _whole(tensors: Mapping[str, torch.Tensor], layout: ParameterLayout, dtype: torch.dtype) -> torch.Tensor | None:
-    """A row of a stream: whole already, under no name, or put together from the tensors of some parameters."""
-    if "" in tensors:
-        return tensors[""]
-    if not tensors:
-        return None
-    row = torch.zeros(layout.size, dtype=dtype)
-    for name, tensor in tensors.items():
-        row[layout.slices[name]] = tensor.detach().reshape(-1)
-    return row
 
 
 class Recent:

@@ -14,25 +14,32 @@ from torch import Tensor
 from pathkernel.errors import TrajectoryError
 from pathkernel.functional import ForwardState
 from pathkernel.parameters import ParameterLayout
+from pathkernel.trajectory.packing import row_major
 from pathkernel.trajectory.step import FrozenOnReading, MicroBatch, OptimizerState, Step
 
 if TYPE_CHECKING:
     from pathkernel.update_rules.rule import UpdateRule
 
 UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
-_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> np.ndarray:
-    """The numbers of a tensor as unsigned integers, (n,); no copy where they lie in one piece on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(_SIGNED[flat.itemsize]).numpy().view(UNSIGNED[flat.itemsize])
+    """The numbers of a tensor as unsigned integers, (n,); see `pathkernel.trajectory.packing.row_major`."""
+    return row_major(tensor).view(UNSIGNED[tensor.itemsize])
 
 
 def from_bits(row: np.ndarray, dtype: torch.dtype) -> Tensor:
     """The tensor whose bits these are, (n,); shares memory."""
     signed = row.view(np.dtype(f"int{8 * row.itemsize}"))
     return torch.from_numpy(signed).view(dtype)
+
+
+def whole(parts: Mapping[str, Tensor], layout: ParameterLayout, dtype: torch.dtype) -> Tensor:
+    """A vector put together from the tensors of some parameters, zeros elsewhere; by numpy, see `row_major`."""
+    row = np.zeros(layout.size, UNSIGNED[dtype.itemsize])
+    for name, tensor in parts.items():
+        row[layout.slices[name]] = bits(tensor)
+    return from_bits(row, dtype)
 
 
 def differences(vectors: Sequence[Tensor | None], out: np.ndarray) -> np.ndarray:
@@ -247,13 +254,13 @@ class BlockEncoder:
 
     def _keyframe(self, block: EncodedBlock, step: Step) -> dict[tuple[str, torch.dtype], int]:
         """Put the tensors of an optimizer's state into an extra vector for each key; returns their places."""
-        vectors: dict[str, Tensor] = {}
+        parts: dict[str, dict[str, Tensor]] = {}
         for name, values in step.frozen.items():
             for key, value in values.items():
                 if name in self.shapes and _is_regular(value, self.shapes[name]) and value.dtype == step.before.dtype:
-                    vector = vectors.setdefault(key, torch.zeros(self.layout.size, dtype=value.dtype))
-                    vector[self.layout.slices[name]] = value.detach().reshape(-1)
-        return {(key, vector.dtype): self._extra(block, vector) for key, vector in vectors.items()}
+                    parts.setdefault(key, {})[name] = value
+        dtype = block.gradients[0].dtype
+        return {(key, dtype): self._extra(block, whole(tensors, self.layout, dtype)) for key, tensors in parts.items()}
 
     def _stream(self, block: EncodedBlock, key: str, row: int, name: str, value: Tensor) -> int:
         """Put a tensor into the rows of its key; returns their number. Without a name it is a whole row."""

@@ -38,10 +38,25 @@ class PackingError(ValueError):
     """Bytes that are no packed value."""
 
 
+SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers as long as other numbers, by their bytes."""
+
+
+def row_major(tensor: Tensor) -> np.ndarray:
+    """The numbers of a tensor one after the other, (n,), as integers where numpy may lack their type.
+
+    No copy where they lie so already. Where not, numpy copies: torch would take several threads, which in the thread of
+    a writer are threads of their own; and from more threads than cores on, all of OpenMP's go to sleep whenever they
+    wait, so that training would take three times as long.
+    """
+    plain = tensor.detach().cpu()
+    plain = plain.view(SIGNED[plain.itemsize]) if plain.itemsize in SIGNED else plain
+    return np.ascontiguousarray(plain.numpy()).reshape(-1)
+
+
 def as_bytes(tensor: Tensor) -> np.ndarray:
-    """The bytes of a tensor in row-major order; no copy where it lies so already."""
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return plain.view(torch.uint8).numpy() if plain.numel() else np.empty(0, np.uint8)
+    """The bytes of a tensor in row-major order; see `row_major`."""
+    return row_major(tensor).view(np.uint8)
 
 
 class _Packer:

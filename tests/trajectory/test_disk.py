@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -239,3 +240,45 @@ def test_the_writer_gives_way_to_training() -> None:
     writer.wait()
     writer.stop()
     assert seen == [max(mine, NICENESS)] and os.getpriority(os.PRIO_PROCESS, 0) == mine
+
+
+RECORDING = """
+import os, sys, threading
+import torch
+from torch import nn
+import pathkernel as pk
+
+torch.set_num_threads(2)
+model = nn.Linear(300, 200).to(memory_format=torch.contiguous_format)
+model.weight = nn.Parameter(torch.randn(300, 200).t())  # with a state that does not lie row by row
+optimizer, X = torch.optim.AdamW(model.parameters()), torch.randn(8, 300)
+schedule = pk.Schedule(keyframes=2) if sys.argv[2] == "keyframes" else None
+rule = "elementwise" if sys.argv[2] == "elementwise" else None
+(X @ X.t()).sum(), torch.randn(100_000).exp().sum()  # torch's own threads are there
+recorder = pk.KernelRecorder(
+    model, optimizer, nn.MSELoss(), data=(X, X[:, :200]), store=sys.argv[1], schedule=schedule, rule=rule
+)
+before = None
+with recorder:
+    for step in range(40):
+        x, y = recorder.batch([0, 1, 2])
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        if before is None:
+            before = len(os.listdir("/proc/self/task"))
+    recorder.trajectory.store.flush()
+    print(before, len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("how", ["steps", "keyframes", "elementwise"])
+def test_writing_starts_no_threads_of_torch(tmp_path: Path, how: str) -> None:
+    """From more threads than cores on, those of OpenMP go to sleep whenever they wait: training takes three times as long."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", RECORDING, str(tmp_path / "run"), how]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert before == after
