@@ -275,7 +275,7 @@ with recorder:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("how", ["steps", "keyframes", "elementwise"])
 def test_writing_starts_no_threads_of_torch(tmp_path: Path, how: str) -> None:
-    """From more threads than cores on, OpenMP's go to sleep whenever they wait, and training takes three times as long."""
+    """Else there are more threads than cores, and OpenMP's go to sleep whenever they wait: three times as slow."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-c", RECORDING, str(tmp_path / "run"), how]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
