@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel.recording.audit import is_due
-from pathkernel.recording.live import GradientSums, LiveParameters
+from pathkernel.recording.live import LiveParameters
 from pathkernel.trajectory.replay import Notes, Replay, abridged, state_of
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -147,7 +146,6 @@ class KeyframeKeeper:
         self._start: int | None = None
         self._checksum: int | None = None
         self._seen: tuple[list[tuple[int, int]], int] | None = None
-        self._sums = GradientSums(0.0, 0)
         self._opened = OpenReplay()
 
     # -- the life of a recording --------------------------------------------------------------------------------
@@ -181,11 +179,6 @@ class KeyframeKeeper:
         return places, self.live.checksum(GLANCE)
 
     # -- before the step ----------------------------------------------------------------------------------------
-
-    def finds_finite(self) -> bool:
-        """Look at the gradient that has arrived: whether it holds no NaN or infinity, as far as its sum tells."""
-        self._sums = self.live.gradient_sums()
-        return math.isfinite(self._sums.total)
 
     def before(
         self, index: int, batches: Sequence[MicroBatch], known: bool, due: bool, edited: bool, theta: Tensor | None
@@ -221,7 +214,7 @@ class KeyframeKeeper:
         if stored or (trial and known):
             self._opened.gradient = live.gradient()
         if known:
-            self._opened.received = self._sums.checksum
+            self._opened.received = live.gradient_checksum()
         self.is_open = not trial
         return self.vectors
 
@@ -271,7 +264,7 @@ class KeyframeKeeper:
         assert self._start is not None
         divisor = self._divisors.setdefault(opened.kind, 1)
         # Where the gradient only arrives inside the step, it still lies there.
-        received = opened.received if opened.known else self.live.gradient_sums().checksum
+        received = opened.received if opened.known else self.live.gradient_checksum()
         notes = Notes(self._start, self._checksum, None if opened.stored else received, max(1, divisor))
         if opened.trial and not self._gives_back(step, notes):
             self.gave_up = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from pathkernel.parameters import ParameterLayout
 from pathkernel.recording.equality import equal_joined
 from pathkernel.recording.slabs import Slabs
 from pathkernel.storage import crc32c
-from pathkernel.trajectory.replay import checksum, joined, memory
+from pathkernel.trajectory.packing import row_major
+from pathkernel.trajectory.replay import checksum, joined
 from pathkernel.update_rules.rule import UpdateRule
 
 EMPTY: Mapping[str, Any] = {}
@@ -55,23 +57,8 @@ class FlatViews:
         if not all(view.is_cpu for view in views):
             return checksum(view[:first] for view in views)
         if first not in self._bytes:
-            self._bytes[first] = [memory(view[:first]) for view in views]
+            self._bytes[first] = [row_major(view[:first]) for view in views]
         return joined(map(crc32c, self._bytes[first]))
-
-
-class GradientSums(NamedTuple):
-    """What is seen of a gradient without keeping it.
-
-    Attributes
-    ----------
-    total
-        Sum of its entries: not finite where one is not, or where it overflows.
-    checksum
-        See `pathkernel.trajectory.replay.checksum`.
-    """
-
-    total: float
-    checksum: int
 
 
 class LiveParameters:
@@ -133,17 +120,14 @@ class LiveParameters:
         """The gradient, (P,), a copy; zero where there is none."""
         return self._padded(self._gradients())
 
-    def gradient_sums(self) -> GradientSums:
-        """Of the gradient, zero where there is none."""
+    def gradient_is_finite(self) -> bool:
+        """Whether no gradient holds NaN or infinity, as far as its sum tells, which may overflow without any."""
+        return math.isfinite(sum(g.detach().sum().item() for g in self._gradients() if g is not None))
+
+    def gradient_checksum(self) -> int:
+        """That of the gradient, zero where there is none."""
         rows = zip(self._gradients(), self.named.values(), strict=True)
-        gradients = [torch.zeros_like(p) if gradient is None else gradient.detach() for gradient, p in rows]
-        if not all(gradient.is_cpu for gradient in gradients):
-            return GradientSums(torch.stack([g.sum() for g in gradients]).sum().item(), checksum(gradients))
-        total, checksums = 0.0, []
-        for gradient in gradients:  # one after the other: the second look finds it in the processor's cache
-            total += gradient.sum().item()
-            checksums.append(crc32c(memory(gradient)))
-        return GradientSums(total, joined(checksums))
+        return checksum(torch.zeros_like(p) if gradient is None else gradient for gradient, p in rows)
 
     def active(self) -> frozenset[str]:
         """Names of the parameters that have a gradient; the same set for as long as they are the same."""

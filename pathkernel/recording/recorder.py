@@ -434,7 +434,7 @@ class KernelRecorder:
             self._check_pending()
             # Now, where the gradient is there already: some implementations (SGD's foreach Nesterov) write on it. A
             # fused optimizer under loss scaling skips overflowed steps and divides by the scale by itself.
-            if not scaled and (self._keyframes is None or not self._keyframes.finds_finite()):
+            if not scaled and (self._keyframes is None or not self._live.gradient_is_finite()):
                 gradient = self._live.gradient()
                 self._check_gradient(gradient)
         self._note_change("unexplained")

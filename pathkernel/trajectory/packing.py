@@ -27,6 +27,8 @@ DTYPES = {
         torch.uint8, torch.bool, torch.complex64, torch.complex128,
     )
 }  # fmt: skip
+UNKNOWN_TO_NUMPY = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.int8, torch.float8_e5m2: torch.int8}
+"""Types that numpy lacks, and what it sees in their place."""
 ALIGNMENT = 16
 THEMSELVES = frozenset({type(None), bool, int, str})
 """Types of what is JSON already."""
@@ -38,19 +40,16 @@ class PackingError(ValueError):
     """Bytes that are no packed value."""
 
 
-SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers as long as other numbers, by their bytes."""
-
-
 def row_major(tensor: Tensor) -> np.ndarray:
-    """The numbers of a tensor one after the other, (n,), as integers where numpy may lack their type.
+    """The numbers of a tensor one after the other, (n,), as integers where numpy lacks their type.
 
     No copy where they lie so already. Where not, numpy copies: torch would take several threads, which in the thread of
     a writer are threads of their own; and from more threads than cores on, all of OpenMP's go to sleep whenever they
     wait, so that training would take three times as long.
     """
     plain = tensor.detach().cpu()
-    plain = plain.view(SIGNED[plain.itemsize]) if plain.itemsize in SIGNED else plain
+    if plain.dtype in UNKNOWN_TO_NUMPY:
+        plain = plain.view(UNKNOWN_TO_NUMPY[plain.dtype])
     return np.ascontiguousarray(plain.numpy()).reshape(-1)
 
 

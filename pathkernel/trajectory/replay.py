@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +24,7 @@ from pathkernel.functional import generators_at, module_mode
 from pathkernel.losses import batch_loss
 from pathkernel.storage import crc32c
 from pathkernel.trajectory.gradients import samples_of
+from pathkernel.trajectory.packing import row_major
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory
@@ -44,25 +44,13 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     """
     tensors = list(tensors)
     if all(tensor.is_cpu for tensor in tensors):
-        return joined(crc32c(memory(tensor)) for tensor in tensors)
+        return joined(crc32c(row_major(tensor)) for tensor in tensors)
     return crc32c(torch.cat([_sums(tensor.detach().reshape(-1)) for tensor in tensors]).cpu().numpy())
 
 
 def joined(checksums: Iterable[int]) -> int:
     """The checksum of several tensors from those of each."""
     return crc32c(b"".join(one.to_bytes(4, "little") for one in checksums))
-
-
-def memory(tensor: Tensor) -> np.ndarray:
-    """What a tensor on the CPU holds, row by row, as an array of a type that numpy knows."""
-    value = tensor.detach()
-    if value.dtype not in NUMPY_TYPES:
-        value = value.view(torch.uint8 if value.itemsize == 1 else torch.int16)
-    return value.contiguous().numpy()
-
-
-NUMPY_TYPES = {torch.float32, torch.float64, torch.float16, torch.int64, torch.complex64, torch.complex128}
-"""Types that numpy knows, of those that parameters have."""
 
 
 def _sums(flat: Tensor) -> Tensor:
