@@ -72,7 +72,7 @@ def opened(path: str | os.PathLike[str], kind: str, identity: Mapping[str, str])
     )
     group = Group.create(folder, mine) if new else Group.open(folder)
     lock = Lock(folder)
-    with lock.held():
+    with lock:
         found = group.attributes()
         check(
             found.get("format") == FORMAT and found.get("kind") == kind,

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Parameters, PyTree
 from pathkernel.errors import InputError
+from pathkernel.interrupts import deliver, held
 from pathkernel.parameters import ParameterLayout
 from pathkernel.pytrees import blocks, cast_floating, count, take
 
@@ -198,9 +199,13 @@ class ModelFunction:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Evaluate inside, once where the pass draws random numbers, with kernels that can be differentiated."""
+        """Evaluate inside, once where the pass draws random numbers, with kernels that can be differentiated.
+
+        Ctrl-C waits until the end, or for `pathkernel.interrupts.deliver`: the module is the user's, and holds θ.
+        """
         device, dtype = self.state.autocast or ("cpu", None)
         with (
+            held(),
             module_mode(self.module, self.state.modes),
             generators_at(self.state.generators),
             sdpa_kernel(SDPBackend.MATH),
@@ -244,8 +249,12 @@ class ModelFunction:
         """Outputs (n, C) at θ without gradients, in blocks of samples."""
         parameters = self.parameters(vector)
         inputs = cast_floating(inputs, self.dtype)
-        with torch.no_grad(), self.running():
-            return torch.cat([self.batch(parameters, take(inputs, b)) for b in blocks(count(inputs), block)])
+        found = []
+        with self.running(), torch.no_grad():
+            for piece in blocks(count(inputs), block):
+                found.append(self.batch(parameters, take(inputs, piece)))
+                deliver()
+        return torch.cat(found)
 
 
 OutputFunctional = Callable[[Tensor, Any], Tensor]

@@ -11,6 +11,7 @@ from torch.func import vmap
 from pathkernel._typing import Float, PyTree
 from pathkernel.factored import FactoredGradients, in_working_type, numel, working
 from pathkernel.functional import ModelFunction, OutputFunctional, sample_gradients
+from pathkernel.interrupts import held
 from pathkernel.layers.factors import Piece
 from pathkernel.layers.proved import ProvedTapes
 from pathkernel.layers.tape import Tape
@@ -70,15 +71,16 @@ class GradientSource:
     ) -> FactoredGradients:
         """J_iᵀ λ_i of n samples, with λ (n, C) made of what the network returned for all of them."""
         if self.engine == "jacobian":
-            with torch.no_grad(), function.running():
+            with function.running(), torch.no_grad():
                 weights = cotangents(function.call(function.parameters(theta), cast_floating(inputs, function.dtype)))
             return self.gradients(theta, inputs, _weighted, weights, None, function)
         returned: list[PyTree] = []
-        handle = function.module.register_forward_hook(lambda _, __, outputs: returned.append(outputs))
-        try:
-            tape = self.tapes.record(theta, inputs, function)
-        finally:
-            handle.remove()
+        with held():
+            handle = function.module.register_forward_hook(lambda _, __, outputs: returned.append(outputs))
+            try:
+                tape = self.tapes.record(theta, inputs, function)
+            finally:
+                handle.remove()
         weights = cotangents(returned[-1])
         with torch.enable_grad():
             weighted = (tape.outputs * weights).sum(dim=1, keepdim=True)

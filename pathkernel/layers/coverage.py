@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.functional import ModelFunction
+from pathkernel.interrupts import attempt
 from pathkernel.layers.arrangement import Arrangement
 from pathkernel.layers.factors import Piece
 from pathkernel.layers.tape import FAILURES, Tape
@@ -61,10 +62,8 @@ def prove(function: ModelFunction, theta: Float[Tensor, " P"], inputs: PyTree) -
     inputs
         Samples; the first few are used.
     """
-    try:
-        return _proved(function.converted(torch.float64), theta.double(), inputs)
-    except FAILURES as error:
-        return uncovered(function, error)
+    found = attempt(lambda: _proved(function.converted(torch.float64), theta.double(), inputs), FAILURES)
+    return uncovered(function, found) if isinstance(found, Exception) else found
 
 
 def uncovered(function: ModelFunction, error: Exception) -> Coverage:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.functional import ModelFunction
+from pathkernel.interrupts import attempt
 from pathkernel.layers.coverage import Coverage, prove, uncovered
 from pathkernel.layers.tape import FAILURES, Tape
 from pathkernel.workspace import Workspace
@@ -49,18 +50,16 @@ class ProvedTapes:
         latest = self._latest
         if latest is not None and latest.plain.keys() >= set(function.layout.names):
             return Tape(function, theta, inputs, (), latest.plain, self.workspace)
-        try:
-            known = (latest.arrangements, latest.plain) if latest else ((), {})
-            tape = Tape(function, theta, inputs, *known, self.workspace)
+        known = (latest.arrangements, latest.plain) if latest else ((), {})
+        tape = attempt(lambda: Tape(function, theta, inputs, *known, self.workspace), FAILURES)
+        if isinstance(tape, Exception):
+            coverage = self.proved.setdefault(None, uncovered(function, tape))
+        else:
             signature = tape.signature
-        except FAILURES as error:
-            tape, signature = None, None
-            self.proved.setdefault(signature, uncovered(function, error))
-        coverage = self.proved.get(signature)
-        if coverage is None:
-            coverage = self.proved[signature] = prove(function, theta, inputs)
-        if tape is not None and coverage is latest:
-            return tape
+            coverage = self.proved.get(signature) or prove(function, theta, inputs)
+            self.proved[signature] = coverage
+            if coverage is latest:
+                return tape
         self._latest = coverage
         return Tape(function, theta, inputs, coverage.arrangements, coverage.plain, self.workspace)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
+from pathkernel.interrupts import held
 from pathkernel.layers.arrangement import Arrangement
 from pathkernel.layers.composites import opened
 from pathkernel.layers.factors import Dense, Factor
@@ -281,12 +282,13 @@ def _at(module: nn.Module, parameters: dict[str, Any], gradient: Gradient) -> Gr
     """A rule's function, with the module's parameters as they are in the pass."""
 
     def evaluated(signal: Tensor) -> Factor:
-        live = dict(module._parameters)
-        module._parameters.update(parameters)
-        try:
-            return gradient(signal)
-        finally:
-            module._parameters.update(live)
+        with held():
+            live = dict(module._parameters)
+            module._parameters.update(parameters)
+            try:
+                return gradient(signal)
+            finally:
+                module._parameters.update(live)
 
     return evaluated
 

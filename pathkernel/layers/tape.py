@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.functional import ModelFunction, batch_outputs
+from pathkernel.interrupts import attempt, deliver, held
 from pathkernel.layers.arrangement import Arrangement
 from pathkernel.layers.factors import Dense, Factor, Outer, Piece, joined
 from pathkernel.layers.handles import Handle, View
@@ -65,7 +66,7 @@ class Tape:
         inputs = cast_floating(inputs, function.dtype)
         covered = plain is None or not plain.keys() >= set(function.layout.names)
         watching = (module_rules(function.module, recording), recording) if covered else ()
-        with torch.enable_grad(), function.running(), ExitStack() as stack:
+        with function.running(), torch.enable_grad(), ExitStack() as stack:
             for watch in watching:
                 stack.enter_context(watch)
             returned = function.call(parameters, inputs)
@@ -102,10 +103,15 @@ class Tape:
         identity
             Where ``components`` are ``outputs[:, identity]``: the last layer's signals are then known.
         """
+        signals = self._signals(components, identity)
+        with held(), torch.no_grad():
+            return self._pieces(signals, identity)
+
+    def _pieces(self, signals: list[Tensor | None], identity: slice | None) -> list[Piece]:
         contributions: dict[str, list[tuple[slice, Factor]]] = defaultdict(list)
         partners: dict[str, set[str]] = defaultdict(set)
         biases: dict[str, list[tuple[Use, str, Tensor]]] = defaultdict(list)
-        for use, signal in zip(self.uses, self._signals(components, identity), strict=True):
+        for use, signal in zip(self.uses, signals, strict=True):
             for key, handle in use.handles.items():
                 if signal is None or handle.names() <= self.plain.keys():
                     continue
@@ -137,18 +143,19 @@ class Tape:
     ) -> None:
         """Add the gradients of one argument of a use."""
         handle = use.handles[key]
-        try:
-            with torch.no_grad():
-                factor = use.gradients[key](signal)
+
+        def pull() -> None:
+            factor = use.gradients[key](signal)
             if isinstance(factor, Outer) and self._is_head(use, identity):
                 factor = replace(factor, head=True)
             for name, where, own in handle.pull(factor):
                 contributions[name].append((where, own))
-        except FAILURES as error:
-            if not self.proving:
-                raise
+
+        error = attempt(pull, FAILURES if self.proving else ())
+        if error is not None:
             reason = f"{use.function} could not be taken apart ({type(error).__name__})"
             self.plain |= dict.fromkeys(handle.names(), reason)
+        deliver()
 
     def _pieces_of(self, name: str, parts: list[tuple[slice, Factor]]) -> list[Piece]:
         where = self.function.layout.slices[name]

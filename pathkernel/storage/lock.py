@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import gc
 import os
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from pathkernel.errors import StoreError
+from pathkernel.interrupts import held
 
 try:
     import fcntl
@@ -26,8 +26,10 @@ class Lock:
         The store's folder.
     """
 
+    _descriptor = -1
+
     def __init__(self, path: Path) -> None:
-        self.path, self._descriptor = path / "lock", -1
+        self.path = path / "lock"
 
     def acquire(self) -> None:
         """Take the lock.
@@ -37,10 +39,21 @@ class Lock:
         StoreError
             Where another recorder holds it, with its process and machine.
         """
+        try:
+            with held():
+                self._acquire()
+        except KeyboardInterrupt:
+            self.release()
+            raise
+
+    def _acquire(self) -> None:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                self._take(descriptor)
+            except OSError:
+                gc.collect()  # of this process, left behind by an error whose traceback refers to itself
+                self._take(descriptor)
         except OSError:
             holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").strip()
             os.close(descriptor)
@@ -54,17 +67,24 @@ class Lock:
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {began}\n".encode(), 0)
         self._descriptor = descriptor
 
+    @staticmethod
+    def _take(descriptor: int) -> None:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
     def release(self) -> None:
         """Give the lock up."""
+        with held():
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+
+    def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
-            self._descriptor = -1
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the lock inside."""
+    def __enter__(self) -> None:
         self.acquire()
-        try:
-            yield
-        finally:
-            self.release()
+
+    def __exit__(self, *error: object) -> None:
+        self.release()

@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from pathkernel.interrupts import held
+
 LONGEST = 1.5e-2
 """Seconds that one number may take to measure, beyond a few runs."""
 
@@ -43,7 +45,7 @@ def machine(dtype: torch.dtype) -> Machine:
 
 @lru_cache
 def _measured(dtype: torch.dtype, threads: int) -> Machine:
-    with torch.no_grad():
+    with held(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         random = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
         square, left, right = random(320, 320), random(64, 64, 64), random(64, 64, 64)

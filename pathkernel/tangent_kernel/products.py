@@ -12,6 +12,7 @@ from torch.func import vjp, vmap
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.functional import ModelFunction, push_forward
+from pathkernel.interrupts import deliver
 from pathkernel.pytrees import blocks, cast_floating, count, take
 from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.outputs import OutputSelection
@@ -79,6 +80,7 @@ class PlainJacobianProducts(JacobianProducts):
                         cotangent = torch.zeros_like(values)
                         cotangent[:, slice(None) if c is None else c] = weights[piece, ..., d].to(values)
                         result[place, d] += pull_back(cotangent)[0]
+                deliver()
         return result
 
     def push(self, directions: Tensor, components: slice) -> Tensor:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from pathkernel.errors import RecordingError, TrajectoryError, check
 from pathkernel.functional import generators_at, module_mode
+from pathkernel.interrupts import held
 from pathkernel.losses import batch_loss
 from pathkernel.storage import crc32c
 from pathkernel.trajectory.gradients import samples_of
@@ -258,7 +259,7 @@ class Replay:
 
     def _move(self, theta: Tensor) -> None:
         """A change that was made outside the optimizer."""
-        with torch.no_grad():
+        with held(), torch.no_grad():
             for name, value in self.trajectory.layout.unflatten(theta).items():
                 self._parameters[name].copy_(value)
         self._at = theta
@@ -280,7 +281,12 @@ class Replay:
         function = self.trajectory.function().replaced(constants=buffers, state=state)
         inputs, targets = samples_of(batch, self.trajectory.data)
         device, dtype = state.autocast or ("cpu", None)
-        with torch.enable_grad(), module_mode(function.module, state.modes), generators_at(state.generators):
+        with (
+            held(),  # the module is the user's
+            torch.enable_grad(),
+            module_mode(function.module, state.modes),
+            generators_at(state.generators),
+        ):
             with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
                 outputs = function.call(dict(self._parameters), inputs)
                 value = batch_loss(objective.loss, outputs, targets, batch.weights, objective.reduction)

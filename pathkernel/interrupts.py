@@ -1,0 +1,110 @@
+"""Ctrl-C, where it must not come: while something is set for a moment that has to be put back.
+
+Python raises `KeyboardInterrupt` between any two instructions, also between "it is set" and "from here on it will be
+put back", and within the putting back. torch's own context managers (modes, `torch.func.functional_call`) are Python,
+too: an interrupt there leaves the user's module with other weights, or another error comes in its place. So it waits.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+# What these functions call, ten times as fast: no enumeration is looked up for handlers that are functions.
+_handler: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_set_handler: Callable[[int, Any], Any] = getattr(signal.signal, "__wrapped__", signal.signal)
+
+
+class _Waiting:
+    """What is known about Ctrl-C; only the main thread, which alone receives it, reads and writes this."""
+
+    depth = 0
+    came = False
+    handler: Callable[[int, FrameType | None], Any] | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-C; whoever asks twice is not kept waiting."""
+        if self.came and self.handler is not None:
+            self.handler(number, frame)
+        self.came = True
+
+
+_WAITING = _Waiting()
+
+
+class held:
+    """Let Ctrl-C wait until the end; a second one comes at once.
+
+    To be entered before everything that has to be put back. Costs a few microseconds; does nothing in threads other
+    than the main one, to which Ctrl-C does not come, and where the user has switched it off.
+    """
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if _WAITING.depth == 0:
+            found = _handler(signal.SIGINT)
+            # It may also be ignored, end the process, or be none of Python's.
+            _WAITING.handler, _WAITING.came = found if callable(found) else None, False
+            if _WAITING.handler is not None:
+                _set_handler(signal.SIGINT, _WAITING.receive)
+        _WAITING.depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        _WAITING.depth -= 1
+        if _WAITING.depth == 0 and _WAITING.handler is not None:
+            if _handler(signal.SIGINT) == _WAITING.receive:  # unless the network has set one of its own
+                _set_handler(signal.SIGINT, _WAITING.handler)
+            deliver()
+
+
+def deliver() -> None:
+    """Let a Ctrl-C come that has waited; all that is entered by now is put back as after any other error."""
+    if _WAITING.came and threading.current_thread() is threading.main_thread() and _WAITING.handler is not None:
+        _WAITING.came = False
+        _WAITING.handler(signal.SIGINT, sys._getframe(1))
+
+
+def attempt(call: Callable[[], T], failures: tuple[type[Exception], ...]) -> T | Exception:
+    """The result of a call, or the error by which it says that it cannot be done.
+
+    Parameters
+    ----------
+    call
+        To be tried.
+    failures
+        Errors that say so.
+
+    Raises
+    ------
+    BaseException
+        Any other error; and also such a one, where it only hides what came from outside and would be taken for an
+        answer: Ctrl-C, after which cleaning up raised another error, or that no memory is left.
+    """
+    handled = sys.exc_info()[1]
+    try:
+        return call()
+    except failures as error:
+        cause: BaseException | None = error
+        while cause is not None and cause is not handled:  # what was handled when this began has come before
+            if not isinstance(cause, Exception) or is_out_of_memory(cause):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        return error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left; torch's allocator on the CPU has no type of error for it."""
+    typed = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    said = ("DefaultCPUAllocator", "out of memory", "std::bad_alloc")
+    return typed or (isinstance(error, RuntimeError) and any(words in str(error) for words in said))
