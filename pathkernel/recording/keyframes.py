@@ -160,6 +160,7 @@ class KeyframeKeeper:
     def stop(self) -> None:
         """Take the hooks off."""
         self.watch.stop()
+        self.is_open = False
 
     def moved(self) -> bool:
         """Whether θ is no longer what it was when this was last asked, or after the last step.

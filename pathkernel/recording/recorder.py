@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError
+from pathkernel.interrupts import held
 from pathkernel.losses import Objective, check_reduction
 from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.pytrees import count
@@ -200,6 +201,15 @@ class KernelRecorder:
         """Hook into the optimizer; the first call fixes θ_0."""
         if self._handles:
             return
+        try:
+            with held():
+                self._start()
+        except BaseException:  # whose recording does not begin has no `close` to call
+            with held():
+                self._let_go()
+            raise
+
+    def _start(self) -> None:
         if not len(self._trajectory):
             self._trajectory.initial = self._end_of_steps = self._live.vector()
             self._trajectory.initial_memory = self._live.memory(self._trajectory.rule)
@@ -250,16 +260,23 @@ class KernelRecorder:
 
     def close(self) -> Trajectory:
         """Let go of the optimizer and return the trajectory; recording may be started again."""
-        self._take_stock()
+        with held():
+            self._open = None  # a step that Ctrl-C came into: how far it got is a change outside the optimizer
+            try:
+                self._take_stock()
+                self._memory_at_close = self._live.memory(self._trajectory.rule)
+            finally:
+                self._let_go()
+        return self._trajectory
+
+    def _let_go(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles = []
         self._pending.stop()
         if self._keyframes is not None:
             self._keyframes.stop()
-        self._handles, self._open = [], None
-        self._memory_at_close = self._live.memory(self._trajectory.rule)
         self._trajectory.store.close()
-        return self._trajectory
 
     def _begin(self) -> None:
         """Make the store, or go on with what is in it."""
@@ -422,6 +439,10 @@ class KernelRecorder:
     # -- the optimizer's own hooks ----------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with held():
+            self._see_before(optimizer, args, kwargs)
+
+    def _see_before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._trajectory.store.stopped:  # the disk gave out; training goes on
             self._pending.take()
             return
@@ -508,6 +529,10 @@ class KernelRecorder:
         self._trajectory.store.append(step)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with held():  # a step is on record whole, or not at all
+            self._see_after(optimizer)
+
+    def _see_after(self, optimizer: Optimizer) -> None:
         if self._keyframes is not None and self._keyframes.is_open:
             self._after_replayed(self._keyframes)
             return
