@@ -1,11 +1,14 @@
-"""Contract checks for update rules and stores, those of the package and your own."""
+"""Contract checks for update rules and stores, those of the package and your own; and Ctrl-C at any moment."""
 
 from __future__ import annotations
 
 import copy
+import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -425,3 +428,48 @@ def _require(holds: bool, found: str) -> None:
         "A store gives back what was put into it, to the last bit",
         "Compare with `pathkernel.trajectory.memory.MemoryStore`, which keeps the contract in its plainest form",
     )
+
+
+def interrupted(call: Callable[[], Any], moment: int = 0, at: Callable[[FrameType], bool] = lambda frame: True) -> int:
+    """Run a call, and let Ctrl-C come at one of its moments.
+
+    A moment is the beginning of a line of Python or of a function, here or in any library, in the main thread.
+
+    Parameters
+    ----------
+    call
+        To be run; what it returns is dropped.
+    moment
+        Which of its moments, from 1; 0 for none.
+    at
+        Whether a frame's moments count.
+
+    Returns
+    -------
+    int
+        How many moments there were.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        Where the call lets it through.
+    """
+    passed = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal passed
+        if event in ("call", "line") and at(frame):
+            passed += 1
+            if passed == moment:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
+        return trace
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+        signal.signal(signal.SIGINT, before)
+    return passed

@@ -195,7 +195,11 @@ class KernelRecorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except KeyboardInterrupt:  # it may have come before the first line of `close`
+            self.close()
+            raise
 
     def start(self) -> None:
         """Hook into the optimizer; the first call fixes θ_0."""
