@@ -8,7 +8,6 @@ import io
 import os
 import shutil
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ from _faults_training import Reference, Training, bits, reference
 
 from pathkernel.errors import PathKernelError, StoreError
 from pathkernel.storage import files
-from pathkernel.trajectory import disk, writer
 from pathkernel.trajectory.disk import DiskStore
 
 STEPS = 40
@@ -345,48 +343,7 @@ def clock(bench: Bench) -> Iterator[Outcome]:
         yield Outcome(SURVIVED if same and not wrong else WRONG, "nothing: the same bits")
 
 
-def interrupted_anywhere(bench: Bench) -> Iterator[Outcome]:
-    """Ctrl-C before a line of the store's own code, at one line after the other."""
-    whole, watched = reference("momentum", STEPS), {disk.__file__, writer.__file__}
-    for n in sorted(bench.random.sample(range(1200), bench.count(20, 250))):
-        path, training, acknowledged, line = bench.place(), Training("momentum"), 0, 0
-
-        def trace(frame: Any, event: str, _: Any, n: int = n) -> Any:
-            nonlocal line
-            if frame.f_code.co_filename not in watched:
-                return None
-            line += event == "line"
-            if line == n:
-                line += 1
-                raise KeyboardInterrupt
-            return trace
-
-        begun = False
-        try:
-            with training.recorder(DiskStore(path, flush_every=4)) as recorder:
-                begun = True
-                sys.settrace(trace)
-                for step in training.train(recorder, STEPS):
-                    acknowledged = step
-        except KeyboardInterrupt:
-            pass
-        except Exception as error:
-            yield Outcome(FAILED, f"line {n}: {first_sentence(error)}")
-            continue
-        finally:
-            sys.settrace(None)
-        recorder.close()  # as the end of the process does
-        store = DiskStore.open(path)
-        if not begun or [bits(store.read(i)) for i in range(len(store))] != whole.steps[: len(store)]:
-            yield Outcome(WRONG, f"line {n}: other steps")
-        elif len(store) < acknowledged or store.verify():
-            yield Outcome(LOST, f"line {n}: {acknowledged - len(store)} steps", acknowledged - len(store))
-        else:
-            yield Outcome(SURVIVED, "KeyboardInterrupt; every step that was taken is on disk")
-
-
 FAULTS = [
-    Fault("Ctrl-C at any line of the store", "none", interrupted_anywhere),
     Fault("disk full, then room is made", "steps after the warning", full_disk),
     Fault("disk full at the n-th write", "steps after the warning", full_at_write),
     Fault("read-only folder", "none", read_only),

@@ -178,10 +178,9 @@ def compute(kind: str, run: Path, path: Path, told_at: Path) -> None:
     trajectory = training.opened(run)
     told[BEGUN] = 1
     try:
-        result = computed(kind, trajectory, path)
+        np.save(path.with_suffix(".npy"), computed(kind, trajectory, path))
     except KeyboardInterrupt:
         return
-    np.save(path.with_suffix(".npy"), result)
     told[FINISHED] = 1
 
 

@@ -36,9 +36,10 @@ from _faults_files import FAULTS as FILES
 from _faults_hostile import FAULTS as HOSTILE
 from _faults_killed import FAULTS as KILLED
 from _faults_loop import FAULTS as LOOP
+from _faults_moments import FAULTS as MOMENTS
 from _faults_table import Bench, Tally
 
-FAULTS = [*KILLED, *DISK, *FILES, *HOSTILE, *LOOP]
+FAULTS = [*KILLED, *MOMENTS, *DISK, *FILES, *HOSTILE, *LOOP]
 LINE = "{:<44} {:>7} {:>9} {:>5} {:>6} {:>7} {:>9} {:>8}  {}"
 
 
