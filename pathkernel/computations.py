@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import ceil, isqrt, prod
@@ -35,6 +35,8 @@ FINISHED = 2
 """In the record of a tile, in place of the place of a sum that still grows."""
 WRITING = 0.05
 """Largest part of the time that is spent on writing sums that are not finished."""
+
+Settle = Callable[[Sequence[tuple[int, int | None]], Mapping[str, str]], Mapping[str, str]]
 
 
 def identity_of(trajectory: Trajectory, **settings: Any) -> dict[str, str]:
@@ -107,6 +109,7 @@ def resumable_gram(
     symmetric: bool,
     terms: int,
     term: Callable[[slice, slice, int], Tensor],
+    settle: Settle | None = None,
     progress: bool = False,
 ) -> np.ndarray:
     """A Gram matrix that is a sum of terms, tile by tile.
@@ -121,6 +124,9 @@ def resumable_gram(
         Whether only tiles on and above the diagonal are computed.
     terms, term
         Number of terms, and the term ``s`` of the tile of rows i and columns j, float64.
+    settle
+        Decides how tiles of some sizes, (rows, columns) or (rows, None) on the diagonal, are computed, given what an
+        earlier call decided; what it returns is kept for later ones.
     progress
         Show a bar over the terms, with the time left.
 
@@ -142,18 +148,29 @@ def resumable_gram(
         final = group.create_array("gram", (grid[0] * edge, grid[1] * edge, *block), chunks, "float64")
         sums = [group.create_array(f"partial-{slot}", final.shape, chunks, "float64") for slot in "ab"]
         record = group.create_array("progress", (*grid, 3), (1, 1, 3), "uint64")
-        tiles = [(i, j) for i in range(grid[0]) for j in range(grid[1]) if not symmetric or j >= i]
+        cuts = [[slice(k * edge, min(size, (k + 1) * edge)) for k in range(ceil(size / edge))] for size in (n, m)]
+        places = [(i, j) for i in range(grid[0]) for j in range(grid[1]) if not symmetric or j >= i]
+        tiles = [_Tile((i, j), cuts[0][i], cuts[1][j], final, sums, record) for i, j in places]
+        if settle is not None:
+            _settle(group, settle, [tile.kind(symmetric) for tile in tiles])
         bar = tqdm(total=len(tiles) * terms, desc="Gram matrix", unit="node", disable=not progress)
         result = np.empty(shape)
-        for i, j in tiles:
-            rows, columns = slice(i * edge, min(n, (i + 1) * edge)), slice(j * edge, min(m, (j + 1) * edge))
-            own = _Tile((i, j), rows, columns, final, sums, record)
-            tile = own.computed(terms, partial(term, rows, columns), bar)
-            result[rows, columns] = tile
-            if symmetric and i != j:
-                result[columns, rows] = tile.swapaxes(0, 1) if not block else tile.transpose(1, 0, 3, 2)
+        for tile in tiles:
+            rows, columns = tile.rows, tile.columns
+            values = tile.computed(terms, partial(term, rows, columns), bar)
+            result[rows, columns] = values
+            if symmetric and rows != columns:
+                result[columns, rows] = values.swapaxes(0, 1) if not block else values.transpose(1, 0, 3, 2)
         bar.close()
     return result
+
+
+def _settle(group: Group, settle: Settle, kinds: Iterable[tuple[int, int | None]]) -> None:
+    attributes = group.attributes()
+    before = attributes.get("settled", {})
+    settled = settle(list(dict.fromkeys(kinds)), before)
+    if settled != before:
+        group.set_attributes({**attributes, "settled": dict(settled)})
 
 
 class _Tile:
@@ -168,8 +185,13 @@ class _Tile:
         sums: Sequence[ChunkedArray],
         record: ChunkedArray,
     ) -> None:
-        self.index, self.final, self.sums, self.record = index, final, sums, record
+        self.index, self.rows, self.columns = index, rows, columns
+        self.final, self.sums, self.record = final, sums, record
         self.size = rows.stop - rows.start, columns.stop - columns.start
+
+    def kind(self, symmetric: bool) -> tuple[int, int | None]:
+        """Its numbers of rows and columns, None for as many on the diagonal of a symmetric matrix."""
+        return self.size[0], None if symmetric and self.rows == self.columns else self.size[1]
 
     def computed(self, terms: int, term: Callable[[int], Tensor], bar: Any) -> np.ndarray:
         """The whole sum, from where it stands."""

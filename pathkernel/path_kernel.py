@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from pathkernel.path_nodes import PathMeasure, PathNode, path_nodes
 from pathkernel.path_selection import probe_samples, select_nodes
 from pathkernel.pytrees import count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
-from pathkernel.tangent_kernel.choice import EngineValue, make_engine
+from pathkernel.tangent_kernel.choice import AutomaticEngine, EngineValue, make_engine
 from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.measured_error import MeasuredError
 from pathkernel.tangent_kernel.operators import KernelOperator, Samples
@@ -225,6 +225,10 @@ class PathKernel:
             tile = self._engine_at(node).gram(node.theta, x, y, context, context_y, node.diagonal)
             return tile.mul_(node.weight)
 
+        def settle(sizes: Iterable[tuple[int, int | None]], settled: Mapping[str, str]) -> dict[str, str]:
+            engine, node = self._engine_at(self.nodes[0]), self.nodes[0]
+            return engine.settle(node.theta, *rows, sizes, settled) if isinstance(engine, AutomaticEngine) else {}
+
         identity = computations.identity_of(
             self.trajectory,
             kernel=f"{self.probes or self.selection.name}, {self.measure!r}, {self.quadrature!r}, {self.engine.name}",
@@ -234,7 +238,7 @@ class PathKernel:
         )
         shape = (count(rows[0]), count((columns or rows)[0]), *(self._outputs, self._outputs) * self._is_full)
         return computations.resumable_gram(
-            store, identity, shape, columns is None, len(self.nodes), term, self.progress
+            store, identity, shape, columns is None, len(self.nodes), term, settle, self.progress
         )
 
     def diagonal(self, X: PyTree) -> np.ndarray:

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pathkernel.computations import resumable_blocks, resumable_gram
+import pathkernel as pk
+from pathkernel.computations import _Tile, resumable_blocks, resumable_gram
 from pathkernel.errors import CorruptBlockError, StoreError
 
 TERMS = 12
@@ -174,3 +177,43 @@ def test_a_block_that_is_gone_is_found(tmp_path: Path) -> None:
     where.write_text(where.read_text().replace('"shares"', '"sharer"', 1))
     with pytest.raises(CorruptBlockError, match="checksum is wrong"):
         run()
+
+
+def test_what_was_settled_stays_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pathkernel.computations.TILE_BYTES", 8 * 4 * 4)
+    seen: list[tuple[Any, Any]] = []
+
+    def settle(sizes, settled):
+        seen.append((sizes, settled))
+        return {str(size): settled.get(str(size), f"call {len(seen)}") for size in sizes}
+
+    for _ in range(2):
+        resumable_gram(tmp_path / "gram", {"of": "a test"}, (9, 9), True, TERMS, addend, settle)
+    sizes = [(4, None), (4, 4), (4, 1), (1, None)]
+    assert seen == [(sizes, {}), (sizes, dict.fromkeys(map(str, sizes), "call 1"))]
+
+
+def test_a_kernel_that_goes_on_keeps_the_engines_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are chosen by the speed of the machine, which is another one on every day, and differ by rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    X, y = torch.randn(12, 4), torch.randint(2, (12,))
+    optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+    with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+        for x, target in recorder.batches(batch_size=4):
+            optimizer.zero_grad()
+            loss(model(x), target).backward()
+            optimizer.step()
+    monkeypatch.setattr("pathkernel.tangent_kernel.choice.WORTH_CHOOSING", 0)
+    monkeypatch.setattr("pathkernel.tangent_kernel.choice.choose", lambda *_: ("jacobian", "yesterday"))
+    computed = lambda name: pk.PathKernel(recorder.trajectory)(X, store=tmp_path / name)  # noqa: E731
+
+    plain = computed("whole")
+    monkeypatch.setattr(_Tile, "computed", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        computed("begun")
+    monkeypatch.undo()
+    monkeypatch.setattr("pathkernel.tangent_kernel.choice.WORTH_CHOOSING", 0)
+    monkeypatch.setattr("pathkernel.tangent_kernel.choice.choose", lambda *_: ("layerwise", "today"))
+    assert not np.array_equal(computed("other"), plain)
+    assert np.array_equal(computed("begun"), plain)

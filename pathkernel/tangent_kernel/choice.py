@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -39,6 +40,34 @@ class AutomaticEngine(LayerwiseEngine):
             self._chosen[n, m] = self._choose(theta, X, context, n, m)
         return self._chosen[n, m]
 
+    def settle(
+        self,
+        theta: Tensor,
+        X: PyTree,
+        context: PyTree,
+        sizes: Iterable[tuple[int, int | None]],
+        settled: Mapping[str, str],
+    ) -> dict[str, str]:
+        """The engines for matrices of some sizes, once and for all, by names that a file can hold.
+
+        Choices follow the measured speed of the machine, and engines differ by rounding: who is to get the same bits
+        another time has to keep to them.
+
+        Parameters
+        ----------
+        theta, X, context
+            As for `chosen`.
+        sizes
+            (n, m).
+        settled
+            What was settled another time.
+        """
+        for n, m in sizes:
+            known = settled.get(_size(n, m))
+            if known in ENGINES:
+                self._chosen[n, m] = known
+        return {_size(n, m): self.chosen(theta, X, context, n, m) for n, m in sizes}
+
     def _uncovered(self, theta: Tensor, X: PyTree) -> bool:
         """Whether no parameter is accounted for by a layer."""
         self.tapes.record(theta, take(X, slice(0, 1)), self.function)
@@ -66,6 +95,10 @@ class AutomaticEngine(LayerwiseEngine):
         if self._uncovered(theta, X):
             return JacobianEngine(self.function, self.selection, self.memory).diagonal(theta, X, context, diagonal)
         return super().diagonal(theta, X, context, diagonal)
+
+
+def _size(n: int, m: int | None) -> str:
+    return f"{n} symmetric" if m is None else f"{n} x {m}"
 
 
 ENGINES: dict[str, type[Engine]] = {
