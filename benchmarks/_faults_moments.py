@@ -17,6 +17,7 @@ from _faults_table import FAILED, LOST, SURVIVED, WRONG, Bench, Fault, Outcome, 
 from _faults_training import Training, bits, reference
 
 import pathkernel as pk
+from pathkernel.errors import ModelMismatchError
 from pathkernel.storage import Lock
 from pathkernel.testing import interrupted
 from pathkernel.trajectory import disk, writer
@@ -36,7 +37,7 @@ def in_the_store(frame: FrameType) -> bool:
 
 
 def recordings(at: Callable[[FrameType], bool], quick: int, full: int) -> Callable[[Bench], Iterator[Outcome]]:
-    """Ctrl-C into a recording, which is then closed, read, and begun once more in the same place."""
+    """Ctrl-C into a recording, which is then read, and gone on with in the same session."""
 
     def train(training: Training, store: DiskStore) -> None:
         with training.recorder(store, audit_every=5) as recorder:
@@ -56,7 +57,10 @@ def recordings(at: Callable[[FrameType], bool], quick: int, full: int) -> Callab
                 except Exception as error:
                     yield Outcome(FAILED, f"moment {moment}: {first_sentence(error)}")
                     continue
-            yield examined(path, training, whole.steps, moment)
+            outcome = examined(path, training, whole.steps, moment)
+            if outcome.verdict == SURVIVED:
+                outcome = goes_on(path, training, whole.steps, moment) or outcome
+            yield outcome
 
     return trials
 
@@ -82,7 +86,26 @@ def examined(path: Path, training: Training, steps: list[str], moment: int) -> O
             training.opened(path).check_model("This benchmark")
     except Exception as error:
         return Outcome(FAILED, f"moment {moment}: {first_sentence(error)}")
-    return Outcome(SURVIVED, "KeyboardInterrupt; every step that was taken is on disk")
+    return Outcome(SURVIVED, "KeyboardInterrupt; every step that was taken is on disk; the session goes on")
+
+
+def goes_on(path: Path, training: Training, steps: list[str], moment: int) -> Outcome | None:
+    """Train on where the session stands; what is to be said of it."""
+    before = len(DiskStore.open(path)) if (path / "zarr.json").exists() else 0
+    try:
+        with training.recorder(DiskStore(path)) as recorder:
+            for _ in training.train(recorder, training.step + 2):
+                pass
+        found = [bits(step) for step in recorder.trajectory.steps()]
+        recorder.trajectory.check_model("This benchmark")
+    except ModelMismatchError as error:
+        torn = "the optimizer's state is not" in str(error)  # within its step: half of its memory has moved on
+        gets = "every step that was taken is on disk; going on asks for a checkpoint, for the optimizer's step is torn"
+        return Outcome(SURVIVED, gets) if torn else Outcome(FAILED, f"moment {moment}: {first_sentence(error)}")
+    except Exception as error:
+        return Outcome(FAILED, f"moment {moment}: going on: {first_sentence(error)}")
+    same = found[:before] == steps[:before] and len(found) == before + 2
+    return None if same else Outcome(WRONG, f"moment {moment}: going on changed the path")
 
 
 WORK: dict[str, Callable[[pk.Trajectory, torch.Tensor, Path], np.ndarray]] = {

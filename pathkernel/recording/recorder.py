@@ -208,7 +208,7 @@ class KernelRecorder:
         try:
             with held():
                 self._start()
-        except BaseException:  # whose recording does not begin has no `close` to call
+        except KeyboardInterrupt:  # it came at the end, and nobody will call `close`
             with held():
                 self._let_go()
             raise
