@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import copy
 import pickle
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -954,4 +953,3 @@ def test_errors_can_be_caught_and_sent_between_processes() -> None:
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is errors.SampleIdError and str(again) == "found. expected. write."
     assert isinstance(error, ValueError) and isinstance(error, errors.RecordingError)
-    assert sys.exc_info() == (None, None, None)
