@@ -70,8 +70,11 @@ class held:
 
 
 def deliver() -> None:
-    """Let a Ctrl-C come that has waited; all that is entered by now is put back as after any other error."""
-    if _WAITING.came and threading.current_thread() is threading.main_thread() and _WAITING.handler is not None:
+    """Let a Ctrl-C come that has waited, unless `held` was entered twice: who entered it first is not through.
+
+    All that is entered by now is put back as after any other error.
+    """
+    if _WAITING.came and _WAITING.depth <= 1 and threading.current_thread() is threading.main_thread() and _WAITING.handler is not None:
         _WAITING.came = False
         _WAITING.handler(NUMBER, sys._getframe(1))
 

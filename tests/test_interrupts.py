@@ -66,6 +66,16 @@ def test_it_may_come_earlier_where_that_is_said() -> None:
         deliver()  # it came once
 
 
+def test_it_does_not_come_into_the_work_of_who_let_it_wait_first() -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt), held():
+        with held():
+            press()
+            deliver()
+        reached.append("outer")
+    assert reached == ["outer"]
+
+
 def test_one_that_came_before_is_not_delivered_again() -> None:
     with pytest.raises(KeyboardInterrupt), held():
         press()
