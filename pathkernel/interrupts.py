@@ -74,9 +74,10 @@ def deliver() -> None:
 
     All that is entered by now is put back as after any other error.
     """
-    if _WAITING.came and _WAITING.depth <= 1 and threading.current_thread() is threading.main_thread() and _WAITING.handler is not None:
+    handler, came = _WAITING.handler, _WAITING.came and _WAITING.depth <= 1
+    if came and handler is not None and threading.current_thread() is threading.main_thread():
         _WAITING.came = False
-        _WAITING.handler(NUMBER, sys._getframe(1))
+        handler(NUMBER, sys._getframe(1))
 
 
 def attempt(call: Callable[[], T], failures: tuple[type[Exception], ...]) -> T | Exception:
