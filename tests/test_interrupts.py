@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -314,3 +316,31 @@ def test_a_lock_that_nobody_refers_to_any_more_is_given_up(tmp_path: Path) -> No
     lock.itself = lock
     del lock
     Lock(tmp_path).acquire()
+
+
+COMPRESSING = """
+import contextlib, multiprocessing.synchronize, sys
+from pathlib import Path
+import numpy as np
+from pathkernel.storage import Group
+from pathkernel.testing import interrupted
+
+array = Group.create(Path(sys.argv[1]), {}).create_array("a", (4,), (4,), "float64")
+write, read = (lambda: array.write((0,), np.arange(4.0))), lambda: array.read((0,))
+in_locks = lambda frame: frame.f_code.co_filename == multiprocessing.synchronize.__file__
+write()
+for call in (write, read):
+    moments = interrupted(call, at=in_locks)
+    for moment in range(1, moments + 1):
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupted(call, moment, in_locks)
+        write(), read()
+    print(moments)
+"""
+
+
+def test_no_lock_of_the_compressor_stays_taken(tmp_path: Path) -> None:
+    """The next call would wait for ever."""
+    command = [sys.executable, "-c", COMPRESSING, str(tmp_path / "group")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert int(found.stdout.split()[0]) >= 2  # of writing

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numcodecs import blosc
 
+from pathkernel.interrupts import held
 from pathkernel.storage.files import crc32c, damaged, make_folders, read_file, synchronise, write_atomically
 
 MAX_CHUNK_BYTES = 2**28
@@ -85,7 +86,8 @@ class ChunkedArray:
         values = np.ascontiguousarray(values, dtype=self.dtype)
         assert values.shape == self.chunks
         codec = self.compression
-        packed = blosc.compress(values, codec.name.encode(), codec.level, _SHUFFLES[codec.shuffle], 0)
+        with held():  # or else a lock that Blosc takes stays taken, and the next call waits for it for ever
+            packed = blosc.compress(values, codec.name.encode(), codec.level, _SHUFFLES[codec.shuffle], 0)
         checksum = crc32c(packed)
         path = self.root / self.file(index)
         self._make_folder(index)
@@ -129,7 +131,8 @@ class ChunkedArray:
             raise damaged(path, f"declares {size} bytes where a chunk has {self.chunk_bytes}")
         out = np.empty(self.chunks, self.dtype)
         try:
-            blosc.decompress(packed, out)
+            with held():
+                blosc.decompress(packed, out)
         except (RuntimeError, ValueError):
             raise damaged(path, "cannot be decompressed") from None
         return out
