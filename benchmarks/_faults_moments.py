@@ -6,6 +6,7 @@ A moment is the beginning of a line of Python or of a function, in the package, 
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -36,6 +37,22 @@ def in_the_store(frame: FrameType) -> bool:
     return frame.f_code.co_filename in (disk.__file__, writer.__file__)
 
 
+@contextlib.contextmanager
+def in_time(seconds: int = 30) -> Iterator[None]:
+    """A lock that Ctrl-C left taken makes the next call wait for ever: that is a fault, and no reason to hang."""
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError("the call after Ctrl-C hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def recordings(at: Callable[[FrameType], bool], quick: int, full: int) -> Callable[[Bench], Iterator[Outcome]]:
     """Ctrl-C into a recording, which is then read, and gone on with in the same session."""
 
@@ -57,10 +74,13 @@ def recordings(at: Callable[[FrameType], bool], quick: int, full: int) -> Callab
                 except Exception as error:
                     yield Outcome(FAILED, f"moment {moment}: {first_sentence(error)}")
                     continue
-            outcome = examined(path, training, whole.steps, moment)
-            if outcome.verdict == SURVIVED:
-                outcome = goes_on(path, training, whole.steps, moment) or outcome
+            with in_time():
+                outcome = examined(path, training, whole.steps, moment)
+                if outcome.verdict == SURVIVED:
+                    outcome = goes_on(path, training, whole.steps, moment) or outcome
             yield outcome
+            if "hangs" in outcome.gets:
+                return
 
     return trials
 
@@ -132,9 +152,13 @@ def computations(kind: str, quick: int, full: int) -> Callable[[Bench], Iterator
                 if standing(training) != before:
                     yield Outcome(WRONG, f"moment {moment}: the model, or torch, is not as it was")
                     return
-                same = work(path).tobytes() == whole.tobytes()
+                with in_time():
+                    same = work(path).tobytes() == whole.tobytes()
                 gets = "KeyboardInterrupt; the model is as it was, and the same call goes on to the same bits"
                 yield Outcome(SURVIVED, gets) if same else Outcome(WRONG, f"moment {moment}: another result")
+            except TimeoutError as error:
+                yield Outcome(FAILED, f"moment {moment}: {first_sentence(error)}")
+                return
             except Exception as error:
                 yield Outcome(FAILED, f"moment {moment}: {first_sentence(error)}")
 
