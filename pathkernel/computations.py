@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import ceil, isqrt, prod
+from math import isqrt, prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import StoreError, check
+from pathkernel.pytrees import blocks
 from pathkernel.storage import MAX_CHUNK_BYTES, ChunkedArray, Group, Lock
 from pathkernel.trajectory.identity import compared, digest
 from pathkernel.trajectory.trajectory import Trajectory
@@ -142,25 +143,24 @@ def resumable_gram(
     """
     n, m, *block = shape
     edge = max(1, min(max(n, m), isqrt(TILE_BYTES // (8 * prod(block)))))
-    grid = ceil(n / edge), ceil(m / edge)
+    rows, columns = list(blocks(n, edge)), list(blocks(m, edge))
+    grid = len(rows), len(columns)
     with opened(path, "gram", identity) as group:
         chunks = (edge, edge, *block)
         final = group.create_array("gram", (grid[0] * edge, grid[1] * edge, *block), chunks, "float64")
         sums = [group.create_array(f"partial-{slot}", final.shape, chunks, "float64") for slot in "ab"]
         record = group.create_array("progress", (*grid, 3), (1, 1, 3), "uint64")
-        cuts = [[slice(k * edge, min(size, (k + 1) * edge)) for k in range(ceil(size / edge))] for size in (n, m)]
         places = [(i, j) for i in range(grid[0]) for j in range(grid[1]) if not symmetric or j >= i]
-        tiles = [_Tile((i, j), cuts[0][i], cuts[1][j], final, sums, record) for i, j in places]
+        tiles = [_Tile((i, j), rows[i], columns[j], final, sums, record) for i, j in places]
         if settle is not None:
             _settle(group, settle, [tile.kind(symmetric) for tile in tiles])
         bar = tqdm(total=len(tiles) * terms, desc="Gram matrix", unit="node", disable=not progress)
         result = np.empty(shape)
         for tile in tiles:
-            rows, columns = tile.rows, tile.columns
-            values = tile.computed(terms, partial(term, rows, columns), bar)
-            result[rows, columns] = values
-            if symmetric and rows != columns:
-                result[columns, rows] = values.swapaxes(0, 1) if not block else values.transpose(1, 0, 3, 2)
+            values = tile.computed(terms, partial(term, tile.rows, tile.columns), bar)
+            result[tile.rows, tile.columns] = values
+            if symmetric and tile.rows != tile.columns:
+                result[tile.columns, tile.rows] = values.swapaxes(0, 1) if not block else values.transpose(1, 0, 3, 2)
         bar.close()
     return result
 

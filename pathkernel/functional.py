@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,10 +198,11 @@ class ModelFunction:
         return ModelFunction(self.module, self.layout, self.constants, dtype, self.state, self.tap)
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def running(self, gradients: bool | None = None) -> Iterator[None]:
         """Evaluate inside, once where the pass draws random numbers, with kernels that can be differentiated.
 
-        Ctrl-C waits until the end, or for `pathkernel.interrupts.deliver`: the module is the user's, and holds θ.
+        With or without autograd's graph; None leaves it as it is. Ctrl-C waits until the end, or for
+        `pathkernel.interrupts.deliver`: the module is the user's, and holds θ.
         """
         device, dtype = self.state.autocast or ("cpu", None)
         with (
@@ -211,6 +212,7 @@ class ModelFunction:
             sdpa_kernel(SDPBackend.MATH),
             _differentiable_kernels(self.recurrent),
             torch.autocast(device, dtype=dtype, enabled=dtype is not None),
+            nullcontext() if gradients is None else torch.set_grad_enabled(gradients),
         ):
             yield
 
@@ -250,7 +252,7 @@ class ModelFunction:
         parameters = self.parameters(vector)
         inputs = cast_floating(inputs, self.dtype)
         found = []
-        with self.running(), torch.no_grad():
+        with self.running(gradients=False):
             for piece in blocks(count(inputs), block):
                 found.append(self.batch(parameters, take(inputs, piece)))
                 deliver()

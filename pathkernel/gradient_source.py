@@ -71,7 +71,7 @@ class GradientSource:
     ) -> FactoredGradients:
         """J_iᵀ λ_i of n samples, with λ (n, C) made of what the network returned for all of them."""
         if self.engine == "jacobian":
-            with function.running(), torch.no_grad():
+            with function.running(gradients=False):
                 weights = cotangents(function.call(function.parameters(theta), cast_floating(inputs, function.dtype)))
             return self.gradients(theta, inputs, _weighted, weights, None, function)
         returned: list[PyTree] = []

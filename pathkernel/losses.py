@@ -89,7 +89,7 @@ def batch_gradient(
 ) -> Float[Tensor, " P"]:
     """∇L of a whole batch at θ, (P,), by one reverse sweep; regularisers are left out."""
     theta = vector.to(function.dtype).detach().requires_grad_(True)
-    with function.running(), torch.enable_grad():
+    with function.running(gradients=True):
         outputs = function.call(function.layout.unflatten(theta), cast_floating(inputs, function.dtype))
         targets = cast_floating(targets, function.dtype)
         value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
@@ -106,12 +106,12 @@ def output_cotangents(
     weights: Tensor | None = None,
 ) -> Tensor:
     """λ = ∂L/∂z for the outputs of a batch, (B, C) in the order of `pathkernel.functional.batch_outputs`."""
-    with function.running(), torch.no_grad():
+    with function.running(gradients=False):
         outputs = function.call(function.parameters(vector), cast_floating(inputs, function.dtype))
     floating = lambda leaf: isinstance(leaf, Tensor) and leaf.is_floating_point()  # noqa: E731
     outputs = pytree.tree_map(lambda z: z.detach().requires_grad_(True) if floating(z) else z, outputs)
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if floating(leaf)]
-    with function.running(), torch.enable_grad():
+    with function.running(gradients=True):
         targets = cast_floating(targets, function.dtype)
         value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
         gradients = torch.autograd.grad(value, leaves, allow_unused=True)
@@ -129,7 +129,7 @@ def coupled_rows(
     still add up to the batch gradient.
     """
     theta = vector.to(function.dtype).detach().requires_grad_(True)
-    with function.running(), torch.enable_grad():
+    with function.running(gradients=True):
         outputs = function.batch(function.layout.unflatten(theta), cast_floating(inputs, function.dtype))
         rows = []
         for sample in range(len(cotangents)):
@@ -155,7 +155,7 @@ def batch_products(
 
     products = []
     for direction in directions:
-        with function.running(), torch.no_grad():  # random layers draw the same numbers every time
+        with function.running(gradients=False):  # random layers draw the same numbers every time
             products.append(push_forward(outputs, point, direction.to(point)).double())
     return torch.stack(products)
 

@@ -72,7 +72,7 @@ class Queries:
 
     def values(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " Q"]:
         """h at θ."""
-        with self.function.running(), torch.no_grad():
+        with self.function.running(gradients=False):
             return self._values(theta.to(self.function.dtype), self.inputs, self.context).double().reshape(-1)
 
     def _values(self, theta: Tensor, inputs: PyTree, context: PyTree) -> Tensor:
@@ -131,7 +131,7 @@ class Queries:
             return push_forward(lambda t: self._values(t, self.inputs, self.context), point, direction)
 
         try:
-            with self.function.running(), torch.no_grad():
+            with self.function.running(gradients=False):
                 columns = [along(direction.to(point)).double().reshape(-1) for direction in directions]
         except NotImplementedError:  # forward differentiation does not cover every operation, LSTM's for one
             few = blocks(count(self.inputs), 64)

@@ -14,7 +14,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from cases import record
+from torch import Tensor
 
 import pathkernel as pk
 from pathkernel.computations import _Tile, resumable_blocks, resumable_gram
@@ -195,18 +196,10 @@ def test_what_was_settled_stays_settled(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_kernel_that_goes_on_keeps_the_engines_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are chosen by the speed of the machine, which is another one on every day, and differ by rounding."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-    X, y = torch.randn(12, 4), torch.randint(2, (12,))
-    optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
-    with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
-        for x, target in recorder.batches(batch_size=4):
-            optimizer.zero_grad()
-            loss(model(x), target).backward()
-            optimizer.step()
+    run = record(dtype=torch.float32)
     monkeypatch.setattr("pathkernel.tangent_kernel.choice.WORTH_CHOOSING", 0)
     monkeypatch.setattr("pathkernel.tangent_kernel.choice.choose", lambda *_: ("jacobian", "yesterday"))
-    computed = lambda name: pk.PathKernel(recorder.trajectory)(X, store=tmp_path / name)  # noqa: E731
+    computed = lambda name: pk.PathKernel(run.trajectory)(run.X, store=tmp_path / name)  # noqa: E731
 
     plain = computed("whole")
     monkeypatch.setattr(_Tile, "computed", mock.Mock(side_effect=KeyboardInterrupt))

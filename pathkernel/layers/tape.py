@@ -66,7 +66,7 @@ class Tape:
         inputs = cast_floating(inputs, function.dtype)
         covered = plain is None or not plain.keys() >= set(function.layout.names)
         watching = (module_rules(function.module, recording), recording) if covered else ()
-        with function.running(), torch.enable_grad(), ExitStack() as stack:
+        with function.running(gradients=True), ExitStack() as stack:
             for watch in watching:
                 stack.enter_context(watch)
             returned = function.call(parameters, inputs)

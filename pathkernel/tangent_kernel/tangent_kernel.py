@@ -39,7 +39,7 @@ def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype) -> 
 def learn_structure(selection: OutputSelection, function: ModelFunction, theta: Tensor, inputs: PyTree) -> None:
     """Tell a loss in what form the network returns its outputs, from one sample."""
     if selection.structure is not None and selection.structure.tree is None:
-        with function.running(), torch.no_grad():
+        with function.running(gradients=False):
             one = cast_floating(take(inputs, slice(0, 1)), function.dtype)
             selection.structure.learn(function.call(function.parameters(theta), one))
 

@@ -310,7 +310,7 @@ def slopes(
     floating = lambda leaf: isinstance(leaf, Tensor) and leaf.is_floating_point()  # noqa: E731
     outputs = pytree.tree_map(lambda z: z.detach().requires_grad_(True) if floating(z) else z, outputs)
     leaves = [leaf for leaf in pytree.tree_leaves(outputs) if floating(leaf)]
-    with function.running(), torch.enable_grad():
+    with function.running(gradients=True):
         targets = cast_floating(targets, function.dtype)
         value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
         found = torch.autograd.grad(value, leaves, allow_unused=True)
