@@ -76,6 +76,12 @@ class Attributions:
         (Q, S) shares summed over the samples of each step, where ``by="step"`` was asked.
     gradients_per_step
         Query gradients taken per step and query.
+    split_error
+        How well the gradients of the training samples belong to them: rows of some batches against forward passes of
+        the batches as they ran, see `pathkernel.trajectory.gradients.SplitCertificate`. At rounding where they do, of
+        the order of 1 where a network's samples get each other's; NaN where it could not be measured.
+    engine
+        How the gradients of the training samples were formed: ``"layerwise"``, ``"jacobian"``, ``"autograd"``.
     form
         The same sum in the form that the machine was asked for: `pathkernel.forms.AverageForm`, `ConstantForm` or
         `EnsembleForm`; None for ``"folded"`` and ``"chord"``.
@@ -91,6 +97,8 @@ class Attributions:
     modules: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     steps: np.ndarray | None = field(default=None, repr=False)
     form: Form | None = field(default=None, repr=False)
+    split_error: float = float("nan")
+    engine: str = ""
 
     @property
     def initial(self) -> np.ndarray:
@@ -184,5 +192,6 @@ class Attributions:
         q, n = self.shares.shape
         return (
             f"Attributions({q} queries × {n} training samples, channels: {', '.join(self.channels)}; "
-            f"residual {self.relative_residual:.1e}, quadrature error {np.median(self.quadrature_error):.1e} (median))"
+            f"residual {self.relative_residual:.1e}, quadrature error {np.median(self.quadrature_error):.1e} (median), "
+            f"split error {'not checked' if np.isnan(self.split_error) else format(self.split_error, '.1e')})"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from pathkernel.query_blocks import samples_at_once
 from pathkernel.sweeps import backward_sweep
 from pathkernel.tangent_kernel.outputs import select_outputs
 from pathkernel.tangent_kernel.tangent_kernel import split_samples
-from pathkernel.trajectory.gradients import RecordedGradients
+from pathkernel.trajectory.gradients import EngineReplaced, RecordedGradients
 from pathkernel.trajectory.trajectory import Trajectory
 
 FORMS = {
@@ -37,7 +38,7 @@ FORMS = {
 }
 """The forms of the same exact sum, and their properties."""
 
-ENGINES = ("auto", "layerwise", "jacobian")
+ENGINES = ("auto", "layerwise", "jacobian", "autograd")
 
 KEPT_QUERIES = 64
 """Samples in a block of a computation that is kept in a store: what an interruption may cost."""
@@ -77,7 +78,9 @@ class KernelMachine:
         Largest part of the change of the outputs that may come from unnamed changes before it is an error.
     engine
         How gradients are taken: ``"auto"`` or ``"layerwise"`` (from activations and back-propagated signals; parameters
-        that these do not account for as rows), or ``"jacobian"`` (all as rows by `torch.func`, plain and slow).
+        that these do not account for as rows), ``"jacobian"`` (all as rows by `torch.func`, plain and slow), or
+        ``"autograd"`` (one sample after the other, slower still). Rows are checked against the batch as it ran, and
+        where they are not its samples', those of the next of these engines are taken; the result names them.
     memory
         Budget for gradients and the optimizer's memory of the queries, as bytes or text; queries are taken in blocks
         that fit it.
@@ -234,7 +237,7 @@ class KernelMachine:
 
     def _reconstruct(self, X: PyTree) -> np.ndarray:
         queries = self._all_outputs(self._samples(X))
-        account = self._forward(queries)
+        account = self._settled(lambda: self._forward(queries))
         self._check_unexplained(account, self._curve(queries).final())
         return sum(account.channels.values(), torch.zeros(())).reshape(-1, queries.components).numpy()
 
@@ -277,7 +280,9 @@ class KernelMachine:
             'Write `machine.explain(X, by="module")`',
         )
         queries, samples, indices = self._queries(X, outputs)
-        account = self._backward(queries, by) if store is None else self._stored(store, queries, by, outputs)
+        account = self._settled(
+            lambda: self._backward(queries, by) if store is None else self._stored(store, queries, by, outputs)
+        )
         output = self._curve(queries).final()
         self._check_unexplained(account, output)
         moved = (output - account.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
@@ -293,7 +298,17 @@ class KernelMachine:
             modules={name: value.numpy() for name, value in account.modules.items()},
             steps=None if account.steps is None else account.steps.numpy(),
             form=account.form,
+            split_error=self._recorded.certificate.error,
+            engine=", ".join(sorted(self._recorded.certificate.engines)),
         )
+
+    def _settled(self, compute: Callable[[], Account]) -> Account:
+        """An account all of whose rows were formed in a way that was not found wrong at any batch."""
+        while True:
+            try:
+                return compute()
+            except EngineReplaced:  # at most once: rows of whole batches come next, and nothing after them
+                continue
 
     def _queries(self, X: PyTree, outputs: Any) -> tuple[Queries, np.ndarray, np.ndarray]:
         """The query functions, and which sample and output each of them is."""

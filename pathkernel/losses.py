@@ -15,13 +15,20 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Loss, Parameters, PyTree
 from pathkernel.errors import InputError
-from pathkernel.functional import ModelFunction, batch_outputs, push_forward
+from pathkernel.functional import (
+    ModelFunction,
+    batch_outputs,
+    leaf_parameters,
+    map_outputs,
+    output_leaves,
+    output_products,
+    pulled_back,
+)
 from pathkernel.interrupts import deliver
-from pathkernel.pytrees import cast_floating, take
+from pathkernel.pytrees import cast_floating, count, take
 
 
 def batch_loss(loss: Loss, outputs: PyTree, targets: PyTree, weights: Tensor | None, reduction: str) -> Tensor:
@@ -88,13 +95,13 @@ def batch_gradient(
     weights: Tensor | None = None,
 ) -> Float[Tensor, " P"]:
     """∇L of a whole batch at θ, (P,), by one reverse sweep; regularisers are left out."""
-    theta = vector.to(function.dtype).detach().requires_grad_(True)
-    with function.running(gradients=True):
-        outputs = function.call(function.layout.unflatten(theta), cast_floating(inputs, function.dtype))
+    leaves = leaf_parameters(function, vector)
+    with function.running(gradients=True), function.kept():
+        outputs = function.call(leaves, cast_floating(inputs, function.dtype))
         targets = cast_floating(targets, function.dtype)
         value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
-        (gradient,) = torch.autograd.grad(value, theta)
-    return gradient
+        gradients = pulled_back(leaves, value, torch.ones_like(value), retain=False)
+    return function.layout.flatten(gradients)
 
 
 def output_cotangents(
@@ -108,16 +115,27 @@ def output_cotangents(
     """λ = ∂L/∂z for the outputs of a batch, (B, C) in the order of `pathkernel.functional.batch_outputs`."""
     with function.running(gradients=False):
         outputs = function.call(function.parameters(vector), cast_floating(inputs, function.dtype))
+    return loss_slopes(function, objective, outputs, targets, weights, count(inputs))
+
+
+def loss_slopes(
+    function: ModelFunction,
+    objective: Objective,
+    outputs: PyTree,
+    targets: PyTree,
+    weights: Tensor | None,
+    n: int,
+) -> Tensor:
+    """λ = ∂L/∂z of what the network returned for n samples, (n, C) in the order of `batch_outputs`."""
     floating = lambda leaf: isinstance(leaf, Tensor) and leaf.is_floating_point()  # noqa: E731
-    outputs = pytree.tree_map(lambda z: z.detach().requires_grad_(True) if floating(z) else z, outputs)
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if floating(leaf)]
+    outputs = map_outputs(lambda z: z.detach().requires_grad_(True) if floating(z) else z, outputs)
+    leaves = [leaf for leaf in output_leaves(outputs) if floating(leaf)]
     with function.running(gradients=True):
         targets = cast_floating(targets, function.dtype)
         value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
-        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
-    return batch_outputs(
-        [torch.zeros_like(z) if gradient is None else gradient for z, gradient in zip(leaves, gradients, strict=True)]
-    )
+        found = torch.autograd.grad(value, leaves, allow_unused=True)
+    zeros = [torch.zeros_like(z) if gradient is None else gradient for z, gradient in zip(leaves, found, strict=True)]
+    return batch_outputs(zeros, n)
 
 
 def coupled_rows(
@@ -128,14 +146,13 @@ def coupled_rows(
     One forward pass of the whole batch as it was, then one reverse sweep for each sample's outputs alone: the rows
     still add up to the batch gradient.
     """
-    theta = vector.to(function.dtype).detach().requires_grad_(True)
-    with function.running(gradients=True):
-        outputs = function.batch(function.layout.unflatten(theta), cast_floating(inputs, function.dtype))
-        rows = []
+    leaves, rows = leaf_parameters(function, vector), []
+    with function.running(gradients=True), function.kept():
+        outputs = function.batch(leaves, cast_floating(inputs, function.dtype))
         for sample in range(len(cotangents)):
             own = torch.zeros_like(outputs)
             own[sample] = cotangents[sample].to(outputs)
-            rows.append(torch.autograd.grad(outputs, theta, own, retain_graph=True)[0])
+            rows.append(function.layout.flatten(pulled_back(leaves, outputs, own, retain=True)))
             deliver()
     return torch.stack(rows)
 
@@ -146,18 +163,20 @@ def batch_products(
     inputs: PyTree,
     directions: Float[Tensor, "Q P"],
 ) -> Float[Tensor, "Q B C"]:
-    """∇z·v for all outputs of a batch and a few directions, float64, by forward differentiation."""
-    inputs = cast_floating(inputs, function.dtype)
-    point = vector.to(function.dtype)
+    """∇z·v for all outputs of a batch and a few directions, float64, by forward differentiation.
 
-    def outputs(theta: Tensor) -> Tensor:
-        return function.batch(function.layout.unflatten(theta), inputs)
-
-    products = []
-    for direction in directions:
-        with function.running(gradients=False):  # random layers draw the same numbers every time
-            products.append(push_forward(outputs, point, direction.to(point)).double())
-    return torch.stack(products)
+    Where torch has no rule for it, by one row of gradients for each output.
+    """
+    found = output_products(function, vector, inputs, directions)
+    if found is None:
+        n, rows = count(inputs), []
+        c = function.outputs(vector, take(inputs, slice(0, 1))).shape[1]
+        for k in range(c):
+            one = torch.zeros(n, c)
+            one[:, k] = 1
+            rows.append(coupled_rows(function, vector, inputs, one).double() @ directions.double().T)
+        found = torch.stack(rows, dim=1).permute(2, 0, 1)
+    return found
 
 
 def check_reduction(reduction: str) -> str:

@@ -43,6 +43,11 @@ def take(tree: PyTree, index: Any) -> PyTree:
     return pytree.tree_map(lambda leaf: leaf[index], tree)
 
 
+def spread(n: int, few: int) -> Tensor:
+    """Up to a few of the places 0 … n − 1, evenly spread over them."""
+    return torch.linspace(0, n - 1, min(n, few)).round().to(torch.int64)
+
+
 def count(tree: PyTree) -> int:
     """The number of samples along the first axis."""
     return len(pytree.tree_leaves(tree)[0])

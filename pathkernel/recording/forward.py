@@ -10,6 +10,7 @@ from torch import nn
 
 from pathkernel.functional import ForwardState, generator_states
 from pathkernel.recording.modules import WatchedModules
+from pathkernel.structural_copy import watches_training
 
 
 class ForwardWatcher:
@@ -61,6 +62,7 @@ class ForwardWatcher:
         """A batch was announced: report the next passes."""
         self._waiting, self._before = self.passes, None
 
+    @watches_training
     def _enter(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if self._waiting and torch.is_grad_enabled():
             kind = self.device.type
@@ -69,6 +71,7 @@ class ForwardWatcher:
                 self.modules.modes(), generator_states(self.device), autocast, self.modules.changed_buffers()
             )
 
+    @watches_training
     def _leave(self, module: nn.Module, arguments: tuple[Any, ...], outputs: Any) -> None:
         if self._before is None:
             return

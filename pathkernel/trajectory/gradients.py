@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,19 +17,18 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import TrajectoryError
 from pathkernel.factored import FactoredGradients, working
-from pathkernel.functional import ModelFunction, Modes, batch_outputs
-from pathkernel.gradient_source import GradientSource
+from pathkernel.functional import ROW_LIMIT, ModelFunction, Modes, error_of_rows, random_directions
+from pathkernel.gradient_source import BY_ROWS, GradientSource
 from pathkernel.layers.tape import Tape
 from pathkernel.losses import (
-    Objective,
     batch_gradient,
-    batch_loss,
     batch_products,
     coupled_rows,
+    loss_slopes,
     output_cotangents,
 )
 from pathkernel.parameters import ParameterLayout
-from pathkernel.pytrees import as_tensors, cast_floating
+from pathkernel.pytrees import as_tensors
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -59,6 +59,45 @@ def normalises_batch(module: nn.Module, modes: Modes) -> bool:
         and (isinstance(child, _BatchNorm) or getattr(child, "track_running_stats", False))
         for name, child in module.named_modules()
     )
+
+
+DIRECTIONS = 3
+"""Random directions in which the rows of a batch are compared with the batch run forward."""
+
+AUTOCAST_LIMIT = 5e-2
+"""Difference of rows under automatic mixed precision that is rounding: forward and backward passes round apart."""
+
+
+class EngineReplaced(Exception):
+    """Rows of a batch were seen not to be its samples': everything is to be computed again, with other rows."""
+
+
+@dataclass
+class SplitCertificate:
+    r"""How well the rows of a run's batches belong to their samples, measured on some of them.
+
+    .. math:: \max_i \lvert \langle row_i, v\rangle - \lambda_i \cdot (J v)_i \rvert
+              \,/\, \max_i \lvert \lambda_i \cdot (J v)_i \rvert
+
+    Attributes
+    ----------
+    error
+        The worst of three random directions v and of all batches measured; NaN where torch has no way to J v.
+    batches
+        How many were measured.
+    engines
+        How rows were formed: ``"layerwise"``, ``"jacobian"``, ``"autograd"``.
+    """
+
+    error: float = math.nan
+    batches: int = 0
+    engines: set[str] = field(default_factory=set)
+
+    def note(self, error: float) -> None:
+        """Add a batch."""
+        if math.isfinite(error):
+            self.error = error if math.isnan(self.error) else max(self.error, error)
+            self.batches += 1
 
 
 @dataclass(frozen=True)
@@ -162,8 +201,10 @@ class RecordedGradients:
         # Mixed precision rounds every product; rows by torch.func round as the loop did.
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
         self.largest = max(step.gradient.norm().item() for step in trajectory.steps())
-        self._coupled = False
+        self.certificate = SplitCertificate()
+        self._coupled = engine == "autograd"
         self._separate: dict[Any, bool] = {}
+        self._measured: set[Any] = set()
 
     def stages(self, step: Step, rows: bool) -> list[StageGradients]:
         """What the samples contributed to each gradient of a step, one by one (``rows``) or in total only."""
@@ -217,8 +258,7 @@ class RecordedGradients:
         # Gradients far below the largest of the run are differences of nearly equal numbers: judged by its scale.
         if fit.relative > tolerance and fit.relative * recorded.norm().item() > tolerance * 1e-2 * self.largest:
             if rows and not self._coupled:
-                self._coupled = True  # perhaps samples are coupled by a layer that is not known to couple them
-                return self._stage(step, point, rows, compare)
+                raise self._replaced()  # perhaps samples are coupled by a layer that is not known to couple them
             raise TrajectoryError(
                 f"At step {step.index} the samples on record explain the gradient only up to {fit.relative:.1%}, worst "
                 f"in `{fit.worst}`",
@@ -242,15 +282,61 @@ class RecordedGradients:
         """The gradients of the samples of a micro-batch, run as it was, (B,)."""
         function = self._replayed(step, batch)
         inputs, targets = samples_of(batch, self.trajectory.data)
-        objective, weights = self.trajectory.objective, batch.weights
+        rows, cotangents = self._rows(batch, function, point, inputs, targets)
+        if self._is_measured(step, batch, inputs):
+            if cotangents is None:
+                objective = self.trajectory.objective
+                cotangents = output_cotangents(function, point, objective, inputs, targets, batch.weights)
+            error = self._split_error(function, point, inputs, cotangents, rows)
+            limit = ROW_LIMIT[torch.promote_types(function.dtype, torch.float32)]
+            if error > (limit if batch.state.autocast is None else AUTOCAST_LIMIT) and not self._coupled:
+                raise self._replaced()
+            self.certificate.note(error)
+        return rows
+
+    def _replaced(self) -> EngineReplaced:
+        """Form rows by reverse sweeps of whole batches from now on, which are right for every network."""
+        self._coupled, self.certificate, self._measured = True, SplitCertificate(), set()
+        return EngineReplaced()
+
+    def _rows(
+        self, batch: MicroBatch, function: ModelFunction, point: Tensor, inputs: PyTree, targets: PyTree
+    ) -> tuple[FactoredGradients, Tensor | None]:
+        """The gradients of a micro-batch's samples, and λ (B, C) where it was needed for them."""
+        objective, weights, n = self.trajectory.objective, batch.weights, len(batch.ids)
         if self._together(batch, point, inputs):
             cotangents = output_cotangents(function, point, objective, inputs, targets, weights)
             rows = coupled_rows(function, point, inputs, cotangents).to(working(function.dtype))
-            return FactoredGradients.dense(rows, function.layout)
+            self.certificate.engines.add("autograd")
+            return FactoredGradients.dense(rows, function.layout), cotangents
         source = self.rounded if batch.state.autocast else self.source
-        return source.pulled_back(
-            point, inputs, lambda outputs: slopes(function, objective, outputs, targets, weights), function
+        found = source.pulled_back(
+            point, inputs, lambda outputs: loss_slopes(function, objective, outputs, targets, weights, n), function
         )
+        self.certificate.engines |= source.engines
+        return found, None
+
+    def _is_measured(self, step: Step, batch: MicroBatch, inputs: PyTree) -> bool:
+        """Whether the rows of a batch are compared with the batch run forward.
+
+        At steps 0, 1, 2, 4, 8, … and the last, and wherever samples of another shape or number, or another mode, come
+        first; once for each batch, however often the record is passed.
+        """
+        key = step.index, tuple(batch.ids.tolist())
+        leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        modes = batch.state.modes if isinstance(batch.state.modes, bool) else tuple(batch.state.modes.items())
+        kind = modes, self._coupled, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        due = step.index & (step.index - 1) == 0 or step.index == len(self.trajectory) - 1 or kind not in self._measured
+        if not due or key in self._measured:
+            return False
+        self._measured |= {key, kind}
+        return True
+
+    def _split_error(
+        self, function: ModelFunction, point: Tensor, inputs: PyTree, cotangents: Tensor, rows: FactoredGradients
+    ) -> float:
+        v = random_directions(function.layout.size, DIRECTIONS)
+        return error_of_rows(function, point, inputs, v, (rows @ v.T).unsqueeze(1), cotangents.unsqueeze(1))
 
     def _together(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
         """Whether the samples of a batch have to be run together, one reverse sweep for each."""
@@ -260,7 +346,7 @@ class RecordedGradients:
             return False
         # What is random in training is proved as it is in evaluation, where each sample can be run by itself. That its
         # training mode couples no samples is seen once.
-        if batch.state.autocast or self.source.engine == "jacobian":
+        if batch.state.autocast or self.source.engine in BY_ROWS:
             return True
         key = batch.state.modes if isinstance(batch.state.modes, bool) else tuple(batch.state.modes.items())
         if key not in self._separate:
@@ -301,21 +387,6 @@ class RecordedGradients:
         for name, where in self.trajectory.layout.slices.items():
             if name not in step.active:
                 gradients[..., where] = 0
-
-
-def slopes(
-    function: ModelFunction, objective: Objective, outputs: PyTree, targets: PyTree, weights: Tensor | None
-) -> Tensor:
-    """λ = ∂L/∂z of what the network returned for a batch, (B, C) in the order of `batch_outputs`."""
-    floating = lambda leaf: isinstance(leaf, Tensor) and leaf.is_floating_point()  # noqa: E731
-    outputs = pytree.tree_map(lambda z: z.detach().requires_grad_(True) if floating(z) else z, outputs)
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if floating(leaf)]
-    with function.running(gradients=True):
-        targets = cast_floating(targets, function.dtype)
-        value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
-        found = torch.autograd.grad(value, leaves, allow_unused=True)
-    zeros = [torch.zeros_like(z) if gradient is None else gradient for z, gradient in zip(leaves, found, strict=True)]
-    return batch_outputs(zeros)
 
 
 def _separate(tape: Tape) -> bool:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel.errors import RecordingError, TrajectoryError, check
-from pathkernel.functional import generators_at, module_mode
 from pathkernel.interrupts import held
 from pathkernel.losses import batch_loss
 from pathkernel.storage import crc32c
@@ -275,25 +274,19 @@ class Replay:
                 self._parameters[name].grad = value.clone()
 
     def _backward(self, step: Step, batch: MicroBatch, divisor: int, last: bool) -> None:
-        # Not under `ModelFunction.running`, which chooses other kernels than training did.
         objective, state = self.trajectory.objective, batch.state
         buffers = step.buffers if state.buffers is None else state.buffers
         function = self.trajectory.function().replaced(constants=buffers, state=state)
         inputs, targets = samples_of(batch, self.trajectory.data)
-        device, dtype = state.autocast or ("cpu", None)
-        with (
-            held(),  # the module is the user's
-            torch.enable_grad(),
-            module_mode(function.module, state.modes),
-            generators_at(state.generators),
-        ):
-            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-                outputs = function.call(dict(self._parameters), inputs)
-                value = batch_loss(objective.loss, outputs, targets, batch.weights, objective.reduction)
-                if divisor > 1 or last:  # a loop adds its regularisers to each divided loss, or once
-                    for regularizer in objective.regularizers.values():
-                        value = value + regularizer(dict(self._parameters))
-            (value / divisor if divisor > 1 else value).backward()
+        # As trained: `ModelFunction.running` otherwise chooses other kernels than the loop had.
+        with function.running(gradients=True, as_trained=True), function.kept():
+            outputs = function.call(dict(self._parameters), inputs)
+            value = batch_loss(objective.loss, outputs, targets, batch.weights, objective.reduction)
+            if divisor > 1 or last:  # a loop adds its regularisers to each divided loss, or once
+                for regularizer in objective.regularizers.values():
+                    value = value + regularizer(dict(self._parameters))
+            with torch.autocast(state.autocast[0] if state.autocast else "cpu", enabled=False):
+                (value / divisor if divisor > 1 else value).backward()
 
     def _stepping(self, step: Step) -> Optimizer:
         """The optimizer with the groups and settings of a step."""
