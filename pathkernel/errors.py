@@ -32,7 +32,6 @@ class UnsupportedOptimizerError(RecordingError):
     """No update rule is known for an optimizer, or for one of its options."""
 
 
-
 class NonFiniteStepError(RecordingError):
     """A gradient holds NaN or infinity; the steps recorded before it stay valid."""
 
@@ -59,6 +58,10 @@ class CorruptBlockError(StoreError):
 
 class InputError(PathKernelError):
     """Samples of the wrong shape or type were given to a kernel."""
+
+
+class UnsupportedModelError(RecordingError, InputError):
+    """A network that has no tangent kernel: not differentiable, or no function of one sample."""
 
 
 def check(condition: bool, error: type[PathKernelError], found: str, expected: str, write: str) -> None:

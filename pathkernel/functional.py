@@ -253,7 +253,8 @@ class ModelFunction:
         self.constants = cast_floating({**constants_of(module, layout), **(constants or {})}, dtype)
         self.recurrent = any(isinstance(child, (nn.RNNBase, nn.RNNCellBase)) for child in self.module.modules())
         self.row_routes: dict[Any, str] = {}
-        self._lock, self._kept = threading.RLock(), False
+        self.sample_wise: set[Any] = set()
+        self.lock, self._kept = threading.RLock(), False
 
     @property
     def module(self) -> nn.Module:
@@ -299,7 +300,7 @@ class ModelFunction:
         device, dtype = self.state.autocast or ("cpu", None)
         with (
             held(),
-            self._lock,
+            self.lock,
             _RANDOM if self.state.generators else nullcontext(),
             module_mode(self.module, self.state.modes),
             generators_at(self.state.generators),
@@ -332,7 +333,7 @@ class ModelFunction:
         if self.state.modes is not False:  # layers in train mode write to their buffers
             constants = {name: value.clone() for name, value in constants.items()}
         tapped: list[Any] = []
-        with self._lock:
+        with self.lock:
             handle = None
             if self.tap is not None:
                 tapping = self.module.get_submodule(self.tap)
@@ -686,9 +687,23 @@ def _push_by_reversing(function: Callable[[Tensor], Tensor], point: Tensor, dire
     with torch.enable_grad():
         theta = point.detach().clone().requires_grad_(True)
         outputs = function(theta)
-        u = torch.zeros_like(outputs, requires_grad=True)
+        u = torch.linspace(0.5, 1.5, outputs.numel(), dtype=outputs.dtype, device=outputs.device)
+        u = u.reshape(outputs.shape).requires_grad_(True)
         (pulled,) = torch.autograd.grad(outputs, theta, u, create_graph=True)
-        return torch.autograd.grad(pulled @ direction, u)[0].detach()
+        product = pulled @ direction
+        (found,) = torch.autograd.grad(product, u)
+    # Functions that are differentiable once drop out of the second sweep without a word: ⟨Jᵀu, v⟩ and ⟨u, J v⟩ differ.
+    left, right = product.item(), (u * found).sum().item()
+    scale, rounding = (u * found).abs().sum().item() + abs(left), math.sqrt(torch.finfo(outputs.dtype).eps)
+    once = not abs(left - right) <= rounding * scale
+    # Reentrant checkpoints hide the parameters that they use from `grad`, and not from `backward`.
+    with torch.enable_grad():
+        whole = point.detach().clone().requires_grad_(True)
+        function(whole).backward(u.detach())
+    hidden = whole.grad is not None and not (whole.grad - pulled).norm() <= rounding * whole.grad.norm()
+    if once or hidden:
+        raise NotImplementedError("a function in the network can be differentiated only once, or not by `grad`")
+    return found.detach()
 
 
 @functools.cache

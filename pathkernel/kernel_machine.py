@@ -23,9 +23,11 @@ from pathkernel.pytrees import blocks, count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.queries import Queries, one_hot_context
 from pathkernel.query_blocks import samples_at_once
+from pathkernel.sample_wise import check_sample_wise
 from pathkernel.sweeps import backward_sweep
 from pathkernel.tangent_kernel.outputs import select_outputs
 from pathkernel.tangent_kernel.tangent_kernel import split_samples
+from pathkernel.threads import one_at_a_time
 from pathkernel.trajectory.gradients import EngineReplaced, RecordedGradients
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -235,6 +237,12 @@ class KernelMachine:
         target = torch.utils._pytree.tree_leaves(self.trajectory.data[torch.zeros(1, dtype=torch.int64)][1])[0]
         return not target.is_floating_point() and target.dim() == 1
 
+    @property
+    def lock(self) -> Any:
+        """Held by one thread at a time."""
+        return self.trajectory.lock
+
+    @one_at_a_time
     def _reconstruct(self, X: PyTree) -> np.ndarray:
         queries = self._all_outputs(self._samples(X))
         account = self._settled(lambda: self._forward(queries))
@@ -243,6 +251,7 @@ class KernelMachine:
 
     # -- why it says so ---------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def explain(
         self,
         X: PyTree,
@@ -393,7 +402,9 @@ class KernelMachine:
         return averaged.outputs(trajectory.layout.flatten(record.last), inputs)
 
     def _samples(self, X: PyTree) -> PyTree:
-        return self.trajectory.data.queries(X, "KernelMachine")
+        inputs = self.trajectory.data.queries(X, "KernelMachine")
+        check_sample_wise(self.function, self.trajectory.final, inputs)
+        return inputs
 
     # -- the sweeps, in blocks of queries ---------------------------------------------------------------------
 

@@ -19,14 +19,17 @@ from pathkernel.path_nodes import PathMeasure, PathNode, path_nodes
 from pathkernel.path_selection import probe_samples, select_nodes
 from pathkernel.pytrees import count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
+from pathkernel.sample_wise import check_sample_wise
 from pathkernel.tangent_kernel.choice import AutomaticEngine, EngineValue, make_engine
 from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.measured_error import MeasuredError
 from pathkernel.tangent_kernel.operators import KernelOperator, Samples
 from pathkernel.tangent_kernel.output_probes import OutputProbes
 from pathkernel.tangent_kernel.outputs import select_outputs
+from pathkernel.tangent_kernel.products import error_of_engine
 from pathkernel.tangent_kernel.projection import Projection, ProjectionEngine, products
 from pathkernel.tangent_kernel.tangent_kernel import split_samples
+from pathkernel.threads import one_at_a_time
 from pathkernel.trajectory.schedule import PRECONDITIONED
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -185,6 +188,12 @@ class PathKernel:
         exact = sum(node.weight * self._exact_gram(node, *samples) for node in self._progress(every))
         return MeasuredError.between(self._gram(samples, None).numpy(), torch.as_tensor(exact).numpy(), against)
 
+    @property
+    def lock(self) -> Any:
+        """Held by one thread at a time."""
+        return self.trajectory.lock
+
+    @one_at_a_time
     def __call__(
         self, X: PyTree, Y: PyTree | None = None, *, store: str | os.PathLike[str] | None = None
     ) -> np.ndarray:
@@ -241,6 +250,7 @@ class PathKernel:
             store, identity, shape, columns is None, len(self.nodes), term, settle, self.progress
         )
 
+    @one_at_a_time
     def diagonal(self, X: PyTree) -> np.ndarray:
         """K(x, x) for every sample: (n,), or (n, C, C) for ``outputs="full"``."""
         x, context = self._samples(X)
@@ -270,8 +280,10 @@ class PathKernel:
             "Write `phi = PathKernel(trajectory).features(X, dim)` and `phi @ (phi.T @ v)`",
         )
         same = Y is None or Y is X
-        return KernelOperator(self.nodes, self._engine_at, self._samples(X), None if same else self._samples(Y))
+        columns = None if same else self._samples(Y)
+        return KernelOperator(self.nodes, self._engine_at, self._samples(X), columns, lock=self.lock)
 
+    @one_at_a_time
     def features(self, X: PyTree, dim: int = 1024, *, kind: str = "tensor", seed: int = 0) -> Features:
         """Features φ with φφᵀ ≈ K, for N beyond what a Gram matrix holds.
 
@@ -305,6 +317,24 @@ class PathKernel:
         found = products(probe, probe).numpy()
         error = MeasuredError.between(found, self._probe_kernel.numpy(), "the kernel's own matrix")
         return Features.of(of(self._samples(X)).numpy(), error)
+
+    @one_at_a_time
+    def check(self, X: PyTree) -> float:
+        """How far the tangent kernels of some samples are from autograd's: the worst of first, middle and last node.
+
+        Parameters
+        ----------
+        X
+            n samples.
+
+        Returns
+        -------
+        float
+            As of `pathkernel.TangentKernel.check`.
+        """
+        samples, last = self._samples(X), len(self.nodes) - 1
+        nodes = [self.nodes[place] for place in sorted({0, last // 2, last})]
+        return max(error_of_engine(self._engine_at(n), n.theta, *samples, n.diagonal) for n in nodes)
 
     # -- engines and samples ---------------------------------------------------------------------------------
 
@@ -348,8 +378,12 @@ class PathKernel:
     def _samples(self, X: PyTree) -> Samples:
         if self.selection.with_targets:
             x, context = split_samples(X, self.selection, self.function.dtype)
-            return self.trajectory.data.queries(x, "PathKernel"), context
-        return split_samples(self.trajectory.data.queries(X, "PathKernel"), self.selection, self.function.dtype)
+            x = self.trajectory.data.queries(x, "PathKernel")
+        else:
+            queries = self.trajectory.data.queries(X, "PathKernel")
+            x, context = split_samples(queries, self.selection, self.function.dtype)
+        check_sample_wise(self.function, self.trajectory.final, x)
+        return x, context
 
     def _progress(self, nodes: list[PathNode]) -> Iterable[PathNode]:
         return tqdm(nodes, desc="path kernel", unit="node", disable=not self.progress)

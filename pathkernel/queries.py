@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from pathkernel._typing import Float, Int, PyTree
 from pathkernel.factored import FactoredGradients
-from pathkernel.functional import OutputFunctional, gradients_along, push_forward
+from pathkernel.functional import REFUSALS, OutputFunctional, gradients_along, push_forward, values_of
 from pathkernel.gradient_source import GradientSource
+from pathkernel.interrupts import attempt
 from pathkernel.pytrees import blocks, cast_floating, count, take
 from pathkernel.trajectory.step import Segment
 
@@ -77,7 +77,7 @@ class Queries:
 
     def _values(self, theta: Tensor, inputs: PyTree, context: PyTree) -> Tensor:
         outputs = self.function.batch(self.function.layout.unflatten(theta), inputs)
-        return vmap(self.functional)(outputs, context)
+        return values_of(self.functional, outputs, context)
 
     @property
     def _components(self) -> int | None:
@@ -130,10 +130,12 @@ class Queries:
         def along(direction: Tensor) -> Tensor:
             return push_forward(lambda t: self._values(t, self.inputs, self.context), point, direction)
 
-        try:
-            with self.function.running(gradients=False):
-                columns = [along(direction.to(point)).double().reshape(-1) for direction in directions]
-        except NotImplementedError:  # forward differentiation does not cover every operation, LSTM's for one
+        def all_along() -> list[Tensor]:
+            with self.function.running(gradients=False), self.function.kept():
+                return [along(direction.to(point)).double().reshape(-1) for direction in directions]
+
+        columns = attempt(all_along, REFUSALS)
+        if isinstance(columns, Exception):  # not every network can be differentiated forward, or twice backward
             few = blocks(count(self.inputs), 64)
             return torch.cat([self.block(piece).gradients(theta) @ directions.T for piece in few])
         return torch.stack(columns, dim=1)

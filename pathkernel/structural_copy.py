@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pathkernel.errors import InputError
+from pathkernel.errors import UnsupportedModelError
 
 LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event, threading.local)
 """Objects that have no copies and hold nothing that a pass depends on."""
@@ -52,7 +52,7 @@ class StructuralCopy:
 
     Raises
     ------
-    InputError
+    UnsupportedModelError
         Naming a module or an attribute that cannot be copied.
     """
 
@@ -107,7 +107,7 @@ class _Copier:
         if id(module) in self.memo:
             return self.memo[id(module)]
         if isinstance(module, torch.jit.ScriptModule):
-            raise InputError(
+            raise UnsupportedModelError(
                 f"The module {name or 'itself'!r} is scripted",
                 "Kernels need the gradients of single samples, for which a module is run on copies of its structure; a "
                 "scripted one has none",
@@ -141,7 +141,7 @@ class _Copier:
         try:
             return copy.deepcopy(value, self.memo)
         except Exception as error:
-            raise InputError(
+            raise UnsupportedModelError(
                 f"The attribute `{self._place}` of the model ({type(value).__name__}) cannot be copied: {error}",
                 "Passes run on a copy of the module, so that the module itself stays as it is",
                 "Keep it outside of the module; or, if no forward pass changes it, give its class a method "

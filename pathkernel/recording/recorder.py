@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError
-from pathkernel.interrupts import held
+from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError, UnsupportedModelError
+from pathkernel.interrupts import attempt, held
 from pathkernel.losses import Objective, check_reduction
 from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
-from pathkernel.pytrees import count
+from pathkernel.pytrees import as_tensors, count, spread
 from pathkernel.recording.audit import audit, is_due
 from pathkernel.recording.indexed import indexed_loader
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
@@ -29,6 +29,7 @@ from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.recording.pending import PendingBatches, checked_ids
 from pathkernel.recording.validation import check_optimizer, unwrapped
+from pathkernel.sample_wise import SAMPLES, check_sample_wise, generators_untouched
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.memory import MemoryStore
@@ -185,6 +186,7 @@ class KernelRecorder:
         self._changes: list[tuple[str, Tensor]] = []
         self._gradient_changes: dict[str, Tensor] = {}
         self._end_of_steps = initial
+        self._checked = False
 
     # -- the life of a recording ------------------------------------------------------------------------------
 
@@ -329,7 +331,7 @@ class KernelRecorder:
             if drop_last and len(ids) < batch_size:
                 break
             inputs, targets = self._trajectory.data[ids]
-            self._pending.announce(MicroBatch(ids))
+            self._announce(MicroBatch(ids))
             yield inputs, targets
 
     def track(self, loader: DataLoader) -> Iterator[Any]:
@@ -339,7 +341,7 @@ class KernelRecorder:
         detach them.
         """
         for ids, batch in indexed_loader(loader):
-            self._pending.announce(MicroBatch(checked_ids(ids, len(self._trajectory.data))))
+            self._announce(MicroBatch(checked_ids(ids, len(self._trajectory.data))))
             yield batch
 
     def batch(
@@ -377,8 +379,27 @@ class KernelRecorder:
                     f"Write `recorder.batch(ids, {name}={name})` with one row for each id",
                 )
         batch = MicroBatch(ids, weights, inputs, targets)
-        self._pending.announce(batch)
+        self._announce(batch)
         return samples_of(batch, self._trajectory.data)
+
+    def _announce(self, batch: MicroBatch) -> None:
+        if not self._checked:
+            self._check_network(batch)
+            self._checked = True
+        self._pending.announce(batch)
+
+    def _check_network(self, batch: MicroBatch) -> None:
+        """Refuse a network that cannot be explained before it has been trained."""
+        trajectory = self._trajectory
+        few = batch.ids[spread(len(batch.ids), SAMPLES)]
+        with generators_untouched(trajectory.initial.device):
+            inputs = trajectory.data[few][0] if batch.inputs is None else batch.inputs
+        inputs = as_tensors(inputs, trajectory.dtype)
+        function, theta = trajectory.function(), self._live.vector()
+        ran = attempt(lambda: check_sample_wise(function, theta, inputs), (Exception,))
+        # Where the loop gives the network something else than these samples, the audit says so.
+        if isinstance(ran, UnsupportedModelError):
+            raise ran
 
     @contextmanager
     def channel(self, name: str) -> Iterator[None]:

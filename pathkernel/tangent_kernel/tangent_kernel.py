@@ -13,12 +13,15 @@ from pathkernel.errors import InputError, check
 from pathkernel.functional import ModelFunction
 from pathkernel.parameters import ParameterLayout, constants_of
 from pathkernel.pytrees import as_tensors, cast_floating, count, take
+from pathkernel.sample_wise import check_module, check_sample_wise
 from pathkernel.tangent_kernel.choice import EngineValue, make_engine
 from pathkernel.tangent_kernel.cost import CostRow
 from pathkernel.tangent_kernel.explanation import cost_rows, describe, precision
 from pathkernel.tangent_kernel.filters import ParameterFilter, chosen_parameters
 from pathkernel.tangent_kernel.operators import KernelOperator, Point
 from pathkernel.tangent_kernel.outputs import OutputSelection, select_outputs
+from pathkernel.tangent_kernel.products import error_of_engine
+from pathkernel.threads import one_at_a_time
 
 
 def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype) -> tuple[PyTree, PyTree]:
@@ -52,7 +55,8 @@ class TangentKernel:
     Parameters
     ----------
     model
-        Any module that treats samples independently; evaluated in eval mode, in blocks through `torch.func`.
+        Any module that treats samples independently, evaluated in eval mode; three samples together and one by one must
+        agree. It is never run or changed: passes run on a copy of its structure.
     parameters
         θ by name, all or some of the model's parameters; or which of the trainable ones make up θ, at their present
         values: a name or glob (``"layers.*.weight"``), a list of them, or a callable ``(name, parameter) -> bool``;
@@ -97,6 +101,7 @@ class TangentKernel:
         dtype: torch.dtype | None = None,
         loss: Loss | None = None,
     ) -> None:
+        check_module(model)
         chosen = chosen_parameters(model, parameters)
         layout = ParameterLayout.of(chosen)
         self.theta = layout.flatten({name: p.detach() for name, p in chosen.items()})
@@ -113,9 +118,11 @@ class TangentKernel:
     def _samples(self, X: PyTree) -> tuple[PyTree, PyTree]:
         """Inputs and context; a loss is told in what form the network returns its outputs."""
         x, context = split_samples(X, self.selection, self.function.dtype)
+        check_sample_wise(self.function, self.theta, x)
         learn_structure(self.selection, self.function, self.theta, x)
         return x, context
 
+    @one_at_a_time
     def __call__(self, X: PyTree, Y: PyTree | None = None) -> np.ndarray:
         """Kernel matrix.
 
@@ -136,11 +143,13 @@ class TangentKernel:
         y, context_y = self._samples(Y)
         return self.engine.gram(self.theta, x, y, context_x, context_y, None).numpy()
 
+    @one_at_a_time
     def diagonal(self, X: PyTree) -> np.ndarray:
         """K(x, x) for every sample: (n,), or (n, C, C) for ``outputs="full"``."""
         x, context = self._samples(X)
         return self.engine.diagonal(self.theta, x, context, None).numpy()
 
+    @one_at_a_time
     def matvec(self, X: PyTree, v: np.ndarray | Tensor) -> np.ndarray:
         """K(X, X) v without the matrix, v (n,), or (n, C) for ``outputs="full"``.
 
@@ -170,8 +179,9 @@ class TangentKernel:
             float64 (n, m), or (n C, m C) for ``outputs="full"``; symmetric for Y None.
         """
         x, y = self._samples(X), None if Y is None or Y is X else self._samples(Y)
-        return KernelOperator([Point(self.theta)], lambda _: self.engine, x, y)
+        return KernelOperator([Point(self.theta)], lambda _: self.engine, x, y, lock=self.lock)
 
+    @one_at_a_time
     def cost(self, X: PyTree, n: int | None = None, m: int | None = None) -> list[CostRow]:
         """What an (n, m) matrix costs on every engine, layer by layer, before it is computed.
 
@@ -209,6 +219,31 @@ class TangentKernel:
         x, context = self._samples(X)
         table = describe(self.engine, self.theta, x, context, count(x) if n is None else n, m, self._left_out)
         return f"{head}\n{table}"
+
+    @one_at_a_time
+    def check(self, X: PyTree) -> float:
+        r"""How far the kernel matrix of some samples is from autograd's, in a random direction.
+
+        .. math:: \max_i \lvert (K u)_i - (J J^\top u)_i \rvert / \max_i \lvert (J J^\top u)_i \rvert
+
+        with the second product by one reverse and one forward pass of the batch as it is, for each output.
+
+        Parameters
+        ----------
+        X
+            n samples.
+
+        Returns
+        -------
+        float
+            At rounding where every row belongs to its sample, of the order of 1 where samples get each other's.
+        """
+        return error_of_engine(self.engine, self.theta, *self._samples(X), None)
+
+    @property
+    def lock(self) -> Any:
+        """Held by one thread at a time."""
+        return self.function.lock
 
     def __repr__(self) -> str:
         return f"<{self.explain()}>"

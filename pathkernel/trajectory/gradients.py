@@ -378,7 +378,7 @@ class RecordedGradients:
         return function.replaced(constants=buffers, state=batch.state)
 
     def _tolerance(self, step: Step) -> float:
-        types = {self.trajectory.dtype, self.function.dtype}
+        types = {self.trajectory.precision, self.function.dtype}
         types |= {batch.state.autocast[1] for batch in step.batches if batch.state.autocast}
         return max(GRADIENT_TOLERANCE[dtype] for dtype in types)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -120,7 +121,7 @@ def assembled(store: DiskStore, model: nn.Module, objective: Objective, data: Sa
     trajectory = Trajectory.__new__(Trajectory)
     trajectory.model, trajectory.objective, trajectory.data = model, objective, data
     trajectory.layout, trajectory.rule, trajectory.store = header.layouts[-1], store.rule, store
-    trajectory.schedule = header.schedule
+    trajectory.schedule, trajectory.lock = header.schedule, threading.RLock()
     store.attach(trajectory)
     start, end = cache(store.start_values), cache(store.end_values)
 

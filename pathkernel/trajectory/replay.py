@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel.errors import RecordingError, TrajectoryError, check
+from pathkernel.functional import ModelFunction
 from pathkernel.interrupts import held
 from pathkernel.losses import batch_loss
 from pathkernel.storage import crc32c
@@ -165,6 +166,7 @@ class Replay:
             self._made_of = optimizer.__getstate__()
         self._parameters: dict[str, nn.Parameter] = {}
         self._optimizer: Optimizer | None = None
+        self._network: ModelFunction | None = None
         self._at = trajectory.initial
         self.received = 0
 
@@ -183,7 +185,7 @@ class Replay:
         self._parameters = {
             name: nn.Parameter(value.clone()) for name, value in self.trajectory.layout.unflatten(theta).items()
         }
-        self._at = theta
+        self._at, self._network = theta, self.trajectory.function()
         optimizer = self.kind.__new__(self.kind)
         copies = {self._parameters[name]: _copied(dict(own)) for name, own in state.items()}
         optimizer.__setstate__({**self._made_of, "state": defaultdict(dict, copies), "param_groups": []})
@@ -276,7 +278,8 @@ class Replay:
     def _backward(self, step: Step, batch: MicroBatch, divisor: int, last: bool) -> None:
         objective, state = self.trajectory.objective, batch.state
         buffers = step.buffers if state.buffers is None else state.buffers
-        function = self.trajectory.function().replaced(constants=buffers, state=state)
+        assert self._network is not None
+        function = self._network.replaced(constants=buffers, state=state)
         inputs, targets = samples_of(batch, self.trajectory.data)
         # As trained: `ModelFunction.running` otherwise chooses other kernels than the loop had.
         with function.running(gradients=True, as_trained=True), function.kept():

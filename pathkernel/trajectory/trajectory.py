@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,8 @@ class Trajectory:
         What was kept of each step.
     store
         Where the steps are kept.
+    lock
+        Held by whoever reads the record, or computes with it, one thread at a time.
     """
 
     model: nn.Module
@@ -74,6 +77,7 @@ class Trajectory:
     final_buffers: Mapping[str, Tensor] = field(default_factory=dict)
     averages: dict[str, AverageRecord] = field(default_factory=dict)
     schedule: RecordingLevel = EVERY_STEP
+    lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
 
     @classmethod
     def open(
@@ -140,6 +144,12 @@ class Trajectory:
     def dtype(self) -> torch.dtype:
         """Floating type of the parameters."""
         return self.initial.dtype
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarsest floating type among the parameters: θ has the finest."""
+        types = [p.dtype for p in self.model.parameters()] or [self.dtype]
+        return max(types, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
     def final(self) -> Tensor:
