@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError, UnsupportedModelError
+from pathkernel.errors import NonFiniteStepError, PathKernelError, RecordingError, SampleIdError
 from pathkernel.interrupts import attempt, held
 from pathkernel.losses import Objective, check_reduction
 from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
@@ -398,7 +398,7 @@ class KernelRecorder:
         function, theta = trajectory.function(), self._live.vector()
         ran = attempt(lambda: check_sample_wise(function, theta, inputs), (Exception,))
         # Where the loop gives the network something else than these samples, the audit says so.
-        if isinstance(ran, UnsupportedModelError):
+        if isinstance(ran, PathKernelError):
             raise ran
 
     @contextmanager

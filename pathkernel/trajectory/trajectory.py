@@ -130,6 +130,13 @@ class Trajectory:
         setattr(self, name, value)
         return value
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the lock, which belongs to this process."""
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
+
     def __len__(self) -> int:
         """S, the number of optimizer steps."""
         return len(self.store)

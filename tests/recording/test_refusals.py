@@ -41,7 +41,7 @@ ELSEWHERE = (
     *("testing.py", "cli.py", "demo.py", "errors.py", "computations.py", "streaming.py", "path_features.py"),
     *("path_selection.py", "tangent_kernel/filters.py", "tangent_kernel/choice.py", "tangent_kernel/projection.py"),
     *("tangent_kernel/output_probes.py", "tangent_kernel/engine.py", "tangent_kernel/operators.py"),
-    "workspace.py",
+    *("workspace.py", "sample_wise.py", "structural_copy.py", "functional.py"),
     *("trajectory/disk.py", "trajectory/writer.py", "trajectory/header.py", "trajectory/opening.py"),
     *("trajectory/packing.py", "trajectory/encoding.py", "trajectory/blocks.py", "trajectory/reading.py"),
     *("trajectory/schedule.py", "trajectory/partial.py", "trajectory/replay.py", "recording/plan.py"),
@@ -344,13 +344,18 @@ REFUSALS: dict[str, Case] = {
     ),
     "lazy parameters": (
         lambda: recorder_of(nn.Sequential(nn.LazyLinear(3))),
-        errors.RecordingError,
-        ("`0.weight` has no shape yet", "before training", "one batch through"),
+        errors.UnsupportedModelError,
+        ("`0.weight` has no shape yet", "before anything is computed", "one batch through"),
     ),
     "complex parameters": (
         lambda: recorder_of(with_complex_parameter()),
-        errors.RecordingError,
+        errors.UnsupportedModelError,
         ("`phase` is complex", "real parameters", "two real parameters"),
+    ),
+    "sparse gradients": (
+        lambda: recorder_of(nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Flatten(), nn.Linear(8, 2))),
+        errors.UnsupportedModelError,
+        ("`0` gives sparse gradients", "dense gradients", "`sparse=False`"),
     ),
     "unknown reduction": (
         lambda: recorder_of(make_model(), reduction="average"),
@@ -415,9 +420,9 @@ REFUSALS: dict[str, Case] = {
         ("slope of the loss of sample", "keeps its sign", '`form="average"`'),
     ),
     "outputs that are not one for each sample": (
-        lambda: batch_outputs((torch.zeros(3, 2), torch.zeros(()))),
+        lambda: batch_outputs((torch.zeros(3, 2), torch.zeros(())), 3),
         errors.InputError,
-        ("shapes (3, 2), ()", "along its first axis", "inside the loss"),
+        ("For 3 samples the model returned tensors of shapes (3, 2), ()", "along its first axis", "inside the loss"),
     ),
     "wrong ids of gradients that are small beside the largest": (
         machine_of_wrong_ids_with_small_gradients,
