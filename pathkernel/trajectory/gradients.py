@@ -322,12 +322,11 @@ class RecordedGradients:
         At steps 0, 1, 2, 4, 8, … and the last, and wherever samples of another shape or number, or another mode, come
         first; once for each batch, however often the record is passed.
         """
-        key = step.index, tuple(batch.ids.tolist())
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         modes = batch.state.modes if isinstance(batch.state.modes, bool) else tuple(batch.state.modes.items())
         kind = modes, self._coupled, *((leaf.shape, leaf.dtype) for leaf in leaves)
         due = step.index & (step.index - 1) == 0 or step.index == len(self.trajectory) - 1 or kind not in self._measured
-        if not due or key in self._measured:
+        if not due or (key := (step.index, tuple(batch.ids.tolist()))) in self._measured:
             return False
         self._measured |= {key, kind}
         return True
