@@ -1,0 +1,171 @@
+"""`ReferenceOutputs`: what a recorded network made of a few training samples, by which it is known again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import Dataset
+
+from pathkernel._typing import PyTree
+from pathkernel.errors import ModelMismatchError
+from pathkernel.functional import ModelFunction
+from pathkernel.trajectory.identity import condensed, generators_untouched
+from pathkernel.trajectory.packing import DTYPES
+
+if TYPE_CHECKING:
+    from pathkernel.trajectory.trajectory import Trajectory
+
+SAMPLES = 3
+NUMBERS = 32
+"""Outputs of a sample that are kept; of more outputs, as many weighted sums."""
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+"""Difference between two evaluations of one network, relative to its largest output, that is still rounding: on another
+machine, with another number of threads, in another version of torch."""
+
+
+@dataclass(frozen=True)
+class ReferenceOutputs:
+    """Outputs of a few training samples at θ_0 and θ_S, in evaluation mode.
+
+    Parameters, buffers and types of submodules do not say what ``forward`` makes of them; these numbers do.
+
+    Attributes
+    ----------
+    samples
+        Ids of the samples.
+    inputs
+        What the network was given for them.
+    initial
+        (n, K) float64, at θ_0.
+    final
+        (n, K) float64, at θ_S; None while recording, and where it was cut off.
+    varying
+        Whether the data give other inputs at every look (random augmentation), so that a store has to keep them.
+    """
+
+    samples: tuple[int, ...]
+    inputs: PyTree
+    initial: Tensor
+    final: Tensor | None = None
+    varying: bool = False
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> ReferenceOutputs | None:
+        """The outputs at θ_0 of a recording that begins.
+
+        None for a network that cannot be run on the samples as they stand in the data (the loop transforms them), or
+        that gives other outputs every time: its outputs say nothing.
+        """
+        data = trajectory.data
+        samples = tuple(sorted({0, len(data) // 2, len(data) - 1}))[:SAMPLES]
+        with generators_untouched():
+            try:
+                inputs, again = (data[torch.tensor(samples)][0] for _ in range(2))
+                looks = [_outputs(trajectory.function(), trajectory.initial, inputs) for _ in range(2)]
+            except Exception:  # whatever a network says to inputs that it was not made for
+                return None
+        varying = isinstance(data.dataset, Dataset) and not _same(inputs, again)
+        if not torch.equal(*looks) or (varying and not _storable(inputs)):
+            return None
+        return cls(samples, inputs, looks[0], None, varying)
+
+    def ended(self, trajectory: Trajectory, theta: Tensor) -> ReferenceOutputs:
+        """With the outputs at the end of a recording, θ_S."""
+        function = trajectory.function().replaced(constants=trajectory.final_buffers)
+        with generators_untouched():
+            try:
+                return replace(self, final=_outputs(function, theta, self.inputs))
+            except Exception:
+                return replace(self, final=None)
+
+    def check(self, asker: str, initial: ModelFunction | None, final: ModelFunction | None, ends: Ends) -> None:
+        """Compare with what the network makes of the samples now.
+
+        Parameters
+        ----------
+        asker
+            Who wants to know.
+        initial, final
+            The network with its buffers at θ_0 and at θ_S; None for an end that is not looked at.
+        ends
+            θ_0 and θ_S.
+
+        Raises
+        ------
+        ModelMismatchError
+            With the sample and the output that differ most.
+        """
+        problems = [
+            problem
+            for where, recorded, function, theta in (
+                ("the start", self.initial, initial, ends[0]),
+                ("the end", self.final, final, ends[1]),
+            )
+            if recorded is not None and function is not None and theta is not None
+            for problem in self._differences(where, recorded, function, theta)
+        ]
+        if problems:
+            raise ModelMismatchError(
+                f"`{asker}` found a network that has the recorded parameters and other outputs: {'; '.join(problems)}",
+                "What `forward` depends on besides parameters and buffers must be what it was while recording, so that "
+                "nobody explains one network with another one's history",
+                "Put back what was changed since: attributes that `forward` reads, layers without parameters, its code",
+            )
+
+    def _differences(self, where: str, recorded: Tensor, function: ModelFunction, theta: Tensor) -> list[str]:
+        tolerance = ROUNDING.get(function.dtype, max(ROUNDING.values()))
+        scale = max(float(outputs.abs().max()) for outputs in (self.initial, self.final) if outputs is not None)
+        with generators_untouched():
+            try:
+                found = _outputs(function, theta, self.inputs)
+            except Exception as error:
+                return [f"at {where} of the recording it fails on training sample {self.samples[0]} ({error})"]
+            if found.shape != recorded.shape:
+                return [f"at {where} of the recording it has {found.shape[1]} outputs, not {recorded.shape[1]}"]
+            difference = (found - recorded).abs()
+            allowed = tolerance * scale
+            if float(difference.max()) > allowed:
+                # Outputs that all but cancel (two equal branches, one subtracted from the other) move by more than
+                # their own rounding: as much as they do when every parameter is rounded.
+                signs = torch.cos(torch.arange(theta.numel(), dtype=torch.float64, device=theta.device))
+                nearby = (theta * (1 + tolerance * signs)).to(theta.dtype)
+                allowed += float((_outputs(function, nearby, self.inputs) - found).abs().max())
+        if float(difference.max()) <= allowed:
+            return []
+        sample, output = divmod(int(difference.argmax()), difference.shape[1])
+        of = f"output {output}" if recorded.shape[1] < NUMBERS else f"a sum of outputs (number {output})"
+        return [
+            f"at {where} of the recording {of} of training sample {self.samples[sample]} is "
+            f"{float(found[sample, output]):.6g}, not {float(recorded[sample, output]):.6g}"
+        ]
+
+
+Ends = tuple[Tensor | None, Tensor | None]
+
+
+def _outputs(function: ModelFunction, theta: Tensor, inputs: PyTree) -> Tensor:
+    """Outputs (n, K) at θ; a network that writes on its buffers in evaluation mode writes on copies."""
+    buffers = {name for name, _ in function.module.named_buffers()}
+    copies = {name: value.clone() for name, value in function.constants.items() if name in buffers}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the network has to say, it says in the loop
+        outputs = function.replaced(constants=copies).outputs(theta, inputs)
+    return condensed(torch.nan_to_num(outputs.double(), 0.0, 0.0, 0.0).cpu(), NUMBERS)
+
+
+def _same(one: PyTree, other: PyTree) -> bool:
+    leaves: Sequence[list[Tensor]] = [pytree.tree_leaves(tree) for tree in (one, other)]
+    return len(leaves[0]) == len(leaves[1]) and all(torch.equal(a, b) for a, b in zip(*leaves, strict=True))
+
+
+def _storable(inputs: PyTree) -> bool:
+    return all(
+        leaf.layout == torch.strided and str(leaf.dtype).removeprefix("torch.") in DTYPES
+        for leaf in pytree.tree_leaves(inputs)
+    )
