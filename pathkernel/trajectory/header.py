@@ -200,8 +200,8 @@ class Header:
         if end is not None:
             name, length = end["values"]
             values = _text(name), _count(length)
-            outputs = None if end.get("outputs") is None else _matrix(end["outputs"])
-            end = End(values, _count(end["steps"]), _text(end["weights"]), int(end["buffers"]), outputs)
+            final = None if end.get("outputs") is None else _matrix(end["outputs"])
+            end = End(values, _count(end["steps"]), _text(end["weights"]), int(end["buffers"]), final)
         layouts = tuple(_layout(table) for table in content["regions"])
         tails = tuple(_count(n) for n in content["tails"])
         if not layouts or len(tails) != len(layouts) - 1:
