@@ -251,7 +251,8 @@ def differences(recorded: Identity, found: Identity, kind: str) -> list[str]:
     numeric = [key for key, value in found.items() if isinstance(value, Mapping)]
     old, new = ({key: value for key, value in one.items() if key not in numeric} for one in (recorded, found))
     others = [key for key in numeric if not _close(recorded.get(key), found[key])]
-    return compared(old, new, kind) + [f"{kind}: {', '.join(others)} are those of another question"] * bool(others)
+    other = [f"{kind}: what is asked gives other numbers ({', '.join(others)})"] if others else []
+    return compared(old, new, kind) + other
 
 
 def _close(recorded: Any, found: Mapping[str, Any]) -> bool:

@@ -276,7 +276,7 @@ def test_a_function_that_changes_between_two_calls(tmp_path: Path) -> None:
         lambda: machine.explain(QUERIES, outputs=f, store=tmp_path / "why"),
         lambda: kernel(QUERIES, store=tmp_path / "gram"),
     ):
-        with pytest.raises(StoreError, match=r"function are those of another question\. .*Give another path"):
+        with pytest.raises(StoreError, match=r"gives other numbers \(.*function\)\. .*Give another path"):
             ask()
 
 
@@ -394,7 +394,7 @@ def test_numbers_within_rounding() -> None:
     kept = {"it": numbers([row], 1e-3), "text": "same"}
     assert not differences(kept, {"it": numbers([row + 1e-3], 1e-3), "text": "same"}, "a test")
     assert differences(kept, {"it": numbers([row + 1e-2], 1e-3), "text": "same"}, "a test") == [
-        "a test: it are those of another question"
+        "a test: what is asked gives other numbers (it)"
     ]
     for other in ([row, row], [row.nan_to_num()], [row[:2]], []):
         assert differences(kept, {"it": numbers(other, 1e-3), "text": "same"}, "a test")

@@ -109,7 +109,7 @@ def _joined(
     trajectory.reference = reference_outputs(store, trajectory.data)
     if trajectory.reference is not None:
         trajectory.reference = replace(trajectory.reference, final=None)
-        trajectory.reference.check("KernelRecorder", trajectory.function(), None, (initial, None))
+        trajectory.reference.check("KernelRecorder", (trajectory.function(), initial), None)
     _resume_averages(trajectory, store, place.steps, averages, start["averages"], end)
     store.resume(trajectory, place.steps, place.end, buffers)
     return Place(place.steps, place.end, place.changes, buffers)

@@ -91,13 +91,13 @@ def check_outputs(asker: str, trajectory: Trajectory, store: DiskStore) -> None:
     if header is None or reference is None:
         return
     if header.end is None:
-        reference.check(asker, trajectory.function(), None, (trajectory.initial, None))
+        reference.check(asker, (trajectory.function(), trajectory.initial), None)
         return
     model, layout = trajectory.model, trajectory.layout
     live = dict(model.named_parameters(remove_duplicate=False))
     theta = layout.flatten({name: live[name].detach() for name in layout.names}, header.dtype)
     function = ModelFunction(model, layout, constants_of(model, layout), header.dtype)
-    reference.check(asker, None, function, (None, theta))
+    reference.check(asker, None, (function, theta))
 
 
 def reference_outputs(store: DiskStore, data: Samples) -> ReferenceOutputs | None:

@@ -150,6 +150,19 @@ def test_the_message_says_which_output_is_another(tmp_path: Path) -> None:
     assert "at the start of the recording output 1 of training sample 8 is" in message
 
 
+def test_a_small_output_beside_a_large_one() -> None:
+    class Uneven(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.tensor([1.0, 1e-3, 1e6])
+
+    model = made(Uneven)
+    trajectory = recorded(model).trajectory
+    pk.PathKernel(trajectory)
+    plain = model.forward
+    model.forward = lambda x: plain(x) * torch.tensor([1.0, 1.01, 1.0])
+    assert "output 1 of training sample" in refused(lambda: pk.PathKernel(trajectory))
+
+
 def test_a_network_that_fails_now(tmp_path: Path) -> None:
     model = made()
     recorded(model, tmp_path / "run")
