@@ -434,17 +434,16 @@ class KernelMachine:
         aside = question.nearby(trajectory)
         points = self._points(function, aside)
         asked = question.behaviour(queries.functional, points, queries.inputs, queries.context)
-        curve, segment = self._curve(queries.block(slice(0, 1))), next(trajectory.segments(reverse=True))
-        gradient = self.quadrature.average(GradientStep(curve.queries, segment)).gradient
-        directions = [torch.nn.functional.normalize(v.double(), dim=0) for v in (segment.displacement, aside)]
+        if not question.is_ours(self.quadrature):
+            curve, segment = self._curve(queries.block(slice(0, 1))), next(trajectory.segments(reverse=True))
+            gradient = self.quadrature.average(GradientStep(curve.queries, segment)).gradient
+            directions = [torch.nn.functional.normalize(v.double(), dim=0) for v in (segment.displacement, aside)]
+            average = torch.stack([gradient @ direction for direction in directions])
+            asked["averages"] = question.numbers([average], question.NETWORK_ROUNDING[function.dtype])
         return question.identity_of(
             trajectory,
             machine=f"{self.form}, {self.engine}, {function.dtype}, by {by}",
             quadrature=question.described(self.quadrature, "quadrature"),
-            averages=question.numbers(
-                [torch.stack([gradient @ direction for direction in directions])],
-                question.NETWORK_ROUNDING[function.dtype],
-            ),
             weights=question.described(self.weights and trajectory.averages[self.weights], "weights"),
             module=function.tap,
             components=None if queries.scalar else queries.components,

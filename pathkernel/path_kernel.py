@@ -244,10 +244,12 @@ class PathKernel:
         points = [(function.replaced(constants=node.buffers), node.theta) for node in ends]
         points.append((points[1][0], question.nearby(self.trajectory)))
         asked = question.behaviour(selection.function, points, *rows)
-        first, context = take(rows, slice(0, 2))
-        entries = [
-            self._engine_at(node).gram(node.theta, first, None, context, None, node.diagonal) for node in ends
-        ]
+        if not question.is_ours(self._given_engine):
+            first, context = take(rows, slice(0, 2))
+            entries = [
+                self._engine_at(node).gram(node.theta, first, None, context, None, node.diagonal) for node in ends
+            ]
+            asked["entries"] = question.numbers(entries, question.NETWORK_ROUNDING[self.function.dtype])
         weights = torch.tensor([(node.time, node.weight) for node in self.nodes], dtype=torch.float64)
         return question.identity_of(
             self.trajectory,
@@ -259,7 +261,6 @@ class PathKernel:
             weights=question.numbers(weights.T, question.NETWORK_ROUNDING[torch.float64]),
             rows=question.samples_identity(rows),
             columns=question.samples_identity(columns),
-            entries=question.numbers(entries, question.NETWORK_ROUNDING[self.function.dtype]),
             **asked,
         )
 

@@ -155,6 +155,14 @@ def numbers(rows: Iterable[Tensor], tolerance: float) -> dict[str, Any]:
     return {"rows": [[v if np.isfinite(v) else None for v in row] for row in plain], "tolerance": tolerance}
 
 
+def is_ours(value: Any) -> bool:
+    """Whether a setting is one of the package: its name and its values say what it does, and those of others' may not.
+
+    Two classes of a user's may have one name, and the code of one may change.
+    """
+    return type(value).__module__.partition(".")[0] in ("pathkernel", "builtins")
+
+
 def behaviour(
     functional: OutputFunctional, points: Sequence[tuple[ModelFunction, Tensor]], inputs: PyTree, context: PyTree
 ) -> dict[str, Any]:

@@ -192,6 +192,16 @@ def alike(ask: Callable[..., Any], names: Any, name: str) -> list[str]:
     return [other for other in names if other != name and not differences(own, identity(ask, other), "a question")]
 
 
+def sign_of(sign: float) -> Any:
+    """Engines of one name and without values."""
+
+    class Signed:
+        def engine(self, function: Any, selection: Any, memory: int) -> Any:
+            return Rows(sign).engine(function, selection, memory)
+
+    return Signed()
+
+
 @dataclass(frozen=True)
 class Rows:
     """An engine as a user writes one."""
@@ -243,6 +253,8 @@ KERNELS: dict[str, dict[str, Any]] = {
     "sparse sketch": {"engine": Projection(64, "sparse")},
     "own engine": {"engine": Rows(1.0)},
     "own engine with other values": {"engine": Rows(2.0)},
+    "own engine without values": {"engine": sign_of(3.0)},
+    "own engine of the same name": {"engine": sign_of(-1.0)},
     "float64": {"dtype": torch.float64},
     "bfloat16": {"dtype": torch.bfloat16},
     "against others": {"Y": QUERIES[:3]},

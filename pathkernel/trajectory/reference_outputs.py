@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +15,14 @@ from torch.utils.data import Dataset
 from pathkernel._typing import PyTree
 from pathkernel.errors import ModelMismatchError
 from pathkernel.functional import ModelFunction
+from pathkernel.interrupts import attempt
 from pathkernel.trajectory.identity import condensed, generators_untouched
 from pathkernel.trajectory.packing import DTYPES
 
 if TYPE_CHECKING:
     from pathkernel.trajectory.trajectory import Trajectory
 
+T = TypeVar("T")
 Point = tuple[ModelFunction, Tensor]
 """A network and a θ."""
 SAMPLES = 3
@@ -66,25 +68,20 @@ class ReferenceOutputs:
         """
         data = trajectory.data
         samples = tuple(sorted({0, len(data) // 2, len(data) - 1}))[:SAMPLES]
-        with generators_untouched():
-            try:
-                inputs, again = (data[torch.tensor(samples)][0] for _ in range(2))
-                looks = [_outputs(trajectory.function(), trajectory.initial, inputs) for _ in range(2)]
-            except Exception:  # whatever a network says to inputs that it was not made for
-                return None
-        varying = isinstance(data.dataset, Dataset) and not _same(inputs, again)
-        if not torch.equal(*looks) or (varying and not _storable(inputs)):
+        inputs = _unless_it_fails(lambda: [data[torch.tensor(samples)][0] for _ in range(2)])
+        if inputs is None:
             return None
-        return cls(samples, inputs, looks[0], None, varying)
+        function = trajectory.function()
+        looks = _unless_it_fails(lambda: [_outputs(function, trajectory.initial, inputs[0]) for _ in range(2)])
+        varying = isinstance(data.dataset, Dataset) and not _same(*inputs)
+        if looks is None or not torch.equal(*looks) or (varying and not _storable(inputs[0])):
+            return None
+        return cls(samples, inputs[0], looks[0], None, varying)
 
     def ended(self, trajectory: Trajectory, theta: Tensor) -> ReferenceOutputs:
         """With the outputs at the end of a recording, θ_S."""
         function = trajectory.function().replaced(constants=trajectory.final_buffers)
-        with generators_untouched():
-            try:
-                return replace(self, final=_outputs(function, theta, self.inputs))
-            except Exception:
-                return replace(self, final=None)
+        return replace(self, final=_unless_it_fails(lambda: _outputs(function, theta, self.inputs)))
 
     def check(self, asker: str, initial: Point | None, final: Point | None) -> None:
         """Compare with what the network makes of the samples now.
@@ -117,10 +114,9 @@ class ReferenceOutputs:
     def _differences(self, where: str, recorded: Tensor, function: ModelFunction, theta: Tensor) -> list[str]:
         tolerance = ROUNDING.get(function.dtype, max(ROUNDING.values()))
         with generators_untouched():
-            try:
-                found = _outputs(function, theta, self.inputs)
-            except Exception as error:
-                return [f"at {where} of the recording it fails on training sample {self.samples[0]} ({error})"]
+            found = attempt(lambda: _outputs(function, theta, self.inputs), (Exception,))
+            if isinstance(found, Exception):
+                return [f"at {where} of the recording it fails on training sample {self.samples[0]} ({found})"]
             if found.shape != recorded.shape:
                 return [f"at {where} of the recording it has {found.shape[1]} outputs, not {recorded.shape[1]}"]
             excess = (found - recorded).abs() - tolerance * self._scale
@@ -143,6 +139,16 @@ class ReferenceOutputs:
     def _scale(self) -> Tensor:
         """The largest value of each output, (K,)."""
         return torch.cat([self.initial] if self.final is None else [self.initial, self.final]).abs().amax(dim=0)
+
+
+def _unless_it_fails(look: Callable[[], T]) -> T | None:
+    """The result of a look at data or network; None where these fail, which is no fault of the recording's."""
+    with generators_untouched():
+        try:
+            found = attempt(look, (Exception,))
+        except (MemoryError, RuntimeError):  # samples that the loop would have cut smaller may fill the memory
+            return None
+    return None if isinstance(found, Exception) else found
 
 
 def _outputs(function: ModelFunction, theta: Tensor, inputs: PyTree) -> Tensor:

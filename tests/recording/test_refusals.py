@@ -41,7 +41,7 @@ ELSEWHERE = (
     *("testing.py", "cli.py", "demo.py", "errors.py", "computations.py", "streaming.py", "path_features.py"),
     *("path_selection.py", "tangent_kernel/filters.py", "tangent_kernel/choice.py", "tangent_kernel/projection.py"),
     *("tangent_kernel/output_probes.py", "tangent_kernel/engine.py", "tangent_kernel/operators.py"),
-    "workspace.py",
+    *("workspace.py", "question.py", "trajectory/reference_outputs.py"),
     *("trajectory/disk.py", "trajectory/writer.py", "trajectory/header.py", "trajectory/opening.py"),
     *("trajectory/packing.py", "trajectory/encoding.py", "trajectory/blocks.py", "trajectory/reading.py"),
     *("trajectory/schedule.py", "trajectory/partial.py", "trajectory/replay.py", "recording/plan.py"),
