@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pathkernel import question
 from pathkernel._typing import PyTree
 from pathkernel.accounts import Account, account_of, arrays_of, joined
 from pathkernel.attributions import Attributions
@@ -21,7 +22,7 @@ from pathkernel.functional import ModelFunction
 from pathkernel.gradient_source import GradientSource
 from pathkernel.pytrees import blocks, count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
-from pathkernel.queries import Queries, one_hot_context
+from pathkernel.queries import GradientStep, Queries, one_hot_context
 from pathkernel.query_blocks import samples_at_once
 from pathkernel.sample_wise import check_sample_wise
 from pathkernel.sweeps import backward_sweep
@@ -274,7 +275,7 @@ class KernelMachine:
             ``"module"`` splits the shares by module as well, ``"step"`` adds each step's total.
         store
             A folder in which finished blocks of queries are kept: the same call goes on from there after an
-            interruption. For the folded form.
+            interruption, and another question is refused, by what ``outputs`` does. For the forms folded and chord.
 
         Returns
         -------
@@ -290,7 +291,7 @@ class KernelMachine:
         )
         queries, samples, indices = self._queries(X, outputs)
         account = self._settled(
-            lambda: self._backward(queries, by) if store is None else self._stored(store, queries, by, outputs)
+            lambda: self._backward(queries, by) if store is None else self._stored(store, queries, by)
         )
         output = self._curve(queries).final()
         self._check_unexplained(account, output)
@@ -431,7 +432,7 @@ class KernelMachine:
         even = -(-samples // -(-samples // size))  # as many blocks, but none much smaller than the others
         return joined([self._swept(queries.block(piece), by) for piece in blocks(samples, even)])
 
-    def _stored(self, store: str | os.PathLike[str], queries: Queries, by: str | None, outputs: Any) -> Account:
+    def _stored(self, store: str | os.PathLike[str], queries: Queries, by: str | None) -> Account:
         """The same, block by block in a store."""
         from pathkernel import computations  # not before it is needed: what writes to disk takes a second to load
 
@@ -442,21 +443,50 @@ class KernelMachine:
             "What is kept are shares, channels and the certificate, of the forms folded and chord",
             'Write `KernelMachine(trajectory, form="folded")`, or leave `store` out',
         )
-        samples = len(queries) // queries.components
-        size = samples_at_once(self._curve(queries.block(slice(0, 1))), queries, self.memory, False)
-        pieces = list(blocks(samples, min(size, KEPT_QUERIES)))
-        settings = f"{self.quadrature!r}, {self.form}, {self.weights}, {self.function.dtype}, by {by}"
-        identity = computations.identity_of(
-            self.trajectory,
-            machine=settings,
-            outputs=outputs if isinstance(outputs, (str, int)) else getattr(outputs, "__qualname__", "chosen"),
-            queries=computations.samples_identity((queries.inputs, queries.context)),
-        )
+        # The same blocks whatever the budget, which another call may give otherwise: it cuts them further.
+        pieces = list(blocks(len(queries) // queries.components, KEPT_QUERIES))
         sizes = [(piece.stop - piece.start) * queries.components for piece in pieces]
         kept = computations.resumable_blocks(
-            store, identity, sizes, lambda index: arrays_of(self._swept(queries.block(pieces[index]), by))
+            store,
+            self._identity(queries, by),
+            sizes,
+            lambda index: arrays_of(self._backward(queries.block(pieces[index]), by)),
         )
         return account_of(kept)
+
+    def _identity(self, queries: Queries, by: str | None) -> dict[str, Any]:
+        """Everything that an explanation depends on; not the budget, and not what is only checked afterwards."""
+        trajectory, function = self.trajectory, queries.function
+        aside = question.nearby(trajectory)
+        points = self._points(function, aside)
+        asked = question.behaviour(queries.functional, points, queries.inputs, queries.context)
+        if not question.is_ours(self.quadrature):
+            curve, segment = self._curve(queries.block(slice(0, 1))), next(trajectory.segments(reverse=True))
+            gradient = self.quadrature.average(GradientStep(curve.queries, segment)).gradient
+            directions = [torch.nn.functional.normalize(v.double(), dim=0) for v in (segment.displacement, aside)]
+            average = torch.stack([gradient @ direction for direction in directions])
+            asked["averages"] = question.numbers([average], question.NETWORK_ROUNDING[function.dtype])
+        return question.identity_of(
+            trajectory,
+            machine=f"{self.form}, {self.engine}, {function.dtype}, by {by}",
+            quadrature=question.described(self.quadrature, "quadrature"),
+            weights=question.described(self.weights and trajectory.averages[self.weights], "weights"),
+            module=function.tap,
+            components=None if queries.scalar else queries.components,
+            queries=question.samples_identity((queries.inputs, queries.context)),
+            **asked,
+        )
+
+    def _points(self, function: ModelFunction, aside: Tensor) -> list[tuple[ModelFunction, Tensor]]:
+        """The explained network at its start, at its end, and elsewhere."""
+        trajectory = self.trajectory
+        if self.weights is None:
+            trained = function.replaced(constants=trajectory.final_buffers)
+            return [(function, trajectory.initial), (trained, trajectory.final), (trained, aside)]
+        record = trajectory.averages[self.weights]
+        averaged = function.replaced(constants=record.constants(trajectory))
+        first, last = (trajectory.layout.flatten(values) for values in (record.initial, record.last))
+        return [(averaged, first), (averaged, last), (averaged, aside)]
 
     def _check_unexplained(self, account: Account, output: Tensor) -> None:
         """Fail loudly where too much of the account has no name."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pathkernel import question
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, check
 from pathkernel.path_features import E, Features, at_node, features_of
@@ -127,6 +128,7 @@ class PathKernel:
             outputs if self.probes is None else "trace", trajectory.loss, trajectory.objective.reduction
         )
         self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
+        self._given_engine = engine
         self.engine = make_engine(engine, self.function, self.selection, self.memory)
         approximate = self.probes is not None or isinstance(engine, Projection)
         self._exact = make_engine("auto", self.function, exact, self.memory) if approximate else self.engine
@@ -204,7 +206,8 @@ class PathKernel:
         X, Y
             n queries and m references; Y None stands for X.
         store
-            A folder in which the matrix is kept while it grows: the same call goes on from there after an interruption.
+            A folder in which the matrix is kept while it grows: the same call goes on from there after an interruption,
+            and another question is refused, by what ``outputs`` does.
 
         Returns
         -------
@@ -238,16 +241,36 @@ class PathKernel:
             engine, node = self._engine_at(self.nodes[0]), self.nodes[0]
             return engine.settle(node.theta, *rows, sizes, settled) if isinstance(engine, AutomaticEngine) else {}
 
-        identity = computations.identity_of(
-            self.trajectory,
-            kernel=f"{self.probes or self.selection.name}, {self.measure!r}, {self.quadrature!r}, {self.engine.name}",
-            nodes=computations.samples_identity(torch.tensor([(n.position, n.time, n.weight) for n in self.nodes])),
-            rows=computations.samples_identity(rows),
-            columns=computations.samples_identity(columns),
-        )
+        identity = self._identity(rows, columns)
         shape = (count(rows[0]), count((columns or rows)[0]), *(self._outputs, self._outputs) * self._is_full)
         return computations.resumable_gram(
             store, identity, shape, columns is None, len(self.nodes), term, settle, self.progress
+        )
+
+    def _identity(self, rows: Samples, columns: Samples | None) -> dict[str, Any]:
+        """Everything that a matrix depends on; not the budget. How its nodes were chosen, they say themselves."""
+        ends, selection, function = (self.nodes[0], self.nodes[-1]), self.selection, self.engine.function
+        points = [(function.replaced(constants=node.buffers), node.theta) for node in ends]
+        points.append((points[1][0], question.nearby(self.trajectory)))
+        asked = question.behaviour(selection.function, points, *rows)
+        if not question.is_ours(self._given_engine):
+            first, context = take(rows, slice(0, 2))
+            entries = [
+                self._engine_at(node).gram(node.theta, first, None, context, None, node.diagonal) for node in ends
+            ]
+            asked["entries"] = question.numbers(entries, question.NETWORK_ROUNDING[self.function.dtype])
+        weights = torch.tensor([(node.time, node.weight) for node in self.nodes], dtype=torch.float64)
+        return question.identity_of(
+            self.trajectory,
+            outputs=f"{selection.combine}, {selection.scalar}, {question.described(self.probes, 'outputs')}",
+            measure=f"{self.measure.name}, {self.measure.preconditioner}",
+            engine=question.described(self._given_engine, "engine"),
+            dtype=self.function.dtype,
+            nodes=question.samples_identity(torch.tensor([(node.position, node.number) for node in self.nodes])),
+            weights=question.numbers(weights.T, question.NETWORK_ROUNDING[torch.float64]),
+            rows=question.samples_identity(rows),
+            columns=question.samples_identity(columns),
+            **asked,
         )
 
     @one_at_a_time

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -34,6 +34,7 @@ from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.partial import StreamingStore, ThinnedStore
+from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.replay import ReplayStore
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel, Schedule, Streaming, as_schedule
@@ -227,6 +228,8 @@ class KernelRecorder:
                 "Keep recording without a break, or make a new KernelRecorder here",
             )
         else:
+            if self._trajectory.reference is not None:
+                self._trajectory.reference = replace(self._trajectory.reference, final=None)
             self._trajectory.store.begin(self._trajectory)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
@@ -270,10 +273,17 @@ class KernelRecorder:
             self._open = None  # a step that Ctrl-C came into: how far it got is a change outside the optimizer
             try:
                 self._take_stock()
+                self._note_outputs()
                 self._memory_at_close = self._live.memory(self._trajectory.rule)
             finally:
                 self._let_go()
         return self._trajectory
+
+    def _note_outputs(self) -> None:
+        """Put on record what the network makes of a few samples at the end."""
+        trajectory = self._trajectory
+        if self._handles and trajectory.reference is not None and not trajectory.store.stopped:
+            trajectory.reference = trajectory.reference.ended(trajectory, self._live.vector())
 
     def _let_go(self) -> None:
         for handle in self._handles:
@@ -288,6 +298,7 @@ class KernelRecorder:
         """Make the store, or go on with what is in it."""
         trajectory = self._trajectory
         if not trajectory.store.exists:
+            trajectory.reference = ReferenceOutputs.of(trajectory)
             trajectory.store.begin(trajectory)
             return
         from pathkernel.recording.resume import resume  # not before it is needed

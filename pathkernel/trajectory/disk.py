@@ -428,7 +428,9 @@ class DiskStore(Store):
             serial = serials.get(id(buffers), -1)
             if serial >= 0:
                 self._pinned[serial] = buffers
-            end = End((name, length), len(self), identity.weights(trajectory.model), serial)
+            final = None if trajectory.reference is None else trajectory.reference.final
+            outputs = None if final is None else final.tolist()
+            end = End((name, length), len(self), identity.weights(trajectory.model), serial, outputs)
             self._write_header(self.header.ended(end))
         except OSError as error:
             self._give_out(error)

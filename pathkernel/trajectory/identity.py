@@ -33,6 +33,15 @@ def digest(tensors: Any) -> str:
     return state.hexdigest()
 
 
+def condensed(values: Tensor, length: int) -> Tensor:
+    """At most so many numbers of each row of a matrix (n, m): its entries, or of more as many weighted sums of them."""
+    if values.shape[1] <= length:
+        return values
+    weighted = values * torch.cos(torch.arange(values.shape[1], dtype=values.dtype, device=values.device))
+    padded = torch.nn.functional.pad(weighted, (0, -values.shape[1] % length))
+    return padded.reshape(len(values), length, -1).sum(dim=2)
+
+
 def named(thing: Any) -> str:
     """Module and name of a class or function."""
     return f"{thing.__module__}.{thing.__qualname__}"
@@ -108,10 +117,13 @@ def _leaves(items: Any) -> Iterator[tuple[str, Tensor]]:
 def generators_untouched() -> Iterator[None]:
     """Leave all random generators as they are: datasets may draw from them."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def compared(recorded: Fingerprint, found: Fingerprint, what: str) -> list[str]:

@@ -25,6 +25,7 @@ from pathkernel.trajectory.store import Store
 
 if TYPE_CHECKING:
     from pathkernel.trajectory.averages import AverageRecord
+    from pathkernel.trajectory.reference_outputs import ReferenceOutputs
     from pathkernel.update_rules.rule import UpdateRule
 
 
@@ -62,6 +63,8 @@ class Trajectory:
         Where the steps are kept.
     lock
         Held by whoever reads the record, or computes with it, one thread at a time.
+    reference
+        What the network made of a few training samples while it was recorded; None where that is not known.
     """
 
     model: nn.Module
@@ -78,6 +81,7 @@ class Trajectory:
     averages: dict[str, AverageRecord] = field(default_factory=dict)
     schedule: RecordingLevel = EVERY_STEP
     lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
+    reference: ReferenceOutputs | None = None
 
     @classmethod
     def open(
@@ -111,7 +115,8 @@ class Trajectory:
         Raises
         ------
         ModelMismatchError
-            For another architecture, other weights, another loss or other data, with what differs.
+            For another architecture, other weights, another loss or other data, with what differs; and for a network
+            that makes something else of the same weights, as three training samples tell.
         StoreError
             Where there is no store, or in a format that is not known.
         CorruptBlockError
@@ -265,13 +270,14 @@ class Trajectory:
         self.check_model(asker)
 
     def check_model(self, asker: str) -> None:
-        """Compare the live model with the end of the record.
+        """Compare the live model with the record.
 
         Raises
         ------
         ModelMismatchError
-            When a parameter is missing, has another shape, or has other values than at the last recorded step; or
-            when a buffer or a parameter outside the record is no longer what it was when recording began.
+            When a parameter is missing, has another shape, or has other values than at the last recorded step; when
+            a buffer or a parameter outside the record is no longer what it was when recording began; or when the
+            outputs of a few training samples are no longer what they were at both ends of the record.
         """
         live = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         problems = []
@@ -292,3 +298,8 @@ class Trajectory:
             "Put them back with `model.load_state_dict({**trajectory.constants, **trajectory.final_buffers, "
             "**trajectory.parameters(-1)}, strict=False)`, or record the further training too",
         )
+        if self.reference is not None:
+            function, final = self.function(), None
+            if self.reference.final is not None:
+                final = function.replaced(constants=self.final_buffers), self.final
+            self.reference.check(asker, (function, self.initial), final)
