@@ -539,7 +539,8 @@ class DiskStore(Store):
             tails = self._tails[commit.region :]
             tail = torch.cat(tails) if tails else None
             region = self._regions[commit.region]
-            return StoredBlock(blocks, number, region, tail, self._boundary, self._known_mapping, self.rule)
+            thinned = self.header is not None and self.header.schedule.weights_only
+            return StoredBlock(blocks, number, region, tail, self._boundary, self._known_mapping, self.rule, thinned)
 
         return self._recent.get(number, make)
 
