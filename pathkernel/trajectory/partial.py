@@ -15,6 +15,7 @@ from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store, padded
 from pathkernel.trajectory.trajectory import Trajectory
 
+
 class ThinnedStore(Store):
     """Keeps θ at every so many steps, joined by straight lines.
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.functional import EVALUATION, ForwardState
 
-
 Settings = tuple[Mapping[str, Any], ...]
 """Numbers and flags of every parameter group."""
 
@@ -165,7 +164,7 @@ class Step:
         known = dict(state)
         if "length" not in known:  # pickled before there was the field
             thinned = bool(known["after"].numel()) and not known["gradient"].numel()
-            known |= dict(zip(("hyperparameters", "length"), length_taken_out(known["hyperparameters"], thinned)))
+            known["hyperparameters"], known["length"] = length_taken_out(known["hyperparameters"], thinned)
         vars(self).update(known)
 
     def hyperparameters_of(self, name: str) -> Mapping[str, Any]:
