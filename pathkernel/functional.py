@@ -23,7 +23,7 @@ from pathkernel._typing import Float, Parameters, PyTree
 from pathkernel.errors import InputError
 from pathkernel.interrupts import deliver, held
 from pathkernel.parameters import ParameterLayout
-from pathkernel.pytrees import blocks, cast_floating, count, take
+from pathkernel.pytrees import arguments_of, blocks, cast_floating, count, take
 
 
 @contextmanager
@@ -221,8 +221,8 @@ class ModelFunction:
         return self.layout.unflatten(vector.to(self.dtype))
 
     def call(self, parameters: Parameters, inputs: PyTree) -> Any:
-        """What the module returns for a batch; a tuple of inputs is spread over its arguments."""
-        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+        """What the module returns for a batch; see `pathkernel.pytrees.arguments_of`."""
+        arguments = arguments_of(self.module.forward, inputs)
         constants = self.constants
         if self.state.modes is not False:  # layers in train mode write to their buffers
             constants = {name: value.clone() for name, value in constants.items()}

@@ -24,7 +24,7 @@ from pathkernel.queries import Queries, one_hot_context
 from pathkernel.query_blocks import samples_at_once
 from pathkernel.sweeps import backward_sweep
 from pathkernel.tangent_kernel.outputs import select_outputs
-from pathkernel.tangent_kernel.tangent_kernel import split_samples
+from pathkernel.tangent_kernel.tangent_kernel import no_samples, split_samples
 from pathkernel.trajectory.gradients import RecordedGradients
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -229,7 +229,7 @@ class KernelMachine:
         loss = self.trajectory.loss
         if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss)):
             return True
-        target = torch.utils._pytree.tree_leaves(self.trajectory.data[torch.zeros(1, dtype=torch.int64)][1])[0]
+        target = torch.utils._pytree.tree_leaves(self.trajectory.data.example[1])[0]
         return not target.is_floating_point() and target.dim() == 1
 
     def _reconstruct(self, X: PyTree) -> np.ndarray:
@@ -299,7 +299,7 @@ class KernelMachine:
         """The query functions, and which sample and output each of them is."""
         if isinstance(outputs, str) and outputs == "loss":
             selection = select_outputs("loss", self.trajectory.loss, self.trajectory.objective.reduction)
-            inputs, targets = split_samples(X, selection, self.trajectory.data.dtype)
+            inputs, targets = split_samples(X, selection, self.trajectory.data.dtype, "KernelMachine")
             inputs = self._samples(inputs)
             queries = Queries(self._source(self.function), inputs, selection.function, targets, None)
             return queries, np.arange(len(queries)), np.full(len(queries), -1)
@@ -378,7 +378,10 @@ class KernelMachine:
         return averaged.outputs(trajectory.layout.flatten(record.last), inputs)
 
     def _samples(self, X: PyTree) -> PyTree:
-        return self.trajectory.data.queries(X, "KernelMachine")
+        inputs = self.trajectory.queries(X, "KernelMachine")
+        if not count(inputs):
+            raise no_samples("KernelMachine")
+        return inputs
 
     # -- the sweeps, in blocks of queries ---------------------------------------------------------------------
 

@@ -24,9 +24,9 @@ from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.measured_error import MeasuredError
 from pathkernel.tangent_kernel.operators import KernelOperator, Samples
 from pathkernel.tangent_kernel.output_probes import OutputProbes
-from pathkernel.tangent_kernel.outputs import select_outputs
+from pathkernel.tangent_kernel.outputs import OneOutput, select_outputs
 from pathkernel.tangent_kernel.projection import Projection, ProjectionEngine, products
-from pathkernel.tangent_kernel.tangent_kernel import split_samples
+from pathkernel.tangent_kernel.tangent_kernel import no_samples, split_samples
 from pathkernel.trajectory.schedule import PRECONDITIONED
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -124,6 +124,8 @@ class PathKernel:
             outputs if self.probes is None else "trace", trajectory.loss, trajectory.objective.reduction
         )
         self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
+        if isinstance(exact.function, OneOutput):
+            exact.function.check(self._outputs)
         self.engine = make_engine(engine, self.function, self.selection, self.memory)
         approximate = self.probes is not None or isinstance(engine, Projection)
         self._exact = make_engine("auto", self.function, exact, self.memory) if approximate else self.engine
@@ -203,6 +205,8 @@ class PathKernel:
             float64 (n, m), or (n, m, C, C) for ``outputs="full"``.
         """
         rows, columns = self._samples(X), None if Y is None or Y is X else self._samples(Y)
+        if not count(rows[0]) or (columns is not None and not count(columns[0])):
+            return np.zeros(self._shape(rows, columns))
         return self._gram(rows, columns).numpy() if store is None else self._stored_gram(store, rows, columns)
 
     def _gram(self, rows: Samples, columns: Samples | None) -> Tensor:
@@ -214,6 +218,9 @@ class PathKernel:
             total = tile if total is None else total.add_(tile)
         assert total is not None
         return total
+
+    def _shape(self, rows: Samples, columns: Samples | None) -> tuple[int, ...]:
+        return (count(rows[0]), count((columns or rows)[0]), *(self._outputs, self._outputs) * self._is_full)
 
     def _stored_gram(self, store: str | os.PathLike[str], rows: Samples, columns: Samples | None) -> np.ndarray:
         from pathkernel import computations  # not before it is needed: what writes to disk takes a second to load
@@ -236,7 +243,7 @@ class PathKernel:
             rows=computations.samples_identity(rows),
             columns=computations.samples_identity(columns),
         )
-        shape = (count(rows[0]), count((columns or rows)[0]), *(self._outputs, self._outputs) * self._is_full)
+        shape = self._shape(rows, columns)
         return computations.resumable_gram(
             store, identity, shape, columns is None, len(self.nodes), term, settle, self.progress
         )
@@ -244,6 +251,8 @@ class PathKernel:
     def diagonal(self, X: PyTree) -> np.ndarray:
         """K(x, x) for every sample: (n,), or (n, C, C) for ``outputs="full"``."""
         x, context = self._samples(X)
+        if not count(x):
+            return np.zeros((0, *(self._outputs, self._outputs) * self._is_full))
         pieces = [
             node.weight * self._engine_at(node).diagonal(node.theta, x, context, node.diagonal) for node in self.nodes
         ]
@@ -270,7 +279,8 @@ class PathKernel:
             "Write `phi = PathKernel(trajectory).features(X, dim)` and `phi @ (phi.T @ v)`",
         )
         same = Y is None or Y is X
-        return KernelOperator(self.nodes, self._engine_at, self._samples(X), None if same else self._samples(Y))
+        samples = self._some_samples(X), None if same else self._some_samples(Y)
+        return KernelOperator(self.nodes, self._engine_at, *samples)
 
     def features(self, X: PyTree, dim: int = 1024, *, kind: str = "tensor", seed: int = 0) -> Features:
         """Features φ with φφᵀ ≈ K, for N beyond what a Gram matrix holds.
@@ -296,6 +306,7 @@ class PathKernel:
         -----
         Time O(nodes · n · dim), memory O(n · dim).
         """
+        samples = self._some_samples(X)
         engine = ProjectionEngine(self.function, self.selection, self.memory, Projection(dim, kind, seed))
 
         def of(samples: Samples) -> Tensor:
@@ -304,7 +315,7 @@ class PathKernel:
         probe = of(self._training_samples(self._probe_ids[1]))
         found = products(probe, probe).numpy()
         error = MeasuredError.between(found, self._probe_kernel.numpy(), "the kernel's own matrix")
-        return Features.of(of(self._samples(X)).numpy(), error)
+        return Features.of(of(samples).numpy(), error)
 
     # -- engines and samples ---------------------------------------------------------------------------------
 
@@ -324,8 +335,7 @@ class PathKernel:
     @cached_property
     def _outputs(self) -> int:
         """C."""
-        sample, _ = self.trajectory.data[torch.zeros(1, dtype=torch.int64)]
-        return self.function.outputs(self.trajectory.initial, sample).shape[1]
+        return self.function.outputs(self.trajectory.initial, self.trajectory.data.example[0]).shape[1]
 
     @property
     def _is_full(self) -> bool:
@@ -347,9 +357,16 @@ class PathKernel:
 
     def _samples(self, X: PyTree) -> Samples:
         if self.selection.with_targets:
-            x, context = split_samples(X, self.selection, self.function.dtype)
-            return self.trajectory.data.queries(x, "PathKernel"), context
-        return split_samples(self.trajectory.data.queries(X, "PathKernel"), self.selection, self.function.dtype)
+            x, context = split_samples(X, self.selection, self.function.dtype, "PathKernel")
+            return self.trajectory.queries(x, "PathKernel"), context
+        x = self.trajectory.queries(X, "PathKernel")
+        return split_samples(x, self.selection, self.function.dtype, "PathKernel")
+
+    def _some_samples(self, X: PyTree) -> Samples:
+        samples = self._samples(X)
+        if not count(samples[0]):
+            raise no_samples("PathKernel")
+        return samples
 
     def _progress(self, nodes: list[PathNode]) -> Iterable[PathNode]:
         return tqdm(nodes, desc="path kernel", unit="node", disable=not self.progress)

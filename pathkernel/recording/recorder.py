@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError
 from pathkernel.interrupts import held
-from pathkernel.losses import Objective, check_reduction
+from pathkernel.losses import Objective, check_loss, check_reduction
 from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
-from pathkernel.pytrees import count
+from pathkernel.pytrees import copied_samples, count
 from pathkernel.recording.audit import audit, is_due
 from pathkernel.recording.indexed import indexed_loader
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
@@ -163,7 +163,7 @@ class KernelRecorder:
         initial = layout.flatten({name: p.detach() for name, p in named.items()})
         self._trajectory = Trajectory(
             model=model,
-            objective=Objective(loss, check_reduction(reduction), dict(regularizers or {})),
+            objective=Objective(check_loss(loss), check_reduction(reduction), dict(regularizers or {})),
             data=Samples(data, initial.dtype),
             layout=layout,
             initial=initial,
@@ -171,6 +171,8 @@ class KernelRecorder:
             rule=rule,
             store=store_at(store),
         )
+        if self._trajectory.data.holds_integers:
+            self._trajectory.data.suit(self._trajectory.function(), initial)
         self._live = LiveParameters(named, optimizer)
         self._taken = 0
         self._keyframes = self._follow(as_schedule(schedule), bool(averages))
@@ -376,9 +378,9 @@ class KernelRecorder:
                     "Ids and samples of a batch correspond one to one",
                     f"Write `recorder.batch(ids, {name}={name})` with one row for each id",
                 )
-        batch = MicroBatch(ids, weights, inputs, targets)
-        self._pending.announce(batch)
-        return samples_of(batch, self._trajectory.data)
+        # Copies: the loop may fill the same arrays with its next batch.
+        self._pending.announce(MicroBatch(ids, weights, copied_samples(inputs), copied_samples(targets)))
+        return samples_of(MicroBatch(ids, weights, inputs, targets), self._trajectory.data)
 
     @contextmanager
     def channel(self, name: str) -> Iterator[None]:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from pathkernel._typing import Loss, Parameters
 from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, check
-from pathkernel.losses import Objective
+from pathkernel.losses import Objective, check_loss
 from pathkernel.parameters import ParameterLayout
 from pathkernel.storage import damaged
 from pathkernel.trajectory import identity
@@ -41,6 +41,7 @@ def open_trajectory(
     header = store.header
     assert header is not None
     samples = Samples(data, header.dtype)
+    check_loss(loss)
     problems = mismatches(header, model, loss, samples, regularizers or {})
     if not problems and header.end is not None and header.end.weights != identity.weights(model):
         problems = ["weights: they are not those at the end of the recording"]
@@ -55,6 +56,8 @@ def open_trajectory(
     store.rule = known_rule(header, rule)
     objective = Objective(loss, header.reduction, dict(regularizers or {}))
     trajectory = assembled(store, model, objective, samples)
+    if samples.holds_integers:
+        samples.suit(trajectory.function(), trajectory.initial)
     if header.replay is not None:
         replay = Replay(trajectory, known_optimizer(header.replay["optimizer"], optimizer), store.optimizer_constants())
         trajectory.store = ReplayStore(store, replay, header.replay["threads"] or None)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pathkernel._typing import Loss, Parameters
+from pathkernel._typing import Loss, Parameters, PyTree
+from pathkernel.acceptance import check_finite
 from pathkernel.errors import InputError, ModelMismatchError, RecordingError, TrajectoryError, check
 from pathkernel.functional import ModelFunction
 from pathkernel.losses import Objective
@@ -233,6 +234,18 @@ class Trajectory:
     def function(self, dtype: torch.dtype | None = None) -> ModelFunction:
         """The recorded network as a pure function of θ."""
         return ModelFunction(self.model, self.layout, self.constants, dtype or self.dtype)
+
+    def queries(self, X: PyTree, asker: str) -> PyTree:
+        """Query samples as tensors, shaped and typed as the training samples.
+
+        Raises
+        ------
+        InputError
+            For samples of another form, or that the network makes no finite numbers of, with the row.
+        """
+        inputs = self.data.queries(X, asker)
+        check_finite(self.function(), self.initial, inputs, asker)
+        return inputs
 
     def require_steps(self, asker: str) -> None:
         """Refuse an empty path, one of which too little was kept, and a model that is no longer the recorded one."""
