@@ -18,6 +18,7 @@ from pathkernel.forms import BUILDERS
 from pathkernel.forward_sweep import forward_sweep
 from pathkernel.functional import ModelFunction
 from pathkernel.gradient_source import GradientSource
+from pathkernel.pickling import check_picklable
 from pathkernel.pytrees import blocks, count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.queries import Queries, one_hot_context
@@ -171,9 +172,22 @@ class KernelMachine:
             f"It refines below that type's rounding and needs {needed}",
             "Leave `dtype` out, or use `DiscreteGradient()`",
         )
-        self.function = trajectory.function(dtype or needed)
+        self._dtype = dtype or needed
+        self._make()
+
+    def _make(self) -> None:
+        """What is made of the rest, and is not saved."""
+        self.function = self.trajectory.function(self._dtype)
         self._gradients: RecordedGradients | None = None
         self._sources: dict[str | None, GradientSource] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        check_picklable(quadrature=self.quadrature)
+        return {name: value for name, value in vars(self).items() if name not in ("function", "_gradients", "_sources")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make()
 
     # -- what the network says -------------------------------------------------------------------------------
 

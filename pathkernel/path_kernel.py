@@ -14,19 +14,20 @@ from tqdm.auto import tqdm
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, check
-from pathkernel.path_features import E, Features, at_node, features_of
+from pathkernel.path_features import E, Features, at_node, features_of, samples_of_path
 from pathkernel.path_nodes import PathMeasure, PathNode, path_nodes
 from pathkernel.path_selection import probe_samples, select_nodes
-from pathkernel.pytrees import count, memory_bytes, take
+from pathkernel.pickling import check_picklable
+from pathkernel.pytrees import copied_samples, count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
-from pathkernel.tangent_kernel.choice import AutomaticEngine, EngineValue, make_engine
+from pathkernel.tangent_kernel.choice import AutomaticEngine, EngineValue, choices_of, keep_choices, make_engine
 from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.measured_error import MeasuredError
 from pathkernel.tangent_kernel.operators import KernelOperator, Samples
 from pathkernel.tangent_kernel.output_probes import OutputProbes
 from pathkernel.tangent_kernel.outputs import OneOutput, select_outputs
 from pathkernel.tangent_kernel.projection import Projection, ProjectionEngine, products
-from pathkernel.tangent_kernel.tangent_kernel import no_samples, split_samples
+from pathkernel.tangent_kernel.tangent_kernel import no_samples
 from pathkernel.trajectory.schedule import PRECONDITIONED
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -115,23 +116,51 @@ class PathKernel:
         progress: bool = False,
     ) -> None:
         trajectory.require_steps("PathKernel" if preconditioner is None else PRECONDITIONED)
-        self.trajectory, self.progress, self.memory = trajectory, progress, memory_bytes(memory)
-        self.measure, self.quadrature = PathMeasure(trajectory, measure, preconditioner), as_quadrature(quadrature)
-        self.steps, self.tolerance = steps, tolerance
-        self.function = trajectory.function(dtype)
-        self.probes = outputs if isinstance(outputs, OutputProbes) else None
-        exact = select_outputs(
-            outputs if self.probes is None else "trace", trajectory.loss, trajectory.objective.reduction
+        self._make(
+            {
+                "measure": PathMeasure(trajectory, measure, preconditioner),
+                "outputs": outputs,
+                "quadrature": as_quadrature(quadrature),
+                "steps": steps,
+                "tolerance": tolerance,
+                "engine": engine,
+                "memory": memory_bytes(memory),
+                "dtype": dtype,
+                "progress": progress,
+            }
         )
-        self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
-        if isinstance(exact.function, OneOutput):
-            exact.function.check(self._outputs)
-        self.engine = make_engine(engine, self.function, self.selection, self.memory)
-        approximate = self.probes is not None or isinstance(engine, Projection)
-        self._exact = make_engine("auto", self.function, exact, self.memory) if approximate else self.engine
+        if isinstance(self.selection.function, OneOutput):
+            self.selection.function.check(self._outputs)
         self.nodes = path_nodes(self.measure, self.quadrature, steps)
         if tolerance is not None:
             self.nodes, self.error = self._chosen(tolerance)
+
+    def _make(self, made_of: dict[str, Any]) -> None:
+        """Everything but the nodes from what a kernel is made of, which is with them all that is saved of it."""
+        self._made_of, self.measure, self.quadrature = made_of, made_of["measure"], made_of["quadrature"]
+        self.trajectory, self.progress, self.memory = self.measure.trajectory, made_of["progress"], made_of["memory"]
+        self.steps, self.tolerance = made_of["steps"], made_of["tolerance"]
+        self.function = self.trajectory.function(made_of["dtype"])
+        outputs, engine, objective = made_of["outputs"], made_of["engine"], self.trajectory.objective
+        self.probes = outputs if isinstance(outputs, OutputProbes) else None
+        exact = select_outputs(outputs if self.probes is None else "trace", objective.loss, objective.reduction)
+        self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
+        self.engine = make_engine(engine, self.function, self.selection, self.memory)
+        approximate = self.probes is not None or isinstance(engine, Projection)
+        self._exact = make_engine("auto", self.function, exact, self.memory) if approximate else self.engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        made_of = self._made_of
+        check_picklable(outputs=made_of["outputs"], quadrature=made_of["quadrature"], engine=made_of["engine"])
+        known = {name: vars(self)[name] for name in ("error", "_outputs") if name in vars(self)}
+        return {**made_of, "nodes": self.nodes, "known": known, "chosen": choices_of(self.engine)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        made_of = dict(state)
+        self.nodes, known, chosen = (made_of.pop(name) for name in ("nodes", "known", "chosen"))
+        vars(self).update(known)
+        self._make(made_of)
+        keep_choices(self.engine, chosen)
 
     def _chosen(self, tolerance: float) -> tuple[list[PathNode], MeasuredError]:
         """Fewer nodes, and the error that this makes."""
@@ -280,7 +309,7 @@ class PathKernel:
         )
         same = Y is None or Y is X
         samples = self._some_samples(X), None if same else self._some_samples(Y)
-        return KernelOperator(self.nodes, self._engine_at, *samples)
+        return KernelOperator(self.nodes, self._engine_at, *copied_samples(samples))
 
     def features(self, X: PyTree, dim: int = 1024, *, kind: str = "tensor", seed: int = 0) -> Features:
         """Features φ with φφᵀ ≈ K, for N beyond what a Gram matrix holds.
@@ -356,11 +385,7 @@ class PathKernel:
         return self._samples((inputs, targets) if self.selection.with_targets else inputs)
 
     def _samples(self, X: PyTree) -> Samples:
-        if self.selection.with_targets:
-            x, context = split_samples(X, self.selection, self.function.dtype, "PathKernel")
-            return self.trajectory.queries(x, "PathKernel"), context
-        x = self.trajectory.queries(X, "PathKernel")
-        return split_samples(x, self.selection, self.function.dtype, "PathKernel")
+        return samples_of_path(self.trajectory, X, self.selection, self.function.dtype, "PathKernel")
 
     def _some_samples(self, X: PyTree) -> Samples:
         samples = self._samples(X)

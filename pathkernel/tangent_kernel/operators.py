@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -228,6 +228,9 @@ class KernelOperator(LinearOperator):
         n, m = count(X[0]), count(X[0] if Y is None else Y[0])
         super().__init__(np.float64, (n * max(1, self.inner), m * max(1, self.inner)))
         self._kept: dict[int, KernelProducts] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_kept": {}}
 
     def _products(self, index: int) -> KernelProducts:
         """Products of one term; kept where they hold activations and signals."""

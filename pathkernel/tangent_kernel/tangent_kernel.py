@@ -14,12 +14,14 @@ from pathkernel.acceptance import Acceptance, named_rows, not_finite
 from pathkernel.errors import InputError, check
 from pathkernel.functional import ModelFunction
 from pathkernel.parameters import ParameterLayout, constants_of
-from pathkernel.pytrees import as_tensors, cast_floating, check_rows, count, take
-from pathkernel.tangent_kernel.choice import EngineValue, make_engine
+from pathkernel.pickling import check_picklable
+from pathkernel.pytrees import as_tensors, cast_floating, check_rows, copied_samples, count, take
+from pathkernel.tangent_kernel.choice import EngineValue, choices_of, keep_choices, make_engine
 from pathkernel.tangent_kernel.cost import CostRow
+from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.explanation import cost_rows, describe, precision
 from pathkernel.tangent_kernel.filters import ParameterFilter, chosen_parameters
-from pathkernel.tangent_kernel.operators import KernelOperator, Point
+from pathkernel.tangent_kernel.operators import KernelOperator, Point, Term
 from pathkernel.tangent_kernel.outputs import OneOutput, OutputSelection, select_outputs
 
 
@@ -115,17 +117,45 @@ class TangentKernel:
     ) -> None:
         chosen = chosen_parameters(model, parameters)
         layout = ParameterLayout.of(chosen)
-        self.theta = layout.flatten({name: p.detach() for name, p in chosen.items()})
-        function = ModelFunction(model, layout, constants_of(model, layout), dtype or self.theta.dtype)
-        self.selection = select_outputs(outputs, loss)
-        self.engine = make_engine(engine, function, self.selection, memory)
-        self.function = self.engine.function
-        self._accept = Acceptance(self.function, self.theta, "TangentKernel")
-        self._left_out = {
+        theta = layout.flatten({name: p.detach() for name, p in chosen.items()})
+        left_out = {
             name: "not among `parameters`" if p.requires_grad else "frozen"
             for name, p in model.named_parameters()
             if name not in chosen
         }
+        self._make(
+            {
+                "model": model,
+                "layout": layout,
+                "theta": theta,
+                "constants": constants_of(model, layout),
+                "dtype": dtype or theta.dtype,
+                "selection": select_outputs(outputs, loss),
+                "engine": engine,
+                "memory": memory,
+                "left_out": left_out,
+            }
+        )
+
+    def _make(self, made_of: dict[str, Any]) -> None:
+        """Everything from what a kernel is made of, which is all that is saved of it."""
+        self._made_of, self.theta, self.selection = made_of, made_of["theta"], made_of["selection"]
+        function = ModelFunction(made_of["model"], made_of["layout"], made_of["constants"], made_of["dtype"])
+        self.engine = make_engine(made_of["engine"], function, self.selection, made_of["memory"])
+        self.function = self.engine.function
+        self._accept = Acceptance(self.function, self.theta, "TangentKernel")
+        self._left_out = made_of["left_out"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        made_of = self._made_of
+        check_picklable(model=made_of["model"], outputs=self.selection, engine=made_of["engine"])
+        return {**made_of, "chosen": choices_of(self.engine)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        made_of = dict(state)
+        chosen = made_of.pop("chosen")
+        self._make(made_of)
+        keep_choices(self.engine, chosen)
 
     def _samples(self, X: PyTree) -> tuple[PyTree, PyTree]:
         """Inputs and context; a loss is told in what form the network returns its outputs."""
@@ -206,8 +236,11 @@ class TangentKernel:
         KernelOperator
             float64 (n, m), or (n C, m C) for ``outputs="full"``; symmetric for Y None.
         """
-        x, y = self._some_samples(X), None if Y is None or Y is X else self._some_samples(Y)
-        return KernelOperator([Point(self.theta)], lambda _: self.engine, x, y)
+        samples = self._some_samples(X), None if Y is None or Y is X else self._some_samples(Y)
+        return KernelOperator([Point(self.theta)], self._engine_at, *copied_samples(samples))
+
+    def _engine_at(self, _: Term) -> Engine:
+        return self.engine
 
     def cost(self, X: PyTree, n: int | None = None, m: int | None = None) -> list[CostRow]:
         """What an (n, m) matrix costs on every engine, layer by layer, before it is computed.

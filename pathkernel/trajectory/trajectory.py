@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.acceptance import check_finite
+from pathkernel.acceptance import check_finite, not_finite
 from pathkernel.errors import InputError, ModelMismatchError, RecordingError, TrajectoryError, check
 from pathkernel.functional import ModelFunction
 from pathkernel.losses import Objective
 from pathkernel.parameters import ParameterLayout
-from pathkernel.trajectory.memory import MemoryStore
+from pathkernel.pickling import check_picklable
+from pathkernel.trajectory.memory import MemoryStore, with_memory_of_their_own
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel
 from pathkernel.trajectory.step import Segment, Step
@@ -126,6 +127,17 @@ class Trajectory:
         value = deferred[name]()
         setattr(self, name, value)
         return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All parts, those that were not read yet included; a store on disk travels as its path."""
+        objective = self.objective
+        check_picklable(
+            model=self.model, loss=objective.loss, regularizers=objective.regularizers, data=self.data, rule=self.rule
+        )
+        for name in vars(self).get("_deferred", {}):
+            getattr(self, name)
+        state = {name: value for name, value in vars(self).items() if name != "_deferred"}
+        return state | with_memory_of_their_own({name: state[name] for name in ("initial", "initial_memory", "tail")})
 
     def __len__(self) -> int:
         """S, the number of optimizer steps."""
@@ -244,7 +256,8 @@ class Trajectory:
             For samples of another form, or that the network makes no finite numbers of, with the row.
         """
         inputs = self.data.queries(X, asker)
-        check_finite(self.function(), self.initial, inputs, asker)
+        if len(not_finite(inputs)):
+            check_finite(self.function(), self.initial, inputs, asker)
         return inputs
 
     def require_steps(self, asker: str) -> None:
