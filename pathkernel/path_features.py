@@ -57,6 +57,9 @@ class Features(np.ndarray):
     def __reduce__(self) -> tuple[Any, ...]:
         return Features.of, (np.asarray(self), self.error)
 
+    def __deepcopy__(self, memo: dict[int, Any] | None) -> Features:
+        return Features.of(np.array(self), self.error)
+
 
 E = TypeVar("E", bound=Engine)
 

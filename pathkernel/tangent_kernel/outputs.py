@@ -23,6 +23,9 @@ class OutputStructure:
         self.shapes: list[torch.Size | None] = []
         self.tree: Any = None
 
+    def __reduce__(self) -> tuple[type[OutputStructure], tuple[()]]:
+        return OutputStructure, ()  # it is learnt again from the next samples
+
     def learn(self, returned: PyTree) -> None:
         """From what the network returned for any batch."""
         leaves, self.tree = pytree.tree_flatten(returned)
