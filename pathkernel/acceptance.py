@@ -34,23 +34,16 @@ def with_floats(inputs: PyTree, dtype: torch.dtype) -> PyTree:
 
 
 def with_integers(inputs: PyTree) -> PyTree:
-    """Whole numbers as integers: scikit-learn makes floating-point numbers of token ids.
+    """Whole numbers as integers: scikit-learn makes floating-point numbers of token ids. None where they are not whole.
 
-    Raises
-    ------
-    ValueError
-        For numbers with a fraction, and for those that their floating type does not tell from their neighbours.
+    Nor are numbers so large that their floating type does not tell them from their neighbours.
     """
-
-    def convert(leaf: Tensor) -> Tensor:
-        if not leaf.is_floating_point():
-            return leaf
-        told_apart = leaf.abs() < 1 / torch.finfo(leaf.dtype).eps
-        if not bool((told_apart & (leaf == leaf.round())).all()):
-            raise ValueError("numbers that are no integers")
-        return leaf.to(torch.int64)
-
-    return pytree.tree_map(convert, inputs)
+    for leaf in pytree.tree_leaves(inputs):
+        if leaf.is_floating_point():
+            told_apart = leaf.abs() < 1 / torch.finfo(leaf.dtype).eps
+            if not bool((told_apart & (leaf == leaf.round())).all()):
+                return None
+    return pytree.tree_map(lambda leaf: leaf.to(torch.int64) if leaf.is_floating_point() else leaf, inputs)
 
 
 class Acceptance:
@@ -87,10 +80,13 @@ class Acceptance:
         key = (tree, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
         if key not in self._conversions:
             self._conversions[key] = self._conversion(inputs)
-        try:
-            converted = self._conversions[key](inputs)
-        except ValueError:  # the first sample had whole numbers
-            raise self._no_integers(inputs) from None
+        converted = self._conversions[key](inputs)
+        if converted is None:  # only the first sample had whole numbers
+            raise InputError(
+                f"`{self.asker}` was given numbers with a fraction, for a network that takes integers",
+                "Whole numbers, such as token ids, are converted",
+                "Pass integers, `X.astype(int)`",
+            )
         check_finite(self.function, self.theta, converted, self.asker)
         return converted
 
@@ -103,11 +99,8 @@ class Acceptance:
         if error is None:
             return lambda samples: samples
         for conversion in (lambda samples: with_floats(samples, self.function.dtype), with_integers):
-            try:
-                changed = conversion(one)
-            except ValueError:
-                continue
-            if self._refusal(changed) is None:
+            changed = conversion(one)
+            if changed is not None and self._refusal(changed) is None:
                 return conversion
         raise self._refused(inputs, error)
 
@@ -145,13 +138,6 @@ class Acceptance:
             "Pass X with one row for each sample, shaped as the network takes them",
         )
 
-    def _no_integers(self, inputs: PyTree) -> InputError:
-        return InputError(
-            f"`{self.asker}` was given floating-point numbers that are no integers, for a network that takes integers",
-            "Whole numbers, such as token ids, are converted",
-            "Pass integers, `X.astype(int)`",
-        )
-
 
 def single_sample(asker: str, kernels: str, shape: tuple[int, ...]) -> InputError:
     """The refusal of a single row, as scikit-learn's pairwise callers pass them."""
@@ -159,7 +145,8 @@ def single_sample(asker: str, kernels: str, shape: tuple[int, ...]) -> InputErro
         f"`{asker}` was called with a single sample of shape {shape}, as KernelRidge, KernelPCA and Nystroem do pair "
         "by pair",
         f"{kernels} take whole arrays of samples",
-        'Write `make_pipeline(PathKernelTransformer(kernel), KernelRidge(kernel="precomputed"))`, or pass `X[None]`',
+        'Write `make_pipeline(PathKernelTransformer(kernel), KernelRidge(kernel="precomputed"))`, or pass `X[None]` '
+        "(`numpy.stack(X)` for a list of rows)",
     )
 
 

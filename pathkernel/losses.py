@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +172,7 @@ def check_reduction(reduction: str) -> str:
     return reduction
 
 
-def check_loss(loss: Loss) -> Loss:
+def check_loss(loss: Any) -> Loss:
     """Accept a function of output and target; a class is not one yet."""
     if isinstance(loss, type) or not callable(loss):
         given = f"the class {loss.__name__}" if isinstance(loss, type) else f"a {type(loss).__name__}"

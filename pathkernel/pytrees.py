@@ -65,13 +65,23 @@ def _as_tensor(leaf: Any, dtype: torch.dtype) -> Tensor:
 
 def _as_array(leaf: Any) -> np.ndarray:
     try:
-        return np.asarray(leaf)
+        array = np.asarray(leaf)
+        if array.dtype == object and _has_columns_of_numbers(leaf):
+            return leaf.to_numpy(dtype=np.float64, na_value=np.nan)
+        return array
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(
             f"Samples came as a {type(leaf).__name__} that is no array ({error})",
             "Samples are rows of the same length",
             "Pass an array or a tensor with one row for each sample",
         ) from None
+
+
+def _has_columns_of_numbers(leaf: Any) -> bool:
+    """Whether it is a table of pandas with columns of different types, or of types that may be missing."""
+    types = getattr(leaf, "dtypes", ())
+    kinds = [getattr(each, "kind", "") for each in (types if hasattr(types, "__iter__") else [types])]
+    return bool(kinds) and set(kinds) <= set("fiub")
 
 
 def _no_numbers(dtype: Any) -> InputError:
@@ -120,7 +130,7 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         alike = isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype
         return alike and one.device == other.device and torch.equal(one, other)
-    one, other = np.asarray(one), np.asarray(other)
+    one, other = _as_array(one), _as_array(other)
     return one.dtype == other.dtype and np.array_equal(one, other)
 
 

@@ -149,10 +149,7 @@ def as_trained(leaf: Tensor, trained: Tensor, asker: str) -> Tensor:
     """
     if trained.is_floating_point():
         return leaf if leaf.is_floating_point() else leaf.to(trained.dtype)
-    try:
-        whole = with_integers(leaf)
-    except ValueError:
-        whole = None
+    whole = with_integers(leaf)
     if whole is not None and trained.dtype == torch.bool and bool(((whole == 0) | (whole == 1)).all()):
         return whole.to(torch.bool)
     if whole is None or trained.dtype == torch.bool:
