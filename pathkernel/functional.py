@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import math
+import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
@@ -27,7 +29,7 @@ from pathkernel._typing import Float, Parameters, PyTree
 from pathkernel.errors import InputError
 from pathkernel.interrupts import attempt, deliver, held
 from pathkernel.parameters import ParameterLayout, constants_of
-from pathkernel.pytrees import blocks, cast_floating, count, take
+from pathkernel.pytrees import arguments_of, blocks, cast_floating, count, take
 from pathkernel.structural_copy import StructuralCopy
 
 
@@ -88,6 +90,19 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
     if device.type == "cuda":
         states[str(device)] = torch.cuda.get_rng_state(device)
     return states
+
+
+@contextmanager
+def generators_untouched() -> Iterator[None]:
+    """Leave the random generators of Python, numpy and torch as they are."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager
@@ -327,25 +342,28 @@ class ModelFunction:
         return self.layout.unflatten(vector.to(self.dtype))
 
     def call(self, parameters: Parameters, inputs: PyTree) -> Any:
-        """What the module returns for a batch; a tuple of inputs is spread over its arguments."""
-        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-        constants = self.constants
-        if self.state.modes is not False:  # layers in train mode write to their buffers
-            constants = {name: value.clone() for name, value in constants.items()}
+        """What the module returns for a batch; see `pathkernel.pytrees.arguments_of`."""
+        arguments = arguments_of(self.module.forward, inputs)
+        structure, evaluation = self.structure, self.state.modes is False
+        # Layers in train mode write to their buffers, and some networks do so in evaluation.
+        written = structure.written if evaluation and structure.written is not None else structure.buffers
+        copies = {name: self.constants[name].clone() for name in written}
         tapped: list[Any] = []
         with self.lock:
             handle = None
             if self.tap is not None:
                 tapping = self.module.get_submodule(self.tap)
                 handle = tapping.register_forward_hook(lambda _, __, out: tapped.append(out))
-            self.structure.fill({**constants, **parameters})
+            structure.fill({**self.constants, **copies, **parameters})
             try:
                 returned = self.module(*arguments)
+                if evaluation and structure.written is None:
+                    structure.written = tuple(name for name, value in copies.items() if value._version > 0)
             finally:
                 if handle is not None:
                     handle.remove()
                 if not self._kept:
-                    self.structure.clear()
+                    structure.clear()
         return returned if self.tap is None else tapped[-1]
 
     def batch(self, parameters: Parameters, inputs: PyTree) -> Tensor:

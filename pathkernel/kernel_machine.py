@@ -20,6 +20,7 @@ from pathkernel.forms import BUILDERS
 from pathkernel.forward_sweep import forward_sweep
 from pathkernel.functional import ModelFunction
 from pathkernel.gradient_source import GradientSource
+from pathkernel.pickling import check_picklable
 from pathkernel.pytrees import blocks, count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.queries import GradientStep, Queries, one_hot_context
@@ -27,7 +28,7 @@ from pathkernel.query_blocks import samples_at_once
 from pathkernel.sample_wise import check_sample_wise
 from pathkernel.sweeps import backward_sweep
 from pathkernel.tangent_kernel.outputs import select_outputs
-from pathkernel.tangent_kernel.tangent_kernel import split_samples
+from pathkernel.tangent_kernel.tangent_kernel import no_samples, split_samples
 from pathkernel.threads import one_at_a_time
 from pathkernel.trajectory.gradients import EngineReplaced, RecordedGradients
 from pathkernel.trajectory.trajectory import Trajectory
@@ -177,9 +178,22 @@ class KernelMachine:
             f"It refines below that type's rounding and needs {needed}",
             "Leave `dtype` out, or use `DiscreteGradient()`",
         )
-        self.function = trajectory.function(dtype or needed)
+        self._dtype = dtype or needed
+        self._make()
+
+    def _make(self) -> None:
+        """What is made of the rest, and is not saved."""
+        self.function = self.trajectory.function(self._dtype)
         self._gradients: RecordedGradients | None = None
         self._sources: dict[str | None, GradientSource] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        check_picklable(quadrature=self.quadrature)
+        return {name: value for name, value in vars(self).items() if name not in ("function", "_gradients", "_sources")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make()
 
     # -- what the network says -------------------------------------------------------------------------------
 
@@ -235,7 +249,7 @@ class KernelMachine:
         loss = self.trajectory.loss
         if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss)):
             return True
-        target = torch.utils._pytree.tree_leaves(self.trajectory.data[torch.zeros(1, dtype=torch.int64)][1])[0]
+        target = torch.utils._pytree.tree_leaves(self.trajectory.data.example[1])[0]
         return not target.is_floating_point() and target.dim() == 1
 
     @property
@@ -324,7 +338,7 @@ class KernelMachine:
         """The query functions, and which sample and output each of them is."""
         if isinstance(outputs, str) and outputs == "loss":
             selection = select_outputs("loss", self.trajectory.loss, self.trajectory.objective.reduction)
-            inputs, targets = split_samples(X, selection, self.trajectory.data.dtype)
+            inputs, targets = split_samples(X, selection, self.trajectory.data.dtype, "KernelMachine")
             inputs = self._samples(inputs)
             queries = Queries(self._source(self.function), inputs, selection.function, targets, None)
             return queries, np.arange(len(queries)), np.full(len(queries), -1)
@@ -403,8 +417,10 @@ class KernelMachine:
         return averaged.outputs(trajectory.layout.flatten(record.last), inputs)
 
     def _samples(self, X: PyTree) -> PyTree:
-        inputs = self.trajectory.data.queries(X, "KernelMachine")
-        check_sample_wise(self.function, self.trajectory.final, inputs)
+        inputs = self.trajectory.queries(X, "KernelMachine")
+        if not count(inputs):
+            raise no_samples("KernelMachine")
+        check_sample_wise(self.function, self.trajectory.initial, inputs)
         return inputs
 
     # -- the sweeps, in blocks of queries ---------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,3 +189,16 @@ def check_reduction(reduction: str) -> str:
             'Write `KernelRecorder(..., reduction="mean")`',
         )
     return reduction
+
+
+def check_loss(loss: Any) -> Loss:
+    """Accept a function of output and target; a class is not one yet."""
+    if isinstance(loss, type) or not callable(loss):
+        given = f"the class {loss.__name__}" if isinstance(loss, type) else f"a {type(loss).__name__}"
+        made = f"{loss.__name__}()" if isinstance(loss, type) else "nn.CrossEntropyLoss()"
+        raise InputError(
+            f"`loss` is {given}",
+            "A loss is called with the network's output and the target: an instance of a module, or a function",
+            f"Write `loss={made}`",
+        )
+    return loss

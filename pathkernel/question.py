@@ -19,14 +19,13 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
-from pathkernel.functional import ModelFunction, OutputFunctional
+from pathkernel.functional import ModelFunction, OutputFunctional, generators_untouched
 from pathkernel.pytrees import cast_floating, count, take
 from pathkernel.trajectory.identity import (
     compared,
     condensed,
     data_identity,
     digest,
-    generators_untouched,
     loss_identity,
     named,
 )

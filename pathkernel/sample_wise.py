@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -16,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import UnsupportedModelError
-from pathkernel.functional import REFUSALS, ModelFunction, batch_outputs, generator_states
+from pathkernel.functional import REFUSALS, ModelFunction, batch_outputs, generator_states, generators_untouched
 from pathkernel.interrupts import attempt
 from pathkernel.pytrees import cast_floating, count, spread, take
 
@@ -69,19 +65,6 @@ def check_module(module: nn.Module) -> None:
             )
 
 
-@contextmanager
-def generators_untouched(device: torch.device) -> Iterator[None]:
-    """Leave the random generators of Python, numpy and torch as they are."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
 def check_sample_wise(function: ModelFunction, theta: Float[Tensor, " P"], inputs: PyTree) -> None:
     """Refuse a network whose outputs are no function of one sample.
 
@@ -93,7 +76,7 @@ def check_sample_wise(function: ModelFunction, theta: Float[Tensor, " P"], input
     function
         The network in evaluation mode.
     theta
-        θ.
+        θ, near which it is evaluated.
     inputs
         Samples, of which three are used.
 
@@ -112,9 +95,12 @@ def check_sample_wise(function: ModelFunction, theta: Float[Tensor, " P"], input
 
 
 def _check(function: ModelFunction, theta: Tensor, few: PyTree) -> None:
+    # At a generic point near θ: a head that begins with zeros hides everything.
+    noise = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(theta)
+    theta = theta + 1e-2 * theta.abs().mean().clamp_min(1e-2) * noise
     parameters, n = function.parameters(theta), count(few)
     device = theta.device
-    with generators_untouched(device), function.running(gradients=False):
+    with generators_untouched(), function.running(gradients=False):
         before = generator_states(device)
         live = function.structure.read_live(lambda: function.batch(parameters, few))
         drew = any(not torch.equal(state, before[name]) for name, state in generator_states(device).items())

@@ -23,7 +23,7 @@ from pathkernel.attributions import Attributions
 from pathkernel.errors import InputError, TrajectoryError, check
 from pathkernel.kernel_machine import KernelMachine
 from pathkernel.path_kernel import PathKernel
-from pathkernel.pytrees import memory_bytes
+from pathkernel.pytrees import copied_samples, memory_bytes
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.tangent_kernel.output_probes import OutputProbes
 from pathkernel.tangent_kernel.projection import Projection
@@ -129,7 +129,8 @@ class StreamingShares(StepObserver):
         quadrature: str | Quadrature = "auto",
         memory: int | str = "1GB",
     ) -> None:
-        self.X, self.outputs, self.quadrature, self.memory = X, outputs, as_quadrature(quadrature), memory_bytes(memory)
+        self.X, self.outputs = copied_samples(X), outputs
+        self.quadrature, self.memory = as_quadrature(quadrature), memory_bytes(memory)
         check(
             not self.quadrature.relative,
             InputError,
@@ -253,7 +254,8 @@ class StreamingGram(StepObserver):
     name = "PathKernel of fixed samples"
 
     def __init__(self, X: PyTree, Y: PyTree | None = None, **options: Any) -> None:
-        self.X, self.Y, self.options = X, Y, options
+        self.X, self.Y = copied_samples(X), None if Y is X else copied_samples(Y)
+        self.options = options
         chosen = [name for name in ("steps", "tolerance") if name in options]
         check(
             not chosen,

@@ -27,15 +27,6 @@ LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition, t
 """Objects that have no copies and hold nothing that a pass depends on."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_TRAINING = "_pathkernel_recording"
-"""Attribute of hooks that watch a loop; copies are not watched."""
-
-
-def watches_training(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook of a module marked as one that no copy of the module has."""
-    setattr(hook, _OF_TRAINING, True)
-    return hook
-
 
 class StructuralCopy:
     """A copy of a module whose parameters and buffers are filled in for each pass.
@@ -49,6 +40,10 @@ class StructuralCopy:
     ----------
     module
         The copy. Its `torch.nn.Embedding` layers give dense gradients.
+    buffers
+        Names of the buffers.
+    written
+        Those that the network writes to in evaluation mode, too; None until a pass has been made.
 
     Raises
     ------
@@ -61,6 +56,8 @@ class StructuralCopy:
         self.names = {id(value): name for name, value in self._originals.items()}
         copier = _Copier(self.names)
         self.module = copier.module(module, "")
+        self.buffers = tuple(name for name, _ in module.named_buffers())
+        self.written: tuple[str, ...] | None = None
         self._slots = list(_slots(self.module, self.names, set()))
         for child in self.module.modules():
             if isinstance(child, (nn.Embedding, nn.EmbeddingBag)):
@@ -235,7 +232,8 @@ def _content(cell: Any) -> Any:
 
 
 def _of_training(hook: Any) -> bool:
-    return getattr(getattr(hook, "__func__", hook), _OF_TRAINING, False)
+    """Whether a hook belongs to a recorder, which watches the module and none of its copies."""
+    return getattr(hook, "of_training", False) is True
 
 
 Slot = tuple[Any, Any, str]

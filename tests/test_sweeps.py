@@ -245,6 +245,6 @@ def test_a_memory_is_kept_in_the_working_type_and_only_where_there_is_one() -> N
 
 
 def test_an_engine_that_does_not_exist() -> None:
-    message = "`engine='fast'` was given. Engines are 'auto', 'layerwise', 'jacobian', 'autograd'. Write `engine=\"auto\"`"
+    message = "Engines are 'auto', 'layerwise', 'jacobian', 'autograd'. Write `engine=\"auto\"`"
     with pytest.raises(pk.errors.InputError, match=message):
         pk.KernelMachine(record().trajectory, engine="fast")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from pathkernel.attributions import Attributions
 from pathkernel.errors import PathKernelError
-from pathkernel.plotting.appearance import LOWERS, MINUS, NEUTRAL, RAISES, STYLE, several_axes
+from pathkernel.plotting.appearance import LOWERS, MINUS, NEUTRAL, RAISES, several_axes, styled
 
 
 class CompletenessDisplay:
@@ -114,7 +113,7 @@ class CompletenessDisplay:
         CompletenessDisplay
             This object, with `axes_`, `ax_` and `figure_`.
         """
-        with plt.rc_context(STYLE):
+        with styled():
             self.figure_, grid = several_axes(ax, (8.8, 3.9), 1, 2, width_ratios=[1.0, 1.15], wspace=0.08)
             self.axes_ = np.array([self.figure_.add_subplot(grid[k]) for k in range(2)], dtype=object)
             self.ax_ = self.axes_[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 
 from pathkernel.attributions import Attributions
 from pathkernel.errors import PathKernelError
+from pathkernel.storage import write_atomically
 
 DOTS_PER_INCH = 160  # sharp on dense screens
 PIXELS_PER_INCH = 96  # of CSS: figures appear in their own size
@@ -197,7 +197,7 @@ def write_report(
         version=_version(),
         date=date or datetime.now(UTC),
     )
-    _replace(path, page)
+    write_atomically(path, [page.encode()], durable=True)
     return path
 
 
@@ -242,20 +242,3 @@ def _version() -> str:
         return metadata.version("pathkernel")
     except metadata.PackageNotFoundError:  # run from a checkout that was not installed
         return "(a checkout)"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside the target and rename: readers see the old page or the new one, never half of it."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 is for secrets; this is a page to share
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

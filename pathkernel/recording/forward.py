@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from pathkernel.functional import ForwardState, generator_states
 from pathkernel.recording.modules import WatchedModules
-from pathkernel.structural_copy import watches_training
+
+
+class Hook:
+    """A recorder's hook on a network, which does nothing on copies of it: they are not being recorded.
+
+    Parameters
+    ----------
+    call
+        What is called.
+    """
+
+    of_training: ClassVar[bool] = True
+    """Tells `pathkernel.structural_copy` to leave it out."""
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self.call = call
+
+    def __call__(self, *arguments: Any) -> None:
+        """Call it."""
+        if self.call is not None:
+            self.call(*arguments)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()  # the whole record would come along
 
 
 class ForwardWatcher:
@@ -48,8 +71,8 @@ class ForwardWatcher:
     def start(self) -> None:
         """Put the hooks on."""
         self._handles = [
-            self.model.register_forward_pre_hook(self._enter),
-            self.model.register_forward_hook(self._leave),
+            self.model.register_forward_pre_hook(Hook(self._enter)),
+            self.model.register_forward_hook(Hook(self._leave)),
         ]
 
     def stop(self) -> None:
@@ -62,7 +85,6 @@ class ForwardWatcher:
         """A batch was announced: report the next passes."""
         self._waiting, self._before = self.passes, None
 
-    @watches_training
     def _enter(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         if self._waiting and torch.is_grad_enabled():
             kind = self.device.type
@@ -71,7 +93,6 @@ class ForwardWatcher:
                 self.modules.modes(), generator_states(self.device), autocast, self.modules.changed_buffers()
             )
 
-    @watches_training
     def _leave(self, module: nn.Module, arguments: tuple[Any, ...], outputs: Any) -> None:
         if self._before is None:
             return

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.errors import NonFiniteStepError, PathKernelError, RecordingError, SampleIdError
+from pathkernel.functional import generators_untouched
 from pathkernel.interrupts import attempt, held
-from pathkernel.losses import Objective, check_reduction
+from pathkernel.losses import Objective, check_loss, check_reduction
 from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
-from pathkernel.pytrees import as_tensors, count, spread
+from pathkernel.pytrees import as_tensors, copied_samples, count, spread
 from pathkernel.recording.audit import audit, is_due
 from pathkernel.recording.indexed import indexed_loader
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
@@ -29,7 +30,7 @@ from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.recording.pending import PendingBatches, checked_ids
 from pathkernel.recording.validation import check_optimizer, unwrapped
-from pathkernel.sample_wise import SAMPLES, check_sample_wise, generators_untouched
+from pathkernel.sample_wise import SAMPLES, check_sample_wise
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.memory import MemoryStore
@@ -165,7 +166,7 @@ class KernelRecorder:
         initial = layout.flatten({name: p.detach() for name, p in named.items()})
         self._trajectory = Trajectory(
             model=model,
-            objective=Objective(loss, check_reduction(reduction), dict(regularizers or {})),
+            objective=Objective(check_loss(loss), check_reduction(reduction), dict(regularizers or {})),
             data=Samples(data, initial.dtype),
             layout=layout,
             initial=initial,
@@ -173,6 +174,8 @@ class KernelRecorder:
             rule=rule,
             store=store_at(store),
         )
+        if self._trajectory.data.holds_integers:
+            self._trajectory.data.suit(self._trajectory.function(), initial)
         self._live = LiveParameters(named, optimizer)
         self._taken = 0
         self._keyframes = self._follow(as_schedule(schedule), bool(averages))
@@ -389,9 +392,9 @@ class KernelRecorder:
                     "Ids and samples of a batch correspond one to one",
                     f"Write `recorder.batch(ids, {name}={name})` with one row for each id",
                 )
-        batch = MicroBatch(ids, weights, inputs, targets)
-        self._announce(batch)
-        return samples_of(batch, self._trajectory.data)
+        # Copies: the loop may fill the same arrays with its next batch.
+        self._announce(MicroBatch(ids, weights, copied_samples(inputs), copied_samples(targets)))
+        return samples_of(MicroBatch(ids, weights, inputs, targets), self._trajectory.data)
 
     def _announce(self, batch: MicroBatch) -> None:
         if not self._checked:
@@ -403,7 +406,7 @@ class KernelRecorder:
         """Refuse a network that cannot be explained before it has been trained."""
         trajectory = self._trajectory
         few = batch.ids[spread(len(batch.ids), SAMPLES)]
-        with generators_untouched(trajectory.initial.device):
+        with generators_untouched():
             inputs = trajectory.data[few][0] if batch.inputs is None else batch.inputs
         inputs = as_tensors(inputs, trajectory.dtype)
         function, theta = trajectory.function(), self._live.vector()

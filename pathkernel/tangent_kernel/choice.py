@@ -102,6 +102,17 @@ class AutomaticEngine(LayerwiseEngine):
         return super().diagonal(theta, X, context, diagonal)
 
 
+def choices_of(engine: Engine) -> dict[tuple[int, int | None], str]:
+    """What an engine has chosen so far, by size: engines differ by rounding, and a saved kernel keeps its own."""
+    return dict(engine._chosen) if isinstance(engine, AutomaticEngine) else {}
+
+
+def keep_choices(engine: Engine, chosen: Mapping[tuple[int, int | None], str]) -> None:
+    """Choose for these sizes as another time."""
+    if isinstance(engine, AutomaticEngine):
+        engine._chosen.update(chosen)
+
+
 def _size(n: int, m: int | None) -> str:
     return f"{n} symmetric" if m is None else f"{n} x {m}"
 

@@ -228,6 +228,13 @@ class KernelOperator(LinearOperator):
         super().__init__(np.float64, (n * max(1, self.inner), m * max(1, self.inner)))
         self._kept: dict[int, KernelProducts] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"} | {"_kept": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.lock = self.engine_at(self.terms[0]).function.lock
+
     def _products(self, index: int) -> KernelProducts:
         """Products of one term; kept where they hold activations and signals."""
         if index in self._kept:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from pathkernel.trajectory.reference_outputs import ReferenceOutputs
     from pathkernel.trajectory.trajectory import Trajectory
 
-FORMAT, VERSION = "pathkernel trajectory", 1
+FORMAT, VERSION = "pathkernel trajectory", 2
+"""Version 2 gives a step its length, which thinned paths need; all others are readable as version 1."""
 MAX_NUMBERS = 2**44
 """No θ is longer."""
 
@@ -141,7 +142,7 @@ class Header:
         end = None if self.end is None else {**vars(self.end), "values": list(self.end.values)}
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.schedule.weights_only else 1,
             "dtype": str(self.dtype).removeprefix("torch."),
             "steps_per_block": self.capacity,
             "regions": [_table(layout) for layout in self.layouts],

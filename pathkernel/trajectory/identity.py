@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss
+from pathkernel.functional import generators_untouched
 from pathkernel.trajectory.packing import as_bytes
 from pathkernel.trajectory.samples import Samples
 
@@ -111,19 +110,6 @@ def _leaves(items: Any) -> Iterator[tuple[str, Tensor]]:
                 yield str(array.dtype), (
                     torch.from_numpy(np.ascontiguousarray(array)) if array.dtype.kind in "fiub" else torch.zeros(0)
                 )
-
-
-@contextmanager
-def generators_untouched() -> Iterator[None]:
-    """Leave all random generators as they are: datasets may draw from them."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def compared(recorded: Fingerprint, found: Fingerprint, what: str) -> list[str]:

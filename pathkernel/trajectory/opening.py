@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, Parameters
 from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, check
-from pathkernel.functional import ModelFunction
-from pathkernel.losses import Objective
+from pathkernel.functional import ModelFunction, generators_untouched
+from pathkernel.losses import Objective, check_loss
 from pathkernel.parameters import ParameterLayout, constants_of
 from pathkernel.storage import damaged
 from pathkernel.trajectory import identity
@@ -45,6 +45,7 @@ def open_trajectory(
     header = store.header
     assert header is not None
     samples = Samples(data, header.dtype)
+    check_loss(loss)
     problems = mismatches(header, model, loss, samples, regularizers or {})
     if not problems and header.end is not None and header.end.weights != identity.weights(model):
         problems = ["weights: they are not those at the end of the recording"]
@@ -59,6 +60,8 @@ def open_trajectory(
     store.rule = known_rule(header, rule)
     objective = Objective(loss, header.reduction, dict(regularizers or {}))
     trajectory = assembled(store, model, objective, samples)
+    if samples.holds_integers:
+        samples.suit(trajectory.function(), trajectory.initial)
     check_outputs(f"Trajectory.open({str(path)!r})", trajectory, store)
     if header.replay is not None:
         replay = Replay(trajectory, known_optimizer(header.replay["optimizer"], optimizer), store.optimizer_constants())
@@ -107,7 +110,7 @@ def reference_outputs(store: DiskStore, data: Samples) -> ReferenceOutputs | Non
     if header is None or header.outputs is None:
         return None
     samples = header.outputs["samples"]
-    with identity.generators_untouched():
+    with generators_untouched():
         inputs = data[torch.tensor(samples)][0]
     if header.outputs["varying"]:
         inputs = pytree.tree_unflatten(store.start_values()["reference_inputs"], pytree.tree_structure(inputs))

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import ModelMismatchError
-from pathkernel.functional import ModelFunction
+from pathkernel.functional import ModelFunction, generators_untouched
 from pathkernel.interrupts import attempt
-from pathkernel.trajectory.identity import condensed, generators_untouched
+from pathkernel.trajectory.identity import condensed
 from pathkernel.trajectory.packing import DTYPES
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from pathkernel.errors import RecordingError, TrajectoryError, check
 from pathkernel.functional import ModelFunction
 from pathkernel.interrupts import held
 from pathkernel.losses import batch_loss
+from pathkernel.pickling import check_picklable
 from pathkernel.storage import crc32c
 from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.packing import row_major
@@ -177,6 +178,17 @@ class Replay:
             "groups": [{key: v for key, v in g.items() if isinstance(v, Tensor)} for g in self.groups],
             "made_of": {key: v for key, v in self._made_of.items() if key not in ("state", "param_groups")},
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        constants = self.constants
+        check_picklable(optimizer=(self.kind, constants))
+        return {"trajectory": self.trajectory, "kind": self.kind, **constants}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.trajectory, self.kind = state["trajectory"], state["kind"]  # the trajectory has no parts yet
+        self.groups, self._made_of = state["groups"], state["made_of"]
+        self._parameters, self._optimizer, self._network, self.received = {}, None, None, 0
+        self._at = torch.empty(0)
 
     # -- where it stands ----------------------------------------------------------------------------------------
 
@@ -342,6 +354,9 @@ class ReplayStore(Store):
     def __init__(self, inner: Store, replay: Replay, threads: int | None = None) -> None:
         self.inner, self.replay, self.threads = inner, replay, threads
         self._blocks: OrderedDict[int, list[Step]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_blocks": OrderedDict()}
 
     @property
     def stopped(self) -> bool:  # type: ignore[override]

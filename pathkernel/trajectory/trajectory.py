@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pathkernel._typing import Loss, Parameters
+from pathkernel._typing import Loss, Parameters, PyTree
+from pathkernel.acceptance import check_finite, not_finite
 from pathkernel.errors import InputError, ModelMismatchError, RecordingError, TrajectoryError, check
 from pathkernel.functional import ModelFunction
 from pathkernel.losses import Objective
 from pathkernel.parameters import ParameterLayout
-from pathkernel.trajectory.memory import MemoryStore
+from pathkernel.pickling import check_picklable
+from pathkernel.trajectory.memory import MemoryStore, with_memory_of_their_own
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel
 from pathkernel.trajectory.step import Segment, Step
@@ -136,8 +138,15 @@ class Trajectory:
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the lock, which belongs to this process."""
-        return {name: value for name, value in vars(self).items() if name != "lock"}
+        """All parts, those that were not read yet included, but the lock; a store on disk travels as its path."""
+        objective = self.objective
+        check_picklable(
+            model=self.model, loss=objective.loss, regularizers=objective.regularizers, data=self.data, rule=self.rule
+        )
+        for name in vars(self).get("_deferred", {}):
+            getattr(self, name)
+        state = {name: value for name, value in vars(self).items() if name not in ("_deferred", "lock")}
+        return state | with_memory_of_their_own({name: state[name] for name in ("initial", "initial_memory", "tail")})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, lock=threading.RLock())
@@ -255,6 +264,19 @@ class Trajectory:
     def function(self, dtype: torch.dtype | None = None) -> ModelFunction:
         """The recorded network as a pure function of θ."""
         return ModelFunction(self.model, self.layout, self.constants, dtype or self.dtype)
+
+    def queries(self, X: PyTree, asker: str) -> PyTree:
+        """Query samples as tensors, shaped and typed as the training samples.
+
+        Raises
+        ------
+        InputError
+            For samples of another form, or that the network makes no finite numbers of, with the row.
+        """
+        inputs = self.data.queries(X, asker)
+        if len(not_finite(inputs)):
+            check_finite(self.function(), self.initial, inputs, asker)
+        return inputs
 
     def require_steps(self, asker: str) -> None:
         """Refuse an empty path, one of which too little was kept, and a model that is no longer the recorded one."""
