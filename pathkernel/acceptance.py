@@ -11,11 +11,8 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Int, PyTree
 from pathkernel.errors import InputError, PathKernelError
-from pathkernel.functional import ModelFunction
+from pathkernel.functional import REFUSALS, ModelFunction, generators_untouched
 from pathkernel.pytrees import cast_floating, check_rows, count, take
-
-REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
-"""What networks raise for samples that they do not take."""
 
 SHAPES = {
     "in_features": "(n, …, {})",
@@ -79,7 +76,8 @@ class Acceptance:
         leaves, tree = pytree.tree_flatten(inputs)
         key = (tree, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
         if key not in self._conversions:
-            self._conversions[key] = self._conversion(inputs)
+            with generators_untouched():  # networks that draw from them are refused elsewhere
+                self._conversions[key] = self._conversion(inputs)
         converted = self._conversions[key](inputs)
         if converted is None:  # only the first sample had whole numbers
             raise InputError(
@@ -102,6 +100,8 @@ class Acceptance:
             changed = conversion(one)
             if changed is not None and self._refusal(changed) is None:
                 return conversion
+        if self._refusal(take(inputs, slice(0, 3))) is None:  # no function of one sample, as is said elsewhere
+            return lambda samples: samples
         raise self._refused(inputs, error)
 
     def _refusal(self, inputs: PyTree) -> Exception | None:

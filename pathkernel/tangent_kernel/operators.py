@@ -232,7 +232,7 @@ class KernelOperator(LinearOperator):
         return {name: value for name, value in vars(self).items() if name != "lock"} | {"_kept": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self.__dict__.update(state)
         self.lock = self.engine_at(self.terms[0]).function.lock
 
     def _products(self, index: int) -> KernelProducts:

@@ -62,6 +62,7 @@ def open_trajectory(
     trajectory = assembled(store, model, objective, samples)
     if samples.holds_integers:
         samples.suit(trajectory.function(), trajectory.initial)
+        trajectory.reference = reference_outputs(store, samples)
     check_outputs(f"Trajectory.open({str(path)!r})", trajectory, store)
     if header.replay is not None:
         replay = Replay(trajectory, known_optimizer(header.replay["optimizer"], optimizer), store.optimizer_constants())
