@@ -224,9 +224,9 @@ def warn_of_doubts(why: Attributions, short: np.ndarray) -> None:
             CertificateWarning(
                 f"The median quadrature error of {len(why.quadrature_error)} explained outputs is {error:.2g}",
                 f"Above {DOUBTFUL} the averaged gradients say little about how the outputs moved, and the split "
-                "between samples is not to be trusted. Usual causes are an autograd gradient that is not the derivative of "
-                "what `forward` computes (straight-through estimators, gradient reversal), which no quadrature mends, "
-                "and steps that are long for the quadrature",
+                "between samples is not to be trusted. Usual causes are an autograd gradient that is not the "
+                "derivative of what `forward` computes (straight-through estimators, gradient reversal), which no "
+                "quadrature mends, and steps that are long for the quadrature",
                 'For long steps write `KernelMachine(..., quadrature="adaptive")`; `machine.explain(X, '
                 'verify="shares").shares_error` is the error bar of the shares',
             ),

@@ -96,7 +96,7 @@ class AveragingError(Quadrature):
         return StepAverage(FactoredGradients.dense(error, layout), missed, 0.0)
 
     def _error(self, step: GradientStep, average: StepAverage) -> tuple[Tensor, Tensor]:
-        """The given average less a finer one, lengthened by how uncertain that is, (Q, P), and what that misses of f."""
+        """The average less a finer one, lengthened by how uncertain that one is, (Q, P), and what it misses of f."""
         given = _add(_matrix(step), average.gradient, 1.0)
         result, left = torch.empty_like(given), torch.empty_like(step.start_value)
         pieces, width = 2 * FIRST, step.squared_length**0.5

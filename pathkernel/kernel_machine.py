@@ -85,8 +85,8 @@ class KernelMachine:
         The recorded path, every step of it.
     quadrature
         How query gradients are averaged over a step: ``"auto"`` (the discrete gradient: the sum is exact for every
-        network with one gradient a step), ``GaussLegendre(4)`` for smooth networks, ``Adaptive(1e-9)`` for networks with kinks, or
-        any other of `pathkernel.quadrature`.
+        network with one gradient a step), ``GaussLegendre(4)`` for smooth networks, ``Adaptive(1e-9)`` for networks
+        with kinks, or any other of `pathkernel.quadrature`.
     form
         How the sum is written: ``"folded"`` (default), ``"average"``, ``"ensemble"``, ``"constant"``, ``"chord"``; see
         `pathkernel.forms`. All are exact; the certificate and the shares come with each.
