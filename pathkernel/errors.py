@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-class PathKernelError(ValueError):
-    """A refusal in three parts.
+class InThreeParts(Exception):
+    """What was found, what was expected, and what to write instead.
 
     Parameters
     ----------
@@ -22,6 +22,14 @@ class PathKernelError(ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.found, self.expected, self.write)
+
+
+class PathKernelError(InThreeParts, ValueError):
+    """A refusal in three parts."""
+
+
+class CertificateWarning(InThreeParts, UserWarning):
+    """A result whose certificate says that its split between samples cannot be trusted far."""
 
 
 class RecordingError(PathKernelError):

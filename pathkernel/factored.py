@@ -63,6 +63,11 @@ class FactoredGradients:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def zero(self) -> bool:
+        """Whether there is nothing in them at all."""
+        return not self.pieces and self.multiples is None
+
     # -- linear combinations ---------------------------------------------------------------------------------
 
     def __rmul__(self, weight: float) -> FactoredGradients:

@@ -343,8 +343,10 @@ class ModelFunction:
 
     def call(self, parameters: Parameters, inputs: PyTree) -> Any:
         """What the module returns for a batch; see `pathkernel.pytrees.arguments_of`."""
-        arguments = arguments_of(self.module.forward, inputs)
         structure, evaluation = self.structure, self.state.modes is False
+        if structure.writes_inputs is not False:  # they are the user's
+            inputs = pytree.tree_map(lambda leaf: leaf.clone(), inputs)
+        arguments = arguments_of(self.module.forward, inputs)
         # Layers in train mode write to their buffers, and some networks do so in evaluation.
         written = structure.written if evaluation and structure.written is not None else structure.buffers
         copies = {name: self.constants[name].clone() for name in written}
@@ -357,6 +359,8 @@ class ModelFunction:
             structure.fill({**self.constants, **copies, **parameters})
             try:
                 returned = self.module(*arguments)
+                if structure.writes_inputs is None:
+                    structure.writes_inputs = any(leaf._version > 0 for leaf in pytree.tree_leaves(inputs))
                 if evaluation and structure.written is None:
                     structure.written = tuple(name for name, value in copies.items() if value._version > 0)
             finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from pathkernel import question
 from pathkernel._typing import PyTree
 from pathkernel.accounts import Account, account_of, arrays_of, joined
-from pathkernel.attributions import Attributions
+from pathkernel.attributions import Attributions, warn_of_doubts
+from pathkernel.averaging_error import AveragingError, Noted
 from pathkernel.curves import AverageCurve, ChordCurve, Curve, PathCurve
 from pathkernel.errors import InputError, TrajectoryError, check
 from pathkernel.forms import BUILDERS
@@ -22,7 +24,7 @@ from pathkernel.functional import ModelFunction
 from pathkernel.gradient_source import GradientSource
 from pathkernel.pickling import check_picklable
 from pathkernel.pytrees import blocks, count, memory_bytes, take
-from pathkernel.quadrature import Quadrature, as_quadrature
+from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
 from pathkernel.queries import GradientStep, Queries, one_hot_context
 from pathkernel.query_blocks import samples_at_once
 from pathkernel.sample_wise import check_sample_wise
@@ -54,6 +56,23 @@ Each step's gradient is checked by itself, but the gradients of a step may be sm
 still move the outputs. A bias before BatchNorm under Adam in float32 takes a few per cent.
 """
 
+SAFETY = 2.0
+"""Times the error that a finer rule finds."""
+
+MATRICES = 8
+"""Averages of the gradients of all queries, (Q, P), that are compared at once to find the error of one."""
+
+ROUNDINGS = 32
+"""Roundings of all shares together that their error is not below."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an explanation is to hold beside the shares."""
+
+    by: str | None = None
+    verify: bool = False
+
 
 class KernelMachine:
     r"""The exact equivalent of a trained network, sample by sample.
@@ -70,9 +89,9 @@ class KernelMachine:
     trajectory
         The recorded path, every step of it.
     quadrature
-        How query gradients are averaged over a step: ``"auto"`` (the discrete gradient: exact for every network with
-        one gradient a step), ``GaussLegendre(4)`` for smooth networks, ``Adaptive(1e-9)`` for networks with kinks, or
-        any other of `pathkernel.quadrature`.
+        How query gradients are averaged over a step: ``"auto"`` (the discrete gradient: the sum is exact for every
+        network with one gradient a step), ``GaussLegendre(4)`` for smooth networks, ``Adaptive(1e-9)`` for networks
+        with kinks, or any other of `pathkernel.quadrature`.
     form
         How the sum is written: ``"folded"`` (default), ``"average"``, ``"ensemble"``, ``"constant"``, ``"chord"``; see
         `pathkernel.forms`. All are exact; the certificate and the shares come with each.
@@ -273,6 +292,7 @@ class KernelMachine:
         outputs: Any = None,
         by: str | None = None,
         store: str | os.PathLike[str] | None = None,
+        verify: str | None = None,
     ) -> Attributions:
         """How much each training sample moved each query output.
 
@@ -290,12 +310,35 @@ class KernelMachine:
         store
             A folder in which finished blocks of queries are kept: the same call goes on from there after an
             interruption, and another question is refused, by what ``outputs`` does. For the forms folded and chord.
+        verify
+            ``"shares"`` measures the error of the shares of each query by laying the quadrature on ever more pieces
+            of the steps, for ``why.shares_error``. It costs about ten times the gradients of the steps that are
+            checked: all of them up to 64, then about 64 for each query, wherever they are.
 
         Returns
         -------
         Attributions
             Shares (Q, N), channels, and the certificate.
+
+        Warns
+        -----
+        CertificateWarning
+            Where the median quadrature error exceeds 0.3, where `Adaptive` had to stop above its tolerance, and where
+            the split error is more than rounding.
         """
+        why, short = self._explained(X, outputs, by, store, verify)
+        warn_of_doubts(why, short, self._recorded.certificate.limit)
+        return why
+
+    def _explained(
+        self,
+        X: PyTree,
+        outputs: Any = None,
+        by: str | None = None,
+        store: str | os.PathLike[str] | None = None,
+        verify: str | None = None,
+    ) -> tuple[Attributions, np.ndarray]:
+        """The explanation, and for each query whether its quadrature had to stop above its tolerance, (Q,)."""
         check(
             by in (None, "module", "step"),
             InputError,
@@ -303,28 +346,38 @@ class KernelMachine:
             'Shares are split by "module" or by "step"',
             'Write `machine.explain(X, by="module")`',
         )
+        if verify not in (None, "shares"):
+            raise InputError(
+                f"`verify={verify!r}` was given",
+                'What can be verified are the "shares"',
+                'Write `machine.explain(X, verify="shares")`, or leave it out',
+            )
         queries, samples, indices = self._queries(X, outputs)
+        asked = Asked(by, verify is not None)
         account = self._settled(
-            lambda: self._backward(queries, by) if store is None else self._stored(store, queries, by)
+            lambda: self._backward(queries, asked) if store is None else self._stored(store, queries, asked)
         )
         output = self._curve(queries).final()
         self._check_unexplained(account, output)
         moved = (output - account.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
         assert account.shares is not None
-        return Attributions(
+        why = Attributions(
             shares=account.shares.numpy(),
             channels={name: value.numpy() for name, value in account.channels.items()},
             output=output.numpy(),
             samples=samples,
             outputs=indices,
             quadrature_error=(account.missed / moved).numpy(),
+            shares_error=None if account.shares_error is None else (account.shares_error / moved).numpy(),
             gradients_per_step=account.evaluations / len(self.trajectory),
             modules={name: value.numpy() for name, value in account.modules.items()},
             steps=None if account.steps is None else account.steps.numpy(),
             form=account.form,
-            split_error=self._recorded.certificate.error,
+            split_error=_largest(account.split_error),
             engine=", ".join(sorted(self._recorded.certificate.engines)),
         )
+        tolerance = self.quadrature.tolerance if isinstance(self.quadrature, Adaptive) else 0.0
+        return why, (account.short > tolerance * moved).numpy()
 
     def _settled(self, compute: Callable[[], Account]) -> Account:
         """An account all of whose rows were formed in a way that was not found wrong at any batch."""
@@ -441,14 +494,18 @@ class KernelMachine:
     def _forward(self, queries: Queries) -> Account:
         return forward_sweep(self._curve(queries), self._recorded, self.progress)
 
-    def _backward(self, queries: Queries, by: str | None) -> Account:
+    def _samples_at_once(self, queries: Queries, asked: Asked) -> int:
+        dense = 4 * (self.form in BUILDERS) + MATRICES * asked.verify
+        return samples_at_once(self._curve(queries.block(slice(0, 1))), queries, self.memory, dense)
+
+    def _backward(self, queries: Queries, asked: Asked) -> Account:
         """Blocks of queries that fit the budget."""
         samples = len(queries) // queries.components
-        size = samples_at_once(self._curve(queries.block(slice(0, 1))), queries, self.memory, self.form in BUILDERS)
+        size = self._samples_at_once(queries, asked)
         even = -(-samples // -(-samples // size))  # as many blocks, but none much smaller than the others
-        return joined([self._swept(queries.block(piece), by) for piece in blocks(samples, even)])
+        return joined([self._swept(queries.block(piece), asked) for piece in blocks(samples, even)])
 
-    def _stored(self, store: str | os.PathLike[str], queries: Queries, by: str | None) -> Account:
+    def _stored(self, store: str | os.PathLike[str], queries: Queries, asked: Asked) -> Account:
         """The same, block by block in a store."""
         from pathkernel import computations  # not before it is needed: what writes to disk takes a second to load
 
@@ -464,13 +521,13 @@ class KernelMachine:
         sizes = [(piece.stop - piece.start) * queries.components for piece in pieces]
         kept = computations.resumable_blocks(
             store,
-            self._identity(queries, by),
+            self._identity(queries, asked),
             sizes,
-            lambda index: arrays_of(self._backward(queries.block(pieces[index]), by)),
+            lambda index: arrays_of(self._backward(queries.block(pieces[index]), asked)),
         )
         return account_of(kept)
 
-    def _identity(self, queries: Queries, by: str | None) -> dict[str, Any]:
+    def _identity(self, queries: Queries, wanted: Asked) -> dict[str, Any]:
         """Everything that an explanation depends on; not the budget, and not what is only checked afterwards."""
         trajectory, function = self.trajectory, queries.function
         aside = question.nearby(trajectory)
@@ -484,7 +541,7 @@ class KernelMachine:
             asked["averages"] = question.numbers([average], question.NETWORK_ROUNDING[function.dtype])
         return question.identity_of(
             trajectory,
-            machine=f"{self.form}, {self.engine}, {function.dtype}, by {by}",
+            machine=f"{self.form}, {self.engine}, {function.dtype}, {wanted!r}",
             quadrature=question.described(self.quadrature, "quadrature"),
             weights=question.described(self.weights and trajectory.averages[self.weights], "weights"),
             module=function.tap,
@@ -535,11 +592,26 @@ class KernelMachine:
             "`KernelMachine(..., unexplained=1.0)`",
         )
 
-    def _swept(self, queries: Queries, by: str | None) -> Account:
+    def _swept(self, queries: Queries, asked: Asked) -> Account:
         builder = BUILDERS[self.form](len(self.trajectory.data)) if self.form in BUILDERS else None
-        account = backward_sweep(self._curve(queries), self._recorded, by, builder, self.progress)
+        curve = self._curve(queries)
+        noted = Noted(curve.quadrature)
+        if asked.verify:
+            curve.quadrature = noted
+        account = backward_sweep(curve, self._recorded, asked.by, builder, self.progress)
         account.form = None if builder is None else builder.finish()
+        account.split_error = torch.full_like(account.missed, self._recorded.certificate.error)
+        if asked.verify:
+            curve.quadrature = AveragingError(noted)
+            account.shares_error = self._shares_error(curve, account)
         return account
+
+    def _shares_error(self, curve: Curve, account: Account) -> Tensor:
+        """Σ_i of the sizes of the errors of the shares, (Q,): the sweep of what the averaged gradients are off by."""
+        errors = backward_sweep(curve, self._recorded, progress=self.progress)
+        assert errors.shares is not None and account.shares is not None
+        rounding = ROUNDINGS * torch.finfo(self.function.dtype).eps * account.shares.abs().sum(dim=1)
+        return SAFETY * errors.shares.abs().sum(dim=1) + errors.missed + rounding
 
     def __repr__(self) -> str:
         weights = "" if self.weights is None else f", weights={self.weights!r}"
@@ -547,3 +619,9 @@ class KernelMachine:
             f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{weights}: exact "
             f"for every recorded step; {FORMS[self.form]}; not symmetric, so not a kernel for scikit-learn)"
         )
+
+
+def _largest(errors: Tensor | None) -> float:
+    """The largest of those that were measured; NaN where none was."""
+    known = torch.zeros(0) if errors is None else errors[~errors.isnan()]
+    return known.max().item() if len(known) else float("nan")

@@ -64,10 +64,12 @@ class Queries:
         other.function = self.function.replaced(constants=buffers)
         return other
 
-    def block(self, piece: slice) -> Queries:
+    def block(self, piece: slice | Tensor) -> Queries:
         """The queries of some of the samples."""
         other = copy.copy(self)
         other.inputs, other.context = take(self.inputs, piece), take(self.context, piece)
+        if self.scale is not None:
+            other.scale = self.scale.reshape(-1, self.components)[piece].reshape(-1)
         return other
 
     def values(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " Q"]:
@@ -194,6 +196,19 @@ class GradientStep:
             known = self._known.get(id(end))
             self._ends[id(end)] = self._evaluate(end) if known is None else known
         return self._ends[id(end)]
+
+    def value(self, time: float) -> Tensor:
+        """h at start + time·Δ, (Q,)."""
+        return self.queries.values(torch.add(self.segment.start.double(), self.delta, alpha=time))
+
+    def of(self, samples: Tensor) -> GradientStep:
+        """The same step as some of the samples see it."""
+        return GradientStep(self.queries.block(samples), self.segment)
+
+    def rows_of(self, samples: Tensor) -> Tensor:
+        """Which queries are those of some of the samples."""
+        components = self.queries.components
+        return (samples[:, None] * components + torch.arange(components)).reshape(-1)
 
     def plus_displacement(self, gradient: Any, multiples: Tensor) -> Any:
         """Gradients with a multiple of Δ added to each."""

@@ -17,7 +17,7 @@ VECTORS = 16
 """Vectors of P numbers in float64 that a sweep has in hand, whatever the number of queries."""
 
 
-def samples_at_once(curve: Curve, queries: Queries, memory: int, dense: bool) -> int:
+def samples_at_once(curve: Curve, queries: Queries, memory: int, dense: int) -> int:
     """Query samples whose gradients and cotangents of the optimizer's memory fit a budget in bytes.
 
     Parameters
@@ -27,7 +27,7 @@ def samples_at_once(curve: Curve, queries: Queries, memory: int, dense: bool) ->
     memory
         Bytes, of which vectors of P numbers and columns in hand take a part.
     dense
-        Whether the weights of each step are wanted as a matrix.
+        Matrices (Q, P) that are formed beside what the sweep needs.
 
     Raises
     ------
@@ -39,8 +39,7 @@ def samples_at_once(curve: Curve, queries: Queries, memory: int, dense: bool) ->
     size = trajectory.layout.size
     fixed = 8 * VECTORS * size + 4 * BLOCK * itemsize
     matrices = curve.dense + (len(trajectory.rule.memory) if keeps_memory(trajectory) else 0)
-    if curve.quadrature.arithmetic is not None or dense:
-        matrices += 4
+    matrices += dense + (4 if curve.quadrature.arithmetic is not None else 0)
     nodes = 2 + (len(curve.quadrature.nodes) if isinstance(curve.quadrature, FixedQuadrature) else 1)
     per_sample = matrices * itemsize * size * queries.components
     per_sample += nodes * queries.block(slice(0, 2)).bytes_per_sample(trajectory.final)

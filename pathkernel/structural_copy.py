@@ -44,6 +44,8 @@ class StructuralCopy:
         Names of the buffers.
     written
         Those that the network writes to in evaluation mode, too; None until a pass has been made.
+    writes_inputs
+        Whether the network changes its inputs in place; None until a pass has been made.
 
     Raises
     ------
@@ -58,6 +60,7 @@ class StructuralCopy:
         self.module = copier.module(module, "")
         self.buffers = tuple(name for name, _ in module.named_buffers())
         self.written: tuple[str, ...] | None = None
+        self.writes_inputs: bool | None = None
         self._slots = list(_slots(self.module, self.names, set()))
         for child in self.module.modules():
             if isinstance(child, (nn.Embedding, nn.EmbeddingBag)):

@@ -87,6 +87,8 @@ class _Backward:
 
     def step(self, segment: Segment, step: Step, q: FactoredGradients) -> None:
         """Book what a step did to the queries, and pull the memory's cotangents back through it."""
+        if q.zero and not self.memory:
+            return
         adjoint = Adjoint(self.rule, step, self.shapes)
         stages = self.gradients.stages(step, rows=True)
         in_gradient, in_displacement = self._sources(segment, step)

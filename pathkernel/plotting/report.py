@@ -99,7 +99,7 @@ def close_figures(sections: Sequence[Section]) -> None:
 
 
 def certificate_figures(attributions: Attributions, tolerance: float = 1e-5) -> list[KeyFigure]:
-    """Put the certificate of an explanation into three key figures.
+    """Put the certificate of an explanation into three key figures, four with the error of its shares.
 
     Parameters
     ----------
@@ -111,21 +111,26 @@ def certificate_figures(attributions: Attributions, tolerance: float = 1e-5) -> 
     Returns
     -------
     list of KeyFigure
-        Agreement max |network - machine| in units of the output, the largest residual, and
-        the median quadrature error; the verdicts of the first two are on the residual.
+        Agreement max |network - machine| in units of the output, the largest residual, the
+        median quadrature error, and the median error of the shares where
+        ``explain(X, verify="shares")`` measured it; the verdicts of the first two are on the residual.
     """
     difference = float(np.abs(attributions.output - attributions.reconstruction).max())
     residual = float(np.max(attributions.residual))
     verdict: Verdict = "within tolerance" if residual <= tolerance else "above tolerance"  # NaN is above
-    return [
+    figures = [
         KeyFigure("Agreement", difference, "largest |network − kernel machine|, in units of the output", verdict),
         KeyFigure("Residual", residual, f"largest unexplained part; complete up to {written(tolerance)}", verdict),
         KeyFigure(
             "Quadrature error",
             float(np.median(attributions.quadrature_error)),
-            "median error bar of the shares, relative to how far the output moved",
+            "median error along the steps, relative to how far the output moved",
         ),
     ]
+    if attributions.shares_error is not None:
+        bar = float(np.median(attributions.shares_error))
+        figures.append(KeyFigure("Shares error", bar, "median bar of all shares together, relative to the same"))
+    return figures
 
 
 def write_report(

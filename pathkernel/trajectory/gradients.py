@@ -85,16 +85,20 @@ class SplitCertificate:
         The worst of three random directions v and of all batches measured; NaN where torch has no way to J v.
     batches
         How many were measured.
+    limit
+        Up to which it is rounding, in the arithmetic of the batches.
     engines
         How rows were formed: ``"layerwise"``, ``"jacobian"``, ``"autograd"``.
     """
 
     error: float = math.nan
     batches: int = 0
+    limit: float = 0.0
     engines: set[str] = field(default_factory=set)
 
-    def note(self, error: float) -> None:
+    def note(self, error: float, limit: float) -> None:
         """Add a batch."""
+        self.limit = max(self.limit, limit)
         if math.isfinite(error):
             self.error = error if math.isnan(self.error) else max(self.error, error)
             self.batches += 1
@@ -288,10 +292,11 @@ class RecordedGradients:
                 objective = self.trajectory.objective
                 cotangents = output_cotangents(function, point, objective, inputs, targets, batch.weights)
             error = self._split_error(function, point, inputs, cotangents, rows)
-            limit = ROW_LIMIT[torch.promote_types(function.dtype, torch.float32)]
-            if error > (limit if batch.state.autocast is None else AUTOCAST_LIMIT) and not self._coupled:
+            exact = ROW_LIMIT[torch.promote_types(function.dtype, torch.float32)]
+            limit = exact if batch.state.autocast is None else AUTOCAST_LIMIT
+            if error > limit and not self._coupled:
                 raise self._replaced()
-            self.certificate.note(error)
+            self.certificate.note(error, limit)
         return rows
 
     def _replaced(self) -> EngineReplaced:
