@@ -48,6 +48,10 @@ def halved(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(output, target) / 2
 
 
+def written(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in options.items())
+
+
 def samples() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(N, 4, generator=generator), torch.randint(3, (N,), generator=generator)
@@ -98,7 +102,7 @@ WAYS = {
         {"engine": Projection(64, seed=3), "memory": "64MB"},
         {"dtype": torch.bfloat16},
     ],
-    ids=str,
+    ids=written,
 )
 def test_tangent_kernels(options: dict[str, Any], way: str) -> None:
     X, y = samples()
@@ -136,7 +140,7 @@ def test_path_kernels_on_every_kind_of_record(level: str, way: str, tmp_path: Pa
         {"preconditioner": "optimizer", "outputs": difference},
         {"outputs": "full", "quadrature": "midpoint"},
     ],
-    ids=str,
+    ids=written,
 )
 def test_path_kernels_with_every_kind_of_option(options: dict[str, Any]) -> None:
     kernel = pk.PathKernel(train(), **options)
