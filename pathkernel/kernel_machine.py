@@ -54,6 +54,9 @@ still move the outputs. A bias before BatchNorm under Adam in float32 takes a fe
 SAFETY = 2.0
 """Times the error that a finer rule finds."""
 
+SHORT = 1e-10
+"""Part of the change of an output below which a tolerance that was not met is rounding inside the network."""
+
 MATRICES = 8
 """Averages of the gradients of all queries, (Q, P), that are compared at once to find the error of one."""
 
@@ -345,7 +348,7 @@ class KernelMachine:
             form=account.form,
         )
         tolerance = self.quadrature.tolerance if isinstance(self.quadrature, Adaptive) else 0.0
-        return why, (account.short > tolerance * moved).numpy()
+        return why, (account.short > max(tolerance, SHORT) * moved).numpy()
 
     def _queries(self, X: PyTree, outputs: Any) -> tuple[Queries, np.ndarray, np.ndarray]:
         """The query functions, and which sample and output each of them is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,8 @@ def test_repr_shows_the_certificate() -> None:
     text = repr(attributions(left_over=0.25))
     assert text.startswith("Attributions(3 queries × 8 training samples, channels: initial, weight_decay; residual ")
     assert text.endswith("quadrature error 1.0e-02 (median))")
+    verified = replace(attributions(), shares_error=np.array([1e-2, 2e-2, 3e-1]))
+    assert repr(verified).endswith("quadrature error 1.0e-02, shares error 2.0e-02 (median))")
 
 
 def test_it_can_be_stored() -> None:
