@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from exactness import NETWORKS, OPTIMIZERS, PROBLEMS, Loop, cases, plain, record, size_of
+from exactness import COMMON, NETWORKS, OPTIMIZERS, PROBLEMS, Loop, cases, plain, record, size_of
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
@@ -55,7 +55,7 @@ def runs(quick: bool) -> Iterator[tuple[str, str, str, torch.dtype, Quadrature]]
     """(optimizer, network, problem, type, quadrature), each network with its own quadratures."""
     for optimizer, network, problem in cases(quick):
         for quadrature in NETWORKS[network].quadratures:
-            if not isinstance(quadrature, pk.Adaptive) or optimizer in ("sgd", "adam"):
+            if not isinstance(quadrature, pk.Adaptive) or optimizer in COMMON:
                 yield optimizer, network, problem, torch.float64, quadrature
         if optimizer in ("sgd", "adam"):
             yield optimizer, network, problem, torch.float32, pk.DiscreteGradient()

@@ -80,7 +80,8 @@ class AveragingError(Quadrature):
     def __init__(self, noted: Noted) -> None:
         self.rule, self.relative, self.arithmetic = noted.rule, noted.relative, noted.arithmetic
         self.random = np.random.default_rng(0)
-        self.weights = iter(_weights(torch.stack(noted.missed), float(self.random.uniform())))
+        start = float(self.random.uniform())
+        self.weights = iter(_weights(torch.stack(noted.missed), start) if noted.missed else ())
 
     def average(self, step: GradientStep) -> StepAverage:  # type: ignore[override]
         """δq of one piece of the path, or nothing where it is not among those drawn."""

@@ -59,6 +59,9 @@ still move the outputs. A bias before BatchNorm under Adam in float32 takes a fe
 SAFETY = 2.0
 """Times the error that a finer rule finds."""
 
+SHORT = 1e-10
+"""Part of the change of an output below which a tolerance that was not met is rounding inside the network."""
+
 MATRICES = 8
 """Averages of the gradients of all queries, (Q, P), that are compared at once to find the error of one."""
 
@@ -377,7 +380,7 @@ class KernelMachine:
             engine=", ".join(sorted(self._recorded.certificate.engines)),
         )
         tolerance = self.quadrature.tolerance if isinstance(self.quadrature, Adaptive) else 0.0
-        return why, (account.short > tolerance * moved).numpy()
+        return why, (account.short > max(tolerance, SHORT) * moved).numpy()
 
     def _settled(self, compute: Callable[[], Account]) -> Account:
         """An account all of whose rows were formed in a way that was not found wrong at any batch."""

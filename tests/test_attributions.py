@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,8 @@ def test_repr_shows_the_certificate() -> None:
     assert text.startswith("Attributions(3 queries × 8 training samples, channels: initial, weight_decay; residual ")
     assert text.endswith("quadrature error 1.0e-02 (median), split error not checked)")
     assert repr(attributions(split_error=2e-16)).endswith("split error 2.0e-16)")
+    verified = replace(attributions(), shares_error=np.array([1e-2, 2e-2, 3e-1]))
+    assert "quadrature error 1.0e-02, shares error 2.0e-02 (median), split error" in repr(verified)
 
 
 def test_it_can_be_stored() -> None:
