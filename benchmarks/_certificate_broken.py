@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 import pathkernel.functional
-import pathkernel.gradient_source
-import pathkernel.tangent_kernel.jacobian
+import pathkernel.losses
+import pathkernel.trajectory.gradients
 from pathkernel.layers.factors import Dense, Piece
 from pathkernel.layers.tape import Tape
+from pathkernel.pytrees import count
 
 BATCH = 8
 """Batches of as many samples get wrong rows; queries and proofs have other sizes."""
@@ -105,14 +106,14 @@ def _broken_pieces(fault: Fault) -> Callable[..., list[Piece]]:
     right = Tape.pieces
 
     def pieces(tape: Tape, components: Tensor, identity: slice | None = None) -> list[Piece]:
-        if tape.n != BATCH:
+        if tape.n != BATCH or not components.requires_grad:
             return right(tape, components, identity)
         if fault.slopes:
-            slopes = [
-                mixed(fault, torch.autograd.grad(components[:, k].sum(), tape.outputs, retain_graph=True)[0])
-                for k in range(components.shape[1])
-            ]
             with torch.enable_grad():
+                slopes = [
+                    mixed(fault, torch.autograd.grad(components[:, k].sum(), tape.outputs, retain_graph=True)[0])
+                    for k in range(components.shape[1])
+                ]
                 components = torch.stack([(tape.outputs * slope).sum(1) for slope in slopes], 1)
             return right(tape, components)
         first = tape.function.layout.slices[tape.function.layout.names[0]]
@@ -125,27 +126,48 @@ def _broken_pieces(fault: Fault) -> Callable[..., list[Piece]]:
     return pieces
 
 
-def _broken_rows(fault: Fault) -> Callable[..., dict[str, Tensor]]:
-    right = pathkernel.functional.sample_gradients
+def _broken_rows(fault: Fault, right: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """A way to form the rows of all samples."""
 
-    def sample_gradients(function: Any, vector: Tensor, inputs: Any, functional: Any, context: Any, **options: Any):
-        rows = right(function, vector, inputs, functional, context, **options)
-        if any(len(values) != BATCH for values in rows.values()):
-            return rows
-        if fault.slopes:
-            return right(function, vector, inputs, functional, mixed(fault, context), **options)
+    def rows(
+        function: Any, vector: Tensor, inputs: Any, functional: Any, context: Any, scalar: bool
+    ) -> dict[str, Tensor]:
+        if count(inputs) != BATCH:
+            return right(function, vector, inputs, functional, context, scalar)
+        if fault.slopes:  # λ is what the functional needs of each sample
+            return right(function, vector, inputs, functional, mixed(fault, context), scalar)
         names = function.layout.names[:1] if fault.first_only else function.layout.names
-        return {name: mixed(fault, values) if name in names else values for name, values in rows.items()}
+        found = right(function, vector, inputs, functional, context, scalar)
+        return {name: mixed(fault, values) if name in names else values for name, values in found.items()}
 
-    return sample_gradients
+    return rows
+
+
+def _broken_coupled_rows(fault: Fault) -> Callable[..., Tensor]:
+    """Rows of a batch that is run as a whole."""
+    right = pathkernel.losses.coupled_rows
+
+    def coupled_rows(function: Any, vector: Tensor, inputs: Any, cotangents: Tensor) -> Tensor:
+        if fault.slopes:
+            return right(function, vector, inputs, mixed(fault, cotangents))
+        rows = right(function, vector, inputs, cotangents)
+        first = function.layout.slices[function.layout.names[0]]
+        where = first if fault.first_only else slice(None)
+        rows[:, where] = mixed(fault, rows[:, where])
+        return rows
+
+    return coupled_rows
 
 
 @contextmanager
 def broken(fault: Fault, everywhere: bool) -> Iterator[None]:
-    """The layer-wise engine broken inside, or, ``everywhere``, whatever makes rows."""
+    """The layer-wise engine broken inside, or, ``everywhere``, every way to form rows."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Tape, "pieces", _broken_pieces(fault)))
         if everywhere:
-            for module in (pathkernel.gradient_source, pathkernel.tangent_kernel.jacobian):
-                stack.enter_context(mock.patch.object(module, "sample_gradients", _broken_rows(fault)))
+            for name in ("_gradients_at_once", "_gradients_in_turn"):
+                rows = _broken_rows(fault, getattr(pathkernel.functional, name))
+                stack.enter_context(mock.patch.object(pathkernel.functional, name, rows))
+            coupled = _broken_coupled_rows(fault)
+            stack.enter_context(mock.patch.object(pathkernel.trajectory.gradients, "coupled_rows", coupled))
         yield
