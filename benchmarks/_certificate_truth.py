@@ -129,7 +129,12 @@ class Run:
 def gauss_legendre(panels: int = PANELS, nodes: int = NODES) -> list[tuple[float, float]]:
     """(time, weight) on [0, 1], of a composite rule."""
     x, w = np.polynomial.legendre.leggauss(nodes)
-    return [((panel + (a + 1) / 2) / panels, b / 2 / panels) for panel in range(panels) for a, b in zip(x, w, strict=True)]
+    times, weights = (x + 1) / 2, w / 2
+    return [
+        ((panel + time) / panels, weight / panels)
+        for panel in range(panels)
+        for time, weight in zip(times, weights, strict=True)
+    ]
 
 
 def load(parameters: Sequence[Tensor], vector: Tensor) -> None:

@@ -623,7 +623,8 @@ class Lerp(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.end, self.head = nn.Linear(WIDTH, LENGTH), nn.Parameter(torch.randn(LENGTH)), two_layers(LENGTH)
+        self.first, self.end = nn.Linear(WIDTH, LENGTH), nn.Parameter(torch.randn(LENGTH))
+        self.head = two_layers(LENGTH)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.lerp(self.first(x).tanh(), self.end, torch.linspace(0, 1, LENGTH, dtype=x.dtype)))
@@ -685,7 +686,8 @@ class Einsum(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.core, self.head = nn.Parameter(torch.randn(WIDTH, WIDTH, HIDDEN)), nn.Parameter(torch.randn(HIDDEN, OUTPUTS))
+        self.core = nn.Parameter(torch.randn(WIDTH, WIDTH, HIDDEN))
+        self.head = nn.Parameter(torch.randn(HIDDEN, OUTPUTS))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.einsum("ntd,nte,deh->nth", x, x.flip(1), self.core).tanh()
@@ -894,8 +896,8 @@ class OneActivationTwice(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        act = nn.PReLU()
-        self.net = nn.Sequential(nn.Linear(WIDTH, HIDDEN), act, nn.Linear(HIDDEN, HIDDEN), act, nn.Linear(HIDDEN, OUTPUTS))
+        act, layers = nn.PReLU(), (nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, OUTPUTS))
+        self.net = nn.Sequential(layers[0], act, layers[1], act, layers[2])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
