@@ -17,6 +17,10 @@ KEYS = {
         *("optimizer", "network", "loss", "dtype", "quadrature", "residual", "quadrature_error"),
         *("gradients_per_step", "seconds"),
     },
+    "certificate.py": {
+        *("network", "engine", "n", "refused", "split_error", "true_error", "residual", "quadrature_error"),
+        *("shares_error", "covered", "seconds_of_check"),
+    },
     "orders.py": {"quadrature", "step_size", "residual", "order"},
     "compilation.py": {"network", "milliseconds_eager", "milliseconds_compiled", "ratio"},
     "engines.py": {"workload", "method", "seconds", "floor_seconds", "peak_mb", "error"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -169,7 +170,8 @@ class ProductsEngine(Engine):
 def error_of_engine(engine: Engine, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> float:
     r"""How far an engine's matrix K is from :math:`J M J^\top`, applied to a random vector: the largest difference.
 
-    Relative to the largest entry of the product by one reverse and one forward pass of the batch, for each component.
+    Relative to the largest entry of the product by one reverse and one forward pass of the batch, for each component;
+    NaN where torch has no way to J v.
     """
     n = count(X)
     matrix = engine.gram(theta, X, None, context, None, diagonal)
@@ -179,7 +181,10 @@ def error_of_engine(engine: Engine, theta: Tensor, X: PyTree, context: PyTree, d
     k = matrix.shape[2] if full else number_of_components(engine, theta, X, context)
     u = torch.randn((n, k, 1) if full else (n, 1), dtype=torch.float64, generator=generator)
     directions = products.pull(u, slice(0, k))
-    expected = products.push(directions if diagonal is None else directions * diagonal.double(), slice(0, k))
+    scaled = directions if diagonal is None else directions * diagonal.double()
+    expected = attempt(lambda: products.push(scaled, slice(0, k)), REFUSALS)
+    if isinstance(expected, Exception):
+        return math.nan
     if engine.selection.combine == "mean":
         expected = expected / k
     found = torch.einsum("ijkl,jld->ikd", matrix, u) if full else matrix @ u

@@ -307,7 +307,8 @@ class TangentKernel:
         Returns
         -------
         float
-            At rounding where every row belongs to its sample, of the order of 1 where samples get each other's.
+            At rounding where every row belongs to its sample, of the order of 1 where samples get each other's; NaN
+            where torch has no way to J v.
         """
         return error_of_engine(self.engine, self.theta, *self._samples(X), None)
 
