@@ -30,7 +30,7 @@ from pathkernel.query_blocks import samples_at_once
 from pathkernel.sample_wise import check_sample_wise
 from pathkernel.sweeps import backward_sweep
 from pathkernel.tangent_kernel.outputs import select_outputs
-from pathkernel.tangent_kernel.tangent_kernel import no_samples, split_samples
+from pathkernel.tangent_kernel.tangent_kernel import learn_structure, no_samples, split_samples
 from pathkernel.threads import one_at_a_time
 from pathkernel.trajectory.gradients import EngineReplaced, RecordedGradients
 from pathkernel.trajectory.trajectory import Trajectory
@@ -396,6 +396,7 @@ class KernelMachine:
             selection = select_outputs("loss", self.trajectory.loss, self.trajectory.objective.reduction)
             inputs, targets = split_samples(X, selection, self.trajectory.data.dtype, "KernelMachine")
             inputs = self._samples(inputs)
+            learn_structure(selection, self.function, self.trajectory.initial, inputs)
             queries = Queries(self._source(self.function), inputs, selection.function, targets, None)
             return queries, np.arange(len(queries)), np.full(len(queries), -1)
         inputs = self._samples(X)

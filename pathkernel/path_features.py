@@ -26,7 +26,7 @@ from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.measured_error import MeasuredError
 from pathkernel.tangent_kernel.outputs import OutputSelection, select_outputs
 from pathkernel.tangent_kernel.projection import Projection, ProjectionEngine
-from pathkernel.tangent_kernel.tangent_kernel import no_samples, split_samples
+from pathkernel.tangent_kernel.tangent_kernel import learn_structure, no_samples, split_samples
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.schedule import StepObserver
 from pathkernel.trajectory.step import Step
@@ -97,7 +97,9 @@ def samples_of_path(
     """Inputs, shaped and typed as in training, and the context of the output function."""
     if selection.with_targets:
         inputs, targets = split_samples(X, selection, dtype, asker)
-        return trajectory.queries(inputs, asker), targets
+        inputs = trajectory.queries(inputs, asker)
+        learn_structure(selection, trajectory.function(dtype), trajectory.initial, inputs)
+        return inputs, targets
     return split_samples(trajectory.queries(X, asker), selection, dtype, asker)
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, PyTree
 from pathkernel.errors import InputError
+from pathkernel.functional import map_outputs
 from pathkernel.losses import batch_loss, check_loss
 
 
@@ -20,28 +20,30 @@ class OutputStructure:
     """How the network returns what kernels see as one vector for each sample; the vector itself until that is known."""
 
     def __init__(self) -> None:
-        self.shapes: list[torch.Size | None] = []
-        self.tree: Any = None
+        self.returned: Any = None
 
     def __reduce__(self) -> tuple[type[OutputStructure], tuple[()]]:
         return OutputStructure, ()  # it is learnt again from the next samples
 
     def learn(self, returned: PyTree) -> None:
-        """From what the network returned for any batch."""
-        leaves, self.tree = pytree.tree_flatten(returned)
-        floating = [isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves]
-        self.shapes = [leaf.shape[1:] if own else None for leaf, own in zip(leaves, floating, strict=True)]
+        """From what the network returned for a batch of one sample."""
+        self.returned = map_outputs(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, returned)
 
     def restore(self, outputs: Tensor) -> PyTree:
-        """Outputs (n, C) in the network's own form."""
-        if self.tree is None:
-            return outputs
-        leaves, begin = [], 0
-        for shape in self.shapes:
-            size = 0 if shape is None else shape.numel()
-            leaves.append(None if shape is None else outputs[:, begin : begin + size].reshape(-1, *shape))
-            begin += size
-        return pytree.tree_unflatten(leaves, self.tree)
+        """Outputs (C,) of one sample in the form in which the network returns them for a batch of one."""
+        if self.returned is None:
+            return outputs.unsqueeze(0)
+        begin = 0
+
+        def filled(leaf: Any) -> Any:
+            nonlocal begin
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                return leaf
+            own = outputs[begin : begin + leaf.numel()].reshape(leaf.shape)
+            begin += leaf.numel()
+            return own
+
+        return map_outputs(filled, self.returned)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class LossOfOutputs:
     def __call__(self, z: Tensor, target: Any) -> Tensor:
         """ℓ(z, target)."""
         targets = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), target)
-        return batch_loss(self.loss, self.structure.restore(z.unsqueeze(0)), targets, None, self.reduction)
+        return batch_loss(self.loss, self.structure.restore(z), targets, None, self.reduction)
 
 
 COMBINED: dict[str, Literal["sum", "mean", "full"]] = {"trace": "sum", "mean": "mean", "full": "full"}

@@ -50,7 +50,7 @@ def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype, ask
 
 def learn_structure(selection: OutputSelection, function: ModelFunction, theta: Tensor, inputs: PyTree) -> None:
     """Tell a loss in what form the network returns its outputs, from one sample."""
-    if selection.structure is not None and selection.structure.tree is None and count(inputs):
+    if selection.structure is not None and selection.structure.returned is None and count(inputs):
         with function.running(gradients=False):
             one = cast_floating(take(inputs, slice(0, 1)), function.dtype)
             selection.structure.learn(function.call(function.parameters(theta), one))
