@@ -227,6 +227,20 @@ def _without_onednn() -> Iterator[None]:
         torch.backends.mkldnn.set_flags(_enabled=flags[0])
 
 
+@contextmanager
+def _without_fallback_warnings() -> Iterator[None]:
+    switches: Any = torch._C  # neither has a public name
+    enabled = switches._debug_only_are_vmap_fallback_warnings_enabled()
+    switches._debug_only_display_vmap_fallback_warnings(False)
+    try:
+        yield
+    finally:
+        switches._debug_only_display_vmap_fallback_warnings(enabled)
+
+
+_QUIET_FALLBACKS = _Switch(_without_fallback_warnings)
+"""`vmap` warns of operations that it treats one sample after the other, which is no fault of the user's."""
+
 # Forward differentiation has no rule for fused attention, fused encoder layers and oneDNN's recurrent layers.
 _PLAIN_ATTENTION = _Switch(lambda: sdpa_kernel(SDPBackend.MATH))
 _PLAIN_ENCODERS = _Switch(_without_fused_encoders)
@@ -499,7 +513,7 @@ def _gradients_at_once(
     if function.recurrent:  # its cells add to the hidden state in place, which vmap allows only with θ batched as well
         n = count(inputs)
         parameters = {name: value.expand(n, *value.shape) for name, value in parameters.items()}
-    with function.running():
+    with function.running(), _QUIET_FALLBACKS:
         rows = vmap(differentiate, in_dims=(0 if function.recurrent else None, 0, 0))(parameters, inputs, context)
     return {name: gradient.detach() for name, gradient in rows.items()}
 
@@ -604,11 +618,13 @@ def output_products(
         return function.batch(function.layout.unflatten(theta), inputs)
 
     def products() -> Tensor:
-        found = []
-        for direction in directions:
-            with function.running(gradients=False), function.kept():  # random layers draw the same numbers every time
-                found.append((push or push_forward)(outputs, point, direction.to(point)).double())
-            deliver()
+        found, along = [], directions.to(point)
+        # Random layers draw the same numbers every time; without any, all directions share one setting up.
+        for several in along.split(1 if function.state.generators else len(along)):
+            with function.running(gradients=False), function.kept():
+                for direction in several:
+                    found.append((push or push_forward)(outputs, point, direction).double())
+                    deliver()
         return torch.stack(found)
 
     found = attempt(products, REFUSALS)

@@ -19,6 +19,9 @@ from pathkernel.pytrees import cast_floating, count, spread, take
 SAMPLES = 3
 """Samples that are passed through the network together, one by one, and together again."""
 
+MANY = 1024
+"""Most samples that are passed through it together, and in two halves: some networks serve only the first so many."""
+
 
 def check_module(module: nn.Module) -> None:
     """Refuse what has no tangent kernel whatever its inputs are.
@@ -90,14 +93,15 @@ def check_sample_wise(function: ModelFunction, theta: Float[Tensor, " P"], input
     key = (function.tap, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
     if key in function.sample_wise or count(inputs) == 0:
         return
+    # At a generic point near θ: a head that begins with zeros hides everything.
+    noise = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(theta)
+    theta = theta + 1e-2 * theta.abs().mean().clamp_min(1e-2) * noise
     _check(function, theta, cast_floating(take(inputs, spread(count(inputs), SAMPLES)), function.dtype))
+    _check_halves(function, theta, cast_floating(take(inputs, spread(count(inputs), MANY)), function.dtype))
     function.sample_wise.add(key)
 
 
 def _check(function: ModelFunction, theta: Tensor, few: PyTree) -> None:
-    # At a generic point near θ: a head that begins with zeros hides everything.
-    noise = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(theta)
-    theta = theta + 1e-2 * theta.abs().mean().clamp_min(1e-2) * noise
     parameters, n = function.parameters(theta), count(few)
     device = theta.device
     with generators_untouched(), function.running(gradients=False):
@@ -137,14 +141,31 @@ def _check(function: ModelFunction, theta: Tensor, few: PyTree) -> None:
                 "Leave the axis of the samples out of `squeeze()`: `squeeze(1)`, or `flatten(1)`",
             )
         if not _agree(together[i : i + 1], own, together):
-            raise UnsupportedModelError(
-                "In evaluation the network's output for a sample depends on the samples that it is passed together "
-                f"with (by {_difference(together[i : i + 1], own, together):.1e} of the largest output)",
-                "A kernel is made of a function of one sample; batch statistics, and outputs with the samples on "
-                "another axis than the first, make it one of the batch",
-                "Let the network use running statistics in evaluation (`track_running_stats=True`), and return the "
-                "samples along the first axis",
-            )
+            raise _dependent(_difference(together[i : i + 1], own, together))
+
+
+def _check_halves(function: ModelFunction, theta: Tensor, inputs: PyTree) -> None:
+    n = count(inputs)
+    if n <= SAMPLES:
+        return
+    parameters, middle = function.parameters(theta), n // 2
+    with generators_untouched(), function.running(gradients=False):
+        whole = function.batch(parameters, inputs)
+        halves = [function.batch(parameters, take(inputs, piece)) for piece in (slice(0, middle), slice(middle, n))]
+    apart = torch.cat(halves)
+    if not _agree(apart, whole):
+        raise _dependent(_difference(apart, whole, whole))
+
+
+def _dependent(difference: float) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "In evaluation the network's output for a sample depends on the samples that it is passed together with (by "
+        f"{difference:.1e} of the largest output)",
+        "A kernel is made of a function of one sample; batch statistics, a capacity, and outputs with the samples on "
+        "another axis than the first, make it one of the batch",
+        "Let the network use running statistics in evaluation (`track_running_stats=True`), and return the samples "
+        "along the first axis",
+    )
 
 
 def _alone(function: ModelFunction, theta: Tensor, few: PyTree, i: int) -> Tensor:

@@ -288,9 +288,6 @@ class RecordedGradients:
         inputs, targets = samples_of(batch, self.trajectory.data)
         rows, cotangents = self._rows(batch, function, point, inputs, targets)
         if self._is_measured(step, batch, inputs):
-            if cotangents is None:
-                objective = self.trajectory.objective
-                cotangents = output_cotangents(function, point, objective, inputs, targets, batch.weights)
             error = self._split_error(function, point, inputs, cotangents, rows)
             exact = ROW_LIMIT[torch.promote_types(function.dtype, torch.float32)]
             limit = exact if batch.state.autocast is None else AUTOCAST_LIMIT
@@ -306,8 +303,8 @@ class RecordedGradients:
 
     def _rows(
         self, batch: MicroBatch, function: ModelFunction, point: Tensor, inputs: PyTree, targets: PyTree
-    ) -> tuple[FactoredGradients, Tensor | None]:
-        """The gradients of a micro-batch's samples, and λ (B, C) where it was needed for them."""
+    ) -> tuple[FactoredGradients, Tensor]:
+        """The gradients of a micro-batch's samples, and λ, (B, C)."""
         objective, weights, n = self.trajectory.objective, batch.weights, len(batch.ids)
         if self._together(batch, point, inputs):
             cotangents = output_cotangents(function, point, objective, inputs, targets, weights)
@@ -315,11 +312,15 @@ class RecordedGradients:
             self.certificate.engines.add("autograd")
             return FactoredGradients.dense(rows, function.layout), cotangents
         source = self.rounded if batch.state.autocast else self.source
-        found = source.pulled_back(
-            point, inputs, lambda outputs: loss_slopes(function, objective, outputs, targets, weights, n), function
-        )
+        slopes: list[Tensor] = []
+
+        def of_outputs(outputs: PyTree) -> Tensor:
+            slopes.append(loss_slopes(function, objective, outputs, targets, weights, n))
+            return slopes[-1]
+
+        found = source.pulled_back(point, inputs, of_outputs, function)
         self.certificate.engines |= source.engines
-        return found, None
+        return found, slopes[-1]
 
     def _is_measured(self, step: Step, batch: MicroBatch, inputs: PyTree) -> bool:
         """Whether the rows of a batch are compared with the batch run forward.
