@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.factored import FactoredGradients, in_working_type, numel, working
+from pathkernel.factored import FactoredGradients, in_working_type, working
 from pathkernel.functional import ModelFunction, OutputFunctional, sample_gradients
 from pathkernel.interrupts import held
 from pathkernel.layers.factors import Piece
@@ -73,7 +73,7 @@ class GradientSource:
         if self.engine == "jacobian":
             with function.running(gradients=False):
                 weights = cotangents(function.call(function.parameters(theta), cast_floating(inputs, function.dtype)))
-            return self.gradients(theta, inputs, _weighted, weights, None, function)
+            return self.gradients(theta, inputs, weighted_sum, weights, None, function)
         returned: list[PyTree] = []
         with held():
             handle = function.module.register_forward_hook(lambda _, __, outputs: returned.append(outputs))
@@ -86,7 +86,7 @@ class GradientSource:
             weighted = (tape.outputs * weights).sum(dim=1, keepdim=True)
         pieces = tuple(in_working_type(piece) for piece in tape.pieces(weighted))
         if self.plain:
-            rows = self._rows(function, self.plain, theta, inputs, _weighted, weights, None)
+            rows = self._rows(function, self.plain, theta, inputs, weighted_sum, weights, None)
             pieces += FactoredGradients.of_rows(rows, function.layout).pieces
         return FactoredGradients(function.layout, tape.n, pieces)
 
@@ -97,21 +97,6 @@ class GradientSource:
             return self.function.layout.names
         coverage = self.tapes.coverage
         return tuple(name for name in self.function.layout.names if coverage is not None and name in coverage.plain)
-
-    def bytes_per_sample(
-        self, theta: Tensor, inputs: PyTree, functional: OutputFunctional, context: PyTree, components: int | None
-    ) -> int:
-        """What one sample keeps alive: activations, signals, the graph while it is needed, rows of plain parameters."""
-        function, few = self.function, min(2, count(inputs))
-        itemsize = torch.finfo(function.dtype).bits // 8
-        graph = pieces = 0
-        if self.engine != "jacobian":
-            tape = self.tapes.record(theta, take(inputs, slice(0, few)), function)
-            graph = 4 * sum(shape.numel() for shape in tape.shapes) // few
-            pieces = sum(numel(p.factor) for p in tape_pieces(tape, functional, take(context, slice(0, few)))) // few
-        slices = function.layout.slices
-        rows = 2 * (components or 1) * sum(slices[name].stop - slices[name].start for name in self.plain)
-        return itemsize * (graph + pieces + rows)
 
     def _rows(
         self,
@@ -144,7 +129,7 @@ class GradientSource:
         return rows
 
 
-def _weighted(outputs: Tensor, weights: Tensor) -> Tensor:
+def weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
     """z·λ, whose gradient is Jᵀ λ."""
     return outputs @ weights
 
