@@ -104,6 +104,7 @@ class PathCurve(Curve):
         for segment in self.trajectory.segments(reverse=True):
             later, view = view, GradientStep(self.queries, segment, view)
             self._book_buffers(account, view, later)
+            del later  # not beside its neighbour while that is used
             yield segment, self._average(account, view)
         self._book_first_buffers(account, view)
 

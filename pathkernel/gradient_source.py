@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.factored import FactoredGradients, in_working_type, numel, working
+from pathkernel.factored import FactoredGradients, in_working_type, working
 from pathkernel.functional import ModelFunction, OutputFunctional, sample_gradients, values_of
 from pathkernel.layers.factors import Piece
 from pathkernel.layers.proved import ProvedTapes
@@ -75,14 +75,14 @@ class GradientSource:
         if self.engine in BY_ROWS:
             with function.running(gradients=False):
                 weights = cotangents(function.call(function.parameters(theta), cast_floating(inputs, function.dtype)))
-            return self.gradients(theta, inputs, _weighted, weights, None, function)
+            return self.gradients(theta, inputs, weighted_sum, weights, None, function)
         tape = self.tapes.record(theta, inputs, function)
         weights = cotangents(tape.returned)
         with torch.enable_grad():
             weighted = (tape.outputs * weights).sum(dim=1, keepdim=True)
         pieces = tuple(in_working_type(piece) for piece in tape.pieces(weighted))
         if self.plain:
-            rows = self._rows(function, self.plain, theta, inputs, _weighted, weights, None)
+            rows = self._rows(function, self.plain, theta, inputs, weighted_sum, weights, None)
             pieces += FactoredGradients.of_rows(rows, function.layout).pieces
         return FactoredGradients(function.layout, tape.n, pieces)
 
@@ -101,21 +101,6 @@ class GradientSource:
         by_rows = {"autograd"} if self.engine == "autograd" else {{"vmap": "jacobian"}.get(r, r) for r in routes}
         plain = self.plain
         return by_rows if len(plain) == len(self.function.layout.names) else {"layerwise", *(by_rows if plain else ())}
-
-    def bytes_per_sample(
-        self, theta: Tensor, inputs: PyTree, functional: OutputFunctional, context: PyTree, components: int | None
-    ) -> int:
-        """What one sample keeps alive: activations, signals, the graph while it is needed, rows of plain parameters."""
-        function, few = self.function, min(2, count(inputs))
-        itemsize = torch.finfo(function.dtype).bits // 8
-        graph = pieces = 0
-        if self.engine not in BY_ROWS:
-            tape = self.tapes.record(theta, take(inputs, slice(0, few)), function)
-            graph = 4 * sum(shape.numel() for shape in tape.shapes) // few
-            pieces = sum(numel(p.factor) for p in tape_pieces(tape, functional, take(context, slice(0, few)))) // few
-        slices = function.layout.slices
-        rows = 2 * (components or 1) * sum(slices[name].stop - slices[name].start for name in self.plain)
-        return itemsize * (graph + pieces + rows)
 
     def _rows(
         self,
@@ -151,7 +136,7 @@ class GradientSource:
         return rows
 
 
-def _weighted(outputs: Tensor, weights: Tensor) -> Tensor:
+def weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
     """z·λ, whose gradient is Jᵀ λ."""
     return outputs @ weights
 

@@ -20,13 +20,13 @@ from pathkernel.curves import AverageCurve, ChordCurve, Curve, PathCurve
 from pathkernel.errors import InputError, TrajectoryError, check
 from pathkernel.forms import BUILDERS
 from pathkernel.forward_sweep import forward_sweep
-from pathkernel.functional import ModelFunction
+from pathkernel.functional import ModelFunction, OutputFunctional
 from pathkernel.gradient_source import GradientSource
+from pathkernel.memory_plan import AT_ONCE, Plan, outputs_at_once, plan_backward, plan_forward
 from pathkernel.pickling import check_picklable
 from pathkernel.pytrees import blocks, count, memory_bytes, take
 from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
 from pathkernel.queries import GradientStep, Queries, one_hot_context
-from pathkernel.query_blocks import samples_at_once
 from pathkernel.sample_wise import check_sample_wise
 from pathkernel.sweeps import backward_sweep
 from pathkernel.tangent_kernel.outputs import select_outputs
@@ -34,6 +34,7 @@ from pathkernel.tangent_kernel.tangent_kernel import learn_structure, no_samples
 from pathkernel.threads import one_at_a_time
 from pathkernel.trajectory.gradients import EngineReplaced, RecordedGradients
 from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.workspace import FreedMemory, give_back_freed_memory
 
 FORMS = {
     "folded": "coefficients 1, the loss derivative inside the kernel",
@@ -281,9 +282,10 @@ class KernelMachine:
 
     @one_at_a_time
     def _reconstruct(self, X: PyTree) -> np.ndarray:
-        queries = self._all_outputs(self._samples(X))
-        account = self._settled(lambda: self._forward(queries))
-        self._check_unexplained(account, self._curve(queries).final())
+        with FreedMemory(self.memory):
+            queries = self._all_outputs(self._samples(X))
+            account = self._settled(lambda: self._forward(queries))
+            self._check_unexplained(account, self._curve(queries).final())
         return sum(account.channels.values(), torch.zeros(())).reshape(-1, queries.components).numpy()
 
     # -- why it says so ---------------------------------------------------------------------------------------
@@ -355,13 +357,14 @@ class KernelMachine:
                 'What can be verified are the "shares"',
                 'Write `machine.explain(X, verify="shares")`, or leave it out',
             )
-        queries, samples, indices = self._queries(X, outputs)
         asked = Asked(by, verify is not None)
-        account = self._settled(
-            lambda: self._backward(queries, asked) if store is None else self._stored(store, queries, asked)
-        )
-        output = self._curve(queries).final()
-        self._check_unexplained(account, output)
+        with FreedMemory(self.memory):
+            queries, samples, indices = self._queries(X, outputs)
+            account = self._settled(
+                lambda: self._backward(queries, asked) if store is None else self._stored(store, queries, asked)
+            )
+            output = self._curve(queries).final()
+            self._check_unexplained(account, output)
         moved = (output - account.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
         assert account.shares is not None
         why = Attributions(
@@ -397,14 +400,13 @@ class KernelMachine:
             inputs, targets = split_samples(X, selection, self.trajectory.data.dtype, "KernelMachine")
             inputs = self._samples(inputs)
             learn_structure(selection, self.function, self.trajectory.initial, inputs)
-            queries = Queries(self._source(self.function), inputs, selection.function, targets, None)
+            queries = self._query(self.function, inputs, selection.function, targets, None)
             return queries, np.arange(len(queries)), np.full(len(queries), -1)
         inputs = self._samples(X)
         n = count(inputs)
         function, outputs = self._tapped(outputs)
         if callable(outputs):
-            source = self._source(function)
-            queries = Queries(source, inputs, lambda z, _: outputs(z).reshape(()), torch.zeros(n, 0), None)
+            queries = self._query(function, inputs, lambda z, _: outputs(z).reshape(()), torch.zeros(n, 0), None)
             return queries, np.arange(n), np.full(n, -1)
         everything = self._all_outputs(inputs, function)
         c = everything.components
@@ -413,7 +415,7 @@ class KernelMachine:
             return everything, np.repeat(np.arange(n), c), np.tile(np.arange(c), n)
         chosen = self._chosen(inputs, outputs, n, c)
         context = one_hot_context(chosen, c)
-        queries = Queries(self._source(function), inputs, lambda z, weight: z @ weight.to(z), context, None)
+        queries = self._query(function, inputs, lambda z, weight: z @ weight.to(z), context, None)
         return queries, np.arange(n), chosen.numpy()
 
     def _chosen(self, inputs: PyTree, outputs: Any, n: int, c: int) -> Tensor:
@@ -455,7 +457,15 @@ class KernelMachine:
     def _all_outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Queries:
         function = function or self.function
         c = self._outputs(take(inputs, slice(0, 1)), function).shape[1]
-        return Queries(self._source(function), inputs, lambda z, _: z, torch.zeros(count(inputs), 0), c)
+        return self._query(function, inputs, lambda z, _: z, torch.zeros(count(inputs), 0), c)
+
+    def _query(
+        self, function: ModelFunction, inputs: PyTree, functional: OutputFunctional, context: PyTree, k: int | None
+    ) -> Queries:
+        queries = Queries(self._source(function), inputs, functional, context, k)
+        at_once = outputs_at_once(function, self.trajectory.final, inputs, self.memory)
+        queries.forward = at_once if at_once < AT_ONCE else None
+        return queries
 
     def _source(self, function: ModelFunction) -> GradientSource:
         """Of the network or of one of its modules; what was proved of it is kept."""
@@ -467,11 +477,12 @@ class KernelMachine:
         """The explained network's own outputs, (n, C)."""
         trajectory, function = self.trajectory, function or self.function
         if self.weights is None:
-            trained = function.replaced(constants=trajectory.final_buffers)
-            return trained.outputs(trajectory.final, inputs)
-        record = trajectory.averages[self.weights]
-        averaged = function.replaced(constants=record.constants(trajectory))
-        return averaged.outputs(trajectory.layout.flatten(record.last), inputs)
+            function, theta = function.replaced(constants=trajectory.final_buffers), trajectory.final
+        else:
+            record = trajectory.averages[self.weights]
+            function = function.replaced(constants=record.constants(trajectory))
+            theta = trajectory.layout.flatten(record.last)
+        return function.outputs(theta, inputs, outputs_at_once(function, theta, inputs, self.memory))
 
     def _samples(self, X: PyTree) -> PyTree:
         inputs = self.trajectory.queries(X, "KernelMachine")
@@ -496,18 +507,22 @@ class KernelMachine:
         return kind(self.trajectory, queries, self.quadrature)
 
     def _forward(self, queries: Queries) -> Account:
-        return forward_sweep(self._curve(queries), self._recorded, self.progress)
-
-    def _samples_at_once(self, queries: Queries, asked: Asked) -> int:
-        dense = 4 * (self.form in BUILDERS) + MATRICES * asked.verify
-        return samples_at_once(self._curve(queries.block(slice(0, 1))), queries, self.memory, dense)
+        recorded = self._recorded
+        queries.forward, passes = plan_forward(queries, recorded, self.quadrature, self.memory)
+        give_back_freed_memory()
+        return forward_sweep(self._curve(queries), recorded, self.progress, passes)
 
     def _backward(self, queries: Queries, asked: Asked) -> Account:
         """Blocks of queries that fit the budget."""
-        samples = len(queries) // queries.components
-        size = self._samples_at_once(queries, asked)
-        even = -(-samples // -(-samples // size))  # as many blocks, but none much smaller than the others
-        return joined([self._swept(queries.block(piece), asked) for piece in blocks(samples, even)])
+        plan = self._plan(queries, asked)
+        cut = blocks(count(queries.inputs), plan.queries)
+        return joined((self._swept(queries.block(piece), asked, plan) for piece in cut), len(queries))
+
+    def _plan(self, queries: Queries, asked: Asked) -> Plan:
+        dense, matrices = self.form in BUILDERS, MATRICES * asked.verify
+        plan = plan_backward(self._curve, queries, self._recorded, self.memory, asked.by, dense, matrices)
+        give_back_freed_memory()
+        return plan
 
     def _stored(self, store: str | os.PathLike[str], queries: Queries, asked: Asked) -> Account:
         """The same, block by block in a store."""
@@ -596,23 +611,24 @@ class KernelMachine:
             "`KernelMachine(..., unexplained=1.0)`",
         )
 
-    def _swept(self, queries: Queries, asked: Asked) -> Account:
+    def _swept(self, queries: Queries, asked: Asked, plan: Plan) -> Account:
+        queries.passes = plan.passes
         builder = BUILDERS[self.form](len(self.trajectory.data)) if self.form in BUILDERS else None
         curve = self._curve(queries)
         noted = Noted(curve.quadrature)
         if asked.verify:
             curve.quadrature = noted
-        account = backward_sweep(curve, self._recorded, asked.by, builder, self.progress)
+        account = backward_sweep(curve, self._recorded, asked.by, builder, self.progress, plan.cuts)
         account.form = None if builder is None else builder.finish()
         account.split_error = torch.full_like(account.missed, self._recorded.certificate.error)
         if asked.verify:
             curve.quadrature = AveragingError(noted)
-            account.shares_error = self._shares_error(curve, account)
+            account.shares_error = self._shares_error(curve, account, plan)
         return account
 
-    def _shares_error(self, curve: Curve, account: Account) -> Tensor:
+    def _shares_error(self, curve: Curve, account: Account, plan: Plan) -> Tensor:
         """Σ_i of the sizes of the errors of the shares, (Q,): the sweep of what the averaged gradients are off by."""
-        errors = backward_sweep(curve, self._recorded, progress=self.progress)
+        errors = backward_sweep(curve, self._recorded, progress=self.progress, cuts=plan.cuts)
         assert errors.shares is not None and account.shares is not None
         rounding = ROUNDINGS * torch.finfo(self.function.dtype).eps * account.shares.abs().sum(dim=1)
         return SAFETY * errors.shares.abs().sum(dim=1) + errors.missed + rounding

@@ -10,7 +10,7 @@ named: c_i g_i is what sample i contributed to the gradient that autograd comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,8 @@ from pathkernel.functional import (
     pulled_back,
 )
 from pathkernel.interrupts import deliver
-from pathkernel.pytrees import cast_floating, count, take
+from pathkernel.pytrees import blocks, cast_floating, count, take
+from pathkernel.workspace import give_back_freed_memory
 
 
 def batch_loss(loss: Loss, outputs: PyTree, targets: PyTree, weights: Tensor | None, reduction: str) -> Tensor:
@@ -147,15 +148,36 @@ def coupled_rows(
     One forward pass of the whole batch as it was, then one reverse sweep for each sample's outputs alone: the rows
     still add up to the batch gradient.
     """
-    leaves, rows = leaf_parameters(function, vector), []
+    return next(coupled_row_blocks(function, vector, inputs, cotangents, len(cotangents)))
+
+
+def coupled_row_blocks(
+    function: ModelFunction, vector: Float[Tensor, " P"], inputs: PyTree, cotangents: Float[Tensor, "B C"], size: int
+) -> Iterator[Float[Tensor, "n P"]]:
+    """The rows of `coupled_rows`, a few samples at a time, each few by a forward pass of the whole batch."""
+    leaves = leaf_parameters(function, vector)
+    for block in blocks(len(cotangents), size):
+        with function.running(gradients=True), function.kept():
+            outputs = function.batch(leaves, cast_floating(inputs, function.dtype))
+            rows = outputs.new_empty(block.stop - block.start, function.layout.size, requires_grad=False)
+            for row, sample in zip(rows, range(block.start, block.stop), strict=True):
+                own = torch.zeros_like(outputs)
+                own[sample] = cotangents[sample].to(outputs)
+                row.copy_(function.layout.flatten(pulled_back(leaves, outputs, own, retain=True)))
+                give_back_freed_memory()
+                deliver()
+            del outputs
+        yield rows
+
+
+def weighted_gradient(
+    function: ModelFunction, vector: Float[Tensor, " P"], inputs: PyTree, cotangents: Float[Tensor, "B C"]
+) -> Float[Tensor, " P"]:
+    """Σ_i J_iᵀ λ_i by one reverse sweep."""
+    leaves = leaf_parameters(function, vector)
     with function.running(gradients=True), function.kept():
         outputs = function.batch(leaves, cast_floating(inputs, function.dtype))
-        for sample in range(len(cotangents)):
-            own = torch.zeros_like(outputs)
-            own[sample] = cotangents[sample].to(outputs)
-            rows.append(function.layout.flatten(pulled_back(leaves, outputs, own, retain=True)))
-            deliver()
-    return torch.stack(rows)
+        return function.layout.flatten(pulled_back(leaves, outputs, cotangents.to(outputs), retain=False))
 
 
 def batch_products(

@@ -17,9 +17,9 @@ from pathkernel.functional import ModelFunction
 from pathkernel.gradient_source import GradientSource
 from pathkernel.inner_products import contracted, paired_names
 from pathkernel.layers.factors import Dense, Lookup, Outer, Piece
+from pathkernel.memory_plan import keeps_memory
 from pathkernel.parameters import ParameterLayout
 from pathkernel.pull_back import Adjoint
-from pathkernel.query_blocks import keeps_memory
 from pathkernel.sweeps import _Backward
 from pathkernel.update_rules.rule import adjoint
 

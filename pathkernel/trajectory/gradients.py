@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,22 +18,33 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import TrajectoryError
 from pathkernel.factored import FactoredGradients, working
-from pathkernel.functional import ROW_LIMIT, ModelFunction, Modes, error_of_rows, random_directions
-from pathkernel.gradient_source import BY_ROWS, GradientSource
+from pathkernel.functional import (
+    ROW_LIMIT,
+    ModelFunction,
+    Modes,
+    error_of_rows,
+    map_outputs,
+    output_leaves,
+    random_directions,
+)
+from pathkernel.gradient_source import BY_ROWS, GradientSource, weighted_sum
+from pathkernel.interrupts import deliver
 from pathkernel.layers.tape import Tape
 from pathkernel.losses import (
     batch_gradient,
     batch_products,
-    coupled_rows,
+    coupled_row_blocks,
     loss_slopes,
     output_cotangents,
+    weighted_gradient,
 )
 from pathkernel.parameters import ParameterLayout
-from pathkernel.pytrees import as_tensors
+from pathkernel.pytrees import as_tensors, blocks, cast_floating, count, take
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import UpdateRule
+from pathkernel.workspace import give_back_freed_memory
 
 GRADIENT_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """Relative difference between a recorded gradient and its recomputation that is still rounding.
@@ -183,6 +195,30 @@ def fit_gradient(layout: ParameterLayout, found: Tensor, expected: Tensor, toler
     return single
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How the samples of a batch go through the network.
+
+    Attributes
+    ----------
+    samples
+        How many at once; more than a batch has for whole batches.
+    streamed
+        Whether the gradients of a pass are used and dropped before the next.
+    """
+
+    samples: int
+    streamed: bool = False
+
+    def cut(self, batch: int) -> bool:
+        """Whether so many samples are taken in several passes."""
+        return batch > self.samples
+
+
+WHOLE = Passes(sys.maxsize)
+"""Every batch in one pass, its gradients held at once."""
+
+
 class RecordedGradients:
     """Gradients of recorded batches, recomputed, and compared with what the optimizer received.
 
@@ -194,6 +230,17 @@ class RecordedGradients:
         Bytes for rows of per-sample gradients.
     engine
         How they are taken, see `pathkernel.gradient_source.GradientSource`.
+
+    Attributes
+    ----------
+    largest
+        The largest norm of a recorded gradient.
+    most
+        Samples in the largest step.
+    examples
+        The largest batch of each kind of forward pass: its samples, its step, and its place in it.
+    proof
+        Bytes in which it was proved how gradients are to be taken, so far as that is known.
     """
 
     def __init__(
@@ -204,19 +251,32 @@ class RecordedGradients:
         self.source = GradientSource(function, engine, memory)
         # Mixed precision rounds every product; rows by torch.func round as the loop did.
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
-        self.largest = max(step.gradient.norm().item() for step in trajectory.steps())
+        self.largest, self.most, self.proof = 0.0, 0, 0
+        self.examples: dict[Any, tuple[int, int, int]] = {}
+        for step in trajectory.steps():
+            self._meet(step)
         self.certificate = SplitCertificate()
         self._coupled = engine == "autograd"
         self._separate: dict[Any, bool] = {}
         self._measured: set[Any] = set()
 
-    def stages(self, step: Step, rows: bool) -> list[StageGradients]:
+    def _meet(self, step: Step) -> None:
+        """Take note of the largest gradient, step, and batch of each kind: (samples, step, place in it)."""
+        self.largest = max(self.largest, step.gradient.norm().item())
+        self.most = max(self.most, sum(len(batch.ids) for batch in step.batches))
+        for place, batch in enumerate(step.batches):
+            state, size = batch.state, len(batch.ids)
+            kind = _hashable(state.modes), bool(state.generators), state.autocast
+            if size > self.examples.get(kind, (0,))[0]:
+                self.examples[kind] = size, step.index, place
+
+    def stages(self, step: Step, rows: bool, passes: Passes = WHOLE) -> list[StageGradients]:
         """What the samples contributed to each gradient of a step, one by one (``rows``) or in total only."""
         trajectory, stages = self.trajectory, []
         for index, offset in enumerate(self._offsets(step)):
             point = step.before if offset is None else step.before.double() + offset
             ran = replace(step, batches=tuple(batch.at_stage(index) for batch in step.batches))
-            stages.append(self._stage(ran, point, rows, compare=trajectory.rule.stages == 1))
+            stages.append(self._stage(ran, point, rows, passes, compare=trajectory.rule.stages == 1))
         return stages
 
     def _offsets(self, step: Step) -> list[Tensor | None]:
@@ -235,16 +295,17 @@ class RecordedGradients:
                     vector[layout.slices[name]] = offset.double().reshape(-1)
         return offsets
 
-    def _stage(self, step: Step, point: Tensor, rows: bool, compare: bool) -> StageGradients:
+    def _stage(self, step: Step, point: Tensor, rows: bool, passes: Passes, compare: bool) -> StageGradients:
         trajectory = self.trajectory
         named = {**step.gradient_changes}
         regularizers = trajectory.objective.regularizer_gradients(self.function, point)
-        parts: tuple[FactoredGradients, ...] = ()
-        if rows:
-            parts = tuple(self._by_sample(step, batch, point) for batch in step.batches)
+        parts: Iterable[FactoredGradients] = ()
+        if rows and not passes.streamed:
+            parts = tuple(self._by_sample(step, point, passes))
             totals = [part.total() for part in parts]
         else:
-            totals = [self._in_total(step, batch, point) for batch in step.batches]
+            parts = _Streamed(lambda: self._by_sample(step, point, passes)) if rows else ()
+            totals = [self._in_total(step, batch, point, passes) for batch in step.batches]
         total = functools.reduce(operator.add, totals)
         self._silence(step, total)
         if not compare:
@@ -276,51 +337,65 @@ class RecordedGradients:
         channels["rounding"] = fit.difference
         return StageGradients(total * fit.factor, parts, channels, fit.factor, point, step.batches)
 
-    def _in_total(self, step: Step, batch: MicroBatch, point: Tensor) -> Tensor:
+    def _in_total(self, step: Step, batch: MicroBatch, point: Tensor, passes: Passes) -> Tensor:
         """The gradient of a micro-batch, run as it was, (P,) float64."""
         inputs, targets = samples_of(batch, self.trajectory.data)
-        function = self._replayed(step, batch)
-        return batch_gradient(function, point, self.trajectory.objective, inputs, targets, batch.weights).double()
+        function = self.replayed(step, batch)
+        if not passes.cut(len(batch.ids)) or self.inseparable(batch, point, inputs):
+            return batch_gradient(function, point, self.trajectory.objective, inputs, targets, batch.weights).double()
+        cotangents = self._cotangents(function, point, inputs, targets, batch.weights, passes)
+        total = torch.zeros(function.layout.size, dtype=torch.float64)
+        for piece in blocks(len(batch.ids), passes.samples):
+            total += weighted_gradient(function, point, take(inputs, piece), cotangents[piece])
+            give_back_freed_memory()
+        return total
 
-    def _by_sample(self, step: Step, batch: MicroBatch, point: Tensor) -> FactoredGradients:
-        """The gradients of the samples of a micro-batch, run as it was, (B,)."""
-        function = self._replayed(step, batch)
-        inputs, targets = samples_of(batch, self.trajectory.data)
-        rows, cotangents = self._rows(batch, function, point, inputs, targets)
-        if self._is_measured(step, batch, inputs):
-            error = self._split_error(function, point, inputs, cotangents, rows)
-            exact = ROW_LIMIT[torch.promote_types(function.dtype, torch.float32)]
-            limit = exact if batch.state.autocast is None else AUTOCAST_LIMIT
-            if error > limit and not self._coupled:
-                raise self._replaced()
-            self.certificate.note(error, limit)
-        return rows
-
-    def _replaced(self) -> EngineReplaced:
-        """Form rows by reverse sweeps of whole batches from now on, which are right for every network."""
-        self._coupled, self.certificate, self._measured = True, SplitCertificate(), set()
-        return EngineReplaced()
+    def _by_sample(self, step: Step, point: Tensor, passes: Passes) -> Iterator[FactoredGradients]:
+        """The gradients of the samples of each micro-batch, run as it was: (B,), or a pass at a time."""
+        for batch in step.batches:
+            function = self.replayed(step, batch)
+            inputs, targets = samples_of(batch, self.trajectory.data)
+            measured = self._is_measured(step, batch, inputs)
+            found: list[Tensor] = []
+            for rows, piece, cotangents in self._rows(batch, function, point, inputs, targets, passes):
+                if measured and piece is not None:
+                    v = random_directions(function.layout.size, DIRECTIONS)
+                    self._measure(function, batch, point, take(inputs, piece), cotangents[piece], rows @ v.T)
+                elif measured:  # a part of the rows of a whole batch
+                    found.append(rows @ random_directions(function.layout.size, DIRECTIONS).T)
+                    if sum(len(part) for part in found) == len(cotangents):
+                        self._measure(function, batch, point, inputs, cotangents, torch.cat(found))
+                yield rows
+                give_back_freed_memory()
 
     def _rows(
-        self, batch: MicroBatch, function: ModelFunction, point: Tensor, inputs: PyTree, targets: PyTree
-    ) -> tuple[FactoredGradients, Tensor]:
-        """The gradients of a micro-batch's samples, and λ, (B, C)."""
+        self, batch: MicroBatch, function: ModelFunction, point: Tensor, inputs: PyTree, targets: PyTree, passes: Passes
+    ) -> Iterator[tuple[FactoredGradients, slice | None, Tensor]]:
+        """Gradients, the samples that they are of (None for the next of a batch run together), and λ (B, C) of all."""
         objective, weights, n = self.trajectory.objective, batch.weights, len(batch.ids)
-        if self._together(batch, point, inputs):
-            cotangents = output_cotangents(function, point, objective, inputs, targets, weights)
-            rows = coupled_rows(function, point, inputs, cotangents).to(working(function.dtype))
+        source = self.source_of(batch)
+        if self.together(batch, point, inputs):
             self.certificate.engines.add("autograd")
-            return FactoredGradients.dense(rows, function.layout), cotangents
-        source = self.rounded if batch.state.autocast else self.source
-        slopes: list[Tensor] = []
+            cotangents = output_cotangents(function, point, objective, inputs, targets, weights)
+            for rows in coupled_row_blocks(function, point, inputs, cotangents, min(n, passes.samples)):
+                yield FactoredGradients.dense(rows.to(working(function.dtype)), function.layout), None, cotangents
+        elif not passes.cut(n) or self.inseparable(batch, point, inputs):
+            slopes: list[Tensor] = []
 
-        def of_outputs(outputs: PyTree) -> Tensor:
-            slopes.append(loss_slopes(function, objective, outputs, targets, weights, n))
-            return slopes[-1]
+            def of_outputs(outputs: PyTree) -> Tensor:
+                slopes.append(loss_slopes(function, objective, outputs, targets, weights, n))
+                return slopes[-1]
 
-        found = source.pulled_back(point, inputs, of_outputs, function)
-        self.certificate.engines |= source.engines
-        return found, slopes[-1]
+            found = source.pulled_back(point, inputs, of_outputs, function)
+            self.certificate.engines |= source.engines
+            yield found, slice(0, n), slopes[-1]
+        else:
+            cotangents = self._cotangents(function, point, inputs, targets, weights, passes)
+            for piece in blocks(n, passes.samples):
+                own = take(inputs, piece)
+                found = source.gradients(point, own, weighted_sum, cotangents[piece], None, function).as_rows()
+                self.certificate.engines |= source.engines
+                yield found, piece, cotangents
 
     def _is_measured(self, step: Step, batch: MicroBatch, inputs: PyTree) -> bool:
         """Whether the rows of a batch are compared with the batch run forward.
@@ -329,21 +404,76 @@ class RecordedGradients:
         first; once for each batch, however often the record is passed.
         """
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        modes = batch.state.modes if isinstance(batch.state.modes, bool) else tuple(batch.state.modes.items())
-        kind = modes, self._coupled, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        kind = _hashable(batch.state.modes), self._coupled, *((leaf.shape, leaf.dtype) for leaf in leaves)
         due = step.index & (step.index - 1) == 0 or step.index == len(self.trajectory) - 1 or kind not in self._measured
         if not due or (key := (step.index, tuple(batch.ids.tolist()))) in self._measured:
             return False
         self._measured |= {key, kind}
         return True
 
-    def _split_error(
-        self, function: ModelFunction, point: Tensor, inputs: PyTree, cotangents: Tensor, rows: FactoredGradients
-    ) -> float:
-        v = random_directions(function.layout.size, DIRECTIONS)
-        return error_of_rows(function, point, inputs, v, (rows @ v.T).unsqueeze(1), cotangents.unsqueeze(1))
+    def _measure(
+        self,
+        function: ModelFunction,
+        batch: MicroBatch,
+        point: Tensor,
+        inputs: PyTree,
+        cotangents: Tensor,
+        found: Tensor,
+    ) -> None:
+        """Compare ⟨row, v⟩, (n, D), with the same samples run forward.
 
-    def _together(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
+        Raises
+        ------
+        EngineReplaced
+            When rows are not their samples'; they come from reverse sweeps of whole batches then.
+        """
+        v = random_directions(function.layout.size, DIRECTIONS)
+        error = error_of_rows(function, point, inputs, v, found.unsqueeze(1), cotangents.unsqueeze(1))
+        exact = ROW_LIMIT[torch.promote_types(function.dtype, torch.float32)]
+        limit = exact if batch.state.autocast is None else AUTOCAST_LIMIT
+        if error > limit and not self._coupled:
+            raise self._replaced()
+        self.certificate.note(error, limit)
+
+    def _replaced(self) -> EngineReplaced:
+        """Form rows by reverse sweeps of whole batches from now on, which are right for every network."""
+        self._coupled, self.certificate, self._measured = True, SplitCertificate(), set()
+        return EngineReplaced()
+
+    def _cotangents(
+        self,
+        function: ModelFunction,
+        point: Tensor,
+        inputs: PyTree,
+        targets: PyTree,
+        weights: Tensor | None,
+        passes: Passes,
+    ) -> Tensor:
+        """λ = ∂L/∂z of a batch whose samples are run a few at a time, (B, C)."""
+        returned, parameters = [], function.parameters(point)
+        with function.running(gradients=False):
+            for piece in blocks(count(inputs), passes.samples):
+                returned.append(function.call(parameters, cast_floating(take(inputs, piece), function.dtype)))
+                deliver()
+                give_back_freed_memory()
+        parts = [iter(output_leaves(one)) for one in returned]
+
+        def joined(_: Any) -> Any:
+            pieces = [next(part) for part in parts]
+            return torch.cat(pieces) if isinstance(pieces[0], Tensor) else pieces[0]
+
+        outputs = map_outputs(joined, returned[0])
+        return loss_slopes(function, self.trajectory.objective, outputs, targets, weights, count(inputs))
+
+    def source_of(self, batch: MicroBatch) -> GradientSource:
+        """Where the gradients of a batch come from."""
+        return self.rounded if batch.state.autocast else self.source
+
+    def inseparable(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
+        """Whether a batch cannot be run a few samples at a time: samples are coupled, or the pass is random."""
+        return bool(batch.state.generators) or self.together(batch, point, inputs)
+
+    def together(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
         """Whether the samples of a batch have to be run together, one reverse sweep for each."""
         if self._coupled or normalises_batch(self.function.module, batch.state.modes):
             return True
@@ -353,7 +483,7 @@ class RecordedGradients:
         # training mode couples no samples is seen once.
         if batch.state.autocast or self.source.engine in BY_ROWS:
             return True
-        key = batch.state.modes if isinstance(batch.state.modes, bool) else tuple(batch.state.modes.items())
+        key = _hashable(batch.state.modes)
         if key not in self._separate:
             self.source.tapes.record(point, inputs, self.function)
             tape = self.source.tapes.record(point, inputs, self.function.replaced(state=batch.state))
@@ -369,13 +499,13 @@ class RecordedGradients:
         self._silence(step, directions)
         objective = self.trajectory.objective
         for batch in stage.batches:
-            function = self._replayed(step, batch)
+            function = self.replayed(step, batch)
             inputs, targets = samples_of(batch, self.trajectory.data)
             slopes = output_cotangents(function, stage.point, objective, inputs, targets, batch.weights)
             products = batch_products(function, stage.point, inputs, directions)
             yield batch.ids, slopes.double(), -products
 
-    def _replayed(self, step: Step, batch: MicroBatch) -> ModelFunction:
+    def replayed(self, step: Step, batch: MicroBatch) -> ModelFunction:
         """The network as a micro-batch ran it."""
         # Mixed precision is entered again from the recorded type: other types would not be rounded alike.
         function = self.recorded if batch.state.autocast else self.function
@@ -392,6 +522,10 @@ class RecordedGradients:
         for name, where in self.trajectory.layout.slices.items():
             if name not in step.active:
                 gradients[..., where] = 0
+
+
+def _hashable(modes: Modes) -> Any:
+    return modes if isinstance(modes, bool) else tuple(modes.items())
 
 
 def _separate(tape: Tape) -> bool:
@@ -412,7 +546,8 @@ class StageGradients:
     samples
         Σ_i c_i g_i, (P,) float64.
     parts
-        The summands c_i g_i of each micro-batch without ``factor``, where asked.
+        The summands c_i g_i without ``factor``, where asked, in the order of the ids: of each micro-batch, or of each
+        pass; streamed ones are made anew each time they are gone through.
     channels
         What came from elsewhere, (P,) each: regularisers, named changes, and what the rounding of gradients left.
     factor
@@ -424,7 +559,7 @@ class StageGradients:
     """
 
     samples: Tensor
-    parts: tuple[FactoredGradients, ...]
+    parts: Iterable[FactoredGradients]
     channels: Mapping[str, Tensor]
     factor: float | Tensor
     point: Tensor
@@ -438,7 +573,20 @@ class StageGradients:
     def columns(self, where: slice, dtype: torch.dtype) -> Float[Tensor, "B size"]:
         """What the samples contributed to a part of θ."""
         rows = [part.columns(where, dtype) for part in self.parts]
-        joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return self.scaled(rows[0] if len(rows) == 1 else torch.cat(rows), where)
+
+    def scaled(self, columns: Tensor, where: slice) -> Tensor:
+        """A part of the summands with the factor."""
         if isinstance(self.factor, Tensor):
-            return joined * self.factor[where].to(dtype)
-        return joined if self.factor == 1.0 else joined * self.factor
+            return columns * self.factor[where].to(columns.dtype)
+        return columns if self.factor == 1.0 else columns * self.factor
+
+
+class _Streamed:
+    """Gradients made while they are gone through."""
+
+    def __init__(self, begin: Callable[[], Iterator[FactoredGradients]]) -> None:
+        self._begin = begin
+
+    def __iter__(self) -> Iterator[FactoredGradients]:
+        return self._begin()
