@@ -601,6 +601,10 @@ def _error_of_gradients(
     return error_of_rows(function, vector, inputs, v, found, weights)
 
 
+FEW_DIRECTIONS = 4
+"""Directions up to which their derivatives are taken at once, for as many times the memory."""
+
+
 def output_products(
     function: ModelFunction,
     vector: Float[Tensor, " P"],
@@ -617,17 +621,30 @@ def output_products(
     def outputs(theta: Tensor) -> Tensor:
         return function.batch(function.layout.unflatten(theta), inputs)
 
-    def products() -> Tensor:
-        found, along = [], directions.to(point)
+    along = directions.to(point)
+
+    def at_once() -> Tensor:
+        with function.running(gradients=False), _QUIET_FALLBACKS:
+            return vmap(lambda direction: jvp(outputs, (point,), (direction,))[1])(along).double()
+
+    def one_by_one() -> Tensor:
+        found = []
         # Random layers draw the same numbers every time; without any, all directions share one setting up.
-        for several in along.split(1 if function.state.generators else len(along)):
+        for some in along.split(1 if function.state.generators else len(along)):
             with function.running(gradients=False), function.kept():
-                for direction in several:
+                for direction in some:
                     found.append((push or push_forward)(outputs, point, direction).double())
                     deliver()
         return torch.stack(found)
 
-    found = attempt(products, REFUSALS)
+    together = ("directions", function.tap, function.layout.names)
+    several = 1 < len(along) <= FEW_DIRECTIONS and not function.state.generators
+    if several and push in (None, push_forward) and together not in function.row_routes:
+        found = attempt(at_once, REFUSALS)
+        if not isinstance(found, Exception):
+            return found
+        function.row_routes[together] = "one by one"
+    found = attempt(one_by_one, REFUSALS)
     return None if isinstance(found, Exception) else found
 
 

@@ -97,7 +97,7 @@ class GradientSource:
     @property
     def engines(self) -> set[str]:
         """How gradients were formed so far."""
-        routes = set(self.function.row_routes.values())
+        routes = set(self.function.row_routes.values()) & {"vmap", "autograd"}
         by_rows = {"autograd"} if self.engine == "autograd" else {{"vmap": "jacobian"}.get(r, r) for r in routes}
         plain = self.plain
         return by_rows if len(plain) == len(self.function.layout.names) else {"layerwise", *(by_rows if plain else ())}

@@ -400,12 +400,13 @@ class RecordedGradients:
     def _is_measured(self, step: Step, batch: MicroBatch, inputs: PyTree) -> bool:
         """Whether the rows of a batch are compared with the batch run forward.
 
-        At steps 0, 1, 2, 4, 8, … and the last, and wherever samples of another shape or number, or another mode, come
+        At steps 0, 1, 4, 16, 64, … and the last, and wherever samples of another shape or number, or another mode, come
         first; once for each batch, however often the record is passed.
         """
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         kind = _hashable(batch.state.modes), self._coupled, *((leaf.shape, leaf.dtype) for leaf in leaves)
-        due = step.index & (step.index - 1) == 0 or step.index == len(self.trajectory) - 1 or kind not in self._measured
+        power = step.index & (step.index - 1) == 0 and (step.index.bit_length() - 1) % 2 == 0
+        due = step.index == 0 or power or step.index == len(self.trajectory) - 1 or kind not in self._measured
         if not due or (key := (step.index, tuple(batch.ids.tolist()))) in self._measured:
             return False
         self._measured |= {key, kind}
