@@ -601,8 +601,9 @@ def _error_of_gradients(
     return error_of_rows(function, vector, inputs, v, found, weights)
 
 
-FEW_DIRECTIONS = 4
-"""Directions up to which their derivatives are taken at once, for as many times the memory."""
+SMALL_BATCH = 2**15
+"""Numbers in the inputs of a batch, times directions, up to which derivatives along all directions are taken at once:
+the time of small networks is that of calls, and large ones would take as many times the memory."""
 
 
 def output_products(
@@ -638,7 +639,8 @@ def output_products(
         return torch.stack(found)
 
     together = ("directions", function.tap, function.layout.names)
-    several = 1 < len(along) <= FEW_DIRECTIONS and not function.state.generators
+    small = sum(leaf.numel() for leaf in pytree.tree_leaves(inputs)) * len(along) <= SMALL_BATCH
+    several = len(along) > 1 and small and not function.state.generators
     if several and push in (None, push_forward) and together not in function.row_routes:
         found = attempt(at_once, REFUSALS)
         if not isinstance(found, Exception):
@@ -733,7 +735,7 @@ def push_forward(function: Callable[[Tensor], Tensor], point: Tensor, direction:
     By forward differentiation; where an operation has no rule for it, by two reverse sweeps,
     :math:`J v = \partial_u \langle J^\top u, v\rangle`.
     """
-    _load_decompositions()
+    load_transformations()
     found = attempt(lambda: jvp(function, (point,), (direction,))[1], REFUSALS)
     return _push_by_reversing(function, point, direction) if isinstance(found, Exception) else found
 
@@ -762,8 +764,14 @@ def _push_by_reversing(function: Callable[[Tensor], Tensor], point: Tensor, dire
 
 
 @functools.cache
-def _load_decompositions() -> None:
-    """Let torch build the decompositions of forward differentiation, once, without its warning about how it does so."""
+def load_transformations() -> None:
+    """Let torch build what its transformations need, once: some megabytes and tenths of a second at their first use.
+
+    Without its warning about how it builds the decompositions of forward differentiation.
+    """
+    layer = torch.nn.functional.layer_norm
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
-        jvp(lambda x: torch.nn.functional.layer_norm(x, (2,)), (torch.zeros(1, 2),), (torch.ones(1, 2),))
+        point, directions = torch.zeros(3, 2), torch.ones(2, 3, 2)
+        vmap(lambda v: jvp(lambda x: layer(x, (2,)), (point,), (v,))[1])(directions)
+        vmap(grad(lambda x: layer(x, (2,)).sum()))(point)

@@ -20,7 +20,7 @@ from pathkernel.curves import AverageCurve, ChordCurve, Curve, PathCurve
 from pathkernel.errors import InputError, TrajectoryError, check
 from pathkernel.forms import BUILDERS
 from pathkernel.forward_sweep import forward_sweep
-from pathkernel.functional import ModelFunction, OutputFunctional
+from pathkernel.functional import ModelFunction, OutputFunctional, load_transformations
 from pathkernel.gradient_source import GradientSource
 from pathkernel.memory_plan import AT_ONCE, Plan, outputs_at_once, plan_backward, plan_forward
 from pathkernel.pickling import check_picklable
@@ -206,6 +206,7 @@ class KernelMachine:
 
     def _make(self) -> None:
         """What is made of the rest, and is not saved."""
+        load_transformations()  # is not a call's, whose memory has a budget
         self.function = self.trajectory.function(self._dtype)
         self._gradients: RecordedGradients | None = None
         self._sources: dict[str | None, GradientSource] = {}

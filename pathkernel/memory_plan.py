@@ -58,9 +58,12 @@ PASSING = 1.6
 """What a process grows by in a pass through a network over what its tensors take at once: operations need memory
 inside, and many results of many sizes leave gaps. Measured on convolutional networks, where it is largest."""
 
-RUNTIME = 12 << 20
-"""Bytes that code and Python's own objects take when they are first used, measured on three networks; of a small budget
-half."""
+RUNTIME = 24 << 20
+"""Bytes that code and Python's own objects take when they are first used, measured on three networks by
+tests/test_memory_budget.py."""
+
+OF_SMALL = 0.6
+"""Of a small budget they take this part at most."""
 
 STAGE = 6
 """Vectors of P numbers in float64 by which a recorded gradient is compared with its recomputation."""
@@ -240,7 +243,7 @@ def plan_backward(
     InputError
         With both sizes, where the budget does not hold a single query and the least of a batch.
     """
-    return _Planner(curve_of, queries, gradients, by, dense, matrices).plan(memory)
+    return _Planner(curve_of, queries, gradients, by, dense, matrices, memory).plan(memory)
 
 
 class _Planner:
@@ -252,6 +255,7 @@ class _Planner:
         by: str | None,
         dense: bool,
         matrices: int,
+        memory: int,
     ) -> None:
         self.curve_of, self.queries, self.gradients, self.dense = curve_of, queries, gradients, dense
         self.trajectory = trajectory = gradients.trajectory
@@ -265,10 +269,20 @@ class _Planner:
         self.by_query = self._by_query(by) + float(matrices * self.k * self.size * self.itemsize)
         with Allocations() as proof:  # of the network, once
             self._swept(2)
+        self.ample = self._ample(float(proof.peak))
+        if self.ample <= usable_bytes(memory):  # small beside the budget, as mostly: no more need be known
+            return
         self.query = footprint(self._swept)
         self.batches = BatchSizes.of(gradients, pushed=FEW if self.samples * self.k <= FEW else 1)
         gradients.proof = max(gradients.proof, proof.peak, self.batches.proof)
         self.proof = float(gradients.proof)
+
+    def _ample(self, two: float) -> float:
+        """More bytes than a sweep in one piece takes, from what two queries take while the network is being proved."""
+        samples = self.samples + self.gradients.most
+        rows = self.row * (self.k * self.samples * (2 + self.rule.stages + 3 * self.dense) + 2 * self.gradients.most)
+        vectors = 8.0 * self.size * (STAGE + HELD + 16) + 3.0 * self.itemsize * BLOCK + self.step[0]
+        return 2 * PASSING * samples * two + rows + vectors + self.samples * self.by_query
 
     # -- what is measured ------------------------------------------------------------------------------------
 
@@ -355,6 +369,8 @@ class _Planner:
         """The cheapest way that fits."""
         usable, n = usable_bytes(memory), self.samples
         whole = Plan(n, None, Cuts(scratch=int(usable) // 4))
+        if self.ample <= usable:
+            return whole
         columns = max(1, BLOCK // (n * self.k))
         if self._most(None, replace(whole.cuts, columns=columns), usable) >= n:
             return whole
@@ -418,17 +434,9 @@ class _Planner:
 
 
 def outputs_at_once(function: ModelFunction, theta: Tensor, inputs: PyTree, memory: int) -> int:
-    """Samples that go through a network at once for nothing but their outputs.
-
-    Raises
-    ------
-    InputError
-        With both sizes, where the budget does not hold one.
-    """
+    """Samples that go through a network at once for nothing but their outputs, at least one."""
     few = lambda n: take(inputs, torch.arange(n) % count(inputs))  # noqa: E731
     found = footprint(lambda n: function.outputs(theta, few(n))).times(WITHOUT_GRAPH)
-    if (least := found.peak(1)) > usable_bytes(memory):
-        raise refusal(least, memory)
     return max(1, found.most(usable_bytes(memory) / 2, AT_ONCE))
 
 
@@ -481,12 +489,12 @@ def _channels(gradients: RecordedGradients) -> int:
 
 def usable_bytes(memory: float) -> float:
     """What tensors may take of a budget."""
-    return SHARE * (memory - min(memory / 2, RUNTIME))
+    return SHARE * (memory - min(OF_SMALL * memory, RUNTIME))
 
 
 def refusal(least: float, memory: int) -> InputError:
     """That a budget is too small, with one that is not."""
-    needed = least / SHARE + min(least / SHARE, RUNTIME)
+    needed = least / SHARE + min(least / SHARE * OF_SMALL / (1 - OF_SMALL), RUNTIME)
     digits = max(0, 1 - math.floor(math.log10(needed / 1e6)))
     enough = math.ceil(needed / 1e6 * 10**digits) / 10**digits
     return InputError(

@@ -22,6 +22,9 @@ SAMPLES = 3
 MANY = 1024
 """Most samples that are passed through it together, and in two halves: some networks serve only the first so many."""
 
+NUMBERS = 2**18
+"""Most numbers in the inputs of these."""
+
 
 def check_module(module: nn.Module) -> None:
     """Refuse what has no tangent kernel whatever its inputs are.
@@ -97,7 +100,9 @@ def check_sample_wise(function: ModelFunction, theta: Float[Tensor, " P"], input
     noise = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(theta)
     theta = theta + 1e-2 * theta.abs().mean().clamp_min(1e-2) * noise
     _check(function, theta, cast_floating(take(inputs, spread(count(inputs), SAMPLES)), function.dtype))
-    _check_halves(function, theta, cast_floating(take(inputs, spread(count(inputs), MANY)), function.dtype))
+    each = sum(leaf[0].numel() for leaf in leaves)
+    many = take(inputs, spread(count(inputs), min(MANY, NUMBERS // max(1, each))))
+    _check_halves(function, theta, cast_floating(many, function.dtype))
     function.sample_wise.add(key)
 
 

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from cases import BATCHES, QUERIES, SAMPLES, Recording, generator, make_inputs, make_model, record
+from cases import BATCHES, QUERIES, SAMPLES, Recording, generator, make_inputs, make_model, record, smallest_budget
 from torch import nn
 
 import pathkernel as pk
@@ -233,7 +233,8 @@ def test_a_form_that_is_none_is_refused() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_of_queries_make_the_whole(form: str) -> None:
     run = record(optimizer="adamw")
-    whole, blocks = explain(run, form), explain(run, form, memory=3000)
+    least = smallest_budget(lambda memory: explain(run, form, memory=memory))
+    whole, blocks = explain(run, form), explain(run, form, memory=least)
     np.testing.assert_allclose(blocks.shares, whole.shares, rtol=0, atol=1e-14)
     for name, value in whole.channels.items():
         np.testing.assert_allclose(blocks.channels[name], value, rtol=0, atol=1e-14)

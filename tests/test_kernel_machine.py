@@ -19,6 +19,7 @@ from cases import (
     Recording,
     make_inputs,
     record,
+    smallest_budget,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -399,8 +400,15 @@ def test_a_step_without_memory_is_its_own_kernel_machine() -> None:
 
 def test_blocks_of_queries_make_the_whole() -> None:
     run = record("relu", optimizer="adamw")
-    large, small = pk.KernelMachine(run.trajectory), pk.KernelMachine(run.trajectory, memory=5000)
+    large = pk.KernelMachine(run.trajectory)
+
+    def budget(quadrature: str = "auto", **asked: Any) -> int:
+        return smallest_budget(
+            lambda m: pk.KernelMachine(run.trajectory, quadrature=quadrature, memory=m).explain(run.queries, **asked)
+        )
+
     for by in ("module", "step"):
+        small = pk.KernelMachine(run.trajectory, memory=budget(outputs="all", by=by))
         whole, blocks = (m.explain(run.queries, outputs="all", by=by) for m in (large, small))
         close(blocks.shares, whole.shares, DOUBLE.rounding)
         close(blocks.output, whole.output, DOUBLE.rounding)
@@ -409,17 +417,20 @@ def test_blocks_of_queries_make_the_whole() -> None:
         assert list(blocks.channels) == list(whole.channels)
         for name in whole.modules:
             close(blocks.modules[name], whole.modules[name], DOUBLE.rounding)
-    close(small.decision_function(run.queries), large.decision_function(run.queries), DOUBLE.rounding)
+    outputs = large.decision_function(run.queries)
+    least = smallest_budget(lambda m: pk.KernelMachine(run.trajectory, memory=m).decision_function(run.queries))
+    small = pk.KernelMachine(run.trajectory, memory=least)
+    close(small.decision_function(run.queries), outputs, DOUBLE.rounding)
     whole, blocks = (
         pk.KernelMachine(run.trajectory, quadrature="adaptive", memory=m).explain(run.queries[2:], outputs=0)
-        for m in ("1GB", 5000)
+        for m in ("1GB", budget("adaptive", outputs=0))
     )
     close(blocks.shares, whole.shares, DOUBLE.shares)
 
 
 def test_a_budget_that_holds_no_query_is_refused_before_it_begins() -> None:
     run = record("relu", optimizer="adamw")
-    with pytest.raises(InputError, match=r"takes 0\.00\d+ MB .* the budget is 0\.001 MB.*Write `memory="):
+    with pytest.raises(InputError, match=r"take 0\.\d+ MB .* the budget is 0\.001 MB.*Write `memory="):
         pk.KernelMachine(run.trajectory, memory=1000).explain(run.queries)
 
 
