@@ -5,6 +5,7 @@ Part of `certificate.py`. The networks, optimizers and losses of `exactness.py`,
 true_error          median over the queries of Σ_i |share_i − exact share_i| / |f_S − f_0|
 shares_error        median over the queries of the bar that was measured for it
 covered             share of the queries whose true error lies within their bar
+worst               the largest true error ÷ bar
 median_ratio        median of bar ÷ true error over the queries whose true error is above rounding; None without any
 quadrature_error    median of the error along the step, for comparison
 seconds             for `explain(verify="shares")`, the bar included
@@ -26,7 +27,7 @@ import pathkernel as pk
 from pathkernel.quadrature import Part, Quadrature, QueryStep, StepAverage
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-13}
-"""True errors below are rounding, relative to |f_S − f_0|; their ratio to the bar says nothing."""
+"""True errors below are rounding, relative to |f_S − f_0| or Σ_i |share_i|; their ratio to the bar says nothing."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,9 @@ def compared(
     exact = pk.KernelMachine(trajectory, quadrature=finest(quadrature), dtype=torch.float64)
     # One output of each, or all: the class that one arithmetic predicts may be the other's second.
     shares = exact.explain(tensor(X_test), why.outputs if len(why.outputs) == len(X_test) else outputs).shares
-    true = np.abs(why.shares - shares).sum(axis=1) / np.abs(why.output - why.initial)
-    counted = true > ROUNDING[dtype]
+    moved = np.abs(why.output - why.initial)
+    true = np.abs(why.shares - shares).sum(axis=1) / moved
+    counted = true > ROUNDING[dtype] * np.maximum(1.0, np.abs(shares).sum(axis=1) / moved)
     return {
         "network": network,
         "optimizer": optimizer,

@@ -59,8 +59,8 @@ class AveragingError(Quadrature):
 
     The step is cut into 2, 4, 8, … pieces by cuts drawn at random, so that no rhythm in the gradient can hide from
     the nodes. Queries for which the last two subdivisions differ by more than half of what they correct, or which still
-    miss as much of f along the step, are refined further. What the last two subdivisions differ by is added to the
-    error found.
+    miss half as much of f along the step, are refined further, unless that is little beside what is usual on the path.
+    What the last two subdivisions differ by is added to the error found.
 
     Parameters
     ----------
@@ -81,7 +81,10 @@ class AveragingError(Quadrature):
         self.rule, self.relative, self.arithmetic = noted.rule, noted.relative, noted.arithmetic
         self.random = np.random.default_rng(0)
         start = float(self.random.uniform())
-        self.weights = iter(_weights(torch.stack(noted.missed), start) if noted.missed else ())
+        missed = torch.stack(noted.missed) if noted.missed else torch.zeros(1, 0)
+        self.weights = iter(_weights(missed, start))
+        self.missed, self.off = missed.mean(dim=0), torch.zeros_like(missed[0])
+        self.checked = torch.zeros_like(self.off)
 
     def average(self, step: GradientStep) -> StepAverage:  # type: ignore[override]
         """δq of one piece of the path, or nothing where it is not among those drawn."""
@@ -92,16 +95,24 @@ class AveragingError(Quadrature):
             return StepAverage(FactoredGradients(layout, len(weights), ()), missed, 0.0)
         part = step if len(samples) * step.queries.components == len(weights) else step.of(samples)
         rows, error = step.rows_of(samples), _matrix(step)
-        found, still_missed = self._error(part, self.rule.average(part))
+        usual = self.missed[rows], self.off[rows] / self.checked[rows].clamp_min(1)
+        found, still_missed = self._error(part, self.rule.average(part), *usual)
+        self.off[rows] += found.norm(dim=1).double() * step.squared_length**0.5
+        self.checked[rows] += 1
         error[rows], missed[rows] = found * weights[rows, None].to(found), still_missed * weights[rows]
         return StepAverage(FactoredGradients.dense(error, layout), missed, 0.0)
 
-    def _error(self, step: GradientStep, average: StepAverage) -> tuple[Tensor, Tensor]:
+    def _error(
+        self, step: GradientStep, average: StepAverage, usual_missed: Tensor, usual_off: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The average less a finer one, lengthened by how uncertain that one is, (Q, P), and what it misses of f."""
         given = _add(_matrix(step), average.gradient, 1.0)
         result, left = torch.empty_like(given), torch.empty_like(step.start_value)
         pieces, width = 2 * FIRST, step.squared_length**0.5
         rounding = ROUNDINGS * step.rounding * torch.maximum(step.start_value.abs(), step.end_value.abs())
+        # What is usual on the path is small enough: no step is refined for errors that others make anyway.
+        enough = torch.maximum(SETTLED * torch.maximum(average.error, usual_missed), rounding)
+        small = torch.maximum(SETTLED * usual_off, rounding)
         samples = torch.arange(len(given) // step.queries.components)
         open_ = step
         before = self._subdivided(step, FIRST)[0]
@@ -111,8 +122,7 @@ class AveragingError(Quadrature):
             off, apart = given[rows] - now, now - before
             found, doubt, left[rows] = off.norm(dim=1), apart.norm(dim=1), missed
             result[rows] = torch.where((found > 0)[:, None], off * (1 + doubt / found)[:, None], apart)
-            unsettled = (doubt > SETTLED * found) & (doubt * width > rounding[rows])
-            unsettled |= missed > torch.maximum(SETTLED * average.error[rows], rounding[rows])
+            unsettled = (doubt > SETTLED * found) & (doubt * width > small[rows]) | (missed > enough[rows])
             again = unsettled.reshape(len(samples), -1).any(dim=1)
             if evaluations >= MOST or not again.any():
                 return result, left

@@ -318,8 +318,8 @@ class KernelMachine:
             interruption, and another question is refused, by what ``outputs`` does. For the forms folded and chord.
         verify
             ``"shares"`` measures the error of the shares of each query by laying the quadrature on ever more pieces
-            of the steps, for ``why.shares_error``. It costs about ten times the gradients of the steps that are
-            checked: all of them up to 64, then about 64 for each query, wherever they are.
+            of the steps, for ``why.shares_error``. It takes 6 to some 50 gradients of each step that is checked (for
+            quadratures of one node): all steps of a run of up to 64, then about 64 for each query.
 
         Returns
         -------

@@ -597,6 +597,11 @@ REFUSALS: dict[str, Case] = {
         errors.InputError,
         ("`by='layer'`", '"module" or by "step"', 'by="module"'),
     ),
+    "something else to verify": (
+        lambda: machine().explain(X3, verify="channels"),
+        errors.InputError,
+        ("`verify='channels'`", '"shares"', 'verify="shares"'),
+    ),
     "an output that is not there": (
         lambda: machine().explain(X3, outputs=3),
         errors.InputError,
