@@ -217,7 +217,7 @@ class Attributions:
         )
 
 
-def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float) -> None:
+def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float, stacklevel: int = 3) -> None:
     """Warn of what the certificate says against trusting the split; to be called by what the user calls.
 
     Parameters
@@ -228,6 +228,8 @@ def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float) -> None:
         (Q,) whether a quadrature with a tolerance had to stop above it.
     limit
         Split error up to which it is rounding.
+    stacklevel
+        Of the user's line, as `warnings.warn` counts.
     """
     if why.split_error > limit:
         warnings.warn(
@@ -238,7 +240,7 @@ def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float) -> None:
                 "`forward` computes, or ill-conditioned arithmetic, makes them differ",
                 "Compare with `KernelMachine(..., dtype=torch.float64)`",
             ),
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     error = float(np.median(why.quadrature_error)) if len(why.quadrature_error) else 0.0
     if error > DOUBTFUL:
@@ -252,7 +254,7 @@ def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float) -> None:
                 'For long steps write `KernelMachine(..., quadrature="adaptive")`; `machine.explain(X, '
                 'verify="shares").shares_error` is the error bar of the shares',
             ),
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     if short.any():
         warnings.warn(
@@ -263,5 +265,5 @@ def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float) -> None:
                 "Read `why.quadrature_error` for what is left, or allow more with `Adaptive(tolerance, "
                 "max_intervals=256)`",
             ),
-            stacklevel=3,
+            stacklevel=stacklevel,
         )

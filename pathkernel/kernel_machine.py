@@ -333,7 +333,7 @@ class KernelMachine:
             the split error is more than rounding.
         """
         why, short = self._explained(X, outputs, by, store, verify)
-        warn_of_doubts(why, short, self._recorded.certificate.limit)
+        warn_of_doubts(why, short, self._recorded.certificate.limit, stacklevel=4)  # past `one_at_a_time`
         return why
 
     def _explained(
