@@ -31,7 +31,7 @@ KEYS = {
 
 
 PARTS = {"certificate.py": ("--parts", "coupled", "refused", "broken", "alarms")}
-"""Of benchmarks whose other parts are tests by themselves (the zoo, bars, threads), or depend on the machine's speed."""
+"""Of benchmarks whose other parts are tests by themselves (zoo, bars, threads), or depend on the machine's speed."""
 
 
 def run(script: Path, *arguments: str) -> None:

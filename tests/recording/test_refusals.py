@@ -43,6 +43,7 @@ ELSEWHERE = (
     *("path_selection.py", "tangent_kernel/filters.py", "tangent_kernel/choice.py", "tangent_kernel/projection.py"),
     *("tangent_kernel/output_probes.py", "tangent_kernel/engine.py", "tangent_kernel/operators.py"),
     *("workspace.py", "sample_wise.py", "structural_copy.py", "functional.py"),
+    "memory_plan.py",
     *("question.py", "trajectory/reference_outputs.py"),
     *("trajectory/disk.py", "trajectory/writer.py", "trajectory/header.py", "trajectory/opening.py"),
     *("trajectory/packing.py", "trajectory/encoding.py", "trajectory/blocks.py", "trajectory/reading.py"),
