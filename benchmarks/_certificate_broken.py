@@ -143,18 +143,18 @@ def _broken_rows(fault: Fault, right: Callable[..., dict[str, Tensor]]) -> Calla
     return rows
 
 
-def _broken_coupled_rows(fault: Fault) -> Callable[..., Tensor]:
+def _broken_coupled_rows(fault: Fault) -> Callable[..., Iterator[Tensor]]:
     """Rows of a batch that is run as a whole."""
-    right = pathkernel.losses.coupled_rows
+    right = pathkernel.losses.coupled_row_blocks
 
-    def coupled_rows(function: Any, vector: Tensor, inputs: Any, cotangents: Tensor) -> Tensor:
-        if fault.slopes:
-            return right(function, vector, inputs, mixed(fault, cotangents))
-        rows = right(function, vector, inputs, cotangents)
-        first = function.layout.slices[function.layout.names[0]]
-        where = first if fault.first_only else slice(None)
-        rows[:, where] = mixed(fault, rows[:, where])
-        return rows
+    def coupled_rows(function: Any, vector: Tensor, inputs: Any, cotangents: Tensor, size: int) -> Iterator[Tensor]:
+        given = mixed(fault, cotangents) if fault.slopes else cotangents
+        for rows in right(function, vector, inputs, given, len(given)):
+            if not fault.slopes:
+                first = function.layout.slices[function.layout.names[0]]
+                where = first if fault.first_only else slice(None)
+                rows[:, where] = mixed(fault, rows[:, where])
+            yield rows
 
     return coupled_rows
 
@@ -169,5 +169,5 @@ def broken(fault: Fault, everywhere: bool) -> Iterator[None]:
                 rows = _broken_rows(fault, getattr(pathkernel.functional, name))
                 stack.enter_context(mock.patch.object(pathkernel.functional, name, rows))
             coupled = _broken_coupled_rows(fault)
-            stack.enter_context(mock.patch.object(pathkernel.trajectory.gradients, "coupled_rows", coupled))
+            stack.enter_context(mock.patch.object(pathkernel.trajectory.gradients, "coupled_row_blocks", coupled))
         yield
