@@ -623,6 +623,7 @@ def output_products(
         return function.batch(function.layout.unflatten(theta), inputs)
 
     along = directions.to(point)
+    load_transformations()
 
     def at_once() -> Tensor:
         with function.running(gradients=False), _QUIET_FALLBACKS:
@@ -714,9 +715,11 @@ def gradients_along(
     def at(time: Tensor, sample: PyTree, sample_context: PyTree) -> tuple[Tensor, Tensor]:
         return grad(h, has_aux=True)(start + time * displacement, sample, sample_context)
 
-    sample_gradients(function, start, inputs, functional, context, scalar=True)  # decides whether `vmap` is right
-    if function.row_routes.get(_route_key(function, inputs, context, True)) != "autograd":
-        with function.running():
+    key = _route_key(function, inputs, context, True)
+    if (*key, 1) not in function.row_routes and function.row_routes.get(key) != "autograd":
+        sample_gradients(function, start, inputs, functional, context, scalar=True)  # decides whether `vmap` is right
+    if function.row_routes.get(key) != "autograd":
+        with function.running(), _QUIET_FALLBACKS:
             rows, values = vmap(at)(times.to(function.dtype), inputs, context)
         return values.detach(), rows.detach()
     found = []
