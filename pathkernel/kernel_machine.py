@@ -252,8 +252,8 @@ class KernelMachine:
         InputError
             For losses that define no probabilities.
         """
+        loss = self.trajectory.objective.function("`predict_proba`")
         outputs = torch.from_numpy(self._reconstruct(X))
-        loss = self.trajectory.loss
         if isinstance(loss, nn.CrossEntropyLoss):
             return outputs.softmax(dim=1).numpy()
         if isinstance(loss, nn.NLLLoss):
@@ -270,7 +270,9 @@ class KernelMachine:
     @property
     def is_classifier(self) -> bool:
         """Whether the training targets are classes."""
-        loss = self.trajectory.loss
+        loss, task = self.trajectory.loss, self.trajectory.task
+        if task is not None:
+            return task == "classification"
         if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss)):
             return True
         target = torch.utils._pytree.tree_leaves(self.trajectory.data.example[1])[0]
@@ -397,7 +399,9 @@ class KernelMachine:
     def _queries(self, X: PyTree, outputs: Any) -> tuple[Queries, np.ndarray, np.ndarray]:
         """The query functions, and which sample and output each of them is."""
         if isinstance(outputs, str) and outputs == "loss":
-            selection = select_outputs("loss", self.trajectory.loss, self.trajectory.objective.reduction)
+            objective = self.trajectory.objective
+            loss = objective.function('`outputs="loss"`')
+            selection = select_outputs("loss", loss, objective.reduction)
             inputs, targets = split_samples(X, selection, self.trajectory.data.dtype, "KernelMachine")
             inputs = self._samples(inputs)
             learn_structure(selection, self.function, self.trajectory.initial, inputs)

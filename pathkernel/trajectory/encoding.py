@@ -183,6 +183,7 @@ class BlockEncoder:
                     "frozen": self._frozen(block, step, row),
                     "buffers": self._mapping(step.buffers),
                     "length": step.length,
+                    "differentiated": sorted(step.differentiated),
                 }
             )
             if step.after.numel():
@@ -214,7 +215,9 @@ class BlockEncoder:
 
     def _batch(self, batch: MicroBatch) -> list[Any]:
         states = [self._state(state) for state in (batch.state, *batch.later)]
-        return [batch.ids, batch.weights, batch.inputs, batch.targets, states]
+        later = list(batch.later_cotangents)
+        captured = [batch.cotangents, batch.sampled_cotangents, batch.loss_slope, later, batch.channel]
+        return [batch.ids, batch.weights, batch.inputs, batch.targets, states, captured]
 
     def _state(self, state: ForwardState) -> list[Any]:
         modes = state.modes if isinstance(state.modes, bool) else dict(state.modes)
@@ -342,9 +345,12 @@ def decode_step(
         return ForwardState(record["modes"][modes], generators, autocast, mapping)
 
     def batch(encoded: list[Any]) -> MicroBatch:
-        ids, weights, inputs, targets, states = encoded
+        ids, weights, inputs, targets, states, *rest = encoded
         first, *later = (state(one) for one in states)
-        return MicroBatch(ids, weights, inputs, targets, first, tuple(later))
+        # Stores of versions 1 and 2 have nothing of their cotangents: the loss is evaluated again.
+        cotangents, sampled, slope, others, channel = rest[0] if rest else (None, None, None, (), None)
+        captured = cotangents, sampled, slope, tuple(others), channel
+        return MicroBatch(ids, weights, inputs, targets, first, tuple(later), *captured)
 
     def frozen() -> Mapping[str, Mapping[str, Any]]:
         encoded = entry["frozen"]
@@ -374,6 +380,7 @@ def decode_step(
         gradient_changes={name: rows.edit(place) for name, place in entry["gradient_changes"].items()},
         buffers=rows.mapping(entry["buffers"]),
         length=length,
+        differentiated=frozenset(entry.get("differentiated", ())),
     )
 
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel import __version__
 from pathkernel.errors import InputError, StoreError, check
+from pathkernel.losses import check_task
 from pathkernel.parameters import ParameterLayout
 from pathkernel.storage import Group, damaged
 from pathkernel.trajectory import identity
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
     from pathkernel.trajectory.reference_outputs import ReferenceOutputs
     from pathkernel.trajectory.trajectory import Trajectory
 
-FORMAT, VERSION = "pathkernel trajectory", 2
-"""Version 2 gives a step its length, which thinned paths need; all others are readable as version 1."""
+FORMAT, VERSION = "pathkernel trajectory", 3
+"""Version 2 gives a step its length, which thinned paths need; version 3 keeps the slopes of the loss at the outputs of
+each batch, and what of the returned the outputs are."""
+FUNCTION = "<function>"
+"""Stands in a header for a ``returns=`` that is a function, which has to be passed again."""
 MAX_NUMBERS = 2**44
 """No θ is longer."""
 
@@ -94,6 +98,8 @@ class Header:
         at θ_0 as lists. None where there are none.
     end
         None while the recording goes on, or where it was cut off.
+    returns, task
+        As given to the recorder; `FUNCTION` in place of a function.
     """
 
     dtype: torch.dtype
@@ -111,6 +117,8 @@ class Header:
     replay: Mapping[str, Any] | None = None
     outputs: Mapping[str, Any] | None = None
     end: End | None = None
+    returns: str | int | None = None
+    task: str | None = None
 
     @classmethod
     def of(cls, trajectory: Trajectory, capacity: int, start: int, constants: int = 0) -> Header:
@@ -135,6 +143,8 @@ class Header:
             schedule=schedule if isinstance(schedule, Schedule) and (thinned or replay) else EVERY_STEP,
             replay=replay,
             outputs=reference_identity(trajectory.reference),
+            returns=FUNCTION if callable(trajectory.returns) else trajectory.returns,
+            task=trajectory.task,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -142,7 +152,7 @@ class Header:
         end = None if self.end is None else {**vars(self.end), "values": list(self.end.values)}
         return {
             "format": FORMAT,
-            "version": VERSION if self.schedule.weights_only else 1,
+            "version": VERSION,
             "dtype": str(self.dtype).removeprefix("torch."),
             "steps_per_block": self.capacity,
             "regions": [_table(layout) for layout in self.layouts],
@@ -157,6 +167,8 @@ class Header:
             "schedule": dict(vars(self.schedule)),
             "replay": None if self.replay is None else dict(self.replay),
             "outputs": None if self.outputs is None else dict(self.outputs),
+            "returns": self.returns,
+            "task": self.task,
             "end": end,
         }
 
@@ -238,6 +250,8 @@ class Header:
             replay=replay,
             outputs=outputs,
             end=end,
+            returns=_returns(content.get("returns")),
+            task=check_task(content.get("task")),
         )
 
     def ended(self, end: End | None) -> Header:
@@ -276,6 +290,12 @@ def _live_parameters(trajectory: Trajectory) -> Tensor:
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= MAX_NUMBERS:
         raise ValueError(f"{str(value)[:40]} is no size")
+    return value
+
+
+def _returns(value: Any) -> str | int | None:
+    if value is not None and type(value) not in (str, int):
+        raise ValueError(f"{str(value)[:40]} is no part of what a network returns")
     return value
 
 

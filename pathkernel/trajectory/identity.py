@@ -59,8 +59,10 @@ def weights(model: nn.Module) -> str:
     return digest([*model.named_parameters(), *model.named_buffers()])
 
 
-def loss_identity(loss: Loss) -> dict[str, Any]:
+def loss_identity(loss: Loss | str | None) -> dict[str, Any]:
     """Class or function, and its settings as far as they are numbers, text or tensors."""
+    if loss is None or isinstance(loss, str):
+        return {"name": loss or "", "settings": {}}
     if isinstance(loss, functools.partial):
         settings = {str(i): value for i, value in enumerate(loss.args)} | loss.keywords
         return {"name": f"partial of {loss_identity(loss.func)['name']}", "settings": _plain(settings)}
