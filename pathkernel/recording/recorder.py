@@ -29,6 +29,7 @@ from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.recording.pending import PendingBatches, checked_ids
+from pathkernel.recording.trial import try_out
 from pathkernel.recording.validation import check_optimizer, unwrapped
 from pathkernel.returned import Returns, check_returns
 from pathkernel.sample_wise import SAMPLES, check_sample_wise
@@ -117,7 +118,8 @@ class KernelRecorder:
     audit_every
         At which steps the gradient is recomputed from the announced samples and compared with the one that the
         optimizer is about to use, before it is used: every so many steps, never (0), or, by default, at steps
-        0, 1, 2, 4, 8, … .
+        0, 1, 2, 4, 8, … . Unless it is never, the first step is also taken apart as an explanation will do it, so that
+        what cannot be explained is refused before it is trained.
 
     store
         Where the steps are kept: None for memory, a path for a folder, or a store of your own such as
@@ -215,7 +217,7 @@ class KernelRecorder:
         self._changes: list[tuple[str, Tensor]] = []
         self._gradient_changes: dict[str, Tensor] = {}
         self._end_of_steps = initial
-        self._checked = False
+        self._checked = self._tried = False
 
     # -- the life of a recording ------------------------------------------------------------------------------
 
@@ -555,6 +557,8 @@ class KernelRecorder:
             gradient = gradient if known else None
         if gradient is not None and not explained:
             self._audit(before, gradient)
+        if gradient is not None and not self._gradient_is_elsewhere:
+            self._try_out(self._slim_step(before, gradient))
         rule, live = self._trajectory.rule, self._live
         keys = live.kept_keys(rule)
         vectors = {} if keys is None else live.state_vectors(rule.keep_before)
@@ -651,6 +655,7 @@ class KernelRecorder:
             differentiated=self._pending.differentiated,
             buffers=self._modules.changed_buffers(),
         )
+        self._try_out(step)
         self._pending.take()
         self._changes, self._gradient_changes, self._end_of_steps = [], {}, after
         self._keep(step)
@@ -737,12 +742,22 @@ class KernelRecorder:
                 "Look at these samples, lower the learning rate, or skip the step when the loss is not finite",
             )
 
+    @property
+    def _gradient_is_elsewhere(self) -> bool:
+        """Whether only the optimizer knows where the gradient was taken: look-ahead and multi-stage methods."""
+        rule = self._trajectory.rule
+        return type(rule).stage_offsets is not UpdateRule.stage_offsets or rule.stages > 1
+
+    def _try_out(self, step: Step) -> None:
+        """Explain the first step of all, so that what cannot be explained is refused before training."""
+        if not self._tried and self.audit_every != 0:
+            try_out(self._trajectory, step)
+            self._tried = True
+
     def _audit(self, before: Tensor, gradient: Tensor, taken: bool = False) -> None:
         """Compare the gradient at hand with that of the announced samples, before the optimizer uses it if possible."""
         trajectory, index = self._trajectory, len(self._trajectory)
-        # Only the optimizer knows where a look-ahead or multi-stage method took its gradient.
-        elsewhere = type(trajectory.rule).stage_offsets is not UpdateRule.stage_offsets or trajectory.rule.stages > 1
-        if elsewhere or not is_due(index, self.audit_every):
+        if self._gradient_is_elsewhere or not is_due(index, self.audit_every):
             return
         batches, live = self._pending.batches, self._live
         checksums = {one.checksum for one in self._pending.passes if one.checksum is not None}
