@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from pathkernel.dynamics import momentum, runge_kutta, scaled
@@ -147,21 +147,22 @@ def _loss(place: str) -> Any:
 
 def _check_loss_of_store(trajectory: Trajectory, header: Header) -> None:
     """Whether the loss that a store names suits the outputs and targets at hand."""
-    function, few = trajectory.function(), torch.arange(min(2, len(trajectory.data)))
+    function = trajectory.function()
 
-    def value() -> Tensor:
-        inputs, targets = trajectory.data[few]
-        with function.running(gradients=False):
-            outputs = function.call(function.parameters(trajectory.initial), cast_floating(inputs, function.dtype))
-        return trajectory.objective.loss(outputs, cast_floating(targets, function.dtype))
+    def values() -> None:
+        for size in (2, 3):  # as many samples as outputs may look like targets of another shape
+            inputs, targets = trajectory.data[torch.arange(min(size, len(trajectory.data)))]
+            with function.running(gradients=False):
+                outputs = function.call(function.parameters(trajectory.initial), cast_floating(inputs, function.dtype))
+            trajectory.objective.loss(outputs, cast_floating(targets, function.dtype))
 
     with generators_untouched():
-        found = attempt(value, (Exception,))
+        found = attempt(values, (Exception,))
     check(
         not isinstance(found, Exception),
         StoreError,
         f"The loss on record is {quoted(header.fingerprints['loss']['name'])}, which fails on the outputs and the "
-        f"targets of two training samples ({str(found)[:300]})",
+        f"targets of a few training samples ({str(found)[:300]})",
         "A loss takes the network's outputs and the targets of a batch",
         "Write `--loss train.py:loss` with the loss of the training, and look for damage with `pathkernel verify`",
     )

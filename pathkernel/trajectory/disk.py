@@ -385,14 +385,14 @@ class DiskStore(Store):
         capacity = max(1, min(self.flush_every, in_chunk, in_memory))
         self._blocks = Blocks(group, trajectory.dtype, capacity, self._compression)
         self._blocks.create()
-        checksums: dict[str, int] = {}
-        start, checksums["start"] = write_packed(group, "start", start_values(trajectory))
-        self._blocks.start = checksums["start"]
+        header = Header.of(trajectory, capacity)
+        start = write_packed(group, "start", start_values(trajectory, header))
+        self._blocks.start = start[1]
         self._regions = [Region(0, trajectory.layout)]
-        replayed, constants = trajectory.store, 0
+        replayed, constants = trajectory.store, None
         if isinstance(replayed, ReplayStore):
-            constants, checksums["optimizer"] = write_packed(group, "optimizer", replayed.replay.constants)
-        self._write_header(Header.of(trajectory, capacity, start, constants, checksums))
+            constants = write_packed(group, "optimizer", replayed.replay.constants)
+        self._write_header(header.started(start, constants))
         if self.durable:
             synchronise(self.path.resolve().parent)
 

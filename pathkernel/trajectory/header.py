@@ -6,6 +6,8 @@ docs/reference/storage_format.md.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -119,21 +121,19 @@ class Header:
     end: End | None = None
 
     @classmethod
-    def of(
-        cls, trajectory: Trajectory, capacity: int, start: int, constants: int, checksums: Mapping[str, int]
-    ) -> Header:
-        """The header of a trajectory that begins; see `start` and `replay` for the lengths of packed values."""
+    def of(cls, trajectory: Trajectory, capacity: int) -> Header:
+        """The header of a trajectory that begins, of which nothing is packed yet; see `started`."""
         store, schedule, replay = trajectory.store, trajectory.schedule, None
         if isinstance(store, ReplayStore):
             kind = identity.named(store.replay.kind)
-            replay = {"optimizer": kind, "constants": constants, "threads": store.threads or 0}
+            replay = {"optimizer": kind, "constants": 0, "threads": store.threads or 0}
         thinned = isinstance(schedule, Schedule) and schedule.weights_only
         return cls(
             dtype=trajectory.dtype,
             capacity=capacity,
             layouts=(trajectory.layout,),
             tails=(),
-            start=start,
+            start=0,
             rule=rule_identity(trajectory.rule),
             reduction=trajectory.objective.reduction,
             regularizers=tuple(trajectory.objective.regularizers),
@@ -143,7 +143,6 @@ class Header:
             schedule=schedule if isinstance(schedule, Schedule) and (thinned or replay) else EVERY_STEP,
             replay=replay,
             outputs=reference_identity(trajectory.reference),
-            checksums=checksums,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -253,6 +252,21 @@ class Header:
             checksums={_text(name): _count(n) for name, n in content.get("checksums", {}).items()},
             end=end,
         )
+
+    def digest(self) -> str:
+        """BLAKE2b of what says how the steps are to be read, none of which changes while they are recorded."""
+        content = self.to_json()
+        said = {key: content[key] for key in ("dtype", "rule", "reduction", "regularizers", "averages", "fingerprints")}
+        said["optimizer"] = None if self.replay is None else self.replay["optimizer"]
+        text = json.dumps(said, sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def started(self, start: tuple[int, int], constants: tuple[int, int] | None) -> Header:
+        """The same header with lengths and checksums of the start values and, with keyframes, of the optimizer's."""
+        checksums, replay = {"start": start[1]}, self.replay
+        if constants is not None and replay is not None:
+            checksums["optimizer"], replay = constants[1], {**replay, "constants": constants[0]}
+        return replace(self, start=start[0], replay=replay, checksums=checksums)
 
     def ended(self, end: End | None, checksum: int | None = None) -> Header:
         """The same header with another end, and the checksum of its values."""
@@ -374,9 +388,10 @@ def reference_identity(reference: ReferenceOutputs | None) -> dict[str, Any] | N
     return {"samples": samples, "varying": reference.varying, "values": values}
 
 
-def start_values(trajectory: Trajectory) -> dict[str, Any]:
+def start_values(trajectory: Trajectory, header: Header) -> dict[str, Any]:
     """What is packed when a recording begins."""
     return {
+        "header": header.digest(),
         "initial": trajectory.initial,
         "constants": trajectory.constants,
         "initial_memory": trajectory.initial_memory,
@@ -398,6 +413,8 @@ def checked_start(values: Any, header: Header) -> dict[str, Any]:
         Where they have not.
     """
     initial, records = values["initial"], values["averages"]
+    if values.get("header", header.digest()) != header.digest():  # stores of earlier versions do not say
+        raise ValueError("it was written with another header")
     if initial.shape != (header.layouts[0].size,) or initial.dtype != header.dtype:
         raise ValueError(f"θ of shape {tuple(initial.shape)}")
     _tensors(values["constants"])
