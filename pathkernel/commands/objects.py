@@ -174,12 +174,12 @@ def _rule(arguments: argparse.Namespace, header: Header) -> UpdateRule | None:
         known = {named(optimizer.rule): optimizer.rule for optimizer in DYNAMICS}
         return known[header.rule["class"]]() if header.rule["class"] in known else None
     found = imported(arguments.rule, "--rule", "YourRule")
-    rule = found if isinstance(found, UpdateRule) or not callable(found) else found()
+    rule = found() if isinstance(found, type) and issubclass(found, UpdateRule) else found
     check(
         isinstance(rule, UpdateRule),
         InputError,
         f"`--rule` {arguments.rule!r} is a {type(rule).__name__}",
-        "It is an `UpdateRule`, or a class of such, or a function that makes one",
+        "It is an `UpdateRule`, or a class of such that is made without arguments",
         "Write `--rule train.py:YourRule` with the rule that was given to `KernelRecorder`",
     )
     return rule
@@ -202,16 +202,15 @@ def _optimizer(arguments: argparse.Namespace, header: Header) -> type[Optimizer]
 
 
 def _regularizers(arguments: argparse.Namespace) -> Mapping[str, Any] | None:
-    """The regularizers that the user named: a mapping, or a function that makes it."""
+    """The regularizers that the user named."""
     if arguments.regularizers is None:
         return None
-    found = imported(arguments.regularizers, "--regularizers", "regularizers")
-    regularizers = found() if callable(found) else found
+    regularizers = imported(arguments.regularizers, "--regularizers", "regularizers")
     check(
         isinstance(regularizers, Mapping),
         InputError,
         f"`--regularizers` {arguments.regularizers!r} is a {type(regularizers).__name__}",
-        "It is a mapping of names to functions of the parameters, or a function that makes one",
+        "It is a mapping of names to functions of the parameters",
         "Write `--regularizers train.py:regularizers` with what was given to `KernelRecorder`",
     )
     return regularizers
