@@ -130,17 +130,24 @@ def _weights(store: DiskStore, arguments: argparse.Namespace) -> tuple[list[int]
         f"The budget is {budget / 1e6:.0f} MB",
         "Write for example `--steps 0,100,-1` for some of them, or `--memory 8GB`",
     )
-    outside = [name for name in layout.names if "\0" in name or "\\" in name or {"", ".."} & set(name.split("/"))]
+    outside = [name for name in layout.names if not _is_member(name)]
     check(
         not outside,
         InputError,
         f"Parameters of the names {quoted(outside[:3])} were to be written",
-        "A file of weights is an archive by name, and these names lead out of the folder that it is unpacked in",
+        "A file of weights is an archive by name, and these names are too long for it, no Unicode text, or lead out of "
+        "the folder that it is unpacked in",
         "Read them with `Trajectory.open(path, ...).vector(step)` instead",
     )
     vectors = [store.vector(s) if s < len(store) else store.final() for s in points]
     named = [layout.unflatten(vector) for vector in vectors]
     return points, {name: torch.stack([one[name] for one in named]) for name in layout.names}
+
+
+def _is_member(name: str) -> bool:
+    """Whether a parameter's name can be that of a file in an archive."""
+    fits = len(name) <= 1000 and not any(c in "\0\\" or "\ud800" <= c <= "\udfff" for c in name)
+    return fits and not {"", ".."} & set(name.split("/"))
 
 
 def _named_points(names: Collection[str]) -> str:

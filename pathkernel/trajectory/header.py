@@ -210,7 +210,7 @@ class Header:
         if end is not None:
             name, length = end["values"]
             if not END.fullmatch(name):  # it is deleted when the recording goes on
-                raise ValueError(f"an end in {name[:40]!r}")
+                raise ValueError(f"{name[:40]!r} is no name of an array with an end")
             values = name, _count(length)
             final = None if end.get("outputs") is None else _matrix(end["outputs"])
             end = End(values, _count(end["steps"]), _text(end["weights"]), int(end["buffers"]), final)

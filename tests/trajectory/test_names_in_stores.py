@@ -17,11 +17,14 @@ import pathkernel as pk
 from pathkernel import cli
 from pathkernel.dynamics.scaled import Lion
 from pathkernel.errors import CorruptBlockError, StoreError
+from pathkernel.storage import Group, crc32c
 from pathkernel.storage.groups import checksum
 from pathkernel.trajectory import identity
+from pathkernel.trajectory.blocks import _write_bytes
 from pathkernel.trajectory.disk import DiskStore
 from pathkernel.trajectory.header import Header
 from pathkernel.trajectory.known_classes import LOSS_FUNCTIONS, LOSSES, OPTIMIZERS, known_loss
+from pathkernel.trajectory.packing import pack
 
 MINE = """
 import torch
@@ -369,3 +372,32 @@ def test_a_lock_that_is_a_link_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "why" / "lock").symlink_to(outside)
     assert explain(tmp_path, "--store", str(tmp_path / "why")) == 2
     assert outside.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        (1, {"os:system": torch.zeros(3, dtype=torch.uint8)}),
+        (2, ("os", torch.bfloat16)),
+        (2, ("cpu", "os:system")),
+        (None, "os:system"),
+    ],
+    ids=["generator", "device", "floating type", "learning rate"],
+)
+def test_names_in_a_record_are_looked_at_before_torch_is(part: int | None, value: Any, tmp_path: Path) -> None:
+    run = recorded(tmp_path)
+    store = DiskStore.open(run)
+    blocks = store._blocks
+    assert blocks is not None
+    record = blocks.record(0)
+    if part is None:
+        record["settings"] = [tuple({**group, "lr": value} for group in groups) for groups in record["settings"]]
+    for step in record["steps"] if part is not None else []:
+        for batch in step["batches"]:
+            batch[4] = [[*state[:part], value, *state[part + 1 :]] for state in batch[4]]
+    raw, row = pack(record), list(vars(blocks.commit(0)).values())
+    row[4:6] = len(raw), crc32c(raw)
+    _write_bytes(store._blocks.array("log"), row[3], raw)  # type: ignore[union-attr]
+    Group(run).array("commit").write([0], np.array(row, np.int64))
+    with pytest.raises(CorruptBlockError, match="makes no sense"):
+        list(opened(run, run).steps())
