@@ -83,7 +83,7 @@ LIMITS: dict[str, Callable[[Any], bool]] = {
     "beta": lambda value: value >= 0,
 }
 """Settings whose wrong values the constructors of losses let through."""
-MAX_SETTING = 200
+MAX_SETTING = 100
 """Characters of a setting, which is a number or the name of a reduction."""
 
 

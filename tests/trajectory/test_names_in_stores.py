@@ -155,10 +155,10 @@ def test_settings_of_a_loss_are_literals_of_its_own_keywords(name: str, settings
         known_loss({"name": f"torch.nn.modules.loss.{name}", "settings": settings})
 
 
-def test_settings_of_a_loss_are_not_evaluated(tmp_path: Path) -> None:
-    text = f"__import__('pathlib').Path({str(tmp_path / 'OWNED')!r}).touch()"
+def test_settings_of_a_loss_are_not_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "__import__('pathlib').Path('OWNED').touch()"
     for setting in (text, f"[{text}]"):
-        assert len(setting) < 200
         with pytest.raises(StoreError, match="not imported"):
             known_loss({"name": "torch.nn.modules.loss.MSELoss", "settings": {"reduction": setting}})
     assert not (tmp_path / "OWNED").exists()
