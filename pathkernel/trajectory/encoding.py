@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,8 @@ from pathkernel.trajectory.step import FrozenOnReading, MicroBatch, OptimizerSta
 if TYPE_CHECKING:
     from pathkernel.update_rules.rule import UpdateRule
 
+DEVICES = re.compile(r"(cpu|cuda|mps|xpu|hpu|mtia|privateuseone)(:[0-9]{1,4})?")
+"""Names of devices, as torch writes them."""
 UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 
 
@@ -338,10 +341,17 @@ def decode_step(
     settings, length = (settings, entry["length"]) if "length" in entry else length_taken_out(settings, thinned)
     if type(length) is not int or length < 1:
         raise ValueError(f"a step of length {str(length)[:20]}")
+    if not all(isinstance(group.get("lr", 0), (int, float)) for group in settings):
+        raise ValueError("a learning rate that is no number")
 
     def state(encoded: list[Any]) -> ForwardState:
         modes, generators, autocast, buffers = encoded
         mapping = None if buffers is None else rows.mapping(buffers)
+        mixed = () if autocast is None else (autocast[0],)
+        if not all(DEVICES.fullmatch(name) for name in (*generators, *mixed)):  # torch looks their modules up by name
+            raise ValueError("a device that there is not")
+        if autocast is not None and not (len(autocast) == 2 and isinstance(autocast[1], torch.dtype)):
+            raise ValueError("mixed precision of no floating type")
         return ForwardState(record["modes"][modes], generators, autocast, mapping)
 
     def batch(encoded: list[Any]) -> MicroBatch:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, Parameters
-from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, check
+from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, brief, check, quoted
 from pathkernel.functional import ModelFunction, generators_untouched
 from pathkernel.losses import Objective, check_recorded_loss
 from pathkernel.parameters import ParameterLayout, constants_of
@@ -24,12 +24,12 @@ from pathkernel.trajectory import identity
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.disk import DiskStore
 from pathkernel.trajectory.header import FUNCTION, Header, rule_identity
+from pathkernel.trajectory.known_classes import OPTIMIZERS, UPDATE_RULES
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.replay import Replay, ReplayStore
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import UpdateRule
-from pathkernel.update_rules.table import NAMED_RULES, RULES
 
 
 def open_trajectory(
@@ -114,10 +114,16 @@ def reference_outputs(store: DiskStore, data: Samples) -> ReferenceOutputs | Non
     if header is None or header.outputs is None:
         return None
     samples = header.outputs["samples"]
+    if not samples or max(samples) >= len(data):
+        raise damaged(store.path / "zarr.json", "its outputs are of samples that there are none of")
     with generators_untouched():
         inputs = data[torch.tensor(samples)][0]
     if header.outputs["varying"]:
-        inputs = pytree.tree_unflatten(store.start_values()["reference_inputs"], pytree.tree_structure(inputs))
+        try:
+            leaves, structure = store.start_values()["reference_inputs"], pytree.tree_structure(inputs)
+            inputs = pytree.tree_unflatten(leaves, structure)
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(store.path / "start", f"its reference inputs make no sense ({str(error)[:100]})") from None
     initial = torch.tensor(header.outputs["values"], dtype=torch.float64)
     ended = header.end is not None and header.end.outputs is not None
     final = torch.tensor(header.end.outputs, dtype=torch.float64) if ended else None  # type: ignore[union-attr]
@@ -126,17 +132,16 @@ def reference_outputs(store: DiskStore, data: Samples) -> ReferenceOutputs | Non
 
 def known_rule(header: Header, rule: UpdateRule | None) -> UpdateRule:
     """The rule of a recording: one of the package by its name, or the one that is passed."""
-    known = {identity.named(cls): cls for cls in (*RULES.values(), *NAMED_RULES.values())}
     recorded = header.rule
-    if rule is None and recorded["class"] in known:
-        rule = known[recorded["class"]]()
+    if rule is None and recorded["class"] in UPDATE_RULES:
+        rule = UPDATE_RULES[recorded["class"]]()
     check(
         rule is not None and rule_identity(rule) == dict(recorded),
         StoreError,
-        f"The steps were recorded under the update rule {recorded['name']!r} ({recorded['class']}), and "
-        f"{'none' if rule is None else identity.named(type(rule))} was passed",
-        "Rules of the package are found by their name; a rule of your own has to be passed again",
-        "Write `Trajectory.open(path, ..., rule=YourRule())`",
+        f"The steps were recorded under the update rule {quoted(recorded['name'])} ({brief(recorded['class'])}), and "
+        f"{'none' if rule is None else identity.named(type(rule))} was passed; what a store names is not imported",
+        "A store runs nothing: rules of the package are found by their name; a rule of your own has to be passed again",
+        "Write `Trajectory.open(path, ..., rule=YourRule())`, or `--rule train.py:YourRule` on the command line",
     )
     assert rule is not None
     return rule
@@ -144,16 +149,16 @@ def known_rule(header: Header, rule: UpdateRule | None) -> UpdateRule:
 
 def known_optimizer(recorded: str, optimizer: type[Optimizer] | None) -> type[Optimizer]:
     """The class of the optimizer of a recording: one of torch by its name, or the one that is passed."""
-    known = {identity.named(cls): cls for cls in vars(torch.optim).values() if isinstance(cls, type)}
-    found = known.get(recorded) if optimizer is None else optimizer
+    found = OPTIMIZERS.get(recorded) if optimizer is None else optimizer
     check(
         found is not None and identity.named(found) == recorded,
         StoreError,
-        f"The steps were taken by an optimizer of the class {recorded}, and "
-        f"{'none' if optimizer is None else identity.named(optimizer)} was passed",
-        "Steps between keyframes are trained again; optimizers of torch are found by their name, one of your own has "
-        "to be passed again",
-        "Write `Trajectory.open(path, ..., optimizer=YourOptimizer)`",
+        f"The steps were taken by an optimizer of the class {brief(recorded)}, and "
+        f"{'none' if optimizer is None else identity.named(optimizer)} was passed; what a store names is not imported",
+        "A store runs nothing: steps between keyframes are trained again, and optimizers of torch are found by their "
+        "name; one of your own has to be passed again",
+        "Write `Trajectory.open(path, ..., optimizer=YourOptimizer)`, or `--optimizer train.py:YourOptimizer` on the "
+        "command line",
     )
     assert found is not None
     return found

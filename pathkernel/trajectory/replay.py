@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import RecordingError, TrajectoryError, check
+from pathkernel.errors import PathKernelError, RecordingError, TrajectoryError, check
 from pathkernel.functional import ModelFunction
-from pathkernel.interrupts import held
+from pathkernel.interrupts import attempt, held
 from pathkernel.losses import RETURNED, batch_loss
 from pathkernel.pickling import check_picklable
 from pathkernel.returned import returned_loss
 from pathkernel.storage import crc32c
 from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.packing import row_major
+from pathkernel.trajectory.reading import SENSELESS
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory
@@ -452,6 +453,18 @@ class ReplayStore(Store):
 
     def _replayed(self, start: int) -> list[Step]:
         """All steps of the block that begins with a keyframe."""
+        taken = attempt(lambda: self._taken_again(start), (*SENSELESS, NotImplementedError))
+        if isinstance(taken, PathKernelError):
+            raise taken
+        if isinstance(taken, Exception):  # of an optimizer that is not this one, or a state that it cannot have had
+            raise TrajectoryError(
+                f"Steps from {start} on cannot be trained again ({type(taken).__name__}: {str(taken)[:200]})",
+                "The optimizer, its state on record, the network and the loss must be those of the recording",
+                "Read it with the objects of the recording, and look for damage with `pathkernel verify`",
+            ) from taken
+        return taken
+
+    def _taken_again(self, start: int) -> list[Step]:
         first = self.inner.read(start)
         self.replay.restore(first.before, {name: own for name, own in first.frozen.items() if name != NOTES})
         self._check_keyframe(start, first)
