@@ -596,7 +596,8 @@ class KernelRecorder:
         live, gradient, active = self._live, opened.gradient, opened.active
         if gradient is None:
             gradient, active = live.gradient(), live.active()
-        settings, after = live.settings(), live.vector()
+        settings: tuple[Mapping[str, Any], ...] = live.settings()
+        after = live.vector()
         if settings is not opened.settings or not opened.last:
             gradient, active, settings = self._as_used(opened, after, Reading(gradient, active, settings))
         step = Step(

@@ -112,6 +112,8 @@ class Discrepancies:
 
     Attributes
     ----------
+    length
+        Steps of the record when it was met.
     rounding
         Size of the differences that were rounding, added up over the steps as vectors: ‖Σ_s e_s‖.
 
@@ -121,7 +123,7 @@ class Discrepancies:
     """
 
     def __init__(self, trajectory: Trajectory) -> None:
-        self.trajectory, self.rounding = trajectory, 0.0
+        self.trajectory, self.length, self.rounding = trajectory, len(trajectory), 0.0
         layout = trajectory.layout
         self._shapes = dict(zip(layout.names, layout.shapes, strict=True))
         self._epsilon = torch.finfo(trajectory.precision).eps
@@ -145,8 +147,8 @@ class Discrepancies:
         self._left = torch.zeros(self.trajectory.layout.size, dtype=torch.float64)
         comparable = self.trajectory.rule.stages == 1  # gradients at further stages are not on record
         for index, step in enumerate(steps):
-            if comparable and index < len(self.trajectory):
-                self._compare(index, step)
+            if comparable and index < self.length:
+                self._compare(step)
         self.rounding = self._left.norm().item()
         self._memory, self._lately, self._left = {}, {}, self._left[:0].clone()
 
@@ -160,15 +162,14 @@ class Discrepancies:
         }
         return Discrepancy(self._scales.get(step.index, {}), **found)
 
-    @property
-    def largest(self) -> tuple[int, str] | None:
-        """The step that did most beyond its rule, and its parameter; those with something unexplained alone."""
-        sizes = {(s, name): size for s, own in self._sizes.items() for name, size in own.items() if s in self._places}
-        return max(sizes, key=lambda key: sizes[key]) if sizes else None
+    def largest(self) -> tuple[float, int, str]:
+        """How far the step that did most without a name moved a parameter beyond its rule, the step, the parameter."""
+        sizes = [(size, s, name) for s, own in self._sizes.items() for name, size in own.items() if s in self._places]
+        return max(sizes, default=(0.0, -1, ""))
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def _compare(self, index: int, step: Step) -> None:
+    def _compare(self, step: Step) -> None:
         moves = {name: self._move(name, step) for name in self._shapes if name in step.active}
         differences, carried, beyond = {}, {}, {}
         for name, move in moves.items():
@@ -188,7 +189,7 @@ class Discrepancies:
         for name, difference in differences.items():
             self._left[self.trajectory.layout.slices[name]] += difference.reshape(-1)
         if found:
-            self._keep(index, found, beyond | {name: shift.norm().item() for name, shift in still.items()})
+            self._keep(step.index, found, beyond | {name: shift.norm().item() for name, shift in still.items()})
 
     def _move(self, name: str, step: Step) -> _Move:
         rule, where, shape = self.trajectory.rule, self.trajectory.layout.slices[name], self._shapes[name]
@@ -225,7 +226,8 @@ class Discrepancies:
         scale = _common_scale(moves, differences, beyond)
         if scale:
             return Discrepancy(scale)
-        memory, displacement = {}, {}
+        memory: dict[str, Tensor] = {}
+        displacement: dict[str, Tensor] = {}
         for name in beyond:
             added, rest = _added(moves[name], differences[name])
             memory |= {} if added is None else {name: added}
