@@ -22,6 +22,9 @@ from pathkernel.parameters import ParameterLayout
 from pathkernel.trajectory.step import Settings
 from pathkernel.update_rules.rule import Frozen, Memory, UpdateRule
 
+ALIKE = 10.0
+"""Times the smallest difference between rule and displacement up to which another one says the same: both round."""
+
 
 class StepHooks:
     """A pre-hook that runs after all others of an optimizer, and a post-hook that runs before them.
@@ -88,15 +91,17 @@ class TakenStep(NamedTuple):
     ----------
     before, after
         θ_s and θ_{s+1}, (P,).
-    memory
-        The optimizer's memory after the step, by parameter name.
+    memory_before, memory_after
+        The optimizer's memory, by parameter name; None before the step where it was not looked at, and then what
+        becomes that after the step counts.
     groups
         Parameter name → index of its parameter group.
     """
 
     before: Tensor
     after: Tensor
-    memory: Mapping[str, Memory]
+    memory_before: Mapping[str, Memory] | None
+    memory_after: Mapping[str, Memory]
     groups: Mapping[str, int]
 
 
@@ -107,11 +112,17 @@ def best_reading(
     candidates: list[Reading],
     frozen: Callable[[Reading], Mapping[str, Frozen]],
 ) -> Reading:
-    """The reading with which the rule gives Δ_s; the first where the rule cannot tell."""
-    tells = rule.stages == 1 and (not rule.memory or (rule.elementwise and len(rule.memory) == 1))
+    """The reading with which the rule gives Δ_s; the first where the rule cannot tell.
+
+    The gradient is told by the memory before the step: from that after the step alone, a rule that moves along its
+    memory (heavy ball, Adam) gives the same displacement for every gradient.
+    """
+    invertible = rule.elementwise and len(rule.memory) == 1
+    tells = rule.stages == 1 and (not rule.memory or taken.memory_before is not None or invertible)
     if len(candidates) == 1 or not tells:
         return candidates[0]
-    return min(candidates, key=lambda reading: _missed(rule, layout, taken, reading, frozen(reading)))
+    missed = [_missed(rule, layout, taken, reading, frozen(reading)) for reading in candidates]
+    return candidates[0 if missed[0] <= ALIKE * min(missed) else missed.index(min(missed))]
 
 
 def _missed(
@@ -131,10 +142,14 @@ def _missed(
                 gradient = gradient + term
             for term in rule.displacement_sources(theta, frozen[name], settings).values():
                 moved = moved - term
-            memory = _memory_before(rule, gradient, taken.memory.get(name), frozen[name], settings)
+            if taken.memory_before is not None:
+                nothing = tuple(torch.zeros_like(gradient) for _ in rule.memory)
+                memory = tuple(slot.double() for slot in taken.memory_before.get(name, nothing))
+            else:
+                memory = _memory_before(rule, gradient, taken.memory_after.get(name), frozen[name], settings)
             moved = moved - rule.step(gradient, memory, frozen[name], settings)[0]
         squared += moved.square().sum().item()
-    return squared if squared == squared else float("inf")
+    return squared**0.5 if squared == squared else float("inf")
 
 
 def _memory_before(

@@ -67,8 +67,8 @@ class OpenStep:
         (P,), or None where it only arrives inside the step.
     settings
         Numbers and flags of every parameter group, as the pre-hook found them.
-    last
-        Whether no other pre-hook ran after the recorder's.
+    memory
+        The optimizer's memory, where another pre-hook ran after the recorder's; else None.
     """
 
     before: Tensor
@@ -79,7 +79,7 @@ class OpenStep:
     active: frozenset[str]
     gradient: Tensor | None
     settings: tuple[Mapping[str, Any], ...]
-    last: bool
+    memory: Mapping[str, tuple[Tensor, ...]] | None
 
 
 class KernelRecorder:
@@ -521,7 +521,8 @@ class KernelRecorder:
         vectors = {} if keys is None else live.state_vectors(rule.keep_before)
         fresh = frozenset() if keys is None else live.fresh(rule)
         states = live.states(rule) if keys is None else {}
-        self._open = OpenStep(before, keys, vectors, fresh, states, live.active(), gradient, live.settings(), last)
+        memory, settings = None if last else live.memory(rule), live.settings()
+        self._open = OpenStep(before, keys, vectors, fresh, states, live.active(), gradient, settings, memory)
 
     def _before_replayed(self, keeper: KeyframeKeeper, known: bool) -> tuple[Tensor, Tensor]:
         """θ and gradient as far as a replay needs them."""
@@ -598,7 +599,7 @@ class KernelRecorder:
             gradient, active = live.gradient(), live.active()
         settings: tuple[Mapping[str, Any], ...] = live.settings()
         after = live.vector()
-        if settings is not opened.settings or not opened.last:
+        if settings is not opened.settings or opened.memory is not None:
             gradient, active, settings = self._as_used(opened, after, Reading(gradient, active, settings))
         step = Step(
             index=len(trajectory),
@@ -621,9 +622,9 @@ class KernelRecorder:
         """Gradient and settings of a step around which one of them changed, or which another pre-hook came before."""
         live, trajectory = self._live, self._trajectory
         first = Reading(reading.gradient, reading.active, opened.settings)
-        if not opened.last:
+        if opened.memory is not None:
             reading = Reading(live.gradient(), live.active(), reading.settings)
-        taken = TakenStep(opened.before, after, live.memory(trajectory.rule), live.groups)
+        taken = TakenStep(opened.before, after, opened.memory, live.memory(trajectory.rule), live.groups)
 
         def frozen(of: Reading) -> Mapping[str, Mapping[str, Any]]:
             return self._frozen(opened, after, of.gradient, of.active, of.settings)

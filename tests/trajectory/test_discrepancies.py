@@ -462,9 +462,8 @@ def shrink(optimizer: Optimizer, model: nn.Module) -> None:
     "options",
     [
         {"made": in_post_hook(shrink)},
-        {"made": in_pre_hook(shrink)},
         {"before": once(in_post_hook(shrink), 4)},
-        {"before": once(in_pre_hook(shrink), 4)},
+        {"before": once(in_pre_hook(shrink), STEPS - 1)},  # between the recorder's reading of θ and the step
     ],
 )
 @pytest.mark.parametrize("kind", ["momentum", "fused adam"])
@@ -474,6 +473,12 @@ def test_weights_changed_in_a_hook_are_unexplained(kind: str, options: dict[str,
     assert np.abs(run.explained().channels["unexplained"]).max() > 1e-3
     with pytest.raises(TrajectoryError, match="is unexplained"):
         pk.KernelMachine(run.trajectory).decision_function(run.queries)
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_weights_changed_before_a_step_in_a_pre_hook_are_not_those_of_the_gradient(step: int) -> None:
+    with pytest.raises(RecordingError, match="the gradient differs from that of the announced samples"):
+        train("momentum", before=once(in_pre_hook(shrink), step), oracle=False)
 
 
 def test_noise_on_gradients_in_a_pre_hook_made_later_is_refused() -> None:
@@ -524,7 +529,7 @@ def test_settings_are_those_that_the_step_used() -> None:
 
 def swapped(run: Run, one: int, other: int) -> None:
     """Swap the inputs of two samples in a finished record."""
-    inputs = run.trajectory.data.inputs
+    inputs = run.trajectory.data._inputs
     inputs[[one, other]] = inputs[[other, one]]
 
 
