@@ -481,6 +481,8 @@ def _channels(gradients: RecordedGradients) -> int:
     names |= {*trajectory.objective.regularizers, *step.gradient_changes}
     if trajectory.initial_memory:
         names.add("memory")
+    if gradients.discrepancies:
+        names.add("unexplained")
     for name in list(step.active)[:1]:
         parameter = trajectory.layout.unflatten(step.before)[name].double()
         for of in (trajectory.rule.gradient_sources, trajectory.rule.displacement_sources):

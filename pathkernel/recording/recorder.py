@@ -29,6 +29,7 @@ from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.recording.pending import PendingBatches, checked_ids
+from pathkernel.recording.readings import Reading, StepHooks, TakenStep, best_reading, readings
 from pathkernel.recording.trial import try_out
 from pathkernel.recording.validation import check_optimizer, unwrapped
 from pathkernel.returned import Returns, check_returns
@@ -67,6 +68,10 @@ class OpenStep:
         Parameters with a gradient.
     gradient
         (P,), or None where it only arrives inside the step.
+    settings
+        Numbers and flags of every parameter group, as the pre-hook found them.
+    memory
+        The optimizer's memory, where another pre-hook ran after the recorder's; else None.
     """
 
     before: Tensor
@@ -76,6 +81,8 @@ class OpenStep:
     states: Mapping[str, Mapping[str, Any]]
     active: frozenset[str]
     gradient: Tensor | None
+    settings: tuple[Mapping[str, Any], ...]
+    memory: Mapping[str, tuple[Tensor, ...]] | None
 
 
 class KernelRecorder:
@@ -209,7 +216,7 @@ class KernelRecorder:
         self._outer = outer
         self._announced: tuple[MicroBatch | None, MicroBatch | None] = None, None  # last, and the one before
         self._open: OpenStep | None = None
-        self._handles: list[Any] = []
+        self._handles: list[StepHooks] = []
         self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
         self._averages = dict(averages or {})
         for name, source in self._averages.items():
@@ -261,10 +268,7 @@ class KernelRecorder:
             if self._trajectory.reference is not None:
                 self._trajectory.reference = replace(self._trajectory.reference, final=None)
             self._trajectory.store.begin(self._trajectory)
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._handles = [StepHooks(self.optimizer, self._before_step, self._after_step)]
         self._pending.start()
         if self._keyframes is not None:
             self._keyframes.start()
@@ -528,6 +532,7 @@ class KernelRecorder:
             self._see_before(optimizer, args, kwargs)
 
     def _see_before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        last = all([hooks.step_begins() for hooks in self._handles])
         if self._trajectory.store.stopped:  # the disk gave out; training goes on
             self._pending.take()
             return
@@ -564,7 +569,8 @@ class KernelRecorder:
         vectors = {} if keys is None else live.state_vectors(rule.keep_before)
         fresh = frozenset() if keys is None else live.fresh(rule)
         states = live.states(rule) if keys is None else {}
-        self._open = OpenStep(before, keys, vectors, fresh, states, live.active(), gradient)
+        memory, settings = None if last else live.memory(rule), live.settings()
+        self._open = OpenStep(before, keys, vectors, fresh, states, live.active(), gradient, settings, memory)
 
     def _before_replayed(self, keeper: KeyframeKeeper, known: bool) -> tuple[Tensor, Tensor]:
         """θ and gradient as far as a replay needs them."""
@@ -621,6 +627,8 @@ class KernelRecorder:
             self._see_after(optimizer)
 
     def _see_after(self, optimizer: Optimizer) -> None:
+        for hooks in self._handles:
+            hooks.step_ended()
         if self._keyframes is not None and self._keyframes.is_open:
             self._after_replayed(self._keyframes)
             return
@@ -638,8 +646,12 @@ class KernelRecorder:
         live, gradient, active = self._live, opened.gradient, opened.active
         if gradient is None:
             gradient, active = live.gradient(), live.active()
+        settings: tuple[Mapping[str, Any], ...] = live.settings()
+        after = live.vector()
+        if settings is not opened.settings or opened.memory is not None:
+            gradient, active, settings = self._as_used(opened, after, Reading(gradient, active, settings))
+        if opened.gradient is None:
             self._audit(before, gradient, taken=True)
-        settings, after = live.settings(), live.vector()
         step = Step(
             index=len(trajectory),
             before=before,
@@ -659,6 +671,19 @@ class KernelRecorder:
         self._pending.take()
         self._changes, self._gradient_changes, self._end_of_steps = [], {}, after
         self._keep(step)
+
+    def _as_used(self, opened: OpenStep, after: Tensor, reading: Reading) -> Reading:
+        """Gradient and settings of a step around which one of them changed, or which another pre-hook came before."""
+        live, trajectory = self._live, self._trajectory
+        first = Reading(reading.gradient, reading.active, opened.settings)
+        if opened.memory is not None:
+            reading = Reading(live.gradient(), live.active(), reading.settings)
+        taken = TakenStep(opened.before, after, opened.memory, live.memory(trajectory.rule), live.groups)
+
+        def frozen(of: Reading) -> Mapping[str, Mapping[str, Any]]:
+            return self._frozen(opened, after, of.gradient, of.active, of.settings)
+
+        return best_reading(trajectory.rule, trajectory.layout, taken, readings(first, reading), frozen)
 
     def _frozen(
         self,

@@ -40,6 +40,7 @@ from pathkernel.losses import (
 from pathkernel.pytrees import as_tensors, blocks, cast_floating, count, take
 from pathkernel.returned import batch_outputs, map_outputs, output_leaves
 from pathkernel.trajectory.cotangents import cotangents_of, scaled
+from pathkernel.trajectory.discrepancies import Discrepancies
 from pathkernel.trajectory.gradient_fit import (
     CAPTURED_TOLERANCE,
     GRADIENT_TOLERANCE,
@@ -175,6 +176,8 @@ class RecordedGradients:
         The largest batch of each kind of forward pass: its samples, its step, and its place in it.
     proof
         Bytes in which it was proved how gradients are to be taken, so far as that is known.
+    discrepancies
+        Where steps are not what the update rule makes of the recorded gradients.
     """
 
     def __init__(
@@ -187,12 +190,18 @@ class RecordedGradients:
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
         self.largest, self.most, self.proof = 0.0, 0, 0
         self.examples: dict[Any, tuple[int, int, int]] = {}
-        for step in trajectory.steps():
-            self._meet(step)
+        self.discrepancies = Discrepancies(trajectory)
+        self.discrepancies.meet(self._met(trajectory.steps()))
         self.certificate = SplitCertificate()
         self._coupled = engine == "autograd"
         self._separate: dict[Any, bool] = {}
         self._measured: set[Any] = set()
+
+    def _met(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """Steps as they are read, each taken note of: reading a record once may mean to train once more."""
+        for step in steps:
+            self._meet(step)
+            yield step
 
     def _meet(self, step: Step) -> None:
         """Take note of the largest gradient, step, and batch of each kind: (samples, step, place in it)."""

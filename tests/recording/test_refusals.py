@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import pathkernel as pk
 from pathkernel import errors
 from pathkernel.attributions import Attributions
+from pathkernel.dynamics.runge_kutta import Heun
 from pathkernel.losses import Objective, check_reduction
 from pathkernel.pytrees import as_tensors, memory_bytes
 from pathkernel.quadrature import as_quadrature
@@ -394,6 +395,26 @@ def indexed(**options) -> DataLoader:
     return DataLoader(pk.IndexedDataset(TensorDataset(make_inputs(3))), **options)
 
 
+def heun_of_changed_data() -> object:
+    """Inputs swapped after recording steps of several stages, whose gradients are not all on record to compare."""
+    model, X, y = make_model(), make_inputs(4), torch.tensor([0, 1, 2, 0])
+    optimizer = Heun(model.parameters(), lr=0.2)
+    with pk.KernelRecorder(model, optimizer, CE, data=(X, y), rule=Heun.rule()) as recorder:
+        for ids in ([0, 1], [2, 3]):
+            x, target = recorder.batch(ids)
+
+            def closure(x: torch.Tensor = x, target: torch.Tensor = target) -> torch.Tensor:
+                optimizer.zero_grad()
+                value = CE(model(x), target)
+                value.backward()
+                return value
+
+            optimizer.step(closure)
+    machine = pk.KernelMachine(recorder.trajectory)
+    X.copy_(X[[2, 1, 0, 3]])
+    return machine.predict(X3)
+
+
 X3 = make_inputs(3)
 Case = tuple[Callable[[], object], type[errors.PathKernelError], tuple[str, str, str]]
 def one_sample() -> Any:
@@ -609,6 +630,11 @@ REFUSALS: dict[str, Case] = {
         changes_that_nobody_named,
         errors.TrajectoryError,
         ("a change of `2.weight`", "No more than 1.0%", "recorder.channel"),
+    ),
+    "a sum that is not the network's output": (
+        heun_of_changed_data,
+        errors.TrajectoryError,
+        ("off those of the network at the end of the record", "its outputs to rounding", "audit_every=1"),
     ),
     # recording: training data
     "data of unequal lengths": (
