@@ -18,9 +18,6 @@ from pathkernel.trajectory.replay import Notes, Replay, abridged, state_of
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 
-GLANCE = 256
-"""Entries of each parameter that are compared before every step."""
-
 STORED = 0
 """Divisor of steps whose gradient is stored, since a replay does not find it."""
 
@@ -145,7 +142,6 @@ class KeyframeKeeper:
         self._warned: set[str] = set()
         self._start: int | None = None
         self._checksum: int | None = None
-        self._seen: tuple[list[tuple[int, int]], int] | None = None
         self._opened = OpenReplay()
 
     # -- the life of a recording --------------------------------------------------------------------------------
@@ -165,19 +161,20 @@ class KeyframeKeeper:
     def moved(self) -> bool:
         """Whether θ is no longer what it was when this was last asked, or after the last step.
 
-        torch counts what is written on a tensor, but for what is written through ``.data``. That is looked for at the
-        beginning of each parameter; elsewhere it is found when the step is replayed, and refused.
+        All of θ is looked at: torch does not count what is written through ``.data`` (nor what fused optimizers write),
+        and a change that is missed cannot be replayed.
         """
-        seen, self._seen = self._seen, self._glance()
-        if seen == self._seen:
-            return False
         before, self._checksum = self._checksum, self.live.checksum()
         return before != self._checksum
 
-    def _glance(self) -> tuple[list[tuple[int, int]], int]:
-        """Where parameters lie, how often they were written on, and how they begin."""
-        places = [(p.data_ptr(), p._version) for p in self.live.named.values()]
-        return places, self.live.checksum(GLANCE)
+    def warn_of_change(self, index: int) -> None:
+        """Say once that θ is stored where it is changed outside the optimizer and under no name."""
+        self._warn(
+            "change",
+            f"Weights were changed outside the optimizer before step {index}",
+            "A replay cannot change them again; so θ is stored in full wherever that happens, and the change is booked "
+            'as "unexplained" unless it is made inside `with recorder.channel("name")`',
+        )
 
     # -- before the step ----------------------------------------------------------------------------------------
 
@@ -259,7 +256,7 @@ class KeyframeKeeper:
     def after(self, step: Step) -> Step:
         """What is kept of a step, in full where it was tried out."""
         self.is_open = False
-        self._checksum, self._seen = self.live.checksum(), self._glance()
+        self._checksum = self.live.checksum()
         self.watch.listen()
         opened = self._opened
         assert self._start is not None
