@@ -170,7 +170,7 @@ def _find(
         "A recording goes on from a checkpoint of model and optimizer",
         "Restore the optimizer too, with `optimizer.load_state_dict(...)`, before recording starts",
     )
-    newer = _steps_since(store, live) if store.end_values() is None else None
+    newer = _steps_since(store, live, memory) if store.end_values() is None else None
     check(
         newer is None or newer <= 0,
         ModelMismatchError,
@@ -189,15 +189,15 @@ def _find(
     )
 
 
-def _steps_since(store: DiskStore, live: LiveParameters) -> int | None:
-    """How many steps the optimizer counts since the last on record; None where it counts none."""
+def _steps_since(store: DiskStore, live: LiveParameters, initial: Mapping[str, tuple[Tensor, ...]]) -> int | None:
+    """How many steps the optimizer counts since the last on record; None where it counts none, or had begun before."""
     states = [live.optimizer.state.get(p, {}) for p in live.named.values()]
     counts = [state["step"] for state in states if "step" in state]
-    if not counts or not len(store):
-        return None
-    frozen = store.read(len(store) - 1).frozen
+    frozen = store.read(len(store) - 1).frozen if len(store) else None
     recorded = frozen.state.numbers.get("step") if isinstance(frozen, FrozenOnReading) else None
-    return None if recorded is None else round(max(map(float, counts)) - float(recorded.max()))
+    if not len(store) and not initial:
+        recorded = torch.zeros(1)
+    return None if recorded is None or not counts else round(max(map(float, counts)) - float(recorded.max()))
 
 
 def _places(store: DiskStore, initial: Tensor, tail: tuple[tuple[str, Tensor], ...]) -> Iterator[Place]:
