@@ -10,7 +10,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pathkernel.errors import RecordingError
+from pathkernel.errors import StoreError
 
 if TYPE_CHECKING:
     from pathkernel.recording.recorder import KernelRecorder
@@ -38,14 +38,15 @@ def described(recorder: KernelRecorder) -> str:
 def make_way(new: KernelRecorder) -> None:
     """Close recorders that were left open on the parameters or the store that another one is about to begin with.
 
-    That is how a cell of a notebook that is run twice finds them, often when nothing names the old one any more.
+    That is how a cell of a notebook that is run twice finds them, often when nothing names the old one any more. Within
+    its ``with`` block a recorder stays open: two may watch one loop, each with its own store.
 
     Raises
     ------
-    RecordingError
-        Where the optimizer is being recorded within a ``with`` block, which is to end first.
+    StoreError
+        Where the store is being written within such a block, which is to end first.
     """
-    trained = _parameters(new)
+    trained, store = _parameters(new), _path(new)
     for old in list(OPEN):
         if old is new or not old._handles:
             continue
@@ -53,17 +54,18 @@ def make_way(new: KernelRecorder) -> None:
             if trained & _parameters(old):
                 old.close()
             continue
-        same_optimizer = old.optimizer is new.optimizer
+        same_store = store is not None and store == _path(old)
         if old._in_with:
-            if same_optimizer:
-                raise RecordingError(
-                    f"This optimizer is being recorded by {described(old)}",
-                    "An optimizer has one recorder at a time",
-                    "Leave the `with` block of the other one first, or write `recorder.close()` with it",
+            if same_store:
+                raise StoreError(
+                    f"`{store}` is being written by another recorder (process {os.getpid()} on this machine): "
+                    f"{described(old)}",
+                    "A store has one writer at a time",
+                    "Leave the `with` block of the other one first, or write `recorder.close()` with it, or give this "
+                    "one another path",
                 )
             continue
-        store = _path(new)
-        if trained & _parameters(old) or (store is not None and store == _path(old)):
+        if same_store or trained & _parameters(old):
             what = described(old)
             old.close()
             warnings.warn(

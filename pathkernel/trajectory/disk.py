@@ -48,8 +48,8 @@ class DiskStore(Store):
     path
         The folder.
     flush_every
-        Steps in a block; one that has not filled within a second is written as it is. A process that is killed loses the
-        steps that were not written yet: those of the last second where the disk keeps up, and at most
+        Steps in a block; one that has not filled within a second is written as it is. A process that is killed loses
+        the steps that were not written yet: those of the last second where the disk keeps up, and at most
         ``(4 + 2) * flush_every``. With 1, `append` returns when its step is written, and none is lost. Larger blocks
         compress better.
     durable

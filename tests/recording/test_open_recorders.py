@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import pathkernel as pk
-from pathkernel.errors import ModelMismatchError, RecordingError, StoreError
+from pathkernel.errors import ModelMismatchError, StoreError
 from pathkernel.recording.open_recorders import OPEN
 from pathkernel.storage import Lock
 from pathkernel.trajectory.disk import DiskStore
@@ -341,17 +341,17 @@ def test_a_cell_that_makes_everything_anew_on_the_same_path(tmp_path: Path) -> N
     assert len(pk.Trajectory.open(tmp_path / "run", model=run.model, loss=CE, data=(X, Y))) == 4
 
 
-def test_another_recorder_within_the_block_of_the_first() -> None:
-    run = Run()
+def test_another_recorder_within_the_block_of_the_first(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
     with run.recorder:
         run.epoch()
-        with pytest.raises(RecordingError, match=r"recorded by a KernelRecorder that was started \d\d:\d\d:\d\d at"):
-            run.another().start()
+        with pytest.raises(StoreError, match=r"KernelRecorder that was started \d\d:\d\d:\d\d at .*\(4 steps, in"):
+            Run(tmp_path / "run").recorder.start()
         run.epoch()
     assert len(run.recorder.trajectory) == 8 and run.hooks() == 0
-    with run.another() as third:
+    with run.another(tmp_path / "run") as third:
         run.epoch(third)
-    assert len(third.trajectory) == 4
+    assert len(third.trajectory) == 12
 
 
 def test_an_early_end_leaves_no_hooks() -> None:
