@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from pathkernel.recording.audit import is_due
 from pathkernel.recording.live import LiveParameters
-from pathkernel.trajectory.replay import Notes, Replay, abridged, state_of
+from pathkernel.trajectory.replay import Notes, Replay, abridged, checksum, state_of
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -34,6 +34,7 @@ class Mark(NamedTuple):
 
     tensor: weakref.ref[Tensor]
     version: int
+    contents: int | None = None
 
     def fits(self, gradient: Tensor) -> bool:
         """Whether it is still the same."""
@@ -43,9 +44,9 @@ class Mark(NamedTuple):
 class GradientWatch:
     """Tells whether gradients were touched between their arrival and the step.
 
-    Clipping, unscaling, noise and the like write on gradients in place, which torch counts, or put others there.
-    Normally one parameter has a hook, which has all gradients looked at when the backward pass ends. Where that does
-    not tell (a pass that leaves this parameter out, or gradients that are indeed touched), every parameter gets one.
+    Clipping, unscaling, noise and the like write on gradients in place, or put others there. torch counts the former,
+    but not through ``.data``, so checksums are compared, too. Normally one
+    parameter has a hook, which has all gradients looked at when the backward pass ends. Where that does not tell (a pass that leaves this parameter out, or gradients that are indeed touched), every parameter gets one.
 
     Parameters
     ----------
@@ -59,6 +60,7 @@ class GradientWatch:
         self._handles: dict[int, Any] = {}
         self._arrived: dict[int, Mark] = {}
         self._old: dict[int, Mark] = {}
+        self._contents: int | None = None
 
     def listen(self) -> None:
         """A step has been taken or will be: hook on to the parameters, and know gradients from before again."""
@@ -77,18 +79,22 @@ class GradientWatch:
         """Take the hooks off."""
         for handle in self._handles.values():
             handle.remove()
-        self._handles, self._arrived, self._old = {}, {}, {}
+        self._handles, self._arrived, self._old, self._contents = {}, {}, {}, None
 
     def touched(self) -> bool:
         """Whether some gradient is not what arrived; forgets what arrived."""
         arrived, self._arrived = self._arrived, {}
-        for key, gradient in self._present():
+        contents, self._contents = self._contents, None
+        present = self._present()
+        for key, gradient in present:
             if key not in arrived or not arrived[key].fits(gradient):
                 self._everywhere = True
                 return True
             if key in self._old and self._old[key].fits(gradient):  # was there before
                 return True
-        return False
+        if self._everywhere:
+            return any(arrived[key].contents != checksum([gradient]) for key, gradient in present)
+        return contents is not None and contents != checksum(gradient for _, gradient in present)
 
     def _present(self) -> list[tuple[int, Tensor]]:
         return [(id(p), p.grad) for p in self.live.named.values() if p.grad is not None]
@@ -100,10 +106,11 @@ class GradientWatch:
         if not self._everywhere:
             torch.autograd.Variable._execution_engine.queue_callback(self._all_arrived)
         elif (gradient := parameter.grad) is not None:
-            self._arrived[id(parameter)] = Mark(weakref.ref(gradient), gradient._version)
+            self._arrived[id(parameter)] = Mark(weakref.ref(gradient), gradient._version, checksum([gradient]))
 
     def _all_arrived(self) -> None:
         self._arrived = self._marks()
+        self._contents = checksum(gradient for _, gradient in self._present())
 
 
 class KeyframeKeeper:

@@ -315,6 +315,29 @@ def test_changes_through_data_between_keyframes_are_seen(edit: Callable[[Tensor,
     assert (pk.PathKernel(found)(X[:3]) == pk.PathKernel(expected)(X[:3])).all()
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_changes_of_gradients_through_data_between_keyframes_are_seen(everywhere: bool) -> None:
+    def train(recorder: pk.KernelRecorder, run: Run) -> pk.Trajectory:
+        with recorder:
+            for step in range(14):
+                x, y = recorder.batch(torch.arange(8) + step)
+                self_made = everywhere and step == 1
+                run.optimizer.zero_grad()
+                CE(run.model(x), y).backward()
+                if self_made:  # which has every parameter watched from then on
+                    run.model[0].bias.grad.mul_(1.0)
+                if step % 7 == 3:
+                    run.model[0].weight.grad.data.view(-1)[700] *= 0.5
+                run.optimizer.step()
+        return recorder.trajectory
+
+    run, whole = Run(schedule=pk.Schedule(keyframes=8), audit_every=0), Run(audit_every=0)
+    with pytest.warns(UserWarning, match="do not give its gradient again"):
+        found = train(run.recorder, run)
+    for one, other in zip(found.steps(), train(whole.recorder, whole).steps(), strict=True):
+        assert torch.equal(one.before, other.before) and torch.equal(one.gradient, other.gradient)
+
+
 def test_a_cell_that_is_run_twice(tmp_path: Path) -> None:
     run = Run()
     first = run.another(tmp_path / "run")
