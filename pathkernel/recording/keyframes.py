@@ -45,8 +45,9 @@ class GradientWatch:
     """Tells whether gradients were touched between their arrival and the step.
 
     Clipping, unscaling, noise and the like write on gradients in place, or put others there. torch counts the former,
-    but not through ``.data``, so checksums are compared, too. Normally one
-    parameter has a hook, which has all gradients looked at when the backward pass ends. Where that does not tell (a pass that leaves this parameter out, or gradients that are indeed touched), every parameter gets one.
+    but not through ``.data``, so checksums are compared, too. Normally one parameter has a hook, which has all
+    gradients looked at when the backward pass ends. Where that does not tell (a pass that leaves it out, or gradients
+    that are indeed touched), every parameter gets one.
 
     Parameters
     ----------
@@ -81,8 +82,14 @@ class GradientWatch:
             handle.remove()
         self._handles, self._arrived, self._old, self._contents = {}, {}, {}, None
 
-    def touched(self) -> bool:
-        """Whether some gradient is not what arrived; forgets what arrived."""
+    def touched(self, checksum_now: int | None) -> bool:
+        """Whether some gradient is not what arrived; forgets what arrived.
+
+        Parameters
+        ----------
+        checksum_now
+            That of the gradient, None where it arrives inside the step; see `LiveParameters.gradient_checksum`.
+        """
         arrived, self._arrived = self._arrived, {}
         contents, self._contents = self._contents, None
         present = self._present()
@@ -94,7 +101,7 @@ class GradientWatch:
                 return True
         if self._everywhere:
             return any(arrived[key].contents != checksum([gradient]) for key, gradient in present)
-        return contents is not None and contents != checksum(gradient for _, gradient in present)
+        return None not in (contents, checksum_now) and contents != checksum_now
 
     def _present(self) -> list[tuple[int, Tensor]]:
         return [(id(p), p.grad) for p in self.live.named.values() if p.grad is not None]
@@ -110,7 +117,7 @@ class GradientWatch:
 
     def _all_arrived(self) -> None:
         self._arrived = self._marks()
-        self._contents = checksum(gradient for _, gradient in self._present())
+        self._contents = self.live.gradient_checksum()
 
 
 class KeyframeKeeper:
@@ -208,7 +215,8 @@ class KeyframeKeeper:
         if self._start is None or index - self._start >= self.every:
             self._start = index
         live = self.live
-        touched = self.watch.touched() or edited
+        received = live.gradient_checksum() if known else None
+        touched = self.watch.touched(received) or edited
         kind = (touched, live.active(), *map(_kind, batches)) if known else None
         trial = due or kind not in self._divisors
         stored = known and (touched or self._divisors.get(kind) == STORED)
@@ -218,8 +226,7 @@ class KeyframeKeeper:
             self._opened.state = state_of(self.optimizer, live.named)
         if stored or (trial and known):
             self._opened.gradient = live.gradient()
-        if known:
-            self._opened.received = live.gradient_checksum()
+        self._opened.received = received
         self.is_open = not trial
         return self.vectors
 
