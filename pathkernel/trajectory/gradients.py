@@ -165,6 +165,8 @@ class RecordedGradients:
         Bytes for rows of per-sample gradients.
     engine
         How they are taken, see `pathkernel.gradient_source.GradientSource`.
+    taken
+        Whether the optimizer has taken the steps, so that they can be compared with their rule.
 
     Attributes
     ----------
@@ -181,7 +183,13 @@ class RecordedGradients:
     """
 
     def __init__(
-        self, trajectory: Trajectory, function: ModelFunction, memory: int, engine: str = "auto"
+        self,
+        trajectory: Trajectory,
+        function: ModelFunction,
+        memory: int,
+        engine: str = "auto",
+        *,
+        taken: bool = True,
     ) -> None:
         self.trajectory, self.function, self.memory = trajectory, function, memory
         self.recorded = trajectory.function()
@@ -191,7 +199,8 @@ class RecordedGradients:
         self.largest, self.most, self.proof = 0.0, 0, 0
         self.examples: dict[Any, tuple[int, int, int]] = {}
         self.discrepancies = Discrepancies(trajectory)
-        self.discrepancies.meet(self._met(trajectory.steps()))
+        met = self._met(trajectory.steps())
+        self.discrepancies.meet(met if taken else list(met)[:0])
         self.certificate = SplitCertificate()
         self._coupled = engine == "autograd"
         self._separate: dict[Any, bool] = {}

@@ -437,6 +437,12 @@ def gone_on_with(schedule: Any) -> None:
         Scene(store=f"{folder}/run", schedule=schedule)
 
 
+def two_on_one_store() -> None:
+    """Record into the store of a recorder that is open."""
+    with tempfile.TemporaryDirectory() as folder, Scene(store=f"{folder}/run").recorder:
+        Scene(store=f"{folder}/run").recorder.start()
+
+
 REFUSALS: dict[str, Case] = {
     # recording: model and optimizer
     "optimizer without a rule": (
@@ -965,6 +971,11 @@ REFUSALS: dict[str, Case] = {
         lambda: gone_on_with(pk.Schedule(keyframes=4)),
         errors.RecordingError,
         ("holds steps of an earlier run", "keeps every step in full", "another path"),
+    ),
+    "two recorders on one store": (
+        two_on_one_store,
+        errors.StoreError,
+        ("KernelRecorder that was started", "one writer", "another path"),
     ),
     "a path without length": (
         lambda: pk.PathKernel(no_learning_rate()),
