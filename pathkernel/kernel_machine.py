@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -551,7 +550,6 @@ class KernelMachine:
     def _stored(self, store: str | os.PathLike[str], queries: Queries, asked: Asked) -> Account:
         """The same, block by block in a store."""
         from pathkernel import computations  # not before it is needed: what writes to disk takes a second to load
-        from pathkernel.storage import damaged
 
         check(
             self.form not in BUILDERS,
@@ -569,10 +567,8 @@ class KernelMachine:
             sizes,
             lambda index: arrays_of(self._backward(queries.block(pieces[index]), asked)),
         )
-        shape = len(queries), len(self.trajectory.data)
-        right = {"shares", "missed", "short", "evaluations"} <= kept.keys() and kept["shares"].shape == shape
-        if not right or any(values.shape[:1] != shape[:1] for values in kept.values()):
-            raise damaged(Path(store), "holds other arrays than an explanation has")
+        named = {"missed": (), "short": (), "evaluations": (), "shares": (len(self.trajectory.data),)}
+        computations.check_arrays(store, kept, len(queries), named, "an explanation")
         return account_of(kept)
 
     def _identity(self, queries: Queries, wanted: Asked) -> dict[str, Any]:
