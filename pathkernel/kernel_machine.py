@@ -401,6 +401,7 @@ class KernelMachine:
             steps=None if account.steps is None else account.steps.numpy(),
             form=account.form,
             split_error=_largest(account.split_error),
+            samples_checked=_least(account.samples_checked),
             engine=", ".join(sorted(self._recorded.certificate.engines)),
         )
         tolerance = self.quadrature.tolerance if isinstance(self.quadrature, Adaptive) else 0.0
@@ -693,7 +694,9 @@ class KernelMachine:
             curve.quadrature = noted
         account = backward_sweep(curve, self._recorded, asked.by, builder, self.progress, plan.cuts)
         account.form = None if builder is None else builder.finish()
-        account.split_error = torch.full_like(account.missed, self._recorded.certificate.error)
+        certificate = self._recorded.certificate
+        account.split_error = torch.full_like(account.missed, certificate.error)
+        account.samples_checked = torch.full_like(account.missed, certificate.samples_checked)
         if asked.verify:
             curve.quadrature = AveragingError(noted)
             account.shares_error = self._shares_error(curve, account, plan)
@@ -712,6 +715,11 @@ class KernelMachine:
             f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{weights}: exact "
             f"for every recorded step; {FORMS[self.form]}; not symmetric, so not a kernel for scikit-learn)"
         )
+
+
+def _least(parts: Tensor | None) -> float:
+    """The least of those that are known; NaN where none is."""
+    return float("nan") if parts is None else -_largest(-parts)
 
 
 def _largest(errors: Tensor | None) -> float:

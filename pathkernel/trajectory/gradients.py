@@ -122,6 +122,11 @@ class SplitCertificate:
         """Add a gradient."""
         self.steps, self.told = self.steps + 1, self.told + told
 
+    @property
+    def samples_checked(self) -> float:
+        """In what part of the gradients a wrong sample would have been seen; NaN where none was compared."""
+        return self.told / self.steps if self.steps else math.nan
+
     def note(self, error: float, limit: float) -> None:
         """Add a batch."""
         self.limit = max(self.limit, limit)
