@@ -7,7 +7,7 @@ Every row trains a network under `KernelRecorder`, explains test samples by thei
 
 residual            ‖left over‖ / ‖f_S − f_0‖ over all queries
 quadrature_error    median over the queries of what the rule missed along the steps before any correction
-split_error         how far rows of gradients are from forward passes of the batches as they ran; None where not measured
+split_error         how far rows of gradients are from passes of the batches as they ran; None where not measured
 gradients_per_step  of each query
 agreement           share of the queries on which `KernelMachine.predict` equals the network's prediction (classifiers)
 seconds             for `explain`, without training
@@ -402,10 +402,14 @@ def returned_loss(run: Run, xy: tuple[Tensor, Tensor], _: Tensor) -> None:
 
 
 def live_discriminator(run: Run, x: Tensor, y: Tensor) -> None:
-    """The network is the generator of a GAN; the discriminator, in train mode with BatchNorm, is trained in between."""
+    """The network is the generator of a GAN; the discriminator, in train mode with BatchNorm, is trained in between.
+
+    A non-linearity stands before the normalisation: else nothing depends on a shift of all outputs, and the gradient of
+    the generator's last bias is zero but for rounding, see `image_network`.
+    """
     judged = nn.functional.one_hot(y, 10).to(x.dtype)
     if "discriminator" not in run.__dict__:
-        D = nn.Sequential(nn.Linear(10, 16), nn.BatchNorm1d(16), nn.LeakyReLU(), nn.Linear(16, 1)).to(x.dtype)
+        D = nn.Sequential(nn.Linear(10, 16), nn.LeakyReLU(), nn.BatchNorm1d(16), nn.Linear(16, 1)).to(x.dtype)
         run.discriminator, run.its_optimizer = D, optim.Adam(D.parameters(), lr=3e-3)
     D, bce = run.discriminator, nn.functional.binary_cross_entropy_with_logits
     run.its_optimizer.zero_grad()
