@@ -8,19 +8,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pathkernel.errors import PathKernelError, SampleIdError
+from pathkernel.errors import PathKernelError, SampleIdError, UnsupportedModelError
 from pathkernel.functional import ModelFunction, generators_untouched
 from pathkernel.interrupts import attempt
 from pathkernel.losses import batch_gradient, coupled_row_blocks, weighted_gradient
 from pathkernel.pytrees import cast_floating
 from pathkernel.trajectory.cotangents import cotangents_of
-from pathkernel.trajectory.gradient_fit import CAPTURED_TOLERANCE, GRADIENT_TOLERANCE, fit_captured, fit_gradient
+from pathkernel.trajectory.gradient_fit import (
+    CAPTURED_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    fit_captured,
+    fit_gradient,
+    left_over,
+)
 from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.step import MicroBatch
 from pathkernel.trajectory.trajectory import Trajectory
 
 ROWS = 64
 """Samples whose gradients are held at once for their norms."""
+
+DRAWS = 16
+"""Passes that show whether random numbers matter for the outputs: a layer that is skipped every other time is found but
+once in 65,536 times, one that is skipped once in ten times four times out of five."""
 
 
 def is_due(index: int, every: int | None) -> bool:
@@ -44,6 +54,8 @@ class Circumstances:
         Whether θ was another one at the forward pass than at the step.
     compiled
         Whether the module is compiled with random numbers of the compiler's own.
+    drew_from
+        Random generators that a forward pass drew from and that no record holds.
     announced_before
         The batch that was announced before these, if any.
     taken
@@ -54,6 +66,7 @@ class Circumstances:
     watched: str = ""
     moved: bool = False
     compiled: bool = False
+    drew_from: tuple[str, ...] = ()
     announced_before: MicroBatch | None = None
     taken: bool = False
 
@@ -96,6 +109,8 @@ def audit(
     ------
     SampleIdError
         Naming the parameters that differ most, and the cause as far as it can be told.
+    UnsupportedModelError
+        Where the gradients agree by chance alone: what the network draws decides about its outputs, and is not known.
     """
     function, objective = trajectory.function(), trajectory.objective
 
@@ -138,10 +153,18 @@ def audit(
             return close or largest <= 1e3 * torch.finfo(at.dtype).eps
 
     if fits(samples):
+        if circumstances.drew_from and _has_a_state(trajectory, batches[-1], DRAWS):
+            raise UnsupportedModelError(
+                f"At step {index} the forward pass drew from {' and '.join(circumstances.drew_from)}, and the outputs "
+                "depend on what it drew",
+                "Passes are run again from the state of torch's random generators, which alone is on record; the "
+                f"optimizer has {'moved already' if circumstances.taken else 'not moved'}",
+                "Draw from torch's generators in `forward` (`torch.rand(())`), or before it, and hand what was drawn "
+                "to the network among its inputs",
+            )
         return
     cause = _cause(trajectory, batches, circumstances, lambda given: fits(of_samples(given)))
-    expected = samples if regularizers is None else samples + regularizers
-    fit = fit_gradient(trajectory.layout, found, expected, tolerance)
+    fit = left_over(trajectory.layout, found, samples if regularizers is None else samples + regularizers)
     worst = sorted(fit.parameters, key=lambda name: -fit.parameters[name])[:3]
     raise SampleIdError(
         f"At step {index} the gradient differs from that of the announced samples by {fit.relative:.2g} of its norm, "
@@ -207,6 +230,8 @@ def _cause(
             ". The module is compiled, and the compiler draws random numbers of its own: set "
             "`torch._inductor.config.fallback_random = True`"
         )
+    if seen.drew_from:
+        return f". The network drew from {' and '.join(seen.drew_from)}, whose state no record holds"
     if _has_a_state(trajectory, batches[-1]):
         return (
             ". The network's outputs for the same samples change from one pass to the next in training: it keeps a "
@@ -228,8 +253,8 @@ def _cause(
     return ""
 
 
-def _has_a_state(trajectory: Trajectory, batch: MicroBatch) -> bool:
-    """Whether a copy of the network returns something else the second time."""
+def _has_a_state(trajectory: Trajectory, batch: MicroBatch, again: int = 1) -> bool:
+    """Whether a copy of the network returns something else the second time, or at one of several more."""
     inputs, _ = samples_of(batch, trajectory.data)
     function = trajectory.function().replaced(constants=batch.state.buffers, state=batch.state)
     parameters = function.parameters(trajectory.initial)
@@ -239,5 +264,7 @@ def _has_a_state(trajectory: Trajectory, batch: MicroBatch) -> bool:
             return function.batch(parameters, cast_floating(inputs, function.dtype))
 
     with generators_untouched():
-        ran = attempt(lambda: torch.equal(outputs(), outputs()), (Exception,))
-    return ran is False
+        first = attempt(outputs, (Exception,))
+        if not isinstance(first, Tensor):
+            return False
+        return any(attempt(lambda: torch.equal(first, outputs()), (Exception,)) is False for _ in range(again))

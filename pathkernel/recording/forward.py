@@ -50,11 +50,15 @@ class ForwardPass:
         Its outputs, of which shapes and types are kept; no graph is held.
     checksum
         That of θ; None where nobody will ask.
+    drew_from
+        Random generators that it drew from and that no record holds, where somebody will ask.
 
     """
 
-    def __init__(self, state: ForwardState, leaves: list[Tensor], checksum: int | None = None) -> None:
-        self.state, self.checksum = state, checksum
+    def __init__(
+        self, state: ForwardState, leaves: list[Tensor], checksum: int | None = None, drew_from: tuple[str, ...] = ()
+    ) -> None:
+        self.state, self.checksum, self.drew_from = state, checksum, drew_from
         self.shapes = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
         self._arrived: dict[str | None, dict[int | None, Tensor]] = {}
 
@@ -163,6 +167,7 @@ class ForwardWatcher:
         self.differentiated: set[str] = set()
         self._before: ForwardState | None = None
         self._checksum: int | None = None
+        self._elsewhere: dict[str, Any] | None = None
         self._handles: list[Any] = []
         self._listening: dict[int, Any] = {}
         self._under_way: dict[int, BackwardPass] = {}
@@ -211,6 +216,7 @@ class ForwardWatcher:
         kind = self.device.type
         autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
         self._checksum = None if self.checked is None else self.checked()
+        self._elsewhere = None if self.checked is None else self.modules.other_generators()
         self._before = ForwardState(
             self.modules.modes(), generator_states(self.device), autocast, self.modules.changed_buffers()
         )
@@ -234,7 +240,9 @@ class ForwardWatcher:
         hooked = {k: leaf for k, leaf in enumerate(leaves) if leaf.requires_grad}
         if not hooked and (loss is None or not loss.requires_grad):
             return
-        one = ForwardPass(state, leaves, self._checksum)
+        found = {} if self._elsewhere is None else self.modules.other_generators()
+        drew_from = tuple(name for name in found if found[name] != (self._elsewhere or {}).get(name, found[name]))
+        one = ForwardPass(state, leaves, self._checksum, drew_from)
         computed = self._computed_from_others(hooked)
         for place, leaf in hooked.items():
             if place not in computed:

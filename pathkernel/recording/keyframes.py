@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pathkernel.errors import InputError
+from pathkernel.functional import generators_untouched
 from pathkernel.recording.audit import is_due
 from pathkernel.recording.live import LiveParameters
 from pathkernel.trajectory.replay import Notes, Replay, abridged, checksum, state_of
@@ -251,7 +253,8 @@ class KeyframeKeeper:
         assert opened.state is not None
         for divisor in () if opened.touched else dict.fromkeys((1, len(step.batches))):
             self.replay.restore(step.before, opened.state)
-            self.replay.differentiate(step, divisor)
+            with generators_untouched():  # Python's and numpy's, too: a pass is the loop's again afterwards
+                self.replay.differentiate(step, divisor)
             if torch.equal(self.replay.gradient(), step.gradient):
                 self._divisors[opened.kind] = divisor
                 return True
@@ -295,9 +298,10 @@ class KeyframeKeeper:
         assert opened.state is not None
         self.replay.restore(step.before, opened.state)
         try:  # a gradient that was there before the step has been tried out already
-            again = self.replay.take(abridged(step, notes, keyframe=opened.state, gradient=opened.known))
-        except (RuntimeError, TypeError, KeyError, AttributeError):  # an optimizer that does not step by itself
-            return False
+            with generators_untouched():
+                again = self.replay.take(abridged(step, notes, keyframe=opened.state, gradient=opened.known))
+        except (RuntimeError, TypeError, KeyError, AttributeError, InputError):
+            return False  # an optimizer that does not step by itself, such as those of `pathkernel.dynamics`
         return torch.equal(again.gradient, step.gradient) and self.replay.checksum() == notes.checksum
 
     def _warn(self, what: str, found: str, reason: str) -> None:

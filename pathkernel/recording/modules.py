@@ -1,9 +1,12 @@
-"""The submodules of the model in training: their modes and buffers, listed again only where something was replaced."""
+"""The submodules of the model in training: modes, buffers, generators; listed again only where one was replaced."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +59,21 @@ class WatchedModules:
             if name in self._changed or not torch.equal(buffer, self.constants[name])
         }
         return self._changed
+
+    def other_generators(self) -> dict[str, Any]:
+        """States of random generators that no record holds: Python's, numpy's, and those in attributes of modules."""
+        self._list_modules()
+        states = {"Python's `random`": random.getstate(), "`numpy.random`": repr(np.random.get_state())}
+        for name, module in self._named.items():
+            for key, value in vars(module).items():
+                place = f"`{name}.{key}`" if name else f"`{key}`"
+                if isinstance(value, torch.Generator):
+                    states[place] = value.get_state().numpy().tobytes()
+                elif isinstance(value, random.Random):
+                    states[place] = value.getstate()
+                elif isinstance(value, (np.random.Generator, np.random.RandomState)):
+                    states[place] = repr(value.__getstate__())
+        return states
 
     # Lists hold what they name, so that no other object can have taken its identity.
 

@@ -814,25 +814,27 @@ class KernelRecorder:
         batches, live = self._pending.batches, self._live
         checksums = {one.checksum for one in self._pending.passes if one.checksum is not None}
         now = checksum(live.layout.unflatten(before).values()) if taken else live.checksum()
-        audit(
-            trajectory,
-            index,
-            batches,
-            before,
-            gradient,
-            live.active(),
-            self._gradient_changes,
-            self._pending.differentiated,
-            self._modules.changed_buffers(),
-            Circumstances(
-                unseen=sum(not batch.captured for batch in batches),
-                watched=type(self._outer).__name__,
-                moved=bool(checksums - {now}),
-                compiled=hasattr(self._outer, "_orig_mod"),
-                announced_before=self._announced[0],
-                taken=taken,
-            ),
-        )
+        with generators_untouched():  # a network may draw from Python's or numpy's generator
+            audit(
+                trajectory,
+                index,
+                batches,
+                before,
+                gradient,
+                live.active(),
+                self._gradient_changes,
+                self._pending.differentiated,
+                self._modules.changed_buffers(),
+                Circumstances(
+                    unseen=sum(not batch.captured for batch in batches),
+                    watched=type(self._outer).__name__,
+                    moved=bool(checksums - {now}),
+                    compiled=hasattr(self._outer, "_orig_mod"),
+                    drew_from=tuple(dict.fromkeys(name for one in self._pending.passes for name in one.drew_from)),
+                    announced_before=self._announced[0],
+                    taken=taken,
+                ),
+            )
 
 
 def _equal(one: dict[str, tuple[Tensor, ...]], other: dict[str, tuple[Tensor, ...]]) -> bool:

@@ -79,6 +79,15 @@ def _multiple(found: Tensor, expected: Tensor) -> float:
     return (found @ expected).item() / squared if squared > 0 else 1.0
 
 
+def left_over(layout: ParameterLayout, found: Tensor, expected: Tensor) -> Fit:
+    """What one factor between 0 and 1 leaves: how far a gradient that nothing explains is off, for messages.
+
+    More and larger factors would make the difference look small where they are what is refused.
+    """
+    found, expected = found.double(), expected.double()
+    return _fit(layout, found, expected, min(1.0, max(0.0, _multiple(found, expected))))
+
+
 def fit_gradient(layout: ParameterLayout, found: Tensor, expected: Tensor, tolerance: float) -> Fit:
     """Find what was done to a gradient between the backward pass and the step, from a loss that is evaluated again.
 

@@ -47,6 +47,7 @@ from pathkernel.trajectory.gradient_fit import (
     Fit,
     fit_captured,
     fit_gradient,
+    left_over,
 )
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch, Step
@@ -326,7 +327,7 @@ class RecordedGradients:
         return summed
 
     def _unexplained(self, step: Step, recorded: Tensor, explained: Tensor) -> TrajectoryError:
-        fit = fit_gradient(self.trajectory.layout, recorded, explained, 0.0)
+        fit = left_over(self.trajectory.layout, recorded, explained)
         return TrajectoryError(
             f"At step {step.index} the samples on record explain the gradient only up to {fit.relative:.2g} of its "
             f"norm, worst in `{fit.worst}`",

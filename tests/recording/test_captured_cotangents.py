@@ -480,7 +480,21 @@ def test_a_gradient_that_grew_in_between() -> None:
             p.grad.mul_(2.0)
         return []
 
-    assert "differs from that of the announced samples" in refused(step).found
+    assert "differs from that of the announced samples by 0.5 of its norm" in refused(step).found
+
+
+def test_the_difference_is_told_as_it_was_judged() -> None:
+    """With a factor for each parameter a difference would look like rounding where every parameter is one number."""
+    X = torch.rand(12, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = nn.Linear(1, 1).double()
+    optimizer = sgd(model)
+    with pk.KernelRecorder(model, optimizer, MSE, data=(X, 3 * X + 1), audit_every=1) as recorder:
+        x, y = recorder.batch(torch.arange(12))
+        (MSE(model(x), y) + 0.2 * sum(p.square().sum() for p in model.parameters())).backward()
+        with pytest.raises(errors.SampleIdError) as caught:
+            optimizer.step()
+    told = caught.value.found.split("samples by ")[1].split(" of its norm")[0]
+    assert 1e-3 < float(told) < 1
 
 
 def test_batches_that_are_announced_one_too_early_are_named() -> None:
