@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,22 +57,44 @@ class Account:
         return average.gradient
 
 
-def joined(accounts: list[Account]) -> Account:
-    """Accounts of blocks of queries as one."""
-    if len(accounts) == 1:
-        return accounts[0]
-    first = accounts[0]
-    names = list(dict.fromkeys(name for account in accounts for name in account.channels))
+def joined(accounts: Iterable[Account], queries: int) -> Account:
+    """Accounts of blocks of queries as one; what has a number for each training sample is never there twice.
+
+    Parameters
+    ----------
+    accounts
+        Of the blocks, made one after the other.
+    queries
+        Q of all.
+    """
+    wide: dict[str, Tensor] = {}
+    found: list[Account] = []
+    begin = 0
+    for account in accounts:
+        end = begin + len(account.missed)
+        if end == queries and not found:
+            return account
+        assert account.shares is not None
+        for name, rows in {"": account.shares, **account.modules}.items():
+            if name not in wide:
+                wide[name] = rows.new_empty(queries, rows.shape[1])
+            wide[name][begin:end] = rows
+        account.shares, account.modules, begin = None, {}, end
+        del rows
+        found.append(account)
+        del account
+    shares = wide.pop("")
+    names = list(dict.fromkeys(name for account in found for name in account.channels))
     return Account(
         channels={
-            name: torch.cat([a.channels.get(name, torch.zeros_like(a.missed)) for a in accounts]) for name in names
+            name: torch.cat([a.channels.get(name, torch.zeros_like(a.missed)) for a in found]) for name in names
         },
-        missed=torch.cat([a.missed for a in accounts]),
-        evaluations=sum(a.evaluations * len(a.missed) for a in accounts) / sum(len(a.missed) for a in accounts),
-        shares=torch.cat([a.shares for a in accounts if a.shares is not None]),
-        modules={name: torch.cat([a.modules[name] for a in accounts]) for name in first.modules},
-        steps=None if first.steps is None else torch.cat([a.steps for a in accounts if a.steps is not None]),
-        form=None if first.form is None else join_forms([a.form for a in accounts if a.form is not None]),
+        missed=torch.cat([a.missed for a in found]),
+        evaluations=sum(a.evaluations * len(a.missed) for a in found) / queries,
+        shares=shares,
+        modules=wide,
+        steps=None if found[0].steps is None else torch.cat([a.steps for a in found if a.steps is not None]),
+        form=None if found[0].form is None else join_forms([a.form for a in found if a.form is not None]),
     )
 
 

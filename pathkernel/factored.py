@@ -63,6 +63,19 @@ class FactoredGradients:
     def __len__(self) -> int:
         return self.count
 
+    def rows(self, out: Tensor) -> Tensor:
+        """The gradients themselves, (Q, P), in a matrix that is given."""
+        for where in self.layout.slices.values():
+            out[:, where] = self.columns(where, out.dtype)
+        return out
+
+    def as_rows(self) -> FactoredGradients:
+        """The same as rows, where these take less memory than the pieces."""
+        dtype = _dtype(self.pieces[0].factor) if self.pieces else torch.float32
+        if self.count * self.layout.size >= sum(numel(piece.factor) for piece in self.pieces):
+            return self
+        return FactoredGradients.dense(self.rows(torch.empty(self.count, self.layout.size, dtype=dtype)), self.layout)
+
     # -- linear combinations ---------------------------------------------------------------------------------
 
     def __rmul__(self, weight: float) -> FactoredGradients:
@@ -172,6 +185,11 @@ class FactoredGradients:
             if start < stop:
                 part = piece if own == piece.where else Piece(own, Dense(piece.bias_rows()))
                 yield part, start - own.start, stop - own.start, start - where.start
+
+
+def piece_dtype(piece: Piece) -> torch.dtype:
+    """Floating type of a piece."""
+    return _dtype(piece.factor)
 
 
 def _dtype(factor: Factor) -> torch.dtype:

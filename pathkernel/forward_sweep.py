@@ -17,13 +17,19 @@ from tqdm.auto import tqdm
 
 from pathkernel.accounts import Account
 from pathkernel.curves import Curve
-from pathkernel.trajectory.gradients import RecordedGradients
+from pathkernel.trajectory.gradients import WHOLE, Passes, RecordedGradients
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Memory
+from pathkernel.workspace import give_back_freed_memory
 
 
-def forward_sweep(curve: Curve, gradients: RecordedGradients, progress: bool = False) -> Account:
+def forward_sweep(
+    curve: Curve,
+    gradients: RecordedGradients,
+    progress: bool = False,
+    passes: Passes = WHOLE,
+) -> Account:
     """What all samples together, and every channel, added to each query: a prediction without shares.
 
     Time per step: one batch gradient and as many directional derivatives as there are channels. Memory O(P).
@@ -42,7 +48,8 @@ def forward_sweep(curve: Curve, gradients: RecordedGradients, progress: bool = F
         if segment.step is None:
             return {segment.channel: segment.displacement}
         bar.update()
-        return _displacements(trajectory, segment, segment.step, gradients, memory)
+        give_back_freed_memory()
+        return _displacements(trajectory, segment, segment.step, gradients, memory, passes)
 
     account = Account.opened(curve.initial())
     curve.forward(account, displacements)
@@ -56,12 +63,13 @@ def _displacements(
     step: Step,
     gradients: RecordedGradients,
     memory: dict[str, list[Tensor]],
+    passes: Passes,
 ) -> dict[str, Tensor]:
     """Δ_s split by where it came from, (P,) each; ``memory`` becomes that after the step."""
     rule, size = trajectory.rule, trajectory.layout.size
     none = [torch.zeros(size, dtype=torch.float64) for _ in range(rule.stages)]
     received: dict[str, list[Tensor]] = defaultdict(lambda: [vector.clone() for vector in none])
-    for index, stage in enumerate(gradients.stages(step, rows=False)):
+    for index, stage in enumerate(gradients.stages(step, rows=False, passes=passes)):
         for channel, gradient in {"samples": stage.samples, **stage.channels}.items():
             received[channel][index] = gradient
     moved: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.factored import FactoredGradients, in_working_type, numel, working
+from pathkernel.factored import FactoredGradients, in_working_type, working
 from pathkernel.functional import ModelFunction, OutputFunctional, sample_gradients
 from pathkernel.interrupts import held
 from pathkernel.layers.factors import Piece
@@ -18,6 +18,10 @@ from pathkernel.layers.tape import Tape
 from pathkernel.parameters import ParameterLayout
 from pathkernel.pytrees import blocks, cast_floating, count, take
 from pathkernel.workspace import Workspace
+
+
+ROWS = 250_000_000
+"""Bytes in which rows are formed at once. A smaller budget is kept by whoever asks for fewer samples."""
 
 
 class GradientSource:
@@ -31,11 +35,11 @@ class GradientSource:
         ``"auto"`` and ``"layerwise"``: from activations and back-propagated signals, parameters that these do not
         account for as rows; ``"jacobian"``: all as rows, by `torch.func`.
     memory
-        Bytes for intermediate rows.
+        Bytes of freed signals that are kept for the next ones.
     """
 
     def __init__(self, function: ModelFunction, engine: str, memory: int) -> None:
-        self.function, self.engine, self.memory = function, engine, memory
+        self.function, self.engine = function, engine
         self.tapes = ProvedTapes(function, Workspace(memory))
 
     def gradients(
@@ -73,7 +77,7 @@ class GradientSource:
         if self.engine == "jacobian":
             with function.running(gradients=False):
                 weights = cotangents(function.call(function.parameters(theta), cast_floating(inputs, function.dtype)))
-            return self.gradients(theta, inputs, _weighted, weights, None, function)
+            return self.gradients(theta, inputs, weighted_sum, weights, None, function)
         returned: list[PyTree] = []
         with held():
             handle = function.module.register_forward_hook(lambda _, __, outputs: returned.append(outputs))
@@ -86,9 +90,14 @@ class GradientSource:
             weighted = (tape.outputs * weights).sum(dim=1, keepdim=True)
         pieces = tuple(in_working_type(piece) for piece in tape.pieces(weighted))
         if self.plain:
-            rows = self._rows(function, self.plain, theta, inputs, _weighted, weights, None)
+            rows = self._rows(function, self.plain, theta, inputs, weighted_sum, weights, None)
             pieces += FactoredGradients.of_rows(rows, function.layout).pieces
         return FactoredGradients(function.layout, tape.n, pieces)
+
+    def prove(self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction) -> None:
+        """Prove now how gradients are taken from such samples, which else happens with the first of them."""
+        if self.engine != "jacobian":
+            self.tapes.record(theta, inputs, function)
 
     @property
     def plain(self) -> tuple[str, ...]:
@@ -97,21 +106,6 @@ class GradientSource:
             return self.function.layout.names
         coverage = self.tapes.coverage
         return tuple(name for name in self.function.layout.names if coverage is not None and name in coverage.plain)
-
-    def bytes_per_sample(
-        self, theta: Tensor, inputs: PyTree, functional: OutputFunctional, context: PyTree, components: int | None
-    ) -> int:
-        """What one sample keeps alive: activations, signals, the graph while it is needed, rows of plain parameters."""
-        function, few = self.function, min(2, count(inputs))
-        itemsize = torch.finfo(function.dtype).bits // 8
-        graph = pieces = 0
-        if self.engine != "jacobian":
-            tape = self.tapes.record(theta, take(inputs, slice(0, few)), function)
-            graph = 4 * sum(shape.numel() for shape in tape.shapes) // few
-            pieces = sum(numel(p.factor) for p in tape_pieces(tape, functional, take(context, slice(0, few)))) // few
-        slices = function.layout.slices
-        rows = 2 * (components or 1) * sum(slices[name].stop - slices[name].start for name in self.plain)
-        return itemsize * (graph + pieces + rows)
 
     def _rows(
         self,
@@ -123,7 +117,7 @@ class GradientSource:
         context: PyTree,
         components: int | None,
     ) -> dict[str, Tensor]:
-        """Gradients (n·K, size) of some parameters by `torch.func`, in blocks of samples within the budget."""
+        """Gradients (n·K, size) of some parameters by `torch.func`, in blocks of samples."""
         values = function.layout.unflatten(theta)
         own = ParameterLayout.of({name: values[name] for name in names})
         rest = {name: value for name, value in values.items() if name not in own.slices}
@@ -134,7 +128,7 @@ class GradientSource:
         n, dtype = count(inputs), working(function.dtype)
         rows = {name: torch.empty(n * k, where.stop - where.start, dtype=dtype) for name, where in own.slices.items()}
         per_sample = 4 * k * own.size * torch.finfo(function.dtype).bits // 8
-        for piece in blocks(n, self.memory // per_sample):
+        for piece in blocks(n, ROWS // per_sample):
             found = sample_gradients(
                 part, point, take(inputs, piece), functional, take(context, piece), scalar=components is None
             )
@@ -144,7 +138,7 @@ class GradientSource:
         return rows
 
 
-def _weighted(outputs: Tensor, weights: Tensor) -> Tensor:
+def weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
     """z·λ, whose gradient is Jᵀ λ."""
     return outputs @ weights
 

@@ -16,17 +16,18 @@ from pathkernel.curves import AverageCurve, ChordCurve, Curve, PathCurve
 from pathkernel.errors import InputError, TrajectoryError, check
 from pathkernel.forms import BUILDERS
 from pathkernel.forward_sweep import forward_sweep
-from pathkernel.functional import ModelFunction
+from pathkernel.functional import ModelFunction, OutputFunctional
 from pathkernel.gradient_source import GradientSource
+from pathkernel.memory_plan import AT_ONCE, Plan, outputs_at_once, plan_backward, plan_forward
 from pathkernel.pytrees import blocks, count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.queries import Queries, one_hot_context
-from pathkernel.query_blocks import samples_at_once
 from pathkernel.sweeps import backward_sweep
 from pathkernel.tangent_kernel.outputs import select_outputs
 from pathkernel.tangent_kernel.tangent_kernel import split_samples
 from pathkernel.trajectory.gradients import RecordedGradients
 from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.workspace import FreedMemory, give_back_freed_memory
 
 FORMS = {
     "folded": "coefficients 1, the loss derivative inside the kernel",
@@ -79,8 +80,9 @@ class KernelMachine:
         How gradients are taken: ``"auto"`` or ``"layerwise"`` (from activations and back-propagated signals; parameters
         that these do not account for as rows), or ``"jacobian"`` (all as rows by `torch.func`, plain and slow).
     memory
-        Budget for gradients and the optimizer's memory of the queries, as bytes or text; queries are taken in blocks
-        that fit it.
+        Budget for all that is held beside the trajectory, the inputs and the result, as bytes or text. Queries are
+        taken in blocks, and batches in passes, that fit it (`pathkernel.memory_plan`); a budget too small for the
+        least of them is refused, with one that is not.
     dtype
         Floating type of gradients, by default the recorded one. Sums are float64.
     progress
@@ -233,9 +235,10 @@ class KernelMachine:
         return not target.is_floating_point() and target.dim() == 1
 
     def _reconstruct(self, X: PyTree) -> np.ndarray:
-        queries = self._all_outputs(self._samples(X))
-        account = self._forward(queries)
-        self._check_unexplained(account, self._curve(queries).final())
+        with FreedMemory(self.memory):
+            queries = self._all_outputs(self._samples(X))
+            account = self._forward(queries)
+            self._check_unexplained(account, self._curve(queries).final())
         return sum(account.channels.values(), torch.zeros(())).reshape(-1, queries.components).numpy()
 
     # -- why it says so ---------------------------------------------------------------------------------------
@@ -276,10 +279,11 @@ class KernelMachine:
             'Shares are split by "module" or by "step"',
             'Write `machine.explain(X, by="module")`',
         )
-        queries, samples, indices = self._queries(X, outputs)
-        account = self._backward(queries, by) if store is None else self._stored(store, queries, by, outputs)
-        output = self._curve(queries).final()
-        self._check_unexplained(account, output)
+        with FreedMemory(self.memory):
+            queries, samples, indices = self._queries(X, outputs)
+            account = self._backward(queries, by) if store is None else self._stored(store, queries, by, outputs)
+            output = self._curve(queries).final()
+            self._check_unexplained(account, output)
         moved = (output - account.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
         assert account.shares is not None
         return Attributions(
@@ -301,14 +305,13 @@ class KernelMachine:
             selection = select_outputs("loss", self.trajectory.loss, self.trajectory.objective.reduction)
             inputs, targets = split_samples(X, selection, self.trajectory.data.dtype)
             inputs = self._samples(inputs)
-            queries = Queries(self._source(self.function), inputs, selection.function, targets, None)
+            queries = self._query(self.function, inputs, selection.function, targets, None)
             return queries, np.arange(len(queries)), np.full(len(queries), -1)
         inputs = self._samples(X)
         n = count(inputs)
         function, outputs = self._tapped(outputs)
         if callable(outputs):
-            source = self._source(function)
-            queries = Queries(source, inputs, lambda z, _: outputs(z).reshape(()), torch.zeros(n, 0), None)
+            queries = self._query(function, inputs, lambda z, _: outputs(z).reshape(()), torch.zeros(n, 0), None)
             return queries, np.arange(n), np.full(n, -1)
         everything = self._all_outputs(inputs, function)
         c = everything.components
@@ -317,7 +320,7 @@ class KernelMachine:
             return everything, np.repeat(np.arange(n), c), np.tile(np.arange(c), n)
         chosen = self._chosen(inputs, outputs, n, c)
         context = one_hot_context(chosen, c)
-        queries = Queries(self._source(function), inputs, lambda z, weight: z @ weight.to(z), context, None)
+        queries = self._query(function, inputs, lambda z, weight: z @ weight.to(z), context, None)
         return queries, np.arange(n), chosen.numpy()
 
     def _chosen(self, inputs: PyTree, outputs: Any, n: int, c: int) -> Tensor:
@@ -359,7 +362,15 @@ class KernelMachine:
     def _all_outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Queries:
         function = function or self.function
         c = self._outputs(take(inputs, slice(0, 1)), function).shape[1]
-        return Queries(self._source(function), inputs, lambda z, _: z, torch.zeros(count(inputs), 0), c)
+        return self._query(function, inputs, lambda z, _: z, torch.zeros(count(inputs), 0), c)
+
+    def _query(
+        self, function: ModelFunction, inputs: PyTree, functional: OutputFunctional, context: PyTree, k: int | None
+    ) -> Queries:
+        queries = Queries(self._source(function), inputs, functional, context, k)
+        at_once = outputs_at_once(function, self.trajectory.final, inputs, self.memory)
+        queries.forward = at_once if at_once < AT_ONCE else None
+        return queries
 
     def _source(self, function: ModelFunction) -> GradientSource:
         """Of the network or of one of its modules; what was proved of it is kept."""
@@ -371,11 +382,12 @@ class KernelMachine:
         """The explained network's own outputs, (n, C)."""
         trajectory, function = self.trajectory, function or self.function
         if self.weights is None:
-            trained = function.replaced(constants=trajectory.final_buffers)
-            return trained.outputs(trajectory.final, inputs)
-        record = trajectory.averages[self.weights]
-        averaged = function.replaced(constants=record.constants(trajectory))
-        return averaged.outputs(trajectory.layout.flatten(record.last), inputs)
+            function, theta = function.replaced(constants=trajectory.final_buffers), trajectory.final
+        else:
+            record = trajectory.averages[self.weights]
+            function = function.replaced(constants=record.constants(trajectory))
+            theta = trajectory.layout.flatten(record.last)
+        return function.outputs(theta, inputs, outputs_at_once(function, theta, inputs, self.memory))
 
     def _samples(self, X: PyTree) -> PyTree:
         return self.trajectory.data.queries(X, "KernelMachine")
@@ -396,14 +408,21 @@ class KernelMachine:
         return kind(self.trajectory, queries, self.quadrature)
 
     def _forward(self, queries: Queries) -> Account:
-        return forward_sweep(self._curve(queries), self._recorded, self.progress)
+        recorded = self._recorded
+        queries.forward, passes = plan_forward(queries, recorded, self.quadrature, self.memory)
+        give_back_freed_memory()
+        return forward_sweep(self._curve(queries), recorded, self.progress, passes)
 
     def _backward(self, queries: Queries, by: str | None) -> Account:
         """Blocks of queries that fit the budget."""
-        samples = len(queries) // queries.components
-        size = samples_at_once(self._curve(queries.block(slice(0, 1))), queries, self.memory, self.form in BUILDERS)
-        even = -(-samples // -(-samples // size))  # as many blocks, but none much smaller than the others
-        return joined([self._swept(queries.block(piece), by) for piece in blocks(samples, even)])
+        plan = self._plan(queries, by)
+        swept = (self._swept(queries.block(piece), by, plan) for piece in blocks(count(queries.inputs), plan.queries))
+        return joined(swept, len(queries))
+
+    def _plan(self, queries: Queries, by: str | None) -> Plan:
+        plan = plan_backward(self._curve, queries, self._recorded, self.memory, by, self.form in BUILDERS)
+        give_back_freed_memory()
+        return plan
 
     def _stored(self, store: str | os.PathLike[str], queries: Queries, by: str | None, outputs: Any) -> Account:
         """The same, block by block in a store."""
@@ -416,9 +435,8 @@ class KernelMachine:
             "What is kept are shares, channels and the certificate, of the forms folded and chord",
             'Write `KernelMachine(trajectory, form="folded")`, or leave `store` out',
         )
-        samples = len(queries) // queries.components
-        size = samples_at_once(self._curve(queries.block(slice(0, 1))), queries, self.memory, False)
-        pieces = list(blocks(samples, min(size, KEPT_QUERIES)))
+        plan = self._plan(queries, by)
+        pieces = list(blocks(count(queries.inputs), min(plan.queries, KEPT_QUERIES)))
         settings = f"{self.quadrature!r}, {self.form}, {self.weights}, {self.function.dtype}, by {by}"
         identity = computations.identity_of(
             self.trajectory,
@@ -428,7 +446,7 @@ class KernelMachine:
         )
         sizes = [(piece.stop - piece.start) * queries.components for piece in pieces]
         kept = computations.resumable_blocks(
-            store, identity, sizes, lambda index: arrays_of(self._swept(queries.block(pieces[index]), by))
+            store, identity, sizes, lambda index: arrays_of(self._swept(queries.block(pieces[index]), by, plan))
         )
         return account_of(kept)
 
@@ -463,9 +481,11 @@ class KernelMachine:
             "`KernelMachine(..., unexplained=1.0)`",
         )
 
-    def _swept(self, queries: Queries, by: str | None) -> Account:
+    def _swept(self, queries: Queries, by: str | None, plan: Plan) -> Account:
+        queries.passes = plan.passes
         builder = BUILDERS[self.form](len(self.trajectory.data)) if self.form in BUILDERS else None
-        account = backward_sweep(self._curve(queries), self._recorded, by, builder, self.progress)
+        curve, recorded = self._curve(queries), self._recorded
+        account = backward_sweep(curve, recorded, by, builder, self.progress, plan.cuts)
         account.form = None if builder is None else builder.finish()
         return account
 

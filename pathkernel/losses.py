@@ -10,7 +10,7 @@ named: c_i g_i is what sample i contributed to the gradient that autograd comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,8 @@ from pathkernel._typing import Float, Loss, Parameters, PyTree
 from pathkernel.errors import InputError
 from pathkernel.functional import ModelFunction, batch_outputs, push_forward
 from pathkernel.interrupts import deliver
-from pathkernel.pytrees import cast_floating, take
+from pathkernel.pytrees import blocks, cast_floating, take
+from pathkernel.workspace import give_back_freed_memory
 
 
 def batch_loss(loss: Loss, outputs: PyTree, targets: PyTree, weights: Tensor | None, reduction: str) -> Tensor:
@@ -128,16 +129,37 @@ def coupled_rows(
     One forward pass of the whole batch as it was, then one reverse sweep for each sample's outputs alone: the rows
     still add up to the batch gradient.
     """
+    return next(coupled_row_blocks(function, vector, inputs, cotangents, len(cotangents)))
+
+
+def coupled_row_blocks(
+    function: ModelFunction, vector: Float[Tensor, " P"], inputs: PyTree, cotangents: Float[Tensor, "B C"], size: int
+) -> Iterator[Float[Tensor, "n P"]]:
+    """The rows of `coupled_rows`, a few samples at a time; the forward pass is taken once and kept meanwhile."""
     theta = vector.to(function.dtype).detach().requires_grad_(True)
     with function.running(gradients=True):
         outputs = function.batch(function.layout.unflatten(theta), cast_floating(inputs, function.dtype))
-        rows = []
-        for sample in range(len(cotangents)):
-            own = torch.zeros_like(outputs)
-            own[sample] = cotangents[sample].to(outputs)
-            rows.append(torch.autograd.grad(outputs, theta, own, retain_graph=True)[0])
-            deliver()
-    return torch.stack(rows)
+    for block in blocks(len(cotangents), size):
+        rows = theta.new_empty(block.stop - block.start, len(theta))
+        with function.running(gradients=True):
+            for row, sample in zip(rows.detach(), range(block.start, block.stop), strict=True):
+                own = torch.zeros_like(outputs)
+                own[sample] = cotangents[sample].to(outputs)
+                row.copy_(torch.autograd.grad(outputs, theta, own, retain_graph=True)[0])
+                give_back_freed_memory()
+                deliver()
+        yield rows
+
+
+def weighted_gradient(
+    function: ModelFunction, vector: Float[Tensor, " P"], inputs: PyTree, cotangents: Float[Tensor, "B C"]
+) -> Float[Tensor, " P"]:
+    """Σ_i J_iᵀ λ_i by one reverse sweep."""
+    theta = vector.to(function.dtype).detach().requires_grad_(True)
+    with function.running(gradients=True):
+        outputs = function.batch(function.layout.unflatten(theta), cast_floating(inputs, function.dtype))
+        (gradient,) = torch.autograd.grad(outputs, theta, cotangents.to(outputs))
+    return gradient
 
 
 def batch_products(

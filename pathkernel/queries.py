@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.func import vmap
 
 from pathkernel._typing import Float, Int, PyTree
-from pathkernel.factored import FactoredGradients
+from pathkernel.factored import FactoredGradients, working
 from pathkernel.functional import OutputFunctional, gradients_along, push_forward
-from pathkernel.gradient_source import GradientSource
+from pathkernel.gradient_source import ROWS, GradientSource
+from pathkernel.interrupts import deliver
 from pathkernel.pytrees import blocks, cast_floating, count, take
 from pathkernel.trajectory.step import Segment
+from pathkernel.workspace import give_back_freed_memory
 
 
 class Queries:
@@ -34,7 +36,9 @@ class Queries:
 
     Notes
     -----
-    ``scale`` is what a curve's errors are relative to, (Q,), once a curve has been laid through them.
+    ``scale`` is what a curve's errors are relative to, (Q,), once a curve has been laid through them. ``passes`` is how
+    many samples go through the network at once, ``forward`` how many without a graph; None for all. Gradients taken in
+    several passes are rows.
 
     Query q is component ``q % K`` of sample ``q // K``. Values are returned in float64.
     """
@@ -48,10 +52,11 @@ class Queries:
         components: int | None,
     ) -> None:
         self.source, self.function, self.functional = source, source.function, functional
-        dtype = self.function.dtype
-        self.inputs, self.context = cast_floating(inputs, dtype), cast_floating(context, dtype)
+        self.inputs, self.context = inputs, context
         self.scalar, self.components = components is None, components or 1
         self.scale: Tensor | None = None
+        self.passes: int | None = None
+        self.forward: int | None = None
 
     def __len__(self) -> int:
         return count(self.inputs) * self.components
@@ -64,7 +69,7 @@ class Queries:
         other.function = self.function.replaced(constants=buffers)
         return other
 
-    def block(self, piece: slice) -> Queries:
+    def block(self, piece: slice | Tensor) -> Queries:
         """The queries of some of the samples."""
         other = copy.copy(self)
         other.inputs, other.context = take(self.inputs, piece), take(self.context, piece)
@@ -72,12 +77,29 @@ class Queries:
 
     def values(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " Q"]:
         """h at θ."""
+        point = theta.to(self.function.dtype)
         with self.function.running(gradients=False):
-            return self._values(theta.to(self.function.dtype), self.inputs, self.context).double().reshape(-1)
+            found = [self._values(point, own.inputs, own.context).double().reshape(-1) for own in self._cut(self.forward)]
+        return _joined(found)
+
+    def _cut(self, samples: int | None) -> Iterator[Queries]:
+        """The queries of so many samples at a time."""
+        if samples is None or samples >= count(self.inputs):
+            yield self
+            return
+        for piece in blocks(count(self.inputs), samples):
+            deliver()
+            yield self.block(piece)
+            give_back_freed_memory()
 
     def _values(self, theta: Tensor, inputs: PyTree, context: PyTree) -> Tensor:
-        outputs = self.function.batch(self.function.layout.unflatten(theta), inputs)
-        return vmap(self.functional)(outputs, context)
+        dtype = self.function.dtype
+        outputs = self.function.batch(self.function.layout.unflatten(theta), cast_floating(inputs, dtype))
+        return vmap(self.functional)(outputs, cast_floating(context, dtype))
+
+    @property
+    def _context(self) -> PyTree:
+        return cast_floating(self.context, self.function.dtype)
 
     @property
     def _components(self) -> int | None:
@@ -85,18 +107,24 @@ class Queries:
 
     def gradients(self, theta: Float[Tensor, " P"]) -> FactoredGradients:
         """∇h at θ."""
-        return self.source.gradients(
-            theta, self.inputs, self.functional, self.context, self._components, self.function
-        )
-
-    def bytes_per_sample(self, theta: Float[Tensor, " P"]) -> int:
-        """Memory that the gradients of one sample's components take."""
-        return self.source.bytes_per_sample(theta, self.inputs, self.functional, self.context, self._components)
+        layout, function = self.function.layout, self.function
+        if self.passes is None:
+            return self.source.gradients(
+                theta, self.inputs, self.functional, self._context, self._components, function
+            )
+        rows, begin = torch.empty(len(self), layout.size, dtype=working(function.dtype)), 0
+        for own in self._cut(self.passes):
+            found = self.source.gradients(
+                theta, own.inputs, self.functional, own._context, self._components, function
+            )
+            found.rows(rows[begin : begin + len(found)])
+            begin += len(found)
+        return FactoredGradients.dense(rows, layout)
 
     def _single(self, queries: Int[Tensor, " n"]) -> tuple[OutputFunctional, PyTree, PyTree]:
         """The given queries as scalar functionals with their inputs and context."""
         samples = queries // self.components
-        inputs, context = take(self.inputs, samples), take(self.context, samples)
+        inputs, context = take(self.inputs, samples), cast_floating(take(self.context, samples), self.function.dtype)
         if self.scalar:
             return self.functional, inputs, context
         chosen = torch.nn.functional.one_hot(queries % self.components, self.components).to(self.function.dtype)
@@ -105,26 +133,31 @@ class Queries:
     def rows_at(self, segment: Segment, times: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Values (n,) and gradients (n, P) of some queries, each at its own time of a segment."""
         functional, inputs, context = self._single(queries)
-        pieces = [
-            gradients_along(
-                self.function,
-                segment.start,
-                segment.displacement,
-                times[piece],
-                take(inputs, piece),
-                functional,
-                take(context, piece),
+        pieces = []
+        for piece in self._rows_at_once(len(queries)):
+            give_back_freed_memory()
+            pieces.append(
+                gradients_along(
+                    self.function,
+                    segment.start,
+                    segment.displacement,
+                    times[piece],
+                    take(inputs, piece),
+                    functional,
+                    take(context, piece),
+                )
             )
-            for piece in self._rows_at_once(len(queries))
-        ]
         return torch.cat([v for v, _ in pieces]).double(), torch.cat([g for _, g in pieces]).double()
 
     def _rows_at_once(self, queries: int) -> Iterator[slice]:
         per_query = 6 * self.function.layout.size * torch.finfo(self.function.dtype).bits // 8
-        return blocks(queries, self.source.memory // per_query)
+        return blocks(queries, min(ROWS // per_query, queries if self.forward is None else self.forward))
 
     def products(self, theta: Float[Tensor, " P"], directions: Float[Tensor, "D P"]) -> Float[Tensor, "Q D"]:
         """∇h·v at θ for a few directions, by forward differentiation; by gradients where it has no rule."""
+        return _joined([own._products(theta, directions) for own in self._cut(self.forward)])
+
+    def _products(self, theta: Tensor, directions: Tensor) -> Tensor:
         point = theta.to(self.function.dtype)
 
         def along(direction: Tensor) -> Tensor:
@@ -142,8 +175,11 @@ class Queries:
         self, segment: Segment, times: Tensor, queries: Tensor, directions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Values (n,) and products (n, D) of some queries, each at its own time of a segment."""
-        found = [self.rows_at(segment, times[piece], queries[piece]) for piece in self._rows_at_once(len(queries))]
-        return torch.cat([v for v, _ in found]), torch.cat([rows @ directions.T for _, rows in found])
+        found = []
+        for piece in self._rows_at_once(len(queries)):
+            values, rows = self.rows_at(segment, times[piece], queries[piece])
+            found.append((values, rows @ directions.T))
+        return torch.cat([v for v, _ in found]), torch.cat([products for _, products in found])
 
 
 class GradientStep:
@@ -231,6 +267,10 @@ class ProductStep(GradientStep):
     def value_and_gradient_at(self, times: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Values and products of some queries at times of their own."""
         return self.queries.products_at(self.segment, times, queries, self.directions)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def one_hot_context(indices: Tensor, outputs: int) -> Tensor:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import cache
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,19 +25,89 @@ ROOM = 1.25
 LARGEST = 31 << 20
 """Bytes of the largest blocks that the C library keeps for later, once it has seen one freed."""
 
+MEASURED: ContextVar[bool] = ContextVar("MEASURED", default=False)
+"""Whether allocations are being counted: all arrays then come from torch's allocator."""
+
 CPU = torch.device("cpu")
 
 PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 """Memory that is not shared with child processes; Windows has no other."""
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(largest: int = LARGEST) -> None:
     """Let the C library keep the memory of intermediate results that are freed.
 
     glibc gives memory back to the system from the size of the largest block on that it has seen freed, up to 32 MB. A
     loop that frees a megabyte in each round would otherwise get every page of it anew.
+
+    Parameters
+    ----------
+    largest
+        Bytes of the largest blocks to be kept.
     """
-    torch.empty(LARGEST, dtype=torch.uint8, device=CPU)
+    torch.empty(max(1, min(LARGEST, largest)), dtype=torch.uint8, device=CPU)
+
+
+class FreedMemory:
+    """Memory of intermediate results that were freed: inside, kept for the next ones, within a budget.
+
+    What is kept in pieces that fit nothing else adds up, to several times of what is in use. Once the process has grown
+    by a good part of the budget, all that is free is given back to the system.
+
+    Parameters
+    ----------
+    budget
+        Bytes by which the process may grow.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.start, self._left = budget, _resident(), 0
+
+    def __enter__(self) -> FreedMemory:
+        keep_freed_memory(self.budget // 32)
+        self._token = _FREED.set(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _FREED.reset(self._token)
+
+    def _grown(self) -> int:
+        return (_resident() or 0) - (self.start or 0)
+
+    def give_back(self) -> None:
+        """Give free memory back where the process has grown by more than half of the budget, and since the last time."""
+        if self.start is None or (trim := _trim()) is None:
+            return
+        if self._grown() > max(self.budget // 2, self._left + self.budget // 16):
+            trim(0)
+            self._left = self._grown()
+
+
+_FREED: ContextVar[FreedMemory | None] = ContextVar("_FREED", default=None)
+
+
+def give_back_freed_memory() -> None:
+    """Between two intermediate results: `FreedMemory.give_back` of whoever keeps a budget."""
+    if (freed := _FREED.get()) is not None:
+        freed.give_back()
+
+
+def _resident() -> int | None:
+    """Bytes of this process in memory, where the system tells."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    """glibc's ``malloc_trim``; None elsewhere."""
+    try:
+        return cast("Callable[[int], int]", ctypes.CDLL(None).malloc_trim)
+    except (AttributeError, OSError, TypeError):
+        return None
 
 
 class Workspace:
@@ -70,7 +145,7 @@ class Workspace:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
         """An array whose values are not set; elsewhere than on the CPU it is the allocator's."""
         count = math.prod(shape)
-        if device.type != "cpu" or count * dtype.itemsize < SMALL:
+        if MEASURED.get() or device.type != "cpu" or count * dtype.itemsize < SMALL:
             return torch.empty(shape, dtype=dtype, device=device)
         block = self._block(count * dtype.itemsize)
         self._used[id(block)] = len(block)

@@ -17,10 +17,10 @@ from pathkernel.functional import ModelFunction
 from pathkernel.gradient_source import GradientSource
 from pathkernel.inner_products import contracted, paired_names
 from pathkernel.layers.factors import Dense, Lookup, Outer, Piece
+from pathkernel.memory_plan import Plan, keeps_memory
 from pathkernel.parameters import ParameterLayout
 from pathkernel.pull_back import Adjoint
-from pathkernel.query_blocks import keeps_memory
-from pathkernel.sweeps import _Backward
+from pathkernel.sweeps import Cuts, _Backward
 from pathkernel.update_rules.rule import adjoint
 
 DOUBLE = TOLERANCES[torch.float64]
@@ -180,7 +180,8 @@ def test_blocks_of_columns_and_of_queries_change_nothing(monkeypatch, optimizer:
     X = make_inputs(queries, tuple(run.queries.shape[1:]), seed=8)
     whole = pk.KernelMachine(run.trajectory).explain(X, outputs=0)
     monkeypatch.setattr("pathkernel.sweeps.BLOCK", 8 * queries)
-    blocks = pk.KernelMachine(run.trajectory, memory=4096).explain(X, outputs=0)
+    monkeypatch.setattr("pathkernel.kernel_machine.plan_backward", lambda *_: Plan(-(-queries // 2), None, Cuts()))
+    blocks = pk.KernelMachine(run.trajectory).explain(X, outputs=0)
     close(blocks.shares, whole.shares)
     close(blocks.channels["rounding"] + 1, whole.channels["rounding"] + 1)
 
@@ -236,7 +237,7 @@ def test_a_memory_is_kept_in_the_working_type_and_only_where_there_is_one() -> N
         machine = pk.KernelMachine(run.trajectory)
         queries, _, _ = machine._queries(run.queries, 0)
         curve = machine._curve(queries)
-        sweep = _Backward(curve, machine._recorded, None, None)
+        sweep = _Backward(curve, machine._recorded, None, None, Cuts())
         segment, q = next(curve.backward(sweep.account))
         sweep.step(segment, segment.step, q)
         held = [cotangent for slots in sweep.memory.values() for cotangent in slots if cotangent is not None]

@@ -22,7 +22,7 @@ from pathkernel.layers.handles import Handle, View
 from pathkernel.layers.recording import Recording, Use, module_rules
 from pathkernel.layers.rules import NoRule, SumOfSignals
 from pathkernel.pytrees import cast_floating, count
-from pathkernel.workspace import Workspace
+from pathkernel.workspace import Workspace, give_back_freed_memory
 
 FAILURES = (NoRule, RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
 """What a rule raises in a call that it does not cover."""
@@ -59,6 +59,7 @@ class Tape:
         plain: Mapping[str, str] | None = None,
         workspace: Workspace | None = None,
     ) -> None:
+        give_back_freed_memory()  # of the pass before
         self.function, self.n, self.workspace = function, count(inputs), workspace or Workspace(0)
         arrangement = lambda i: arrangements[i] if i < len(arrangements) else Arrangement()  # noqa: E731
         parameters = {name: value.detach() for name, value in function.parameters(theta).items()}

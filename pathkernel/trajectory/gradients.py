@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,22 +19,25 @@ from pathkernel._typing import Float, PyTree
 from pathkernel.errors import TrajectoryError
 from pathkernel.factored import FactoredGradients, working
 from pathkernel.functional import ModelFunction, Modes, batch_outputs
-from pathkernel.gradient_source import GradientSource
+from pathkernel.gradient_source import GradientSource, weighted_sum
+from pathkernel.interrupts import deliver
 from pathkernel.layers.tape import Tape
 from pathkernel.losses import (
     Objective,
     batch_gradient,
     batch_loss,
     batch_products,
-    coupled_rows,
+    coupled_row_blocks,
     output_cotangents,
+    weighted_gradient,
 )
 from pathkernel.parameters import ParameterLayout
-from pathkernel.pytrees import as_tensors, cast_floating
+from pathkernel.pytrees import as_tensors, blocks, cast_floating, count, take
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import UpdateRule
+from pathkernel.workspace import give_back_freed_memory
 
 GRADIENT_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """Relative difference between a recorded gradient and its recomputation that is still rounding.
@@ -140,6 +145,30 @@ def fit_gradient(layout: ParameterLayout, found: Tensor, expected: Tensor, toler
     return single
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How the samples of a batch go through the network.
+
+    Attributes
+    ----------
+    samples
+        How many at once; more than a batch has for whole batches.
+    streamed
+        Whether the gradients of a pass are used and dropped before the next.
+    """
+
+    samples: int
+    streamed: bool = False
+
+    def cut(self, batch: int) -> bool:
+        """Whether so many samples are taken in several passes."""
+        return batch > self.samples
+
+
+WHOLE = Passes(sys.maxsize)
+"""Every batch in one pass, its gradients held at once."""
+
+
 class RecordedGradients:
     """Gradients of recorded batches, recomputed, and compared with what the optimizer received.
 
@@ -151,6 +180,15 @@ class RecordedGradients:
         Bytes for rows of per-sample gradients.
     engine
         How they are taken, see `pathkernel.gradient_source.GradientSource`.
+
+    Attributes
+    ----------
+    largest
+        The largest norm of a recorded gradient.
+    most
+        Samples in the largest step.
+    examples
+        The largest batch of each kind of forward pass: its samples, its step, and its place in it.
     """
 
     def __init__(
@@ -161,17 +199,30 @@ class RecordedGradients:
         self.source = GradientSource(function, engine, memory)
         # Mixed precision rounds every product; rows by torch.func round as the loop did.
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
-        self.largest = max(step.gradient.norm().item() for step in trajectory.steps())
+        self.largest, self.most = 0.0, 0
+        self.examples: dict[Any, tuple[int, int, int]] = {}
+        for step in trajectory.steps():
+            self._meet(step)
         self._coupled = False
         self._separate: dict[Any, bool] = {}
 
-    def stages(self, step: Step, rows: bool) -> list[StageGradients]:
+    def _meet(self, step: Step) -> None:
+        """Take note of the largest gradient, step, and batch of each kind: (samples, step, place in it)."""
+        self.largest = max(self.largest, step.gradient.norm().item())
+        self.most = max(self.most, sum(len(batch.ids) for batch in step.batches))
+        for place, batch in enumerate(step.batches):
+            state, size = batch.state, len(batch.ids)
+            kind = _hashable(state.modes), bool(state.generators), state.autocast
+            if size > self.examples.get(kind, (0,))[0]:
+                self.examples[kind] = size, step.index, place
+
+    def stages(self, step: Step, rows: bool, passes: Passes = WHOLE) -> list[StageGradients]:
         """What the samples contributed to each gradient of a step, one by one (``rows``) or in total only."""
         trajectory, stages = self.trajectory, []
         for index, offset in enumerate(self._offsets(step)):
             point = step.before if offset is None else step.before.double() + offset
             ran = replace(step, batches=tuple(batch.at_stage(index) for batch in step.batches))
-            stages.append(self._stage(ran, point, rows, compare=trajectory.rule.stages == 1))
+            stages.append(self._stage(ran, point, rows, passes, compare=trajectory.rule.stages == 1))
         return stages
 
     def _offsets(self, step: Step) -> list[Tensor | None]:
@@ -190,16 +241,17 @@ class RecordedGradients:
                     vector[layout.slices[name]] = offset.double().reshape(-1)
         return offsets
 
-    def _stage(self, step: Step, point: Tensor, rows: bool, compare: bool) -> StageGradients:
+    def _stage(self, step: Step, point: Tensor, rows: bool, passes: Passes, compare: bool) -> StageGradients:
         trajectory = self.trajectory
         named = {**step.gradient_changes}
         regularizers = trajectory.objective.regularizer_gradients(self.function, point)
-        parts: tuple[FactoredGradients, ...] = ()
-        if rows:
-            parts = tuple(self._by_sample(step, batch, point) for batch in step.batches)
+        parts: Iterable[FactoredGradients] = ()
+        if rows and not passes.streamed:
+            parts = tuple(self._by_sample(step, point, passes))
             totals = [part.total() for part in parts]
         else:
-            totals = [self._in_total(step, batch, point) for batch in step.batches]
+            parts = _Streamed(lambda: self._by_sample(step, point, passes)) if rows else ()
+            totals = [self._in_total(step, batch, point, passes) for batch in step.batches]
         total = functools.reduce(operator.add, totals)
         self._silence(step, total)
         if not compare:
@@ -218,7 +270,7 @@ class RecordedGradients:
         if fit.relative > tolerance and fit.relative * recorded.norm().item() > tolerance * 1e-2 * self.largest:
             if rows and not self._coupled:
                 self._coupled = True  # perhaps samples are coupled by a layer that is not known to couple them
-                return self._stage(step, point, rows, compare)
+                return self._stage(step, point, rows, passes, compare)
             raise TrajectoryError(
                 f"At step {step.index} the samples on record explain the gradient only up to {fit.relative:.1%}, worst "
                 f"in `{fit.worst}`",
@@ -232,27 +284,71 @@ class RecordedGradients:
         channels["rounding"] = fit.difference
         return StageGradients(total * fit.factor, parts, channels, fit.factor, point, step.batches)
 
-    def _in_total(self, step: Step, batch: MicroBatch, point: Tensor) -> Tensor:
+    def _in_total(self, step: Step, batch: MicroBatch, point: Tensor, passes: Passes) -> Tensor:
         """The gradient of a micro-batch, run as it was, (P,) float64."""
         inputs, targets = samples_of(batch, self.trajectory.data)
-        function = self._replayed(step, batch)
-        return batch_gradient(function, point, self.trajectory.objective, inputs, targets, batch.weights).double()
+        function = self.replayed(step, batch)
+        if not passes.cut(len(batch.ids)) or self.inseparable(batch, point, inputs):
+            return batch_gradient(function, point, self.trajectory.objective, inputs, targets, batch.weights).double()
+        cotangents = self._cotangents(function, point, inputs, targets, batch.weights, passes)
+        total = torch.zeros(function.layout.size, dtype=torch.float64)
+        for piece in blocks(len(batch.ids), passes.samples):
+            total += weighted_gradient(function, point, take(inputs, piece), cotangents[piece])
+            give_back_freed_memory()
+        return total
 
-    def _by_sample(self, step: Step, batch: MicroBatch, point: Tensor) -> FactoredGradients:
-        """The gradients of the samples of a micro-batch, run as it was, (B,)."""
-        function = self._replayed(step, batch)
-        inputs, targets = samples_of(batch, self.trajectory.data)
-        objective, weights = self.trajectory.objective, batch.weights
-        if self._together(batch, point, inputs):
-            cotangents = output_cotangents(function, point, objective, inputs, targets, weights)
-            rows = coupled_rows(function, point, inputs, cotangents).to(working(function.dtype))
-            return FactoredGradients.dense(rows, function.layout)
-        source = self.rounded if batch.state.autocast else self.source
-        return source.pulled_back(
-            point, inputs, lambda outputs: slopes(function, objective, outputs, targets, weights), function
-        )
+    def _by_sample(self, step: Step, point: Tensor, passes: Passes) -> Iterator[FactoredGradients]:
+        """The gradients of the samples of each micro-batch, run as it was: (B,), or a pass at a time."""
+        for batch in step.batches:
+            function = self.replayed(step, batch)
+            inputs, targets = samples_of(batch, self.trajectory.data)
+            objective, weights, n = self.trajectory.objective, batch.weights, len(batch.ids)
+            source = self.source_of(batch)
+            if self.together(batch, point, inputs):
+                cotangents = output_cotangents(function, point, objective, inputs, targets, weights)
+                for rows in coupled_row_blocks(function, point, inputs, cotangents, min(n, passes.samples)):
+                    yield FactoredGradients.dense(rows.to(working(function.dtype)), function.layout)
+                    give_back_freed_memory()
+            elif not passes.cut(n) or self.inseparable(batch, point, inputs):
+                yield source.pulled_back(
+                    point, inputs, partial(slopes, function, objective, targets=targets, weights=weights), function
+                )
+            else:
+                cotangents = self._cotangents(function, point, inputs, targets, weights, passes)
+                for piece in blocks(n, passes.samples):
+                    yield source.gradients(
+                        point, take(inputs, piece), weighted_sum, cotangents[piece], None, function
+                    ).as_rows()
+                    give_back_freed_memory()
 
-    def _together(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
+    def _cotangents(
+        self,
+        function: ModelFunction,
+        point: Tensor,
+        inputs: PyTree,
+        targets: PyTree,
+        weights: Tensor | None,
+        passes: Passes,
+    ) -> Tensor:
+        """λ = ∂L/∂z of a batch whose samples are run a few at a time, (B, C)."""
+        returned, parameters = [], function.parameters(point)
+        with function.running(gradients=False):
+            for piece in blocks(count(inputs), passes.samples):
+                returned.append(function.call(parameters, cast_floating(take(inputs, piece), function.dtype)))
+                deliver()
+                give_back_freed_memory()
+        outputs = pytree.tree_map(lambda *z: torch.cat(z) if isinstance(z[0], Tensor) else z[0], *returned)
+        return slopes(function, self.trajectory.objective, outputs, targets, weights)
+
+    def source_of(self, batch: MicroBatch) -> GradientSource:
+        """Where the gradients of a batch come from."""
+        return self.rounded if batch.state.autocast else self.source
+
+    def inseparable(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
+        """Whether a batch cannot be run a few samples at a time: samples are coupled, or the pass is random."""
+        return bool(batch.state.generators) or self.together(batch, point, inputs)
+
+    def together(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
         """Whether the samples of a batch have to be run together, one reverse sweep for each."""
         if self._coupled or normalises_batch(self.function.module, batch.state.modes):
             return True
@@ -262,14 +358,16 @@ class RecordedGradients:
         # training mode couples no samples is seen once.
         if batch.state.autocast or self.source.engine == "jacobian":
             return True
-        key = batch.state.modes if isinstance(batch.state.modes, bool) else tuple(batch.state.modes.items())
+        key = _hashable(batch.state.modes)
         if key not in self._separate:
             self.source.tapes.record(point, inputs, self.function)
             tape = self.source.tapes.record(point, inputs, self.function.replaced(state=batch.state))
             self._separate[key] = not self.source.plain and _separate(tape)
         return not self._separate[key]
 
-    def kernel(self, step: Step, stage: StageGradients, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def kernel(
+        self, step: Step, stage: StageGradients, weight: Tensor, passes: Passes = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Ids (B,), slopes λ (B, C) and kernel values k = −⟨u, ∇z⟩ (Q, B, C) of each micro-batch of a step.
 
         One directional derivative of the whole batch, run as it was, for each query.
@@ -278,13 +376,21 @@ class RecordedGradients:
         self._silence(step, directions)
         objective = self.trajectory.objective
         for batch in stage.batches:
-            function = self._replayed(step, batch)
+            function = self.replayed(step, batch)
             inputs, targets = samples_of(batch, self.trajectory.data)
-            slopes = output_cotangents(function, stage.point, objective, inputs, targets, batch.weights)
-            products = batch_products(function, stage.point, inputs, directions)
-            yield batch.ids, slopes.double(), -products
+            if not passes.cut(len(batch.ids)) or self.inseparable(batch, stage.point, inputs):
+                slopes = output_cotangents(function, stage.point, objective, inputs, targets, batch.weights)
+                products = batch_products(function, stage.point, inputs, directions)
+                yield batch.ids, slopes.double(), -products
+                continue
+            slopes = self._cotangents(function, stage.point, inputs, targets, batch.weights, passes)
+            found = [
+                batch_products(function, stage.point, take(inputs, piece), directions)
+                for piece in blocks(len(batch.ids), passes.samples)
+            ]
+            yield batch.ids, slopes.double(), -torch.cat(found, dim=1)
 
-    def _replayed(self, step: Step, batch: MicroBatch) -> ModelFunction:
+    def replayed(self, step: Step, batch: MicroBatch) -> ModelFunction:
         """The network as a micro-batch ran it."""
         # Mixed precision is entered again from the recorded type: other types would not be rounded alike.
         function = self.recorded if batch.state.autocast else self.function
@@ -318,6 +424,10 @@ def slopes(
     return batch_outputs(zeros)
 
 
+def _hashable(modes: Modes) -> Any:
+    return modes if isinstance(modes, bool) else tuple(modes.items())
+
+
 def _separate(tape: Tape) -> bool:
     """Whether the outputs of the first sample depend on the first sample alone, in every layer."""
     first = torch.zeros_like(tape.outputs)
@@ -336,7 +446,8 @@ class StageGradients:
     samples
         Σ_i c_i g_i, (P,) float64.
     parts
-        The summands c_i g_i of each micro-batch without ``factor``, where asked.
+        The summands c_i g_i without ``factor``, where asked, in the order of the ids: of each micro-batch, or of each
+        pass; streamed ones are made anew each time they are gone through.
     channels
         What came from elsewhere, (P,) each: regularisers, named changes, and what the rounding of gradients left.
     factor
@@ -348,7 +459,7 @@ class StageGradients:
     """
 
     samples: Tensor
-    parts: tuple[FactoredGradients, ...]
+    parts: Iterable[FactoredGradients]
     channels: Mapping[str, Tensor]
     factor: float | Tensor
     point: Tensor
@@ -362,7 +473,20 @@ class StageGradients:
     def columns(self, where: slice, dtype: torch.dtype) -> Float[Tensor, "B size"]:
         """What the samples contributed to a part of θ."""
         rows = [part.columns(where, dtype) for part in self.parts]
-        joined = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return self.scaled(rows[0] if len(rows) == 1 else torch.cat(rows), where)
+
+    def scaled(self, columns: Tensor, where: slice) -> Tensor:
+        """A part of the summands with the factor."""
         if isinstance(self.factor, Tensor):
-            return joined * self.factor[where].to(dtype)
-        return joined if self.factor == 1.0 else joined * self.factor
+            return columns * self.factor[where].to(columns.dtype)
+        return columns if self.factor == 1.0 else columns * self.factor
+
+
+class _Streamed:
+    """Gradients made while they are gone through."""
+
+    def __init__(self, begin: Callable[[], Iterator[FactoredGradients]]) -> None:
+        self._begin = begin
+
+    def __iter__(self) -> Iterator[FactoredGradients]:
+        return self._begin()
