@@ -19,7 +19,6 @@ from pathkernel.parameters import ParameterLayout
 from pathkernel.pytrees import blocks, cast_floating, count, take
 from pathkernel.workspace import Workspace
 
-
 ROWS = 250_000_000
 """Bytes in which rows are formed at once. A smaller budget is kept by whoever asks for fewer samples."""
 

@@ -57,8 +57,8 @@ SHARE = 0.7
 """Part of a budget that is planned with: the rest is for gaps between tensors."""
 
 PASSING = 1.6
-"""What a process grows by in a pass through a network over what its tensors take at once: operations need memory inside,
-and many results of many sizes leave gaps. Measured on convolutional networks, where it is largest."""
+"""What a process grows by in a pass through a network, over what its tensors take at once: operations need memory
+inside, and many results of many sizes leave gaps. Measured on convolutional networks, where it is largest."""
 
 RUNTIME = 12 << 20
 """Bytes that code and Python's own objects take when they are first used, measured on three networks; of a small budget
@@ -79,8 +79,8 @@ AT_ONCE = 4096
 COLUMNS = (2**16, 2**14, 2**12, 2**10, 2**9, 2**8)
 """Entries of θ that may be formed at once."""
 
-PASS = 4
-"""Cost of a pass through the network by itself, in samples that go through it."""
+PASS, BLOCK_OF_COLUMNS = 1e6, 5e4
+"""Cost of a pass through the network, and of a block of columns, by itself: in entries of a sample's gradient."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ class _Batch:
 
     def __init__(self, gradients: RecordedGradients, step: Step, batch: MicroBatch, pushed: int) -> None:
         index = torch.arange(4) % len(batch.ids)
-        seen = (None if own is None else take(own, index) for own in (batch.inputs, batch.targets))
-        few = MicroBatch(batch.ids[index], None, *seen)
+        inputs, targets = (None if own is None else take(own, index) for own in (batch.inputs, batch.targets))
+        few = MicroBatch(batch.ids[index], None, inputs, targets)
         self.inputs, _ = samples_of(few, gradients.trajectory.data)
         self.point, self.pushed, self.function = step.before, pushed, gradients.replayed(step, batch)
         self.source, self.random = gradients.source_of(batch), bool(batch.state.generators)
@@ -308,7 +308,8 @@ class _Planner:
                 if best is None or cost < best[0]:
                     best = cost, replace(way, queries=even)
         if best is None:
-            raise refusal(min(max(phase.peak(1) for phase in self._phases(way, 1)) for way in self._ways(0)), self.memory)
+            least = min(max(phase.peak(1) for phase in self._phases(way, 1)) for way in self._ways(0))
+            raise refusal(least, self.memory)
         return best[1]
 
     # -- what is measured ------------------------------------------------------------------------------------
@@ -367,7 +368,7 @@ class _Planner:
     # -- what follows ----------------------------------------------------------------------------------------
 
     def _ample(self, two: Queries, usable: float) -> bool:
-        """Whether all fits at once even if everything that two samples take grew with their number, and came together."""
+        """Whether all fits at once even if all that two samples take grew with their number and came together."""
         quadrature = self.curve_of(two).quadrature
         if not (self.rule.elementwise and isinstance(quadrature, FixedQuadrature | DiscreteGradient)):
             return False
@@ -442,11 +443,13 @@ class _Planner:
                 yield Plan(1, passes, Cuts(batch, columns, max(1, scratch), roomy=False))
 
     def _cost(self, block: int, way: Plan) -> float:
-        """In samples that go through the network."""
-        most, columns = self.batches.most, max(1, self.size // way.cuts.columns)
+        """Of a step, in entries of a sample's gradient."""
+        most, columns = self.batches.most, math.ceil(self.size / way.cuts.columns)
         passes = math.ceil(most / min(most, way.cuts.batch.samples))
-        batch = most + PASS * passes + 2 * columns * (passes if way.cuts.batch.streamed else 1)
-        return math.ceil(self.samples / block) * batch + self.samples * (1 + PASS / (way.passes or block))
+        portions = passes if way.cuts.batch.streamed else 1
+        batch = most * self.size + PASS * passes + BLOCK_OF_COLUMNS * columns * portions
+        query = self.size + PASS / (way.passes or block)
+        return math.ceil(self.samples / block) * batch + self.samples * query
 
 
 def outputs_at_once(function: ModelFunction, theta: Tensor, inputs: PyTree, memory: int) -> int:

@@ -79,7 +79,8 @@ class Queries:
         """h at θ."""
         point = theta.to(self.function.dtype)
         with self.function.running(gradients=False):
-            found = [self._values(point, own.inputs, own.context).double().reshape(-1) for own in self._cut(self.forward)]
+            cut = self._cut(self.forward)
+            found = [self._values(point, own.inputs, own.context).double().reshape(-1) for own in cut]
         return _joined(found)
 
     def _cut(self, samples: int | None) -> Iterator[Queries]:

@@ -140,8 +140,8 @@ class _Backward:
             if rates:
                 self._scaled(q, rates, received[0], totals[0])
             for name, where, pulled in self._pulled(step, adjoint, q, rates, weights):
-                for stage, u, scale in pulled:
-                    totals[stage].add(name, received[stage].products(where, u, self._pushed), scale)
+                for place, u, scale in pulled:
+                    totals[place].add(name, received[place].products(where, u, self._pushed), scale)
         for total in totals:
             total.book()
         for stage, weight in zip(stages, weights, strict=False):

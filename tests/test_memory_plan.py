@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import make_inputs, record
+from cases import make_inputs
 from tolerances import TOLERANCES
 from torch import Tensor, nn
 
@@ -137,7 +137,9 @@ def close(found: Any, expected: Any, tolerance: float = DOUBLE.shares) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * max(1e-3, np.abs(expected).max(initial=0)))
 
 
-def assert_cut_is_whole(monkeypatch, plan: Plan, trajectory: pk.Trajectory, X: Tensor, *, form="folded", **asked) -> None:
+def assert_cut_is_whole(
+    monkeypatch, plan: Plan, trajectory: pk.Trajectory, X: Tensor, *, form: str = "folded", **asked: Any
+) -> None:
     whole = pk.KernelMachine(trajectory, form=form).explain(X, **asked)
     monkeypatch.setattr("pathkernel.kernel_machine.plan_backward", lambda *_: plan)
     cut = pk.KernelMachine(trajectory, form=form).explain(X, **asked)
