@@ -49,7 +49,7 @@ from pathkernel.pytrees import cast_floating, count, take
 from pathkernel.quadrature import Adaptive, DiscreteGradient, FixedQuadrature, Quadrature
 from pathkernel.queries import ProductStep, Queries
 from pathkernel.sweeps import BLOCK, FEW, Cuts
-from pathkernel.trajectory.gradients import Passes, RecordedGradients, samples_of
+from pathkernel.trajectory.gradients import WHOLE, Passes, RecordedGradients, samples_of
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -143,7 +143,7 @@ class BatchSizes:
             Whether only the sum of the gradients is wanted.
         """
         separate, whole, held, rows, inputs = [NOTHING], 0.0, 0.0, False, 0.0
-        for size, one in _kinds(gradients, pushed):
+        for size, one in _kinds(gradients, pushed, total):
             inputs = max(inputs, one.bytes)
             found = footprint(one.total if total else one.taken)
             if one.coupled or one.random:
@@ -155,23 +155,26 @@ class BatchSizes:
         return cls(gradients.most, largest, max(separate, key=lambda found: found.peak(64)), whole, held, rows, inputs)
 
     @staticmethod
-    def of_two(gradients: RecordedGradients, pushed: int) -> tuple[float, float]:
+    def of_two(gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> tuple[float, float]:
         """What two samples take at most, and what is held of them and their inputs."""
         peaks, held = [0.0], [0.0]
-        for _, one in _kinds(gradients, pushed):
+        for _, one in _kinds(gradients, pushed, total):
             with Allocations() as allocations:
-                _ = one.taken(2)
+                _ = one.total(2) if total else one.taken(2)
                 peaks.append(allocations.peak)
             rows = 8.0 * 2 * one.function.layout.size if one.coupled else 0.0
             held.append(allocations.held + rows + 2 * one.bytes)
         return max(peaks), max(held)
 
 
-def _kinds(gradients: RecordedGradients, pushed: int) -> Iterator[tuple[int, _Batch]]:
+def _kinds(gradients: RecordedGradients, pushed: int, total: bool) -> Iterator[tuple[int, _Batch]]:
     """The size of the largest batch of each kind of forward pass, and a few of its samples."""
     for size, index, place in gradients.examples.values():
         step = gradients.trajectory.store.read(index)
-        yield size, _Batch(gradients, step, step.batches[place], pushed)
+        one = _Batch(gradients, step, step.batches[place], pushed)
+        if not (one.coupled or total):
+            one.source.prove(one.point, take(one.inputs, slice(0, 2)), one.function)
+        yield size, one
 
 
 class _Batch:
@@ -185,8 +188,6 @@ class _Batch:
         self.point, self.pushed, self.function = step.before, pushed, gradients.replayed(step, batch)
         self.source, self.random = gradients.source_of(batch), bool(batch.state.generators)
         self.coupled = gradients.together(batch, step.before, self.inputs)
-        if not self.coupled:
-            self.source.prove(self.point, take(self.inputs, slice(0, 2)), self.function)
 
     @property
     def bytes(self) -> float:
@@ -493,6 +494,11 @@ def plan_forward(
     # Gradients, displacement, memory and directions of each channel.
     rule, values = trajectory.rule, 8.0 * queries.components * (channels + 8)
     fixed = vector * (STAGE + channels * (2 * rule.stages + len(rule.memory) + 2))
+    with Allocations() as two:
+        pushed(2)
+    one = PASSING / 2 * max(BatchSizes.of_two(gradients, total=True))
+    if (PASSING * two.peak / 2 + values) * samples + fixed + one * gradients.most <= usable:
+        return samples, WHOLE
     query = footprint(pushed).times(PASSING).plus(fixed - vector * channels)
     batches = BatchSizes.of(gradients, total=True)
     resting = fixed + values * samples
