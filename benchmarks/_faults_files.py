@@ -19,6 +19,7 @@ from _faults_training import Reference, Training, reference
 from pathkernel.errors import CorruptBlockError, PathKernelError, StoreError
 from pathkernel.storage.groups import checksum
 from pathkernel.trajectory.disk import DiskStore
+from pathkernel.trajectory.header import VERSION
 
 STEPS = 9
 
@@ -156,7 +157,7 @@ def edited(raw: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
 def versions(bench: Bench) -> Iterator[Outcome]:
     one = stored(bench.folder).copy(bench)
     raw = (one.path / "zarr.json").read_bytes()
-    for version in (2, 3, 99, 10**30, 0, -1, None, "1", 1.0, True, [1]):
+    for version in (VERSION + 1, VERSION + 2, 99, 10**30, 0, -1, None, "1", 1.0, True, [1]):
         for writer in ("9.9", None, ["9"]):
             change = partial(_set_version, version=version, writer=writer)
             outcome = with_damage(one, "zarr.json", edited(raw, change))

@@ -24,8 +24,9 @@ from _faults_table import FAILED, LOST, SURVIVED, WRONG, Bench, Fault, Outcome, 
 from _faults_training import Checkpoints, Training, bits, reference
 
 import pathkernel as pk
-from pathkernel.computations import identity_of, resumable_blocks
+from pathkernel.computations import resumable_blocks
 from pathkernel.errors import PathKernelError
+from pathkernel.question import identity_of
 from pathkernel.storage import Group
 from pathkernel.trajectory.disk import QUEUE, DiskStore
 

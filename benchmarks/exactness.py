@@ -6,7 +6,7 @@ Every row trains a network under `KernelRecorder`, explains test samples by thei
 Σ shares + Σ channels with what the network itself says:
 
 residual            ‖left over‖ / ‖f_S − f_0‖ over all queries
-quadrature_error    median over the queries of what the rule missed before any correction: the error bar of the shares
+quadrature_error    median over the queries of what the rule missed along the steps before any correction
 gradients_per_step  of each query
 agreement           share of the queries on which `KernelMachine.predict` equals the network's prediction (classifiers)
 seconds             for `explain`, without training

@@ -89,7 +89,8 @@ for q, digit in enumerate(why.outputs):
 # The account, and its certificate
 # --------------------------------
 # What the untrained network said, plus all shares, plus weight decay, is what it says now. ``residual`` tells whether
-# that sum is right; ``quadrature_error`` bounds how far single shares may be off.
+# that sum is right, ``quadrature_error`` how well the steps were followed. How far shares may be off is measured where
+# it is asked for: ``machine.explain(X, verify="shares").shares_error``.
 
 for q in range(3):
     parts = ", ".join(f"{name.replace('_', ' ')} {value[q]:+.3f}" for name, value in why.channels.items())

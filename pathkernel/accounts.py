@@ -25,6 +25,8 @@ class Account:
         (Q,) by name; a forward sweep puts the sum over samples under ``"samples"``.
     missed
         What the quadrature missed, in absolute value and summed over the pieces, (Q,).
+    short
+        The part of it that a quadrature with a tolerance accepted above its tolerance, (Q,).
     evaluations
         Query gradients taken per query, over all pieces.
     shares
@@ -33,26 +35,36 @@ class Account:
         (Q, N) by module name and (Q, S), where asked.
     form
         The sum in another form, where asked.
+    shares_error
+        Σ_i of the sizes of the errors of the shares, (Q,), where asked.
+    split_error
+        Of the batches that the shares are of, by `pathkernel.trajectory.gradients.SplitCertificate`, (Q,); NaN where it
+        was not measured.
     """
 
     channels: dict[str, Tensor]
     missed: Tensor
+    short: Tensor
     evaluations: float = 0.0
     shares: Tensor | None = None
     modules: dict[str, Tensor] = field(default_factory=dict)
     steps: Tensor | None = None
     form: Form | None = None
+    shares_error: Tensor | None = None
+    split_error: Tensor | None = None
 
     @classmethod
     def opened(cls, initial: Tensor) -> Account:
         """An account that holds the untrained network's outputs alone."""
         channels: dict[str, Tensor] = defaultdict(lambda: torch.zeros_like(initial))
         channels["initial"] = initial
-        return cls(channels, torch.zeros_like(initial))
+        return cls(channels, missed=torch.zeros_like(initial), short=torch.zeros_like(initial))
 
     def book(self, average: StepAverage) -> Any:
         """Note error and cost of a quadrature; returns its gradient."""
         self.missed += average.error
+        if average.short is not None:
+            self.short += average.short
         self.evaluations += average.evaluations
         return average.gradient
 
@@ -90,12 +102,21 @@ def joined(accounts: Iterable[Account], queries: int) -> Account:
             name: torch.cat([a.channels.get(name, torch.zeros_like(a.missed)) for a in found]) for name in names
         },
         missed=torch.cat([a.missed for a in found]),
+        short=torch.cat([a.short for a in found]),
         evaluations=sum(a.evaluations * len(a.missed) for a in found) / queries,
         shares=shares,
         modules=wide,
-        steps=None if found[0].steps is None else torch.cat([a.steps for a in found if a.steps is not None]),
+        steps=_joined([a.steps for a in found]),
         form=None if found[0].form is None else join_forms([a.form for a in found if a.form is not None]),
+        shares_error=_joined([a.shares_error for a in found]),
+        split_error=_joined([a.split_error for a in found]),
     )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """Rows of blocks of queries, or None where they were not asked for."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
 
 
 def arrays_of(account: Account) -> dict[str, np.ndarray]:
@@ -104,12 +125,13 @@ def arrays_of(account: Account) -> dict[str, np.ndarray]:
     arrays = {
         "shares": account.shares,
         "missed": account.missed,
+        "short": account.short,
         "evaluations": torch.full_like(account.missed, account.evaluations),
         **{f"channel {name}": value for name, value in account.channels.items()},
         **{f"module {name}": value for name, value in account.modules.items()},
     }
-    if account.steps is not None:
-        arrays["steps"] = account.steps
+    optional = {"steps": account.steps, "shares error": account.shares_error, "split error": account.split_error}
+    arrays |= {name: value for name, value in optional.items() if value is not None}
     return {name: value.numpy() for name, value in arrays.items()}
 
 
@@ -122,8 +144,11 @@ def account_of(arrays: Mapping[str, np.ndarray]) -> Account:
     return Account(
         channels=under("channel "),
         missed=tensors["missed"],
+        short=tensors["short"],
         evaluations=tensors["evaluations"].mean().item(),
         shares=tensors["shares"],
         modules=under("module "),
         steps=tensors.get("steps"),
+        shares_error=tensors.get("shares error"),
+        split_error=tensors.get("split error"),
     )

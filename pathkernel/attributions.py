@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pathkernel.errors import InputError, check
+from pathkernel.errors import CertificateWarning, InputError, check
 from pathkernel.forms import Form
 
 if TYPE_CHECKING:
     import pandas
+
+DOUBTFUL = 0.3
+"""Median quadrature error beyond which a user is warned."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,27 @@ class Attributions:
     samples, outputs
         (Q,) which of the given samples, and which of its outputs, each query is (-1 where a functional was asked).
     quadrature_error
-        (Q,) the sum over steps of what the uncorrected quadrature missed in absolute value, relative to
-        ``abs(f(θ_S) − f(θ_0))``: the error bar of the shares.
+        (Q,) the error along the steps: the sum over steps of what the uncorrected quadrature missed of the change of
+        f, in absolute value, relative to ``abs(f(θ_S) − f(θ_0))``. It costs nothing, since that change is known. It
+        is no error bar of single shares: those are products with the gradients of samples, which point in other
+        directions than the step does, and the averaged gradient may be wrong in these where it is right along the step.
+    shares_error
+        (Q,) the error bar of the shares, where ``verify="shares"`` was asked, else None: an estimate from above of
+        Σ_i abs(share_i − exact share_i), relative to ``abs(f(θ_S) − f(θ_0))`` as well, and so of what any single
+        share is off by. Exact is the integral of the query's gradient over each step. The bar is twice the error that
+        ever finer quadratures find, and more where those disagree or do not meet the change of f either.
     modules
         Shares by module name, (Q, N) each, where ``by="module"`` was asked.
     steps
         (Q, S) shares summed over the samples of each step, where ``by="step"`` was asked.
     gradients_per_step
         Query gradients taken per step and query.
+    split_error
+        How well the gradients of the training samples belong to them: rows of some batches against forward passes of
+        the batches as they ran, see `pathkernel.trajectory.gradients.SplitCertificate`. At rounding where they do, of
+        the order of 1 where a network's samples get each other's; NaN where it could not be measured.
+    engine
+        How the gradients of the training samples were formed: ``"layerwise"``, ``"jacobian"``, ``"autograd"``.
     form
         The same sum in the form that the machine was asked for: `pathkernel.forms.AverageForm`, `ConstantForm` or
         `EnsembleForm`; None for ``"folded"`` and ``"chord"``.
@@ -87,10 +104,13 @@ class Attributions:
     samples: np.ndarray
     outputs: np.ndarray
     quadrature_error: np.ndarray
+    shares_error: np.ndarray | None = None
     gradients_per_step: float = 0.0
     modules: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     steps: np.ndarray | None = field(default=None, repr=False)
     form: Form | None = field(default=None, repr=False)
+    split_error: float = float("nan")
+    engine: str = ""
 
     @property
     def initial(self) -> np.ndarray:
@@ -166,23 +186,84 @@ class Attributions:
         return {label: self.shares[:, y == label].sum(axis=1) for label in np.unique(y)}
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row for each query and training sample: ``query, sample, output, training_sample, share``."""
+        """One row for each query and training sample: ``query, sample, output, training_sample, share``.
+
+        Where ``verify="shares"`` was asked, also ``share_error``: what the query's shares may be off by in sum, and
+        each of them at most, in the units of the output.
+        """
         import pandas
 
         q, n = self.shares.shape
-        return pandas.DataFrame(
-            {
-                "query": np.repeat(np.arange(q), n),
-                "sample": np.repeat(self.samples, n),
-                "output": np.repeat(self.outputs, n),
-                "training_sample": np.tile(np.arange(n), q),
-                "share": self.shares.ravel(),
-            }
-        )
+        columns = {
+            "query": np.repeat(np.arange(q), n),
+            "sample": np.repeat(self.samples, n),
+            "output": np.repeat(self.outputs, n),
+            "training_sample": np.tile(np.arange(n), q),
+            "share": self.shares.ravel(),
+        }
+        if self.shares_error is not None:
+            columns["share_error"] = np.repeat(self.shares_error * self._moved, n)
+        return pandas.DataFrame(columns)
 
     def __repr__(self) -> str:
         q, n = self.shares.shape
+        errors = f"quadrature error {np.median(self.quadrature_error):.1e}"
+        if self.shares_error is not None:
+            errors += f", shares error {np.median(self.shares_error):.1e}"
         return (
             f"Attributions({q} queries × {n} training samples, channels: {', '.join(self.channels)}; "
-            f"residual {self.relative_residual:.1e}, quadrature error {np.median(self.quadrature_error):.1e} (median))"
+            f"residual {self.relative_residual:.1e}, {errors} (median), "
+            f"split error {'not checked' if np.isnan(self.split_error) else format(self.split_error, '.1e')})"
+        )
+
+
+def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float, stacklevel: int = 3) -> None:
+    """Warn of what the certificate says against trusting the split; to be called by what the user calls.
+
+    Parameters
+    ----------
+    why
+        An explanation.
+    short
+        (Q,) whether a quadrature with a tolerance had to stop above it.
+    limit
+        Split error up to which it is rounding.
+    stacklevel
+        Of the user's line, as `warnings.warn` counts.
+    """
+    if why.split_error > limit:
+        warnings.warn(
+            CertificateWarning(
+                f"The split error is {why.split_error:.1e}: rows of gradients and the batch run forward differ by more "
+                f"than rounding ({limit:.0e})",
+                "Every row belongs to its sample where they agree. A gradient that is not the derivative of what "
+                "`forward` computes, or ill-conditioned arithmetic, makes them differ",
+                "Compare with `KernelMachine(..., dtype=torch.float64)`",
+            ),
+            stacklevel=stacklevel,
+        )
+    error = float(np.median(why.quadrature_error)) if len(why.quadrature_error) else 0.0
+    if error > DOUBTFUL:
+        warnings.warn(
+            CertificateWarning(
+                f"The median quadrature error of {len(why.quadrature_error)} explained outputs is {error:.2g}",
+                f"Above {DOUBTFUL} the averaged gradients say little about how the outputs moved, and the split "
+                "between samples is not to be trusted. Usual causes are an autograd gradient that is not the "
+                "derivative of what `forward` computes (straight-through estimators, gradient reversal), which no "
+                "quadrature mends, and steps that are long for the quadrature",
+                'For long steps write `KernelMachine(..., quadrature="adaptive")`; `machine.explain(X, '
+                'verify="shares").shares_error` is the error bar of the shares',
+            ),
+            stacklevel=stacklevel,
+        )
+    if short.any():
+        warnings.warn(
+            CertificateWarning(
+                f"`Adaptive` stopped above its tolerance for {int(short.sum())} of {len(short)} explained outputs",
+                "Bisection meets the change of an output wherever the gradient is its derivative: not with "
+                "straight-through estimators or gradient reversal, and not across jumps of the output itself",
+                "Read `why.quadrature_error` for what is left, or allow more with `Adaptive(tolerance, "
+                "max_intervals=256)`",
+            ),
+            stacklevel=stacklevel,
         )

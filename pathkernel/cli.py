@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,10 @@ EXIT_CODES = "exit codes: 0 success, 1 damage found, 2 bad input, 130 interrupte
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file at once or not at all."""
+    from pathkernel.storage import write_atomically  # `pathkernel --help` should not wait for numpy
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomically(path, [f"{json.dumps(value, indent=2)}\n".encode()])
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,17 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from pathkernel._typing import PyTree
 from pathkernel.errors import StoreError, check
 from pathkernel.pytrees import blocks
+from pathkernel.question import Identity, differences
 from pathkernel.storage import MAX_CHUNK_BYTES, ChunkedArray, Group, Lock
-from pathkernel.trajectory.identity import compared, digest
-from pathkernel.trajectory.trajectory import Trajectory
 
-FORMAT, VERSION = "pathkernel-computation", 1
+FORMAT, VERSION = "pathkernel-computation", 2
 TILE_BYTES = MAX_CHUNK_BYTES // 2
 """Largest tile of a Gram matrix."""
 FINISHED = 2
@@ -40,23 +37,8 @@ WRITING = 0.05
 Settle = Callable[[Sequence[tuple[int, int | None]], Mapping[str, str]], Mapping[str, str]]
 
 
-def identity_of(trajectory: Trajectory, **settings: Any) -> dict[str, str]:
-    """What must be the same for a computation to be gone on with."""
-    ends = [("initial", trajectory.initial), ("final", trajectory.final)]
-    return {
-        "trajectory": f"{len(trajectory)} steps of {trajectory.rule.name}, {digest(ends)}",
-        **{key: str(value) for key, value in settings.items()},
-    }
-
-
-def samples_identity(X: PyTree) -> str:
-    """Number and digest of samples."""
-    leaves = [leaf for leaf in pytree.tree_leaves(X) if isinstance(leaf, Tensor)]
-    return f"{len(leaves[0]) if leaves else 0} samples, {digest(enumerate(leaves))}"
-
-
 @contextmanager
-def opened(path: str | os.PathLike[str], kind: str, identity: Mapping[str, str]) -> Iterator[Group]:
+def opened(path: str | os.PathLike[str], kind: str, identity: Identity) -> Iterator[Group]:
     """The group of a computation, new or begun before, held by this process alone.
 
     Raises
@@ -92,11 +74,11 @@ def opened(path: str | os.PathLike[str], kind: str, identity: Mapping[str, str])
             "Finish it with the pathkernel that began it, or give another path",
         )
         group.check(found)
-        differences = compared(found.get("identity", {}), identity, kind)
+        other = differences(found.get("identity", {}), identity, kind)
         check(
-            not differences,
+            not other,
             StoreError,
-            f"`{folder}` holds another computation. {'; '.join(differences)}",
+            f"`{folder}` holds another computation. {'; '.join(other)}",
             "Going on needs the same trajectory, settings and samples",
             "Give another path, or delete this one",
         )
@@ -105,7 +87,7 @@ def opened(path: str | os.PathLike[str], kind: str, identity: Mapping[str, str])
 
 def resumable_gram(
     path: str | os.PathLike[str],
-    identity: Mapping[str, str],
+    identity: Identity,
     shape: tuple[int, ...],
     symmetric: bool,
     terms: int,
@@ -118,7 +100,7 @@ def resumable_gram(
     Parameters
     ----------
     path, identity
-        Where it is kept, and what it is of.
+        Where it is kept, and what it is of; see `pathkernel.question`.
     shape
         (n, m), or (n, m, K, K).
     symmetric
@@ -237,7 +219,7 @@ class _Tile:
 
 def resumable_blocks(
     path: str | os.PathLike[str],
-    identity: Mapping[str, str],
+    identity: Identity,
     sizes: Sequence[int],
     block: Callable[[int], Mapping[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:

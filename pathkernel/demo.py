@@ -295,7 +295,7 @@ def write(
                 "what shares and channels leave of the change in training",
                 "within tolerance" if n["machine.residual"] <= 1e-5 else "above tolerance",
             ),
-            KeyFigure("Quadrature error", n["machine.quadrature_error"], "median error bar of the shares"),
+            KeyFigure("Quadrature error", n["machine.quadrature_error"], "median error along the steps"),
         ],
         table=[
             {key: f"{value:.2%}" if isinstance(value, float) else value for key, value in row.items()}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-class PathKernelError(ValueError):
-    """A refusal in three parts.
+class InThreeParts(Exception):
+    """What was found, what was expected, and what to write instead.
 
     Parameters
     ----------
@@ -24,13 +24,20 @@ class PathKernelError(ValueError):
         return type(self), (self.found, self.expected, self.write)
 
 
+class PathKernelError(InThreeParts, ValueError):
+    """A refusal in three parts."""
+
+
+class CertificateWarning(InThreeParts, UserWarning):
+    """A result whose certificate says that its split between samples cannot be trusted far."""
+
+
 class RecordingError(PathKernelError):
     """The training loop did something that cannot be put on record."""
 
 
 class UnsupportedOptimizerError(RecordingError):
     """No update rule is known for an optimizer, or for one of its options."""
-
 
 
 class NonFiniteStepError(RecordingError):
@@ -59,6 +66,10 @@ class CorruptBlockError(StoreError):
 
 class InputError(PathKernelError):
     """Samples of the wrong shape or type were given to a kernel."""
+
+
+class UnsupportedModelError(RecordingError, InputError):
+    """A network that has no tangent kernel: not differentiable, or no function of one sample."""
 
 
 def check(condition: bool, error: type[PathKernelError], found: str, expected: str, write: str) -> None:

@@ -63,6 +63,11 @@ class FactoredGradients:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def zero(self) -> bool:
+        """Whether there is nothing in them at all."""
+        return not self.pieces and self.multiples is None
+
     def rows(self, out: Tensor) -> Tensor:
         """The gradients themselves, (Q, P), in a matrix that is given."""
         for where in self.layout.slices.values():

@@ -7,23 +7,30 @@ a dict by parameter name) and z the outputs of a batch, flattened to (B, C).
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
+import math
+import random
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import grad, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Parameters, PyTree
 from pathkernel.errors import InputError
-from pathkernel.interrupts import deliver, held
-from pathkernel.parameters import ParameterLayout
-from pathkernel.pytrees import blocks, cast_floating, count, take
+from pathkernel.interrupts import attempt, deliver, held
+from pathkernel.parameters import ParameterLayout, constants_of
+from pathkernel.pytrees import arguments_of, blocks, cast_floating, count, take
+from pathkernel.structural_copy import StructuralCopy
 
 
 @contextmanager
@@ -86,6 +93,19 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 @contextmanager
+def generators_untouched() -> Iterator[None]:
+    """Leave the random generators of Python, numpy and torch as they are."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
 def generators_at(states: Mapping[str, Tensor]) -> Iterator[None]:
     """Draw random numbers from the given states inside, and leave torch's generators as they were."""
     if not states:
@@ -99,50 +119,134 @@ def generators_at(states: Mapping[str, Tensor]) -> Iterator[None]:
         yield
 
 
-def batch_outputs(outputs: PyTree) -> Tensor:
-    """Everything that a module returned for a batch, (B, C): floating tensors side by side, flattened.
+def batch_outputs(outputs: PyTree, n: int) -> Tensor:
+    """Everything that a module returned for n samples, (n, C): floating tensors side by side, flattened.
+
+    An output of (n·T, …) holds T rows for each sample, and one that has lost the axis of a single sample
+    (``squeeze()``) gets it back; that these are the samples' own is for `pathkernel.sample_wise` to see.
 
     Raises
     ------
     InputError
-        When an output does not have the samples along its first axis.
+        When an output does not have the samples along its first axis, or is complex.
     """
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    sizes = {leaf.shape[:1] for leaf in leaves}
-    if len(sizes) != 1 or sizes == {torch.Size()}:
+    every = [leaf for leaf in output_leaves(outputs) if isinstance(leaf, Tensor)]
+    if any(leaf.is_complex() for leaf in every):
         raise InputError(
-            f"The model returned tensors of shapes {', '.join(str(tuple(leaf.shape)) for leaf in leaves)}",
-            "Every output has the samples of the batch along its first axis",
+            "The model returned complex numbers",
+            "Tangent kernels are defined here for real outputs",
+            "Return real and imaginary part as two outputs, `torch.view_as_real(z)`",
+        )
+    leaves = [leaf for leaf in every if leaf.is_floating_point()]
+    if n == 1:
+        leaves = [leaf if leaf.shape[:1] == (1,) else leaf.unsqueeze(0) for leaf in leaves]
+    fits = [leaf.dim() > 0 and leaf.shape[0] % max(n, 1) == 0 and leaf.shape[0] >= n for leaf in leaves]
+    if not leaves or not all(fits):
+        raise InputError(
+            f"For {n} samples the model returned "
+            + (f"tensors of shapes {', '.join(str(tuple(leaf.shape)) for leaf in leaves)}" if leaves else "no outputs"),
+            "Every output has the samples of the batch along its first axis, and at least one is floating point",
             "Return per-sample outputs, and compute what belongs to the whole batch inside the loss",
         )
-    flat = [leaf.reshape(leaf.shape[0], -1) for leaf in leaves]
+    flat = [leaf.reshape(n, leaf.numel() // max(n, 1)) for leaf in leaves]
     return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
 
 
-def _aliases(module: nn.Module) -> dict[str, str]:
-    """Other names of shared parameters and buffers, and the name by which each is given."""
-    given = {id(value): name for name, value in _named_tensors(module, remove_duplicate=True)}
-    every = _named_tensors(module, remove_duplicate=False)
-    return {name: given[id(value)] for name, value in every if given[id(value)] != name}
+def output_leaves(outputs: PyTree) -> list[Any]:
+    """What is in the nested tuples, lists, dicts and dataclasses that a module returned."""
+    leaves = []
+    for leaf in pytree.tree_leaves(outputs):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            leaves += output_leaves([getattr(leaf, each.name) for each in dataclasses.fields(leaf)])
+        else:
+            leaves.append(leaf)
+    return leaves
 
 
-def _named_tensors(module: nn.Module, *, remove_duplicate: bool) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=remove_duplicate)
-    yield from module.named_buffers(remove_duplicate=remove_duplicate)
+def map_outputs(change: Callable[[Any], Any], outputs: PyTree) -> PyTree:
+    """What a module returned with every leaf changed."""
+
+    def changed(leaf: Any) -> Any:
+        if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+            return change(leaf)
+        again = copy.copy(leaf)
+        for name in (each.name for each in dataclasses.fields(leaf)):
+            object.__setattr__(again, name, map_outputs(change, getattr(leaf, name)))
+        return again
+
+    return pytree.tree_map(changed, outputs)
+
+
+class _Switch:
+    """A setting of the whole process that is changed while anybody needs it, and put back when nobody does any more.
+
+    Context managers that put back what they found are not enough: with two threads, the second one finds what the first
+    one set, and puts that back after the first one has left.
+
+    Parameters
+    ----------
+    change
+        Makes a context manager that changes the setting.
+    """
+
+    def __init__(self, change: Callable[[], Any]) -> None:
+        self._change, self._lock, self._inside = change, threading.Lock(), 0
+        self._manager: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._manager = self._change()
+                self._manager.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                manager, self._manager = self._manager, None
+                manager.__exit__(None, None, None)
 
 
 @contextmanager
-def _differentiable_kernels(recurrent: bool) -> Iterator[None]:
-    """Leave out fused encoder layers and oneDNN's recurrent layers: forward differentiation has no rule for them."""
-    fused = torch.backends.mha.get_fastpath_enabled()
+def _without_fused_encoders() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    flags = torch.backends.mkldnn.set_flags(_enabled=False) if recurrent else None
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        if flags is not None:
-            torch.backends.mkldnn.set_flags(_enabled=flags[0])
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    flags = torch.backends.mkldnn.set_flags(_enabled=False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=flags[0])
+
+
+@contextmanager
+def _without_fallback_warnings() -> Iterator[None]:
+    switches: Any = torch._C  # neither has a public name
+    enabled = switches._debug_only_are_vmap_fallback_warnings_enabled()
+    switches._debug_only_display_vmap_fallback_warnings(False)
+    try:
+        yield
+    finally:
+        switches._debug_only_display_vmap_fallback_warnings(enabled)
+
+
+_QUIET_FALLBACKS = _Switch(_without_fallback_warnings)
+"""`vmap` warns of operations that it treats one sample after the other, which is no fault of the user's."""
+
+# Forward differentiation has no rule for fused attention, fused encoder layers and oneDNN's recurrent layers.
+_PLAIN_ATTENTION = _Switch(lambda: sdpa_kernel(SDPBackend.MATH))
+_PLAIN_ENCODERS = _Switch(_without_fused_encoders)
+_PLAIN_RECURRENCE = _Switch(_without_onednn)
+_RANDOM = threading.RLock()
+"""Held by passes that draw random numbers: torch's generators belong to the process."""
 
 
 class ModelFunction:
@@ -168,15 +272,23 @@ class ModelFunction:
         self,
         module: nn.Module,
         layout: ParameterLayout,
-        constants: Parameters,
+        constants: Parameters | None = None,
         dtype: torch.dtype = torch.float32,
         state: ForwardState = EVALUATION,
         tap: str | None = None,
     ) -> None:
-        self.module, self.layout, self.dtype, self.state, self.tap = module, layout, dtype, state, tap
-        self.constants = cast_floating(dict(constants), dtype)
-        self.recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
-        self.aliases = _aliases(module)
+        self.layout, self.dtype, self.state, self.tap = layout, dtype, state, tap
+        self.structure = StructuralCopy(module)
+        self.constants = cast_floating({**constants_of(module, layout), **(constants or {})}, dtype)
+        self.recurrent = any(isinstance(child, (nn.RNNBase, nn.RNNCellBase)) for child in self.module.modules())
+        self.row_routes: dict[Any, str] = {}
+        self.sample_wise: set[Any] = set()
+        self.lock, self._kept = threading.RLock(), False
+
+    @property
+    def module(self) -> nn.Module:
+        """The copy of the module that passes run on."""
+        return self.structure.module
 
     def replaced(
         self,
@@ -193,55 +305,88 @@ class ModelFunction:
         other.tap = self.tap if tap is None else tap
         return other
 
+    def restricted(self, layout: ParameterLayout, theta: Parameters) -> ModelFunction:
+        """The same function of some of its parameters; the others are constants, with their values in ``theta``."""
+        other = copy.copy(self)
+        rest = {name: value for name, value in theta.items() if name not in layout.slices}
+        other.layout, other.constants = layout, {**self.constants, **cast_floating(rest, self.dtype)}
+        return other
+
     def converted(self, dtype: torch.dtype) -> ModelFunction:
         """The same function in another floating type."""
-        return ModelFunction(self.module, self.layout, self.constants, dtype, self.state, self.tap)
+        other = copy.copy(self)
+        other.dtype, other.constants, other.row_routes = dtype, cast_floating(dict(self.constants), dtype), {}
+        return other
 
     @contextmanager
-    def running(self, gradients: bool | None = None) -> Iterator[None]:
+    def running(self, gradients: bool | None = None, *, as_trained: bool = False) -> Iterator[None]:
         """Evaluate inside, once where the pass draws random numbers, with kernels that can be differentiated.
 
-        With or without autograd's graph; None leaves it as it is. Ctrl-C waits until the end, or for
-        `pathkernel.interrupts.deliver`: the module is the user's, and holds θ.
+        With or without autograd's graph; None leaves it as it is. ``as_trained`` leaves the choice of kernels to torch,
+        as the loop did. Ctrl-C waits until the end, or for `pathkernel.interrupts.deliver`: settings of torch, and its
+        random generators, have to be put back. One thread at a time.
         """
         device, dtype = self.state.autocast or ("cpu", None)
         with (
             held(),
+            self.lock,
+            _RANDOM if self.state.generators else nullcontext(),
             module_mode(self.module, self.state.modes),
             generators_at(self.state.generators),
-            sdpa_kernel(SDPBackend.MATH),
-            _differentiable_kernels(self.recurrent),
+            nullcontext() if as_trained else _PLAIN_ATTENTION,
+            nullcontext() if as_trained else _PLAIN_ENCODERS,
+            _PLAIN_RECURRENCE if self.recurrent and not as_trained else nullcontext(),
             torch.autocast(device, dtype=dtype, enabled=dtype is not None),
             nullcontext() if gradients is None else torch.set_grad_enabled(gradients),
         ):
             yield
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Leave the parameters of the latest pass where the network uses them: checkpoints run parts of it again."""
+        before, self._kept = self._kept, True
+        try:
+            yield
+        finally:
+            self._kept = before
+            self.structure.clear()
 
     def parameters(self, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
         """θ as a dict in the working floating type."""
         return self.layout.unflatten(vector.to(self.dtype))
 
     def call(self, parameters: Parameters, inputs: PyTree) -> Any:
-        """What the module returns for a batch; a tuple of inputs is spread over its arguments."""
-        arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-        constants = self.constants
-        if self.state.modes is not False:  # layers in train mode write to their buffers
-            constants = {name: value.clone() for name, value in constants.items()}
-        values = {**constants, **parameters}
-        # torch looks for shared weights in each call, which takes as long as a small network.
-        values |= {name: values[own] for name, own in self.aliases.items()}
-        if self.tap is None:
-            return functional_call(self.module, values, arguments, tie_weights=False)
+        """What the module returns for a batch; see `pathkernel.pytrees.arguments_of`."""
+        structure, evaluation = self.structure, self.state.modes is False
+        if structure.writes_inputs is not False:  # they are the user's
+            inputs = pytree.tree_map(lambda leaf: leaf.clone(), inputs)
+        arguments = arguments_of(self.module.forward, inputs)
+        # Layers in train mode write to their buffers, and some networks do so in evaluation.
+        written = structure.written if evaluation and structure.written is not None else structure.buffers
+        copies = {name: self.constants[name].clone() for name in written}
         tapped: list[Any] = []
-        handle = self.module.get_submodule(self.tap).register_forward_hook(lambda _, __, out: tapped.append(out))
-        try:
-            functional_call(self.module, values, arguments, tie_weights=False)
-        finally:
-            handle.remove()
-        return tapped[-1]
+        with self.lock:
+            handle = None
+            if self.tap is not None:
+                tapping = self.module.get_submodule(self.tap)
+                handle = tapping.register_forward_hook(lambda _, __, out: tapped.append(out))
+            structure.fill({**self.constants, **copies, **parameters})
+            try:
+                returned = self.module(*arguments)
+                if structure.writes_inputs is None:
+                    structure.writes_inputs = any(leaf._version > 0 for leaf in pytree.tree_leaves(inputs))
+                if evaluation and structure.written is None:
+                    structure.written = tuple(name for name, value in copies.items() if value._version > 0)
+            finally:
+                if handle is not None:
+                    handle.remove()
+                if not self._kept:
+                    structure.clear()
+        return returned if self.tap is None else tapped[-1]
 
     def batch(self, parameters: Parameters, inputs: PyTree) -> Tensor:
         """Outputs (B, C) of a batch, flattened sample by sample."""
-        return batch_outputs(self.call(parameters, inputs))
+        return batch_outputs(self.call(parameters, inputs), count(inputs))
 
     def single(self, parameters: Parameters, sample: PyTree) -> Tensor:
         """Outputs (C,) of one sample given without its batch axis."""
@@ -259,8 +404,40 @@ class ModelFunction:
         return torch.cat(found)
 
 
+REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError)
+"""What torch raises in a call that a transformation does not cover."""
+
 OutputFunctional = Callable[[Tensor, Any], Tensor]
 """h(z, context) of one sample's outputs z (C,): a scalar, or a vector (K,)."""
+
+
+def values_of(functional: OutputFunctional, outputs: Tensor, context: PyTree) -> Tensor:
+    """h of n samples, (n, K), from their outputs (n, C).
+
+    Raises
+    ------
+    InputError
+        When the outputs require gradients and h has none.
+    """
+    found = attempt(lambda: vmap(functional)(outputs, context), REFUSALS)
+    if isinstance(found, Exception):  # it asks for a number, as `z[z.argmax().item()]` does
+        found = torch.stack([functional(outputs[i], take(context, i)) for i in range(len(outputs))])
+    if outputs.requires_grad and not found.requires_grad:
+        raise InputError(
+            "`outputs=` is a function without a gradient in the network's outputs",
+            "Kernels and shares are made of its gradients: `argmax`, comparisons and `detach()` have none",
+            "Write a differentiable function of one sample's outputs, such as `lambda z: z[0] - z[1]`",
+        )
+    return found.reshape(len(outputs), -1)
+
+
+def slopes_of(functional: OutputFunctional, outputs: Tensor, context: PyTree) -> Float[Tensor, "n K C"]:
+    """∂h/∂z of n samples at their outputs (n, C)."""
+    with torch.enable_grad():
+        z = outputs.detach().requires_grad_(True)
+        h = values_of(functional, z, context)
+        rows = [torch.autograd.grad(h[:, k].sum(), z, retain_graph=True)[0] for k in range(h.shape[1])]
+    return torch.stack(rows, dim=1)
 
 
 def sample_gradients(
@@ -271,8 +448,9 @@ def sample_gradients(
     context: PyTree,
     *,
     scalar: bool,
+    route: str | None = None,
 ) -> dict[str, Tensor]:
-    """Gradients of h(f(θ, x_i), context_i) in θ, sample by sample.
+    r"""Gradients of h(f(θ, x_i), context_i) in θ, sample by sample.
 
     Parameters
     ----------
@@ -286,15 +464,47 @@ def sample_gradients(
         h, see `OutputFunctional`.
     scalar
         Whether h is a scalar (one reverse sweep a sample) or a vector (K sweeps a sample).
+    route
+        ``"vmap"``: all samples at once by `torch.func`; ``"autograd"``: a loop of plain autograd over samples, slow,
+        which covers whatever torch.func refuses; None: the first, where its rows are seen to be right.
 
     Returns
     -------
     dict of str to Tensor
         By parameter name, (n, *shape) for a scalar h, (n, K, *shape) otherwise, in the function's floating type.
         Memory is n·K·P numbers, and the caller chooses n.
+
+    Notes
+    -----
+    With None, rows are compared with the network run forward once for each new number and shape of samples,
+    :math:`\langle row_{ik}, v\rangle = \partial h_{ik}/\partial z_i \cdot (J v)_i` for a random v: `vmap` has been
+    seen to be wrong (of PReLU, for as many samples as outputs).
     """
     inputs = cast_floating(inputs, function.dtype)
+    arguments = vector, inputs, functional, context, scalar
+    key = _route_key(function, inputs, context, scalar)
+    if route is None and function.row_routes.get(key) != "autograd":
+        rows = attempt(lambda: _gradients_at_once(function, *arguments), REFUSALS)
+        if not isinstance(rows, Exception):
+            # Whether `vmap` is right may depend on the number of components, which is known only now.
+            proved = (*key, 1 if scalar else next(iter(rows.values())).shape[1])
+            if proved in function.row_routes or _are_own_rows(function, rows, *arguments):
+                function.row_routes[proved] = "vmap"
+                return rows
+    elif route == "vmap":
+        return _gradients_at_once(function, *arguments)
+    function.row_routes[key] = "autograd"
+    return _gradients_in_turn(function, *arguments)
 
+
+def _route_key(function: ModelFunction, inputs: PyTree, context: PyTree, scalar: bool) -> tuple[Any, ...]:
+    leaves = [leaf for leaf in pytree.tree_leaves((inputs, context)) if isinstance(leaf, Tensor)]
+    return (function.layout.names, function.tap, scalar, *((leaf.shape, leaf.dtype) for leaf in leaves))
+
+
+def _gradients_at_once(
+    function: ModelFunction, vector: Tensor, inputs: PyTree, functional: OutputFunctional, context: PyTree, scalar: bool
+) -> dict[str, Tensor]:
     def h(parameters: Parameters, sample: PyTree, sample_context: PyTree) -> Tensor:
         return functional(function.single(parameters, sample), sample_context)
 
@@ -303,9 +513,186 @@ def sample_gradients(
     if function.recurrent:  # its cells add to the hidden state in place, which vmap allows only with θ batched as well
         n = count(inputs)
         parameters = {name: value.expand(n, *value.shape) for name, value in parameters.items()}
-    with function.running():
+    with function.running(), _QUIET_FALLBACKS:
         rows = vmap(differentiate, in_dims=(0 if function.recurrent else None, 0, 0))(parameters, inputs, context)
     return {name: gradient.detach() for name, gradient in rows.items()}
+
+
+def _gradients_in_turn(
+    function: ModelFunction, vector: Tensor, inputs: PyTree, functional: OutputFunctional, context: PyTree, scalar: bool
+) -> dict[str, Tensor]:
+    rows = []
+    with function.running(gradients=True), function.kept():
+        for i in range(count(inputs)):
+            leaves = leaf_parameters(function, vector)
+            z = function.batch(leaves, take(inputs, slice(i, i + 1)))
+            h = values_of(functional, z, take(context, slice(i, i + 1)))[0]
+            units = torch.eye(len(h), dtype=h.dtype, device=h.device)
+            rows.append([pulled_back(leaves, h, unit, retain=k + 1 < len(h)) for k, unit in enumerate(units)])
+            deliver()
+    stacked = {name: torch.stack([torch.stack([g[name] for g in own]) for own in rows]) for name in leaves}
+    return {name: value[:, 0] for name, value in stacked.items()} if scalar else stacked
+
+
+def leaf_parameters(function: ModelFunction, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
+    """θ as leaves of autograd's graph, by name."""
+    return {name: value.detach().requires_grad_(True) for name, value in function.parameters(vector).items()}
+
+
+def pulled_back(leaves: Parameters, outputs: Tensor, cotangent: Tensor, *, retain: bool) -> dict[str, Tensor]:
+    """Jᵀ λ of a pass from the given leaves, by name; zeros for parameters that it does not use.
+
+    By ``backward``, which checkpoints allow where they refuse `torch.autograd.grad`.
+    """
+    for leaf in leaves.values():
+        leaf.grad = None
+    if outputs.requires_grad:
+        outputs.backward(cotangent, retain_graph=retain)
+    return {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+
+
+ROW_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""Difference between ⟨row_i, v⟩ and λ_i · (J v)_i, relative to the largest, up to which a row belongs to its sample."""
+
+
+def random_directions(size: int, count: int, seed: int = 0) -> Float[Tensor, "count P"]:
+    """Directions in the space of θ, float64."""
+    return torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _are_own_rows(
+    function: ModelFunction,
+    rows: Mapping[str, Tensor],
+    vector: Tensor,
+    inputs: PyTree,
+    functional: OutputFunctional,
+    context: PyTree,
+    scalar: bool,
+) -> bool:
+    """Whether rows belong to their samples, by one pass forward; decided in float64 where rounding might have a say."""
+    v = random_directions(function.layout.size, 1)
+    error = _error_of_gradients(function, rows, v, vector, inputs, functional, context, scalar)
+    if error <= ROW_LIMIT.get(function.dtype, 0.0) and not function.state.autocast:
+        return True
+    if error == math.inf:
+        return False
+    exact = function.converted(torch.float64).replaced(state=dataclasses.replace(function.state, autocast=None))
+    arguments = vector.double(), cast_floating(inputs, torch.float64), functional, cast_floating(context, torch.float64)
+    again = attempt(lambda: _gradients_at_once(exact, *arguments, scalar), REFUSALS)
+    if isinstance(again, Exception):
+        return False
+    return _error_of_gradients(exact, again, v, *arguments, scalar) <= ROW_LIMIT[torch.float64]
+
+
+def _error_of_gradients(
+    function: ModelFunction,
+    rows: Mapping[str, Tensor],
+    v: Tensor,
+    vector: Tensor,
+    inputs: PyTree,
+    functional: OutputFunctional,
+    context: PyTree,
+    scalar: bool,
+) -> float:
+    with function.running(gradients=False):
+        weights = slopes_of(functional, function.batch(function.parameters(vector), inputs), context)
+    flat = function.layout.flatten(rows)
+    found = flat.reshape(len(flat), -1, flat.shape[-1]) @ v.T.to(flat.dtype)
+    return error_of_rows(function, vector, inputs, v, found, weights)
+
+
+SMALL_BATCH = 2**15
+"""Numbers in the inputs of a batch, times directions, up to which derivatives along all directions are taken at once:
+the time of small networks is that of calls, and large ones would take as many times the memory."""
+
+
+def output_products(
+    function: ModelFunction,
+    vector: Float[Tensor, " P"],
+    inputs: PyTree,
+    directions: Float[Tensor, "D P"],
+    push: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor] | None = None,
+) -> Float[Tensor, "D n C"] | None:
+    """∇z·v for all outputs of a batch, run as it is, and a few directions, float64; None where torch has no way.
+
+    ``push`` is `push_forward` by default.
+    """
+    inputs, point = cast_floating(inputs, function.dtype), vector.to(function.dtype)
+
+    def outputs(theta: Tensor) -> Tensor:
+        return function.batch(function.layout.unflatten(theta), inputs)
+
+    along = directions.to(point)
+    load_transformations()
+
+    def at_once() -> Tensor:
+        with function.running(gradients=False), _QUIET_FALLBACKS:
+            return vmap(lambda direction: jvp(outputs, (point,), (direction,))[1])(along).double()
+
+    def one_by_one() -> Tensor:
+        found = []
+        # Random layers draw the same numbers every time; without any, all directions share one setting up.
+        for some in along.split(1 if function.state.generators else len(along)):
+            with function.running(gradients=False), function.kept():
+                for direction in some:
+                    found.append((push or push_forward)(outputs, point, direction).double())
+                    deliver()
+        return torch.stack(found)
+
+    together = ("directions", function.tap, function.layout.names)
+    small = sum(leaf.numel() for leaf in pytree.tree_leaves(inputs)) * len(along) <= SMALL_BATCH
+    several = len(along) > 1 and small and not function.state.generators
+    if several and push in (None, push_forward) and together not in function.row_routes:
+        found = attempt(at_once, REFUSALS)
+        if not isinstance(found, Exception):
+            return found
+        function.row_routes[together] = "one by one"
+    found = attempt(one_by_one, REFUSALS)
+    return None if isinstance(found, Exception) else found
+
+
+def error_of_rows(
+    function: ModelFunction,
+    vector: Float[Tensor, " P"],
+    inputs: PyTree,
+    directions: Float[Tensor, "D P"],
+    found: Float[Tensor, "n K D"],
+    weights: Float[Tensor, "n K C"],
+) -> float:
+    r"""By how much rows differ from what belongs to their samples.
+
+    .. math:: \max_{i,k,d} \lvert \langle row_{ik}, v_d\rangle - \lambda_{ik} \cdot (J v_d)_i \rvert
+              \,/\, \max_{i,k,d} \lvert \lambda_{ik} \cdot (J v_d)_i \rvert ,
+
+    with J v of the batch as it ran; infinite where torch has no way to J v.
+
+    Parameters
+    ----------
+    function, vector, inputs
+        The network, θ, and n samples.
+    directions
+        v.
+    found
+        ⟨row, v⟩.
+    weights
+        λ: the row of component k of sample i is :math:`J_i^\top \lambda_{ik}`.
+
+    Notes
+    -----
+    J v by forward differentiation. Where that says something else than the rows, by two reverse sweeps of the batch:
+    autograd's gradient need not be the derivative (it leaves out the row of an embedding's ``padding_idx``).
+    """
+    error, limit = math.inf, ROW_LIMIT.get(function.dtype, 0.0)
+    for push in (push_forward, _push_by_reversing):
+        pushed = output_products(function, vector, inputs, directions, push)
+        if pushed is not None:
+            expected = torch.einsum("nkc,dnc->nkd", weights.double(), pushed)
+            difference, scale = (found.double() - expected).abs().max().item(), expected.abs().max().item()
+            if math.isfinite(difference) and math.isfinite(scale):
+                error = min(error, difference / scale if scale > 0 else difference)
+        if error <= limit:
+            break
+    return error
 
 
 def gradients_along(
@@ -328,16 +715,66 @@ def gradients_along(
     def at(time: Tensor, sample: PyTree, sample_context: PyTree) -> tuple[Tensor, Tensor]:
         return grad(h, has_aux=True)(start + time * displacement, sample, sample_context)
 
-    with function.running():
-        rows, values = vmap(at)(times.to(function.dtype), inputs, context)
-    return values.detach(), rows.detach()
+    key = _route_key(function, inputs, context, True)
+    if (*key, 1) not in function.row_routes and function.row_routes.get(key) != "autograd":
+        sample_gradients(function, start, inputs, functional, context, scalar=True)  # decides whether `vmap` is right
+    if function.row_routes.get(key) != "autograd":
+        with function.running(), _QUIET_FALLBACKS:
+            rows, values = vmap(at)(times.to(function.dtype), inputs, context)
+        return values.detach(), rows.detach()
+    found = []
+    for i, time in enumerate(times.tolist()):
+        one = slice(i, i + 1)
+        sample, own, theta = take(inputs, one), take(context, one), start + time * displacement
+        gradient = sample_gradients(function, theta, sample, functional, own, scalar=True)
+        value = values_of(functional, function.outputs(theta, sample), own)[0, 0]
+        found.append((value, function.layout.flatten(gradient)[0]))
+    return torch.stack([value for value, _ in found]), torch.stack([row for _, row in found])
 
 
 def push_forward(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor) -> Tensor:
-    """Directional derivative of a function at a point, by forward differentiation."""
+    r"""Directional derivative of a function at a point.
+
+    By forward differentiation; where an operation has no rule for it, by two reverse sweeps,
+    :math:`J v = \partial_u \langle J^\top u, v\rangle`.
+    """
+    load_transformations()
+    found = attempt(lambda: jvp(function, (point,), (direction,))[1], REFUSALS)
+    return _push_by_reversing(function, point, direction) if isinstance(found, Exception) else found
+
+
+def _push_by_reversing(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor) -> Tensor:
+    with torch.enable_grad():
+        theta = point.detach().clone().requires_grad_(True)
+        outputs = function(theta)
+        u = torch.linspace(0.5, 1.5, outputs.numel(), dtype=outputs.dtype, device=outputs.device)
+        u = u.reshape(outputs.shape).requires_grad_(True)
+        (pulled,) = torch.autograd.grad(outputs, theta, u, create_graph=True)
+        product = pulled @ direction
+        (found,) = torch.autograd.grad(product, u)
+    # Functions that are differentiable once drop out of the second sweep without a word: ⟨Jᵀu, v⟩ and ⟨u, J v⟩ differ.
+    left, right = product.item(), (u * found).sum().item()
+    scale, rounding = (u * found).abs().sum().item() + abs(left), math.sqrt(torch.finfo(outputs.dtype).eps)
+    once = not abs(left - right) <= rounding * scale
+    # Reentrant checkpoints hide the parameters that they use from `grad`, and not from `backward`.
+    with torch.enable_grad():
+        whole = point.detach().clone().requires_grad_(True)
+        function(whole).backward(u.detach())
+    hidden = whole.grad is not None and not (whole.grad - pulled).norm() <= rounding * whole.grad.norm()
+    if once or hidden:
+        raise NotImplementedError("a function in the network can be differentiated only once, or not by `grad`")
+    return found.detach()
+
+
+@functools.cache
+def load_transformations() -> None:
+    """Let torch build what its transformations need, once: some megabytes and tenths of a second at their first use.
+
+    Without its warning about how it builds the decompositions of forward differentiation.
+    """
+    layer = torch.nn.functional.layer_norm
     with warnings.catch_warnings():
-        # torch builds its own decompositions with torch.jit.script, which it deprecates, on the first call.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
-        return jvp(function, (point,), (direction,))[1]
-
-
+        point, directions = torch.zeros(3, 2), torch.ones(2, 3, 2)
+        vmap(lambda v: jvp(lambda x: layer(x, (2,)), (point,), (v,))[1])(directions)
+        vmap(grad(lambda x: layer(x, (2,)).sum()))(point)

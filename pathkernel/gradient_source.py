@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.factored import FactoredGradients, in_working_type, working
-from pathkernel.functional import ModelFunction, OutputFunctional, sample_gradients
-from pathkernel.interrupts import held
+from pathkernel.functional import ModelFunction, OutputFunctional, sample_gradients, values_of
 from pathkernel.layers.factors import Piece
 from pathkernel.layers.proved import ProvedTapes
 from pathkernel.layers.tape import Tape
@@ -21,6 +19,9 @@ from pathkernel.workspace import Workspace
 
 ROWS = 250_000_000
 """Bytes in which rows are formed at once. A smaller budget is kept by whoever asks for fewer samples."""
+
+BY_ROWS = ("jacobian", "autograd")
+"""Engines that form rows of all parameters."""
 
 
 class GradientSource:
@@ -32,7 +33,8 @@ class GradientSource:
         The network.
     engine
         ``"auto"`` and ``"layerwise"``: from activations and back-propagated signals, parameters that these do not
-        account for as rows; ``"jacobian"``: all as rows, by `torch.func`.
+        account for as rows; ``"jacobian"``: all as rows, by `torch.func`; ``"autograd"``: all as rows, by a loop of
+        plain autograd over samples.
     memory
         Bytes of freed signals that are kept for the next ones.
     """
@@ -55,7 +57,7 @@ class GradientSource:
         ``function`` is the same network with other buffers or run in another way.
         """
         function = function or self.function
-        if self.engine == "jacobian":
+        if self.engine in BY_ROWS:
             rows = self._rows(function, function.layout.names, theta, inputs, functional, context, components)
             return FactoredGradients.of_rows(rows, function.layout)
         tape = self.tapes.record(theta, inputs, function)
@@ -73,18 +75,12 @@ class GradientSource:
         function: ModelFunction,
     ) -> FactoredGradients:
         """J_iᵀ λ_i of n samples, with λ (n, C) made of what the network returned for all of them."""
-        if self.engine == "jacobian":
+        if self.engine in BY_ROWS:
             with function.running(gradients=False):
                 weights = cotangents(function.call(function.parameters(theta), cast_floating(inputs, function.dtype)))
             return self.gradients(theta, inputs, weighted_sum, weights, None, function)
-        returned: list[PyTree] = []
-        with held():
-            handle = function.module.register_forward_hook(lambda _, __, outputs: returned.append(outputs))
-            try:
-                tape = self.tapes.record(theta, inputs, function)
-            finally:
-                handle.remove()
-        weights = cotangents(returned[-1])
+        tape = self.tapes.record(theta, inputs, function)
+        weights = cotangents(tape.returned)
         with torch.enable_grad():
             weighted = (tape.outputs * weights).sum(dim=1, keepdim=True)
         pieces = tuple(in_working_type(piece) for piece in tape.pieces(weighted))
@@ -95,16 +91,24 @@ class GradientSource:
 
     def prove(self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction) -> None:
         """Prove now how gradients are taken from such samples, which else happens with the first of them."""
-        if self.engine != "jacobian":
+        if self.engine not in BY_ROWS:
             self.tapes.record(theta, inputs, function)
 
     @property
     def plain(self) -> tuple[str, ...]:
         """Parameters whose gradients were last formed as rows, in the order of θ."""
-        if self.engine == "jacobian":
+        if self.engine in BY_ROWS:
             return self.function.layout.names
         coverage = self.tapes.coverage
         return tuple(name for name in self.function.layout.names if coverage is not None and name in coverage.plain)
+
+    @property
+    def engines(self) -> set[str]:
+        """How gradients were formed so far."""
+        routes = set(self.function.row_routes.values()) & {"vmap", "autograd"}
+        by_rows = {"autograd"} if self.engine == "autograd" else {{"vmap": "jacobian"}.get(r, r) for r in routes}
+        plain = self.plain
+        return by_rows if len(plain) == len(self.function.layout.names) else {"layerwise", *(by_rows if plain else ())}
 
     def _rows(
         self,
@@ -119,17 +123,20 @@ class GradientSource:
         """Gradients (n·K, size) of some parameters by `torch.func`, in blocks of samples."""
         values = function.layout.unflatten(theta)
         own = ParameterLayout.of({name: values[name] for name in names})
-        rest = {name: value for name, value in values.items() if name not in own.slices}
-        part = ModelFunction(
-            function.module, own, {**function.constants, **rest}, function.dtype, function.state, function.tap
-        )
+        part, route = function.restricted(own, values), "autograd" if self.engine == "autograd" else None
         k, point = components or 1, own.flatten(values)
         n, dtype = count(inputs), working(function.dtype)
         rows = {name: torch.empty(n * k, where.stop - where.start, dtype=dtype) for name, where in own.slices.items()}
         per_sample = 4 * k * own.size * torch.finfo(function.dtype).bits // 8
         for piece in blocks(n, ROWS // per_sample):
             found = sample_gradients(
-                part, point, take(inputs, piece), functional, take(context, piece), scalar=components is None
+                part,
+                point,
+                take(inputs, piece),
+                functional,
+                take(context, piece),
+                scalar=components is None,
+                route=route,
             )
             for name, gradient in found.items():
                 target = rows[name][piece.start * k : piece.stop * k]
@@ -145,5 +152,5 @@ def weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
 def tape_pieces(tape: Tape, functional: OutputFunctional, context: PyTree) -> tuple[Piece, ...]:
     """Pieces of ∇h on a tape, in a type of at least float32."""
     with torch.enable_grad():
-        h = vmap(functional)(tape.outputs, context)
-    return tuple(in_working_type(piece) for piece in tape.pieces(h.reshape(tape.n, -1)))
+        h = values_of(functional, tape.outputs, context)
+    return tuple(in_working_type(piece) for piece in tape.pieces(h))

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pathkernel import question
 from pathkernel._typing import PyTree
 from pathkernel.accounts import Account, account_of, arrays_of, joined
-from pathkernel.attributions import Attributions
+from pathkernel.attributions import Attributions, warn_of_doubts
+from pathkernel.averaging_error import AveragingError, Noted
 from pathkernel.curves import AverageCurve, ChordCurve, Curve, PathCurve
 from pathkernel.errors import InputError, TrajectoryError, check
 from pathkernel.forms import BUILDERS
 from pathkernel.forward_sweep import forward_sweep
-from pathkernel.functional import ModelFunction, OutputFunctional
+from pathkernel.functional import ModelFunction, OutputFunctional, load_transformations
 from pathkernel.gradient_source import GradientSource
 from pathkernel.memory_plan import AT_ONCE, Plan, outputs_at_once, plan_backward, plan_forward
+from pathkernel.pickling import check_picklable
 from pathkernel.pytrees import blocks, count, memory_bytes, take
-from pathkernel.quadrature import Quadrature, as_quadrature
-from pathkernel.queries import Queries, one_hot_context
+from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
+from pathkernel.queries import GradientStep, Queries, one_hot_context
+from pathkernel.sample_wise import check_sample_wise
 from pathkernel.sweeps import backward_sweep
 from pathkernel.tangent_kernel.outputs import select_outputs
-from pathkernel.tangent_kernel.tangent_kernel import split_samples
-from pathkernel.trajectory.gradients import RecordedGradients
+from pathkernel.tangent_kernel.tangent_kernel import learn_structure, no_samples, split_samples
+from pathkernel.threads import one_at_a_time
+from pathkernel.trajectory.gradients import EngineReplaced, RecordedGradients
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.workspace import FreedMemory, give_back_freed_memory
 
@@ -38,7 +45,7 @@ FORMS = {
 }
 """The forms of the same exact sum, and their properties."""
 
-ENGINES = ("auto", "layerwise", "jacobian")
+ENGINES = ("auto", "layerwise", "jacobian", "autograd")
 
 KEPT_QUERIES = 64
 """Samples in a block of a computation that is kept in a store: what an interruption may cost."""
@@ -49,6 +56,26 @@ ROUNDING_LIMIT = 0.1
 Each step's gradient is checked by itself, but the gradients of a step may be small beside the largest of the run and
 still move the outputs. A bias before BatchNorm under Adam in float32 takes a few per cent.
 """
+
+SAFETY = 2.0
+"""Times the error that a finer rule finds."""
+
+SHORT = 1e-10
+"""Part of the change of an output below which a tolerance that was not met is rounding inside the network."""
+
+MATRICES = 8
+"""Averages of the gradients of all queries, (Q, P), that are compared at once to find the error of one."""
+
+ROUNDINGS = 32
+"""Roundings of all shares together that their error is not below."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an explanation is to hold beside the shares."""
+
+    by: str | None = None
+    verify: bool = False
 
 
 class KernelMachine:
@@ -66,9 +93,9 @@ class KernelMachine:
     trajectory
         The recorded path, every step of it.
     quadrature
-        How query gradients are averaged over a step: ``"auto"`` (the discrete gradient: exact for every network with
-        one gradient a step), ``GaussLegendre(4)`` for smooth networks, ``Adaptive(1e-9)`` for networks with kinks, or
-        any other of `pathkernel.quadrature`.
+        How query gradients are averaged over a step: ``"auto"`` (the discrete gradient: the sum is exact for every
+        network with one gradient a step), ``GaussLegendre(4)`` for smooth networks, ``Adaptive(1e-9)`` for networks
+        with kinks, or any other of `pathkernel.quadrature`.
     form
         How the sum is written: ``"folded"`` (default), ``"average"``, ``"ensemble"``, ``"constant"``, ``"chord"``; see
         `pathkernel.forms`. All are exact; the certificate and the shares come with each.
@@ -78,7 +105,9 @@ class KernelMachine:
         Largest part of the change of the outputs that may come from unnamed changes before it is an error.
     engine
         How gradients are taken: ``"auto"`` or ``"layerwise"`` (from activations and back-propagated signals; parameters
-        that these do not account for as rows), or ``"jacobian"`` (all as rows by `torch.func`, plain and slow).
+        that these do not account for as rows), ``"jacobian"`` (all as rows by `torch.func`, plain and slow), or
+        ``"autograd"`` (one sample after the other, slower still). Rows are checked against the batch as it ran, and
+        where they are not its samples', those of the next of these engines are taken; the result names them.
     memory
         Budget for all that is held beside the trajectory, the inputs and the result, as bytes or text. Queries are
         taken in blocks, and batches in passes, that fit it (`pathkernel.memory_plan`); a budget too small for the
@@ -173,9 +202,23 @@ class KernelMachine:
             f"It refines below that type's rounding and needs {needed}",
             "Leave `dtype` out, or use `DiscreteGradient()`",
         )
-        self.function = trajectory.function(dtype or needed)
+        self._dtype = dtype or needed
+        self._make()
+
+    def _make(self) -> None:
+        """What is made of the rest, and is not saved."""
+        load_transformations()  # is not a call's, whose memory has a budget
+        self.function = self.trajectory.function(self._dtype)
         self._gradients: RecordedGradients | None = None
         self._sources: dict[str | None, GradientSource] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        check_picklable(quadrature=self.quadrature)
+        return {name: value for name, value in vars(self).items() if name not in ("function", "_gradients", "_sources")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make()
 
     # -- what the network says -------------------------------------------------------------------------------
 
@@ -231,24 +274,32 @@ class KernelMachine:
         loss = self.trajectory.loss
         if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss)):
             return True
-        target = torch.utils._pytree.tree_leaves(self.trajectory.data[torch.zeros(1, dtype=torch.int64)][1])[0]
+        target = torch.utils._pytree.tree_leaves(self.trajectory.data.example[1])[0]
         return not target.is_floating_point() and target.dim() == 1
 
+    @property
+    def lock(self) -> Any:
+        """Held by one thread at a time."""
+        return self.trajectory.lock
+
+    @one_at_a_time
     def _reconstruct(self, X: PyTree) -> np.ndarray:
         with FreedMemory(self.memory):
             queries = self._all_outputs(self._samples(X))
-            account = self._forward(queries)
+            account = self._settled(lambda: self._forward(queries))
             self._check_unexplained(account, self._curve(queries).final())
         return sum(account.channels.values(), torch.zeros(())).reshape(-1, queries.components).numpy()
 
     # -- why it says so ---------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def explain(
         self,
         X: PyTree,
         outputs: Any = None,
         by: str | None = None,
         store: str | os.PathLike[str] | None = None,
+        verify: str | None = None,
     ) -> Attributions:
         """How much each training sample moved each query output.
 
@@ -265,13 +316,36 @@ class KernelMachine:
             ``"module"`` splits the shares by module as well, ``"step"`` adds each step's total.
         store
             A folder in which finished blocks of queries are kept: the same call goes on from there after an
-            interruption. For the folded form.
+            interruption, and another question is refused, by what ``outputs`` does. For the forms folded and chord.
+        verify
+            ``"shares"`` measures the error of the shares of each query by laying the quadrature on ever more pieces
+            of the steps, for ``why.shares_error``. It takes 6 to some 50 gradients of each step that is checked (for
+            quadratures of one node): all steps of a run of up to 64, then about 64 for each query.
 
         Returns
         -------
         Attributions
             Shares (Q, N), channels, and the certificate.
+
+        Warns
+        -----
+        CertificateWarning
+            Where the median quadrature error exceeds 0.3, where `Adaptive` had to stop above its tolerance, and where
+            the split error is more than rounding.
         """
+        why, short = self._explained(X, outputs, by, store, verify)
+        warn_of_doubts(why, short, self._recorded.certificate.limit, stacklevel=4)  # past `one_at_a_time`
+        return why
+
+    def _explained(
+        self,
+        X: PyTree,
+        outputs: Any = None,
+        by: str | None = None,
+        store: str | os.PathLike[str] | None = None,
+        verify: str | None = None,
+    ) -> tuple[Attributions, np.ndarray]:
+        """The explanation, and for each query whether its quadrature had to stop above its tolerance, (Q,)."""
         check(
             by in (None, "module", "step"),
             InputError,
@@ -279,32 +353,55 @@ class KernelMachine:
             'Shares are split by "module" or by "step"',
             'Write `machine.explain(X, by="module")`',
         )
+        if verify not in (None, "shares"):
+            raise InputError(
+                f"`verify={verify!r}` was given",
+                'What can be verified are the "shares"',
+                'Write `machine.explain(X, verify="shares")`, or leave it out',
+            )
+        asked = Asked(by, verify is not None)
         with FreedMemory(self.memory):
             queries, samples, indices = self._queries(X, outputs)
-            account = self._backward(queries, by) if store is None else self._stored(store, queries, by, outputs)
+            account = self._settled(
+                lambda: self._backward(queries, asked) if store is None else self._stored(store, queries, asked)
+            )
             output = self._curve(queries).final()
             self._check_unexplained(account, output)
         moved = (output - account.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
         assert account.shares is not None
-        return Attributions(
+        why = Attributions(
             shares=account.shares.numpy(),
             channels={name: value.numpy() for name, value in account.channels.items()},
             output=output.numpy(),
             samples=samples,
             outputs=indices,
             quadrature_error=(account.missed / moved).numpy(),
+            shares_error=None if account.shares_error is None else (account.shares_error / moved).numpy(),
             gradients_per_step=account.evaluations / len(self.trajectory),
             modules={name: value.numpy() for name, value in account.modules.items()},
             steps=None if account.steps is None else account.steps.numpy(),
             form=account.form,
+            split_error=_largest(account.split_error),
+            engine=", ".join(sorted(self._recorded.certificate.engines)),
         )
+        tolerance = self.quadrature.tolerance if isinstance(self.quadrature, Adaptive) else 0.0
+        return why, (account.short > max(tolerance, SHORT) * moved).numpy()
+
+    def _settled(self, compute: Callable[[], Account]) -> Account:
+        """An account all of whose rows were formed in a way that was not found wrong at any batch."""
+        while True:
+            try:
+                return compute()
+            except EngineReplaced:  # at most once: rows of whole batches come next, and nothing after them
+                continue
 
     def _queries(self, X: PyTree, outputs: Any) -> tuple[Queries, np.ndarray, np.ndarray]:
         """The query functions, and which sample and output each of them is."""
         if isinstance(outputs, str) and outputs == "loss":
             selection = select_outputs("loss", self.trajectory.loss, self.trajectory.objective.reduction)
-            inputs, targets = split_samples(X, selection, self.trajectory.data.dtype)
+            inputs, targets = split_samples(X, selection, self.trajectory.data.dtype, "KernelMachine")
             inputs = self._samples(inputs)
+            learn_structure(selection, self.function, self.trajectory.initial, inputs)
             queries = self._query(self.function, inputs, selection.function, targets, None)
             return queries, np.arange(len(queries)), np.full(len(queries), -1)
         inputs = self._samples(X)
@@ -390,7 +487,11 @@ class KernelMachine:
         return function.outputs(theta, inputs, outputs_at_once(function, theta, inputs, self.memory))
 
     def _samples(self, X: PyTree) -> PyTree:
-        return self.trajectory.data.queries(X, "KernelMachine")
+        inputs = self.trajectory.queries(X, "KernelMachine")
+        if not count(inputs):
+            raise no_samples("KernelMachine")
+        check_sample_wise(self.function, self.trajectory.initial, inputs)
+        return inputs
 
     # -- the sweeps, in blocks of queries ---------------------------------------------------------------------
 
@@ -413,18 +514,19 @@ class KernelMachine:
         give_back_freed_memory()
         return forward_sweep(self._curve(queries), recorded, self.progress, passes)
 
-    def _backward(self, queries: Queries, by: str | None) -> Account:
+    def _backward(self, queries: Queries, asked: Asked) -> Account:
         """Blocks of queries that fit the budget."""
-        plan = self._plan(queries, by)
-        swept = (self._swept(queries.block(piece), by, plan) for piece in blocks(count(queries.inputs), plan.queries))
-        return joined(swept, len(queries))
+        plan = self._plan(queries, asked)
+        cut = blocks(count(queries.inputs), plan.queries)
+        return joined((self._swept(queries.block(piece), asked, plan) for piece in cut), len(queries))
 
-    def _plan(self, queries: Queries, by: str | None) -> Plan:
-        plan = plan_backward(self._curve, queries, self._recorded, self.memory, by, self.form in BUILDERS)
+    def _plan(self, queries: Queries, asked: Asked) -> Plan:
+        dense, matrices = self.form in BUILDERS, MATRICES * asked.verify
+        plan = plan_backward(self._curve, queries, self._recorded, self.memory, asked.by, dense, matrices)
         give_back_freed_memory()
         return plan
 
-    def _stored(self, store: str | os.PathLike[str], queries: Queries, by: str | None, outputs: Any) -> Account:
+    def _stored(self, store: str | os.PathLike[str], queries: Queries, asked: Asked) -> Account:
         """The same, block by block in a store."""
         from pathkernel import computations  # not before it is needed: what writes to disk takes a second to load
 
@@ -435,20 +537,50 @@ class KernelMachine:
             "What is kept are shares, channels and the certificate, of the forms folded and chord",
             'Write `KernelMachine(trajectory, form="folded")`, or leave `store` out',
         )
-        plan = self._plan(queries, by)
-        pieces = list(blocks(count(queries.inputs), min(plan.queries, KEPT_QUERIES)))
-        settings = f"{self.quadrature!r}, {self.form}, {self.weights}, {self.function.dtype}, by {by}"
-        identity = computations.identity_of(
-            self.trajectory,
-            machine=settings,
-            outputs=outputs if isinstance(outputs, (str, int)) else getattr(outputs, "__qualname__", "chosen"),
-            queries=computations.samples_identity((queries.inputs, queries.context)),
-        )
+        # The same blocks whatever the budget, which another call may give otherwise: it cuts them further.
+        pieces = list(blocks(len(queries) // queries.components, KEPT_QUERIES))
         sizes = [(piece.stop - piece.start) * queries.components for piece in pieces]
         kept = computations.resumable_blocks(
-            store, identity, sizes, lambda index: arrays_of(self._swept(queries.block(pieces[index]), by, plan))
+            store,
+            self._identity(queries, asked),
+            sizes,
+            lambda index: arrays_of(self._backward(queries.block(pieces[index]), asked)),
         )
         return account_of(kept)
+
+    def _identity(self, queries: Queries, wanted: Asked) -> dict[str, Any]:
+        """Everything that an explanation depends on; not the budget, and not what is only checked afterwards."""
+        trajectory, function = self.trajectory, queries.function
+        aside = question.nearby(trajectory)
+        points = self._points(function, aside)
+        asked = question.behaviour(queries.functional, points, queries.inputs, queries.context)
+        if not question.is_ours(self.quadrature):
+            curve, segment = self._curve(queries.block(slice(0, 1))), next(trajectory.segments(reverse=True))
+            gradient = self.quadrature.average(GradientStep(curve.queries, segment)).gradient
+            directions = [torch.nn.functional.normalize(v.double(), dim=0) for v in (segment.displacement, aside)]
+            average = torch.stack([gradient @ direction for direction in directions])
+            asked["averages"] = question.numbers([average], question.NETWORK_ROUNDING[function.dtype])
+        return question.identity_of(
+            trajectory,
+            machine=f"{self.form}, {self.engine}, {function.dtype}, {wanted!r}",
+            quadrature=question.described(self.quadrature, "quadrature"),
+            weights=question.described(self.weights and trajectory.averages[self.weights], "weights"),
+            module=function.tap,
+            components=None if queries.scalar else queries.components,
+            queries=question.samples_identity((queries.inputs, queries.context)),
+            **asked,
+        )
+
+    def _points(self, function: ModelFunction, aside: Tensor) -> list[tuple[ModelFunction, Tensor]]:
+        """The explained network at its start, at its end, and elsewhere."""
+        trajectory = self.trajectory
+        if self.weights is None:
+            trained = function.replaced(constants=trajectory.final_buffers)
+            return [(function, trajectory.initial), (trained, trajectory.final), (trained, aside)]
+        record = trajectory.averages[self.weights]
+        averaged = function.replaced(constants=record.constants(trajectory))
+        first, last = (trajectory.layout.flatten(values) for values in (record.initial, record.last))
+        return [(averaged, first), (averaged, last), (averaged, aside)]
 
     def _check_unexplained(self, account: Account, output: Tensor) -> None:
         """Fail loudly where too much of the account has no name."""
@@ -481,13 +613,27 @@ class KernelMachine:
             "`KernelMachine(..., unexplained=1.0)`",
         )
 
-    def _swept(self, queries: Queries, by: str | None, plan: Plan) -> Account:
+    def _swept(self, queries: Queries, asked: Asked, plan: Plan) -> Account:
         queries.passes = plan.passes
         builder = BUILDERS[self.form](len(self.trajectory.data)) if self.form in BUILDERS else None
-        curve, recorded = self._curve(queries), self._recorded
-        account = backward_sweep(curve, recorded, by, builder, self.progress, plan.cuts)
+        curve = self._curve(queries)
+        noted = Noted(curve.quadrature)
+        if asked.verify:
+            curve.quadrature = noted
+        account = backward_sweep(curve, self._recorded, asked.by, builder, self.progress, plan.cuts)
         account.form = None if builder is None else builder.finish()
+        account.split_error = torch.full_like(account.missed, self._recorded.certificate.error)
+        if asked.verify:
+            curve.quadrature = AveragingError(noted)
+            account.shares_error = self._shares_error(curve, account, plan)
         return account
+
+    def _shares_error(self, curve: Curve, account: Account, plan: Plan) -> Tensor:
+        """Σ_i of the sizes of the errors of the shares, (Q,): the sweep of what the averaged gradients are off by."""
+        errors = backward_sweep(curve, self._recorded, progress=self.progress, cuts=plan.cuts)
+        assert errors.shares is not None and account.shares is not None
+        rounding = ROUNDINGS * torch.finfo(self.function.dtype).eps * account.shares.abs().sum(dim=1)
+        return SAFETY * errors.shares.abs().sum(dim=1) + errors.missed + rounding
 
     def __repr__(self) -> str:
         weights = "" if self.weights is None else f", weights={self.weights!r}"
@@ -495,3 +641,9 @@ class KernelMachine:
             f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{weights}: exact "
             f"for every recorded step; {FORMS[self.form]}; not symmetric, so not a kernel for scikit-learn)"
         )
+
+
+def _largest(errors: Tensor | None) -> float:
+    """The largest of those that were measured; NaN where none was."""
+    known = torch.zeros(0) if errors is None else errors[~errors.isnan()]
+    return known.max().item() if len(known) else float("nan")

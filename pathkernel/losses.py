@@ -12,16 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Loss, Parameters, PyTree
 from pathkernel.errors import InputError
-from pathkernel.functional import ModelFunction, batch_outputs, push_forward
+from pathkernel.functional import (
+    ModelFunction,
+    batch_outputs,
+    leaf_parameters,
+    map_outputs,
+    output_leaves,
+    output_products,
+    pulled_back,
+)
 from pathkernel.interrupts import deliver
-from pathkernel.pytrees import blocks, cast_floating, take
+from pathkernel.pytrees import blocks, cast_floating, count, take
 from pathkernel.workspace import give_back_freed_memory
 
 
@@ -89,13 +97,13 @@ def batch_gradient(
     weights: Tensor | None = None,
 ) -> Float[Tensor, " P"]:
     """∇L of a whole batch at θ, (P,), by one reverse sweep; regularisers are left out."""
-    theta = vector.to(function.dtype).detach().requires_grad_(True)
-    with function.running(gradients=True):
-        outputs = function.call(function.layout.unflatten(theta), cast_floating(inputs, function.dtype))
+    leaves = leaf_parameters(function, vector)
+    with function.running(gradients=True), function.kept():
+        outputs = function.call(leaves, cast_floating(inputs, function.dtype))
         targets = cast_floating(targets, function.dtype)
         value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
-        (gradient,) = torch.autograd.grad(value, theta)
-    return gradient
+        gradients = pulled_back(leaves, value, torch.ones_like(value), retain=False)
+    return function.layout.flatten(gradients)
 
 
 def output_cotangents(
@@ -109,16 +117,27 @@ def output_cotangents(
     """λ = ∂L/∂z for the outputs of a batch, (B, C) in the order of `pathkernel.functional.batch_outputs`."""
     with function.running(gradients=False):
         outputs = function.call(function.parameters(vector), cast_floating(inputs, function.dtype))
+    return loss_slopes(function, objective, outputs, targets, weights, count(inputs))
+
+
+def loss_slopes(
+    function: ModelFunction,
+    objective: Objective,
+    outputs: PyTree,
+    targets: PyTree,
+    weights: Tensor | None,
+    n: int,
+) -> Tensor:
+    """λ = ∂L/∂z of what the network returned for n samples, (n, C) in the order of `batch_outputs`."""
     floating = lambda leaf: isinstance(leaf, Tensor) and leaf.is_floating_point()  # noqa: E731
-    outputs = pytree.tree_map(lambda z: z.detach().requires_grad_(True) if floating(z) else z, outputs)
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if floating(leaf)]
+    outputs = map_outputs(lambda z: z.detach().requires_grad_(True) if floating(z) else z, outputs)
+    leaves = [leaf for leaf in output_leaves(outputs) if floating(leaf)]
     with function.running(gradients=True):
         targets = cast_floating(targets, function.dtype)
         value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
-        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
-    return batch_outputs(
-        [torch.zeros_like(z) if gradient is None else gradient for z, gradient in zip(leaves, gradients, strict=True)]
-    )
+        found = torch.autograd.grad(value, leaves, allow_unused=True)
+    zeros = [torch.zeros_like(z) if gradient is None else gradient for z, gradient in zip(leaves, found, strict=True)]
+    return batch_outputs(zeros, n)
 
 
 def coupled_rows(
@@ -135,19 +154,19 @@ def coupled_rows(
 def coupled_row_blocks(
     function: ModelFunction, vector: Float[Tensor, " P"], inputs: PyTree, cotangents: Float[Tensor, "B C"], size: int
 ) -> Iterator[Float[Tensor, "n P"]]:
-    """The rows of `coupled_rows`, a few samples at a time; the forward pass is taken once and kept meanwhile."""
-    theta = vector.to(function.dtype).detach().requires_grad_(True)
-    with function.running(gradients=True):
-        outputs = function.batch(function.layout.unflatten(theta), cast_floating(inputs, function.dtype))
+    """The rows of `coupled_rows`, a few samples at a time, each few by a forward pass of the whole batch."""
+    leaves = leaf_parameters(function, vector)
     for block in blocks(len(cotangents), size):
-        rows = theta.new_empty(block.stop - block.start, len(theta))
-        with function.running(gradients=True):
-            for row, sample in zip(rows.detach(), range(block.start, block.stop), strict=True):
+        with function.running(gradients=True), function.kept():
+            outputs = function.batch(leaves, cast_floating(inputs, function.dtype))
+            rows = outputs.new_empty(block.stop - block.start, function.layout.size, requires_grad=False)
+            for row, sample in zip(rows, range(block.start, block.stop), strict=True):
                 own = torch.zeros_like(outputs)
                 own[sample] = cotangents[sample].to(outputs)
-                row.copy_(torch.autograd.grad(outputs, theta, own, retain_graph=True)[0])
+                row.copy_(function.layout.flatten(pulled_back(leaves, outputs, own, retain=True)))
                 give_back_freed_memory()
                 deliver()
+            del outputs
         yield rows
 
 
@@ -155,11 +174,10 @@ def weighted_gradient(
     function: ModelFunction, vector: Float[Tensor, " P"], inputs: PyTree, cotangents: Float[Tensor, "B C"]
 ) -> Float[Tensor, " P"]:
     """Σ_i J_iᵀ λ_i by one reverse sweep."""
-    theta = vector.to(function.dtype).detach().requires_grad_(True)
-    with function.running(gradients=True):
-        outputs = function.batch(function.layout.unflatten(theta), cast_floating(inputs, function.dtype))
-        (gradient,) = torch.autograd.grad(outputs, theta, cotangents.to(outputs))
-    return gradient
+    leaves = leaf_parameters(function, vector)
+    with function.running(gradients=True), function.kept():
+        outputs = function.batch(leaves, cast_floating(inputs, function.dtype))
+        return function.layout.flatten(pulled_back(leaves, outputs, cotangents.to(outputs), retain=False))
 
 
 def batch_products(
@@ -168,18 +186,20 @@ def batch_products(
     inputs: PyTree,
     directions: Float[Tensor, "Q P"],
 ) -> Float[Tensor, "Q B C"]:
-    """∇z·v for all outputs of a batch and a few directions, float64, by forward differentiation."""
-    inputs = cast_floating(inputs, function.dtype)
-    point = vector.to(function.dtype)
+    """∇z·v for all outputs of a batch and a few directions, float64, by forward differentiation.
 
-    def outputs(theta: Tensor) -> Tensor:
-        return function.batch(function.layout.unflatten(theta), inputs)
-
-    products = []
-    for direction in directions:
-        with function.running(gradients=False):  # random layers draw the same numbers every time
-            products.append(push_forward(outputs, point, direction.to(point)).double())
-    return torch.stack(products)
+    Where torch has no rule for it, by one row of gradients for each output.
+    """
+    found = output_products(function, vector, inputs, directions)
+    if found is None:
+        n, rows = count(inputs), []
+        c = function.outputs(vector, take(inputs, slice(0, 1))).shape[1]
+        for k in range(c):
+            one = torch.zeros(n, c)
+            one[:, k] = 1
+            rows.append(coupled_rows(function, vector, inputs, one).double() @ directions.double().T)
+        found = torch.stack(rows, dim=1).permute(2, 0, 1)
+    return found
 
 
 def check_reduction(reduction: str) -> str:
@@ -191,3 +211,16 @@ def check_reduction(reduction: str) -> str:
             'Write `KernelRecorder(..., reduction="mean")`',
         )
     return reduction
+
+
+def check_loss(loss: Any) -> Loss:
+    """Accept a function of output and target; a class is not one yet."""
+    if isinstance(loss, type) or not callable(loss):
+        given = f"the class {loss.__name__}" if isinstance(loss, type) else f"a {type(loss).__name__}"
+        made = f"{loss.__name__}()" if isinstance(loss, type) else "nn.CrossEntropyLoss()"
+        raise InputError(
+            f"`loss` is {given}",
+            "A loss is called with the network's output and the target: an instance of a module, or a function",
+            f"Write `loss={made}`",
+        )
+    return loss

@@ -60,9 +60,12 @@ PASSING = 1.6
 """What a process grows by in a pass through a network, over what its tensors take at once: operations need memory
 inside, and many results of many sizes leave gaps. Measured on convolutional networks, where it is largest."""
 
-RUNTIME = 12 << 20
-"""Bytes that code and Python's own objects take when they are first used, measured on three networks; of a small budget
-half."""
+RUNTIME = 24 << 20
+"""Bytes that code and Python's own objects take when they are first used, measured on three networks by
+tests/test_memory_budget.py."""
+
+OF_SMALL = 0.6
+"""Of a small budget they take this part at most."""
 
 STAGE = 6
 """Vectors of P numbers in float64 by which a recorded gradient is compared with its recomputation."""
@@ -195,12 +198,16 @@ class _Batch:
         return sum(leaf.nbytes for leaf in pytree.tree_leaves(self.inputs)) / 4
 
     def taken(self, n: int) -> Any:
-        """Gradients of n samples, and a product with each of a few directions; coupled ones are rows, one by one."""
+        """Gradients of n samples, and a product with each of a few directions; coupled ones are rows, one by one.
+
+        With the proof of rows that each new number of samples has: the sweep's own is one.
+        """
         if self.coupled:
             for _ in coupled_row_blocks(self.function, self.point, *self._weighted(n), 1):
                 pass
             return None
-        ones = lambda outputs: torch.ones_like(batch_outputs(outputs))  # noqa: E731
+        self.source.tapes.forget(n)
+        ones = lambda outputs: torch.ones_like(batch_outputs(outputs, n))  # noqa: E731
         part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
         for piece in part.pieces:
             piece.factor.products(torch.zeros(self.pushed, piece.factor.size, dtype=piece_dtype(piece)))
@@ -232,6 +239,7 @@ def plan_backward(
     memory: int,
     by: str | None,
     dense: bool,
+    matrices: int = 0,
 ) -> Plan:
     """Cut a backward sweep to a budget.
 
@@ -249,13 +257,15 @@ def plan_backward(
         Whether shares are split, see `pathkernel.kernel_machine.KernelMachine.explain`.
     dense
         Whether the weights of each step are wanted as a matrix.
+    matrices
+        Further rows of P numbers that each query takes.
 
     Raises
     ------
     InputError
         With both sizes, where the budget does not hold a single query and the least of a batch.
     """
-    return _Planner(curve_of, queries, gradients, memory, by, dense).plan()
+    return _Planner(curve_of, queries, gradients, memory, by, dense, matrices).plan()
 
 
 class _Planner:
@@ -269,6 +279,7 @@ class _Planner:
         memory: int,
         by: str | None,
         dense: bool,
+        matrices: int,
     ) -> None:
         self.curve_of, self.queries, self.gradients = curve_of, queries, gradients
         self.memory, self.samples = memory, count(queries.inputs)
@@ -279,10 +290,11 @@ class _Planner:
         self.widest = max(shape.numel() for shape in trajectory.layout.shapes)
         dtype = working(queries.function.dtype)
         self.row, self.itemsize = self.size * dtype.itemsize, dtype.itemsize if self.rule.elementwise else 8
-        # Throughout, of each query sample: cotangents of the optimizer's memory, shares, sums over a step.
+        # Throughout, of each query sample: cotangents of the optimizer's memory, shares, sums over a step, and what
+        # else is asked for.
         slots = len(self.rule.memory) if keeps_memory(trajectory) else 0
         sums = 8 * len(trajectory.data) + (16 + 8 * self.rule.stages) * gradients.most
-        self.throughout = float(self.k * (slots * self.size * self.itemsize + sums))
+        self.throughout = float(self.k * ((slots + matrices) * self.size * self.itemsize + sums))
         # As many samples for all that is held of a batch while one block of columns after the other is contracted.
         self.gaps = 2.0 * gradients.most * self.row if slots else 0.0
         # The weights of a step as a matrix, and what the gradients of every output of a batch make of them.
@@ -319,6 +331,7 @@ class _Planner:
         """Gradients of a few queries, on the curve's last segment."""
         few = self.queries.block(torch.arange(n) % self.samples)
         few.passes, few.forward = passes, None
+        few.source.tapes.forget(n)  # each new number of samples is proved, the sweep's own too
         curve = self.curve_of(few)
         curve.quadrature = _short(curve.quadrature)
         account = Account.opened(curve.initial())
@@ -373,6 +386,7 @@ class _Planner:
         quadrature = self.curve_of(two).quadrature
         if not (self.rule.elementwise and isinstance(quadrature, FixedQuadrature | DiscreteGradient)):
             return False
+        two.source.tapes.forget(2)
         with Allocations() as query:
             _ = two.gradients(self.trajectory.final)
             nodes = 2 + (len(quadrature.nodes) if isinstance(quadrature, FixedQuadrature) else 0)
@@ -392,7 +406,7 @@ class _Planner:
 
         # The proof that a tape is right.
         one = max(batches.separate.peak(SAMPLES[0]), query.peak(SAMPLES[0]) / self.k)
-        yield Footprint(np.array([PASSING * 2.0 * one + 4 * vector]), np.zeros(1))
+        yield Footprint(np.array([PASSING * 2.0 * one + (SAMPLES[0] + 1) * vector]), np.zeros(1))
 
         # The queries' passes.
         if passes is None:
@@ -526,12 +540,12 @@ def _channels(gradients: RecordedGradients) -> int:
 
 def usable_bytes(memory: float) -> float:
     """What tensors may take of a budget."""
-    return SHARE * (memory - min(memory / 2, RUNTIME))
+    return SHARE * (memory - min(OF_SMALL * memory, RUNTIME))
 
 
 def refusal(least: float, memory: int) -> InputError:
     """That a budget is too small, with one that is not."""
-    needed = least / SHARE + min(least / SHARE, RUNTIME)
+    needed = least / SHARE + min(least / SHARE * OF_SMALL / (1 - OF_SMALL), RUNTIME)
     digits = max(0, 1 - math.floor(math.log10(needed / 1e6)))
     enough = math.ceil(needed / 1e6 * 10**digits) / 10**digits
     return InputError(

@@ -59,7 +59,7 @@ class ParameterLayout:
         """Views of (..., P) with shapes (..., *shape), by name."""
         leading = vector.shape[:-1]
         return {
-            name: vector[..., where].reshape(*leading, *shape)
+            name: vector[..., where].reshape((*leading, *shape))
             for (name, where), shape in zip(self.slices.items(), self.shapes, strict=True)
         }
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import TrajectoryError, check
 from pathkernel.path_nodes import PathMeasure, PathNode, path_nodes
-from pathkernel.pytrees import memory_bytes
+from pathkernel.pytrees import copied_samples, count, memory_bytes
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.measured_error import MeasuredError
 from pathkernel.tangent_kernel.outputs import OutputSelection, select_outputs
 from pathkernel.tangent_kernel.projection import Projection, ProjectionEngine
-from pathkernel.tangent_kernel.tangent_kernel import split_samples
+from pathkernel.tangent_kernel.tangent_kernel import learn_structure, no_samples, split_samples
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.schedule import StepObserver
 from pathkernel.trajectory.step import Step
@@ -45,7 +45,7 @@ class Features(np.ndarray):
     error: MeasuredError | None
 
     @classmethod
-    def of(cls, values: np.ndarray, error: MeasuredError) -> Features:
+    def of(cls, values: np.ndarray, error: MeasuredError | None) -> Features:
         """An array with its error."""
         features = values.view(cls)
         features.error = error
@@ -53,6 +53,12 @@ class Features(np.ndarray):
 
     def __array_finalize__(self, made_from: Any) -> None:
         self.error = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Features.of, (np.asarray(self), self.error)
+
+    def __deepcopy__(self, memo: dict[int, Any] | None) -> Features:
+        return Features.of(np.array(self), self.error)
 
 
 E = TypeVar("E", bound=Engine)
@@ -83,6 +89,18 @@ def features_of(
         total = own if total is None else total.add_(own)
     assert total is not None
     return total
+
+
+def samples_of_path(
+    trajectory: Trajectory, X: PyTree, selection: OutputSelection, dtype: torch.dtype, asker: str
+) -> tuple[PyTree, PyTree]:
+    """Inputs, shaped and typed as in training, and the context of the output function."""
+    if selection.with_targets:
+        inputs, targets = split_samples(X, selection, dtype, asker)
+        inputs = trajectory.queries(inputs, asker)
+        learn_structure(selection, trajectory.function(dtype), trajectory.initial, inputs)
+        return inputs, targets
+    return split_samples(trajectory.queries(X, asker), selection, dtype, asker)
 
 
 class StreamingFeatures(StepObserver):
@@ -117,7 +135,7 @@ class StreamingFeatures(StepObserver):
         preconditioner: str | None = None,
         memory: int | str = "1GB",
     ) -> None:
-        self.X, self.projection = X, Projection(dim, kind, seed)
+        self.X, self.projection = copied_samples(X), Projection(dim, kind, seed)
         self.outputs, self.quadrature, self.memory = outputs, as_quadrature(quadrature), memory_bytes(memory)
         self.measure, self.preconditioner = measure, preconditioner
         self._sum: Tensor | None = None
@@ -129,7 +147,9 @@ class StreamingFeatures(StepObserver):
         function = trajectory.function()
         selection = select_outputs(self.outputs, trajectory.loss, trajectory.objective.reduction)
         self._engine = ProjectionEngine(function, selection, self.memory, self.projection)
-        self._samples = split_samples(self.X, selection, function.dtype)
+        self._samples = samples_of_path(trajectory, self.X, selection, function.dtype, "StreamingFeatures")
+        if not count(self._samples[0]):
+            raise no_samples("StreamingFeatures")
 
     def observe(self, step: Step) -> None:
         """Add the features at the nodes of a step."""

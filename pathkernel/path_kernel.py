@@ -12,21 +12,26 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pathkernel import question
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, check
-from pathkernel.path_features import E, Features, at_node, features_of
+from pathkernel.path_features import E, Features, at_node, features_of, samples_of_path
 from pathkernel.path_nodes import PathMeasure, PathNode, path_nodes
 from pathkernel.path_selection import probe_samples, select_nodes
-from pathkernel.pytrees import count, memory_bytes, take
+from pathkernel.pickling import check_picklable
+from pathkernel.pytrees import copied_samples, count, memory_bytes, take
 from pathkernel.quadrature import Quadrature, as_quadrature
-from pathkernel.tangent_kernel.choice import AutomaticEngine, EngineValue, make_engine
+from pathkernel.sample_wise import check_sample_wise
+from pathkernel.tangent_kernel.choice import AutomaticEngine, EngineValue, choices_of, keep_choices, make_engine
 from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.measured_error import MeasuredError
 from pathkernel.tangent_kernel.operators import KernelOperator, Samples
 from pathkernel.tangent_kernel.output_probes import OutputProbes
-from pathkernel.tangent_kernel.outputs import select_outputs
+from pathkernel.tangent_kernel.outputs import OneOutput, select_outputs
+from pathkernel.tangent_kernel.products import error_of_engine
 from pathkernel.tangent_kernel.projection import Projection, ProjectionEngine, products
-from pathkernel.tangent_kernel.tangent_kernel import split_samples
+from pathkernel.tangent_kernel.tangent_kernel import no_samples
+from pathkernel.threads import one_at_a_time
 from pathkernel.trajectory.schedule import PRECONDITIONED
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -115,21 +120,52 @@ class PathKernel:
         progress: bool = False,
     ) -> None:
         trajectory.require_steps("PathKernel" if preconditioner is None else PRECONDITIONED)
-        self.trajectory, self.progress, self.memory = trajectory, progress, memory_bytes(memory)
-        self.measure, self.quadrature = PathMeasure(trajectory, measure, preconditioner), as_quadrature(quadrature)
-        self.steps, self.tolerance = steps, tolerance
-        self.function = trajectory.function(dtype)
-        self.probes = outputs if isinstance(outputs, OutputProbes) else None
-        exact = select_outputs(
-            outputs if self.probes is None else "trace", trajectory.loss, trajectory.objective.reduction
+        self._make(
+            {
+                "measure": PathMeasure(trajectory, measure, preconditioner),
+                "outputs": outputs,
+                "quadrature": as_quadrature(quadrature),
+                "steps": steps,
+                "tolerance": tolerance,
+                "engine": engine,
+                "memory": memory_bytes(memory),
+                "dtype": dtype,
+                "progress": progress,
+            }
         )
-        self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
-        self.engine = make_engine(engine, self.function, self.selection, self.memory)
-        approximate = self.probes is not None or isinstance(engine, Projection)
-        self._exact = make_engine("auto", self.function, exact, self.memory) if approximate else self.engine
+        if isinstance(self.selection.function, OneOutput):
+            self.selection.function.check(self._outputs)
         self.nodes = path_nodes(self.measure, self.quadrature, steps)
         if tolerance is not None:
             self.nodes, self.error = self._chosen(tolerance)
+
+    def _make(self, made_of: dict[str, Any]) -> None:
+        """Everything but the nodes from what a kernel is made of, which is with them all that is saved of it."""
+        self._made_of, self.measure, self.quadrature = made_of, made_of["measure"], made_of["quadrature"]
+        self.trajectory, self.progress, self.memory = self.measure.trajectory, made_of["progress"], made_of["memory"]
+        self.steps, self.tolerance = made_of["steps"], made_of["tolerance"]
+        self.function = self.trajectory.function(made_of["dtype"])
+        outputs, engine, objective = made_of["outputs"], made_of["engine"], self.trajectory.objective
+        self.probes = outputs if isinstance(outputs, OutputProbes) else None
+        exact = select_outputs(outputs if self.probes is None else "trace", objective.loss, objective.reduction)
+        self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
+        self._given_engine = engine
+        self.engine = make_engine(engine, self.function, self.selection, self.memory)
+        approximate = self.probes is not None or isinstance(engine, Projection)
+        self._exact = make_engine("auto", self.function, exact, self.memory) if approximate else self.engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        made_of = self._made_of
+        check_picklable(outputs=made_of["outputs"], quadrature=made_of["quadrature"], engine=made_of["engine"])
+        known = {name: vars(self)[name] for name in ("error", "_outputs") if name in vars(self)}
+        return {**made_of, "nodes": self.nodes, "known": known, "chosen": choices_of(self.engine)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        made_of = dict(state)
+        self.nodes, known, chosen = (made_of.pop(name) for name in ("nodes", "known", "chosen"))
+        vars(self).update(known)
+        self._make(made_of)
+        keep_choices(self.engine, chosen)
 
     def _chosen(self, tolerance: float) -> tuple[list[PathNode], MeasuredError]:
         """Fewer nodes, and the error that this makes."""
@@ -185,6 +221,12 @@ class PathKernel:
         exact = sum(node.weight * self._exact_gram(node, *samples) for node in self._progress(every))
         return MeasuredError.between(self._gram(samples, None).numpy(), torch.as_tensor(exact).numpy(), against)
 
+    @property
+    def lock(self) -> Any:
+        """Held by one thread at a time."""
+        return self.trajectory.lock
+
+    @one_at_a_time
     def __call__(
         self, X: PyTree, Y: PyTree | None = None, *, store: str | os.PathLike[str] | None = None
     ) -> np.ndarray:
@@ -195,7 +237,8 @@ class PathKernel:
         X, Y
             n queries and m references; Y None stands for X.
         store
-            A folder in which the matrix is kept while it grows: the same call goes on from there after an interruption.
+            A folder in which the matrix is kept while it grows: the same call goes on from there after an interruption,
+            and another question is refused, by what ``outputs`` does.
 
         Returns
         -------
@@ -203,6 +246,8 @@ class PathKernel:
             float64 (n, m), or (n, m, C, C) for ``outputs="full"``.
         """
         rows, columns = self._samples(X), None if Y is None or Y is X else self._samples(Y)
+        if not count(rows[0]) or (columns is not None and not count(columns[0])):
+            return np.zeros(self._shape(rows, columns))
         return self._gram(rows, columns).numpy() if store is None else self._stored_gram(store, rows, columns)
 
     def _gram(self, rows: Samples, columns: Samples | None) -> Tensor:
@@ -214,6 +259,9 @@ class PathKernel:
             total = tile if total is None else total.add_(tile)
         assert total is not None
         return total
+
+    def _shape(self, rows: Samples, columns: Samples | None) -> tuple[int, ...]:
+        return (count(rows[0]), count((columns or rows)[0]), *(self._outputs, self._outputs) * self._is_full)
 
     def _stored_gram(self, store: str | os.PathLike[str], rows: Samples, columns: Samples | None) -> np.ndarray:
         from pathkernel import computations  # not before it is needed: what writes to disk takes a second to load
@@ -229,21 +277,43 @@ class PathKernel:
             engine, node = self._engine_at(self.nodes[0]), self.nodes[0]
             return engine.settle(node.theta, *rows, sizes, settled) if isinstance(engine, AutomaticEngine) else {}
 
-        identity = computations.identity_of(
-            self.trajectory,
-            kernel=f"{self.probes or self.selection.name}, {self.measure!r}, {self.quadrature!r}, {self.engine.name}",
-            nodes=computations.samples_identity(torch.tensor([(n.position, n.time, n.weight) for n in self.nodes])),
-            rows=computations.samples_identity(rows),
-            columns=computations.samples_identity(columns),
-        )
-        shape = (count(rows[0]), count((columns or rows)[0]), *(self._outputs, self._outputs) * self._is_full)
+        identity, shape = self._identity(rows, columns), self._shape(rows, columns)
         return computations.resumable_gram(
             store, identity, shape, columns is None, len(self.nodes), term, settle, self.progress
         )
 
+    def _identity(self, rows: Samples, columns: Samples | None) -> dict[str, Any]:
+        """Everything that a matrix depends on; not the budget. How its nodes were chosen, they say themselves."""
+        ends, selection, function = (self.nodes[0], self.nodes[-1]), self.selection, self.engine.function
+        points = [(function.replaced(constants=node.buffers), node.theta) for node in ends]
+        points.append((points[1][0], question.nearby(self.trajectory)))
+        asked = question.behaviour(selection.function, points, *rows)
+        if not question.is_ours(self._given_engine):
+            first, context = take(rows, slice(0, 2))
+            entries = [
+                self._engine_at(node).gram(node.theta, first, None, context, None, node.diagonal) for node in ends
+            ]
+            asked["entries"] = question.numbers(entries, question.NETWORK_ROUNDING[self.function.dtype])
+        weights = torch.tensor([(node.time, node.weight) for node in self.nodes], dtype=torch.float64)
+        return question.identity_of(
+            self.trajectory,
+            outputs=f"{selection.combine}, {selection.scalar}, {question.described(self.probes, 'outputs')}",
+            measure=f"{self.measure.name}, {self.measure.preconditioner}",
+            engine=question.described(self._given_engine, "engine"),
+            dtype=self.function.dtype,
+            nodes=question.samples_identity(torch.tensor([(node.position, node.number) for node in self.nodes])),
+            weights=question.numbers(weights.T, question.NETWORK_ROUNDING[torch.float64]),
+            rows=question.samples_identity(rows),
+            columns=question.samples_identity(columns),
+            **asked,
+        )
+
+    @one_at_a_time
     def diagonal(self, X: PyTree) -> np.ndarray:
         """K(x, x) for every sample: (n,), or (n, C, C) for ``outputs="full"``."""
         x, context = self._samples(X)
+        if not count(x):
+            return np.zeros((0, *(self._outputs, self._outputs) * self._is_full))
         pieces = [
             node.weight * self._engine_at(node).diagonal(node.theta, x, context, node.diagonal) for node in self.nodes
         ]
@@ -270,8 +340,10 @@ class PathKernel:
             "Write `phi = PathKernel(trajectory).features(X, dim)` and `phi @ (phi.T @ v)`",
         )
         same = Y is None or Y is X
-        return KernelOperator(self.nodes, self._engine_at, self._samples(X), None if same else self._samples(Y))
+        rows, columns = copied_samples((self._some_samples(X), None if same else self._some_samples(Y)))
+        return KernelOperator(self.nodes, self._engine_at, rows, columns, lock=self.lock)
 
+    @one_at_a_time
     def features(self, X: PyTree, dim: int = 1024, *, kind: str = "tensor", seed: int = 0) -> Features:
         """Features φ with φφᵀ ≈ K, for N beyond what a Gram matrix holds.
 
@@ -296,6 +368,7 @@ class PathKernel:
         -----
         Time O(nodes · n · dim), memory O(n · dim).
         """
+        samples = self._some_samples(X)
         engine = ProjectionEngine(self.function, self.selection, self.memory, Projection(dim, kind, seed))
 
         def of(samples: Samples) -> Tensor:
@@ -304,7 +377,25 @@ class PathKernel:
         probe = of(self._training_samples(self._probe_ids[1]))
         found = products(probe, probe).numpy()
         error = MeasuredError.between(found, self._probe_kernel.numpy(), "the kernel's own matrix")
-        return Features.of(of(self._samples(X)).numpy(), error)
+        return Features.of(of(samples).numpy(), error)
+
+    @one_at_a_time
+    def check(self, X: PyTree) -> float:
+        """How far the tangent kernels of some samples are from autograd's: the worst of first, middle and last node.
+
+        Parameters
+        ----------
+        X
+            n samples.
+
+        Returns
+        -------
+        float
+            As of `pathkernel.TangentKernel.check`.
+        """
+        samples, last = self._samples(X), len(self.nodes) - 1
+        nodes = [self.nodes[place] for place in sorted({0, last // 2, last})]
+        return max(error_of_engine(self._engine_at(n), n.theta, *samples, n.diagonal) for n in nodes)
 
     # -- engines and samples ---------------------------------------------------------------------------------
 
@@ -324,8 +415,7 @@ class PathKernel:
     @cached_property
     def _outputs(self) -> int:
         """C."""
-        sample, _ = self.trajectory.data[torch.zeros(1, dtype=torch.int64)]
-        return self.function.outputs(self.trajectory.initial, sample).shape[1]
+        return self.function.outputs(self.trajectory.initial, self.trajectory.data.example[0]).shape[1]
 
     @property
     def _is_full(self) -> bool:
@@ -346,10 +436,15 @@ class PathKernel:
         return self._samples((inputs, targets) if self.selection.with_targets else inputs)
 
     def _samples(self, X: PyTree) -> Samples:
-        if self.selection.with_targets:
-            x, context = split_samples(X, self.selection, self.function.dtype)
-            return self.trajectory.data.queries(x, "PathKernel"), context
-        return split_samples(self.trajectory.data.queries(X, "PathKernel"), self.selection, self.function.dtype)
+        samples = samples_of_path(self.trajectory, X, self.selection, self.function.dtype, "PathKernel")
+        check_sample_wise(self.function, self.trajectory.initial, samples[0])
+        return samples
+
+    def _some_samples(self, X: PyTree) -> Samples:
+        samples = self._samples(X)
+        if not count(samples[0]):
+            raise no_samples("PathKernel")
+        return samples
 
     def _progress(self, nodes: list[PathNode]) -> Iterable[PathNode]:
         return tqdm(nodes, desc="path kernel", unit="node", disable=not self.progress)

@@ -13,7 +13,6 @@ from torch import Tensor
 from pathkernel._typing import Float
 from pathkernel.errors import InputError, check
 from pathkernel.quadrature import Quadrature
-from pathkernel.trajectory.partial import STRETCH
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -68,7 +67,7 @@ class PathMeasure:
             return Segment(step.before, step.after, step).displacement.norm().item()
         if self.name == "learning_rate":
             return max(_rates(step))
-        return float(step.hyperparameters[0].get(STRETCH, 1))
+        return float(step.length)
 
     def is_identity(self, step: Step) -> bool:
         """Whether M_s is the identity."""

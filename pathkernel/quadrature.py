@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -64,6 +64,38 @@ class QueryStep(Protocol):
         """Values (n,) and gradients (n, D) float64 of the given queries, each at its own time."""
 
 
+class Part:
+    """A part of a step, as a quadrature sees it; see `QueryStep`.
+
+    Parameters
+    ----------
+    step
+        The whole step.
+    lower, upper
+        Where the part begins and ends, 0 ≤ lower < upper ≤ 1.
+    start_value, end_value
+        f there, (Q,).
+    """
+
+    def __init__(self, step: QueryStep, lower: float, upper: float, start_value: Tensor, end_value: Tensor) -> None:
+        self.step, self.lower, self.upper, self.width = step, lower, upper, upper - lower
+        self.change, self.scale = self.width * step.change, self.width * step.scale
+        self.squared_length, self.rounding = self.width**2 * step.squared_length, step.rounding
+        self.start_value, self.end_value = start_value, end_value
+
+    def gradient(self, time: float) -> Any:
+        """∇f at a time of the part."""
+        return self.step.gradient(self.upper if time == 1 else self.lower + time * self.width)
+
+    def plus_displacement(self, gradient: Any, multiples: Tensor) -> Any:
+        """Gradients with a multiple of the part's displacement added to each."""
+        return self.step.plus_displacement(gradient, self.width * multiples)
+
+    def value_and_gradient_at(self, times: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and gradients of some queries, each at its own time of the part."""
+        return self.step.value_and_gradient_at(self.lower + times * self.width, queries)
+
+
 @dataclass
 class StepAverage:
     """The averaged query gradient of a step and what is known about its error."""
@@ -74,6 +106,8 @@ class StepAverage:
     """What the rule misses of f(θ_{s+1}) − f(θ_s) before any correction, in absolute value, (Q,)."""
     evaluations: float
     """Gradients taken per query."""
+    short: Tensor | None = None
+    """The part of the error that was accepted although it is above the rule's tolerance, (Q,); None without one."""
 
 
 def missed(step: QueryStep, gradient: Gradients) -> Tensor:
@@ -92,6 +126,10 @@ class Quadrature(ABC):
     @abstractmethod
     def average(self, step: QueryStep) -> StepAverage:
         """q_s for all queries of a step."""
+
+    def finer(self) -> Quadrature:
+        """What parts of a step are averaged with when this quadrature is checked: itself, on shorter pieces."""
+        return self
 
     @property
     def nodes(self) -> tuple[tuple[float, float], ...]:
@@ -182,7 +220,8 @@ class Adaptive(Quadrature):
     tolerance
         Residual to aim at, relative to the change of f in training.
     max_depth
-        Halvings after which an interval is accepted as it is; what it misses stays in the certificate.
+        Halvings after which an interval is accepted as it is; what it misses stays in the certificate, and
+        `KernelMachine.explain` warns where that is more than the tolerance.
     max_intervals
         Intervals in hand per query, on average, beyond which all are accepted as they are.
     """
@@ -203,6 +242,10 @@ class Adaptive(Quadrature):
             "Write for example `Adaptive(1e-9)`",
         )
 
+    def finer(self) -> Adaptive:
+        """The same with a tenth of the tolerance: on pieces alone it would stop at the same error."""
+        return replace(self, tolerance=self.tolerance / 10)
+
     def average(self, step: QueryStep) -> StepAverage:
         """Bisect all queries level by level; each interval costs two gradients."""
         queries = torch.arange(len(step.start_value), device=step.start_value.device)
@@ -215,7 +258,7 @@ class Adaptive(Quadrature):
 
         count = len(queries)
         gradient = torch.zeros(count, len(step.change), dtype=torch.float64, device=queries.device)
-        error, evaluations = torch.zeros_like(step.start_value), 0
+        error, short, evaluations = torch.zeros_like(step.start_value), torch.zeros_like(step.start_value), 0
         for depth in range(self.max_depth + 1):
             last = depth == self.max_depth or len(queries) > self.max_intervals * count
             width, halved = upper - lower, torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
@@ -223,7 +266,9 @@ class Adaptive(Quadrature):
                 piece = slice(start, start + count)
                 average = _two_nodes(step, lower[piece], width[piece], queries[piece])
                 left_over = upper_value[piece] - lower_value[piece] - width[piece] * (average @ step.change)
-                accepted = (left_over.abs() <= allowed[queries[piece]]) | last
+                met = left_over.abs() <= allowed[queries[piece]]
+                accepted = met | last
+                short.index_add_(0, queries[piece][~met & last], left_over[~met & last].abs())
                 gradient.index_add_(0, queries[piece][accepted], (width[piece, None] * average)[accepted])
                 error.index_add_(0, queries[piece][accepted], left_over[accepted].abs())
                 halved[piece] = ~accepted
@@ -242,7 +287,7 @@ class Adaptive(Quadrature):
             lower, upper = torch.cat([lower, centre]), torch.cat([centre, upper])
             lower_value, upper_value = torch.cat([lower_value, centre_value]), torch.cat([centre_value, upper_value])
             queries = torch.cat([queries, queries])
-        return StepAverage(gradient, error, evaluations / max(1, count))
+        return StepAverage(gradient, error, evaluations / max(1, count), short)
 
 
 def _two_nodes(step: QueryStep, lower: Tensor, width: Tensor, queries: Tensor) -> Tensor:

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from pathkernel._typing import Float, Int, PyTree
 from pathkernel.factored import FactoredGradients, working
-from pathkernel.functional import OutputFunctional, gradients_along, push_forward
+from pathkernel.functional import REFUSALS, OutputFunctional, gradients_along, push_forward, values_of
 from pathkernel.gradient_source import ROWS, GradientSource
-from pathkernel.interrupts import deliver
+from pathkernel.interrupts import attempt, deliver
 from pathkernel.pytrees import blocks, cast_floating, count, take
 from pathkernel.trajectory.step import Segment
 from pathkernel.workspace import give_back_freed_memory
@@ -73,15 +72,16 @@ class Queries:
         """The queries of some of the samples."""
         other = copy.copy(self)
         other.inputs, other.context = take(self.inputs, piece), take(self.context, piece)
+        if self.scale is not None:
+            other.scale = self.scale.reshape(-1, self.components)[piece].reshape(-1)
         return other
 
     def values(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " Q"]:
         """h at θ."""
         point = theta.to(self.function.dtype)
         with self.function.running(gradients=False):
-            cut = self._cut(self.forward)
-            found = [self._values(point, own.inputs, own.context).double().reshape(-1) for own in cut]
-        return _joined(found)
+            values = (self._values(point, own.inputs, own.context) for own in self._cut(self.forward))
+            return _joined([own.double().reshape(-1) for own in values])
 
     def _cut(self, samples: int | None) -> Iterator[Queries]:
         """The queries of so many samples at a time."""
@@ -96,7 +96,7 @@ class Queries:
     def _values(self, theta: Tensor, inputs: PyTree, context: PyTree) -> Tensor:
         dtype = self.function.dtype
         outputs = self.function.batch(self.function.layout.unflatten(theta), cast_floating(inputs, dtype))
-        return vmap(self.functional)(outputs, cast_floating(context, dtype))
+        return values_of(self.functional, outputs, cast_floating(context, dtype))
 
     @property
     def _context(self) -> PyTree:
@@ -164,10 +164,12 @@ class Queries:
         def along(direction: Tensor) -> Tensor:
             return push_forward(lambda t: self._values(t, self.inputs, self.context), point, direction)
 
-        try:
-            with self.function.running(gradients=False):
-                columns = [along(direction.to(point)).double().reshape(-1) for direction in directions]
-        except NotImplementedError:  # forward differentiation does not cover every operation, LSTM's for one
+        def all_along() -> list[Tensor]:
+            with self.function.running(gradients=False), self.function.kept():
+                return [along(direction.to(point)).double().reshape(-1) for direction in directions]
+
+        columns = attempt(all_along, REFUSALS)
+        if isinstance(columns, Exception):  # not every network can be differentiated forward, or twice backward
             few = blocks(count(self.inputs), 64)
             return torch.cat([self.block(piece).gradients(theta) @ directions.T for piece in few])
         return torch.stack(columns, dim=1)
@@ -229,6 +231,19 @@ class GradientStep:
             known = self._known.get(id(end))
             self._ends[id(end)] = self._evaluate(end) if known is None else known
         return self._ends[id(end)]
+
+    def value(self, time: float) -> Tensor:
+        """h at start + time·Δ, (Q,)."""
+        return self.queries.values(torch.add(self.segment.start.double(), self.delta, alpha=time))
+
+    def of(self, samples: Tensor) -> GradientStep:
+        """The same step as some of the samples see it."""
+        return GradientStep(self.queries.block(samples), self.segment)
+
+    def rows_of(self, samples: Tensor) -> Tensor:
+        """Which queries are those of some of the samples."""
+        components = self.queries.components
+        return (samples[:, None] * components + torch.arange(components)).reshape(-1)
 
     def plus_displacement(self, gradient: Any, multiples: Tensor) -> Any:
         """Gradients with a multiple of Δ added to each."""

@@ -121,6 +121,8 @@ class _Backward:
 
     def step(self, segment: Segment, step: Step, q: FactoredGradients) -> None:
         """Book what a step did to the queries, and pull the memory's cotangents back through it."""
+        if q.zero and not self.memory:
+            return
         give_back_freed_memory()
         adjoint = Adjoint(self.rule, step, self.shapes)
         stages = self.gradients.stages(step, rows=True, passes=self.cuts.batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import pathkernel as pk
+from pathkernel.pytrees import memory_bytes
 
 SAMPLES, QUERIES = 10, 4
 # Ragged batches with an id twice in one batch, and ids that come back.
@@ -179,3 +181,17 @@ def record(
     queries = make_inputs(QUERIES, sample, dtype, seed=3)
     used = OPTIMIZERS[optimizer].settings_at(case.rate)
     return Recording(start, module, opt, loss_module, X, y, queries, recorder.trajectory, used, batches)
+
+
+def smallest_budget(call: Callable[[int], Any]) -> int:
+    """Half more bytes than a call says that it can do with, when it is given next to nothing.
+
+    What a pass takes is measured, and of some kilobytes the odd object makes a good part.
+    """
+    try:
+        call(1000)
+    except pk.errors.InputError as refusal:
+        found = re.search(r'memory="([^"]+)"', refusal.write)
+        assert found is not None
+        return int(1.5 * memory_bytes(found[1]))
+    raise AssertionError("1 kB was enough")

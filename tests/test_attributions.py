@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from pathkernel.attributions import Attributions
 QUERIES, SAMPLES = 3, 8
 
 
-def attributions(seed: int = 0, left_over: float = 0.0) -> Attributions:
+def attributions(seed: int = 0, left_over: float = 0.0, split_error: float = float("nan")) -> Attributions:
     generator = np.random.default_rng(seed)
     shares = generator.normal(size=(QUERIES, SAMPLES))
     channels = {name: generator.normal(size=QUERIES) for name in ("initial", "weight_decay")}
@@ -27,6 +28,7 @@ def attributions(seed: int = 0, left_over: float = 0.0) -> Attributions:
         samples=np.arange(QUERIES),
         outputs=np.array([2, 0, -1]),
         quadrature_error=np.array([1e-3, 1e-2, 1e-1]),
+        split_error=split_error,
     )
 
 
@@ -107,7 +109,10 @@ def test_a_table_with_a_row_for_each_pair() -> None:
 def test_repr_shows_the_certificate() -> None:
     text = repr(attributions(left_over=0.25))
     assert text.startswith("Attributions(3 queries × 8 training samples, channels: initial, weight_decay; residual ")
-    assert text.endswith("quadrature error 1.0e-02 (median))")
+    assert text.endswith("quadrature error 1.0e-02 (median), split error not checked)")
+    assert repr(attributions(split_error=2e-16)).endswith("split error 2.0e-16)")
+    verified = replace(attributions(), shares_error=np.array([1e-2, 2e-2, 3e-1]))
+    assert "quadrature error 1.0e-02, shares error 2.0e-02 (median), split error" in repr(verified)
 
 
 def test_it_can_be_stored() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from torch import nn
 
 import pathkernel as pk
 from pathkernel import cli
+from pathkernel.plotting.report import write_report
 
 MODEL = """
 import torch
@@ -87,9 +91,74 @@ def test_export_of_weights(run: Path, tmp_path: Path) -> None:
     call(run, "export", str(run / "store"), str(tmp_path / "w.safetensors"), "--steps", "0,-1")
     call(run, "export", str(run / "store"), str(tmp_path / "w.npz"))
     few, every = load_file(tmp_path / "w.safetensors"), np.load(tmp_path / "w.npz")
-    assert few["0.weight"].shape == (2, 6, 4) and every["0.weight"].shape == (9, 6, 4)
+    assert few["0.weight"].shape == (2, 6, 4) and every["0.weight"].shape == (10, 6, 4)
+    assert few["steps"].tolist() == [0, 9] and every["steps"].tolist() == list(range(10))
     assert np.array_equal(few["0.weight"][0], every["0.weight"][0])
     assert np.array_equal(few["0.weight"][1], np.load(run / "expected.npz")["trained"])
+    assert np.array_equal(every["0.weight"][-1], np.load(run / "expected.npz")["trained"])
+
+
+class Stepper(nn.Linear):
+    """A layer with a parameter under the name that the export gives to the points of the path."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 1)
+        self.steps = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.steps.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_exported_weights_are_the_recorded_ones_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        X, y = torch.randn(16, 4, dtype=dtype), torch.randn(16, 1, dtype=dtype)
+        model = Stepper().to(dtype)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer, loss = torch.optim.SGD(model.parameters(), lr=1e-2), nn.MSELoss()
+    with pk.KernelRecorder(model, optimizer, loss, (X, y), store=tmp_path / "store", audit_every=0) as recorder:
+        for x, target in recorder.batches(batch_size=8):
+            optimizer.zero_grad()
+            loss(model(x), target).backward()
+            optimizer.step()
+    for name in ("w.safetensors", "w.npz"):
+        assert cli.main(["export", str(tmp_path / "store"), str(tmp_path / name)]) == 0
+    found, arrays = load_file(tmp_path / "w.safetensors"), np.load(tmp_path / "w.npz")
+    assert found["steps_"].tolist() == arrays["steps_"].tolist() == [0, 1, 2]
+    for name, p in model.named_parameters():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name][0], start[name]) and torch.equal(found[name][-1], p)
+        assert torch.equal(torch.from_numpy(arrays[name]).to(dtype), found[name])
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_files_are_made_as_the_user_wants_new_files(run: Path, tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        for name in ("w.safetensors", "w.npz", "steps.csv"):
+            call(run, "export", str(run / "store"), str(tmp_path / name))
+        outputs = ["--output", str(tmp_path / "K"), "--json", str(tmp_path / "numbers.json")]
+        assert cli.main(["gram", str(run / "store"), *objects(run), *outputs]) == 0
+        write_report(tmp_path / "report.html", title="Digits")
+    finally:
+        os.umask(before)
+    made = {place.name: oct(place.stat().st_mode & 0o777) for place in tmp_path.iterdir()}
+    assert len(made) == 6 and set(made.values()) == {oct(0o666 & ~mask)}
+    assert np.load(tmp_path / "K")["K"].shape == (24, 24)  # under the very name that was given
+
+
+def test_the_package_runs_as_the_command_does(run: Path) -> None:
+    called = subprocess.run(
+        [sys.executable, "-m", "pathkernel", "info", str(run / "store")], capture_output=True, text=True, check=False
+    )
+    assert called.returncode == 0 and "9 steps committed" in called.stdout
+    refused = subprocess.run(
+        [sys.executable, "-m", "pathkernel", "info", str(run)], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2 and refused.stderr.startswith("pathkernel info:")
 
 
 def test_export_of_steps(run: Path, tmp_path: Path) -> None:

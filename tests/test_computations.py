@@ -128,8 +128,8 @@ def test_other_files_in_its_place_are_refused(tmp_path: Path) -> None:
 def test_another_version_is_refused(tmp_path: Path) -> None:
     gram(tmp_path / "gram")
     where = tmp_path / "gram" / "zarr.json"
-    where.write_text(where.read_text().replace('"version": 1', '"version": 9'))
-    with pytest.raises(StoreError, match=r"version 9.*reads version 1"):
+    where.write_text(where.read_text().replace('"version": 2', '"version": 9'))
+    with pytest.raises(StoreError, match=r"version 9.*reads version 2"):
         gram(tmp_path / "gram")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jaxtyping
 import numpy as np
 import pytest
@@ -67,6 +69,21 @@ def test_gradients_at_a_time_of_their_own() -> None:
         expected = reference.output_gradients(model, point, X[i : i + 1])[0, 1]
         torch.testing.assert_close(rows[i], expected, rtol=0, atol=DOUBLE.rounding, msg=f"at {t}")
         torch.testing.assert_close(values[i], function.outputs(theta + times.double()[i] * delta, X)[i, 1])
+
+
+def test_gradients_at_a_time_of_their_own_are_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return sample_gradients(*arguments, **options)
+
+    monkeypatch.setattr("pathkernel.functional.sample_gradients", counted)
+    X = make_inputs(3)
+    function, theta = function_of(make_model())
+    for _ in range(3):
+        gradients_along(function, theta, theta, torch.zeros(3).double(), X, lambda z, _: z[1], torch.zeros(3, 0))
+    assert len(calls) == 1
 
 
 def test_flat_and_named_are_the_same_numbers() -> None:

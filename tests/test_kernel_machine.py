@@ -19,6 +19,7 @@ from cases import (
     Recording,
     make_inputs,
     record,
+    smallest_budget,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,8 +32,6 @@ import pathkernel as pk
 from pathkernel import reference
 from pathkernel.attributions import Attributions
 from pathkernel.errors import InputError
-from pathkernel.memory_plan import Plan, plan_backward
-from pathkernel.sweeps import Cuts
 from pathkernel.update_rules.adam import Adam
 from pathkernel.update_rules.rule import UpdateRule
 
@@ -399,18 +398,18 @@ def test_a_step_without_memory_is_its_own_kernel_machine() -> None:
         close(np.asarray(why.steps)[:, s], -0.1 * gradients @ rows.sum(dim=0), DOUBLE.rounding)
 
 
-def test_blocks_of_queries_make_the_whole(monkeypatch) -> None:
+def test_blocks_of_queries_make_the_whole() -> None:
     run = record("relu", optimizer="adamw")
-    large, small = pk.KernelMachine(run.trajectory), pk.KernelMachine(run.trajectory)
-    cut = {large: plan_backward, small: lambda *_: Plan(1, None, Cuts())}
+    large = pk.KernelMachine(run.trajectory)
 
-    def explained(machine: pk.KernelMachine, *asked: Any, **options: Any) -> Attributions:
-        with monkeypatch.context() as patch:
-            patch.setattr("pathkernel.kernel_machine.plan_backward", cut[machine])
-            return machine.explain(*asked, **options)
+    def budget(quadrature: str = "auto", **asked: Any) -> int:
+        return smallest_budget(
+            lambda m: pk.KernelMachine(run.trajectory, quadrature=quadrature, memory=m).explain(run.queries, **asked)
+        )
 
     for by in ("module", "step"):
-        whole, blocks = (explained(m, run.queries, outputs="all", by=by) for m in (large, small))
+        small = pk.KernelMachine(run.trajectory, memory=budget(outputs="all", by=by))
+        whole, blocks = (m.explain(run.queries, outputs="all", by=by) for m in (large, small))
         close(blocks.shares, whole.shares, DOUBLE.rounding)
         close(blocks.output, whole.output, DOUBLE.rounding)
         close(blocks.quadrature_error, whole.quadrature_error, DOUBLE.shares)
@@ -418,15 +417,20 @@ def test_blocks_of_queries_make_the_whole(monkeypatch) -> None:
         assert list(blocks.channels) == list(whole.channels)
         for name in whole.modules:
             close(blocks.modules[name], whole.modules[name], DOUBLE.rounding)
-    for machine in (large, small):
-        machine.quadrature = pk.Adaptive()
-    whole, blocks = (explained(m, run.queries[2:], outputs=0) for m in (large, small))
+    outputs = large.decision_function(run.queries)
+    least = smallest_budget(lambda m: pk.KernelMachine(run.trajectory, memory=m).decision_function(run.queries))
+    small = pk.KernelMachine(run.trajectory, memory=least)
+    close(small.decision_function(run.queries), outputs, DOUBLE.rounding)
+    whole, blocks = (
+        pk.KernelMachine(run.trajectory, quadrature="adaptive", memory=m).explain(run.queries[2:], outputs=0)
+        for m in ("1GB", budget("adaptive", outputs=0))
+    )
     close(blocks.shares, whole.shares, DOUBLE.shares)
 
 
 def test_a_budget_that_holds_no_query_is_refused_before_it_begins() -> None:
     run = record("relu", optimizer="adamw")
-    with pytest.raises(InputError, match=r"take 0\.0\d+ MB .* the budget is 0\.001 MB.*Write `memory="):
+    with pytest.raises(InputError, match=r"take 0\.\d+ MB .* the budget is 0\.001 MB.*Write `memory="):
         pk.KernelMachine(run.trajectory, memory=1000).explain(run.queries)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import OPTIMIZERS, make_inputs, record
+from cases import OPTIMIZERS, make_inputs, record, smallest_budget
 from tolerances import TOLERANCES
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from pathkernel.functional import ModelFunction
 from pathkernel.gradient_source import GradientSource
 from pathkernel.inner_products import contracted, paired_names
 from pathkernel.layers.factors import Dense, Lookup, Outer, Piece
-from pathkernel.memory_plan import Plan, keeps_memory
+from pathkernel.memory_plan import keeps_memory
 from pathkernel.parameters import ParameterLayout
 from pathkernel.pull_back import Adjoint
 from pathkernel.sweeps import Cuts, _Backward
@@ -180,8 +180,8 @@ def test_blocks_of_columns_and_of_queries_change_nothing(monkeypatch, optimizer:
     X = make_inputs(queries, tuple(run.queries.shape[1:]), seed=8)
     whole = pk.KernelMachine(run.trajectory).explain(X, outputs=0)
     monkeypatch.setattr("pathkernel.sweeps.BLOCK", 8 * queries)
-    monkeypatch.setattr("pathkernel.kernel_machine.plan_backward", lambda *_: Plan(-(-queries // 2), None, Cuts()))
-    blocks = pk.KernelMachine(run.trajectory).explain(X, outputs=0)
+    least = smallest_budget(lambda memory: pk.KernelMachine(run.trajectory, memory=memory).explain(X, outputs=0))
+    blocks = pk.KernelMachine(run.trajectory, memory=least).explain(X, outputs=0)
     close(blocks.shares, whole.shares)
     close(blocks.channels["rounding"] + 1, whole.channels["rounding"] + 1)
 
@@ -246,6 +246,6 @@ def test_a_memory_is_kept_in_the_working_type_and_only_where_there_is_one() -> N
 
 
 def test_an_engine_that_does_not_exist() -> None:
-    message = "`engine='fast'` was given. Engines are 'auto', 'layerwise', 'jacobian'. Write `engine=\"auto\"`"
+    message = "Engines are 'auto', 'layerwise', 'jacobian', 'autograd'. Write `engine=\"auto\"`"
     with pytest.raises(pk.errors.InputError, match=message):
         pk.KernelMachine(record().trajectory, engine="fast")

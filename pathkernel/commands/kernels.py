@@ -10,7 +10,7 @@ import torch
 
 from pathkernel._typing import PyTree
 from pathkernel.commands.objects import opened, samples
-from pathkernel.commands.stores import Result, _whole
+from pathkernel.commands.stores import Result, _npz_file
 from pathkernel.kernel_machine import KernelMachine
 from pathkernel.path_kernel import PathKernel
 from pathkernel.recording.plan import format_plan, plan_table
@@ -35,7 +35,7 @@ def gram(arguments: argparse.Namespace) -> Result:
     (X,) = samples(arguments.queries, ("X",)) if arguments.queries else (everything,)
     K = kernel(X, None if arguments.queries is None else everything, store=arguments.store)
     if arguments.output is not None:
-        _whole(arguments.output, lambda place: np.savez(place, K=K))
+        _npz_file(arguments.output, {"K": K})
     numbers = {
         "shape": list(K.shape),
         "nodes": len(kernel.nodes),
@@ -72,7 +72,7 @@ def explain(arguments: argparse.Namespace) -> Result:
         lines.append(f"query {rows[-1]['query']}, output {rows[-1]['output']} = {why.output[q]:.4g}: {named}")
     if arguments.output is not None:
         arrays = {"shares": why.shares, "output": why.output, **{f"channel.{k}": v for k, v in why.channels.items()}}
-        _whole(arguments.output, lambda place: np.savez(place, **arrays))  # type: ignore[arg-type]
+        _npz_file(arguments.output, arrays)
     largest = max(abs(row["residual"]) for row in rows)
     return 0, {"queries": rows}, "\n".join([*lines, f"largest residual {largest:.2g}"])
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pathkernel.errors import CorruptBlockError, InputError, StoreError, check
 from pathkernel.pytrees import memory_bytes
+from pathkernel.storage import replaced
 from pathkernel.trajectory.disk import DiskStore
 from pathkernel.trajectory.schedule import EVERY_STEP
 
@@ -90,14 +91,14 @@ def export(arguments: argparse.Namespace) -> Result:
         "Write for example `pathkernel export runs/digits weights.safetensors`",
     )
     count = writers[path.suffix](store, path, arguments)
-    size = path.stat().st_size
-    return 0, {"file": str(path), "steps": count, "bytes": size}, f"{path}: {count} steps, {size / 1e6:.1f} MB"
+    size, what = path.stat().st_size, "steps" if writers[path.suffix] is _table else "points of the path"
+    return 0, {"file": str(path), "steps": count, "bytes": size}, f"{path}: {count} {what}, {size / 1e6:.1f} MB"
 
 
 def _points(store: DiskStore, arguments: argparse.Namespace) -> list[int]:
     """Which points of the path: all, or those asked for; negative ones count from the end."""
     length = len(store)
-    asked = range(length) if arguments.steps is None else [int(s) for s in arguments.steps.split(",")]
+    asked = range(length + 1) if arguments.steps is None else [int(s) for s in arguments.steps.split(",")]
     points = [s + length + 1 if s < 0 else s for s in asked]
     outside = [s for s in points if not 0 <= s <= length]
     check(
@@ -110,12 +111,12 @@ def _points(store: DiskStore, arguments: argparse.Namespace) -> list[int]:
     return points
 
 
-def _weights(store: DiskStore, arguments: argparse.Namespace) -> dict[str, np.ndarray]:
-    """θ at some points, (points, *shape) by parameter name."""
+def _weights(store: DiskStore, arguments: argparse.Namespace) -> tuple[list[int], dict[str, Tensor]]:
+    """Some points of the path, and θ there as recorded: (points, *shape) by parameter name."""
     header = store.header
     assert header is not None
     points, layout = _points(store, arguments), header.layouts[-1]
-    needed, budget = len(points) * layout.size * 4 * 2, memory_bytes(arguments.memory)
+    needed, budget = len(points) * layout.size * header.dtype.itemsize * 2, memory_bytes(arguments.memory)
     check(
         needed <= budget,
         InputError,
@@ -125,22 +126,31 @@ def _weights(store: DiskStore, arguments: argparse.Namespace) -> dict[str, np.nd
     )
     vectors = [store.vector(s) if s < len(store) else store.final() for s in points]
     named = [layout.unflatten(vector) for vector in vectors]
-    arrays = {name: np.stack([one[name].float().numpy() for one in named]) for name in layout.names}
-    return {"steps": np.array(points), **arrays}
+    return points, {name: torch.stack([one[name] for one in named]) for name in layout.names}
+
+
+def _named_points(names: Collection[str]) -> str:
+    """Under which name the numbers of the points stand beside the parameters."""
+    name = "steps"
+    while name in names:
+        name += "_"
+    return name
 
 
 def _npz(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
-    arrays = _weights(store, arguments)
-    _whole(path, lambda place: np.savez(place, **arrays))  # type: ignore[arg-type]
-    return len(arrays["steps"])
+    points, weights = _weights(store, arguments)
+    # numpy has no bfloat16, and float32 holds it exactly
+    arrays = {name: (w.float() if w.dtype == torch.bfloat16 else w).numpy() for name, w in weights.items()}
+    _npz_file(path, {_named_points(arrays): np.array(points), **arrays})
+    return len(points)
 
 
 def _safetensors(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
-    from safetensors.numpy import save_file
+    from safetensors.torch import save_file
 
-    arrays = _weights(store, arguments)
-    _whole(path, lambda place: save_file(arrays, place))
-    return len(arrays["steps"])
+    points, weights = _weights(store, arguments)
+    _whole(path, lambda place: save_file({_named_points(weights): torch.tensor(points), **weights}, place))
+    return len(points)
 
 
 def _table(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
@@ -162,6 +172,7 @@ def _table(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
         displacement = step.after.double() - step.before.double()
         row: dict[str, Any] = {
             "step": index,
+            "length": step.length,
             "displacement": displacement.norm().item(),
             "gradient": step.gradient.double().norm().item() if len(step.gradient) else None,
             "ids": [int(i) for batch in step.batches for i in batch.ids],
@@ -185,14 +196,18 @@ def _table(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
     return len(rows)
 
 
-def _whole(path: Path, write: Callable[[str], Any]) -> None:
+def _whole(path: Path, write: Callable[[Path], Any]) -> None:
     """A file at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    try:
+    with replaced(path) as beside:
         write(beside)
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+
+
+def _npz_file(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Arrays by name; under a path that is given to numpy it would write to another one that ends in .npz."""
+
+    def write(place: Path) -> None:
+        with open(place, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    _whole(path, write)

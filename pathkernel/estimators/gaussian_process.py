@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.gaussian_process.kernels import GenericKernelMixin, Hyperparameter, Kernel
 
 from pathkernel._typing import PyTree
+from pathkernel.pytrees import copied_samples, same_samples
 
 
 class GaussianProcessKernel(GenericKernelMixin, Kernel):
@@ -26,8 +27,8 @@ class GaussianProcessKernel(GenericKernelMixin, Kernel):
 
     Notes
     -----
-    Matrices of the last pair of sample sets are kept, because maximum likelihood asks for the same matrix at every
-    trial value of σ².
+    The matrix of the last pair of sample sets is kept with a copy of the samples, because maximum likelihood asks for
+    the same matrix at every trial value of σ². It is not saved with the kernel.
     """
 
     def __init__(
@@ -41,10 +42,10 @@ class GaussianProcessKernel(GenericKernelMixin, Kernel):
         return Hyperparameter("scale", "numeric", self.scale_bounds)
 
     def _matrix(self, X: PyTree, Y: PyTree | None) -> np.ndarray:
-        # Compared by identity: the samples are held, so an id cannot be reused by others.
         held = getattr(self, "_held", None)
-        if held is None or held[0] is not X or held[1] is not Y:
-            self._held = held = (X, Y, self.kernel(X, Y))
+        if held is None or held[0] is not self.kernel or not same_samples(held[1], (X, Y)):
+            # Copies: the same array may hold other samples when it comes again.
+            self._held = held = (self.kernel, copied_samples((X, Y)), self.kernel(X, Y))
         return held[2]
 
     def __call__(self, X: PyTree, Y: PyTree | None = None, eval_gradient: bool = False) -> Any:
@@ -58,6 +59,12 @@ class GaussianProcessKernel(GenericKernelMixin, Kernel):
     def diag(self, X: PyTree) -> np.ndarray:
         """σ² K(x, x), (n,)."""
         return self.scale * self.kernel.diagonal(X)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.kernel).__name__}, scale={self.scale:.3g})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_held"}
 
     def is_stationary(self) -> bool:
         """No: it depends on where in input space two samples lie."""

@@ -9,6 +9,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from pathkernel._typing import PyTree
+from pathkernel.pytrees import copied_samples, same_samples
 
 
 class PathKernelTransformer(TransformerMixin, BaseEstimator):
@@ -41,14 +42,14 @@ class PathKernelTransformer(TransformerMixin, BaseEstimator):
         self.kernel = kernel
 
     def fit(self, X: PyTree, y: Any = None) -> PathKernelTransformer:
-        """Keep X as the columns."""
-        self.reference_ = X
+        """Keep a copy of X as the columns."""
+        self.reference_ = copied_samples(X)
         return self
 
     def transform(self, X: PyTree) -> np.ndarray:
-        """K(X, reference), (n, m) float64; the symmetric matrix where X is the reference itself."""
+        """K(X, reference), (n, m) float64; the symmetric matrix where X are the samples of the reference."""
         check_is_fitted(self)
-        return self.kernel(X, None if X is self.reference_ else self.reference_)
+        return self.kernel(X, None if same_samples(X, self.reference_) else self.reference_)
 
     def fit_transform(self, X: PyTree, y: Any = None, **fit_params: Any) -> np.ndarray:
         """K(X, X)."""

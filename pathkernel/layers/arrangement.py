@@ -18,10 +18,14 @@ class Arrangement:
     merged
         ``""``; or, where that axis holds positions too, which of both changes slowest: ``"samples"`` or
         ``"positions"``.
+    batched
+        Which arguments of the function hold one part for each sample along that axis, by their number; the others are
+        the same for all samples, whatever their length.
     """
 
     axis: int = 0
     merged: str = ""
+    batched: frozenset[int] = frozenset()
 
     def front(self, tensor: Tensor, n: int) -> Tensor:
         """Samples on the first axis, positions next to them."""

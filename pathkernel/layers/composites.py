@@ -95,9 +95,25 @@ def _plain(activation: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor
     return cell
 
 
+def _cell(cell: Callable[..., tuple[Tensor, ...]], states: int) -> Callable[..., Any]:
+    """One step of a recurrent network, as `torch.nn.LSTMCell` and its like take it."""
+
+    def run(
+        input: Tensor, hidden: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+    ) -> Any:
+        state = cell(F.linear(input, w_ih, b_ih), tuple(hidden) if states > 1 else (hidden,), w_hh, b_hh)
+        return state if states > 1 else state[0]
+
+    return run
+
+
 RECURRENT: dict[Any, Callable[..., Any]] = {
     torch.lstm: _unrolled(_lstm, 2),
     torch.gru: _unrolled(_gru, 1),
     torch.rnn_tanh: _unrolled(_plain(torch.tanh), 1),
     torch.rnn_relu: _unrolled(_plain(torch.relu), 1),
+    torch.lstm_cell: _cell(_lstm, 2),
+    torch.gru_cell: _cell(_gru, 1),
+    torch.rnn_tanh_cell: _cell(_plain(torch.tanh), 1),
+    torch.rnn_relu_cell: _cell(_plain(torch.relu), 1),
 }

@@ -1,19 +1,24 @@
 r"""Proof that a tape sees every parameter exactly as autograd does; what it does not is named, with the reason.
 
-Reused modules, tied weights, parameters used by functions, in-place operations: each of them has made a known library
-silently wrong. So before a tape is believed, the gradients of a few samples in random directions of the outputs are
-compared with autograd's, parameter by parameter, in float64 and at a generic point near θ (where nothing is zero by
-initialisation). Once for each sequence of calls.
+Reused modules, tied weights, parameters used by functions, in-place operations, samples that are sorted or routed
+inside: each of them has made a known library silently wrong. So before a tape is believed, the gradients of a few
+samples in random directions of the outputs are compared with autograd's, parameter by parameter, in float64 and at a
+generic point near θ (where nothing is zero by initialisation). Once for each sequence of calls and shape of samples.
+
+The few are distinct, in random order, and their number is none of the lengths that occur in the network, so that no
+other axis is taken for that of the samples; that nothing changes at the number in use is seen by
+`pathkernel.layers.proved`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.functional import ModelFunction
@@ -23,13 +28,17 @@ from pathkernel.layers.factors import Piece
 from pathkernel.layers.tape import FAILURES, Tape
 from pathkernel.losses import coupled_rows
 from pathkernel.parameters import ParameterLayout
-from pathkernel.pytrees import count, take
+from pathkernel.pytrees import count
 
 TOLERANCE = 1e-9
 """Relative difference between a parameter's gradients on the tape and by autograd that is rounding in float64."""
 
-SAMPLES = (3, 2)
-"""How many samples are compared, and how many a second pass has, to see along which axis they lie."""
+SAMPLES = (5, 4, 3, 6, 7, 8, 9, 10, 11, 12, 13)
+"""How many samples are compared, and how many a second pass has, to see along which axis they lie: the first two of
+these that are no lengths in the network."""
+
+JITTER = 0.01
+"""Relative size of the noise on floating inputs, which makes repeated samples distinct and leaves zeros alone."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,9 @@ class Coverage:
     largest: float
 
 
-def prove(function: ModelFunction, theta: Float[Tensor, " P"], inputs: PyTree) -> Coverage:
+def prove(
+    function: ModelFunction, theta: Float[Tensor, " P"], inputs: PyTree, lengths: Iterable[int] = ()
+) -> Coverage:
     """Compare a tape with autograd, parameter by parameter.
 
     Parameters
@@ -61,9 +72,13 @@ def prove(function: ModelFunction, theta: Float[Tensor, " P"], inputs: PyTree) -
     theta
         θ near which the comparison is made.
     inputs
-        Samples; the first few are used.
+        Samples, some of which are used.
+    lengths
+        Of axes in the network, which the numbers of samples are to differ from.
     """
-    found = attempt(lambda: _proved(function.converted(torch.float64), theta.double(), inputs), FAILURES)
+    known = set(lengths)
+    sizes = [n for n in SAMPLES if n not in known][:2] or list(SAMPLES[:2])
+    found = attempt(lambda: _proved(function.converted(torch.float64), theta.double(), inputs, sizes), FAILURES)
     return uncovered(function, found) if isinstance(found, Exception) else found
 
 
@@ -73,11 +88,11 @@ def uncovered(function: ModelFunction, error: Exception) -> Coverage:
     return Coverage((), dict.fromkeys(function.layout.names, reason), 0.0)
 
 
-def _proved(function: ModelFunction, theta: Tensor, inputs: PyTree) -> Coverage:
+def _proved(function: ModelFunction, theta: Tensor, inputs: PyTree, sizes: Sequence[int]) -> Coverage:
     generator = torch.Generator().manual_seed(0)
     scale = 1e-2 * theta.abs().mean().clamp_min(1e-2)
     point = theta + scale * torch.randn(theta.shape, generator=generator, dtype=torch.float64)
-    few, fewer = (_repeated(inputs, n) for n in SAMPLES)
+    few, fewer = (_distinct(inputs, n, generator) for n in (sizes[0], sizes[-1]))
     tape = Tape(function, point, few)
     arrangements = _arrangements(tape, Tape(function, point, fewer))
     cotangents = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64)
@@ -134,18 +149,40 @@ def assembled(pieces: Sequence[Piece], layout: ParameterLayout, samples: int) ->
     return rows
 
 
-def _repeated(inputs: PyTree, n: int) -> PyTree:
-    """The first n samples, over again where there are fewer."""
-    return take(inputs, torch.arange(n) % count(inputs))
+def _distinct(inputs: PyTree, n: int, generator: torch.Generator) -> PyTree:
+    """n samples in random order, none the same as another where that can be had: repeated ones are varied.
+
+    Floating inputs by noise; others (tokens) by turning the positions of a sample round.
+    """
+    rows = torch.randperm(count(inputs), generator=generator)[:n]
+    rows = rows.repeat(-(-n // len(rows)))[:n]
+
+    def varied(leaf: Tensor) -> Tensor:
+        chosen = leaf[rows]
+        if chosen.is_floating_point():
+            noise = torch.randn(chosen.shape, generator=generator, dtype=torch.float64)
+            return chosen * (1 + JITTER * noise).to(chosen)
+        turned = [own.reshape(-1).roll(place).reshape(own.shape) for place, own in enumerate(chosen)]
+        return chosen if count(inputs) >= n else torch.stack(turned)
+
+    return pytree.tree_map(varied, inputs)
 
 
 def _arrangements(tape: Tape, other: Tape) -> list[Arrangement]:
-    """Along which axis the samples of each use lie: the one whose length follows the number of samples."""
+    """Along which axis the samples of each use and of its arguments lie: the one whose length follows their number."""
     n, m = tape.n, other.n
     arrangements = []
-    for one, two in zip(tape.shapes, other.shapes, strict=True):
-        axes = [a for a, (s, t) in enumerate(zip(one, two, strict=True)) if s != t and s * m == t * n]
+    for one, two in zip(tape.uses, other.uses, strict=True):
+        shape = one.output.shape
+        pairs = enumerate(zip(shape, two.output.shape, strict=True))
+        axes = [axis for axis, (s, t) in pairs if s != t and s * m == t * n]
         axis = axes[0] if axes else 0
-        merged = "samples" if axes and one[axis] != n else ""
-        arrangements.append(Arrangement(axis, merged))
+        merged = "samples" if axes and shape[axis] != n else ""
+        arguments = enumerate(zip(one.arguments, two.arguments, strict=True))
+        batched = frozenset(i for i, (s, t) in arguments if _length(s, axis) == n and _length(t, axis) == m)
+        arrangements.append(Arrangement(axis, merged, batched))
     return arrangements
+
+
+def _length(shape: torch.Size | None, axis: int) -> int | None:
+    return shape[axis] if shape is not None and len(shape) > axis else None

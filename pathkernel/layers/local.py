@@ -35,16 +35,15 @@ def local_gradients(
     if arrangement.merged:
         raise NoRule
 
-    def batched(leaf: Any) -> bool:
-        if not isinstance(leaf, Tensor) or id(leaf) in recording.fixed or leaf.dim() <= axis or leaf.shape[axis] != n:
-            return False
-        handle = recording.handle(leaf)
+    def batched(leaf: int) -> bool:
+        handle = recording.handle(leaves[leaf])
         # A parameter that was repeated for every sample is that sample's own.
         places = handle.moved if isinstance(handle, View) else None
-        return handle is None or (places is not None and places.stride(axis) == 0 and n > 1)
+        own = handle is None or (places is not None and places.stride(axis) == 0 and n > 1)
+        return leaf in arrangement.batched and own
 
-    tensors = [i for i, leaf in enumerate(leaves) if i != place and batched(leaf)]
-    repeated = batched(leaves[place])
+    tensors = [i for i in range(len(leaves)) if i != place and batched(i)]
+    repeated = batched(place)
 
     def one(value: Tensor, samples: tuple[Tensor, ...]) -> Tensor:
         filled = list(leaves)

@@ -38,6 +38,10 @@ class Use:
         Argument → what it is made of.
     gradients
         Argument → its gradients, from the signal.
+    arrangement
+        Where the samples are.
+    arguments
+        Shapes of the arguments of a function without a rule, None for what is no tensor.
     """
 
     function: str
@@ -45,6 +49,7 @@ class Use:
     handles: dict[str, Handle]
     gradients: Mapping[str, Gradient]
     arrangement: Arrangement = field(default_factory=Arrangement)
+    arguments: tuple[torch.Size | None, ...] = ()
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -74,6 +79,8 @@ class Recording(TorchFunctionMode):
         What the network went on with after each use, by identity.
     without
         Parameters that something was done to which no rule covers, and what.
+    rearranges
+        Whether a function was called that may put samples in another order, as those of the batch at hand have it.
     """
 
     def __init__(
@@ -90,6 +97,7 @@ class Recording(TorchFunctionMode):
         self.uses: list[Use] = []
         self.clones: dict[int, int] = {}
         self.without: dict[str, str] = {}
+        self.rearranges = False
         self._inputs: list[tuple[Tensor, int]] = []
         self._kept: list[Tensor] = []  # an identity is only good for as long as its tensor lives
         for name, value in parameters.items():
@@ -104,6 +112,7 @@ class Recording(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = tensors_of((args, kwargs))
         leaves = [leaf for leaf in tensors if id(leaf) in self.known]
+        self.rearranges |= function in REARRANGING or (function is GETITEM and _picks(args))
         if not leaves or not torch.is_grad_enabled():
             return FASTER.get(function, function)(*args, **kwargs)
         others = [leaf for leaf in tensors if id(leaf) not in self.known]
@@ -141,7 +150,7 @@ class Recording(TorchFunctionMode):
         batch = [leaf for leaf in others if id(leaf) not in self.fixed]
         if not batch:
             return self._composed(function, args, kwargs)
-        name = _name(function)
+        name, arguments = _name(function), ()  # type: tuple[str, tuple[torch.Size | None, ...]]
         if not isinstance(result, Tensor) or any(leaf is result or leaf._version != v for leaf, v in before):
             self._without((args, kwargs), f"changed or returned together with others by {name}")
             return result
@@ -154,16 +163,24 @@ class Recording(TorchFunctionMode):
             self.handle(value) is not None and key not in gradients for key, value in bound.items()
         ):
             bound, gradients = self._local(function, args, kwargs)
+            arguments = _shapes(args, kwargs)
         handles = {key: self.handle(value) for key, value in bound.items()}
         own = {key: handle for key, handle in handles.items() if handle is not None}
         self._inputs += before
-        return self.use(name, result, own, gradients)
+        return self.use(name, result, own, gradients, arguments)
 
-    def use(self, name: str, result: Tensor, handles: dict[str, Handle], gradients: Mapping[str, Gradient]) -> Tensor:
+    def use(
+        self,
+        name: str,
+        result: Tensor,
+        handles: dict[str, Handle],
+        gradients: Mapping[str, Gradient],
+        arguments: tuple[torch.Size | None, ...] = (),
+    ) -> Tensor:
         """Note a use; what the network goes on with is a copy, so that in-place operations leave the result alone."""
         if not result.requires_grad:
             result = result.detach().requires_grad_(True)
-        self.uses.append(Use(name, result, handles, gradients, self.arrangement(len(self.uses))))
+        self.uses.append(Use(name, result, handles, gradients, self.arrangement(len(self.uses)), arguments))
         copy = result.clone()
         self.clones[id(copy)] = len(self.uses) - 1
         self._kept.append(copy)
@@ -242,6 +259,35 @@ class Recording(TorchFunctionMode):
             handle = self.handle(leaf)
             for name in handle.names() if handle is not None else ():
                 self.without[name] = reason
+
+
+def _shapes(args: Any, kwargs: Any) -> tuple[torch.Size | None, ...]:
+    return tuple(leaf.shape if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves((args, kwargs)))
+
+
+def _named(*names: str) -> set[Any]:
+    """Functions of torch, and methods of tensors, of these names."""
+    return {getattr(holder, name) for name in names for holder in (torch, Tensor) if hasattr(holder, name)}
+
+
+REARRANGING = frozenset(
+    _named("argsort", "sort", "msort", "unique", "unique_consecutive", "nonzero", "argwhere", "flip", "roll")
+    | _named("randperm")
+    | _named("bincount", "bucketize", "searchsorted", "masked_select", "masked_scatter", "index_select", "index_add")
+    | _named("index_copy", "index_put", "index_add_", "index_copy_", "index_put_", "take", "repeat_interleave")
+    | _named("gather", "take_along_dim", "topk", "scatter", "scatter_add", "scatter_reduce", "scatter_", "scatter_add_")
+    | {torch.functional.unique, torch.functional.unique_consecutive}
+)
+"""Functions that may put samples in another order, or pick some of them, as their values have it."""
+
+GETITEM = Tensor.__getitem__
+
+
+def _picks(args: Any) -> bool:
+    """Whether an index picks from the first axis by a tensor."""
+    index = args[1] if len(args) > 1 else None
+    first = index[0] if isinstance(index, tuple) and index else index
+    return isinstance(first, Tensor) and first.dim() > 0
 
 
 def tensors_of(tree: Any) -> list[Tensor]:

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.functional import ModelFunction, batch_outputs
+from pathkernel.functional import REFUSALS, ModelFunction, batch_outputs, output_leaves
 from pathkernel.interrupts import attempt, deliver, held
 from pathkernel.layers.arrangement import Arrangement
 from pathkernel.layers.factors import Dense, Factor, Outer, Piece, joined
@@ -24,7 +23,7 @@ from pathkernel.layers.rules import NoRule, SumOfSignals
 from pathkernel.pytrees import cast_floating, count
 from pathkernel.workspace import Workspace, give_back_freed_memory
 
-FAILURES = (NoRule, RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
+FAILURES = (NoRule, *REFUSALS)
 """What a rule raises in a call that it does not cover."""
 
 
@@ -35,6 +34,10 @@ class Tape:
     ----------
     outputs
         (n, C), with the graph of the pass behind it.
+    returned
+        The same as the network returned it.
+    rearranges
+        Whether a function was called that may put samples in another order.
     without
         Parameters that something was done to which no rule covers, and what.
 
@@ -61,6 +64,7 @@ class Tape:
     ) -> None:
         give_back_freed_memory()  # of the pass before
         self.function, self.n, self.workspace = function, count(inputs), workspace or Workspace(0)
+        self.arrangements = tuple(arrangements)
         arrangement = lambda i: arrangements[i] if i < len(arrangements) else Arrangement()  # noqa: E731
         parameters = {name: value.detach() for name, value in function.parameters(theta).items()}
         recording = Recording(parameters, self.n, arrangement, function.constants.values())
@@ -71,9 +75,10 @@ class Tape:
             for watch in watching:
                 stack.enter_context(watch)
             returned = function.call(parameters, inputs)
-        self.outputs = batch_outputs(returned)
-        leaves = [leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, Tensor)]
-        alone = len(leaves) == 1 and leaves[0].dim() == 2
+        self.returned, self.rearranges = returned, recording.rearranges
+        self.outputs = batch_outputs(returned, self.n)
+        leaves = [leaf for leaf in output_leaves(returned) if isinstance(leaf, Tensor)]
+        alone = len(leaves) == 1 and leaves[0].shape == self.outputs.shape
         self._head = recording.clones.get(id(leaves[0])) if alone else None
         self.uses, self.without = recording.uses, recording.without
         recording.uses = []  # rules know the recording: a cycle would keep every pass until the garbage collector runs
@@ -88,6 +93,12 @@ class Tape:
     def signature(self) -> tuple[Any, ...]:
         """The uses in their order, and what has no rule."""
         return (*(use.signature for use in self.uses), tuple(sorted(self.without)))
+
+    @property
+    def lengths(self) -> set[int]:
+        """Of the axes of all results, and of all arguments of functions without a rule."""
+        arguments = (shape for use in self.uses for shape in use.arguments if shape is not None)
+        return {length for shape in (*self.shapes, *arguments) for length in shape}
 
     @property
     def shapes(self) -> list[torch.Size]:

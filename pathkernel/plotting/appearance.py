@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -38,6 +40,22 @@ STYLE: dict[str, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """`STYLE` inside, and the user's own values of the same settings again afterwards.
+
+    `matplotlib.rc_context` puts back *all* settings: a session's first figure chooses the backend, and with it the
+    interactive mode, without which a notebook shows nobody's figures any more.
+    """
+    before = {key: plt.rcParams[key] for key in STYLE}
+    plt.rcParams.update(STYLE)
+    try:
+        yield
+    finally:
+        plt.rcParams.update(before)
+
 
 MINUS = "\N{MINUS SIGN}"
 

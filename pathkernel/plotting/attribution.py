@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pathkernel.attributions import Attributions
 from pathkernel.errors import PathKernelError
-from pathkernel.plotting.appearance import LOWERS, NEUTRAL, RAISES, STYLE, heading, several_axes, written
+from pathkernel.plotting.appearance import LOWERS, NEUTRAL, RAISES, heading, several_axes, styled, written
 from pathkernel.plotting.waterfall import draw_waterfall, waterfall
 
 HEADING = 0.26  # height of a heading above a row of samples, in heights of the row
@@ -179,7 +178,7 @@ class AttributionDisplay:
         widths = {"query": 1.5, "samples": 0.95 * columns, "waterfall": 3.9}
         if self.query_image is None:
             del widths["query"]
-        with plt.rc_context(STYLE):
+        with styled():
             size = (sum(widths.values()) + 0.7, 3.6)
             self.figure_, page = several_axes(ax, size, 2, 1, height_ratios=[0.08, 1.0], hspace=0.0)
             heading(self.figure_, page[0], self.title, fontsize=12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,15 +10,15 @@ from numpy.typing import NDArray
 
 from pathkernel.attributions import Attributions
 from pathkernel.errors import PathKernelError
-from pathkernel.plotting.appearance import LOWERS, MINUS, NEUTRAL, RAISES, STYLE, several_axes
+from pathkernel.plotting.appearance import LOWERS, MINUS, NEUTRAL, RAISES, several_axes, styled
 
 
 class CompletenessDisplay:
-    """Network output against machine output, and the sizes of residual and quadrature error.
+    """Network output against machine output, and the sizes of residual and errors.
 
     Left, one point per query: on the diagonal, shares and channels add up to the network.
     Right, the certificate on a logarithmic scale: `residual` is what is left over,
-    `quadrature_error` the error bar on the shares.
+    `quadrature_error` the error along the steps, and `shares_error` the error bar of the shares.
 
     Parameters
     ----------
@@ -27,6 +26,8 @@ class CompletenessDisplay:
         Outputs in units of the output, shape (Q,).
     residual, quadrature_error
         As on the attributions, relative to |f(x; θ_S) - f(x; θ_0)|, shape (Q,).
+    shares_error
+        The same, or None where it was not measured.
 
     Raises
     ------
@@ -61,8 +62,11 @@ class CompletenessDisplay:
         machine: NDArray[np.float64],
         residual: NDArray[np.float64],
         quadrature_error: NDArray[np.float64],
+        shares_error: NDArray[np.float64] | None = None,
     ) -> None:
         given = {"network": network, "machine": machine, "residual": residual, "quadrature_error": quadrature_error}
+        if shares_error is not None:
+            given["shares_error"] = shares_error
         broken = [name for name, values in given.items() if not np.isfinite(values).all()]
         if broken:
             raise PathKernelError(
@@ -74,6 +78,7 @@ class CompletenessDisplay:
         self.machine = machine
         self.residual = residual
         self.quadrature_error = quadrature_error
+        self.shares_error = shares_error
 
     @classmethod
     def from_attributions(cls, attributions: Attributions) -> CompletenessDisplay:
@@ -94,6 +99,7 @@ class CompletenessDisplay:
             machine=np.asarray(attributions.reconstruction, dtype=np.float64),
             residual=np.asarray(attributions.residual, dtype=np.float64),
             quadrature_error=np.asarray(attributions.quadrature_error, dtype=np.float64),
+            shares_error=attributions.shares_error,
         )
 
     @property
@@ -114,7 +120,7 @@ class CompletenessDisplay:
         CompletenessDisplay
             This object, with `axes_`, `ax_` and `figure_`.
         """
-        with plt.rc_context(STYLE):
+        with styled():
             self.figure_, grid = several_axes(ax, (8.8, 3.9), 1, 2, width_ratios=[1.0, 1.15], wspace=0.08)
             self.axes_ = np.array([self.figure_.add_subplot(grid[k]) for k in range(2)], dtype=object)
             self.ax_ = self.axes_[0]
@@ -147,7 +153,9 @@ class CompletenessDisplay:
         )
 
     def _draw_certificate(self, panel: Axes) -> None:
-        kinds = (("residual", self.residual, RAISES), ("quadrature error", self.quadrature_error, LOWERS))
+        kinds = [("residual", self.residual, RAISES), ("quadrature error", self.quadrature_error, LOWERS)]
+        if self.shares_error is not None:
+            kinds.append(("shares error", self.shares_error, NEUTRAL))
         sizes = [np.abs(values) for _, values, _ in kinds]
         smallest, largest = _decades(np.concatenate(sizes))
         bins = np.logspace(smallest, largest, 3 * (largest - smallest) + 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from pathkernel.analysis.alignment import target_alignment
 from pathkernel.analysis.velocity import kernel_distance
 from pathkernel.errors import PathKernelError
-from pathkernel.plotting.appearance import LOWERS, NEUTRAL, RAISES, STYLE, TASK, several_axes
+from pathkernel.plotting.appearance import LOWERS, NEUTRAL, RAISES, TASK, several_axes, styled
 
 # Where the kernel was measured; not clipped, because a distance is often exactly zero.
 POINTS: dict[str, Any] = {"marker": "o", "markersize": 3.0, "clip_on": False}
@@ -133,7 +132,7 @@ class KernelEvolutionDisplay:
             This object, with `axes_`, `ax_` and `figure_`.
         """
         panels = 2 if self.train_loss is None else 3
-        with plt.rc_context(STYLE):
+        with styled():
             self.figure_, grid = several_axes(
                 ax, (6.4, 1.4 + 1.6 * panels), panels, 1, height_ratios=[1.5, 1.0, 1.0][:panels], hspace=0.08
             )

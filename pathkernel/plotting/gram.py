@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pathkernel.analysis.gram_matrix import as_gram_matrix
 from pathkernel.errors import PathKernelError
-from pathkernel.plotting.appearance import STYLE, single_axes
+from pathkernel.plotting.appearance import single_axes, styled
 
 MOST_BOUNDARIES = 32  # classes beyond which lines between them would hide the map
 
@@ -140,7 +139,7 @@ class GramDisplay:
         GramDisplay
             This object, with `ax_`, `figure_`, `im_` and `colorbar_`.
         """
-        with plt.rc_context(STYLE):
+        with styled():
             self.figure_, self.ax_ = single_axes(ax, size=(5.6, 4.7))
             largest = float(np.abs(self.gram).max())
             if self.gram.min() < -0.02 * largest:

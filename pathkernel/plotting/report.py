@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from matplotlib.figure import Figure
 
 from pathkernel.attributions import Attributions
 from pathkernel.errors import PathKernelError
+from pathkernel.storage import write_atomically
 
 DOTS_PER_INCH = 160  # sharp on dense screens
 PIXELS_PER_INCH = 96  # of CSS: figures appear in their own size
@@ -99,7 +99,7 @@ def close_figures(sections: Sequence[Section]) -> None:
 
 
 def certificate_figures(attributions: Attributions, tolerance: float = 1e-5) -> list[KeyFigure]:
-    """Put the certificate of an explanation into three key figures.
+    """Put the certificate of an explanation into three key figures, four with the error of its shares.
 
     Parameters
     ----------
@@ -111,21 +111,26 @@ def certificate_figures(attributions: Attributions, tolerance: float = 1e-5) -> 
     Returns
     -------
     list of KeyFigure
-        Agreement max |network - machine| in units of the output, the largest residual, and
-        the median quadrature error; the verdicts of the first two are on the residual.
+        Agreement max |network - machine| in units of the output, the largest residual, the
+        median quadrature error, and the median error of the shares where
+        ``explain(X, verify="shares")`` measured it; the verdicts of the first two are on the residual.
     """
     difference = float(np.abs(attributions.output - attributions.reconstruction).max())
     residual = float(np.max(attributions.residual))
     verdict: Verdict = "within tolerance" if residual <= tolerance else "above tolerance"  # NaN is above
-    return [
+    figures = [
         KeyFigure("Agreement", difference, "largest |network − kernel machine|, in units of the output", verdict),
         KeyFigure("Residual", residual, f"largest unexplained part; complete up to {written(tolerance)}", verdict),
         KeyFigure(
             "Quadrature error",
             float(np.median(attributions.quadrature_error)),
-            "median error bar of the shares, relative to how far the output moved",
+            "median error along the steps, relative to how far the output moved",
         ),
     ]
+    if attributions.shares_error is not None:
+        bar = float(np.median(attributions.shares_error))
+        figures.append(KeyFigure("Shares error", bar, "median bar of all shares together, relative to the same"))
+    return figures
 
 
 def write_report(
@@ -197,7 +202,7 @@ def write_report(
         version=_version(),
         date=date or datetime.now(UTC),
     )
-    _replace(path, page)
+    write_atomically(path, [page.encode()], durable=True)
     return path
 
 
@@ -242,20 +247,3 @@ def _version() -> str:
         return metadata.version("pathkernel")
     except metadata.PackageNotFoundError:  # run from a checkout that was not installed
         return "(a checkout)"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside the target and rename: readers see the old page or the new one, never half of it."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 is for secrets; this is a page to share
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,7 +9,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
 from pathkernel.analysis.spectrum import effective_rank_of, rounding_floor, spectrum
-from pathkernel.plotting.appearance import RAISES, STYLE, single_axes
+from pathkernel.plotting.appearance import RAISES, single_axes, styled
 
 
 class SpectrumDisplay:
@@ -94,7 +93,7 @@ class SpectrumDisplay:
         lines = [label or "eigenvalues", f"effective rank {self.effective_rank:.1f} of {count}"]
         if drawn < count:
             lines.append(f"{count - drawn} eigenvalues at rounding")
-        with plt.rc_context(STYLE):
+        with styled():
             self.figure_, self.ax_ = single_axes(ax, size=(5.6, 4.0))
             (self.line_,) = self.ax_.loglog(
                 np.arange(1, drawn + 1),

@@ -66,7 +66,7 @@ def audit(
     for name, where in trajectory.layout.slices.items():
         if name not in active:
             expected[where] = 0
-    types = {at.dtype, *(batch.state.autocast[1] for batch in batches if batch.state.autocast)}
+    types = {trajectory.precision, *(batch.state.autocast[1] for batch in batches if batch.state.autocast)}
     tolerance = max(GRADIENT_TOLERANCE[dtype] for dtype in types)
     fit = fit_gradient(trajectory.layout, found, expected, tolerance)
     largest = max(found.norm().item(), expected.norm().item())

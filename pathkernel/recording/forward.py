@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from pathkernel.functional import ForwardState, generator_states
 from pathkernel.recording.modules import WatchedModules
+
+
+class Hook:
+    """A recorder's hook on a network, which does nothing on copies of it: they are not being recorded.
+
+    Parameters
+    ----------
+    call
+        What is called.
+    """
+
+    of_training: ClassVar[bool] = True
+    """Tells `pathkernel.structural_copy` to leave it out."""
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self.call = call
+
+    def __call__(self, *arguments: Any) -> None:
+        """Call it."""
+        if self.call is not None:
+            self.call(*arguments)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()  # the whole record would come along
 
 
 class ForwardWatcher:
@@ -47,8 +71,8 @@ class ForwardWatcher:
     def start(self) -> None:
         """Put the hooks on."""
         self._handles = [
-            self.model.register_forward_pre_hook(self._enter),
-            self.model.register_forward_hook(self._leave),
+            self.model.register_forward_pre_hook(Hook(self._enter)),
+            self.model.register_forward_hook(Hook(self._leave)),
         ]
 
     def stop(self) -> None:

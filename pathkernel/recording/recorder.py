@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError
-from pathkernel.interrupts import held
-from pathkernel.losses import Objective, check_reduction
+from pathkernel.errors import NonFiniteStepError, PathKernelError, RecordingError, SampleIdError
+from pathkernel.functional import generators_untouched
+from pathkernel.interrupts import attempt, held
+from pathkernel.losses import Objective, check_loss, check_reduction
 from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
-from pathkernel.pytrees import count
+from pathkernel.pytrees import as_tensors, copied_samples, count, spread
 from pathkernel.recording.audit import audit, is_due
 from pathkernel.recording.indexed import indexed_loader
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
@@ -29,10 +30,12 @@ from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.recording.pending import PendingBatches, checked_ids
 from pathkernel.recording.validation import check_optimizer, unwrapped
+from pathkernel.sample_wise import SAMPLES, check_sample_wise
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.partial import StreamingStore, ThinnedStore
+from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.replay import ReplayStore
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel, Schedule, Streaming, as_schedule
@@ -163,7 +166,7 @@ class KernelRecorder:
         initial = layout.flatten({name: p.detach() for name, p in named.items()})
         self._trajectory = Trajectory(
             model=model,
-            objective=Objective(loss, check_reduction(reduction), dict(regularizers or {})),
+            objective=Objective(check_loss(loss), check_reduction(reduction), dict(regularizers or {})),
             data=Samples(data, initial.dtype),
             layout=layout,
             initial=initial,
@@ -171,6 +174,8 @@ class KernelRecorder:
             rule=rule,
             store=store_at(store),
         )
+        if self._trajectory.data.holds_integers:
+            self._trajectory.data.suit(self._trajectory.function(), initial)
         self._live = LiveParameters(named, optimizer)
         self._taken = 0
         self._keyframes = self._follow(as_schedule(schedule), bool(averages))
@@ -185,6 +190,7 @@ class KernelRecorder:
         self._changes: list[tuple[str, Tensor]] = []
         self._gradient_changes: dict[str, Tensor] = {}
         self._end_of_steps = initial
+        self._checked = False
 
     # -- the life of a recording ------------------------------------------------------------------------------
 
@@ -225,6 +231,8 @@ class KernelRecorder:
                 "Keep recording without a break, or make a new KernelRecorder here",
             )
         else:
+            if self._trajectory.reference is not None:
+                self._trajectory.reference = replace(self._trajectory.reference, final=None)
             self._trajectory.store.begin(self._trajectory)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
@@ -268,10 +276,17 @@ class KernelRecorder:
             self._open = None  # a step that Ctrl-C came into: how far it got is a change outside the optimizer
             try:
                 self._take_stock()
+                self._note_outputs()
                 self._memory_at_close = self._live.memory(self._trajectory.rule)
             finally:
                 self._let_go()
         return self._trajectory
+
+    def _note_outputs(self) -> None:
+        """Put on record what the network makes of a few samples at the end."""
+        trajectory = self._trajectory
+        if self._handles and trajectory.reference is not None and not trajectory.store.stopped:
+            trajectory.reference = trajectory.reference.ended(trajectory, self._live.vector())
 
     def _let_go(self) -> None:
         for handle in self._handles:
@@ -286,6 +301,7 @@ class KernelRecorder:
         """Make the store, or go on with what is in it."""
         trajectory = self._trajectory
         if not trajectory.store.exists:
+            trajectory.reference = ReferenceOutputs.of(trajectory)
             trajectory.store.begin(trajectory)
             return
         from pathkernel.recording.resume import resume  # not before it is needed
@@ -329,7 +345,7 @@ class KernelRecorder:
             if drop_last and len(ids) < batch_size:
                 break
             inputs, targets = self._trajectory.data[ids]
-            self._pending.announce(MicroBatch(ids))
+            self._announce(MicroBatch(ids))
             yield inputs, targets
 
     def track(self, loader: DataLoader) -> Iterator[Any]:
@@ -339,7 +355,7 @@ class KernelRecorder:
         detach them.
         """
         for ids, batch in indexed_loader(loader):
-            self._pending.announce(MicroBatch(checked_ids(ids, len(self._trajectory.data))))
+            self._announce(MicroBatch(checked_ids(ids, len(self._trajectory.data))))
             yield batch
 
     def batch(
@@ -376,9 +392,28 @@ class KernelRecorder:
                     "Ids and samples of a batch correspond one to one",
                     f"Write `recorder.batch(ids, {name}={name})` with one row for each id",
                 )
-        batch = MicroBatch(ids, weights, inputs, targets)
+        # Copies: the loop may fill the same arrays with its next batch.
+        self._announce(MicroBatch(ids, weights, copied_samples(inputs), copied_samples(targets)))
+        return samples_of(MicroBatch(ids, weights, inputs, targets), self._trajectory.data)
+
+    def _announce(self, batch: MicroBatch) -> None:
+        if not self._checked:
+            self._check_network(batch)
+            self._checked = True
         self._pending.announce(batch)
-        return samples_of(batch, self._trajectory.data)
+
+    def _check_network(self, batch: MicroBatch) -> None:
+        """Refuse a network that cannot be explained before it has been trained."""
+        trajectory = self._trajectory
+        few = batch.ids[spread(len(batch.ids), SAMPLES)]
+        with generators_untouched():
+            inputs = trajectory.data[few][0] if batch.inputs is None else batch.inputs
+        inputs = as_tensors(inputs, trajectory.dtype)
+        function, theta = trajectory.function(), self._live.vector()
+        ran = attempt(lambda: check_sample_wise(function, theta, inputs), (Exception,))
+        # Where the loop gives the network something else than these samples, the audit says so.
+        if isinstance(ran, PathKernelError):
+            raise ran
 
     @contextmanager
     def channel(self, name: str) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from pathkernel.recording.live import LiveParameters
 from pathkernel.trajectory.averages import AverageRecord, averaged_values
 from pathkernel.trajectory.disk import DiskStore
 from pathkernel.trajectory.header import Header
-from pathkernel.trajectory.opening import constants_now, known_rule, mismatches
+from pathkernel.trajectory.opening import constants_now, known_rule, mismatches, reference_outputs
 from pathkernel.trajectory.schedule import EVERY_STEP
 from pathkernel.trajectory.step import FrozenOnReading
 from pathkernel.trajectory.trajectory import Trajectory
@@ -106,6 +106,10 @@ def _joined(
     constants = constants_now(start["constants"], header.layouts[: region + 1])
     trajectory.constants.clear()
     trajectory.constants.update(constants)
+    trajectory.reference = reference_outputs(store, trajectory.data)
+    if trajectory.reference is not None:
+        trajectory.reference = replace(trajectory.reference, final=None)
+        trajectory.reference.check("KernelRecorder", (trajectory.function(), initial), None)
     _resume_averages(trajectory, store, place.steps, averages, start["averages"], end)
     store.resume(trajectory, place.steps, place.end, buffers)
     return Place(place.steps, place.end, place.changes, buffers)

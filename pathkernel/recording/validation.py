@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from pathkernel.errors import RecordingError, UnsupportedOptimizerError
+from pathkernel.errors import RecordingError, UnsupportedModelError, UnsupportedOptimizerError
+from pathkernel.sample_wise import check_module
 from pathkernel.update_rules.rule import UpdateRule
 
 
@@ -30,18 +30,13 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer, rule: UpdateRule) ->
     RecordingError
         With all problems at once.
     """
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise RecordingError(
-                f"Parameter `{name}` has no shape yet",
-                "The recorder lays out all parameters before training",
-                "Run one batch through the lazy modules before making the recorder",
-            )
-        if parameter.is_complex():
-            raise RecordingError(
-                f"Parameter `{name}` is complex",
-                "Tangent kernels are defined here for real parameters",
-                "Store real and imaginary part as two real parameters",
+    check_module(model)
+    for name, child in model.named_modules():
+        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.sparse:
+            raise UnsupportedModelError(
+                f"The embedding `{name}` gives sparse gradients",
+                "The record holds one gradient for all parameters, and update rules are those of dense gradients",
+                "Make it with `sparse=False`",
             )
     named = {id(p): name for name, p in model.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

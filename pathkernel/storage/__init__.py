@@ -10,7 +10,7 @@ Every file is written beside its place and then moved there, so that a reader se
 """
 
 from pathkernel.storage.arrays import MAX_CHUNK_BYTES, PLAIN, ChunkedArray, Compression
-from pathkernel.storage.files import crc32c, damaged, let_go, synchronise
+from pathkernel.storage.files import crc32c, damaged, let_go, replaced, synchronise, write_atomically
 from pathkernel.storage.groups import Group
 from pathkernel.storage.lock import Lock
 
@@ -24,5 +24,7 @@ __all__ = [
     "crc32c",
     "damaged",
     "let_go",
+    "replaced",
     "synchronise",
+    "write_atomically",
 ]

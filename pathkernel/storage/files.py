@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +44,38 @@ def write_atomically(path: Path, pieces: Sequence[Any], durable: bool = False) -
     durable
         Wait until file and name are on the disk, which protects against loss of power.
     """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    with _moved(path, ".partial") as beside, open(beside, "wb", buffering=0) as file:
+        for piece in pieces:
+            view = memoryview(piece).cast("B")
+            while view:
+                view = view[file.write(view) :]
+        if durable:
+            os.fsync(file.fileno())
+    if durable:
+        synchronise(path.parent)
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A place beside a file, with its ending, for a library to write to inside; moved to the file's own after it."""
+    with _moved(path, path.suffix) as beside:
+        with open(beside, "xb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)  # of any new file, as the user wants it (umask)
+        yield beside
+        if stat.S_IMODE(beside.stat().st_mode) != mode:  # some libraries write for the owner alone
+            beside.chmod(mode)
+
+
+@contextlib.contextmanager
+def _moved(path: Path, suffix: str) -> Iterator[Path]:
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{suffix}")
     try:
-        with open(beside, "wb", buffering=0) as file:
-            for piece in pieces:
-                view = memoryview(piece).cast("B")
-                while view:
-                    view = view[file.write(view) :]
-            if durable:
-                os.fsync(file.fileno())
+        yield beside
         os.replace(beside, path)
     except BaseException:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise
-    if durable:
-        synchronise(path.parent)
 
 
 def let_go(path: Path) -> None:

@@ -10,16 +10,20 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, check
 from pathkernel.functional import ModelFunction
-from pathkernel.pytrees import count, memory_bytes, take
+from pathkernel.pytrees import count, memory_bytes, spread, take
 from pathkernel.tangent_kernel.cost import CostModel, choose
 from pathkernel.tangent_kernel.engine import Engine
-from pathkernel.tangent_kernel.jacobian import JacobianEngine
+from pathkernel.tangent_kernel.jacobian import AutogradEngine, JacobianEngine
 from pathkernel.tangent_kernel.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.outputs import OutputSelection
 from pathkernel.tangent_kernel.products import ProductsEngine
 
 WORTH_CHOOSING = 10_000_000
 """Numbers in the plain rows of a matrix below which its cost is not modelled: layer by layer takes milliseconds."""
+
+
+PROBED = 8
+"""Samples that are passed through the network to see what a tape covers."""
 
 
 class AutomaticEngine(LayerwiseEngine):
@@ -70,7 +74,8 @@ class AutomaticEngine(LayerwiseEngine):
 
     def _uncovered(self, theta: Tensor, X: PyTree) -> bool:
         """Whether no parameter is accounted for by a layer."""
-        self.tapes.record(theta, take(X, slice(0, 1)), self.function)
+        if count(X):
+            self.tapes.record(theta, take(X, spread(count(X), PROBED)), self.function)
         coverage = self.tapes.coverage
         return coverage is not None and coverage.plain.keys() >= set(self.function.layout.names)
 
@@ -97,6 +102,17 @@ class AutomaticEngine(LayerwiseEngine):
         return super().diagonal(theta, X, context, diagonal)
 
 
+def choices_of(engine: Engine) -> dict[tuple[int, int | None], str]:
+    """What an engine has chosen so far, by size: engines differ by rounding, and a saved kernel keeps its own."""
+    return dict(engine._chosen) if isinstance(engine, AutomaticEngine) else {}
+
+
+def keep_choices(engine: Engine, chosen: Mapping[tuple[int, int | None], str]) -> None:
+    """Choose for these sizes as another time."""
+    if isinstance(engine, AutomaticEngine):
+        engine._chosen.update(chosen)
+
+
 def _size(n: int, m: int | None) -> str:
     return f"{n} symmetric" if m is None else f"{n} x {m}"
 
@@ -106,6 +122,7 @@ ENGINES: dict[str, type[Engine]] = {
     "layerwise": LayerwiseEngine,
     "jacobian": JacobianEngine,
     "products": ProductsEngine,
+    "autograd": AutogradEngine,
 }
 
 

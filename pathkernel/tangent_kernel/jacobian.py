@@ -1,8 +1,8 @@
-"""The plain engine: rows of gradients by `torch.func`, contracted block by block. Right for any model."""
+"""The plain engines: rows of gradients, by `torch.func` or by a loop of autograd, contracted block by block."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class JacobianEngine(Engine):
     """
 
     name = "jacobian"
+    route: ClassVar[str | None] = None
+    """As of `pathkernel.functional.sample_gradients`."""
 
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
         super().__init__(function, selection, memory)
@@ -31,7 +33,7 @@ class JacobianEngine(Engine):
     def rows(self, theta: Tensor, X: PyTree, context: PyTree) -> Tensor:
         """∇h of each sample, (n, K, P)."""
         gradients = sample_gradients(
-            self.function, theta, X, self.selection.function, context, scalar=self.selection.scalar
+            self.function, theta, X, self.selection.function, context, scalar=self.selection.scalar, route=self.route
         )
         rows = self.function.layout.flatten(gradients)
         return rows.unsqueeze(1) if self.selection.scalar else rows
@@ -111,6 +113,16 @@ class JacobianEngine(Engine):
                 squared = (weighted * rows).sum(dim=(1, 2))
                 pieces.append(squared / rows.shape[1] if self.selection.combine == "mean" else squared)
         return torch.cat(pieces)
+
+
+class AutogradEngine(JacobianEngine):
+    """Gradients by plain autograd, one sample and component after the other: the route of last resort.
+
+    Covers whatever `torch.func` refuses: checkpoints, `.item()`, `nonzero`, custom functions without a rule for `vmap`.
+    """
+
+    name = "autograd"
+    route = "autograd"
 
 
 def _transpose(tile: Tensor) -> Tensor:

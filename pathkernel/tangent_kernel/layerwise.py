@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.functional import ModelFunction
+from pathkernel.functional import REFUSALS, ModelFunction, values_of
+from pathkernel.interrupts import attempt
 from pathkernel.layers.factors import Piece
 from pathkernel.layers.proved import ProvedTapes
 from pathkernel.layers.tape import Tape
 from pathkernel.parameters import ParameterLayout
-from pathkernel.pytrees import blocks, count, take
+from pathkernel.pytrees import blocks, count, spread, take
 from pathkernel.tangent_kernel.engine import Engine, check_budget
 from pathkernel.tangent_kernel.jacobian import JacobianEngine
 from pathkernel.tangent_kernel.operands import (
@@ -36,6 +36,9 @@ from pathkernel.workspace import Workspace, keep_freed_memory
 
 __all__ = ["BLOCKS", "LayerwiseEngine", "Plan", "Sizes"]
 
+
+FEW = 4
+"""Samples of the passes in which is measured what one takes."""
 
 KEPT = 0.75
 """Part of the budget up to which memory is kept from one matrix to the next."""
@@ -81,14 +84,14 @@ class LayerwiseEngine(Engine):
         """h."""
         if self.selection.identity:
             return tape.outputs
-        return vmap(self.selection.function)(tape.outputs, context).reshape(tape.n, -1)
+        return values_of(self.selection.function, tape.outputs, context)
 
     def sizes(self, theta: Tensor, X: PyTree, context: PyTree, form: Form) -> Sizes:
-        """What a sample takes, from passes of two; once for each shape of samples."""
+        """What a sample takes, from passes of a few; once for each shape of samples."""
         leaves = [leaf for leaf in pytree.tree_leaves((X, context)) if isinstance(leaf, Tensor)]
         key = (*((leaf.shape[1:], leaf.dtype) for leaf in leaves), form.metric.diagonal is None)
         if key not in self._sizes:
-            few = slice(0, min(2, count(X)))
+            few = spread(count(X), FEW)
             self._sizes[key] = self._measured(theta, take(X, few), take(context, few), form)
         return self._sizes[key]
 
@@ -101,8 +104,11 @@ class LayerwiseEngine(Engine):
             saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self.tapes.record(theta, X, self.function)
+        def watched() -> None:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                self.tapes.record(theta, X, self.function)
+
+        attempt(watched, REFUSALS)  # transformations inside the network refuse hooks: its results are counted alone
         item, n = self.function.dtype.itemsize, count(X)
         graph = max(0, sum(saved.values()) - self.function.layout.size * item)
         graph += 2 * item * sum(shape.numel() for shape in tape.shapes)
@@ -182,11 +188,7 @@ class LayerwiseEngine(Engine):
             return None
         values = layout.unflatten(theta)
         own = ParameterLayout.of({name: values[name] for name in names})
-        rest = {name: value for name, value in values.items() if name not in own.slices}
-        function = ModelFunction(
-            self.function.module, own, {**self.function.constants, **rest}, self.function.dtype, self.function.state,
-            self.function.tap,
-        )
+        function = self.function.restricted(own, values)
         where = torch.cat([torch.arange(layout.slices[name].start, layout.slices[name].stop) for name in names])
         engine = JacobianEngine(function, self.selection, self.memory)
         engine.products, engine.known = self.products, self._plain_components

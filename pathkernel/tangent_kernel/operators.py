@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,12 +12,13 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.pytrees import count, take
+from pathkernel.pytrees import count
 from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.layer_products import LayerJacobianProducts
 from pathkernel.tangent_kernel.layerwise import LayerwiseEngine
-from pathkernel.tangent_kernel.products import JacobianProducts, PlainJacobianProducts
+from pathkernel.tangent_kernel.products import JacobianProducts, PlainJacobianProducts, number_of_components
 from pathkernel.tangent_kernel.projection import ProjectionEngine
+from pathkernel.threads import one_at_a_time
 
 Samples = tuple[PyTree, PyTree]
 """Inputs, and what h needs of each of them."""
@@ -179,12 +180,6 @@ def _plain(engine: Engine, theta: Tensor, samples: Samples) -> PlainJacobianProd
     return PlainJacobianProducts(engine.function, engine.selection, theta, *samples)
 
 
-def number_of_components(engine: Engine, theta: Tensor, X: PyTree, context: PyTree) -> int:
-    """K, the numbers that h has of one sample."""
-    z = engine.function.outputs(theta, take(X, slice(0, 1)))[0]
-    return engine.selection.function(z, take(context, 0)).numel()
-
-
 class KernelOperator(LinearOperator):
     r"""A sum of tangent kernels, :math:`\sum_s w_s J_s\, \mathrm{diag}(d_s) J_s^\top`, as a scipy operator.
 
@@ -202,6 +197,8 @@ class KernelOperator(LinearOperator):
         n rows and m columns; Y None stands for X.
     memory
         Bytes of activations and signals that may be kept between products, over all terms.
+    lock
+        Of the kernel that it is of; see `pathkernel.threads.one_at_a_time`.
 
     Examples
     --------
@@ -219,15 +216,24 @@ class KernelOperator(LinearOperator):
         X: Samples,
         Y: Samples | None = None,
         memory: int | None = None,
+        lock: Any = None,
     ) -> None:
         self.terms, self.engine_at, self.X, self.Y = terms, engine_at, X, Y
         engine = engine_at(terms[0])
+        self.lock = engine.function.lock if lock is None else lock
         self.memory = (engine.memory if memory is None else memory) // len(terms)
         self.components = number_of_components(engine, terms[0].theta, *X)
         self.inner = self.components if engine.selection.combine == "full" else 0
         n, m = count(X[0]), count(X[0] if Y is None else Y[0])
         super().__init__(np.float64, (n * max(1, self.inner), m * max(1, self.inner)))
         self._kept: dict[int, KernelProducts] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"} | {"_kept": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.lock = self.engine_at(self.terms[0]).function.lock
 
     def _products(self, index: int) -> KernelProducts:
         """Products of one term; kept where they hold activations and signals."""
@@ -239,6 +245,7 @@ class KernelOperator(LinearOperator):
             self._kept[index] = made
         return made
 
+    @one_at_a_time
     def apply(self, V: Float[np.ndarray, "columns D"], transposed: bool = False) -> Float[np.ndarray, "rows D"]:
         """K V, or Kᵀ V."""
         vectors = torch.tensor(np.asarray(V), dtype=torch.float64)

@@ -7,6 +7,7 @@ For signs r with :math:`E[r r^\top] = I`, the kernel of :math:`h = r \cdot f` is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,23 @@ from torch import Tensor
 from pathkernel._typing import Float
 from pathkernel.errors import InputError, check
 from pathkernel.tangent_kernel.outputs import OutputSelection
+
+
+@dataclass(frozen=True, eq=False)
+class Combinations:
+    """Combinations of the outputs; a single one is a number.
+
+    Attributes
+    ----------
+    signs
+        Their coefficients, (C, k).
+    """
+
+    signs: Tensor
+
+    def __call__(self, z: Tensor, _: Any) -> Tensor:
+        """zᵀ r."""
+        return (z * self.signs[:, 0].to(z)).sum() if self.signs.shape[1] == 1 else z @ self.signs.to(z)
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,4 @@ class OutputProbes:
         """The function of the outputs at the node with this number."""
         signs = self.signs(number, outputs) / self.count**0.5
         name = f"{self.count} random combination{'s' * (self.count > 1)} of the outputs"
-        if self.count == 1:
-            return OutputSelection(name, lambda z, _: (z * signs[:, 0].to(z)).sum(), True)
-        return OutputSelection(name, lambda z, _: z @ signs.to(z), False)
+        return OutputSelection(name, Combinations(signs), self.count == 1)

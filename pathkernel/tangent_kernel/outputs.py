@@ -4,40 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, PyTree
 from pathkernel.errors import InputError
-from pathkernel.losses import batch_loss
+from pathkernel.functional import map_outputs
+from pathkernel.losses import batch_loss, check_loss
 
 
 class OutputStructure:
     """How the network returns what kernels see as one vector for each sample; the vector itself until that is known."""
 
     def __init__(self) -> None:
-        self.shapes: list[torch.Size | None] = []
-        self.tree: Any = None
+        self.returned: Any = None
+
+    def __reduce__(self) -> tuple[type[OutputStructure], tuple[()]]:
+        return OutputStructure, ()  # it is learnt again from the next samples
 
     def learn(self, returned: PyTree) -> None:
-        """From what the network returned for any batch."""
-        leaves, self.tree = pytree.tree_flatten(returned)
-        floating = [isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves]
-        self.shapes = [leaf.shape[1:] if own else None for leaf, own in zip(leaves, floating, strict=True)]
+        """From what the network returned for a batch of one sample."""
+        self.returned = map_outputs(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, returned)
 
     def restore(self, outputs: Tensor) -> PyTree:
-        """Outputs (n, C) in the network's own form."""
-        if self.tree is None:
-            return outputs
-        leaves, begin = [], 0
-        for shape in self.shapes:
-            size = 0 if shape is None else shape.numel()
-            leaves.append(None if shape is None else outputs[:, begin : begin + size].reshape(-1, *shape))
-            begin += size
-        return pytree.tree_unflatten(leaves, self.tree)
+        """Outputs (C,) of one sample in the form in which the network returns them for a batch of one."""
+        if self.returned is None:
+            return outputs.unsqueeze(0)
+        begin = 0
+
+        def filled(leaf: Any) -> Any:
+            nonlocal begin
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                return leaf
+            own = outputs[begin : begin + leaf.numel()].reshape(leaf.shape)
+            begin += leaf.numel()
+            return own
+
+        return map_outputs(filled, self.returned)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,99 @@ class OutputSelection:
     structure: OutputStructure | None = field(default=None, compare=False)
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """All outputs."""
+
+    def __call__(self, z: Tensor, _: Any) -> Tensor:
+        """z."""
+        return z
+
+
+@dataclass(frozen=True)
+class SumOfOutputs:
+    """The sum of the outputs."""
+
+    def __call__(self, z: Tensor, _: Any) -> Tensor:
+        """Σ_k z_k."""
+        return z.sum()
+
+
+@dataclass(frozen=True)
+class OneOutput:
+    """One output, negative indices from the end.
+
+    Attributes
+    ----------
+    index
+        Which one.
+    """
+
+    index: int
+
+    def __call__(self, z: Tensor, _: Any) -> Tensor:
+        """z_index."""
+        self.check(len(z))
+        return z[self.index]
+
+    def check(self, outputs: int) -> None:
+        """Refuse an index beyond the network's outputs.
+
+        Raises
+        ------
+        InputError
+            With their number.
+        """
+        if not -outputs <= self.index < outputs:
+            raise InputError(
+                f"`outputs={self.index}` was given for a network with {outputs} output{'s' * (outputs != 1)}",
+                f"An index is one from 0 to {outputs - 1}, or from {-outputs} to -1 from the end",
+                'Write `outputs=0`, or `outputs="trace"` for all of them',
+            )
+
+
+@dataclass(frozen=True)
+class FunctionOfOutputs:
+    """A function of one sample's outputs.
+
+    Attributes
+    ----------
+    function
+        As the user wrote it, (C,) -> any number of numbers.
+    """
+
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, z: Tensor, _: Any) -> Tensor:
+        """h(z), (K,)."""
+        return self.function(z).reshape(-1)
+
+
+@dataclass(frozen=True)
+class LossOfOutputs:
+    """The loss of one sample, its target being the context.
+
+    Attributes
+    ----------
+    loss, reduction
+        See `pathkernel.losses.batch_loss`.
+    structure
+        In what form the loss has the outputs.
+    """
+
+    loss: Loss
+    reduction: str
+    structure: OutputStructure
+
+    def __call__(self, z: Tensor, target: Any) -> Tensor:
+        """ℓ(z, target)."""
+        targets = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), target)
+        return batch_loss(self.loss, self.structure.restore(z), targets, None, self.reduction)
+
+
+COMBINED: dict[str, Literal["sum", "mean", "full"]] = {"trace": "sum", "mean": "mean", "full": "full"}
+
+
 def select_outputs(outputs: Any, loss: Loss | None = None, reduction: str = "mean") -> OutputSelection:
     """Read the ``outputs=`` of a kernel.
 
@@ -85,27 +184,20 @@ def select_outputs(outputs: Any, loss: Loss | None = None, reduction: str = "mea
     reduction
         See `pathkernel.losses.batch_loss`.
     """
-    if isinstance(outputs, bool):
-        pass
-    elif outputs in ("trace", "mean", "full"):
-        combine: Any = "sum" if outputs == "trace" else outputs
-        return OutputSelection(outputs, lambda z, _: z, False, combine, identity=True)
-    elif outputs == "sum":
-        return OutputSelection("sum", lambda z, _: z.sum(), True)
-    elif isinstance(outputs, int):
-        return OutputSelection(f"output {outputs}", lambda z, _: z[outputs], True)
-    elif outputs == "loss" and loss is not None:
-
-        structure = OutputStructure()
-
-        def loss_of(z: Tensor, target: Any) -> Tensor:
-            targets = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), target)
-            return batch_loss(loss, structure.restore(z.unsqueeze(0)), targets, None, reduction)
-
-        return OutputSelection("loss", loss_of, True, with_targets=True, structure=structure)
-    elif callable(outputs):
+    if isinstance(outputs, str):
+        if outputs in COMBINED:
+            return OutputSelection(outputs, Outputs(), False, COMBINED[outputs], identity=True)
+        if outputs == "sum":
+            return OutputSelection("sum", SumOfOutputs(), True)
+        if outputs == "loss" and loss is not None:
+            structure = OutputStructure()
+            function = LossOfOutputs(check_loss(loss), reduction, structure)
+            return OutputSelection("loss", function, True, with_targets=True, structure=structure)
+    elif isinstance(outputs, Integral) and not isinstance(outputs, bool):
+        return OutputSelection(f"output {outputs}", OneOutput(int(outputs)), True)
+    elif callable(outputs) and not isinstance(outputs, type):
         name = getattr(outputs, "__name__", type(outputs).__name__)
-        return OutputSelection(name, lambda z, _: outputs(z).reshape(-1), False)
+        return OutputSelection(name, FunctionOfOutputs(outputs), False)
     raise InputError(
         f"`outputs={outputs!r}` was given",
         'It must be "trace", "mean", "sum", "full", an output index, a callable of one sample\'s outputs, or "loss" '

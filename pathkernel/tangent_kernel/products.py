@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.functional import ModelFunction, push_forward
-from pathkernel.interrupts import deliver
+from pathkernel.functional import REFUSALS, ModelFunction, leaf_parameters, pulled_back, push_forward, values_of
+from pathkernel.interrupts import attempt, deliver
 from pathkernel.pytrees import blocks, cast_floating, count, take
 from pathkernel.tangent_kernel.engine import Engine
+from pathkernel.tangent_kernel.jacobian import AutogradEngine
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
 
@@ -38,7 +39,7 @@ class JacobianProducts(ABC):
 
 
 class PlainJacobianProducts(JacobianProducts):
-    """By `torch.func`: a vjp and a jvp for each component and vector. Right for any model; memory O(P).
+    """A reverse and a forward pass of the batch for each component and vector. Right for any model; memory O(P).
 
     Parameters
     ----------
@@ -66,20 +67,23 @@ class PlainJacobianProducts(JacobianProducts):
     def _components(self, theta: Tensor, piece: slice) -> Tensor:
         """h of some samples, (n, K), as a function of θ."""
         outputs = self.function.batch(self.function.layout.unflatten(theta), take(self.X, piece))
-        return vmap(lambda z, c: self.selection.function(z, c).reshape(-1))(outputs, take(self.context, piece))
+        return values_of(self.selection.function, outputs, take(self.context, piece))
 
     def pull(self, weights: Tensor, components: slice) -> Tensor:
         """See `JacobianProducts.pull`."""
         chosen = [None] if self.full else list(range(components.start, components.stop))
         result = torch.zeros(len(chosen), weights.shape[-1], len(self.point), dtype=torch.float64)
-        with self.function.running():
+        with self.function.running(gradients=True), self.function.kept():
             for piece in self.pieces:
-                values, pull_back = vjp(partial(self._components, piece=piece), self.point)[:2]
+                leaves = leaf_parameters(self.function, self.point)
+                outputs = self.function.batch(leaves, take(self.X, piece))
+                values = values_of(self.selection.function, outputs, take(self.context, piece))
                 for place, c in enumerate(chosen):
                     for d in range(weights.shape[-1]):
                         cotangent = torch.zeros_like(values)
                         cotangent[:, slice(None) if c is None else c] = weights[piece, ..., d].to(values)
-                        result[place, d] += pull_back(cotangent)[0]
+                        gradients = pulled_back(leaves, values, cotangent, retain=True)
+                        result[place, d] += self.function.layout.flatten(gradients)
                 deliver()
         return result
 
@@ -90,7 +94,7 @@ class PlainJacobianProducts(JacobianProducts):
     def _pushed(self, directions: Tensor, components: slice, piece: slice) -> Tensor:
         function: Callable[[Tensor], Tensor] = partial(self._components, piece=piece)
         along = directions.to(self.point)
-        with self.function.running():
+        with self.function.running(), self.function.kept():
             if self.full:
                 return torch.stack([push_forward(function, self.point, u).double() for u in along[0]], dim=-1)
             chosen = range(components.start, components.stop)
@@ -126,7 +130,16 @@ class ProductsEngine(Engine):
     def gram(
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, diagonal: Tensor | None
     ) -> Tensor:
-        """K(X, Y), column by column."""
+        """K(X, Y), column by column; where the network refuses, by a loop of autograd over samples."""
+        found = attempt(lambda: self._gram(theta, X, Y, context_X, context_Y, diagonal), REFUSALS)
+        if isinstance(found, Exception):
+            plain = AutogradEngine(self.function, self.selection, self.memory)
+            return plain.gram(theta, X, Y, context_X, context_Y, diagonal)
+        return found
+
+    def _gram(
+        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, diagonal: Tensor | None
+    ) -> Tensor:
         columns, context = (X, context_X) if Y is None else (Y, context_Y)
         jacobian, found = self._jacobian(theta, X, context_X), []
         for j in range(count(columns)):
@@ -152,3 +165,34 @@ class ProductsEngine(Engine):
                 squared = (weighted * directions).sum()
                 found.append(squared / components.stop if self.selection.combine == "mean" else squared)
         return torch.stack(found)
+
+
+def error_of_engine(engine: Engine, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> float:
+    r"""How far an engine's matrix K is from :math:`J M J^\top`, applied to a random vector: the largest difference.
+
+    Relative to the largest entry of the product by one reverse and one forward pass of the batch, for each component;
+    NaN where torch has no way to J v.
+    """
+    n = count(X)
+    matrix = engine.gram(theta, X, None, context, None, diagonal)
+    full = engine.selection.combine == "full"
+    generator = torch.Generator().manual_seed(n)
+    products = PlainJacobianProducts(engine.function, engine.selection, theta, X, context, block=n)
+    k = matrix.shape[2] if full else number_of_components(engine, theta, X, context)
+    u = torch.randn((n, k, 1) if full else (n, 1), dtype=torch.float64, generator=generator)
+    directions = products.pull(u, slice(0, k))
+    scaled = directions if diagonal is None else directions * diagonal.double()
+    expected = attempt(lambda: products.push(scaled, slice(0, k)), REFUSALS)
+    if isinstance(expected, Exception):
+        return math.nan
+    if engine.selection.combine == "mean":
+        expected = expected / k
+    found = torch.einsum("ijkl,jld->ikd", matrix, u) if full else matrix @ u
+    scale = expected.abs().max().item()
+    return (found - expected).abs().max().item() / (scale or 1.0)
+
+
+def number_of_components(engine: Engine, theta: Tensor, X: PyTree, context: PyTree) -> int:
+    """K, the numbers that h has of one sample."""
+    z = engine.function.outputs(theta, take(X, slice(0, 1)))[0]
+    return engine.selection.function(z, take(context, 0)).numel()

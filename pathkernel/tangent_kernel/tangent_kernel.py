@@ -7,22 +7,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, Parameters, PyTree
+from pathkernel.acceptance import Acceptance, named_rows, not_finite
 from pathkernel.errors import InputError, check
 from pathkernel.functional import ModelFunction
 from pathkernel.parameters import ParameterLayout, constants_of
-from pathkernel.pytrees import as_tensors, cast_floating, count, take
-from pathkernel.tangent_kernel.choice import EngineValue, make_engine
+from pathkernel.pickling import check_picklable
+from pathkernel.pytrees import as_tensors, cast_floating, check_rows, copied_samples, count, take
+from pathkernel.sample_wise import check_module, check_sample_wise
+from pathkernel.tangent_kernel.choice import EngineValue, choices_of, keep_choices, make_engine
 from pathkernel.tangent_kernel.cost import CostRow
+from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.explanation import cost_rows, describe, precision
 from pathkernel.tangent_kernel.filters import ParameterFilter, chosen_parameters
-from pathkernel.tangent_kernel.operators import KernelOperator, Point
-from pathkernel.tangent_kernel.outputs import OutputSelection, select_outputs
+from pathkernel.tangent_kernel.operators import KernelOperator, Point, Term
+from pathkernel.tangent_kernel.outputs import OneOutput, OutputSelection, select_outputs
+from pathkernel.tangent_kernel.products import error_of_engine
+from pathkernel.threads import one_at_a_time
 
 
-def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype) -> tuple[PyTree, PyTree]:
-    """Inputs of a kernel and the context of its output function, as tensors."""
+def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype, asker: str) -> tuple[PyTree, PyTree]:
+    """Inputs of a kernel and the context of its output function, as tensors; the asker is named in messages."""
     if selection.with_targets:
         check(
             isinstance(X, (tuple, list)) and len(X) == 2,
@@ -31,17 +38,31 @@ def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype) -> 
             "The loss of a sample needs its target",
             "Pass samples as pairs: `kernel((X, y))`",
         )
-        return as_tensors(X[0], dtype), cast_floating(as_tensors(X[1], dtype), dtype)
+        inputs, targets = as_tensors(X[0], dtype), cast_floating(as_tensors(X[1], dtype), dtype)
+        check_rows((inputs, targets), asker)
+        if len(rows := not_finite(targets)):
+            raise named_rows(asker, list(rows), "targets")
+        return inputs, targets
     inputs = as_tensors(X, dtype)
+    check_rows(inputs, asker)
     return inputs, torch.zeros(count(inputs), 0)
 
 
 def learn_structure(selection: OutputSelection, function: ModelFunction, theta: Tensor, inputs: PyTree) -> None:
     """Tell a loss in what form the network returns its outputs, from one sample."""
-    if selection.structure is not None and selection.structure.tree is None:
+    if selection.structure is not None and selection.structure.returned is None and count(inputs):
         with function.running(gradients=False):
             one = cast_floating(take(inputs, slice(0, 1)), function.dtype)
             selection.structure.learn(function.call(function.parameters(theta), one))
+
+
+def no_samples(asker: str) -> InputError:
+    """The refusal of an empty X where a result of nothing would mean nothing."""
+    return InputError(
+        f"`{asker}` was given no samples",
+        "One sample or more is needed; the kernel matrix alone may be empty",
+        "Leave the call out where X is empty",
+    )
 
 
 class TangentKernel:
@@ -52,7 +73,8 @@ class TangentKernel:
     Parameters
     ----------
     model
-        Any module that treats samples independently; evaluated in eval mode, in blocks through `torch.func`.
+        Any module that treats samples independently, evaluated in eval mode; three samples together and one by one must
+        agree. It is never run or changed: passes run on a copy of its structure.
     parameters
         θ by name, all or some of the model's parameters; or which of the trainable ones make up θ, at their present
         values: a name or glob (``"layers.*.weight"``), a list of them, or a callable ``(name, parameter) -> bool``;
@@ -97,25 +119,74 @@ class TangentKernel:
         dtype: torch.dtype | None = None,
         loss: Loss | None = None,
     ) -> None:
+        check_module(model)
         chosen = chosen_parameters(model, parameters)
         layout = ParameterLayout.of(chosen)
-        self.theta = layout.flatten({name: p.detach() for name, p in chosen.items()})
-        function = ModelFunction(model, layout, constants_of(model, layout), dtype or self.theta.dtype)
-        self.selection = select_outputs(outputs, loss)
-        self.engine = make_engine(engine, function, self.selection, memory)
-        self.function = self.engine.function
-        self._left_out = {
+        theta = layout.flatten({name: p.detach() for name, p in chosen.items()})
+        left_out = {
             name: "not among `parameters`" if p.requires_grad else "frozen"
             for name, p in model.named_parameters()
             if name not in chosen
         }
+        self._make(
+            {
+                "model": model,
+                "layout": layout,
+                "theta": theta,
+                "constants": constants_of(model, layout),
+                "dtype": dtype or theta.dtype,
+                "selection": select_outputs(outputs, loss),
+                "engine": engine,
+                "memory": memory,
+                "left_out": left_out,
+            }
+        )
+
+    def _make(self, made_of: dict[str, Any]) -> None:
+        """Everything from what a kernel is made of, which is all that is saved of it."""
+        self._made_of, self.theta, self.selection = made_of, made_of["theta"], made_of["selection"]
+        function = ModelFunction(made_of["model"], made_of["layout"], made_of["constants"], made_of["dtype"])
+        self.engine = make_engine(made_of["engine"], function, self.selection, made_of["memory"])
+        self.function = self.engine.function
+        self._accept = Acceptance(self.function, self.theta, "TangentKernel")
+        self._left_out = made_of["left_out"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        made_of = self._made_of
+        check_picklable(model=made_of["model"], outputs=self.selection, engine=made_of["engine"])
+        return {**made_of, "chosen": choices_of(self.engine)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        made_of = dict(state)
+        chosen = made_of.pop("chosen")
+        self._make(made_of)
+        keep_choices(self.engine, chosen)
 
     def _samples(self, X: PyTree) -> tuple[PyTree, PyTree]:
         """Inputs and context; a loss is told in what form the network returns its outputs."""
-        x, context = split_samples(X, self.selection, self.function.dtype)
+        x, context = split_samples(X, self.selection, self.function.dtype, "TangentKernel")
+        x = self._accept(x)
+        check_sample_wise(self.function, self.theta, x)
+        if isinstance(self.selection.function, OneOutput) and count(x):
+            self.selection.function.check(self.function.outputs(self.theta, take(x, slice(0, 1))).shape[1])
         learn_structure(self.selection, self.function, self.theta, x)
         return x, context
 
+    def _some_samples(self, X: PyTree) -> tuple[PyTree, PyTree]:
+        """The same, one or more."""
+        x, context = self._samples(X)
+        if not count(x):
+            raise no_samples("TangentKernel")
+        return x, context
+
+    def _block(self, inputs: PyTree) -> tuple[int, ...]:
+        """Shape of an entry of the matrix, told from samples of which there may be none."""
+        if self.selection.combine != "full":
+            return ()
+        zeros = pytree.tree_map(lambda leaf: leaf.new_zeros((1, *leaf.shape[1:])), inputs)
+        return (self.function.outputs(self.theta, self._accept(zeros)).shape[1],) * 2
+
+    @one_at_a_time
     def __call__(self, X: PyTree, Y: PyTree | None = None) -> np.ndarray:
         """Kernel matrix.
 
@@ -131,22 +202,27 @@ class TangentKernel:
             float64 (n, m), or (n, m, C, C) for ``outputs="full"``.
         """
         x, context_x = self._samples(X)
-        if Y is None or Y is X:
-            return self.engine.gram(self.theta, x, None, context_x, None, None).numpy()
-        y, context_y = self._samples(Y)
+        y, context_y = (None, None) if Y is None or Y is X else self._samples(Y)
+        if not count(x) or (y is not None and not count(y)):
+            columns = x if y is None else y
+            return np.zeros((count(x), count(columns), *self._block(columns if count(columns) else x)))
         return self.engine.gram(self.theta, x, y, context_x, context_y, None).numpy()
 
+    @one_at_a_time
     def diagonal(self, X: PyTree) -> np.ndarray:
         """K(x, x) for every sample: (n,), or (n, C, C) for ``outputs="full"``."""
         x, context = self._samples(X)
+        if not count(x):
+            return np.zeros((0, *self._block(x)))
         return self.engine.diagonal(self.theta, x, context, None).numpy()
 
+    @one_at_a_time
     def matvec(self, X: PyTree, v: np.ndarray | Tensor) -> np.ndarray:
         """K(X, X) v without the matrix, v (n,), or (n, C) for ``outputs="full"``.
 
         For many products at the same samples, see `operator`.
         """
-        n, vector = count(self._samples(X)[0]), np.asarray(v, dtype=np.float64)
+        n, vector = count(self._some_samples(X)[0]), np.asarray(v, dtype=np.float64)
         check(
             vector.shape[:1] == (n,) and vector.ndim == (2 if self.selection.combine == "full" else 1),
             InputError,
@@ -169,9 +245,14 @@ class TangentKernel:
         KernelOperator
             float64 (n, m), or (n C, m C) for ``outputs="full"``; symmetric for Y None.
         """
-        x, y = self._samples(X), None if Y is None or Y is X else self._samples(Y)
-        return KernelOperator([Point(self.theta)], lambda _: self.engine, x, y)
+        same = Y is None or Y is X
+        rows, columns = copied_samples((self._some_samples(X), None if same else self._some_samples(Y)))
+        return KernelOperator([Point(self.theta)], self._engine_at, rows, columns, lock=self.lock)
 
+    def _engine_at(self, _: Term) -> Engine:
+        return self.engine
+
+    @one_at_a_time
     def cost(self, X: PyTree, n: int | None = None, m: int | None = None) -> list[CostRow]:
         """What an (n, m) matrix costs on every engine, layer by layer, before it is computed.
 
@@ -188,7 +269,7 @@ class TangentKernel:
             ``engine``, ``layer``, ``way``, ``flops``, ``bytes``, ``peak_bytes``, ``seconds``, ``reason``; an engine's
             rows add up to its cost.
         """
-        x, context = self._samples(X)
+        x, context = self._some_samples(X)
         return cost_rows(self.engine, self.theta, x, context, count(x) if n is None else n, m)
 
     def explain(self, X: PyTree | None = None, n: int | None = None, m: int | None = None) -> str:
@@ -206,9 +287,35 @@ class TangentKernel:
         )
         if X is None:
             return head
-        x, context = self._samples(X)
+        x, context = self._some_samples(X)
         table = describe(self.engine, self.theta, x, context, count(x) if n is None else n, m, self._left_out)
         return f"{head}\n{table}"
+
+    @one_at_a_time
+    def check(self, X: PyTree) -> float:
+        r"""How far the kernel matrix of some samples is from autograd's, in a random direction.
+
+        .. math:: \max_i \lvert (K u)_i - (J J^\top u)_i \rvert / \max_i \lvert (J J^\top u)_i \rvert
+
+        with the second product by one reverse and one forward pass of the batch as it is, for each output.
+
+        Parameters
+        ----------
+        X
+            n samples.
+
+        Returns
+        -------
+        float
+            At rounding where every row belongs to its sample, of the order of 1 where samples get each other's; NaN
+            where torch has no way to J v.
+        """
+        return error_of_engine(self.engine, self.theta, *self._samples(X), None)
+
+    @property
+    def lock(self) -> Any:
+        """Held by one thread at a time."""
+        return self.function.lock
 
     def __repr__(self) -> str:
         return f"<{self.explain()}>"

@@ -117,6 +117,47 @@ class DiskStore(Store):
     def __repr__(self) -> str:
         return f"DiskStore({str(self.path)!r}, {len(self)} steps)"
 
+    # -- travelling -----------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Where it is, how it is read, and how to tell that it is the same."""
+        if "_travelled" in vars(self):
+            return vars(self)["_travelled"]
+        options = {name: getattr(self, name) for name in ("flush_every", "durable", "on_error", "compression")}
+        self.flush()
+        last = self._last_commit()
+        belongs = {"rule": self.rule, "_trajectory": self._trajectory, "_pinned": self._pinned} if last else {}
+        return {"path": self.path.absolute(), "options": options, "last": last, "belongs": belongs}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["last"] is None:
+            self.__init__(state["path"], **state["options"])  # type: ignore[misc]
+        else:
+            vars(self).update(path=state["path"], _travelled=state)  # read when somebody asks
+
+    def __getattr__(self, name: str) -> Any:
+        """Anything of a store that has travelled and was not read since."""
+        state = vars(self).get("_travelled")
+        if state is None or name.startswith("__"):
+            raise AttributeError(f"'DiskStore' object has no attribute {name!r}")
+        found = DiskStore.open(state["path"], **state["options"])
+        check(
+            found._last_commit() == state["last"],
+            StoreError,
+            f"`{found.path}` does not hold what it held when a trajectory or a kernel on it was saved",
+            f"It held {state['last'][1] + state['last'][2]} steps then, with other contents or fewer or more than now",
+            "Put the folder back from a copy, or make the kernel anew from `Trajectory.open(path, ...)`",
+        )
+        del vars(self)["_travelled"]
+        vars(self).update({**vars(found), **state["belongs"]})
+        return getattr(self, name)
+
+    def _last_commit(self) -> tuple[int, ...] | None:
+        """What tells the content of a store from another's; None before it has any."""
+        if self._blocks is None or not self._blocks.count:
+            return None
+        return tuple(vars(self._blocks.commit(self._blocks.count - 1)).values())
+
     # -- opening --------------------------------------------------------------------------------------------------
 
     @property
@@ -428,7 +469,9 @@ class DiskStore(Store):
             serial = serials.get(id(buffers), -1)
             if serial >= 0:
                 self._pinned[serial] = buffers
-            end = End((name, length), len(self), identity.weights(trajectory.model), serial)
+            final = None if trajectory.reference is None else trajectory.reference.final
+            outputs = None if final is None else final.tolist()
+            end = End((name, length), len(self), identity.weights(trajectory.model), serial, outputs)
             self._write_header(self.header.ended(end))
         except OSError as error:
             self._give_out(error)
@@ -539,7 +582,8 @@ class DiskStore(Store):
             tails = self._tails[commit.region :]
             tail = torch.cat(tails) if tails else None
             region = self._regions[commit.region]
-            return StoredBlock(blocks, number, region, tail, self._boundary, self._known_mapping, self.rule)
+            thinned = self.header is not None and self.header.schedule.weights_only
+            return StoredBlock(blocks, number, region, tail, self._boundary, self._known_mapping, self.rule, thinned)
 
         return self._recent.get(number, make)
 

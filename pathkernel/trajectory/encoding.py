@@ -15,7 +15,7 @@ from pathkernel.errors import TrajectoryError
 from pathkernel.functional import ForwardState
 from pathkernel.parameters import ParameterLayout
 from pathkernel.trajectory.packing import row_major
-from pathkernel.trajectory.step import FrozenOnReading, MicroBatch, OptimizerState, Step
+from pathkernel.trajectory.step import FrozenOnReading, MicroBatch, OptimizerState, Step, length_taken_out
 
 if TYPE_CHECKING:
     from pathkernel.update_rules.rule import UpdateRule
@@ -182,6 +182,7 @@ class BlockEncoder:
                     "batches": [self._batch(batch) for batch in step.batches],
                     "frozen": self._frozen(block, step, row),
                     "buffers": self._mapping(step.buffers),
+                    "length": step.length,
                 }
             )
             if step.after.numel():
@@ -309,6 +310,7 @@ def decode_step(
     rows: BlockRows,
     ends: tuple[Tensor, Tensor, Tensor],
     rule: UpdateRule | None,
+    thinned: bool,
 ) -> Step:
     """One step of a block.
 
@@ -324,10 +326,15 @@ def decode_step(
         θ_s, θ_{s+1} and the gradient, as long as θ is now.
     rule
         For what is frozen, where that follows from the optimizer's state.
+    thinned
+        Whether the path is; see `pathkernel.trajectory.step.length_taken_out`.
     """
     before, after, gradient = ends
     active = frozenset(record["active"][entry["active"]])
     groups, settings = record["groups"][entry["groups"]], record["settings"][entry["settings"]]
+    settings, length = (settings, entry["length"]) if "length" in entry else length_taken_out(settings, thinned)
+    if type(length) is not int or length < 1:
+        raise ValueError(f"a step of length {str(length)[:20]}")
 
     def state(encoded: list[Any]) -> ForwardState:
         modes, generators, autocast, buffers = encoded
@@ -366,6 +373,7 @@ def decode_step(
         changes=tuple((name, rows.point(place)) for name, place in entry["changes"]),
         gradient_changes={name: rows.edit(place) for name, place in entry["gradient_changes"].items()},
         buffers=rows.mapping(entry["buffers"]),
+        length=length,
     )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,16 +18,23 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import TrajectoryError
 from pathkernel.factored import FactoredGradients, working
-from pathkernel.functional import ModelFunction, Modes, batch_outputs
-from pathkernel.gradient_source import GradientSource, weighted_sum
+from pathkernel.functional import (
+    ROW_LIMIT,
+    ModelFunction,
+    Modes,
+    error_of_rows,
+    map_outputs,
+    output_leaves,
+    random_directions,
+)
+from pathkernel.gradient_source import BY_ROWS, GradientSource, weighted_sum
 from pathkernel.interrupts import deliver
 from pathkernel.layers.tape import Tape
 from pathkernel.losses import (
-    Objective,
     batch_gradient,
-    batch_loss,
     batch_products,
     coupled_row_blocks,
+    loss_slopes,
     output_cotangents,
     weighted_gradient,
 )
@@ -64,6 +71,49 @@ def normalises_batch(module: nn.Module, modes: Modes) -> bool:
         and (isinstance(child, _BatchNorm) or getattr(child, "track_running_stats", False))
         for name, child in module.named_modules()
     )
+
+
+DIRECTIONS = 3
+"""Random directions in which the rows of a batch are compared with the batch run forward."""
+
+AUTOCAST_LIMIT = 5e-2
+"""Difference of rows under automatic mixed precision that is rounding: forward and backward passes round apart."""
+
+
+class EngineReplaced(Exception):
+    """Rows of a batch were seen not to be its samples': everything is to be computed again, with other rows."""
+
+
+@dataclass
+class SplitCertificate:
+    r"""How well the rows of a run's batches belong to their samples, measured on some of them.
+
+    .. math:: \max_i \lvert \langle row_i, v\rangle - \lambda_i \cdot (J v)_i \rvert
+              \,/\, \max_i \lvert \lambda_i \cdot (J v)_i \rvert
+
+    Attributes
+    ----------
+    error
+        The worst of three random directions v and of all batches measured; NaN where torch has no way to J v.
+    batches
+        How many were measured.
+    limit
+        Up to which it is rounding, in the arithmetic of the batches.
+    engines
+        How rows were formed: ``"layerwise"``, ``"jacobian"``, ``"autograd"``.
+    """
+
+    error: float = math.nan
+    batches: int = 0
+    limit: float = 0.0
+    engines: set[str] = field(default_factory=set)
+
+    def note(self, error: float, limit: float) -> None:
+        """Add a batch."""
+        self.limit = max(self.limit, limit)
+        if math.isfinite(error):
+            self.error = error if math.isnan(self.error) else max(self.error, error)
+            self.batches += 1
 
 
 @dataclass(frozen=True)
@@ -203,8 +253,10 @@ class RecordedGradients:
         self.examples: dict[Any, tuple[int, int, int]] = {}
         for step in trajectory.steps():
             self._meet(step)
-        self._coupled = False
+        self.certificate = SplitCertificate()
+        self._coupled = engine == "autograd"
         self._separate: dict[Any, bool] = {}
+        self._measured: set[Any] = set()
 
     def _meet(self, step: Step) -> None:
         """Take note of the largest gradient, step, and batch of each kind: (samples, step, place in it)."""
@@ -269,8 +321,7 @@ class RecordedGradients:
         # Gradients far below the largest of the run are differences of nearly equal numbers: judged by its scale.
         if fit.relative > tolerance and fit.relative * recorded.norm().item() > tolerance * 1e-2 * self.largest:
             if rows and not self._coupled:
-                self._coupled = True  # perhaps samples are coupled by a layer that is not known to couple them
-                return self._stage(step, point, rows, passes, compare)
+                raise self._replaced()  # perhaps samples are coupled by a layer that is not known to couple them
             raise TrajectoryError(
                 f"At step {step.index} the samples on record explain the gradient only up to {fit.relative:.1%}, worst "
                 f"in `{fit.worst}`",
@@ -302,24 +353,91 @@ class RecordedGradients:
         for batch in step.batches:
             function = self.replayed(step, batch)
             inputs, targets = samples_of(batch, self.trajectory.data)
-            objective, weights, n = self.trajectory.objective, batch.weights, len(batch.ids)
-            source = self.source_of(batch)
-            if self.together(batch, point, inputs):
-                cotangents = output_cotangents(function, point, objective, inputs, targets, weights)
-                for rows in coupled_row_blocks(function, point, inputs, cotangents, min(n, passes.samples)):
-                    yield FactoredGradients.dense(rows.to(working(function.dtype)), function.layout)
-                    give_back_freed_memory()
-            elif not passes.cut(n) or self.inseparable(batch, point, inputs):
-                yield source.pulled_back(
-                    point, inputs, partial(slopes, function, objective, targets=targets, weights=weights), function
-                )
-            else:
-                cotangents = self._cotangents(function, point, inputs, targets, weights, passes)
-                for piece in blocks(n, passes.samples):
-                    yield source.gradients(
-                        point, take(inputs, piece), weighted_sum, cotangents[piece], None, function
-                    ).as_rows()
-                    give_back_freed_memory()
+            measured = self._is_measured(step, batch, inputs)
+            found: list[Tensor] = []
+            for rows, piece, cotangents in self._rows(batch, function, point, inputs, targets, passes):
+                if measured and piece is not None:
+                    v = random_directions(function.layout.size, DIRECTIONS)
+                    self._measure(function, batch, point, take(inputs, piece), cotangents[piece], rows @ v.T)
+                elif measured:  # a part of the rows of a whole batch
+                    found.append(rows @ random_directions(function.layout.size, DIRECTIONS).T)
+                    if sum(len(part) for part in found) == len(cotangents):
+                        self._measure(function, batch, point, inputs, cotangents, torch.cat(found))
+                yield rows
+                give_back_freed_memory()
+
+    def _rows(
+        self, batch: MicroBatch, function: ModelFunction, point: Tensor, inputs: PyTree, targets: PyTree, passes: Passes
+    ) -> Iterator[tuple[FactoredGradients, slice | None, Tensor]]:
+        """Gradients, the samples that they are of (None for the next of a batch run together), and λ (B, C) of all."""
+        objective, weights, n = self.trajectory.objective, batch.weights, len(batch.ids)
+        source = self.source_of(batch)
+        if self.together(batch, point, inputs):
+            self.certificate.engines.add("autograd")
+            cotangents = output_cotangents(function, point, objective, inputs, targets, weights)
+            for rows in coupled_row_blocks(function, point, inputs, cotangents, min(n, passes.samples)):
+                yield FactoredGradients.dense(rows.to(working(function.dtype)), function.layout), None, cotangents
+        elif not passes.cut(n) or self.inseparable(batch, point, inputs):
+            slopes: list[Tensor] = []
+
+            def of_outputs(outputs: PyTree) -> Tensor:
+                slopes.append(loss_slopes(function, objective, outputs, targets, weights, n))
+                return slopes[-1]
+
+            found = source.pulled_back(point, inputs, of_outputs, function)
+            self.certificate.engines |= source.engines
+            yield found, slice(0, n), slopes[-1]
+        else:
+            cotangents = self._cotangents(function, point, inputs, targets, weights, passes)
+            for piece in blocks(n, passes.samples):
+                own = take(inputs, piece)
+                found = source.gradients(point, own, weighted_sum, cotangents[piece], None, function).as_rows()
+                self.certificate.engines |= source.engines
+                yield found, piece, cotangents
+
+    def _is_measured(self, step: Step, batch: MicroBatch, inputs: PyTree) -> bool:
+        """Whether the rows of a batch are compared with the batch run forward.
+
+        At steps 0, 1, 4, 16, 64, … and the last, and wherever samples of another shape or number, or another mode, come
+        first; once for each batch, however often the record is passed.
+        """
+        leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        kind = _hashable(batch.state.modes), self._coupled, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        power = step.index & (step.index - 1) == 0 and (step.index.bit_length() - 1) % 2 == 0
+        due = step.index == 0 or power or step.index == len(self.trajectory) - 1 or kind not in self._measured
+        if not due or (key := (step.index, tuple(batch.ids.tolist()))) in self._measured:
+            return False
+        self._measured |= {key, kind}
+        return True
+
+    def _measure(
+        self,
+        function: ModelFunction,
+        batch: MicroBatch,
+        point: Tensor,
+        inputs: PyTree,
+        cotangents: Tensor,
+        found: Tensor,
+    ) -> None:
+        """Compare ⟨row, v⟩, (n, D), with the same samples run forward.
+
+        Raises
+        ------
+        EngineReplaced
+            When rows are not their samples'; they come from reverse sweeps of whole batches then.
+        """
+        v = random_directions(function.layout.size, DIRECTIONS)
+        error = error_of_rows(function, point, inputs, v, found.unsqueeze(1), cotangents.unsqueeze(1))
+        exact = ROW_LIMIT[torch.promote_types(function.dtype, torch.float32)]
+        limit = exact if batch.state.autocast is None else AUTOCAST_LIMIT
+        if error > limit and not self._coupled:
+            raise self._replaced()
+        self.certificate.note(error, limit)
+
+    def _replaced(self) -> EngineReplaced:
+        """Form rows by reverse sweeps of whole batches from now on, which are right for every network."""
+        self._coupled, self.certificate, self._measured = True, SplitCertificate(), set()
+        return EngineReplaced()
 
     def _cotangents(
         self,
@@ -337,8 +455,14 @@ class RecordedGradients:
                 returned.append(function.call(parameters, cast_floating(take(inputs, piece), function.dtype)))
                 deliver()
                 give_back_freed_memory()
-        outputs = pytree.tree_map(lambda *z: torch.cat(z) if isinstance(z[0], Tensor) else z[0], *returned)
-        return slopes(function, self.trajectory.objective, outputs, targets, weights)
+        parts = [iter(output_leaves(one)) for one in returned]
+
+        def joined(_: Any) -> Any:
+            pieces = [next(part) for part in parts]
+            return torch.cat(pieces) if isinstance(pieces[0], Tensor) else pieces[0]
+
+        outputs = map_outputs(joined, returned[0])
+        return loss_slopes(function, self.trajectory.objective, outputs, targets, weights, count(inputs))
 
     def source_of(self, batch: MicroBatch) -> GradientSource:
         """Where the gradients of a batch come from."""
@@ -356,7 +480,7 @@ class RecordedGradients:
             return False
         # What is random in training is proved as it is in evaluation, where each sample can be run by itself. That its
         # training mode couples no samples is seen once.
-        if batch.state.autocast or self.source.engine == "jacobian":
+        if batch.state.autocast or self.source.engine in BY_ROWS:
             return True
         key = _hashable(batch.state.modes)
         if key not in self._separate:
@@ -398,7 +522,7 @@ class RecordedGradients:
         return function.replaced(constants=buffers, state=batch.state)
 
     def _tolerance(self, step: Step) -> float:
-        types = {self.trajectory.dtype, self.function.dtype}
+        types = {self.trajectory.precision, self.function.dtype}
         types |= {batch.state.autocast[1] for batch in step.batches if batch.state.autocast}
         return max(GRADIENT_TOLERANCE[dtype] for dtype in types)
 
@@ -407,21 +531,6 @@ class RecordedGradients:
         for name, where in self.trajectory.layout.slices.items():
             if name not in step.active:
                 gradients[..., where] = 0
-
-
-def slopes(
-    function: ModelFunction, objective: Objective, outputs: PyTree, targets: PyTree, weights: Tensor | None
-) -> Tensor:
-    """λ = ∂L/∂z of what the network returned for a batch, (B, C) in the order of `batch_outputs`."""
-    floating = lambda leaf: isinstance(leaf, Tensor) and leaf.is_floating_point()  # noqa: E731
-    outputs = pytree.tree_map(lambda z: z.detach().requires_grad_(True) if floating(z) else z, outputs)
-    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if floating(leaf)]
-    with function.running(gradients=True):
-        targets = cast_floating(targets, function.dtype)
-        value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
-        found = torch.autograd.grad(value, leaves, allow_unused=True)
-    zeros = [torch.zeros_like(z) if gradient is None else gradient for z, gradient in zip(leaves, found, strict=True)]
-    return batch_outputs(zeros)
 
 
 def _hashable(modes: Modes) -> Any:

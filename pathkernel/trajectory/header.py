@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pathkernel import __version__
 from pathkernel.errors import InputError, StoreError, check
@@ -25,9 +26,11 @@ from pathkernel.trajectory.replay import ReplayStore
 from pathkernel.trajectory.schedule import EVERY_STEP, Schedule
 
 if TYPE_CHECKING:
+    from pathkernel.trajectory.reference_outputs import ReferenceOutputs
     from pathkernel.trajectory.trajectory import Trajectory
 
-FORMAT, VERSION = "pathkernel trajectory", 1
+FORMAT, VERSION = "pathkernel trajectory", 2
+"""Version 2 gives a step its length, which thinned paths need; all others are readable as version 1."""
 MAX_NUMBERS = 2**44
 """No θ is longer."""
 
@@ -46,12 +49,15 @@ class End:
         Digest of the model's parameters and buffers.
     buffers
         Serial number of the final buffers, as in the blocks' records.
+    outputs
+        `ReferenceOutputs.final` as lists; None where it is not known.
     """
 
     values: tuple[str, int]
     steps: int
     weights: str
     buffers: int
+    outputs: list[list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,9 @@ class Header:
     replay
         Where steps are trained again: class of the optimizer, length in bytes of its packed constants, and number of
         threads.
+    outputs
+        Of `ReferenceOutputs`, what is known when recording begins: ``samples``, ``varying`` and ``values``, the outputs
+        at θ_0 as lists. None where there are none.
     end
         None while the recording goes on, or where it was cut off.
     """
@@ -100,6 +109,7 @@ class Header:
     fingerprints: Mapping[str, Any]
     schedule: Schedule = EVERY_STEP
     replay: Mapping[str, Any] | None = None
+    outputs: Mapping[str, Any] | None = None
     end: End | None = None
 
     @classmethod
@@ -124,6 +134,7 @@ class Header:
             fingerprints=fingerprints(trajectory),
             schedule=schedule if isinstance(schedule, Schedule) and (thinned or replay) else EVERY_STEP,
             replay=replay,
+            outputs=reference_identity(trajectory.reference),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -131,7 +142,7 @@ class Header:
         end = None if self.end is None else {**vars(self.end), "values": list(self.end.values)}
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.schedule.weights_only else 1,
             "dtype": str(self.dtype).removeprefix("torch."),
             "steps_per_block": self.capacity,
             "regions": [_table(layout) for layout in self.layouts],
@@ -145,6 +156,7 @@ class Header:
             "fingerprints": dict(self.fingerprints),
             "schedule": dict(vars(self.schedule)),
             "replay": None if self.replay is None else dict(self.replay),
+            "outputs": None if self.outputs is None else dict(self.outputs),
             "end": end,
         }
 
@@ -188,7 +200,9 @@ class Header:
         end = content["end"]
         if end is not None:
             name, length = end["values"]
-            end = End((_text(name), _count(length)), _count(end["steps"]), _text(end["weights"]), int(end["buffers"]))
+            values = _text(name), _count(length)
+            final = None if end.get("outputs") is None else _matrix(end["outputs"])
+            end = End(values, _count(end["steps"]), _text(end["weights"]), int(end["buffers"]), final)
         layouts = tuple(_layout(table) for table in content["regions"])
         tails = tuple(_count(n) for n in content["tails"])
         if not layouts or len(tails) != len(layouts) - 1:
@@ -204,6 +218,10 @@ class Header:
             replay = {"optimizer": _text(replay["optimizer"]), **counts}
         if (replay is None) != (schedule.keyframes is None):
             raise ValueError("schedule and replay")
+        outputs = content.get("outputs")  # optional: stores that were written before there were any lack it
+        if outputs is not None:
+            samples = [_count(sample) for sample in outputs["samples"]]
+            outputs = {"samples": samples, "varying": bool(outputs["varying"]), "values": _matrix(outputs["values"])}
         return cls(
             dtype=dtype,
             capacity=content["steps_per_block"],
@@ -218,6 +236,7 @@ class Header:
             fingerprints={key: dict(content["fingerprints"][key]) for key in ("model", "loss", "data")},
             schedule=schedule,
             replay=replay,
+            outputs=outputs,
             end=end,
         )
 
@@ -266,6 +285,13 @@ def _text(value: Any) -> str:
     return value
 
 
+def _matrix(rows: Any) -> list[list[float]]:
+    matrix = [[float(value) for value in row] for row in rows]
+    if not matrix or len({len(row) for row in matrix}) != 1:
+        raise ValueError("no matrix")
+    return matrix
+
+
 def versions() -> dict[str, str]:
     """Of the libraries at hand."""
     return {
@@ -290,6 +316,14 @@ def fingerprints(trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
+def reference_identity(reference: ReferenceOutputs | None) -> dict[str, Any] | None:
+    """What is known of the reference outputs when a recording begins."""
+    if reference is None:
+        return None
+    samples, values = list(reference.samples), reference.initial.tolist()
+    return {"samples": samples, "varying": reference.varying, "values": values}
+
+
 def start_values(trajectory: Trajectory) -> dict[str, Any]:
     """What is packed when a recording begins."""
     return {
@@ -297,6 +331,11 @@ def start_values(trajectory: Trajectory) -> dict[str, Any]:
         "constants": trajectory.constants,
         "initial_memory": trajectory.initial_memory,
         "averages": {name: record.initial for name, record in trajectory.averages.items()},
+        "reference_inputs": (
+            pytree.tree_leaves(trajectory.reference.inputs)
+            if trajectory.reference is not None and trajectory.reference.varying
+            else None
+        ),
     }
 
 

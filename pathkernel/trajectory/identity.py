@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss
+from pathkernel.functional import generators_untouched
 from pathkernel.trajectory.packing import as_bytes
 from pathkernel.trajectory.samples import Samples
 
@@ -31,6 +30,15 @@ def digest(tensors: Any) -> str:
         state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         state.update(as_bytes(tensor).data)
     return state.hexdigest()
+
+
+def condensed(values: Tensor, length: int) -> Tensor:
+    """At most so many numbers of each row of a matrix (n, m): its entries, or of more as many weighted sums of them."""
+    if values.shape[1] <= length:
+        return values
+    weighted = values * torch.cos(torch.arange(values.shape[1], dtype=values.dtype, device=values.device))
+    padded = torch.nn.functional.pad(weighted, (0, -values.shape[1] % length))
+    return padded.reshape(len(values), length, -1).sum(dim=2)
 
 
 def named(thing: Any) -> str:
@@ -102,16 +110,6 @@ def _leaves(items: Any) -> Iterator[tuple[str, Tensor]]:
                 yield str(array.dtype), (
                     torch.from_numpy(np.ascontiguousarray(array)) if array.dtype.kind in "fiub" else torch.zeros(0)
                 )
-
-
-@contextmanager
-def generators_untouched() -> Iterator[None]:
-    """Leave all random generators as they are: datasets may draw from them."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
 
 
 def compared(recorded: Fingerprint, found: Fingerprint, what: str) -> list[str]:

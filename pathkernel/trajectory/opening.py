@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -10,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, Parameters
 from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, check
-from pathkernel.losses import Objective
-from pathkernel.parameters import ParameterLayout
+from pathkernel.functional import ModelFunction, generators_untouched
+from pathkernel.losses import Objective, check_loss
+from pathkernel.parameters import ParameterLayout, constants_of
 from pathkernel.storage import damaged
 from pathkernel.trajectory import identity
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.disk import DiskStore
 from pathkernel.trajectory.header import Header, rule_identity
+from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.replay import Replay, ReplayStore
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.trajectory import Trajectory
@@ -41,6 +45,7 @@ def open_trajectory(
     header = store.header
     assert header is not None
     samples = Samples(data, header.dtype)
+    check_loss(loss)
     problems = mismatches(header, model, loss, samples, regularizers or {})
     if not problems and header.end is not None and header.end.weights != identity.weights(model):
         problems = ["weights: they are not those at the end of the recording"]
@@ -55,6 +60,10 @@ def open_trajectory(
     store.rule = known_rule(header, rule)
     objective = Objective(loss, header.reduction, dict(regularizers or {}))
     trajectory = assembled(store, model, objective, samples)
+    if samples.holds_integers:
+        samples.suit(trajectory.function(), trajectory.initial)
+        trajectory.reference = reference_outputs(store, samples)
+    check_outputs(f"Trajectory.open({str(path)!r})", trajectory, store)
     if header.replay is not None:
         replay = Replay(trajectory, known_optimizer(header.replay["optimizer"], optimizer), store.optimizer_constants())
         trajectory.store = ReplayStore(store, replay, header.replay["threads"] or None)
@@ -76,6 +85,40 @@ def mismatches(
     if set(regularizers) != set(header.regularizers):
         problems.append(f"regularizers: {sorted(regularizers)}, not {sorted(header.regularizers)}")
     return problems
+
+
+def check_outputs(asker: str, trajectory: Trajectory, store: DiskStore) -> None:
+    """Compare what the network makes of a few samples with what it did at the end of the recording.
+
+    The network stands there, so that nothing needs to be read; one that was cut off is compared at its start.
+    """
+    header, reference = store.header, trajectory.reference
+    if header is None or reference is None:
+        return
+    if header.end is None:
+        reference.check(asker, (trajectory.function(), trajectory.initial), None)
+        return
+    model, layout = trajectory.model, trajectory.layout
+    live = dict(model.named_parameters(remove_duplicate=False))
+    theta = layout.flatten({name: live[name].detach() for name in layout.names}, header.dtype)
+    function = ModelFunction(model, layout, constants_of(model, layout), header.dtype)
+    reference.check(asker, None, (function, theta))
+
+
+def reference_outputs(store: DiskStore, data: Samples) -> ReferenceOutputs | None:
+    """What the network made of a few samples, as far as the store tells."""
+    header = store.header
+    if header is None or header.outputs is None:
+        return None
+    samples = header.outputs["samples"]
+    with generators_untouched():
+        inputs = data[torch.tensor(samples)][0]
+    if header.outputs["varying"]:
+        inputs = pytree.tree_unflatten(store.start_values()["reference_inputs"], pytree.tree_structure(inputs))
+    initial = torch.tensor(header.outputs["values"], dtype=torch.float64)
+    ended = header.end is not None and header.end.outputs is not None
+    final = torch.tensor(header.end.outputs, dtype=torch.float64) if ended else None  # type: ignore[union-attr]
+    return ReferenceOutputs(tuple(samples), inputs, initial, final, header.outputs["varying"])
 
 
 def known_rule(header: Header, rule: UpdateRule | None) -> UpdateRule:
@@ -120,7 +163,8 @@ def assembled(store: DiskStore, model: nn.Module, objective: Objective, data: Sa
     trajectory = Trajectory.__new__(Trajectory)
     trajectory.model, trajectory.objective, trajectory.data = model, objective, data
     trajectory.layout, trajectory.rule, trajectory.store = header.layouts[-1], store.rule, store
-    trajectory.schedule = header.schedule
+    trajectory.schedule, trajectory.lock = header.schedule, threading.RLock()
+    trajectory.reference = reference_outputs(store, data)
     store.attach(trajectory)
     start, end = cache(store.start_values), cache(store.end_values)
 

@@ -15,9 +15,6 @@ from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store, padded
 from pathkernel.trajectory.trajectory import Trajectory
 
-STRETCH = "steps"
-"""Key in the settings of a joined step: how many steps of the optimizer it stands for."""
-
 
 class ThinnedStore(Store):
     """Keeps θ at every so many steps, joined by straight lines.
@@ -49,7 +46,7 @@ class ThinnedStore(Store):
     def append(self, step: Step) -> None:
         """Lengthen the open stretch by a step."""
         self._open = joined(self._open, step, len(self.inner))
-        if self._open.hyperparameters[0][STRETCH] == self.every:
+        if self._open.length == self.every:
             self._store()
 
     def _store(self) -> None:
@@ -84,14 +81,12 @@ class ThinnedStore(Store):
 
 def joined(stretch: Step | None, step: Step, index: int) -> Step:
     """A stretch and the step after it as one step of θ alone."""
-    settings = tuple({**group, STRETCH: 1} for group in step.hyperparameters)
     batches = tuple(MicroBatch(batch.ids, batch.weights) for batch in step.batches)
     alone = replace(
         step,
         index=index,
         gradient=torch.empty(0, dtype=step.gradient.dtype),  # a view would keep the whole
         batches=batches,
-        hyperparameters=settings,
         frozen={},
         gradient_changes={},
     )
@@ -105,15 +100,15 @@ def joined(stretch: Step | None, step: Step, index: int) -> Step:
         groups={**stretch.groups, **step.groups},
         hyperparameters=tuple(
             _summed(stretch.hyperparameters[g] if g < len(stretch.hyperparameters) else {}, group)
-            for g, group in enumerate(settings)
+            for g, group in enumerate(step.hyperparameters)
         ),
         changes=stretch.changes,
+        length=stretch.length + step.length,
     )
 
 
 def _summed(stretch: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    sums = {key: stretch.get(key, 0) + group[key] for key in ("lr", STRETCH) if key in group}
-    return {**group, **sums}
+    return {**group, "lr": stretch.get("lr", 0) + group["lr"]} if "lr" in group else dict(group)
 
 
 class StreamingStore(Store):

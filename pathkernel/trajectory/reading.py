@@ -40,7 +40,7 @@ class StoredBlock:
         by the function that is given where nobody has it; None where it is not shared.
     mapping
         Buffers by serial number, where a neighbour has them already.
-    rule
+    rule, thinned
         See `pathkernel.trajectory.encoding.decode_step`.
     """
 
@@ -53,10 +53,11 @@ class StoredBlock:
         boundary: Callable[[int, Callable[[], Tensor]], Tensor | None],
         mapping: Callable[[int], Mapping[str, Tensor] | None],
         rule: UpdateRule | None,
+        thinned: bool,
     ) -> None:
         self.blocks, self.number, self.region, self.tail = blocks, number, region, tail
         self.commit = blocks.commit(number)
-        self.boundary, self._known_mapping, self.rule = boundary, mapping, rule
+        self.boundary, self._known_mapping, self.rule, self.thinned = boundary, mapping, rule, thinned
         self._steps: dict[int, Step] = {}
         self._frozen: dict[int, np.ndarray] = {}
         self._extras: dict[int, Tensor] = {}
@@ -117,7 +118,7 @@ class StoredBlock:
             frozen=lambda stream: self._frozen_row(stream, row),
             mapping=self._mapping,
         )
-        return decode_step(index, self.record, entry, rows, (before, after, gradient), self.rule)
+        return decode_step(index, self.record, entry, rows, (before, after, gradient), self.rule, self.thinned)
 
     @cached_property
     def points(self) -> list[Tensor]:

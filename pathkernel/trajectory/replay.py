@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel.errors import RecordingError, TrajectoryError, check
-from pathkernel.functional import generators_at, module_mode
+from pathkernel.functional import ModelFunction
 from pathkernel.interrupts import held
 from pathkernel.losses import batch_loss
+from pathkernel.pickling import check_picklable
 from pathkernel.storage import crc32c
 from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.packing import row_major
@@ -166,6 +167,7 @@ class Replay:
             self._made_of = optimizer.__getstate__()
         self._parameters: dict[str, nn.Parameter] = {}
         self._optimizer: Optimizer | None = None
+        self._network: ModelFunction | None = None
         self._at = trajectory.initial
         self.received = 0
 
@@ -177,6 +179,17 @@ class Replay:
             "made_of": {key: v for key, v in self._made_of.items() if key not in ("state", "param_groups")},
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        constants = self.constants
+        check_picklable(optimizer=(self.kind, constants))
+        return {"trajectory": self.trajectory, "kind": self.kind, **constants}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.trajectory, self.kind = state["trajectory"], state["kind"]  # the trajectory has no parts yet
+        self.groups, self._made_of = state["groups"], state["made_of"]
+        self._parameters, self._optimizer, self._network, self.received = {}, None, None, 0
+        self._at = torch.empty(0)
+
     # -- where it stands ----------------------------------------------------------------------------------------
 
     def restore(self, theta: Tensor, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -184,7 +197,7 @@ class Replay:
         self._parameters = {
             name: nn.Parameter(value.clone()) for name, value in self.trajectory.layout.unflatten(theta).items()
         }
-        self._at = theta
+        self._at, self._network = theta, self.trajectory.function()
         optimizer = self.kind.__new__(self.kind)
         copies = {self._parameters[name]: _copied(dict(own)) for name, own in state.items()}
         optimizer.__setstate__({**self._made_of, "state": defaultdict(dict, copies), "param_groups": []})
@@ -275,25 +288,20 @@ class Replay:
                 self._parameters[name].grad = value.clone()
 
     def _backward(self, step: Step, batch: MicroBatch, divisor: int, last: bool) -> None:
-        # Not under `ModelFunction.running`, which chooses other kernels than training did.
         objective, state = self.trajectory.objective, batch.state
         buffers = step.buffers if state.buffers is None else state.buffers
-        function = self.trajectory.function().replaced(constants=buffers, state=state)
+        assert self._network is not None
+        function = self._network.replaced(constants=buffers, state=state)
         inputs, targets = samples_of(batch, self.trajectory.data)
-        device, dtype = state.autocast or ("cpu", None)
-        with (
-            held(),  # the module is the user's
-            torch.enable_grad(),
-            module_mode(function.module, state.modes),
-            generators_at(state.generators),
-        ):
-            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-                outputs = function.call(dict(self._parameters), inputs)
-                value = batch_loss(objective.loss, outputs, targets, batch.weights, objective.reduction)
-                if divisor > 1 or last:  # a loop adds its regularisers to each divided loss, or once
-                    for regularizer in objective.regularizers.values():
-                        value = value + regularizer(dict(self._parameters))
-            (value / divisor if divisor > 1 else value).backward()
+        # As trained: `ModelFunction.running` otherwise chooses other kernels than the loop had.
+        with function.running(gradients=True, as_trained=True), function.kept():
+            outputs = function.call(dict(self._parameters), inputs)
+            value = batch_loss(objective.loss, outputs, targets, batch.weights, objective.reduction)
+            if divisor > 1 or last:  # a loop adds its regularisers to each divided loss, or once
+                for regularizer in objective.regularizers.values():
+                    value = value + regularizer(dict(self._parameters))
+            with torch.autocast(state.autocast[0] if state.autocast else "cpu", enabled=False):
+                (value / divisor if divisor > 1 else value).backward()
 
     def _stepping(self, step: Step) -> Optimizer:
         """The optimizer with the groups and settings of a step."""
@@ -346,6 +354,9 @@ class ReplayStore(Store):
     def __init__(self, inner: Store, replay: Replay, threads: int | None = None) -> None:
         self.inner, self.replay, self.threads = inner, replay, threads
         self._blocks: OrderedDict[int, list[Step]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_blocks": OrderedDict()}
 
     @property
     def stopped(self) -> bool:  # type: ignore[override]

@@ -12,6 +12,9 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.functional import EVALUATION, ForwardState
 
+Settings = tuple[Mapping[str, Any], ...]
+"""Numbers and flags of every parameter group."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -139,6 +142,8 @@ class Step:
     buffers
         Buffers that have changed since recording began, as the step found them. The very same mapping as the
         step's before where none has changed in between.
+    length
+        How many steps of the optimizer it stands for: more than 1 on a thinned path.
     """
 
     index: int
@@ -153,10 +158,29 @@ class Step:
     changes: tuple[tuple[str, Tensor], ...] = ()
     gradient_changes: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    length: int = 1
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        known = dict(state)
+        if "length" not in known:  # pickled before there was the field
+            thinned = bool(known["after"].numel()) and not known["gradient"].numel()
+            known["hyperparameters"], known["length"] = length_taken_out(known["hyperparameters"], thinned)
+        vars(self).update(known)
 
     def hyperparameters_of(self, name: str) -> Mapping[str, Any]:
         """The settings of the group that a parameter belongs to."""
         return self.hyperparameters[self.groups[name]]
+
+
+def length_taken_out(settings: Settings, thinned: bool) -> tuple[Settings, int]:
+    """The settings of a step as older versions wrote them, and its length.
+
+    On a thinned path they hid the length among the settings of every group, under the key ``"steps"``.
+    """
+    if not thinned:
+        return settings, 1
+    own = tuple({key: value for key, value in group.items() if key != "steps"} for group in settings)
+    return own, max((group.get("steps", 1) for group in settings), default=1)
 
 
 @dataclass(frozen=True)

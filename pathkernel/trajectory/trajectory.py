@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pathkernel._typing import Loss, Parameters
+from pathkernel._typing import Loss, Parameters, PyTree
+from pathkernel.acceptance import check_finite, not_finite
 from pathkernel.errors import InputError, ModelMismatchError, RecordingError, TrajectoryError, check
 from pathkernel.functional import ModelFunction
 from pathkernel.losses import Objective
 from pathkernel.parameters import ParameterLayout
-from pathkernel.trajectory.memory import MemoryStore
+from pathkernel.pickling import check_picklable
+from pathkernel.trajectory.memory import MemoryStore, with_memory_of_their_own
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel
 from pathkernel.trajectory.step import Segment, Step
@@ -24,6 +27,7 @@ from pathkernel.trajectory.store import Store
 
 if TYPE_CHECKING:
     from pathkernel.trajectory.averages import AverageRecord
+    from pathkernel.trajectory.reference_outputs import ReferenceOutputs
     from pathkernel.update_rules.rule import UpdateRule
 
 
@@ -59,6 +63,10 @@ class Trajectory:
         What was kept of each step.
     store
         Where the steps are kept.
+    lock
+        Held by whoever reads the record, or computes with it, one thread at a time.
+    reference
+        What the network made of a few training samples while it was recorded; None where that is not known.
     """
 
     model: nn.Module
@@ -74,6 +82,8 @@ class Trajectory:
     final_buffers: Mapping[str, Tensor] = field(default_factory=dict)
     averages: dict[str, AverageRecord] = field(default_factory=dict)
     schedule: RecordingLevel = EVERY_STEP
+    lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
+    reference: ReferenceOutputs | None = None
 
     @classmethod
     def open(
@@ -107,7 +117,8 @@ class Trajectory:
         Raises
         ------
         ModelMismatchError
-            For another architecture, other weights, another loss or other data, with what differs.
+            For another architecture, other weights, another loss or other data, with what differs; and for a network
+            that makes something else of the same weights, as three training samples tell.
         StoreError
             Where there is no store, or in a format that is not known.
         CorruptBlockError
@@ -126,6 +137,20 @@ class Trajectory:
         setattr(self, name, value)
         return value
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All parts, those that were not read yet included, but the lock; a store on disk travels as its path."""
+        objective = self.objective
+        check_picklable(
+            model=self.model, loss=objective.loss, regularizers=objective.regularizers, data=self.data, rule=self.rule
+        )
+        for name in vars(self).get("_deferred", {}):
+            getattr(self, name)
+        state = {name: value for name, value in vars(self).items() if name not in ("_deferred", "lock")}
+        return state | with_memory_of_their_own({name: state[name] for name in ("initial", "initial_memory", "tail")})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
+
     def __len__(self) -> int:
         """S, the number of optimizer steps."""
         return len(self.store)
@@ -140,6 +165,12 @@ class Trajectory:
     def dtype(self) -> torch.dtype:
         """Floating type of the parameters."""
         return self.initial.dtype
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarsest floating type among the parameters: θ has the finest."""
+        types = [p.dtype for p in self.model.parameters()] or [self.dtype]
+        return max(types, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
     def final(self) -> Tensor:
@@ -234,6 +265,19 @@ class Trajectory:
         """The recorded network as a pure function of θ."""
         return ModelFunction(self.model, self.layout, self.constants, dtype or self.dtype)
 
+    def queries(self, X: PyTree, asker: str) -> PyTree:
+        """Query samples as tensors, shaped and typed as the training samples.
+
+        Raises
+        ------
+        InputError
+            For samples of another form, or that the network makes no finite numbers of, with the row.
+        """
+        inputs = self.data.queries(X, asker)
+        if len(not_finite(inputs)):
+            check_finite(self.function(), self.initial, inputs, asker)
+        return inputs
+
     def require_steps(self, asker: str) -> None:
         """Refuse an empty path, one of which too little was kept, and a model that is no longer the recorded one."""
         self.schedule.require(asker)
@@ -248,13 +292,14 @@ class Trajectory:
         self.check_model(asker)
 
     def check_model(self, asker: str) -> None:
-        """Compare the live model with the end of the record.
+        """Compare the live model with the record.
 
         Raises
         ------
         ModelMismatchError
-            When a parameter is missing, has another shape, or has other values than at the last recorded step; or
-            when a buffer or a parameter outside the record is no longer what it was when recording began.
+            When a parameter is missing, has another shape, or has other values than at the last recorded step; when
+            a buffer or a parameter outside the record is no longer what it was when recording began; or when the
+            outputs of a few training samples are no longer what they were at both ends of the record.
         """
         live = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         problems = []
@@ -275,3 +320,8 @@ class Trajectory:
             "Put them back with `model.load_state_dict({**trajectory.constants, **trajectory.final_buffers, "
             "**trajectory.parameters(-1)}, strict=False)`, or record the further training too",
         )
+        if self.reference is not None:
+            function, final = self.function(), None
+            if self.reference.final is not None:
+                final = function.replaced(constants=self.final_buffers), self.final
+            self.reference.check(asker, (function, self.initial), final)

@@ -177,7 +177,7 @@ def test_another_sequence_of_calls_is_proved_again() -> None:
     assert len(tapes.proved) == 1
     tapes.record(theta, inputs[:2])
     assert len(tapes.proved) == 1
-    model.chosen = 2
+    function.module.chosen = 2  # of the copy that passes run on
     tape = tapes.record(theta, inputs)
     assert len(tapes.proved) == 2
     used = {name for use in tape.uses for handle in use.handles.values() for name in handle.names()}

@@ -54,3 +54,14 @@ def test_values_that_are_not_finite_are_refused_rather_than_left_out(attribution
         CompletenessDisplay.from_attributions(replace(attributions, quadrature_error=error))
     assert caught.value.expected
     assert "leave it out" in caught.value.write
+
+
+def test_the_error_of_the_shares_is_drawn_where_it_was_measured(attributions):
+    display = CompletenessDisplay.from_attributions(attributions).plot()
+    assert len(display.axes_[1].get_legend().get_texts()) == 2
+    verified = replace(attributions, shares_error=np.full(len(attributions.output), 1e-5))
+    display = CompletenessDisplay.from_attributions(verified).plot()
+    labels = [text.get_text() for text in display.axes_[1].get_legend().get_texts()]
+    assert labels[-1] == "shares error"
+    with pytest.raises(PathKernelError, match="not finite in shares_error"):
+        CompletenessDisplay.from_attributions(replace(verified, shares_error=verified.shares_error * np.nan))

@@ -149,6 +149,12 @@ def test_the_certificate_is_judged_by_its_residual(attributions):
         assert agreement.verdict == residual.verdict == "above tolerance"
 
 
+def test_the_certificate_has_the_error_of_the_shares_where_it_was_measured(attributions):
+    bar = np.linspace(1e-6, 3e-6, len(attributions.output))
+    *_, shares = certificate_figures(replace(attributions, shares_error=bar))
+    assert shares.label == "Shares error" and shares.value == np.median(bar) and shares.verdict is None
+
+
 def test_a_report_that_fails_leaves_the_old_one_and_no_rest(tmp_path, monkeypatch):
     path = write_report(tmp_path / "report.html", title="Old")
     old = path.read_text(encoding="utf-8")

@@ -375,13 +375,10 @@ def test_outputs_without_the_samples_along_their_first_axis_are_refused() -> Non
     model, X = Summary().double(), make_inputs(SAMPLES)
     y = torch.randint(3, (SAMPLES,), generator=generator(2))
     loss, optimizer = lambda z, target: CE(z[0], target) + z[1] ** 2, torch.optim.SGD(model.parameters(), lr=0.1)
-    with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
-        x, target = recorder.batch([0, 1, 2])
-        loss(model(x), target).backward()
-        optimizer.step()
-    with pytest.raises(errors.InputError) as caught:
-        pk.KernelMachine(recorder.trajectory).explain(X[:2], outputs=0)
-    assert "The model returned tensors of shapes" in caught.value.found
+    recorder = pk.KernelRecorder(model, optimizer, loss, data=(X, y))
+    with pytest.raises(errors.InputError) as caught, recorder:
+        recorder.batch([0, 1, 2])  # before training
+    assert "the model returned tensors of shapes (3, 3), ()" in caught.value.found
     assert "the samples of the batch along its first axis" in caught.value.expected
     assert "compute what belongs to the whole batch inside the loss" in caught.value.write
 

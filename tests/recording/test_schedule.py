@@ -190,7 +190,7 @@ def test_a_thinned_path_converges_to_the_path_with_the_order_of_the_trapezoid() 
 
 def test_the_last_stretch_may_be_shorter_and_recording_goes_on() -> None:
     full, thinned = train(steps=11), train(Schedule(every=4), steps=11)
-    assert [step.hyperparameters[0]["steps"] for step in thinned.steps()] == [4, 4, 3]
+    assert [step.length for step in thinned.steps()] == [4, 4, 3]
     for index, step in enumerate(thinned.steps()):
         assert step.index == index and torch.equal(step.before, full.vector(4 * index))
         ids = [batch.ids for s in list(full.steps())[4 * index : 4 * index + 4] for batch in s.batches]
@@ -205,7 +205,7 @@ def test_the_last_stretch_may_be_shorter_and_recording_goes_on() -> None:
     for step in steps[6:]:
         store.append(step)
     store.close()
-    assert [step.hyperparameters[0]["steps"] for step in (store.read(i) for i in range(len(store)))] == [4, 2, 4, 1]
+    assert [step.length for step in (store.read(i) for i in range(len(store)))] == [4, 2, 4, 1]
     assert store.read(-1).hyperparameters[0]["lr"] == pytest.approx(0.1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ from torch import nn
 import pathkernel as pk
 from pathkernel import errors
 from pathkernel.trajectory.disk import DiskStore
+from pathkernel.trajectory.encoding import BlockEncoder
+from pathkernel.trajectory.header import Header
 from pathkernel.trajectory.replay import NOTES, ReplayStore, checksum, is_abridged
 from pathkernel.trajectory.schedule import Schedule
 from pathkernel.trajectory.step import Step
@@ -350,3 +353,85 @@ def test_notes_survive(tmp_path: Path) -> None:
     first = run.store.read(0)
     assert notes[0]["gradient"] == checksum(run.layout.unflatten(first.gradient).values())
     assert notes[0]["checksum"] == checksum(run.layout.unflatten(first.after).values())
+
+
+# -- the length of a step ----------------------------------------------------------------------------------------------
+
+
+def test_a_setting_of_the_users_own_is_no_length(tmp_path: Path) -> None:
+    """An optimizer's groups may hold anything; measured by its length, the path is the same."""
+
+    def own(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": list(parameters), "steps": 7, "length": 9}], lr=0.1)
+
+    plain = pk.PathKernel(train(None, None, "sgd"), measure="uniform")
+    X = data()[0]
+    for level in (None, *LEVELS.values()):
+        for store in (None, tmp_path / repr(level)):
+            run = train(store, level, own)
+            expected = [3] * 4 + [2] if level is not None and level.every == 3 else [1] * STEPS
+            assert [step.length for step in run.steps()] == expected
+            settings = [step.hyperparameters[0] for step in run.steps()]
+            assert {(group["steps"], group["length"]) for group in settings} == {(7, 9)}
+            kernel = pk.PathKernel(run, measure="uniform")
+            assert kernel.total_weight == STEPS
+            if level is None or level.every == 1:
+                assert np.array_equal(kernel(X), plain(X))
+
+
+def as_version_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write lengths as version 1 of the format did: among the settings of every group."""
+    encode, to_json = BlockEncoder.encode, Header.to_json
+
+    def old(self: BlockEncoder, steps: Any, previous: Any) -> Any:
+        hidden = [
+            replace(step, hyperparameters=tuple({**group, "steps": step.length} for group in step.hyperparameters))
+            for step in steps
+        ]
+        block = encode(self, hidden, previous)
+        for entry in block.record["steps"]:
+            del entry["length"]
+        return block
+
+    monkeypatch.setattr(BlockEncoder, "encode", old)
+    monkeypatch.setattr(Header, "to_json", lambda self: {**to_json(self), "version": 1})
+
+
+@pytest.mark.parametrize("level", ["every", "weights"])
+def test_thinned_stores_of_version_1_are_read(level: str, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        as_version_1(patched)
+        run = train(tmp_path / "old", LEVELS[level])
+    old, new = opened(run, tmp_path / "old"), train(tmp_path / "new", LEVELS[level])
+    assert json.loads((tmp_path / "old" / "zarr.json").read_text())["attributes"]["version"] == 1
+    assert json.loads((tmp_path / "new" / "zarr.json").read_text())["attributes"]["version"] == 2
+    for one, other in zip(old.steps(), new.steps(), strict=True):
+        assert one.length == other.length and one.hyperparameters == other.hyperparameters
+    for measure in ("uniform", "learning_rate"):
+        kernels = [pk.PathKernel(path, measure=measure)(data()[0]) for path in (old, new)]
+        assert np.array_equal(*kernels)
+
+
+def test_steps_that_were_pickled_without_a_length() -> None:
+    for level in (None, *LEVELS.values()):
+        for step in train(None, level).steps():
+            state = {key: value for key, value in vars(step).items() if key not in ("length", "frozen")}
+            if step.after.numel() and not step.gradient.numel():
+                state["hyperparameters"] = tuple({**group, "steps": step.length} for group in step.hyperparameters)
+            old = Step.__new__(Step)
+            old.__setstate__(state)
+            assert (old.length, old.hyperparameters) == (step.length, step.hyperparameters)
+
+
+@pytest.mark.parametrize("length", [0, -1, 1.5, "3", True])
+def test_a_length_that_makes_no_sense_is_damage(tmp_path: Path, length: Any) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        encode = BlockEncoder.encode
+
+        def wrong(self: BlockEncoder, steps: Any, previous: Any) -> Any:
+            return encode(self, [replace(step, length=length) for step in steps], previous)
+
+        patched.setattr(BlockEncoder, "encode", wrong)
+        run = train(tmp_path / "wrong", LEVELS["every"])
+    with pytest.raises(errors.CorruptBlockError, match=r"record of step 0 makes no sense .*length"):
+        opened(run, tmp_path / "wrong").store.read(0)
