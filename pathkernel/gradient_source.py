@@ -94,6 +94,10 @@ class GradientSource:
         if self.engine not in BY_ROWS:
             self.tapes.record(theta, inputs, function)
 
+    def anew(self) -> GradientSource:
+        """The same of which nothing is proved."""
+        return GradientSource(self.function, self.engine, 0)
+
     @property
     def plain(self) -> tuple[str, ...]:
         """Parameters whose gradients were last formed as rows, in the order of θ."""

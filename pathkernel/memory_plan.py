@@ -42,7 +42,6 @@ from pathkernel.curves import Curve
 from pathkernel.errors import InputError
 from pathkernel.factored import piece_dtype, working
 from pathkernel.functional import ModelFunction, batch_outputs
-from pathkernel.layers.coverage import SAMPLES
 from pathkernel.losses import coupled_row_blocks, weighted_gradient
 from pathkernel.pull_back import Adjoint
 from pathkernel.pytrees import cast_floating, count, take
@@ -354,6 +353,21 @@ class _Planner:
         return BatchSizes.of(self.gradients, self.pushed)
 
     @cached_property
+    def proof(self) -> float:
+        """Bytes in which it is proved how gradients are taken, whether that is still to come or not."""
+        few = self.queries.block(torch.arange(2) % self.samples)
+        met = [(few.source, self.trajectory.final, few.inputs, few.function)]
+        for _, one in _kinds(self.gradients, self.pushed, total=False):
+            if not one.coupled:
+                met.append((one.source, one.point, take(one.inputs, slice(0, 2)), one.function))
+        peaks = []
+        for source, *asked in met:
+            with Allocations() as allocations:
+                source.anew().prove(*asked)
+            peaks.append(allocations.peak)
+        return float(max(peaks))
+
+    @cached_property
     def coefficients(self) -> tuple[float, float]:
         """Bytes of an optimizer step's coefficients, at most and while they are used."""
         with Allocations() as allocations:
@@ -405,8 +419,7 @@ class _Planner:
         query = self.query if passes is None else self.rows
 
         # The proof that a tape is right.
-        one = max(batches.separate.peak(SAMPLES[0]), query.peak(SAMPLES[0]) / self.k)
-        yield Footprint(np.array([PASSING * 2.0 * one + (SAMPLES[0] + 1) * vector]), np.zeros(1))
+        yield Footprint(np.array([PASSING * self.proof]), np.zeros(1))
 
         # The queries' passes.
         if passes is None:

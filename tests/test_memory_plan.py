@@ -250,6 +250,16 @@ def test_the_budget_that_is_named_suffices_and_tensors_stay_within_it(optimizer:
         ask(memory_bytes(least) * 9 // 10)
 
 
+def test_the_passes_of_a_batch_hold_no_vector_of_all_parameters_each() -> None:
+    trajectory, _ = wide("sgd")
+    recorded, step = pk.KernelMachine(trajectory)._recorded, next(iter(trajectory.steps()))
+    recorded.stages(step, rows=True, passes=Passes(1))  # proves how gradients are taken
+    with Allocations() as allocations:
+        stages = recorded.stages(step, rows=True, passes=Passes(1))
+    assert len(stages[0].parts) == 30
+    assert allocations.peak < 15 * 8 * trajectory.layout.size
+
+
 PEAK = """
 import ctypes, sys, torch
 import pathkernel as pk

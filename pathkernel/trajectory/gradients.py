@@ -298,12 +298,13 @@ class RecordedGradients:
         named = {**step.gradient_changes}
         regularizers = trajectory.objective.regularizer_gradients(self.function, point)
         parts: Iterable[FactoredGradients] = ()
+        totals: Iterator[Tensor]  # one after the other: each is a vector of P numbers, and passes may be many
         if rows and not passes.streamed:
             parts = tuple(self._by_sample(step, point, passes))
-            totals = [part.total() for part in parts]
+            totals = (part.total() for part in parts)
         else:
             parts = _Streamed(lambda: self._by_sample(step, point, passes)) if rows else ()
-            totals = [self._in_total(step, batch, point, passes) for batch in step.batches]
+            totals = (self._in_total(step, batch, point, passes) for batch in step.batches)
         total = functools.reduce(operator.add, totals)
         self._silence(step, total)
         if not compare:
