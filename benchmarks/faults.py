@@ -37,9 +37,10 @@ from _faults_hostile import FAULTS as HOSTILE
 from _faults_killed import FAULTS as KILLED
 from _faults_loop import FAULTS as LOOP
 from _faults_moments import FAULTS as MOMENTS
+from _faults_names import FAULTS as NAMES
 from _faults_table import Bench, Tally
 
-FAULTS = [*KILLED, *MOMENTS, *DISK, *FILES, *HOSTILE, *LOOP]
+FAULTS = [*KILLED, *MOMENTS, *DISK, *FILES, *HOSTILE, *NAMES, *LOOP]
 LINE = "{:<44} {:>7} {:>9} {:>5} {:>6} {:>7} {:>9} {:>8}  {}"
 
 

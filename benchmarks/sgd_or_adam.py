@@ -73,8 +73,14 @@ def compare(name: str, exact: pk.Attributions, wrong: pk.Attributions) -> dict[s
         "rank_correlation": float(np.median(ranks)),
         "common_of_top_10": float(np.mean([len(set(a) & set(b)) for a, b in ten])),
         "residual_exact": exact.relative_residual,
-        "residual_as_sgd": wrong.relative_residual,
+        "residual_as_sgd": not_in_shares(wrong),
     }
+
+
+def not_in_shares(why: pk.Attributions) -> float:
+    """What the rule leaves, relative to how far the outputs moved: booked as ``"unexplained"``, or left over."""
+    left = why.left_over + why.channels.get("unexplained", 0.0)
+    return float(np.linalg.norm(left) / np.linalg.norm(why.output - why.initial))
 
 
 def draw(results: dict[str, tuple[pk.Attributions, pk.Attributions]], rows: list[dict], path: str) -> None:

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 DOUBTFUL = 0.3
 """Median quadrature error beyond which a user is warned."""
 
+INCOMPLETE = 1e-3
+"""Residual, over all queries together, from which on a user is warned."""
+
+NOISE = 1e-5
+"""Part of the outputs below which what is left over is rounding, however little they moved."""
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -65,8 +71,8 @@ class Attributions:
         What is not a training sample, by name, (Q,) each: ``"initial"`` (the untrained network),
         ``"rounding"`` (what recomputed gradients differ by from those that the optimizer received, within their
         rounding), and, where they occur, ``"weight_decay"``, ``"buffers"`` (running statistics), ``"memory"``
-        (momentum from before the recording), regularisers, named changes, and ``"unexplained"`` (changes made outside
-        the optimizer without a name).
+        (momentum from before the recording), regularisers, named changes, and ``"unexplained"`` (changes of the weights
+        and of the optimizer's memory without a name, see `pathkernel.trajectory.discrepancies`).
     output
         (Q,) the network's own outputs at the end of the trajectory.
     samples, outputs
@@ -239,6 +245,19 @@ def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float, stackleve
                 "Every row belongs to its sample where they agree. A gradient that is not the derivative of what "
                 "`forward` computes, or ill-conditioned arithmetic, makes them differ",
                 "Compare with `KernelMachine(..., dtype=torch.float64)`",
+            ),
+            stacklevel=stacklevel,
+        )
+    left, noise = np.linalg.norm(why.left_over), NOISE * np.linalg.norm(why.output)
+    if not (why.relative_residual < INCOMPLETE or left <= noise):
+        warnings.warn(
+            CertificateWarning(
+                f"The residual is {why.relative_residual:.1e}: so much of what moved the outputs is neither in shares "
+                "nor in channels",
+                f"Below {INCOMPLETE:.0e} it is rounding, or what a quadrature misses. Usual causes of more are an "
+                "update rule that is not the optimizer's, and steps that are long for a quadrature with fixed nodes",
+                'Write `KernelMachine(..., quadrature="auto")`, which meets every step; check a rule of your own with '
+                "`pathkernel.testing.check_update_rule`",
             ),
             stacklevel=stacklevel,
         )

@@ -94,7 +94,12 @@ def _computing(job: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--data", required=True, metavar="FILE", help="training data: .npz with arrays X and y, or module:name"
     )
-    job.add_argument("--loss", metavar="PLACE", help="module:name; by default as recorded, from torch.nn")
+    job.add_argument("--loss", metavar="PLACE", help="module:name; by default as recorded, if it is one of torch.nn")
+    job.add_argument("--rule", metavar="PLACE", help="module:name; by default as recorded, if it is one of pathkernel")
+    job.add_argument(
+        "--optimizer", metavar="PLACE", help="module:name; with keyframes, by default as recorded, from torch.optim"
+    )
+    job.add_argument("--regularizers", metavar="PLACE", help="module:name of the mapping given to KernelRecorder")
     job.add_argument("--store", type=Path, metavar="DIR", help="keep what is finished here, and go on from it")
     job.add_argument("--output", type=Path, metavar="FILE", help="write the arrays to an .npz file")
     job.add_argument("--memory", default="1GB", help="budget for intermediate results (default 1GB)")
@@ -147,6 +152,11 @@ def _export(subcommands: Any) -> argparse.ArgumentParser:
     return job
 
 
+def _printable(text: str) -> str:
+    """Text that does nothing to a terminal: names in a store are somebody else's, and may hold its commands."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; see `EXIT_CODES`."""
     parsed = parser().parse_args(arguments)
@@ -154,12 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Imported here: `pathkernel --help` should not wait for torch.
         module, _, function = parsed.run_command.partition(":")
         code, numbers, text = getattr(importlib.import_module(module), function)(parsed)
-        print(text)
+        print(_printable(text))
         if parsed.json is not None:
             write_json(parsed.json, numbers)
         return int(code)
     except PathKernelError as error:
-        print(f"pathkernel {parsed.command}: {error}", file=sys.stderr)
+        print(_printable(f"pathkernel {parsed.command}: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         kept = getattr(parsed, "store", None)

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pathkernel.errors import StoreError, check
+from pathkernel.errors import StoreError, check, quoted
 from pathkernel.pytrees import blocks
 from pathkernel.question import Identity, differences
-from pathkernel.storage import MAX_CHUNK_BYTES, ChunkedArray, Group, Lock
+from pathkernel.storage import MAX_CHUNK_BYTES, ChunkedArray, Group, Lock, damaged
+from pathkernel.trajectory.reading import SENSELESS
 
 FORMAT, VERSION = "pathkernel-computation", 2
 TILE_BYTES = MAX_CHUNK_BYTES // 2
@@ -56,25 +57,27 @@ def opened(path: str | os.PathLike[str], kind: str, identity: Identity) -> Itera
         "Give a path that does not exist yet",
     )
     group = Group.create(folder, mine) if new else Group.open(folder)
-    lock = Lock(folder)
-    with lock:
+    with _locked(folder):
         found = group.attributes()
         check(
             found.get("format") == FORMAT and found.get("kind") == kind,
             StoreError,
-            f"`{folder}` holds {found.get('kind', 'something else')!r} of format {found.get('format')!r}",
+            f"`{folder}` holds {quoted(found.get('kind', 'something else'))} of format {quoted(found.get('format'))}",
             f"It must be new, or hold a computation of kind {kind!r}",
             "Give another path",
         )
         check(
             found.get("version") == VERSION,
             StoreError,
-            f"`{folder}` was written in version {found.get('version')} of the format",
+            f"`{folder}` was written in version {quoted(found.get('version'))} of the format",
             f"This pathkernel reads version {VERSION}",
             "Finish it with the pathkernel that began it, or give another path",
         )
         group.check(found)
-        other = differences(found.get("identity", {}), identity, kind)
+        try:
+            other = differences(found.get("identity", {}), identity, kind)
+        except SENSELESS as error:
+            raise damaged(folder / "zarr.json", f"its identity makes no sense ({str(error)[:100]})") from None
         check(
             not other,
             StoreError,
@@ -83,6 +86,23 @@ def opened(path: str | os.PathLike[str], kind: str, identity: Identity) -> Itera
             "Give another path, or delete this one",
         )
         yield group
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = Lock(folder)
+    try:
+        try:
+            lock.acquire()
+        except OSError as error:
+            raise StoreError(
+                f"`{folder}` cannot be written ({error.strerror})",
+                "A computation is kept in a folder on a local file system that this process may write",
+                "Give another path",
+            ) from error
+        yield
+    finally:
+        lock.release()
 
 
 def resumable_gram(
@@ -150,6 +170,8 @@ def resumable_gram(
 def _settle(group: Group, settle: Settle, kinds: Iterable[tuple[int, int | None]]) -> None:
     attributes = group.attributes()
     before = attributes.get("settled", {})
+    if not isinstance(before, dict) or not all(isinstance(name, str) for name in before.values()):
+        raise damaged(group.path / "zarr.json", "what was settled makes no sense")
     settled = settle(list(dict.fromkeys(kinds)), before)
     if settled != before:
         group.set_attributes({**attributes, "settled": dict(settled)})
@@ -240,10 +262,23 @@ def resumable_blocks(
         float64.
     """
     with opened(path, "attributions", identity) as group:
+        _check_blocks(group, len(sizes))
         for index in range(len(sizes)):
             if str(index) not in group.attributes().get("blocks", {}):
                 _write_block(group, index, sizes, block(index))
         return _read_blocks(group, sizes)
+
+
+def _check_blocks(group: Group, count: int) -> None:
+    """Whether the attributes say which arrays each block has, and nothing else."""
+    attributes = group.attributes()
+    names, held = attributes.get("names", []), attributes.get("blocks", {})
+    right = isinstance(names, list) and isinstance(held, dict) and all(isinstance(name, str) for name in names)
+    right = right and len(set(names)) == len(names) and held.keys() <= {str(index) for index in range(count)}
+    right = right and all(isinstance(checksums, dict) for checksums in held.values())
+    # each array is in some block, or zeros of any size could be asked for in its place
+    if not right or set(names) != {name for checksums in held.values() for name in checksums}:
+        raise damaged(group.path / "zarr.json", "its blocks make no sense")
 
 
 def _write_block(group: Group, index: int, sizes: Sequence[int], arrays: Mapping[str, np.ndarray]) -> None:
@@ -268,6 +303,8 @@ def _read_blocks(group: Group, sizes: Sequence[int]) -> dict[str, np.ndarray]:
     result, attributes = {}, group.attributes()
     for place, name in enumerate(attributes.get("names", [])):
         array = group.array(f"array-{place}")
+        if array.chunks[0] != max(sizes):
+            raise damaged(group.path / array.name, "has chunks of another form")
         rows = []
         for index, size in enumerate(sizes):
             where, checksum = (index, *(0,) * (len(array.shape) - 1)), attributes["blocks"][str(index)].get(name)

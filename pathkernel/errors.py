@@ -72,6 +72,17 @@ class UnsupportedModelError(RecordingError, InputError):
     """A network that has no tangent kernel: not differentiable, or no function of one sample."""
 
 
+def brief(value: object, length: int = 200) -> str:
+    """What may come from a file of somebody else's, as text that is cut where it is long."""
+    text = str(value)
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+def quoted(value: object, length: int = 200) -> str:
+    """The same in quotation marks, escaped."""
+    return brief(repr(value), length)
+
+
 def check(condition: bool, error: type[PathKernelError], found: str, expected: str, write: str) -> None:
     """Raise ``error`` with its three parts unless ``condition`` holds."""
     if not condition:

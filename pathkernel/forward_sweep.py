@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pathkernel.accounts import Account
 from pathkernel.curves import Curve
+from pathkernel.trajectory.discrepancies import Discrepancy
 from pathkernel.trajectory.gradients import WHOLE, Passes, RecordedGradients
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -74,6 +75,7 @@ def _displacements(
             received[channel][index] = gradient
     moved: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64))
     parts = _parts(trajectory, step)
+    _beyond_the_rule(trajectory, gradients.discrepancies.of(step), memory, moved)
     for part in parts:
         parameter = segment.start[part.where].double().reshape(part.shape)
         for source, term in rule.gradient_sources(parameter, part.frozen, part.settings).items():
@@ -90,6 +92,21 @@ def _displacements(
             for slot, after in zip(memory[channel], held, strict=True):
                 slot[part.where] = after.reshape(-1)
     return moved
+
+
+def _beyond_the_rule(
+    trajectory: Trajectory, found: Discrepancy, memory: dict[str, list[Tensor]], moved: dict[str, Tensor]
+) -> None:
+    """Edit every channel's memory as it was edited before a step, and book what has no name."""
+    slices = trajectory.layout.slices
+    for name, scale in found.scale.items():
+        for slots in memory.values():
+            for slot in slots:
+                slot[slices[name]] *= scale
+    for name, added in found.memory.items():
+        memory["unexplained"][0][slices[name]] += added.reshape(-1)
+    for name, shift in found.displacement.items():
+        moved["unexplained"][slices[name]] += shift.reshape(-1)
 
 
 @dataclass(frozen=True)

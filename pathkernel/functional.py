@@ -30,6 +30,7 @@ from pathkernel.errors import InputError
 from pathkernel.interrupts import attempt, deliver, held
 from pathkernel.parameters import ParameterLayout, constants_of
 from pathkernel.pytrees import arguments_of, blocks, cast_floating, count, take
+from pathkernel.returned import Returns, batch_outputs, selected
 from pathkernel.structural_copy import StructuralCopy
 
 
@@ -117,64 +118,6 @@ def generators_at(states: Mapping[str, Tensor]) -> Iterator[None]:
         for name in devices:
             torch.cuda.set_rng_state(states[name], name)
         yield
-
-
-def batch_outputs(outputs: PyTree, n: int) -> Tensor:
-    """Everything that a module returned for n samples, (n, C): floating tensors side by side, flattened.
-
-    An output of (n·T, …) holds T rows for each sample, and one that has lost the axis of a single sample
-    (``squeeze()``) gets it back; that these are the samples' own is for `pathkernel.sample_wise` to see.
-
-    Raises
-    ------
-    InputError
-        When an output does not have the samples along its first axis, or is complex.
-    """
-    every = [leaf for leaf in output_leaves(outputs) if isinstance(leaf, Tensor)]
-    if any(leaf.is_complex() for leaf in every):
-        raise InputError(
-            "The model returned complex numbers",
-            "Tangent kernels are defined here for real outputs",
-            "Return real and imaginary part as two outputs, `torch.view_as_real(z)`",
-        )
-    leaves = [leaf for leaf in every if leaf.is_floating_point()]
-    if n == 1:
-        leaves = [leaf if leaf.shape[:1] == (1,) else leaf.unsqueeze(0) for leaf in leaves]
-    fits = [leaf.dim() > 0 and leaf.shape[0] % max(n, 1) == 0 and leaf.shape[0] >= n for leaf in leaves]
-    if not leaves or not all(fits):
-        raise InputError(
-            f"For {n} samples the model returned "
-            + (f"tensors of shapes {', '.join(str(tuple(leaf.shape)) for leaf in leaves)}" if leaves else "no outputs"),
-            "Every output has the samples of the batch along its first axis, and at least one is floating point",
-            "Return per-sample outputs, and compute what belongs to the whole batch inside the loss",
-        )
-    flat = [leaf.reshape(n, leaf.numel() // max(n, 1)) for leaf in leaves]
-    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
-
-
-def output_leaves(outputs: PyTree) -> list[Any]:
-    """What is in the nested tuples, lists, dicts and dataclasses that a module returned."""
-    leaves = []
-    for leaf in pytree.tree_leaves(outputs):
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            leaves += output_leaves([getattr(leaf, each.name) for each in dataclasses.fields(leaf)])
-        else:
-            leaves.append(leaf)
-    return leaves
-
-
-def map_outputs(change: Callable[[Any], Any], outputs: PyTree) -> PyTree:
-    """What a module returned with every leaf changed."""
-
-    def changed(leaf: Any) -> Any:
-        if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
-            return change(leaf)
-        again = copy.copy(leaf)
-        for name in (each.name for each in dataclasses.fields(leaf)):
-            object.__setattr__(again, name, map_outputs(change, getattr(leaf, name)))
-        return again
-
-    return pytree.tree_map(changed, outputs)
 
 
 class _Switch:
@@ -266,6 +209,8 @@ class ModelFunction:
         How to run: by default in eval mode, since a kernel at fixed θ must be a function of its two samples alone.
     tap
         Name of the submodule whose output stands for f; the module's own output by default.
+    returns
+        What of the module's own output is f; see `pathkernel.returned`.
     """
 
     def __init__(
@@ -276,8 +221,9 @@ class ModelFunction:
         dtype: torch.dtype = torch.float32,
         state: ForwardState = EVALUATION,
         tap: str | None = None,
+        returns: Returns = None,
     ) -> None:
-        self.layout, self.dtype, self.state, self.tap = layout, dtype, state, tap
+        self.layout, self.dtype, self.state, self.tap, self.returns = layout, dtype, state, tap, returns
         self.structure = StructuralCopy(module)
         self.constants = cast_floating({**constants_of(module, layout), **(constants or {})}, dtype)
         self.recurrent = any(isinstance(child, (nn.RNNBase, nn.RNNCellBase)) for child in self.module.modules())
@@ -303,6 +249,12 @@ class ModelFunction:
             other.constants = {**self.constants, **cast_floating(dict(constants), self.dtype)}
         other.state = self.state if state is None else state
         other.tap = self.tap if tap is None else tap
+        return other
+
+    def whole(self) -> ModelFunction:
+        """The same function with all that the network returns."""
+        other = copy.copy(self)
+        other.returns = None
         return other
 
     def restricted(self, layout: ParameterLayout, theta: Parameters) -> ModelFunction:
@@ -356,7 +308,7 @@ class ModelFunction:
         return self.layout.unflatten(vector.to(self.dtype))
 
     def call(self, parameters: Parameters, inputs: PyTree) -> Any:
-        """What the module returns for a batch; see `pathkernel.pytrees.arguments_of`."""
+        """The network's outputs for a batch; see `pathkernel.pytrees.arguments_of`."""
         structure, evaluation = self.structure, self.state.modes is False
         if structure.writes_inputs is not False:  # they are the user's
             inputs = pytree.tree_map(lambda leaf: leaf.clone(), inputs)
@@ -382,7 +334,7 @@ class ModelFunction:
                     handle.remove()
                 if not self._kept:
                     structure.clear()
-        return returned if self.tap is None else tapped[-1]
+        return selected(returned, self.returns) if self.tap is None else tapped[-1]
 
     def batch(self, parameters: Parameters, inputs: PyTree) -> Tensor:
         """Outputs (B, C) of a batch, flattened sample by sample."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from pathkernel.gradient_source import GradientSource
 from pathkernel.memory_plan import AT_ONCE, Plan, outputs_at_once, plan_backward, plan_forward
 from pathkernel.pickling import check_picklable
 from pathkernel.pytrees import blocks, count, memory_bytes, take
-from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
+from pathkernel.quadrature import Adaptive, DiscreteGradient, Quadrature, as_quadrature
 from pathkernel.queries import GradientStep, Queries, one_hot_context
 from pathkernel.sample_wise import check_sample_wise
 from pathkernel.sweeps import backward_sweep
@@ -56,6 +57,16 @@ ROUNDING_LIMIT = 0.1
 Each step's gradient is checked by itself, but the gradients of a step may be small beside the largest of the run and
 still move the outputs. A bias before BatchNorm under Adam in float32 takes a few per cent.
 """
+
+END = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+"""Part of the outputs by which what is added up may miss them, beside what the recorded θ were rounded by.
+
+Values of f telescope along the path. What is left are roundings of the optimizer's own arithmetic and of inner
+products: 84 roundings in float32, and in float64 what a network that amplifies them may make of as many.
+"""
+
+ROUNDED = 16.0
+"""How much further than in proportion to θ itself its rounding may have moved the outputs."""
 
 SAFETY = 2.0
 """Times the error that a finer rule finds."""
@@ -234,6 +245,12 @@ class KernelMachine:
         -------
         numpy.ndarray
             float64 (n, C), or (n,) for a network with one output.
+
+        Raises
+        ------
+        TrajectoryError
+            Where the sum over samples and channels is not, to rounding, what the network at the end of the record
+            returns; and where too much of it is unexplained.
         """
         outputs = self._reconstruct(X)
         return outputs[:, 0] if outputs.shape[1] == 1 else outputs
@@ -253,8 +270,8 @@ class KernelMachine:
         InputError
             For losses that define no probabilities.
         """
+        loss = self.trajectory.objective.function("`predict_proba`")
         outputs = torch.from_numpy(self._reconstruct(X))
-        loss = self.trajectory.loss
         if isinstance(loss, nn.CrossEntropyLoss):
             return outputs.softmax(dim=1).numpy()
         if isinstance(loss, nn.NLLLoss):
@@ -271,7 +288,9 @@ class KernelMachine:
     @property
     def is_classifier(self) -> bool:
         """Whether the training targets are classes."""
-        loss = self.trajectory.loss
+        loss, task = self.trajectory.loss, self.trajectory.task
+        if task is not None:
+            return task == "classification"
         if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss)):
             return True
         target = torch.utils._pytree.tree_leaves(self.trajectory.data.example[1])[0]
@@ -287,7 +306,9 @@ class KernelMachine:
         with FreedMemory(self.memory):
             queries = self._all_outputs(self._samples(X))
             account = self._settled(lambda: self._forward(queries))
-            self._check_unexplained(account, self._curve(queries).final())
+            output = self._curve(queries).final()
+            self._check_unexplained(account, output)
+            self._check_end(account, output)
         return sum(account.channels.values(), torch.zeros(())).reshape(-1, queries.components).numpy()
 
     # -- why it says so ---------------------------------------------------------------------------------------
@@ -330,8 +351,8 @@ class KernelMachine:
         Warns
         -----
         CertificateWarning
-            Where the median quadrature error exceeds 0.3, where `Adaptive` had to stop above its tolerance, and where
-            the split error is more than rounding.
+            Where the residual is 1e-3 or more, where the median quadrature error exceeds 0.3, where `Adaptive` had to
+            stop above its tolerance, and where the split error is more than rounding.
         """
         why, short = self._explained(X, outputs, by, store, verify)
         warn_of_doubts(why, short, self._recorded.certificate.limit, stacklevel=4)  # past `one_at_a_time`
@@ -398,7 +419,9 @@ class KernelMachine:
     def _queries(self, X: PyTree, outputs: Any) -> tuple[Queries, np.ndarray, np.ndarray]:
         """The query functions, and which sample and output each of them is."""
         if isinstance(outputs, str) and outputs == "loss":
-            selection = select_outputs("loss", self.trajectory.loss, self.trajectory.objective.reduction)
+            objective = self.trajectory.objective
+            loss = objective.function('`outputs="loss"`')
+            selection = select_outputs("loss", loss, objective.reduction)
             inputs, targets = split_samples(X, selection, self.trajectory.data.dtype, "KernelMachine")
             inputs = self._samples(inputs)
             learn_structure(selection, self.function, self.trajectory.initial, inputs)
@@ -497,7 +520,7 @@ class KernelMachine:
 
     @property
     def _recorded(self) -> RecordedGradients:
-        if self._gradients is None:
+        if self._gradients is None or self._gradients.discrepancies.length != len(self.trajectory):
             self._gradients = RecordedGradients(self.trajectory, self.function, self.memory // 4, self.engine)
         return self._gradients
 
@@ -529,6 +552,7 @@ class KernelMachine:
     def _stored(self, store: str | os.PathLike[str], queries: Queries, asked: Asked) -> Account:
         """The same, block by block in a store."""
         from pathkernel import computations  # not before it is needed: what writes to disk takes a second to load
+        from pathkernel.storage import damaged
 
         check(
             self.form not in BUILDERS,
@@ -546,6 +570,10 @@ class KernelMachine:
             sizes,
             lambda index: arrays_of(self._backward(queries.block(pieces[index]), asked)),
         )
+        shape = len(queries), len(self.trajectory.data)
+        right = {"shares", "missed", "short", "evaluations"} <= kept.keys() and kept["shares"].shape == shape
+        if not right or any(values.shape[:1] != shape[:1] for values in kept.values()):
+            raise damaged(Path(store), "holds other arrays than an explanation has")
         return account_of(kept)
 
     def _identity(self, queries: Queries, wanted: Asked) -> dict[str, Any]:
@@ -597,21 +625,69 @@ class KernelMachine:
         size = account.channels["unexplained"].norm().item() if "unexplained" in account.channels else 0.0
         if size <= self.unexplained * moved:
             return
-        layout, where = self.trajectory.layout, "steps of parameters without a gradient"
-        changes = [s for s in self.trajectory.segments() if s.step is None and s.channel == "unexplained"]
+        where, write = self._most_unexplained()
+        raise TrajectoryError(
+            f"{size / max(moved, 1e-300):.1%} of what moved these outputs is unexplained; most of it is {where}",
+            f"No more than {self.unexplained:.1%} may come from changes that no sample and no named channel stands for",
+            f"{write}, or allow more with `KernelMachine(..., unexplained=1.0)`",
+        )
+
+    def _most_unexplained(self) -> tuple[str, str]:
+        """The largest change without a name, and how such changes get one."""
+        trajectory, layout = self.trajectory, self.trajectory.layout
+        size, step, name = self._recorded.discrepancies.largest()
+        where = "where the gradient is zero and the optimizer moved all the same"
+        write = 'Make such changes inside `with recorder.channel("projection"):`'
+        if size:
+            where = (
+                f"at step {step}, which moved `{name}` by {size:.2g} otherwise than {trajectory.rule.name} does with "
+                "the recorded gradients"
+            )
+            write = (
+                "Make a new KernelRecorder where the optimizer's state was edited, from which on it is the channel "
+                '"memory"; check a rule of your own with `pathkernel.testing.check_update_rule`'
+            )
+        changes = [s for s in trajectory.segments() if s.step is None and s.channel == "unexplained"]
         if changes:
             largest = max(changes, key=lambda change: change.displacement.norm().item())
             by_name = layout.unflatten(largest.displacement)
             worst = max(by_name, key=lambda name: by_name[name].norm().item())
-            following = [s.step.index for s in self.trajectory.segments() if s.step and s.start is largest.end]
-            before = f"before step {following[0]}" if following else "after the last step"
-            where = f"a change of `{worst}` by {by_name[worst].norm().item():.2g} {before}"
-        raise TrajectoryError(
-            f"{size / max(moved, 1e-300):.1%} of what moved these outputs is unexplained; most of it is {where}",
-            f"No more than {self.unexplained:.1%} may come from changes that no sample and no named channel stands for",
-            'Make such changes inside `with recorder.channel("projection"):`, or allow more with '
-            "`KernelMachine(..., unexplained=1.0)`",
-        )
+            if by_name[worst].norm().item() >= size:
+                following = [s.step.index for s in trajectory.segments() if s.step and s.start is largest.end]
+                before = f"before step {following[0]}" if following else "after the last step"
+                where = f"a change of `{worst}` by {by_name[worst].norm().item():.2g} {before}"
+                write = 'Make such changes inside `with recorder.channel("projection"):`'
+        return where, write
+
+    def _check_end(self, account: Account, output: Tensor) -> None:
+        """Compare what was added up with the network at the end of the record."""
+        trajectory = self.trajectory
+        known = output.isfinite()  # a network may return −∞ for what cannot be
+        found, output = sum(account.channels.values(), torch.zeros(()))[known], output[known]
+        missed = account.missed[known]
+        if not len(output):
+            return
+        types = {trajectory.precision, self.function.dtype}
+        moved = (output - account.channels["initial"][known]).abs().max().item()
+        # What θ was rounded by in all its steps is on record, and moved the outputs about as far, in proportion.
+        went = (trajectory.final.double() - trajectory.initial.double()).norm().item()
+        rounded = self._recorded.discrepancies.rounding / max(went, torch.finfo(torch.float64).tiny)
+        allowed = max(END[dtype] for dtype in types) * max(moved, output.abs().max().item())
+        allowed += ROUNDED * rounded * moved
+        off = found.sub(output).abs()
+        if not isinstance(self.quadrature, DiscreteGradient):  # which makes up for what it missed
+            off = off - missed
+        worst = off.nan_to_num(nan=torch.inf).max().item()
+        if worst > allowed:
+            largest = output.abs().max().item()
+            raise TrajectoryError(
+                f"Samples and channels add up to outputs that are up to {worst:.2g} off those of the network at the "
+                f"end of the record, the largest of which is {largest:.2g}",
+                f"They are its outputs to rounding, here {allowed:.1g}: the steps on record are then what the update "
+                "rule makes of the recorded samples",
+                "Record with `KernelRecorder(..., audit_every=1)`, which tells at which step ids, inputs or loss are "
+                "not those of the loop; check a rule of your own with `pathkernel.testing.check_update_rule`",
+            )
 
     def _swept(self, queries: Queries, asked: Asked, plan: Plan) -> Account:
         queries.passes = plan.passes

@@ -18,19 +18,20 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, Loss, Parameters, PyTree
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, SampleIdError
 from pathkernel.functional import (
     ModelFunction,
-    batch_outputs,
     leaf_parameters,
-    map_outputs,
-    output_leaves,
     output_products,
     pulled_back,
 )
 from pathkernel.interrupts import deliver
 from pathkernel.pytrees import blocks, cast_floating, count, take
+from pathkernel.returned import batch_outputs, map_outputs, output_leaves
 from pathkernel.workspace import give_back_freed_memory
+
+RETURNED = "returned"
+"""Stands for the loss that the network itself returns."""
 
 
 def batch_loss(loss: Loss, outputs: PyTree, targets: PyTree, weights: Tensor | None, reduction: str) -> Tensor:
@@ -66,16 +67,41 @@ class Objective:
     Attributes
     ----------
     loss
-        ``(output, target)`` of a batch.
+        ``(output, target)`` of a batch; `RETURNED` for the one that the network itself returns, None where it is not
+        known.
     reduction
         See `batch_loss`.
     regularizers
         Terms added to the loss that depend on the parameters alone, by name: ``parameters -> scalar``.
     """
 
-    loss: Loss
+    loss: Loss | str | None
     reduction: str = "mean"
     regularizers: Mapping[str, Callable[[Parameters], Tensor]] = field(default_factory=dict)
+
+    @property
+    def known(self) -> Loss | None:
+        """The loss where it is a function of outputs and targets."""
+        return None if self.loss is None or isinstance(self.loss, str) else self.loss
+
+    def function(self, asker: str) -> Loss:
+        """The loss, for who cannot do without.
+
+        Raises
+        ------
+        InputError
+            Where it is not known as a function of outputs and targets.
+        """
+        loss = self.known
+        if loss is None:
+            known = "it was not given" if self.loss is None else "the network returns it"
+            raise InputError(
+                f"{asker} needs the loss as a function of outputs and targets, and {known}",
+                "Shares, predictions and path kernels of outputs need no loss; the loss itself, probabilities, and the "
+                "path kernel of the loss do",
+                "Write `KernelRecorder(..., loss=nn.CrossEntropyLoss())`, and `Trajectory.open(..., loss=...)`",
+            )
+        return loss
 
     def regularizer_gradients(self, function: ModelFunction, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
         """Gradient of each regulariser at θ, (P,)."""
@@ -101,7 +127,8 @@ def batch_gradient(
     with function.running(gradients=True), function.kept():
         outputs = function.call(leaves, cast_floating(inputs, function.dtype))
         targets = cast_floating(targets, function.dtype)
-        value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
+        loss = objective.function("The gradient of a batch")
+        value = batch_loss(loss, outputs, targets, weights, objective.reduction)
         gradients = pulled_back(leaves, value, torch.ones_like(value), retain=False)
     return function.layout.flatten(gradients)
 
@@ -134,10 +161,29 @@ def loss_slopes(
     leaves = [leaf for leaf in output_leaves(outputs) if floating(leaf)]
     with function.running(gradients=True):
         targets = cast_floating(targets, function.dtype)
-        value = batch_loss(objective.loss, outputs, targets, weights, objective.reduction)
+        loss = objective.function("The slope of a batch")
+        value = batch_loss(loss, outputs, targets, weights, objective.reduction)
         found = torch.autograd.grad(value, leaves, allow_unused=True)
     zeros = [torch.zeros_like(z) if gradient is None else gradient for z, gradient in zip(leaves, found, strict=True)]
     return batch_outputs(zeros, n)
+
+
+def check_slopes(outputs: Float[Tensor, "B C"], cotangents: Tensor) -> None:
+    """Refuse slopes from the training pass that are of other outputs than those of the recorded samples.
+
+    Raises
+    ------
+    SampleIdError
+        With both numbers of outputs.
+    """
+    if outputs.shape != cotangents.shape:
+        raise SampleIdError(
+            f"A batch of {len(outputs)} samples has outputs of {outputs.shape[1]} numbers each, and slopes of the loss "
+            f"at {cotangents.shape[1]} of each were taken from the training pass",
+            "The pass of the loop is of the samples that were announced, as the recorder was given them",
+            "Check that the ids are those of this batch, and that inputs which differ from the data are passed as "
+            "`recorder.batch(ids, inputs=x)`",
+        )
 
 
 def coupled_rows(
@@ -159,6 +205,7 @@ def coupled_row_blocks(
     for block in blocks(len(cotangents), size):
         with function.running(gradients=True), function.kept():
             outputs = function.batch(leaves, cast_floating(inputs, function.dtype))
+            check_slopes(outputs, cotangents)
             rows = outputs.new_empty(block.stop - block.start, function.layout.size, requires_grad=False)
             for row, sample in zip(rows, range(block.start, block.stop), strict=True):
                 own = torch.zeros_like(outputs)
@@ -171,12 +218,18 @@ def coupled_row_blocks(
 
 
 def weighted_gradient(
-    function: ModelFunction, vector: Float[Tensor, " P"], inputs: PyTree, cotangents: Float[Tensor, "B C"]
+    function: ModelFunction,
+    vector: Float[Tensor, " P"],
+    inputs: PyTree,
+    cotangents: Float[Tensor, "B C"],
+    *,
+    as_trained: bool = False,
 ) -> Float[Tensor, " P"]:
-    """Σ_i J_iᵀ λ_i by one reverse sweep."""
+    """Σ_i J_iᵀ λ_i by one reverse sweep; ``as_trained`` as for `ModelFunction.running`."""
     leaves = leaf_parameters(function, vector)
-    with function.running(gradients=True), function.kept():
+    with function.running(gradients=True, as_trained=as_trained), function.kept():
         outputs = function.batch(leaves, cast_floating(inputs, function.dtype))
+        check_slopes(outputs, cotangents)
         return function.layout.flatten(pulled_back(leaves, outputs, cotangents.to(outputs), retain=False))
 
 
@@ -202,6 +255,21 @@ def batch_products(
     return found
 
 
+TASKS = ("classification", "regression")
+"""What a network may have been trained for."""
+
+
+def check_task(task: Any) -> str | None:
+    """Accept one of `TASKS`, or None."""
+    if task is not None and task not in TASKS:
+        raise InputError(
+            f"`task={task!r}` was given",
+            f"It is one of {', '.join(map(repr, TASKS))}, or left out: then the loss and the targets tell",
+            'Write `KernelRecorder(..., task="classification")`',
+        )
+    return task
+
+
 def check_reduction(reduction: str) -> str:
     """Accept ``"mean"`` or ``"sum"``."""
     if reduction not in ("mean", "sum"):
@@ -211,6 +279,11 @@ def check_reduction(reduction: str) -> str:
             'Write `KernelRecorder(..., reduction="mean")`',
         )
     return reduction
+
+
+def check_recorded_loss(loss: Any) -> Loss | str | None:
+    """Accept a function of output and target, `RETURNED`, or None."""
+    return loss if loss is None or (isinstance(loss, str) and loss == RETURNED) else check_loss(loss)
 
 
 def check_loss(loss: Any) -> Loss:

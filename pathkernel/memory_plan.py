@@ -41,12 +41,13 @@ from pathkernel.allocations import Allocations, Footprint, footprint
 from pathkernel.curves import Curve
 from pathkernel.errors import InputError
 from pathkernel.factored import piece_dtype, working
-from pathkernel.functional import ModelFunction, batch_outputs
+from pathkernel.functional import ModelFunction
 from pathkernel.losses import coupled_row_blocks, weighted_gradient
 from pathkernel.pull_back import Adjoint
 from pathkernel.pytrees import cast_floating, count, take
 from pathkernel.quadrature import Adaptive, DiscreteGradient, FixedQuadrature, Quadrature
 from pathkernel.queries import ProductStep, Queries
+from pathkernel.returned import batch_outputs
 from pathkernel.sweeps import BLOCK, FEW, Cuts
 from pathkernel.trajectory.gradients import WHOLE, Passes, RecordedGradients, samples_of
 from pathkernel.trajectory.step import MicroBatch, Step
@@ -544,6 +545,8 @@ def _channels(gradients: RecordedGradients) -> int:
     names |= {*trajectory.objective.regularizers, *step.gradient_changes}
     if trajectory.initial_memory:
         names.add("memory")
+    if gradients.discrepancies:
+        names.add("unexplained")
     for name in list(step.active)[:1]:
         parameter = trajectory.layout.unflatten(step.before)[name].double()
         for of in (trajectory.rule.gradient_sources, trajectory.rule.displacement_sources):

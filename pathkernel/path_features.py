@@ -145,7 +145,7 @@ class StreamingFeatures(StepObserver):
         """Begin with nothing."""
         self._trajectory, self._sum, self._end = trajectory, None, None
         function = trajectory.function()
-        selection = select_outputs(self.outputs, trajectory.loss, trajectory.objective.reduction)
+        selection = select_outputs(self.outputs, trajectory.objective.known, trajectory.objective.reduction)
         self._engine = ProjectionEngine(function, selection, self.memory, self.projection)
         self._samples = samples_of_path(trajectory, self.X, selection, function.dtype, "StreamingFeatures")
         if not count(self._samples[0]):

@@ -147,7 +147,7 @@ class PathKernel:
         self.function = self.trajectory.function(made_of["dtype"])
         outputs, engine, objective = made_of["outputs"], made_of["engine"], self.trajectory.objective
         self.probes = outputs if isinstance(outputs, OutputProbes) else None
-        exact = select_outputs(outputs if self.probes is None else "trace", objective.loss, objective.reduction)
+        exact = select_outputs(outputs if self.probes is None else "trace", objective.known, objective.reduction)
         self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
         self._given_engine = engine
         self.engine = make_engine(engine, self.function, self.selection, self.memory)

@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import UnsupportedModelError
-from pathkernel.functional import REFUSALS, ModelFunction, batch_outputs, generator_states, generators_untouched
+from pathkernel.functional import REFUSALS, ModelFunction, generator_states, generators_untouched
 from pathkernel.interrupts import attempt
 from pathkernel.pytrees import cast_floating, count, spread, take
+from pathkernel.returned import batch_outputs
 
 SAMPLES = 3
 """Samples that are passed through the network together, one by one, and together again."""

@@ -10,13 +10,12 @@ and the sum may run forward. A path kernel is a sum over steps for every optimiz
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pathkernel._typing import PyTree
 from pathkernel.attributions import Attributions, warn_of_doubts
@@ -28,52 +27,15 @@ from pathkernel.pytrees import copied_samples, memory_bytes
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.tangent_kernel.output_probes import OutputProbes
 from pathkernel.tangent_kernel.projection import Projection
-from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.schedule import StepObserver
 from pathkernel.trajectory.step import Step
+from pathkernel.trajectory.stretch import stretch
 from pathkernel.trajectory.trajectory import Trajectory
 
 Settings = tuple[Mapping[str, Any], ...]
 
 ANYTHING = 1e300
 """What may be unexplained of one step: it is the whole run that counts."""
-
-
-class Stretch(Trajectory):
-    """One step of a path that is still being walked: the live model is not compared with its end."""
-
-    largest: Step | None = None
-    """The step with the largest gradient so far."""
-
-    def require_steps(self, asker: str) -> None:
-        """Nothing to refuse."""
-
-    def steps(self) -> Iterator[Step]:
-        """The step, and the one by whose gradient the rounding of all is judged."""
-        yield from super().steps()
-        if self.largest is not None:
-            yield self.largest
-
-
-def stretch(trajectory: Trajectory, start: Tensor, step: Step) -> Stretch:
-    """One step of a path, from where the one before ended, with the running statistics that it found.
-
-    The first begins with those of the untrained network.
-    """
-    found = step.buffers if step.index else {}
-    store = MemoryStore()
-    store.append(replace(step, index=0))
-    return Stretch(
-        trajectory.model,
-        trajectory.objective,
-        trajectory.data,
-        trajectory.layout,
-        start,
-        {**trajectory.constants, **found},
-        trajectory.rule,
-        store=store,
-        final_buffers=step.buffers,
-    )
 
 
 def has_memory(trajectory: Trajectory, settings: Settings) -> bool:

@@ -144,12 +144,33 @@ class _Backward:
             for name, where, pulled in self._pulled(step, adjoint, q, rates, weights):
                 for place, u, scale in pulled:
                     totals[place].add(name, received[place].products(where, u, self._pushed), scale)
+        self._beyond_the_rule(step, q)
         for total in totals:
             total.book()
         for stage, weight in zip(stages, weights, strict=False):
             assert self.builder is not None
             for ids, slopes, kernel in self.gradients.kernel(step, stage, weight, self.cuts.batch):
                 self.builder.add(step.index, ids, slopes, kernel)
+
+    def _beyond_the_rule(self, step: Step, q: FactoredGradients) -> None:
+        """Book what a step did otherwise than its rule says, and pull the cotangents through edits of the memory."""
+        found = self.gradients.discrepancies.of(step)
+        if found.displacement:
+            vector = torch.zeros(self.layout.size, dtype=torch.float64)
+            for name, shift in found.displacement.items():
+                vector[self.layout.slices[name]] = shift.reshape(-1)
+            self.account.channels["unexplained"] += q @ vector
+        for name in {**found.memory, **found.scale}:
+            own = self.layout.slices[name]
+            for where in self._blocks(name):
+                (cotangent,) = self.memory.get(where.start, [None])
+                if cotangent is None:
+                    continue
+                if name in found.memory:
+                    added = found.memory[name].reshape(-1)[where.start - own.start : where.stop - own.start]
+                    self.account.channels["unexplained"] += cotangent.double() @ added
+                if name in found.scale:
+                    self.memory[where.start] = [self._keep(0, where, cotangent * found.scale[name])]
 
     def _sources(self, segment: Segment, step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the optimizer added to the gradient and to the displacement, (P,) each."""

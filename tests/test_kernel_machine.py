@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import pathkernel as pk
 from pathkernel import reference
 from pathkernel.attributions import Attributions
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, TrajectoryError
 from pathkernel.update_rules.adam import Adam
 from pathkernel.update_rules.rule import UpdateRule
 
@@ -194,8 +194,14 @@ class UndampenedFirstStep(pk.UpdateRule):
 )
 def test_the_certificate_fails_under_a_wrong_rule(optimizer: str, rule: UpdateRule) -> None:
     run = record("relu", optimizer=optimizer, rule=rule)
-    why = pk.KernelMachine(run.trajectory).explain(run.queries, outputs=0)
-    assert why.relative_residual > 1e-2
+    machine = pk.KernelMachine(run.trajectory)
+    for ask in (machine.explain, machine.decision_function):
+        with pytest.raises(TrajectoryError, match=rf"is unexplained; .* otherwise than {rule.name} does"):
+            ask(run.queries)
+    why = pk.KernelMachine(run.trajectory, unexplained=np.inf).explain(run.queries, outputs=0)
+    # What the rule leaves has no name, and is not left over.
+    assert np.linalg.norm(why.channels["unexplained"]) > 1e-2 * np.linalg.norm(why.output - why.initial)
+    assert why.relative_residual < DOUBLE.residual
 
 
 def test_the_certificate_fails_when_a_step_is_lost() -> None:
@@ -203,9 +209,11 @@ def test_the_certificate_fails_when_a_step_is_lost() -> None:
     steps = run.trajectory.store._steps
     del steps[2]
     why = pk.KernelMachine(run.trajectory, unexplained=np.inf).explain(run.queries, outputs=0)
-    # The gap is bridged as a change that nothing explains, but its momentum is missing from then on.
-    assert np.abs(why.channels["unexplained"]).max() > 1e-3
-    assert why.relative_residual > 1e-2
+    # The gap is bridged as a change that nothing explains, and its momentum has no name either from then on.
+    (gap,) = (segment for segment in run.trajectory.segments() if segment.step is None)
+    after, before = (run.trajectory.function().outputs(theta, run.queries)[:, 0] for theta in (gap.end, gap.start))
+    assert np.abs(why.channels["unexplained"] - (after - before).numpy()).max() > 1e-3
+    assert why.relative_residual < DOUBLE.residual
 
 
 # -- a run that is known in closed form -------------------------------------------------------------------------------

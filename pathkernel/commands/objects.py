@@ -1,4 +1,8 @@
-"""A user's own objects, named on the command line: network, loss and data."""
+"""A user's own objects, named on the command line: network, data, and what a store only says the name of.
+
+What is imported was named by the user. Names in a store are looked up in closed tables, see
+`pathkernel.trajectory.known_classes`.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,52 @@ import argparse
 import importlib
 import importlib.util
 import sys
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from pathkernel.errors import InputError, check
+from pathkernel.dynamics import momentum, runge_kutta, scaled
+from pathkernel.errors import InputError, StoreError, check, quoted
+from pathkernel.functional import generators_untouched
+from pathkernel.interrupts import attempt
+from pathkernel.pytrees import cast_floating
 from pathkernel.trajectory.disk import DiskStore
+from pathkernel.trajectory.header import Header
+from pathkernel.trajectory.identity import named
+from pathkernel.trajectory.known_classes import known_loss
 from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.update_rules.rule import UpdateRule
+
+DYNAMICS = (
+    momentum.Momentum,
+    runge_kutta.Heun,
+    runge_kutta.RungeKutta4,
+    scaled.Lion,
+    scaled.NormalizedDescent,
+    scaled.PolyakStep,
+    scaled.ScalarRMSprop,
+    scaled.SignDescent,
+)
+"""Optimizers of the package, which name their rules."""
 
 
-def imported(place: str, what: str) -> Any:
+def imported(place: str, flag: str, example: str) -> Any:
     """The object at ``module:name`` or ``file.py:name``.
+
+    Parameters
+    ----------
+    place
+        As the user wrote it, never as a store says it: importing runs code.
+    flag
+        After which it was written.
+    example
+        A name that could stand there.
 
     Raises
     ------
@@ -33,9 +69,9 @@ def imported(place: str, what: str) -> Any:
             found = getattr(found, part)
     except (ImportError, AttributeError, OSError, ValueError) as error:
         raise InputError(
-            f"{what} {place!r} was given ({error})",
+            f"`{flag}` {place!r} was given ({error})",
             "It is the place of a Python object: a module or a file, a colon, a name",
-            "Write for example `--model train.py:make_model`",
+            f"Write for example `{flag} train.py:{example}`",
         ) from error
     return found
 
@@ -63,7 +99,7 @@ def samples(path: str, names: tuple[str, ...]) -> tuple[np.ndarray, ...]:
     try:
         content = np.load(path, allow_pickle=False)
         arrays = (content,) if isinstance(content, np.ndarray) else tuple(content[name] for name in names)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(
             f"Samples were asked of {path!r} ({error})",
             f"They come from an .npz file with arrays {', '.join(map(repr, names))}"
@@ -78,22 +114,107 @@ def opened(arguments: argparse.Namespace) -> Trajectory:
     store = DiskStore.open(arguments.run)
     header = store.header
     assert header is not None
-    made = imported(arguments.model, "`--model`")
+    made = imported(arguments.model, "--model", "make_model")
     model = made if isinstance(made, nn.Module) else made()
-    data = imported(arguments.data, "`--data`") if ":" in arguments.data else samples(arguments.data, ("X", "y"))
+    data = imported(arguments.data, "--data", "data") if ":" in arguments.data else samples(arguments.data, ("X", "y"))
     data = data() if callable(data) and not hasattr(data, "__len__") else data
-    loss = _loss(arguments.loss or header.fingerprints["loss"]["name"])
+    loss = known_loss(header.fingerprints["loss"]) if arguments.loss is None else _loss(arguments.loss)
+    rule, optimizer, regularizers = _rule(arguments, header), _optimizer(arguments, header), _regularizers(arguments)
+    check(
+        regularizers is not None or not header.regularizers,
+        InputError,
+        f"The loss on record had the regularizers {quoted(list(header.regularizers))}, and none were given",
+        "They are functions of the parameters, of which a store has the names alone",
+        "Write `--regularizers train.py:regularizers` with the mapping that was given to `KernelRecorder`",
+    )
     _load(model, store)
-    return Trajectory.open(arguments.run, model=model, loss=loss, data=data)
+    trajectory = Trajectory.open(
+        arguments.run, model=model, loss=loss, data=data, rule=rule, regularizers=regularizers, optimizer=optimizer
+    )
+    if arguments.loss is None:
+        _check_loss_of_store(trajectory, header)
+    return trajectory
 
 
 def _loss(place: str) -> Any:
-    """The loss; one of `torch.nn` is made with its default settings."""
-    path, _, name = place.replace(":", ".").rpartition(".")
-    if path.startswith("torch.nn") and isinstance(getattr(nn, name, None), type):
-        return getattr(nn, name)()
-    loss = imported(place if ":" in place else f"{path}:{name}", "`--loss`")
+    """The loss that the user named; a class is made with its default settings."""
+    if ":" not in place:
+        module, _, name = place.rpartition(".")
+        place = f"{module}:{name}"
+    loss = imported(place, "--loss", "loss")
     return loss() if isinstance(loss, type) else loss
+
+
+def _check_loss_of_store(trajectory: Trajectory, header: Header) -> None:
+    """Whether the loss that a store names suits the outputs and targets at hand."""
+    function = trajectory.function()
+
+    def values() -> None:
+        for size in (2, 3):  # as many samples as outputs may look like targets of another shape
+            inputs, targets = trajectory.data[torch.arange(min(size, len(trajectory.data)))]
+            with function.running(gradients=False):
+                outputs = function.call(function.parameters(trajectory.initial), cast_floating(inputs, function.dtype))
+            if trajectory.objective.known is not None:
+                trajectory.objective.known(outputs, cast_floating(targets, function.dtype))
+
+    with generators_untouched():
+        found = attempt(values, (Exception,))
+    check(
+        not isinstance(found, Exception),
+        StoreError,
+        f"The loss on record is {quoted(header.fingerprints['loss']['name'])}, which fails on the outputs and the "
+        f"targets of a few training samples ({str(found)[:300]})",
+        "A loss takes the network's outputs and the targets of a batch",
+        "Write `--loss train.py:loss` with the loss of the training, and look for damage with `pathkernel verify`",
+    )
+
+
+def _rule(arguments: argparse.Namespace, header: Header) -> UpdateRule | None:
+    """The update rule that the user named, or one of the package; None for what `Trajectory.open` finds itself."""
+    if arguments.rule is None:
+        known = {named(optimizer.rule): optimizer.rule for optimizer in DYNAMICS}
+        return known[header.rule["class"]]() if header.rule["class"] in known else None
+    found = imported(arguments.rule, "--rule", "YourRule")
+    rule = found() if isinstance(found, type) and issubclass(found, UpdateRule) else found
+    check(
+        isinstance(rule, UpdateRule),
+        InputError,
+        f"`--rule` {arguments.rule!r} is a {type(rule).__name__}",
+        "It is an `UpdateRule`, or a class of such that is made without arguments",
+        "Write `--rule train.py:YourRule` with the rule that was given to `KernelRecorder`",
+    )
+    return rule
+
+
+def _optimizer(arguments: argparse.Namespace, header: Header) -> type[Optimizer] | None:
+    """The class of the optimizer, likewise; only a recording with keyframes needs it."""
+    if arguments.optimizer is None:
+        known: dict[str, type[Optimizer]] = {named(optimizer): optimizer for optimizer in DYNAMICS}
+        return None if header.replay is None else known.get(header.replay["optimizer"])
+    found = imported(arguments.optimizer, "--optimizer", "YourOptimizer")
+    check(
+        isinstance(found, type) and issubclass(found, Optimizer),
+        InputError,
+        f"`--optimizer` {arguments.optimizer!r} is no class of optimizers",
+        "It is a subclass of `torch.optim.Optimizer`, the one that took the steps",
+        "Write `--optimizer train.py:YourOptimizer`",
+    )
+    return found
+
+
+def _regularizers(arguments: argparse.Namespace) -> Mapping[str, Any] | None:
+    """The regularizers that the user named."""
+    if arguments.regularizers is None:
+        return None
+    regularizers = imported(arguments.regularizers, "--regularizers", "regularizers")
+    check(
+        isinstance(regularizers, Mapping),
+        InputError,
+        f"`--regularizers` {arguments.regularizers!r} is a {type(regularizers).__name__}",
+        "It is a mapping of names to functions of the parameters",
+        "Write `--regularizers train.py:regularizers` with what was given to `KernelRecorder`",
+    )
+    return regularizers
 
 
 def _load(model: nn.Module, store: DiskStore) -> None:
@@ -107,7 +228,8 @@ def _load(model: nn.Module, store: DiskStore) -> None:
     check(
         not wrong,
         InputError,
-        f"`--model` made a {type(model).__name__} without {', '.join(f'`{name}`' for name in wrong[:5])} as recorded",
+        f"`--model` made a {type(model).__name__} without {', '.join(f'`{name[:100]}`' for name in wrong[:5])} as "
+        "recorded",
         "It must be the architecture that was recorded",
         "Name the function that made the network for training",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pathkernel.errors import CorruptBlockError, InputError, StoreError, check
+from pathkernel.errors import CorruptBlockError, InputError, StoreError, brief, check, quoted
 from pathkernel.pytrees import memory_bytes
 from pathkernel.storage import replaced
 from pathkernel.trajectory.disk import DiskStore
@@ -51,13 +52,18 @@ def info(arguments: argparse.Namespace) -> Result:
     state = "ended" if ended else "cut off, or still going on: the steps that are committed are valid"
     lines = [
         f"{arguments.run}: {len(store)} steps committed ({state}){kept}",
-        f"rule {numbers['rule']}, loss {numbers['loss']}, {numbers['samples']} training samples",
+        f"rule {_line(numbers['rule'])}, loss {_line(numbers['loss'])}, {numbers['samples']} training samples",
         f"{layout.size} parameters, {numbers['dtype']}; {store.size_bytes() / 1e6:.1f} MB on disk, "
         f"{store.size_bytes() / max(1, len(store)) / 1e3:.1f} kB a step",
-        "written by " + ", ".join(f"{name} {version}" for name, version in header.versions.items()),
-        *(f"  {row['name']:40} {tuple(row['shape'])}" for row in numbers["table"]),
+        "written by " + _line(", ".join(f"{name} {version}" for name, version in header.versions.items())),
+        *(f"  {_line(row['name']):40} {tuple(row['shape'])}" for row in numbers["table"]),
     ]
     return 0, numbers, "\n".join(lines)
+
+
+def _line(name: str) -> str:
+    """A name from a store on one line of no great length."""
+    return brief(" ".join(name.splitlines()))
 
 
 def verify(arguments: argparse.Namespace) -> Result:
@@ -124,9 +130,24 @@ def _weights(store: DiskStore, arguments: argparse.Namespace) -> tuple[list[int]
         f"The budget is {budget / 1e6:.0f} MB",
         "Write for example `--steps 0,100,-1` for some of them, or `--memory 8GB`",
     )
+    outside = [name for name in layout.names if not _is_member(name)]
+    check(
+        not outside,
+        InputError,
+        f"Parameters of the names {quoted(outside[:3])} were to be written",
+        "A file of weights is an archive by name, and these names are too long for it, no Unicode text, or lead out of "
+        "the folder that it is unpacked in",
+        "Read them with `Trajectory.open(path, ...).vector(step)` instead",
+    )
     vectors = [store.vector(s) if s < len(store) else store.final() for s in points]
     named = [layout.unflatten(vector) for vector in vectors]
     return points, {name: torch.stack([one[name] for one in named]) for name in layout.names}
+
+
+def _is_member(name: str) -> bool:
+    """Whether a parameter's name can be that of a file in an archive."""
+    fits = len(name) <= 1000 and not any(c in "\0\\" or "\ud800" <= c <= "\udfff" for c in name)
+    return fits and not {"", ".."} & set(name.split("/"))
 
 
 def _named_points(names: Collection[str]) -> str:
@@ -178,7 +199,8 @@ def _table(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
             "ids": [int(i) for batch in step.batches for i in batch.ids],
         }
         for group, settings in enumerate(step.hyperparameters):
-            numbers = {key: value for key, value in settings.items() if isinstance(value, (int, float))}
+            # Settings are keywords; a text that begins with "=" would be run as a formula by what opens the table.
+            numbers = {k: v for k, v in settings.items() if isinstance(v, (int, float)) and k.isidentifier()}
             row |= {f"{key}_{group}": float(value) for key, value in numbers.items()}
         rows.append(row)
     table = pandas.DataFrame(rows)
@@ -207,7 +229,10 @@ def _npz_file(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Arrays by name; under a path that is given to numpy it would write to another one that ends in .npz."""
 
     def write(place: Path) -> None:
-        with open(place, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+        # As `numpy.savez` does, which has arguments of its own under some of the names that a parameter may have.
+        with zipfile.ZipFile(place, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
 
     _whole(path, write)

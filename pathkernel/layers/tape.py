@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.functional import REFUSALS, ModelFunction, batch_outputs, output_leaves
+from pathkernel.functional import REFUSALS, ModelFunction
 from pathkernel.interrupts import attempt, deliver, held
 from pathkernel.layers.arrangement import Arrangement
 from pathkernel.layers.factors import Dense, Factor, Outer, Piece, joined
@@ -21,6 +21,7 @@ from pathkernel.layers.handles import Handle, View
 from pathkernel.layers.recording import Recording, Use, module_rules
 from pathkernel.layers.rules import NoRule, SumOfSignals
 from pathkernel.pytrees import cast_floating, count
+from pathkernel.returned import batch_outputs, output_leaves
 from pathkernel.workspace import Workspace, give_back_freed_memory
 
 FAILURES = (NoRule, *REFUSALS)

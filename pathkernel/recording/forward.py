@@ -1,15 +1,18 @@
-"""How forward passes of training ran: modes, random generators and mixed precision, seen by hooks on the model."""
+"""Forward passes of training as hooks on the model see them: how they ran, and the cotangents of their outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pathkernel.functional import ForwardState, generator_states
+from pathkernel.interrupts import held
 from pathkernel.recording.modules import WatchedModules
+from pathkernel.returned import Returns, batch_outputs, output_leaves, returned_loss, selected
 
 
 class Hook:
@@ -36,19 +39,106 @@ class Hook:
         return Hook, ()  # the whole record would come along
 
 
+class ForwardPass:
+    r"""A forward pass of the network in training, and :math:`\lambda = \partial L / \partial z` of its outputs.
+
+    Parameters
+    ----------
+    state
+        How it ran.
+    leaves
+        Its outputs, of which shapes and types are kept; no graph is held.
+    checksum
+        That of θ; None where nobody will ask.
+
+    """
+
+    def __init__(self, state: ForwardState, leaves: list[Tensor], checksum: int | None = None) -> None:
+        self.state, self.checksum = state, checksum
+        self.shapes = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+        self._arrived: dict[str | None, dict[int | None, Tensor]] = {}
+
+    @property
+    def channels(self) -> tuple[str | None, ...]:
+        """Under which names backward passes ran that brought something; None for no name."""
+        return tuple(self._arrived)
+
+    def add(self, channel: str | None, place: int | None, cotangent: Tensor) -> None:
+        """Add what one backward pass brought to an output; the place None stands for the returned loss."""
+        arrived = self._arrived.setdefault(channel, {})
+        before = arrived.get(place)
+        arrived[place] = cotangent if before is None else before + cotangent
+
+    def loss_slope(self, channel: str | None) -> Tensor | None:
+        """Derivative of what was differentiated in the loss that the network returned; None where none arrived."""
+        arrived = self._arrived[channel].get(None)
+        return None if arrived is None else arrived.double().cpu()
+
+    def cotangents(self, channel: str | None, n: int) -> Tensor | None:
+        """λ, (n, C), zero for outputs that nothing depended on; None where none has arrived.
+
+        Raises
+        ------
+        InputError
+            When the outputs are not those of n samples.
+        """
+        arrived = {place: value for place, value in self._arrived[channel].items() if place is not None}
+        if not arrived:
+            return None
+        if len(self.shapes) == 1 and len(self.shapes[0][0]) == 2 and self.shapes[0][0][0] == n:
+            return arrived[0]
+        given = [
+            arrived[k] if k in arrived else torch.zeros(shape, dtype=dtype, device=device)
+            for k, (shape, dtype, device) in enumerate(self.shapes)
+        ]
+        return batch_outputs(given, n)
+
+
+class BackwardPass:
+    """A backward pass that is under way: the cotangents that it has brought so far.
+
+    Attributes
+    ----------
+    accumulates
+        Whether gradients are added to the parameters' own: those of `torch.autograd.grad` are not.
+    """
+
+    def __init__(self) -> None:
+        self.accumulates = False
+        self.brought: list[tuple[ForwardPass, int | None, Tensor]] = []
+
+
 class ForwardWatcher:
-    """Tells how the first forward passes with gradients after each announced batch ran.
+    r"""Sees the forward passes of the network in training, and takes the cotangents of their outputs.
+
+    λ comes from a hook on each output, in the backward pass of the loop itself: nothing is evaluated again. An output
+    that was computed from another one has none: its gradient goes through the other, and would be counted twice.
 
     Parameters
     ----------
     model
-        The network in training.
-    report
-        Called with the `ForwardState` of each such pass.
+        The module that the loop calls.
     modules
         Its submodules.
-    passes
-        How many to tell of: the stages of a step.
+    returns
+        What of the returned is the output, see `pathkernel.returned`.
+    ran
+        Called with each forward pass that has a graph.
+    begins
+        Called when a backward pass begins that comes through outputs, before it adds anything to any gradient.
+    arrived
+        Called with a forward pass whose gradient has been added to that of the parameters, when the backward pass ends.
+    unseen
+        Called with a parameter to whose gradient a backward pass added that came through no output.
+
+    Attributes
+    ----------
+    channel
+        Under which name backward passes run at the moment; None for no name.
+    differentiated
+        Names under which a backward pass has added to gradients since they were taken last.
+    checked
+        Whether to keep a checksum of θ with the passes to come, and how it is found; None where not.
 
     Notes
     -----
@@ -58,45 +148,177 @@ class ForwardWatcher:
     def __init__(
         self,
         model: nn.Module,
-        report: Callable[[ForwardState], None],
         modules: WatchedModules,
-        passes: int = 1,
+        returns: Returns,
+        ran: Callable[[ForwardPass], None],
+        begins: Callable[[], None],
+        arrived: Callable[[ForwardPass], None],
+        unseen: Callable[[nn.Parameter], None],
     ) -> None:
-        self.model, self.report, self.modules, self.passes = model, report, modules, passes
+        self.model, self.modules, self.returns = model, modules, returns
+        self.ran, self.begins, self.arrived, self.unseen = ran, begins, arrived, unseen
         self.device = next(model.parameters()).device
-        self._waiting = 0
+        self.checked: Callable[[], int] | None = None
+        self.channel: str | None = None
+        self.differentiated: set[str] = set()
         self._before: ForwardState | None = None
+        self._checksum: int | None = None
         self._handles: list[Any] = []
+        self._listening: dict[int, Any] = {}
+        self._under_way: dict[int, BackwardPass] = {}
+        self._computed: dict[Any, frozenset[int]] = {}
+
+    # -- the life of a recording --------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Put the hooks on."""
-        self._handles = [
-            self.model.register_forward_pre_hook(Hook(self._enter)),
-            self.model.register_forward_hook(Hook(self._leave)),
-        ]
+        self._handles = [self.model.register_forward_pre_hook(Hook(self._enter))]
+        self._hook_last()
 
     def stop(self) -> None:
         """Take the hooks off."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._listening.values()):
             handle.remove()
-        self._handles, self._waiting, self._before = [], 0, None
+        self._handles, self._listening, self._before = [], {}, None
+        self._under_way = {}
 
-    def expect(self) -> None:
-        """A batch was announced: report the next passes."""
-        self._waiting, self._before = self.passes, None
+    @property
+    def started(self) -> bool:
+        """Whether the hooks are on."""
+        return bool(self._handles)
+
+    def listen(self, parameters: list[nn.Parameter]) -> None:
+        """Be told when gradients are added to those of some parameters."""
+        for p in parameters:
+            if p.requires_grad and id(p) not in self._listening:
+                self._listening[id(p)] = p.register_post_accumulate_grad_hook(self._accumulated)
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    def _hook_last(self) -> None:
+        """Be the last forward hook: what others make of the outputs is what the loop gets."""
+        for handle in self._handles[1:]:
+            handle.remove()
+        self._handles[1:] = [self.model.register_forward_hook(Hook(self._leave))]
 
     def _enter(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if self._waiting and torch.is_grad_enabled():
-            kind = self.device.type
-            autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
-            self._before = ForwardState(
-                self.modules.modes(), generator_states(self.device), autocast, self.modules.changed_buffers()
-            )
+        if not torch.is_grad_enabled() or _is_transformed():
+            return
+        if self._under_way and torch._C._current_graph_task_id() < 0:
+            self._under_way = {}  # of backward passes that ended with an error, of which nobody is told
+        if next(reversed(module._forward_hooks)) != self._handles[1].id:
+            self._hook_last()
+        kind = self.device.type
+        autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        self._checksum = None if self.checked is None else self.checked()
+        self._before = ForwardState(
+            self.modules.modes(), generator_states(self.device), autocast, self.modules.changed_buffers()
+        )
 
-    def _leave(self, module: nn.Module, arguments: tuple[Any, ...], outputs: Any) -> None:
+    def _leave(self, module: nn.Module, arguments: tuple[Any, ...], returned: Any) -> None:
         if self._before is None:
             return
-        state, self._before, self._waiting = self._before, None, self._waiting - 1
+        state, self._before = self._before, None
         after = generator_states(self.device)
         drew = any(not torch.equal(found, state.generators[name]) for name, found in after.items())
-        self.report(state if drew else ForwardState(state.modes, {}, state.autocast, state.buffers))
+        state = state if drew else ForwardState(state.modes, {}, state.autocast, state.buffers)
+        loss = None
+        if isinstance(returned, Tensor) and self.returns is None:
+            leaves = [returned] if returned.is_floating_point() else []
+        else:
+            every = output_leaves(selected(returned, self.returns))
+            leaves = [leaf for leaf in every if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            loss = returned_loss(returned)
+            if any(loss is leaf for leaf in leaves):
+                loss = None
+        hooked = {k: leaf for k, leaf in enumerate(leaves) if leaf.requires_grad}
+        if not hooked and (loss is None or not loss.requires_grad):
+            return
+        one = ForwardPass(state, leaves, self._checksum)
+        computed = self._computed_from_others(hooked)
+        for place, leaf in hooked.items():
+            if place not in computed:
+                leaf.register_hook(_unserializable(partial(self._cotangent, one, place)))
+        if loss is not None and loss.requires_grad:
+            loss.register_hook(_unserializable(partial(self._cotangent, one, None)))
+        self.ran(one)
+
+    def _computed_from_others(self, leaves: dict[int, Tensor]) -> frozenset[int]:
+        """Places of outputs that were computed from others, or are the same tensor; once for each number of them."""
+        if len(leaves) < 2:
+            return frozenset()
+        key = tuple(leaves)
+        if key not in self._computed:
+            self._computed[key] = computed_from_others(leaves)
+        return self._computed[key]
+
+    # -- backward -----------------------------------------------------------------------------------------------
+
+    def _cotangent(self, one: ForwardPass, place: int | None, cotangent: Tensor) -> None:
+        """Called in a backward pass, with λ of one output."""
+        task = torch._C._current_graph_task_id()
+        if not self.started or task < 0:
+            return
+        if task not in self._under_way:
+            with held():
+                if not self._under_way:
+                    self.begins()
+                self._under_way[task] = BackwardPass()
+                torch.autograd.Variable._execution_engine.queue_callback(partial(self._ended, task))
+        # A copy: autograd goes on to use the memory.
+        self._under_way[task].brought.append((one, place, cotangent.detach().clone()))
+
+    def _accumulated(self, parameter: nn.Parameter) -> None:
+        """Called when the gradient of a parameter has been added to."""
+        if self.channel is not None:
+            self.differentiated.add(self.channel)
+        elif not self._under_way:
+            self.unseen(parameter)
+        for backward in self._under_way.values():  # an inner one, of a checkpoint, belongs to the outer one as well
+            backward.accumulates = True
+
+    def _ended(self, task: int) -> None:
+        with held():
+            backward = self._under_way.pop(task, None)
+            if backward is None or not backward.accumulates:
+                return
+            for one, place, cotangent in backward.brought:
+                one.add(self.channel, place, cotangent)
+            for one in dict.fromkeys(one for one, _, _ in backward.brought):
+                self.arrived(one)
+
+
+def computed_from_others(leaves: dict[int, Tensor]) -> frozenset[int]:
+    """Places of the tensors that were computed from others among them, or are the same as one before."""
+    places: dict[tuple[Any, int], int] = {}
+    computed = set()
+    for place, leaf in leaves.items():
+        if places.setdefault((leaf.grad_fn, leaf.output_nr), place) != place:
+            computed.add(place)
+    for place, leaf in leaves.items():
+        if leaf.grad_fn is None:
+            continue
+        waiting, met = [leaf.grad_fn], {leaf.grad_fn}
+        while waiting:
+            for node, number in waiting.pop().next_functions:
+                if places.get((node, number), place) != place:
+                    computed.add(place)
+                if node is not None and node not in met:
+                    met.add(node)
+                    waiting.append(node)
+    return frozenset(computed)
+
+
+def _is_transformed() -> bool:
+    """Whether a transformation of `torch.func` is under way, whose tensors take no hooks."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _unserializable(hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that is left out, without a warning, where the user saves the tensor."""
+
+    def call(cotangent: Tensor) -> None:
+        hook(cotangent)
+
+    call.__torch_unserializable__ = True  # type: ignore[attr-defined]
+    return call

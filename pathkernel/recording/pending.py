@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from pathkernel.errors import SampleIdError
+from pathkernel.errors import InputError, SampleIdError
 from pathkernel.functional import ForwardState
-from pathkernel.recording.forward import ForwardWatcher
+from pathkernel.recording.forward import ForwardPass, ForwardWatcher
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
+from pathkernel.returned import Returns
 from pathkernel.trajectory.step import MicroBatch
 
 
@@ -38,12 +39,42 @@ def checked_ids(ids: Tensor, samples: int) -> Tensor:
     return ids.to(torch.int64).cpu().clone()
 
 
-class PendingBatches:
-    """Keeps announced batches until a step takes them, and drops those whose gradients never got there.
+class AnnouncedBatch:
+    """Samples that were announced, and the forward passes that were made of them.
 
-    A batch whose gradient has not arrived by the time of the next announcement was not used, and gradients that had
-    been cleared before one arrives were skipped. Where several batches wait for a step, a hook on every parameter tells
-    when a gradient arrives; in a loop with one batch in each step nobody has to be told.
+    Parameters
+    ----------
+    batch
+        As announced, with the modes of that moment.
+
+    Attributes
+    ----------
+    passes
+        Those whose gradients have arrived, in the order of the passes.
+    waiting
+        Those whose gradients may arrive yet; they live as long as their graphs.
+    arrived
+        Whether a gradient has arrived of a pass that was not seen.
+    """
+
+    def __init__(self, batch: MicroBatch) -> None:
+        self.batch = batch
+        self.passes: list[ForwardPass] = []
+        self.waiting: list[weakref.ref[ForwardPass]] = []
+        self.arrived = False
+
+    @property
+    def used(self) -> bool:
+        """Whether its gradient is, or may yet be, in that of the parameters."""
+        return bool(self.passes) or self.arrived or any(one() is not None for one in self.waiting)
+
+
+class PendingBatches:
+    """Keeps announced batches until a step takes them, with what the passes of the loop itself say of their gradients.
+
+    A forward pass belongs to the batch that was announced last before it, or, where that one has one already, to one
+    that was announced since, before the backward pass. It belongs to the step if its backward pass added to the
+    gradients of the parameters after these were cleared last; otherwise nobody takes it.
 
     Parameters
     ----------
@@ -55,6 +86,10 @@ class PendingBatches:
         Gradients that a step takes of the same batch.
     modules
         The submodules of the model.
+    returns
+        What of the returned is the network's output.
+    keep
+        Decides what is kept of λ, (n, C): fields of `MicroBatch`.
     dropped
         Called when batches are dropped whose gradients had arrived.
     """
@@ -65,91 +100,136 @@ class PendingBatches:
         live: LiveParameters,
         stages: int,
         modules: WatchedModules,
+        returns: Returns,
+        keep: Callable[[Tensor], dict[str, Tensor]],
         dropped: Callable[[], None],
     ) -> None:
-        self.live, self.dropped, self._modules = live, dropped, modules
-        self.batches: list[MicroBatch] = []
-        self._forward = ForwardWatcher(model, self._forward_ran, modules, stages)
-        self._listening: dict[str, Any] = {}
-        self._marks: list[tuple[Any, int]] = []
+        self.live, self.stages, self.keep, self.dropped, self._modules = live, stages, keep, dropped, modules
+        self.watcher = ForwardWatcher(
+            model, modules, returns, self._ran, self._backward_begins, self._pass_arrived, self._unseen_arrived
+        )
+        self._announced: list[AnnouncedBatch] = []
+        self._owners: weakref.WeakKeyDictionary[ForwardPass, AnnouncedBatch] = weakref.WeakKeyDictionary()
+        self._strangers: list[ForwardPass] = []
+        self._taken: tuple[MicroBatch, ...] | None = None
+        self._unseen_gradients: dict[nn.Parameter, weakref.ref[Tensor]] = {}
         self._unseen = ForwardState()  # of a batch of which no pass of the whole model is seen
-        self._watching = self._seen = False
-        self._arrived = True
 
     def start(self) -> None:
         """Begin to listen."""
-        self._watching = True
-        self._forward.start()
+        self.watcher.start()
+        self.listen()
 
     def stop(self) -> None:
         """Take all hooks off and forget what was announced."""
-        self._forward.stop()
-        self._stop_listening()
-        self._watching, self.batches, self._arrived = False, [], True
+        self.watcher.stop()
+        self._forget()
+
+    def listen(self) -> None:
+        """Be told of gradients; parameters that are unfrozen or added on the way are met here."""
+        if self.watcher.started:
+            self.watcher.listen(list(self.live.named.values()))
 
     def announce(self, batch: MicroBatch) -> None:
         """Take note of the samples of the next backward pass."""
-        if self.batches:
-            if not (self._arrived or self._gradients_differ()):
-                del self.batches[-1:]  # the batch before this one was never used, as after an early `break`
-            self._listen()
+        self._announced = [one for one in self._announced if one.used]
         modes = self._modules.modes()
         if modes != self._unseen.modes:
             self._unseen = ForwardState(modes)
-        self.batches.append(MicroBatch(batch.ids, batch.weights, batch.inputs, batch.targets, self._unseen))
-        self._arrived = self._seen = False
-        if not self._listening:
-            self._mark_gradients()
-        self._forward.expect()
+        self._announced.append(AnnouncedBatch(replace(batch, state=self._unseen)))
+        self._taken = None
+        self.listen()
+
+    @property
+    def batches(self) -> tuple[MicroBatch, ...]:
+        """Those whose gradients are in that of the parameters.
+
+        Raises
+        ------
+        SampleIdError
+            Where a pass was of another number of samples, or of samples that were not announced.
+        """
+        if self._taken is None:
+            if self._announced:
+                self._check_strangers()
+            found = [batch for one in self._announced for batch in self._micro_batches(one)]
+            if not found and self._announced:  # nothing was seen: perhaps the gradient was made in another way
+                found = [one.batch for one in self._announced if one.arrived] or [self._announced[-1].batch]
+            self._taken = tuple(found)
+        return self._taken
+
+    @property
+    def differentiated(self) -> frozenset[str]:
+        """Names under which a backward pass has added to the gradients."""
+        return frozenset(self.watcher.differentiated)
+
+    @property
+    def passes(self) -> list[ForwardPass]:
+        """The forward passes of which these are."""
+        return [one for announced in self._announced for one in announced.passes]
 
     def take(self) -> tuple[MicroBatch, ...]:
         """The batches of a step; nothing is pending afterwards."""
-        taken, self.batches = tuple(self.batches), []
-        if len(taken) == 1:
-            self._stop_listening()
+        taken = self.batches
+        self._forget()
         return taken
 
-    def _forward_ran(self, state: ForwardState) -> None:
-        if self.batches:
-            batch = self.batches[-1]
-            first, later = (batch.state, (*batch.later, state)) if self._seen else (state, ())
-            self.batches[-1] = MicroBatch(batch.ids, batch.weights, batch.inputs, batch.targets, first, later)
-            self._seen = True
+    def _forget(self) -> None:
+        self._announced, self._strangers, self._taken, self._unseen_gradients = [], [], None, {}
+        self.watcher.differentiated = set()
 
-    def _mark_gradients(self) -> None:
-        """Remember which gradients there are, without keeping them."""
-        found = [p.grad for p in self.live.named.values()]
-        self._marks = [(None, 0) if g is None else (weakref.ref(g), g._version) for g in found]
+    # -- forward ------------------------------------------------------------------------------------------------
 
-    def _gradients_differ(self) -> bool:
-        """Whether a gradient has been made, changed or cleared since they were marked."""
-        if self._listening:
-            return False
-        found = [p.grad for p in self.live.named.values()]
-        if len(found) != len(self._marks):
-            return True
-        return any(
-            g is not (mark and mark()) or (g is not None and g._version != version)
-            for g, (mark, version) in zip(found, self._marks, strict=True)
-        )
+    def _ran(self, one: ForwardPass) -> None:
+        if self._announced:
+            last = self._announced[-1]
+            last.waiting.append(weakref.ref(one))
+            self._owners[one] = last
 
-    def _listen(self) -> None:
-        """Be told when gradients arrive; parameters that are unfrozen or added on the way are met here."""
-        for name, p in self.live.named.items():
-            if self._watching and p.requires_grad and name not in self._listening:
-                self._listening[name] = p.register_hook(self._gradient_arrives)
+    # -- backward -----------------------------------------------------------------------------------------------
 
-    def _stop_listening(self) -> None:
-        for handle in self._listening.values():
-            handle.remove()
-        self._listening = {}
+    def _backward_begins(self) -> None:
+        """Before a backward pass adds to gradients: those that were cleared since are nobody's any more."""
+        arrived = self._strangers or any(one.passes or one.arrived for one in self._announced)
+        if not arrived or not self._gradients_were_cleared():
+            return
+        # The further stages of a step clear the gradient of the stage before, which has been used.
+        kept = self._announced[-1] if self.stages > 1 and self._announced else None
+        for one in self._announced:
+            if one is not kept:
+                one.passes, one.arrived = [], False
+        self._strangers, self._taken = [], None
+        self._announced = [one for one in self._announced if one.used or one is self._announced[-1]]
+        self.dropped()
 
-    def _gradient_arrives(self, gradient: Tensor) -> None:
-        """Called before a gradient is added to `.grad`, at which moment it shows whether those before were cleared."""
-        if not self._arrived and len(self.batches) > 1 and self._gradients_were_cleared():
-            del self.batches[:-1]  # a skipped step, or one that overflowed under loss scaling
-            self.dropped()
-        self._arrived = True
+    def _pass_arrived(self, one: ForwardPass) -> None:
+        owner = self._owners.get(one)
+        if owner is None or (owner.passes and one not in owner.passes and self.stages == 1):
+            # It may be of a batch that was announced after the pass, and before its backward pass.
+            last = self._announced[-1] if self._announced else None
+            if last is not None and not last.used:
+                owner = self._owners[one] = last
+        self._taken = None
+        if owner is None or owner not in self._announced:
+            # What was named is booked under its name, whosesoever samples it is of.
+            if one not in self._strangers and self.watcher.channel is None:
+                self._strangers.append(one)
+        elif one not in owner.passes:
+            owner.passes.append(one)
+            order = {waiting(): place for place, waiting in enumerate(owner.waiting)}
+            owner.passes.sort(key=lambda each: order.get(each, len(order)))
+
+    def _unseen_arrived(self, parameter: nn.Parameter) -> None:
+        """A gradient arrived by a backward pass of which no forward pass was seen."""
+        gradient = parameter.grad
+        before = self._unseen_gradients.get(parameter)
+        if gradient is not None and (before is None or before() is not gradient):
+            self._unseen_gradients[parameter] = weakref.ref(gradient)
+            if before is not None and self._announced and not self._announced[-1].arrived:  # the one before was cleared
+                for one in self._announced:
+                    one.arrived = False
+        if self._announced and not self._announced[-1].used:
+            self._announced[-1].arrived, self._taken = True, None
 
     def _gradients_were_cleared(self) -> bool:
         gradients = list(self.live.gradients().values())
@@ -157,3 +237,49 @@ class PendingBatches:
             return True
         norms = torch.stack(torch._foreach_norm(gradients, float("inf")))
         return bool((norms == 0).all() or not norms.isfinite().all())
+
+    # -- for the record -----------------------------------------------------------------------------------------
+
+    def _micro_batches(self, announced: AnnouncedBatch) -> list[MicroBatch]:
+        """What was announced, once for each pass, or with the passes of several stages."""
+        batch = announced.batch
+        if not announced.passes:
+            return [batch] if announced.arrived else []
+        if self.stages > 1:
+            first, *later = [self._seen(batch, one, one.channels[0]) for one in announced.passes[: self.stages]]
+            states, cotangents = tuple(one.state for one in later), tuple(one.cotangents for one in later)
+            return [replace(first, later=states, later_cotangents=cotangents)]
+        return [self._seen(batch, one, channel) for one in announced.passes for channel in one.channels]
+
+    def _seen(self, batch: MicroBatch, one: ForwardPass, channel: str | None) -> MicroBatch:
+        """A batch as a pass ran, with what is kept of the cotangents that came under a name."""
+        n = len(batch.ids)
+        try:
+            cotangents = one.cotangents(channel, n)
+        except InputError as error:
+            raise SampleIdError(
+                f"{n} samples were announced, and the forward pass after it was of others ({error.found})",
+                "Every forward pass is of the samples that were announced last before it, with one row of outputs each",
+                "Call `recorder.batch(ids)` right before the forward pass of these samples; where the network returns "
+                "more than its outputs, say which they are with `KernelRecorder(..., returns=...)`",
+            ) from None
+        fields = {} if cotangents is None else self.keep(cotangents)
+        return replace(
+            batch,
+            state=one.state,
+            cotangents=fields.get("cotangents"),
+            sampled_cotangents=fields.get("sampled_cotangents"),
+            loss_slope=one.loss_slope(channel),
+            channel=channel,
+        )
+
+    def _check_strangers(self) -> None:
+        if self._strangers:
+            shapes = ", ".join(str(tuple(shape)) for shape, _, _ in self._strangers[0].shapes)
+            raise SampleIdError(
+                f"The gradient holds {len(self._strangers)} backward passes of samples that were not announced "
+                f"(outputs of shape {shapes})",
+                "Every pass whose gradient a step uses is of samples that were announced before it",
+                "Call `recorder.batch(ids)` before each forward pass, or clear the gradients of other passes "
+                "(`optimizer.zero_grad()`) before the backward pass of this step",
+            )

@@ -17,26 +17,30 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.errors import NonFiniteStepError, PathKernelError, RecordingError, SampleIdError
+from pathkernel.errors import InputError, NonFiniteStepError, PathKernelError, RecordingError, SampleIdError
 from pathkernel.functional import generators_untouched
 from pathkernel.interrupts import attempt, held
-from pathkernel.losses import Objective, check_loss, check_reduction
+from pathkernel.losses import Objective, check_recorded_loss, check_reduction, check_task
 from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.pytrees import as_tensors, copied_samples, count, spread
-from pathkernel.recording.audit import audit, is_due
+from pathkernel.recording.audit import Circumstances, audit, is_due
 from pathkernel.recording.indexed import indexed_loader
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.recording.pending import PendingBatches, checked_ids
+from pathkernel.recording.readings import Reading, StepHooks, TakenStep, best_reading, readings
+from pathkernel.recording.trial import try_out
 from pathkernel.recording.validation import check_optimizer, unwrapped
+from pathkernel.returned import Returns, check_returns
 from pathkernel.sample_wise import SAMPLES, check_sample_wise
 from pathkernel.trajectory.averages import AverageRecord
+from pathkernel.trajectory.cotangents import kept_cotangents
 from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.partial import StreamingStore, ThinnedStore
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
-from pathkernel.trajectory.replay import ReplayStore
+from pathkernel.trajectory.replay import ReplayStore, checksum
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel, Schedule, Streaming, as_schedule
 from pathkernel.trajectory.step import FrozenOnReading, MicroBatch, OptimizerState, Step
@@ -64,6 +68,10 @@ class OpenStep:
         Parameters with a gradient.
     gradient
         (P,), or None where it only arrives inside the step.
+    settings
+        Numbers and flags of every parameter group, as the pre-hook found them.
+    memory
+        The optimizer's memory, where another pre-hook ran after the recorder's; else None.
     """
 
     before: Tensor
@@ -73,6 +81,8 @@ class OpenStep:
     states: Mapping[str, Mapping[str, Any]]
     active: frozenset[str]
     gradient: Tensor | None
+    settings: tuple[Mapping[str, Any], ...]
+    memory: Mapping[str, tuple[Tensor, ...]] | None
 
 
 class KernelRecorder:
@@ -88,9 +98,18 @@ class KernelRecorder:
     optimizer
         A `torch.optim` optimizer over the model's parameters.
     loss
-        Batch loss ``(output, target)`` as the loop computes it: a scalar, or one number per sample.
+        Batch loss ``(output, target)`` as the loop computes it: a scalar, or one number per sample. It is not evaluated
+        while recording: its slopes at the network's outputs are taken from the training pass itself. Only
+        ``outputs="loss"``, probabilities and batches whose slopes take too much room need it. ``"returned"`` for a
+        network that returns its own loss.
     data
         The training samples: ``(X, y)`` of arrays or tensors, or a map-style dataset of ``(input, target)``.
+    returns
+        What the network's outputs are among all that it returns: a key or attribute, an index, or a function of it;
+        everything by default.
+    task
+        ``"classification"`` or ``"regression"``: what `KernelMachine.predict` returns, and which outputs it explains by
+        default; by default, as the loss and the targets tell.
     rule
         How the optimizer turns gradients into displacement; known by itself for the optimizers in
         `pathkernel.update_rules`. ``"elementwise"`` shares each step entry by entry in proportion to the gradient,
@@ -106,7 +125,8 @@ class KernelRecorder:
     audit_every
         At which steps the gradient is recomputed from the announced samples and compared with the one that the
         optimizer is about to use, before it is used: every so many steps, never (0), or, by default, at steps
-        0, 1, 2, 4, 8, … .
+        0, 1, 2, 4, 8, … . Unless it is never, the first step is also taken apart as an explanation will do it, so that
+        what cannot be explained is refused before it is trained.
 
     store
         Where the steps are kept: None for memory, a path for a folder, or a store of your own such as
@@ -145,9 +165,11 @@ class KernelRecorder:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        loss: Loss,
-        data: Any,
+        loss: Loss | str | None = None,
+        data: Any = None,
         *,
+        returns: Returns = None,
+        task: str | None = None,
         rule: UpdateRule | str | None = None,
         reduction: str = "mean",
         regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None = None,
@@ -157,6 +179,12 @@ class KernelRecorder:
         schedule: RecordingLevel | None = None,
     ) -> None:
         outer, model = model, unwrapped(model)
+        if data is None:
+            raise InputError(
+                "`data` is missing",
+                "The recorder needs the training samples, whose ids the batches are announced with",
+                "Write `KernelRecorder(model, optimizer, loss, data=(X_train, y_train))`",
+            )
         rule = rule_of(optimizer, rule)
         check_optimizer(model, optimizer, rule)
         self.model, self.optimizer, self.audit_every = model, optimizer, audit_every
@@ -166,13 +194,15 @@ class KernelRecorder:
         initial = layout.flatten({name: p.detach() for name, p in named.items()})
         self._trajectory = Trajectory(
             model=model,
-            objective=Objective(check_loss(loss), check_reduction(reduction), dict(regularizers or {})),
+            objective=Objective(check_recorded_loss(loss), check_reduction(reduction), dict(regularizers or {})),
             data=Samples(data, initial.dtype),
             layout=layout,
             initial=initial,
             constants=constants_of(model, layout),
             rule=rule,
             store=store_at(store),
+            returns=check_returns(returns),
+            task=check_task(task),
         )
         if self._trajectory.data.holds_integers:
             self._trajectory.data.suit(self._trajectory.function(), initial)
@@ -180,9 +210,13 @@ class KernelRecorder:
         self._taken = 0
         self._keyframes = self._follow(as_schedule(schedule), bool(averages))
         self._modules = WatchedModules(model, self._trajectory.constants)
-        self._pending = PendingBatches(outer, self._live, rule.stages, self._modules, self._forget_edits)
+        self._pending = PendingBatches(
+            outer, self._live, rule.stages, self._modules, self._trajectory.returns, self._kept, self._forget_edits
+        )
+        self._outer = outer
+        self._announced: tuple[MicroBatch | None, MicroBatch | None] = None, None  # last, and the one before
         self._open: OpenStep | None = None
-        self._handles: list[Any] = []
+        self._handles: list[StepHooks] = []
         self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
         self._averages = dict(averages or {})
         for name, source in self._averages.items():
@@ -190,7 +224,7 @@ class KernelRecorder:
         self._changes: list[tuple[str, Tensor]] = []
         self._gradient_changes: dict[str, Tensor] = {}
         self._end_of_steps = initial
-        self._checked = False
+        self._checked = self._tried = False
 
     # -- the life of a recording ------------------------------------------------------------------------------
 
@@ -234,10 +268,7 @@ class KernelRecorder:
             if self._trajectory.reference is not None:
                 self._trajectory.reference = replace(self._trajectory.reference, final=None)
             self._trajectory.store.begin(self._trajectory)
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._handles = [StepHooks(self.optimizer, self._before_step, self._after_step)]
         self._pending.start()
         if self._keyframes is not None:
             self._keyframes.start()
@@ -400,7 +431,15 @@ class KernelRecorder:
         if not self._checked:
             self._check_network(batch)
             self._checked = True
+        self._announced = self._announced[1], batch
+        # Where the gradient will be audited, θ at the forward pass is known again at the step.
+        due = self._handles and is_due(self._taken, self.audit_every)
+        self._pending.watcher.checked = self._live.checksum if due else None
         self._pending.announce(batch)
+
+    def _kept(self, cotangents: Tensor) -> dict[str, Tensor]:
+        """What is kept of λ."""
+        return kept_cotangents(cotangents, self._trajectory.layout.size, self._trajectory.objective)
 
     def _check_network(self, batch: MicroBatch) -> None:
         """Refuse a network that cannot be explained before it has been trained."""
@@ -417,19 +456,30 @@ class KernelRecorder:
 
     @contextmanager
     def channel(self, name: str) -> Iterator[None]:
-        """Book what is done inside under a name: a projection of the weights, noise on weights or on gradients.
+        r"""Book what is done inside under a name: edits of weights and gradients, gradients that go round the outputs.
 
         Parameters
         ----------
         name
             The channel of the explanation. Changes of parameters outside the optimizer that are not made in such a
             block are booked as ``"unexplained"``; changes of gradients that are not are refused by the audit.
+
+        Notes
+        -----
+        Where a backward pass runs inside, the channel gets what it added to the gradients minus the announced samples'
+        part :math:`\sum_i J_i^\top \lambda_i` that came through the outputs: a gradient penalty, a loss on a hidden
+        layer, a regulariser on the weights. What is done to all gradients afterwards, such as clipping, is done to it.
         """
         inside = self._open is not None  # in a closure: the optimizer may have moved the parameters to look ahead
         if not inside:
             self._note_change("unexplained")
         before = {n: gradient.clone() for n, gradient in self._live.gradients().items()}
-        yield
+        watcher = self._pending.watcher
+        outer, watcher.channel = watcher.channel, name
+        try:
+            yield
+        finally:
+            watcher.channel = outer
         if not inside:
             self._note_change(name)
         edits = {n: g - before.get(n, torch.zeros_like(g)) for n, g in self._live.gradients().items()}
@@ -482,6 +532,7 @@ class KernelRecorder:
             self._see_before(optimizer, args, kwargs)
 
     def _see_before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        last = all([hooks.step_begins() for hooks in self._handles])
         if self._trajectory.store.stopped:  # the disk gave out; training goes on
             self._pending.take()
             return
@@ -511,12 +562,15 @@ class KernelRecorder:
             gradient = gradient if known else None
         if gradient is not None and not explained:
             self._audit(before, gradient)
+        if gradient is not None and not self._gradient_is_elsewhere:
+            self._try_out(self._slim_step(before, gradient))
         rule, live = self._trajectory.rule, self._live
         keys = live.kept_keys(rule)
         vectors = {} if keys is None else live.state_vectors(rule.keep_before)
         fresh = frozenset() if keys is None else live.fresh(rule)
         states = live.states(rule) if keys is None else {}
-        self._open = OpenStep(before, keys, vectors, fresh, states, live.active(), gradient)
+        memory, settings = None if last else live.memory(rule), live.settings()
+        self._open = OpenStep(before, keys, vectors, fresh, states, live.active(), gradient, settings, memory)
 
     def _before_replayed(self, keeper: KeyframeKeeper, known: bool) -> tuple[Tensor, Tensor]:
         """θ and gradient as far as a replay needs them."""
@@ -537,11 +591,12 @@ class KernelRecorder:
             after=before[:0],
             gradient=gradient,
             active=self._live.active(),
-            batches=tuple(self._pending.batches),
+            batches=self._pending.batches,
             groups=self._live.groups,
             hyperparameters=self._live.settings(),
             changes=tuple(self._changes),
             gradient_changes=self._gradient_changes,
+            differentiated=self._pending.differentiated,
             buffers=self._modules.changed_buffers(),
         )
 
@@ -572,6 +627,8 @@ class KernelRecorder:
             self._see_after(optimizer)
 
     def _see_after(self, optimizer: Optimizer) -> None:
+        for hooks in self._handles:
+            hooks.step_ended()
         if self._keyframes is not None and self._keyframes.is_open:
             self._after_replayed(self._keyframes)
             return
@@ -589,23 +646,44 @@ class KernelRecorder:
         live, gradient, active = self._live, opened.gradient, opened.active
         if gradient is None:
             gradient, active = live.gradient(), live.active()
-        settings, after = live.settings(), live.vector()
+        settings: tuple[Mapping[str, Any], ...] = live.settings()
+        after = live.vector()
+        if settings is not opened.settings or opened.memory is not None:
+            gradient, active, settings = self._as_used(opened, after, Reading(gradient, active, settings))
+        if opened.gradient is None:
+            self._audit(before, gradient, taken=True)
         step = Step(
             index=len(trajectory),
             before=before,
             after=after,
             gradient=gradient,
             active=active,
-            batches=self._pending.take(),
+            batches=self._pending.batches,
             groups=live.groups,
             hyperparameters=settings,
             frozen=self._frozen(opened, after, gradient, active, settings),
             changes=tuple(self._changes),
             gradient_changes=self._gradient_changes,
+            differentiated=self._pending.differentiated,
             buffers=self._modules.changed_buffers(),
         )
+        self._try_out(step)
+        self._pending.take()
         self._changes, self._gradient_changes, self._end_of_steps = [], {}, after
         self._keep(step)
+
+    def _as_used(self, opened: OpenStep, after: Tensor, reading: Reading) -> Reading:
+        """Gradient and settings of a step around which one of them changed, or which another pre-hook came before."""
+        live, trajectory = self._live, self._trajectory
+        first = Reading(reading.gradient, reading.active, opened.settings)
+        if opened.memory is not None:
+            reading = Reading(live.gradient(), live.active(), reading.settings)
+        taken = TakenStep(opened.before, after, opened.memory, live.memory(trajectory.rule), live.groups)
+
+        def frozen(of: Reading) -> Mapping[str, Mapping[str, Any]]:
+            return self._frozen(opened, after, of.gradient, of.active, of.settings)
+
+        return best_reading(trajectory.rule, trajectory.layout, taken, readings(first, reading), frozen)
 
     def _frozen(
         self,
@@ -689,22 +767,44 @@ class KernelRecorder:
                 "Look at these samples, lower the learning rate, or skip the step when the loss is not finite",
             )
 
-    def _audit(self, before: Tensor, gradient: Tensor) -> None:
-        """Compare the gradient at hand with that of the announced samples, before the optimizer uses it."""
+    @property
+    def _gradient_is_elsewhere(self) -> bool:
+        """Whether only the optimizer knows where the gradient was taken: look-ahead and multi-stage methods."""
+        rule = self._trajectory.rule
+        return type(rule).stage_offsets is not UpdateRule.stage_offsets or rule.stages > 1
+
+    def _try_out(self, step: Step) -> None:
+        """Explain the first step of all, so that what cannot be explained is refused before training."""
+        if not self._tried and self.audit_every != 0:
+            try_out(self._trajectory, step)
+            self._tried = True
+
+    def _audit(self, before: Tensor, gradient: Tensor, taken: bool = False) -> None:
+        """Compare the gradient at hand with that of the announced samples, before the optimizer uses it if possible."""
         trajectory, index = self._trajectory, len(self._trajectory)
-        # Only the optimizer knows where a look-ahead or multi-stage method took its gradient.
-        elsewhere = type(trajectory.rule).stage_offsets is not UpdateRule.stage_offsets or trajectory.rule.stages > 1
-        if elsewhere or not is_due(index, self.audit_every):
+        if self._gradient_is_elsewhere or not is_due(index, self.audit_every):
             return
+        batches, live = self._pending.batches, self._live
+        checksums = {one.checksum for one in self._pending.passes if one.checksum is not None}
+        now = checksum(live.layout.unflatten(before).values()) if taken else live.checksum()
         audit(
             trajectory,
             index,
-            self._pending.batches,
+            batches,
             before,
             gradient,
-            self._live.active(),
+            live.active(),
             self._gradient_changes,
+            self._pending.differentiated,
             self._modules.changed_buffers(),
+            Circumstances(
+                unseen=sum(not batch.captured for batch in batches),
+                watched=type(self._outer).__name__,
+                moved=bool(checksums - {now}),
+                compiled=hasattr(self._outer, "_orig_mod"),
+                announced_before=self._announced[0],
+                taken=taken,
+            ),
         )
 
 

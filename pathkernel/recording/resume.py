@@ -14,7 +14,7 @@ from pathkernel.parameters import ParameterLayout
 from pathkernel.recording.live import LiveParameters
 from pathkernel.trajectory.averages import AverageRecord, averaged_values
 from pathkernel.trajectory.disk import DiskStore
-from pathkernel.trajectory.header import Header
+from pathkernel.trajectory.header import FUNCTION, Header
 from pathkernel.trajectory.opening import constants_now, known_rule, mismatches, reference_outputs
 from pathkernel.trajectory.schedule import EVERY_STEP
 from pathkernel.trajectory.step import FrozenOnReading
@@ -121,6 +121,9 @@ def _check_identity(trajectory: Trajectory, header: Header, averages: Mapping[st
     problems = mismatches(header, trajectory.model, objective.loss, trajectory.data, objective.regularizers)
     if objective.reduction != header.reduction:
         problems.append(f"reduction: {objective.reduction!r}, not {header.reduction!r}")
+    returns = FUNCTION if callable(trajectory.returns) else trajectory.returns
+    if header.returns != returns:
+        problems.append(f"returns: {returns!r}, not {header.returns!r}")
     if set(averages) != set(header.averages):
         problems.append(f"averages: {sorted(averages)}, not {sorted(header.averages)}")
     check(

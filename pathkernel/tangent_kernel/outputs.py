@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, PyTree
 from pathkernel.errors import InputError
-from pathkernel.functional import map_outputs
 from pathkernel.losses import batch_loss, check_loss
+from pathkernel.returned import map_outputs
 
 
 class OutputStructure:

@@ -19,7 +19,7 @@ from pathkernel.errors import CorruptBlockError
 from pathkernel.parameters import ParameterLayout
 from pathkernel.storage import PLAIN, ChunkedArray, Compression, Group, crc32c, damaged, let_go
 from pathkernel.trajectory.encoding import UNSIGNED, EncodedBlock, bits, differences, whole
-from pathkernel.trajectory.packing import PackingError, pack, unpack
+from pathkernel.trajectory.packing import DTYPES, PackingError, pack, unpack
 
 RECORD_CHUNK = 2**18
 """Bytes in a chunk of the log and of other packed values; each begins at a chunk of its own."""
@@ -91,19 +91,31 @@ class Region:
     layout: ParameterLayout
 
 
-def write_packed(group: Group, name: str, value: Any) -> int:
-    """Write a packed value as an array of bytes of its own; returns its length."""
+def write_packed(group: Group, name: str, value: Any) -> tuple[int, int]:
+    """Write a packed value as an array of bytes of its own; returns its length and the CRC32C of it."""
     raw = pack(value)
     array = group.create_array(name, [-(-len(raw) // RECORD_CHUNK) * RECORD_CHUNK], [RECORD_CHUNK], "uint8")
     _write_bytes(array, 0, raw)
-    return len(raw)
+    return len(raw), crc32c(raw)
 
 
-def read_packed(group: Group, name: str, length: int) -> Any:
-    """Read a packed value."""
+def read_packed(group: Group, name: str, length: int, checksum: int | None = None) -> Any:
+    """Read a packed value.
+
+    Parameters
+    ----------
+    group, name
+        Where it is.
+    length, checksum
+        What `write_packed` returned; the checksum of every chunk is right in another recording's file, too. None for
+        one that was written before there were any.
+    """
     array = group.array(name)
+    raw = _read_bytes(array, 0, length)
+    if checksum is not None and crc32c(raw) != checksum:
+        raise damaged(group.path / name, "it is not what was written with this header")
     try:
-        return unpack(_read_bytes(array, 0, length))
+        return unpack(raw)
     except PackingError as error:
         raise damaged(group.path / name, f"holds no packed value ({error})") from None
 
@@ -135,14 +147,19 @@ class Blocks:
         Most steps in a block.
     compression
         Of what changes slowly.
+    start
+        Checksum of the start values, which every record repeats; None where it is not known.
     """
 
-    def __init__(self, group: Group, dtype: torch.dtype, capacity: int, compression: Compression) -> None:
+    def __init__(
+        self, group: Group, dtype: torch.dtype, capacity: int, compression: Compression, start: int | None = None
+    ) -> None:
         self.group, self.dtype, self.capacity, self.compression = group, dtype, capacity, compression
         self._arrays: dict[str, ChunkedArray] = {}
         self._commits: dict[int, Commit] = {}
         self._memory = np.empty(0, np.uint8)
         self._leaving: deque[Path] = deque()
+        self.start = start
         self.count = 0
 
     # -- arrays -------------------------------------------------------------------------------------------------
@@ -189,7 +206,7 @@ class Blocks:
             checksums[name] = self._write_rows(name, number, rows)
         types = {stream: dtype for _, dtype, stream in block.record["streams"]}
         for stream, by_step in block.frozen.items():
-            dtype = getattr(torch, types[stream])
+            dtype = DTYPES[types[stream]]  # a recording that goes on has them from the store
             name = self._vectors(f"frozen-{stream}{suffix}", region, self.capacity, dtype, self.compression)
             rows = self._scratch(self.capacity, region.layout.size, dtype)
             # A row is whole already, under no name, or put together from some parameters.
@@ -203,6 +220,7 @@ class Blocks:
         record = {
             **block.record, "block": number, "first": first, "checksums": checksums,
             "extra_checksums": extra_checksums, "first_extra": before.extras,
+            **({} if self.start is None else {"start": self.start}),
         }  # fmt: skip
         raw = pack(record)
         _write_bytes(self.array("log"), before.log_stop, raw)
@@ -334,6 +352,8 @@ class Blocks:
                     raise PackingError("of another form")
                 if record["block"] != block or record["first"] != commit.first or len(record["steps"]) < commit.steps:
                     raise PackingError("of another block")
+                if record.get("start", self.start) != self.start:  # blocks of earlier versions do not say
+                    raise PackingError("of another recording")
             except (PackingError, KeyError, TypeError, RuntimeError) as error:
                 raise damaged(where, f"holds no record of block {block} ({error})") from None
             return record

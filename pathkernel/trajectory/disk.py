@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import stat
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from pathkernel.storage import MAX_CHUNK_BYTES, Compression, Group, Lock, damage
 from pathkernel.trajectory import identity
 from pathkernel.trajectory.blocks import COLUMNS, Blocks, Recent, Region, read_packed, write_packed
 from pathkernel.trajectory.encoding import BlockEncoder, Serials
-from pathkernel.trajectory.header import End, Header, end_values, start_values
+from pathkernel.trajectory.header import End, Header, checked_end, checked_start, end_values, region_array, start_values
 from pathkernel.trajectory.reading import SENSELESS, StoredBlock
 from pathkernel.trajectory.replay import ReplayStore
 from pathkernel.trajectory.step import Step
@@ -188,11 +188,12 @@ class DiskStore(Store):
         header = Header.read(group)
         self.header = header
         self._regions = [Region(i, layout) for i, layout in enumerate(header.layouts)]
+        self._blocks = Blocks(
+            group, header.dtype, header.capacity, self._compression, start=header.checksums.get("start")
+        )
         self._tails = [
-            self._tensor(read_packed(group, f"region-{i}", length), group)
-            for i, length in enumerate(header.tails, start=1)
+            self._tensor(self._packed(region_array(i), length), group) for i, length in enumerate(header.tails, start=1)
         ]
-        self._blocks = Blocks(group, header.dtype, header.capacity, self._compression)
         steps, end = self.refresh(), header.end
         if end is not None and end.steps > steps:
             raise damaged(group.path / "commit", f"steps {steps}–{end.steps - 1} are missing, of {end.steps} recorded")
@@ -203,6 +204,19 @@ class DiskStore(Store):
         if not isinstance(value, Tensor) or value.dim() != 1:
             raise damaged(group.path, "the values of parameters that joined are no vector")
         return value
+
+    def _packed(self, name: str, length: int) -> Any:
+        """A packed value, which must be the one that the header was written with."""
+        assert self._blocks is not None and self.header is not None
+        return read_packed(self._blocks.group, name, length, self.header.checksums.get(name))
+
+    def _sensible(self, name: str, checked: Callable[[Any, Header], dict[str, Any]], values: Any) -> dict[str, Any]:
+        """Packed values that have the form they should have."""
+        assert self.header is not None
+        try:
+            return checked(values, self.header)
+        except SENSELESS as error:
+            raise damaged(self.path / name, f"it makes no sense ({str(error)[:100]})") from None
 
     @property
     def _compression(self) -> Compression:
@@ -226,13 +240,16 @@ class DiskStore(Store):
     def start_values(self) -> dict[str, Any]:
         """θ_0, constants, first optimizer memory and averages, as packed when recording began."""
         assert self._blocks is not None and self.header is not None
-        return read_packed(self._blocks.group, "start", self.header.start)
+        return self._sensible("start", checked_start, self._packed("start", self.header.start))
 
     def optimizer_constants(self) -> dict[str, Any]:
         """What the optimizer was made of, for a recording with keyframes; see `Replay.constants`."""
         assert self._blocks is not None and self.header is not None and self.header.replay is not None
-        constants = read_packed(self._blocks.group, "optimizer", self.header.replay["constants"])
-        if not isinstance(constants, dict) or set(constants) != {"groups", "made_of"}:
+        constants = self._packed("optimizer", self.header.replay["constants"])
+        right = isinstance(constants, dict) and set(constants) == {"groups", "made_of"}
+        right = right and isinstance(constants["groups"], list) and isinstance(constants["made_of"], dict)
+        right = right and all(isinstance(group, dict) for group in constants["groups"])
+        if not right or not all(isinstance(name, str) for name in constants["made_of"]):
             raise damaged(self._blocks.group.path / "optimizer", "it makes no sense")
         return constants
 
@@ -241,7 +258,7 @@ class DiskStore(Store):
         assert self._blocks is not None and self.header is not None
         if (end := self.header.end) is None:
             return None
-        values = read_packed(self._blocks.group, *end.values)
+        values = self._sensible(end.values[0], checked_end, self._packed(*end.values))
         if end.buffers >= 0:
             self._pinned[end.buffers] = values["final_buffers"]
         return values
@@ -317,8 +334,7 @@ class DiskStore(Store):
         while blocks.count and blocks.commit(blocks.count - 1).region > last:
             blocks.count -= 1
         self._regions, self._tails = self._regions[: last + 1], self._tails[:last]
-        layouts, tails = self.header.layouts[: last + 1], self.header.tails[:last]
-        self.header = replace(self.header, layouts=layouts, tails=tails, end=None)
+        self.header = self.header.without_regions(last)
         self._clear()
 
     def resume(self, trajectory: Trajectory, steps: int, end: Tensor, buffers: Mapping[str, Tensor]) -> None:
@@ -369,12 +385,14 @@ class DiskStore(Store):
         capacity = max(1, min(self.flush_every, in_chunk, in_memory))
         self._blocks = Blocks(group, trajectory.dtype, capacity, self._compression)
         self._blocks.create()
-        start = write_packed(group, "start", start_values(trajectory))
+        header = Header.of(trajectory, capacity)
+        start = write_packed(group, "start", start_values(trajectory, header))
+        self._blocks.start = start[1]
         self._regions = [Region(0, trajectory.layout)]
-        replayed, constants = trajectory.store, 0
+        replayed, constants = trajectory.store, None
         if isinstance(replayed, ReplayStore):
             constants = write_packed(group, "optimizer", replayed.replay.constants)
-        self._write_header(Header.of(trajectory, capacity, start, constants))
+        self._write_header(header.started(start, constants))
         if self.durable:
             synchronise(self.path.resolve().parent)
 
@@ -463,7 +481,7 @@ class DiskStore(Store):
         number = 1 + max([int(n[4:]) for n in group.arrays() if n.startswith("end-") and n[4:].isdigit()], default=0)
         name = f"end-{number}"
         try:
-            length = write_packed(group, name, end_values(trajectory))
+            length, checksum = write_packed(group, name, end_values(trajectory))
             serials = {id(mapping): serial for mapping, serial in self._serials.current}
             buffers = trajectory.final_buffers
             serial = serials.get(id(buffers), -1)
@@ -472,7 +490,7 @@ class DiskStore(Store):
             final = None if trajectory.reference is None else trajectory.reference.final
             outputs = None if final is None else final.tolist()
             end = End((name, length), len(self), identity.weights(trajectory.model), serial, outputs)
-            self._write_header(self.header.ended(end))
+            self._write_header(self.header.ended(end, checksum))
         except OSError as error:
             self._give_out(error)
         else:
@@ -665,8 +683,8 @@ class DiskStore(Store):
         assert self._blocks is not None and self.header is not None and self._trajectory is not None
         layout, header = self._trajectory.layout, self.header
         try:
-            length = write_packed(self._blocks.group, f"region-{len(self._regions)}", tail)
-            self._write_header(replace(header, layouts=(*header.layouts, layout), tails=(*header.tails, length)))
+            length, checksum = write_packed(self._blocks.group, region_array(len(header.layouts)), tail)
+            self._write_header(header.extended(layout, length, checksum))
         except OSError as error:
             self._give_out(error)
         self._regions.append(Region(len(self._regions), layout))
@@ -723,6 +741,8 @@ class DiskStore(Store):
 
     def size_bytes(self) -> int:
         """What the folder takes on disk."""
-        return sum(entry.stat().st_size for entry in self.path.rglob("*") if entry.is_file())
+        places = [os.path.join(folder, name) for folder, _, names in os.walk(self.path) for name in names]
+        found = [status for status in map(os.lstat, places) if stat.S_ISREG(status.st_mode)]  # links lead elsewhere
+        return sum(status.st_size for status in found)
 
 

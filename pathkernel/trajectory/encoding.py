@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,8 @@ from pathkernel.trajectory.step import FrozenOnReading, MicroBatch, OptimizerSta
 if TYPE_CHECKING:
     from pathkernel.update_rules.rule import UpdateRule
 
+DEVICES = re.compile(r"(cpu|cuda|mps|xpu|hpu|mtia|privateuseone)(:[0-9]{1,4})?")
+"""Names of devices, as torch writes them."""
 UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 
 
@@ -183,6 +186,7 @@ class BlockEncoder:
                     "frozen": self._frozen(block, step, row),
                     "buffers": self._mapping(step.buffers),
                     "length": step.length,
+                    "differentiated": sorted(step.differentiated),
                 }
             )
             if step.after.numel():
@@ -214,7 +218,9 @@ class BlockEncoder:
 
     def _batch(self, batch: MicroBatch) -> list[Any]:
         states = [self._state(state) for state in (batch.state, *batch.later)]
-        return [batch.ids, batch.weights, batch.inputs, batch.targets, states]
+        later = list(batch.later_cotangents)
+        captured = [batch.cotangents, batch.sampled_cotangents, batch.loss_slope, later, batch.channel]
+        return [batch.ids, batch.weights, batch.inputs, batch.targets, states, captured]
 
     def _state(self, state: ForwardState) -> list[Any]:
         modes = state.modes if isinstance(state.modes, bool) else dict(state.modes)
@@ -335,16 +341,26 @@ def decode_step(
     settings, length = (settings, entry["length"]) if "length" in entry else length_taken_out(settings, thinned)
     if type(length) is not int or length < 1:
         raise ValueError(f"a step of length {str(length)[:20]}")
+    if not all(isinstance(group.get("lr", 0), (int, float)) for group in settings):
+        raise ValueError("a learning rate that is no number")
 
     def state(encoded: list[Any]) -> ForwardState:
         modes, generators, autocast, buffers = encoded
         mapping = None if buffers is None else rows.mapping(buffers)
+        mixed = () if autocast is None else (autocast[0],)
+        if not all(DEVICES.fullmatch(name) for name in (*generators, *mixed)):  # torch looks their modules up by name
+            raise ValueError("a device that there is not")
+        if autocast is not None and not (len(autocast) == 2 and isinstance(autocast[1], torch.dtype)):
+            raise ValueError("mixed precision of no floating type")
         return ForwardState(record["modes"][modes], generators, autocast, mapping)
 
     def batch(encoded: list[Any]) -> MicroBatch:
-        ids, weights, inputs, targets, states = encoded
+        ids, weights, inputs, targets, states, *rest = encoded
         first, *later = (state(one) for one in states)
-        return MicroBatch(ids, weights, inputs, targets, first, tuple(later))
+        # Stores of versions 1 and 2 have nothing of their cotangents: the loss is evaluated again.
+        cotangents, sampled, slope, others, channel = rest[0] if rest else (None, None, None, (), None)
+        captured = cotangents, sampled, slope, tuple(others), channel
+        return MicroBatch(ids, weights, inputs, targets, first, tuple(later), *captured)
 
     def frozen() -> Mapping[str, Mapping[str, Any]]:
         encoded = entry["frozen"]
@@ -374,6 +390,7 @@ def decode_step(
         gradient_changes={name: rows.edit(place) for name, place in entry["gradient_changes"].items()},
         buffers=rows.mapping(entry["buffers"]),
         length=length,
+        differentiated=frozenset(entry.get("differentiated", ())),
     )
 
 

@@ -23,35 +23,36 @@ from pathkernel.functional import (
     ModelFunction,
     Modes,
     error_of_rows,
-    map_outputs,
-    output_leaves,
     random_directions,
 )
 from pathkernel.gradient_source import BY_ROWS, GradientSource, weighted_sum
 from pathkernel.interrupts import deliver
 from pathkernel.layers.tape import Tape
 from pathkernel.losses import (
+    RETURNED,
     batch_gradient,
     batch_products,
+    check_slopes,
     coupled_row_blocks,
     loss_slopes,
-    output_cotangents,
     weighted_gradient,
 )
-from pathkernel.parameters import ParameterLayout
 from pathkernel.pytrees import as_tensors, blocks, cast_floating, count, take
+from pathkernel.returned import batch_outputs, map_outputs, output_leaves
+from pathkernel.trajectory.cotangents import cotangents_of, scaled
+from pathkernel.trajectory.discrepancies import Discrepancies
+from pathkernel.trajectory.gradient_fit import (
+    CAPTURED_TOLERANCE,
+    GRADIENT_TOLERANCE,
+    Fit,
+    fit_captured,
+    fit_gradient,
+)
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import UpdateRule
 from pathkernel.workspace import give_back_freed_memory
-
-GRADIENT_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Relative difference between a recorded gradient and its recomputation that is still rounding.
-
-Near interpolation the residuals p − y of a softmax cancel: in float32 a correct recomputation is then off by up to a
-percent, while a single wrong sample in a batch of 64 moves the gradient by far more.
-"""
 
 
 def samples_of(batch: MicroBatch, data: Samples) -> tuple[PyTree, PyTree]:
@@ -80,6 +81,10 @@ AUTOCAST_LIMIT = 5e-2
 """Difference of rows under automatic mixed precision that is rounding: forward and backward passes round apart."""
 
 
+NORMED = 64
+"""Samples whose gradients are held at once for their norms."""
+
+
 class EngineReplaced(Exception):
     """Rows of a batch were seen not to be its samples': everything is to be computed again, with other rows."""
 
@@ -101,12 +106,21 @@ class SplitCertificate:
         Up to which it is rounding, in the arithmetic of the batches.
     engines
         How rows were formed: ``"layerwise"``, ``"jacobian"``, ``"autograd"``.
+    steps, told
+        Gradients that were compared with those of their samples, and in how many of these a wrong sample would have
+        been seen: not where clipping leaves signs alone.
     """
 
     error: float = math.nan
     batches: int = 0
     limit: float = 0.0
     engines: set[str] = field(default_factory=set)
+    steps: int = 0
+    told: int = 0
+
+    def compared(self, told: bool) -> None:
+        """Add a gradient."""
+        self.steps, self.told = self.steps + 1, self.told + told
 
     def note(self, error: float, limit: float) -> None:
         """Add a batch."""
@@ -114,85 +128,6 @@ class SplitCertificate:
         if math.isfinite(error):
             self.error = error if math.isnan(self.error) else max(self.error, error)
             self.batches += 1
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How a recorded gradient follows from its recomputation.
-
-    Attributes
-    ----------
-    factor
-        What accumulation, clipping and loss scaling made of it: a number, or (P,) where it differs by entry.
-    relative
-        ‖recorded − factor · recomputed‖ / ‖recorded‖.
-    difference
-        recorded − factor · recomputed, (P,).
-    layout
-        Where each parameter lies in it.
-    """
-
-    factor: float | Tensor
-    relative: float
-    difference: Tensor
-    layout: ParameterLayout
-
-    @property
-    def parameters(self) -> dict[str, float]:
-        """``relative`` by parameter name: each one's part of the difference over the whole ‖recorded‖."""
-        whole = max(self.difference.norm().item(), torch.finfo(torch.float64).tiny)
-        slices = self.layout.slices.items()
-        return {name: self.difference[where].norm().item() * self.relative / whole for name, where in slices}
-
-    @property
-    def worst(self) -> str:
-        """The parameter that fits worst."""
-        parameters = self.parameters
-        return max(parameters, key=lambda name: parameters[name])
-
-
-def _fit(layout: ParameterLayout, found: Tensor, expected: Tensor, factor: float | Tensor) -> Fit:
-    if isinstance(factor, Tensor):
-        difference = torch.addcmul(found, factor, expected, value=-1)
-    else:
-        difference = torch.sub(found, expected, alpha=factor)
-    norm = max(found.norm().item(), torch.finfo(torch.float64).tiny)
-    return Fit(factor, difference.norm().item() / norm, difference, layout)
-
-
-def _multiple(found: Tensor, expected: Tensor) -> float:
-    """κ that minimises ‖found − κ expected‖."""
-    squared = (expected @ expected).item()
-    return (found @ expected).item() / squared if squared > 0 else 1.0
-
-
-def fit_gradient(layout: ParameterLayout, found: Tensor, expected: Tensor, tolerance: float) -> Fit:
-    """Find what was done to a gradient between the backward pass and the step.
-
-    Tried in this order, the first that leaves no more than ``tolerance`` wins: one factor for all (clipping by norm,
-    accumulation with a divided loss), one for each parameter (clipping parameter by parameter), and clipping by value
-    (entries at the bound, the others untouched). Otherwise the single factor is returned with what it leaves.
-    """
-    found, expected = found.double(), expected.double()
-    single = _fit(layout, found, expected, _multiple(found, expected))
-    if single.relative <= tolerance:
-        return single
-    each = torch.ones_like(found)
-    for where in layout.slices.values():
-        each[where] = _multiple(found[where], expected[where])
-    bound = found.abs().max()
-    at_bound = found.abs() >= bound * (1 - 1e-6)
-    inner = _multiple(found[~at_bound], expected[~at_bound]) if not at_bound.all() else 1.0
-    safe = torch.where(expected == 0, torch.ones_like(expected), expected)
-    clipped = torch.where(at_bound, found / safe, torch.full_like(found, inner))
-    # A clipped entry was at least as large before, and had the same sign.
-    plausible = bool((clipped[at_bound] > 0).all() and (clipped[at_bound] <= inner * (1 + 1e-3)).all())
-    # Clipping turns no sign and wipes nothing out.
-    for factor, fits in ((each, bool((each > 0).all())), (clipped, plausible)):
-        candidate = _fit(layout, found, expected, factor)
-        if fits and candidate.relative <= tolerance:
-            return candidate
-    return single
 
 
 @dataclass(frozen=True)
@@ -239,6 +174,8 @@ class RecordedGradients:
         Samples in the largest step.
     examples
         The largest batch of each kind of forward pass: its samples, its step, and its place in it.
+    discrepancies
+        Where steps are not what the update rule makes of the recorded gradients.
     """
 
     def __init__(
@@ -251,12 +188,18 @@ class RecordedGradients:
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
         self.largest, self.most = 0.0, 0
         self.examples: dict[Any, tuple[int, int, int]] = {}
-        for step in trajectory.steps():
-            self._meet(step)
+        self.discrepancies = Discrepancies(trajectory)
+        self.discrepancies.meet(self._met(trajectory.steps()))
         self.certificate = SplitCertificate()
         self._coupled = engine == "autograd"
         self._separate: dict[Any, bool] = {}
         self._measured: set[Any] = set()
+
+    def _met(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """Steps as they are read, each taken note of: reading a record once may mean to train once more."""
+        for step in steps:
+            self._meet(step)
+            yield step
 
     def _meet(self, step: Step) -> None:
         """Take note of the largest gradient, step, and batch of each kind: (samples, step, place in it)."""
@@ -295,7 +238,7 @@ class RecordedGradients:
 
     def _stage(self, step: Step, point: Tensor, rows: bool, passes: Passes, compare: bool) -> StageGradients:
         trajectory = self.trajectory
-        named = {**step.gradient_changes}
+        named = {n: change.double() for n, change in step.gradient_changes.items() if n not in step.differentiated}
         regularizers = trajectory.objective.regularizer_gradients(self.function, point)
         parts: Iterable[FactoredGradients] = ()
         totals: Iterator[Tensor]  # one after the other: each is a vector of P numbers, and passes may be many
@@ -312,37 +255,84 @@ class RecordedGradients:
             channels = {name: g.double() for name, g in named.items()}
             return StageGradients(total, parts, channels, 1.0, point, step.batches)
 
-        changes = (change.double() for change in named.values())
-        recorded = functools.reduce(operator.sub, changes, step.gradient.double())
-        explained = functools.reduce(operator.add, (g.double() for g in regularizers.values()), total)
-        if regularizers:
-            self._silence(step, explained)
-        tolerance = self._tolerance(step)
-        fit = fit_gradient(trajectory.layout, recorded, explained, tolerance)
-        # Gradients far below the largest of the run are differences of nearly equal numbers: judged by its scale.
-        if fit.relative > tolerance and fit.relative * recorded.norm().item() > tolerance * 1e-2 * self.largest:
+        recorded = functools.reduce(operator.sub, named.values(), step.gradient.double())
+        round_outputs = self._round_outputs(step, point, passes)
+        rest = functools.reduce(operator.add, (g.double() for g in regularizers.values())) if regularizers else None
+        if rest is not None:
+            self._silence(step, rest)
+        expected = functools.reduce(operator.add, round_outputs.values(), total)
+        fit = self._fit(step, point, recorded, expected, rest)
+        if fit is None:
             if rows and not self._coupled:
                 raise self._replaced()  # perhaps samples are coupled by a layer that is not known to couple them
-            raise TrajectoryError(
-                f"At step {step.index} the samples on record explain the gradient only up to {fit.relative:.1%}, worst "
-                f"in `{fit.worst}`",
-                "The recorded gradient must be the sum over the recorded samples of the recorded loss, up to a factor",
-                "Check that ids, augmented inputs and loss given to the recorder are those of the loop, that random "
-                "layers draw from torch's own generators, and that the training data have not changed since; "
-                "`KernelRecorder(..., audit_every=1)` tells at which step it begins",
-            )
-        channels = {name: change.double() for name, change in named.items()}
-        channels |= {name: fit.factor * g.double() for name, g in regularizers.items()}
+            raise self._unexplained(step, recorded, expected if rest is None else expected + rest)
+        scale = fit.factor if fit.regularizers is None else fit.regularizers
+        self.certificate.compared(fit.checked)
+        channels = {**named, **{name: scale * g.double() for name, g in regularizers.items()}}
+        channels |= {name: change * fit.factor for name, change in round_outputs.items()}
         channels["rounding"] = fit.difference
         return StageGradients(total * fit.factor, parts, channels, fit.factor, point, step.batches)
+
+    def _round_outputs(self, step: Step, point: Tensor, passes: Passes) -> dict[str, Tensor]:
+        """What named backward passes added that did not come through the outputs of samples, by name, (P,) each."""
+        found = {}
+        for name in sorted(step.differentiated & step.gradient_changes.keys()):
+            found[name] = step.gradient_changes[name].double()
+            for batch in step.batches:
+                if batch.channel == name:
+                    through = self._in_total(step, batch, point, passes)
+                    self._silence(step, through)
+                    found[name] = found[name] - through
+        return found
+
+    def _fit(self, step: Step, point: Tensor, recorded: Tensor, total: Tensor, rest: Tensor | None) -> Fit | None:
+        """How the recorded gradient follows from that of the samples and the regularisers; None where it does not."""
+        layout = self.trajectory.layout
+        if all(batch.cotangents is not None for batch in step.batches):
+            tolerance = max(CAPTURED_TOLERANCE[dtype] for dtype in self._types(step))
+            return fit_captured(layout, recorded, total, rest, tolerance, lambda: self._summed_norms(step, point))
+        # The loss was evaluated again: near interpolation its slopes cancel.
+        tolerance = max(GRADIENT_TOLERANCE[dtype] for dtype in self._types(step))
+        fit = fit_gradient(layout, recorded, total if rest is None else total + rest, tolerance)
+        # Gradients far below the largest of the run are differences of nearly equal numbers: judged by its scale.
+        rounding = fit.relative * recorded.norm().item() <= tolerance * 1e-2 * self.largest
+        return fit if fit.relative <= tolerance or rounding else None
+
+    def _summed_norms(self, step: Step, point: Tensor) -> float:
+        """Σ_i ‖J_iᵀ λ_i‖ of a step, by one reverse sweep for each sample."""
+        summed = 0.0
+        for batch in step.batches:
+            function = self.replayed(step, batch)
+            inputs, targets = samples_of(batch, self.trajectory.data)
+            cotangents = cotangents_of(batch, function, point, self.trajectory.objective, inputs, targets)
+            for rows in coupled_row_blocks(function, point, inputs, cotangents, NORMED):
+                self._silence(step, rows)
+                summed += rows.norm(dim=1).sum().item()
+        return summed
+
+    def _unexplained(self, step: Step, recorded: Tensor, explained: Tensor) -> TrajectoryError:
+        fit = fit_gradient(self.trajectory.layout, recorded, explained, 0.0)
+        return TrajectoryError(
+            f"At step {step.index} the samples on record explain the gradient only up to {fit.relative:.2g} of its "
+            f"norm, worst in `{fit.worst}`",
+            "The recorded gradient must be the sum over the recorded samples of their part of the loss, clipped or "
+            "scaled down as a whole",
+            "Check that ids and augmented inputs given to the recorder are those of the loop, that random layers draw "
+            "from torch's own generators, and that the training data have not changed since; "
+            "`KernelRecorder(..., audit_every=1)` tells at which step it begins",
+        )
 
     def _in_total(self, step: Step, batch: MicroBatch, point: Tensor, passes: Passes) -> Tensor:
         """The gradient of a micro-batch, run as it was, (P,) float64."""
         inputs, targets = samples_of(batch, self.trajectory.data)
         function = self.replayed(step, batch)
-        if not passes.cut(len(batch.ids)) or self.inseparable(batch, point, inputs):
+        whole = not passes.cut(len(batch.ids)) or self.inseparable(batch, point, inputs)
+        if whole and not batch.captured:
             return batch_gradient(function, point, self.trajectory.objective, inputs, targets, batch.weights).double()
-        cotangents = self._cotangents(function, point, inputs, targets, batch.weights, passes)
+        if whole:
+            cotangents = cotangents_of(batch, function, point, self.trajectory.objective, inputs, targets)
+            return weighted_gradient(function, point, inputs, cotangents).double()
+        cotangents = self._cotangents(batch, function, point, inputs, targets, passes)
         total = torch.zeros(function.layout.size, dtype=torch.float64)
         for piece in blocks(len(batch.ids), passes.samples):
             total += weighted_gradient(function, point, take(inputs, piece), cotangents[piece])
@@ -371,25 +361,25 @@ class RecordedGradients:
         self, batch: MicroBatch, function: ModelFunction, point: Tensor, inputs: PyTree, targets: PyTree, passes: Passes
     ) -> Iterator[tuple[FactoredGradients, slice | None, Tensor]]:
         """Gradients, the samples that they are of (None for the next of a batch run together), and λ (B, C) of all."""
-        objective, weights, n = self.trajectory.objective, batch.weights, len(batch.ids)
+        objective, n = self.trajectory.objective, len(batch.ids)
         source = self.source_of(batch)
         if self.together(batch, point, inputs):
             self.certificate.engines.add("autograd")
-            cotangents = output_cotangents(function, point, objective, inputs, targets, weights)
+            cotangents = cotangents_of(batch, function, point, objective, inputs, targets)
             for rows in coupled_row_blocks(function, point, inputs, cotangents, min(n, passes.samples)):
                 yield FactoredGradients.dense(rows.to(working(function.dtype)), function.layout), None, cotangents
         elif not passes.cut(n) or self.inseparable(batch, point, inputs):
             slopes: list[Tensor] = []
 
             def of_outputs(outputs: PyTree) -> Tensor:
-                slopes.append(loss_slopes(function, objective, outputs, targets, weights, n))
+                slopes.append(self._slopes(batch, function, point, outputs, inputs, targets))
                 return slopes[-1]
 
             found = source.pulled_back(point, inputs, of_outputs, function)
             self.certificate.engines |= source.engines
             yield found, slice(0, n), slopes[-1]
         else:
-            cotangents = self._cotangents(function, point, inputs, targets, weights, passes)
+            cotangents = self._cotangents(batch, function, point, inputs, targets, passes)
             for piece in blocks(n, passes.samples):
                 own = take(inputs, piece)
                 found = source.gradients(point, own, weighted_sum, cotangents[piece], None, function).as_rows()
@@ -440,16 +430,37 @@ class RecordedGradients:
         self._coupled, self.certificate, self._measured = True, SplitCertificate(), set()
         return EngineReplaced()
 
+    def _slopes(
+        self,
+        batch: MicroBatch,
+        function: ModelFunction,
+        point: Tensor,
+        outputs: PyTree,
+        inputs: PyTree,
+        targets: PyTree,
+    ) -> Tensor:
+        """λ (B, C) of a batch whose outputs are at hand."""
+        objective = self.trajectory.objective
+        if batch.cotangents is not None or objective.loss == RETURNED:
+            found = cotangents_of(batch, function, point, objective, inputs, targets)
+            if outputs is not None:
+                check_slopes(batch_outputs(outputs, len(batch.ids)), found)
+        else:
+            found = scaled(batch, loss_slopes(function, objective, outputs, targets, batch.weights, len(batch.ids)))
+        return found.to(function.dtype)
+
     def _cotangents(
         self,
+        batch: MicroBatch,
         function: ModelFunction,
         point: Tensor,
         inputs: PyTree,
         targets: PyTree,
-        weights: Tensor | None,
         passes: Passes,
     ) -> Tensor:
         """λ = ∂L/∂z of a batch whose samples are run a few at a time, (B, C)."""
+        if batch.cotangents is not None or self.trajectory.objective.loss == RETURNED:
+            return self._slopes(batch, function, point, None, inputs, targets)
         returned, parameters = [], function.parameters(point)
         with function.running(gradients=False):
             for piece in blocks(count(inputs), passes.samples):
@@ -462,8 +473,7 @@ class RecordedGradients:
             pieces = [next(part) for part in parts]
             return torch.cat(pieces) if isinstance(pieces[0], Tensor) else pieces[0]
 
-        outputs = map_outputs(joined, returned[0])
-        return loss_slopes(function, self.trajectory.objective, outputs, targets, weights, count(inputs))
+        return self._slopes(batch, function, point, map_outputs(joined, returned[0]), inputs, targets)
 
     def source_of(self, batch: MicroBatch) -> GradientSource:
         """Where the gradients of a batch come from."""
@@ -504,11 +514,11 @@ class RecordedGradients:
             function = self.replayed(step, batch)
             inputs, targets = samples_of(batch, self.trajectory.data)
             if not passes.cut(len(batch.ids)) or self.inseparable(batch, stage.point, inputs):
-                slopes = output_cotangents(function, stage.point, objective, inputs, targets, batch.weights)
+                slopes = cotangents_of(batch, function, stage.point, objective, inputs, targets)
                 products = batch_products(function, stage.point, inputs, directions)
                 yield batch.ids, slopes.double(), -products
                 continue
-            slopes = self._cotangents(function, stage.point, inputs, targets, batch.weights, passes)
+            slopes = self._cotangents(batch, function, stage.point, inputs, targets, passes)
             found = [
                 batch_products(function, stage.point, take(inputs, piece), directions)
                 for piece in blocks(len(batch.ids), passes.samples)
@@ -522,10 +532,10 @@ class RecordedGradients:
         buffers = step.buffers if batch.state.buffers is None else batch.state.buffers
         return function.replaced(constants=buffers, state=batch.state)
 
-    def _tolerance(self, step: Step) -> float:
+    def _types(self, step: Step) -> set[torch.dtype]:
+        """Floating types in which the gradients of a step have been rounded."""
         types = {self.trajectory.precision, self.function.dtype}
-        types |= {batch.state.autocast[1] for batch in step.batches if batch.state.autocast}
-        return max(GRADIENT_TOLERANCE[dtype] for dtype in types)
+        return types | {batch.state.autocast[1] for batch in step.batches if batch.state.autocast}
 
     def _silence(self, step: Step, gradients: Tensor) -> None:
         """Set to zero what belongs to parameters without a gradient in this step, which the optimizer skipped."""

@@ -6,9 +6,12 @@ docs/reference/storage_format.md.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel import __version__
 from pathkernel.errors import InputError, StoreError, check
+from pathkernel.losses import check_task
 from pathkernel.parameters import ParameterLayout
 from pathkernel.storage import Group, damaged
 from pathkernel.trajectory import identity
@@ -29,10 +33,15 @@ if TYPE_CHECKING:
     from pathkernel.trajectory.reference_outputs import ReferenceOutputs
     from pathkernel.trajectory.trajectory import Trajectory
 
-FORMAT, VERSION = "pathkernel trajectory", 2
-"""Version 2 gives a step its length, which thinned paths need; all others are readable as version 1."""
+FORMAT, VERSION = "pathkernel trajectory", 3
+"""Version 2 gives a step its length, which thinned paths need; version 3 keeps the slopes of the loss at the outputs of
+each batch, and what of the returned the outputs are."""
+FUNCTION = "<function>"
+"""Stands in a header for a ``returns=`` that is a function, which has to be passed again."""
 MAX_NUMBERS = 2**44
 """No θ is longer."""
+END = re.compile(r"end-[0-9]{1,9}")
+"""Names of arrays with the values at the end."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,12 @@ class Header:
     outputs
         Of `ReferenceOutputs`, what is known when recording begins: ``samples``, ``varying`` and ``values``, the outputs
         at θ_0 as lists. None where there are none.
+    checksums
+        CRC32C of packed values, by the name of their array; stores of earlier versions lack them.
     end
         None while the recording goes on, or where it was cut off.
+    returns, task
+        As given to the recorder; `FUNCTION` in place of a function.
     """
 
     dtype: torch.dtype
@@ -110,22 +123,25 @@ class Header:
     schedule: Schedule = EVERY_STEP
     replay: Mapping[str, Any] | None = None
     outputs: Mapping[str, Any] | None = None
+    checksums: Mapping[str, int] = field(default_factory=dict)
     end: End | None = None
+    returns: str | int | None = None
+    task: str | None = None
 
     @classmethod
-    def of(cls, trajectory: Trajectory, capacity: int, start: int, constants: int = 0) -> Header:
-        """The header of a trajectory that begins; see `start` and `replay` for the lengths of packed values."""
+    def of(cls, trajectory: Trajectory, capacity: int) -> Header:
+        """The header of a trajectory that begins, of which nothing is packed yet; see `started`."""
         store, schedule, replay = trajectory.store, trajectory.schedule, None
         if isinstance(store, ReplayStore):
             kind = identity.named(store.replay.kind)
-            replay = {"optimizer": kind, "constants": constants, "threads": store.threads or 0}
+            replay = {"optimizer": kind, "constants": 0, "threads": store.threads or 0}
         thinned = isinstance(schedule, Schedule) and schedule.weights_only
         return cls(
             dtype=trajectory.dtype,
             capacity=capacity,
             layouts=(trajectory.layout,),
             tails=(),
-            start=start,
+            start=0,
             rule=rule_identity(trajectory.rule),
             reduction=trajectory.objective.reduction,
             regularizers=tuple(trajectory.objective.regularizers),
@@ -135,6 +151,8 @@ class Header:
             schedule=schedule if isinstance(schedule, Schedule) and (thinned or replay) else EVERY_STEP,
             replay=replay,
             outputs=reference_identity(trajectory.reference),
+            returns=FUNCTION if callable(trajectory.returns) else trajectory.returns,
+            task=trajectory.task,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -142,7 +160,7 @@ class Header:
         end = None if self.end is None else {**vars(self.end), "values": list(self.end.values)}
         return {
             "format": FORMAT,
-            "version": VERSION if self.schedule.weights_only else 1,
+            "version": VERSION,
             "dtype": str(self.dtype).removeprefix("torch."),
             "steps_per_block": self.capacity,
             "regions": [_table(layout) for layout in self.layouts],
@@ -157,6 +175,9 @@ class Header:
             "schedule": dict(vars(self.schedule)),
             "replay": None if self.replay is None else dict(self.replay),
             "outputs": None if self.outputs is None else dict(self.outputs),
+            "returns": self.returns,
+            "task": self.task,
+            "checksums": dict(self.checksums),
             "end": end,
         }
 
@@ -200,7 +221,9 @@ class Header:
         end = content["end"]
         if end is not None:
             name, length = end["values"]
-            values = _text(name), _count(length)
+            if not END.fullmatch(name):  # it is deleted when the recording goes on
+                raise ValueError(f"{name[:40]!r} is no name of an array with an end")
+            values = name, _count(length)
             final = None if end.get("outputs") is None else _matrix(end["outputs"])
             end = End(values, _count(end["steps"]), _text(end["weights"]), int(end["buffers"]), final)
         layouts = tuple(_layout(table) for table in content["regions"])
@@ -228,21 +251,62 @@ class Header:
             layouts=layouts,
             tails=tails,
             start=_count(content["start"]),
-            rule={key: content["rule"][key] for key in ("name", "class", "memory")},
+            rule=_rule(content["rule"]),
             reduction=_text(content["reduction"]),
             regularizers=tuple(_text(name) for name in content["regularizers"]),
             averages=tuple(_text(name) for name in content["averages"]),
-            versions={_text(key): _text(value) for key, value in content["versions"].items()},
-            fingerprints={key: dict(content["fingerprints"][key]) for key in ("model", "loss", "data")},
+            versions=_texts(content["versions"]),
+            fingerprints=_fingerprints(content["fingerprints"]),
             schedule=schedule,
             replay=replay,
             outputs=outputs,
+            # optional, as the outputs
+            checksums={_text(name): _count(n) for name, n in content.get("checksums", {}).items()},
             end=end,
+            returns=_returns(content.get("returns")),
+            task=check_task(content.get("task")),
         )
 
-    def ended(self, end: End | None) -> Header:
-        """The same header with another end."""
-        return replace(self, end=end)
+    def digest(self) -> str:
+        """BLAKE2b of what says how the steps are to be read, none of which changes while they are recorded."""
+        content = self.to_json()
+        said = {key: content[key] for key in ("dtype", "rule", "reduction", "regularizers", "averages", "fingerprints")}
+        said["optimizer"] = None if self.replay is None else self.replay["optimizer"]
+        if self.returns is not None:
+            said["returns"] = self.returns
+        text = json.dumps(said, sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def started(self, start: tuple[int, int], constants: tuple[int, int] | None) -> Header:
+        """The same header with lengths and checksums of the start values and, with keyframes, of the optimizer's."""
+        checksums, replay = {"start": start[1]}, self.replay
+        if constants is not None and replay is not None:
+            checksums["optimizer"], replay = constants[1], {**replay, "constants": constants[0]}
+        return replace(self, start=start[0], replay=replay, checksums=checksums)
+
+    def ended(self, end: End | None, checksum: int | None = None) -> Header:
+        """The same header with another end, and the checksum of its values."""
+        old = None if self.end is None else self.end.values[0]
+        checksums = {name: value for name, value in self.checksums.items() if name != old}
+        if end is not None and checksum is not None:
+            checksums[end.values[0]] = checksum
+        return replace(self, checksums=checksums, end=end)
+
+    def extended(self, layout: ParameterLayout, length: int, checksum: int) -> Header:
+        """The same header where parameters join θ, with the length and the checksum of their packed values."""
+        checksums = {**self.checksums, region_array(len(self.layouts)): checksum}
+        return replace(self, layouts=(*self.layouts, layout), tails=(*self.tails, length), checksums=checksums)
+
+    def without_regions(self, last: int) -> Header:
+        """The same header without what followed a region, and without an end."""
+        header, late = self.ended(None), {region_array(i) for i in range(last + 1, len(self.layouts))}
+        checksums = {name: value for name, value in header.checksums.items() if name not in late}
+        return replace(header, layouts=self.layouts[: last + 1], tails=self.tails[:last], checksums=checksums)
+
+
+def region_array(index: int) -> str:
+    """Name of the array with the values of the parameters that joined θ at the beginning of a region."""
+    return f"region-{index}"
 
 
 def _table(layout: ParameterLayout) -> list[dict[str, Any]]:
@@ -273,9 +337,31 @@ def _live_parameters(trajectory: Trajectory) -> Tensor:
     return trajectory.layout.flatten({name: live[name].detach() for name in trajectory.layout.names}, trajectory.dtype)
 
 
+def _rule(content: dict[str, Any]) -> dict[str, Any]:
+    memory = [_text(key) for key in content["memory"]]
+    return {"name": _text(content["name"]), "class": _text(content["class"]), "memory": memory}
+
+
+def _fingerprints(content: dict[str, Any]) -> dict[str, Any]:
+    model, loss, data = (dict(content[key]) for key in ("model", "loss", "data"))
+    _texts(model["modules"]), _texts(model["state"]), _text(loss["name"]), _texts(loss["settings"])
+    _count(data["count"]), _text(data["digest"]), [_text(shape) for shape in data["shapes"]]
+    return {"model": model, "loss": loss, "data": data}
+
+
+def _texts(content: dict[str, Any]) -> dict[str, str]:
+    return {_text(key): _text(value) for key, value in content.items()}
+
+
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= MAX_NUMBERS:
         raise ValueError(f"{str(value)[:40]} is no size")
+    return value
+
+
+def _returns(value: Any) -> str | int | None:
+    if value is not None and type(value) not in (str, int):
+        raise ValueError(f"{str(value)[:40]} is no part of what a network returns")
     return value
 
 
@@ -324,9 +410,10 @@ def reference_identity(reference: ReferenceOutputs | None) -> dict[str, Any] | N
     return {"samples": samples, "varying": reference.varying, "values": values}
 
 
-def start_values(trajectory: Trajectory) -> dict[str, Any]:
+def start_values(trajectory: Trajectory, header: Header) -> dict[str, Any]:
     """What is packed when a recording begins."""
     return {
+        "header": header.digest(),
         "initial": trajectory.initial,
         "constants": trajectory.constants,
         "initial_memory": trajectory.initial_memory,
@@ -337,6 +424,50 @@ def start_values(trajectory: Trajectory) -> dict[str, Any]:
             else None
         ),
     }
+
+
+def checked_start(values: Any, header: Header) -> dict[str, Any]:
+    """Values that were read, if they have the form of `start_values`.
+
+    Raises
+    ------
+    ValueError, TypeError, KeyError, AttributeError
+        Where they have not.
+    """
+    initial, records = values["initial"], values["averages"]
+    if values.get("header", header.digest()) != header.digest():  # stores of earlier versions do not say
+        raise ValueError("it was written with another header")
+    if initial.shape != (header.layouts[0].size,) or initial.dtype != header.dtype:
+        raise ValueError(f"θ of shape {tuple(initial.shape)}")
+    _tensors(values["constants"])
+    for memory in values["initial_memory"].values():
+        _tensors(dict(enumerate(memory)))
+    for record in records.values():
+        _tensors(record)
+    if set(records) != set(header.averages):
+        raise ValueError("other averages")
+    return values
+
+
+def checked_end(values: Any, header: Header) -> dict[str, Any]:
+    """The same for `end_values`."""
+    size = (header.layouts[-1].size,)
+    points = [] if values["final"] is None else [values["final"]]
+    points += [point for _, point in values["tail"]]
+    if any(point.shape != size or point.dtype != header.dtype for point in points):
+        raise ValueError("a point of another size")
+    _tensors(values["final_buffers"])
+    for record in values["averages"].values():
+        _tensors(record["last"])
+        list(record["updates"])
+    if set(values["averages"]) != set(header.averages):
+        raise ValueError("other averages")
+    return values
+
+
+def _tensors(values: Mapping[Any, Any]) -> None:
+    if not all(isinstance(value, Tensor) for value in values.values()):
+        raise ValueError("something else than tensors")
 
 
 def end_values(trajectory: Trajectory) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss
+from pathkernel.errors import brief
 from pathkernel.functional import generators_untouched
 from pathkernel.trajectory.packing import as_bytes
 from pathkernel.trajectory.samples import Samples
@@ -59,8 +60,10 @@ def weights(model: nn.Module) -> str:
     return digest([*model.named_parameters(), *model.named_buffers()])
 
 
-def loss_identity(loss: Loss) -> dict[str, Any]:
+def loss_identity(loss: Loss | str | None) -> dict[str, Any]:
     """Class or function, and its settings as far as they are numbers, text or tensors."""
+    if loss is None or isinstance(loss, str):
+        return {"name": loss or "", "settings": {}}
     if isinstance(loss, functools.partial):
         settings = {str(i): value for i, value in enumerate(loss.args)} | loss.keywords
         return {"name": f"partial of {loss_identity(loss.func)['name']}", "settings": _plain(settings)}
@@ -121,11 +124,14 @@ def compared(recorded: Fingerprint, found: Fingerprint, what: str) -> list[str]:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-            shown = [f"`{name}` is {new.get(name, 'missing')}, not {old.get(name, 'there')}" for name in names[:3]]
+            shown = [
+                f"`{brief(name)}` is {brief(new.get(name, 'missing'))}, not {brief(old.get(name, 'there'))}"
+                for name in names[:3]
+            ]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             differences.append(f"{what}: {'; '.join(shown)}{more}")
         elif key == "digest":
             differences.append(f"{what}: its content differs")
         else:
-            differences.append(f"{what}: {key} is {new}, not {old}")
+            differences.append(f"{what}: {brief(key)} is {brief(new)}, not {brief(old)}")
     return sorted(differences)

@@ -14,38 +14,40 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, Parameters
-from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, check
+from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, brief, check, quoted
 from pathkernel.functional import ModelFunction, generators_untouched
-from pathkernel.losses import Objective, check_loss
+from pathkernel.losses import Objective, check_recorded_loss
 from pathkernel.parameters import ParameterLayout, constants_of
+from pathkernel.returned import Returns, check_returns
 from pathkernel.storage import damaged
 from pathkernel.trajectory import identity
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.disk import DiskStore
-from pathkernel.trajectory.header import Header, rule_identity
+from pathkernel.trajectory.header import FUNCTION, Header, rule_identity
+from pathkernel.trajectory.known_classes import OPTIMIZERS, UPDATE_RULES
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.replay import Replay, ReplayStore
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import UpdateRule
-from pathkernel.update_rules.table import NAMED_RULES, RULES
 
 
 def open_trajectory(
     path: str | os.PathLike[str],
     model: nn.Module,
-    loss: Loss,
+    loss: Loss | str | None,
     data: Any,
     rule: UpdateRule | None,
     regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None,
     optimizer: type[Optimizer] | None = None,
+    returns: Returns = None,
 ) -> Trajectory:
     """See `Trajectory.open`."""
     store = DiskStore.open(path)
     header = store.header
     assert header is not None
     samples = Samples(data, header.dtype)
-    check_loss(loss)
+    check_recorded_loss(loss)
     problems = mismatches(header, model, loss, samples, regularizers or {})
     if not problems and header.end is not None and header.end.weights != identity.weights(model):
         problems = ["weights: they are not those at the end of the recording"]
@@ -59,7 +61,7 @@ def open_trajectory(
     )
     store.rule = known_rule(header, rule)
     objective = Objective(loss, header.reduction, dict(regularizers or {}))
-    trajectory = assembled(store, model, objective, samples)
+    trajectory = assembled(store, model, objective, samples, known_returns(header, returns))
     if samples.holds_integers:
         samples.suit(trajectory.function(), trajectory.initial)
         trajectory.reference = reference_outputs(store, samples)
@@ -73,14 +75,15 @@ def open_trajectory(
 def mismatches(
     header: Header,
     model: nn.Module,
-    loss: Loss,
+    loss: Loss | str | None,
     data: Samples,
     regularizers: Mapping[str, Any],
 ) -> list[str]:
     """What differs between live objects and those of a recording; weights are not looked at."""
     recorded = header.fingerprints
     problems = identity.compared(recorded["model"], identity.architecture(model), "model")
-    problems += identity.compared(recorded["loss"], identity.loss_identity(loss), "loss")
+    if loss is not None and recorded["loss"]["name"]:  # what needs a loss that was not given says so
+        problems += identity.compared(recorded["loss"], identity.loss_identity(loss), "loss")
     problems += identity.compared(recorded["data"], identity.data_identity(data), "data")
     if set(regularizers) != set(header.regularizers):
         problems.append(f"regularizers: {sorted(regularizers)}, not {sorted(header.regularizers)}")
@@ -101,7 +104,7 @@ def check_outputs(asker: str, trajectory: Trajectory, store: DiskStore) -> None:
     model, layout = trajectory.model, trajectory.layout
     live = dict(model.named_parameters(remove_duplicate=False))
     theta = layout.flatten({name: live[name].detach() for name in layout.names}, header.dtype)
-    function = ModelFunction(model, layout, constants_of(model, layout), header.dtype)
+    function = ModelFunction(model, layout, constants_of(model, layout), header.dtype, returns=trajectory.returns)
     reference.check(asker, None, (function, theta))
 
 
@@ -111,10 +114,16 @@ def reference_outputs(store: DiskStore, data: Samples) -> ReferenceOutputs | Non
     if header is None or header.outputs is None:
         return None
     samples = header.outputs["samples"]
+    if not samples or max(samples) >= len(data):
+        raise damaged(store.path / "zarr.json", "its outputs are of samples that there are none of")
     with generators_untouched():
         inputs = data[torch.tensor(samples)][0]
     if header.outputs["varying"]:
-        inputs = pytree.tree_unflatten(store.start_values()["reference_inputs"], pytree.tree_structure(inputs))
+        try:
+            leaves, structure = store.start_values()["reference_inputs"], pytree.tree_structure(inputs)
+            inputs = pytree.tree_unflatten(leaves, structure)
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(store.path / "start", f"its reference inputs make no sense ({str(error)[:100]})") from None
     initial = torch.tensor(header.outputs["values"], dtype=torch.float64)
     ended = header.end is not None and header.end.outputs is not None
     final = torch.tensor(header.end.outputs, dtype=torch.float64) if ended else None  # type: ignore[union-attr]
@@ -123,17 +132,16 @@ def reference_outputs(store: DiskStore, data: Samples) -> ReferenceOutputs | Non
 
 def known_rule(header: Header, rule: UpdateRule | None) -> UpdateRule:
     """The rule of a recording: one of the package by its name, or the one that is passed."""
-    known = {identity.named(cls): cls for cls in (*RULES.values(), *NAMED_RULES.values())}
     recorded = header.rule
-    if rule is None and recorded["class"] in known:
-        rule = known[recorded["class"]]()
+    if rule is None and recorded["class"] in UPDATE_RULES:
+        rule = UPDATE_RULES[recorded["class"]]()
     check(
         rule is not None and rule_identity(rule) == dict(recorded),
         StoreError,
-        f"The steps were recorded under the update rule {recorded['name']!r} ({recorded['class']}), and "
-        f"{'none' if rule is None else identity.named(type(rule))} was passed",
-        "Rules of the package are found by their name; a rule of your own has to be passed again",
-        "Write `Trajectory.open(path, ..., rule=YourRule())`",
+        f"The steps were recorded under the update rule {quoted(recorded['name'])} ({brief(recorded['class'])}), and "
+        f"{'none' if rule is None else identity.named(type(rule))} was passed; what a store names is not imported",
+        "A store runs nothing: rules of the package are found by their name; a rule of your own has to be passed again",
+        "Write `Trajectory.open(path, ..., rule=YourRule())`, or `--rule train.py:YourRule` on the command line",
     )
     assert rule is not None
     return rule
@@ -141,22 +149,38 @@ def known_rule(header: Header, rule: UpdateRule | None) -> UpdateRule:
 
 def known_optimizer(recorded: str, optimizer: type[Optimizer] | None) -> type[Optimizer]:
     """The class of the optimizer of a recording: one of torch by its name, or the one that is passed."""
-    known = {identity.named(cls): cls for cls in vars(torch.optim).values() if isinstance(cls, type)}
-    found = known.get(recorded) if optimizer is None else optimizer
+    found = OPTIMIZERS.get(recorded) if optimizer is None else optimizer
     check(
         found is not None and identity.named(found) == recorded,
         StoreError,
-        f"The steps were taken by an optimizer of the class {recorded}, and "
-        f"{'none' if optimizer is None else identity.named(optimizer)} was passed",
-        "Steps between keyframes are trained again; optimizers of torch are found by their name, one of your own has "
-        "to be passed again",
-        "Write `Trajectory.open(path, ..., optimizer=YourOptimizer)`",
+        f"The steps were taken by an optimizer of the class {brief(recorded)}, and "
+        f"{'none' if optimizer is None else identity.named(optimizer)} was passed; what a store names is not imported",
+        "A store runs nothing: steps between keyframes are trained again, and optimizers of torch are found by their "
+        "name; one of your own has to be passed again",
+        "Write `Trajectory.open(path, ..., optimizer=YourOptimizer)`, or `--optimizer train.py:YourOptimizer` on the "
+        "command line",
     )
     assert found is not None
     return found
 
 
-def assembled(store: DiskStore, model: nn.Module, objective: Objective, data: Samples) -> Trajectory:
+def known_returns(header: Header, returns: Returns) -> Returns:
+    """What of the returned the outputs are: as on record, or the function that is passed."""
+    recorded = header.returns
+    check(
+        callable(check_returns(returns)) if recorded == FUNCTION else returns is None or returns == recorded,
+        ModelMismatchError,
+        f"The outputs of the recorded network are {'a function' if recorded == FUNCTION else f'{recorded!r}'} of what "
+        f"it returns, and `returns={returns!r}` was passed",
+        "A trajectory is read with the outputs that it was recorded with; a function has to be passed again",
+        "Write `Trajectory.open(path, ..., returns=...)` as for the recorder",
+    )
+    return returns if recorded == FUNCTION else recorded
+
+
+def assembled(
+    store: DiskStore, model: nn.Module, objective: Objective, data: Samples, returns: Returns = None
+) -> Trajectory:
     """A trajectory whose parts are read when they are asked for."""
     header = store.header
     assert header is not None and store.rule is not None
@@ -164,6 +188,7 @@ def assembled(store: DiskStore, model: nn.Module, objective: Objective, data: Sa
     trajectory.model, trajectory.objective, trajectory.data = model, objective, data
     trajectory.layout, trajectory.rule, trajectory.store = header.layouts[-1], store.rule, store
     trajectory.schedule, trajectory.lock = header.schedule, threading.RLock()
+    trajectory.returns, trajectory.task = returns, header.task
     trajectory.reference = reference_outputs(store, data)
     store.attach(trajectory)
     start, end = cache(store.start_values), cache(store.end_values)

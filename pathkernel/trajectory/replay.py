@@ -19,14 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pathkernel.errors import RecordingError, TrajectoryError, check
+from pathkernel._typing import PyTree
+from pathkernel.errors import PathKernelError, RecordingError, TrajectoryError, check
 from pathkernel.functional import ModelFunction
-from pathkernel.interrupts import held
-from pathkernel.losses import batch_loss
+from pathkernel.interrupts import attempt, held
+from pathkernel.losses import RETURNED, batch_loss
 from pathkernel.pickling import check_picklable
+from pathkernel.returned import returned_loss
 from pathkernel.storage import crc32c
 from pathkernel.trajectory.gradients import samples_of
 from pathkernel.trajectory.packing import row_major
+from pathkernel.trajectory.reading import SENSELESS
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory
@@ -295,13 +298,43 @@ class Replay:
         inputs, targets = samples_of(batch, self.trajectory.data)
         # As trained: `ModelFunction.running` otherwise chooses other kernels than the loop had.
         with function.running(gradients=True, as_trained=True), function.kept():
-            outputs = function.call(dict(self._parameters), inputs)
-            value = batch_loss(objective.loss, outputs, targets, batch.weights, objective.reduction)
-            if divisor > 1 or last:  # a loop adds its regularisers to each divided loss, or once
-                for regularizer in objective.regularizers.values():
-                    value = value + regularizer(dict(self._parameters))
+            roots, slopes = self._roots(function, batch, inputs, targets)
+            evaluated = batch.cotangents is None and objective.loss != RETURNED
+            # A loop adds its regularisers to each divided loss, or once.
+            for regularizer in objective.regularizers.values() if divisor > 1 or last else ():
+                value = regularizer(dict(self._parameters))
+                if evaluated:  # as the loop adds it, which rounds otherwise
+                    roots = [roots[0] + value]
+                elif value.requires_grad:
+                    roots, slopes = [*roots, value / divisor], [*slopes, torch.ones_like(value)]
+            if evaluated and divisor > 1:
+                roots = [roots[0] / divisor]
             with torch.autocast(state.autocast[0] if state.autocast else "cpu", enabled=False):
-                (value / divisor if divisor > 1 else value).backward()
+                torch.autograd.backward(roots, slopes)
+
+    def _roots(
+        self, function: ModelFunction, batch: MicroBatch, inputs: PyTree, targets: PyTree
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What a backward pass of a micro-batch begins with, and the slopes there."""
+        objective, parameters = self.trajectory.objective, dict(self._parameters)
+        if batch.cotangents is not None:
+            outputs = function.batch(parameters, inputs)
+            return [outputs], [batch.cotangents.to(outputs)]
+        if objective.loss == RETURNED and batch.loss_slope is not None:
+            value = returned_loss(function.whole().call(parameters, inputs))
+            check(
+                value is not None,
+                TrajectoryError,
+                "The network returned no loss when a step was trained again",
+                'With `loss="returned"` it returns one: under the name `loss`, or as the only number without axes',
+                "Give the recorder the loss as a function of outputs and targets",
+            )
+            assert value is not None
+            return [value], [batch.loss_slope.to(value)]
+        loss = objective.function("A replay of steps")
+        outputs = function.call(parameters, inputs)
+        value = batch_loss(loss, outputs, targets, batch.weights, objective.reduction)
+        return [value], [torch.ones_like(value)]
 
     def _stepping(self, step: Step) -> Optimizer:
         """The optimizer with the groups and settings of a step."""
@@ -420,6 +453,18 @@ class ReplayStore(Store):
 
     def _replayed(self, start: int) -> list[Step]:
         """All steps of the block that begins with a keyframe."""
+        taken = attempt(lambda: self._taken_again(start), (*SENSELESS, NotImplementedError))
+        if isinstance(taken, PathKernelError):
+            raise taken
+        if isinstance(taken, Exception):  # of an optimizer that is not this one, or a state that it cannot have had
+            raise TrajectoryError(
+                f"Steps from {start} on cannot be trained again ({type(taken).__name__}: {str(taken)[:200]})",
+                "The optimizer, its state on record, the network and the loss must be those of the recording",
+                "Read it with the objects of the recording, and look for damage with `pathkernel verify`",
+            ) from taken
+        return taken
+
+    def _taken_again(self, start: int) -> list[Step]:
         first = self.inner.read(start)
         self.replay.restore(first.before, {name: own for name, own in first.frozen.items() if name != NOTES})
         self._check_keyframe(start, first)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
@@ -18,7 +19,7 @@ Settings = tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The samples of one forward and backward pass; a step owns one or, under gradient accumulation, many.
+    r"""The samples of one forward and backward pass; a step owns one or, under gradient accumulation, many.
 
     Attributes
     ----------
@@ -33,6 +34,18 @@ class MicroBatch:
         How the forward pass ran: modes, random generators, mixed precision.
     later
         The same of the further passes that a step with several stages made of the batch.
+    cotangents
+        :math:`\lambda_i = \partial L / \partial z_i` as the backward pass of the loop brought it, (B, C) in the order
+        of `pathkernel.returned.batch_outputs`; None where it was not seen, or takes too much room.
+    sampled_cotangents
+        Where it takes too much room: some of its entries, in the order of `sampled_places`, by which λ that is computed
+        again is scaled and compared.
+    loss_slope
+        Derivative of what was differentiated in the loss that the network itself returned; a tensor of no axes.
+    later_cotangents
+        λ of the further passes of a step with several stages.
+    channel
+        Under which name the backward pass ran; None for no name.
     """
 
     ids: Tensor
@@ -41,10 +54,33 @@ class MicroBatch:
     targets: PyTree = None
     state: ForwardState = EVALUATION
     later: tuple[ForwardState, ...] = ()
+    cotangents: Tensor | None = None
+    sampled_cotangents: Tensor | None = None
+    loss_slope: Tensor | None = None
+    later_cotangents: tuple[Tensor | None, ...] = ()
+    channel: str | None = None
 
     def at_stage(self, stage: int) -> MicroBatch:
         """The micro-batch with the forward pass of a stage as its ``state``; stages not seen ran like the first."""
-        return replace(self, state=self.later[stage - 1]) if 0 < stage <= len(self.later) else self
+        if stage == 0:
+            return self
+        state = self.later[stage - 1] if stage <= len(self.later) else self.state
+        own = self.later_cotangents[stage - 1] if stage <= len(self.later_cotangents) else None
+        return replace(self, state=state, cotangents=own, sampled_cotangents=None)
+
+    @property
+    def captured(self) -> bool:
+        """Whether something of its cotangents is on record."""
+        return any(v is not None for v in (self.cotangents, self.sampled_cotangents, self.loss_slope))
+
+
+SAMPLED_COTANGENTS = 256
+"""Entries of λ that are kept where all of them take too much room."""
+
+
+def sampled_places(numbers: int) -> Tensor:
+    """Where the entries lie that are kept of so many, evenly spread."""
+    return torch.linspace(0, numbers - 1, min(numbers, SAMPLED_COTANGENTS), dtype=torch.float64).round().long()
 
 
 @dataclass(frozen=True)
@@ -144,6 +180,9 @@ class Step:
         step's before where none has changed in between.
     length
         How many steps of the optimizer it stands for: more than 1 on a thinned path.
+    differentiated
+        Which of ``gradient_changes`` backward passes have made: they hold what the samples of these passes contributed,
+        and what was done to all gradients afterwards, such as clipping, was done to them.
     """
 
     index: int
@@ -159,6 +198,7 @@ class Step:
     gradient_changes: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     length: int = 1
+    differentiated: frozenset[str] = frozenset()
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         known = dict(state)

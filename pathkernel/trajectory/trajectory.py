@@ -19,6 +19,7 @@ from pathkernel.functional import ModelFunction
 from pathkernel.losses import Objective
 from pathkernel.parameters import ParameterLayout
 from pathkernel.pickling import check_picklable
+from pathkernel.returned import Returns
 from pathkernel.trajectory.memory import MemoryStore, with_memory_of_their_own
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel
@@ -67,6 +68,10 @@ class Trajectory:
         Held by whoever reads the record, or computes with it, one thread at a time.
     reference
         What the network made of a few training samples while it was recorded; None where that is not known.
+    returns
+        What the network's outputs are among all that it returns; see `pathkernel.returned`.
+    task
+        ``"classification"`` or ``"regression"``; None where the loss or the targets tell.
     """
 
     model: nn.Module
@@ -84,6 +89,8 @@ class Trajectory:
     schedule: RecordingLevel = EVERY_STEP
     lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
     reference: ReferenceOutputs | None = None
+    returns: Returns = None
+    task: str | None = None
 
     @classmethod
     def open(
@@ -91,11 +98,12 @@ class Trajectory:
         path: str | os.PathLike[str],
         *,
         model: nn.Module,
-        loss: Loss,
+        loss: Loss | str | None = None,
         data: Any,
         rule: UpdateRule | None = None,
         regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None = None,
         optimizer: type[Optimizer] | None = None,
+        returns: Returns = None,
     ) -> Trajectory:
         """A trajectory that was recorded with ``store=path``, with the objects that it was recorded with.
 
@@ -108,11 +116,14 @@ class Trajectory:
         model
             The network with its weights at the end of the recording.
         loss, data, regularizers
-            As given to the recorder.
+            As given to the recorder. The loss may be left out where the slopes of all batches are on record; what needs
+            it says so.
         rule
             An update rule of your own; those of the package are found by their name.
         optimizer
             The class of an optimizer of your own, for a recording with keyframes; those of torch are found by name.
+        returns
+            As given to the recorder, where that was a function; a key or an index is on record.
 
         Raises
         ------
@@ -126,7 +137,7 @@ class Trajectory:
         """
         from pathkernel.trajectory.opening import open_trajectory  # not before it is needed
 
-        return open_trajectory(path, model, loss, data, rule, regularizers, optimizer)
+        return open_trajectory(path, model, loss, data, rule, regularizers, optimizer, returns)
 
     def __getattr__(self, name: str) -> Any:
         """Parts of an opened trajectory that were not read yet."""
@@ -141,7 +152,12 @@ class Trajectory:
         """All parts, those that were not read yet included, but the lock; a store on disk travels as its path."""
         objective = self.objective
         check_picklable(
-            model=self.model, loss=objective.loss, regularizers=objective.regularizers, data=self.data, rule=self.rule
+            model=self.model,
+            loss=objective.loss,
+            regularizers=objective.regularizers,
+            data=self.data,
+            rule=self.rule,
+            returns=self.returns,
         )
         for name in vars(self).get("_deferred", {}):
             getattr(self, name)
@@ -183,8 +199,8 @@ class Trajectory:
         return self.store.read(len(self) - 1).after if len(self) else self.initial
 
     @property
-    def loss(self) -> Loss:
-        """Batch loss ``(output, target)``."""
+    def loss(self) -> Loss | str | None:
+        """Batch loss ``(output, target)``; ``"returned"`` or None where it is not a function that is known."""
         return self.objective.loss
 
     def steps(self) -> Iterator[Step]:
@@ -263,7 +279,7 @@ class Trajectory:
 
     def function(self, dtype: torch.dtype | None = None) -> ModelFunction:
         """The recorded network as a pure function of θ."""
-        return ModelFunction(self.model, self.layout, self.constants, dtype or self.dtype)
+        return ModelFunction(self.model, self.layout, self.constants, dtype or self.dtype, returns=self.returns)
 
     def queries(self, X: PyTree, asker: str) -> PyTree:
         """Query samples as tensors, shaped and typed as the training samples.

@@ -613,7 +613,7 @@ def test_gradient_noise_without_a_name_is_refused() -> None:
     with pytest.raises(errors.TrajectoryError) as later:
         pk.KernelMachine(run).explain(queries())
     assert "the samples on record explain the gradient only up to" in later.value.found
-    assert "the sum over the recorded samples of the recorded loss" in later.value.expected
+    assert "the sum over the recorded samples of their part of the loss" in later.value.expected
     assert "`KernelRecorder(..., audit_every=1)` tells at which step it begins" in later.value.write
 
 

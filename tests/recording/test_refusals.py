@@ -21,17 +21,21 @@ import scipy.sparse
 import torch
 from cases import LOSSES, OPTIMIZERS, SAMPLES, Recording, make_inputs, make_model, record
 from sklearn.kernel_ridge import KernelRidge
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pathkernel as pk
 from pathkernel import errors
 from pathkernel.attributions import Attributions
-from pathkernel.functional import batch_outputs
-from pathkernel.losses import check_reduction
+from pathkernel.dynamics.runge_kutta import Heun
+from pathkernel.losses import Objective, check_reduction
 from pathkernel.pytrees import as_tensors, memory_bytes
 from pathkernel.quadrature import as_quadrature
+from pathkernel.returned import batch_outputs, selected
 from pathkernel.trajectory.averages import AverageRecord
+from pathkernel.trajectory.cotangents import kept_cotangents
+from pathkernel.trajectory.replay import Replay
+from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.update_rules.sgd import SGD
 from pathkernel.update_rules.table import rule_of
 
@@ -286,14 +290,94 @@ def machine_of_wrong_ids_with_small_gradients() -> None:
     scene = Scene("sgd", steps=0, audit_every=0)
     rate, scene.optimizer.param_groups[0]["lr"] = scene.optimizer.param_groups[0]["lr"], 0.0
     scene.recorder.batch([0, 1])
-    (1e13 * scene.loss(scene.model(scene.X[:2]), scene.y[:2])).backward()
+    (1e13 * scene.loss(scene.model.forward(scene.X[:2]), scene.y[:2])).backward()  # a pass that nobody sees
     scene.optimizer.step()  # moves nothing, and makes every later gradient look negligible
     scene.optimizer.param_groups[0]["lr"] = rate
     for _ in range(3):
         scene.recorder.batch([3, 4])
-        scene.gradient([5, 6])
+        scene.optimizer.zero_grad()
+        scene.loss(scene.model.forward(scene.X[5:7]), scene.y[5:7]).backward()
         scene.optimizer.step()
     pk.KernelMachine(scene.recorder.close()).explain(scene.X[:2], outputs=0)
+
+
+def step_of_a_stranger() -> None:
+    scene = Scene()
+    scene.optimizer.zero_grad()
+    z = scene.model(scene.X[5:6])  # before any announcement
+    scene.recorder.batch([3, 4])
+    (scene.loss(scene.model(scene.X[3:5]), scene.y[3:5]) + scene.loss(z, scene.y[5:6])).backward()
+    scene.optimizer.step()
+
+
+def step_of_others(announced: list[int], used: list[int]) -> None:
+    scene = Scene()
+    scene.recorder.batch(announced)
+    scene.gradient(used)
+    scene.optimizer.step()
+
+
+class Uneven(nn.Module):
+    """Returns its outputs under a name, with a loss."""
+
+    def __init__(self, loss: bool = True) -> None:
+        super().__init__()
+        self.net, self.loss = make_model(), loss
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        z = self.net(x).repeat(1, 2000)
+        return {"logits": z, "loss": z.square().mean()} if self.loss else {"logits": z}
+
+
+def returned_recorder(loss: Any, returns: Any = "logits") -> tuple[Uneven, torch.optim.Optimizer, pk.KernelRecorder]:
+    model = Uneven()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    data = make_inputs(SAMPLES), LOSSES["ce_mean"].targets(SAMPLES)
+    return model, optimizer, pk.KernelRecorder(model, optimizer, loss, data=data, returns=returns, task="regression")
+
+
+def loss_that_is_another() -> None:
+    model, optimizer, recorder = returned_recorder(lambda logits, _: logits.abs().mean())
+    with recorder:
+        recorder.batch([0, 1])
+        model(make_inputs(2))["loss"].backward()
+        optimizer.step()
+
+
+def loss_that_is_returned_no_more() -> None:
+    model, optimizer, recorder = returned_recorder("returned")
+    with recorder:
+        recorder.batch([0, 1])
+        model(make_inputs(2))["loss"].backward()
+        model.loss = False
+        optimizer.step()
+
+
+def loss_that_is_returned_no_more_in_a_replay() -> None:
+    model, optimizer, recorder = returned_recorder("returned")
+    trajectory = recorder.trajectory
+    batch = MicroBatch(torch.tensor([0, 1]), loss_slope=torch.ones(()))
+    vector = trajectory.initial
+    step = Step(0, vector, vector, vector[:0], frozenset(), (batch,), {}, ())
+    model.loss = False
+    replay = Replay(trajectory, optimizer)
+    replay.restore(vector, {})
+    replay.differentiate(step, 1)
+
+
+def slopes_that_take_too_much_room() -> None:
+    kept_cotangents(torch.zeros(2, 2**20), 100, Objective(None))
+
+
+def record_without_a_loss() -> pk.Trajectory:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    X, y = make_inputs(3), torch.tensor([0, 1, 2])
+    with pk.KernelRecorder(model, optimizer, data=(X, y)) as recorder:
+        recorder.batch([0, 1, 2])
+        CE(model(X), y).backward()
+        optimizer.step()
+    return recorder.trajectory
 
 
 def changed_model() -> None:
@@ -309,6 +393,26 @@ def no_learning_rate() -> pk.Trajectory:
 
 def indexed(**options) -> DataLoader:
     return DataLoader(pk.IndexedDataset(TensorDataset(make_inputs(3))), **options)
+
+
+def heun_of_changed_data() -> object:
+    """Inputs swapped after recording steps of several stages, whose gradients are not all on record to compare."""
+    model, X, y = make_model(), make_inputs(4), torch.tensor([0, 1, 2, 0])
+    optimizer = Heun(model.parameters(), lr=0.2)
+    with pk.KernelRecorder(model, optimizer, CE, data=(X, y), rule=Heun.rule()) as recorder:
+        for ids in ([0, 1], [2, 3]):
+            x, target = recorder.batch(ids)
+
+            def closure(x: torch.Tensor = x, target: torch.Tensor = target) -> torch.Tensor:
+                optimizer.zero_grad()
+                value = CE(model(x), target)
+                value.backward()
+                return value
+
+            optimizer.step(closure)
+    machine = pk.KernelMachine(recorder.trajectory)
+    X.copy_(X[[2, 1, 0, 3]])
+    return machine.predict(X3)
 
 
 X3 = make_inputs(3)
@@ -452,6 +556,71 @@ REFUSALS: dict[str, Case] = {
         errors.InputError,
         ("For 3 samples the model returned tensors of shapes (3, 2), ()", "along its first axis", "inside the loss"),
     ),
+    "complex outputs": (
+        lambda: batch_outputs(torch.zeros(3, 2, dtype=torch.complex64), 3),
+        errors.InputError,
+        ("returned complex numbers", "real outputs", "view_as_real"),
+    ),
+    "part of the returned that there is not": (
+        lambda: selected({"logits": 0, "loss": 1}, "scores"),
+        errors.InputError,
+        ("the network returned a dict with 'logits', 'loss'", "names a part", "one of these parts"),
+    ),
+    "outputs that are no part": (
+        lambda: recorder_of(make_model(), returns=1.5),
+        errors.InputError,
+        ("`returns=1.5`", "a key or attribute", 'returns="logits"'),
+    ),
+    "task that is none": (
+        lambda: recorder_of(make_model(), task="ranking"),
+        errors.InputError,
+        ("`task='ranking'`", "'regression'", 'task="classification"'),
+    ),
+    "probabilities without a loss": (
+        lambda: pk.KernelMachine(record_without_a_loss()).predict_proba(X3),
+        errors.InputError,
+        ("`predict_proba` needs the loss", "Shares, predictions and path kernels", "loss=nn.CrossEntropyLoss()"),
+    ),
+    "recorder without data": (
+        lambda: pk.KernelRecorder(model := make_model(), torch.optim.SGD(model.parameters()), CE),
+        errors.InputError,
+        ("`data` is missing", "training samples", "data=(X_train, y_train)"),
+    ),
+    "pass of samples that were not announced": (
+        step_of_a_stranger,
+        errors.SampleIdError,
+        ("1 backward passes of samples that were not announced", "announced before it", "zero_grad"),
+    ),
+    "pass of another number of samples": (
+        lambda: step_of_others([3, 4], [3]),
+        errors.SampleIdError,
+        ("2 samples were announced, and the forward pass", "one row of outputs", "`recorder.batch(ids)`"),
+    ),
+    "pass of more samples than one": (
+        lambda: step_of_others([3], [3, 4]),
+        errors.SampleIdError,
+        ("at 6 of each were taken from the training pass", "as the recorder was given them", "inputs=x"),
+    ),
+    "slopes that take too much room": (
+        slopes_that_take_too_much_room,
+        errors.RecordingError,
+        ("8,388,608 bytes, for 2 samples of 1048576 outputs each", "no more than the parameters", 'loss="returned"'),
+    ),
+    "loss whose slopes are others": (
+        loss_that_is_another,
+        errors.TrajectoryError,
+        ("The loss has other slopes", "up to a factor", "without a state of its own"),
+    ),
+    "loss that is returned no more": (
+        loss_that_is_returned_no_more,
+        errors.TrajectoryError,
+        ("returned no loss with a gradient", 'With `loss="returned"`', "as a function of outputs"),
+    ),
+    "loss that is returned no more in a replay": (
+        loss_that_is_returned_no_more_in_a_replay,
+        errors.TrajectoryError,
+        ("returned no loss when a step", 'With `loss="returned"`', "as a function of outputs"),
+    ),
     "wrong ids of gradients that are small beside the largest": (
         machine_of_wrong_ids_with_small_gradients,
         errors.TrajectoryError,
@@ -461,6 +630,11 @@ REFUSALS: dict[str, Case] = {
         changes_that_nobody_named,
         errors.TrajectoryError,
         ("a change of `2.weight`", "No more than 1.0%", "recorder.channel"),
+    ),
+    "a sum that is not the network's output": (
+        heun_of_changed_data,
+        errors.TrajectoryError,
+        ("off those of the network at the end of the record", "its outputs to rounding", "audit_every=1"),
     ),
     # recording: training data
     "data of unequal lengths": (
@@ -910,12 +1084,13 @@ def test_ids_that_are_none(ids) -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
 def test_wrong_ids_are_found_before_the_optimizer_moves(optimizer: str) -> None:
     scene = Scene(optimizer, steps=2)
-    for announced, used in (([3, 4, 5], [4, 5, 6]), ([3, 4], [3]), ([3], [3, 4])):
+    told = ("At step 2 the gradient differs", "the forward pass after it was of others", "6 of each were taken")
+    for words, announced, used in zip(told, ([3, 4, 5], [3, 4], [3]), ([4, 5, 6], [3], [3, 4]), strict=True):
         scene.recorder.batch(announced)
         scene.gradient(used)
         error = scene.refused(scene.optimizer.step)
         assert isinstance(error, errors.SampleIdError)
-        assert "At step 2 the gradient differs" in error.found
+        assert words in error.found
     scene.goes_on()
 
 
@@ -954,11 +1129,17 @@ def test_gradients_that_the_samples_do_not_explain(change) -> None:
 
 
 def test_a_loss_that_is_not_that_of_the_loop() -> None:
+    """The loop's own slopes are on record, so it may be another one; where no pass was seen it is refused."""
     scene = Scene(steps=0, loss=nn.CrossEntropyLoss(label_smoothing=0.3))
     scene.loss = CE
+    scene.step([3, 4])
     scene.recorder.batch([3, 4])
-    scene.gradient([3, 4])
-    assert isinstance(scene.refused(scene.optimizer.step), errors.SampleIdError)
+    scene.optimizer.zero_grad()
+    CE(scene.model.forward(scene.X[3:5]), scene.y[3:5]).backward()
+    error = scene.refused(scene.optimizer.step)
+    assert isinstance(error, errors.SampleIdError)
+    assert "No forward pass of the watched Sequential was seen for 1 of 1 batches" in error.found
+    scene.goes_on()
 
 
 def test_a_step_without_ids_moves_nothing() -> None:

@@ -322,7 +322,7 @@ def broken(run: Run, index: int, **changes: Any) -> None:
 def test_the_first_step_that_differs_is_named(index: int) -> None:
     run = train(Schedule(keyframes=EVERY))
     batch = run.inner[index].batches[0]
-    broken(run, index, batches=(replace(batch, targets=torch.zeros(5).long()),))
+    broken(run, index, batches=(replace(batch, cotangents=1.01 * batch.cotangents),))
     with pytest.raises(errors.TrajectoryError, match=f"Step {index} came out differently") as caught:
         run.trajectory.store.read(STEPS - 1 if index == STEPS - 1 else index)
     assert "rounding depends on the number of threads" in caught.value.expected
@@ -502,7 +502,7 @@ def test_notes_are_plain_numbers() -> None:
     run = train(Schedule(keyframes=EVERY), parts=3)
     notes = [Notes.of(step) for step in run.inner]
     assert [n.keyframe for n in notes] == [EVERY * (i // EVERY) for i in range(STEPS)]
-    assert {n.divisor for n in notes} == {3}
+    assert {n.divisor for n in notes} == {1}  # the slopes of each part's loss are on record as they were
     assert all(isinstance(value, int) for step in run.inner for value in step.frozen[NOTES].values())
 
 

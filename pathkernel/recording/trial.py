@@ -1,0 +1,91 @@
+"""Before the first step is taken: whether the run can be explained, by explaining a step of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from pathkernel.errors import PathKernelError, RecordingError, UnsupportedModelError
+from pathkernel.functional import ModelFunction, generators_untouched
+from pathkernel.gradient_source import weighted_sum
+from pathkernel.interrupts import attempt
+from pathkernel.pytrees import cast_floating, take
+from pathkernel.trajectory.gradients import EngineReplaced, Passes, RecordedGradients, samples_of
+from pathkernel.trajectory.step import Step
+from pathkernel.trajectory.stretch import stretch
+from pathkernel.trajectory.trajectory import Trajectory
+
+MEMORY = 2**28
+"""Bytes for gradients of samples."""
+
+FEW = 2
+"""Samples of the batch that stand for queries."""
+
+
+def try_out(trajectory: Trajectory, step: Step) -> None:
+    """Take a step apart sample by sample, and the gradients of a few outputs, as `KernelMachine.explain` will.
+
+    On a copy of the network; random generators are left as they are.
+
+    Parameters
+    ----------
+    trajectory
+        The record so far.
+    step
+        The step that is about to be taken: its batches and gradient.
+
+    Raises
+    ------
+    PathKernelError
+        What an explanation would raise after training.
+    UnsupportedModelError
+        For what torch raises there, with the cause.
+    """
+
+    def explained() -> None:
+        with generators_untouched():
+            if not getattr(trajectory.schedule, "weights_only", False):
+                _by_sample(trajectory, step)
+            _queries(trajectory.function().replaced(constants=step.buffers), step, trajectory)
+
+    ran = attempt(explained, (Exception,))
+    if isinstance(ran, RecordingError):
+        raise ran
+    if isinstance(ran, PathKernelError):
+        found = f"The first step cannot be explained: {ran.found}"
+        raise UnsupportedModelError(found, ran.expected, ran.write) from ran
+    if isinstance(ran, Exception):
+        raise UnsupportedModelError(
+            f"The first step cannot be explained: the network does not run again on its own samples "
+            f"({type(ran).__name__}: {str(ran)[:300]})",
+            "What was trained is run again when predictions are explained, sample by sample and in evaluation mode",
+            "Let `forward` depend on its inputs, parameters and buffers alone and take batches of any size; where the "
+            "loop gives it other inputs than the data, announce them with `recorder.batch(ids, inputs=x)`",
+        ) from ran
+
+
+def _by_sample(trajectory: Trajectory, step: Step) -> None:
+    one = stretch(trajectory, step.before, step)
+    gradients = RecordedGradients(one, one.function(), MEMORY)
+    largest = max(len(batch.ids) for batch in step.batches)
+    row = step.before.numel() * step.before.element_size()
+    passes = Passes(max(1, min(largest, MEMORY // max(1, row))), streamed=True)
+    for _ in range(2):  # rows that are not their samples' are formed in another way
+        try:
+            for stage in gradients.stages(replace(step, index=0), rows=True, passes=passes):
+                for _part in stage.parts:
+                    pass
+            return
+        except EngineReplaced:
+            continue
+
+
+def _queries(function: ModelFunction, step: Step, trajectory: Trajectory) -> None:
+    gradients = RecordedGradients(stretch(trajectory, step.before, step), function, MEMORY)
+    inputs, _ = samples_of(step.batches[0], trajectory.data)
+    few = cast_floating(take(inputs, slice(0, FEW)), function.dtype)
+    outputs = function.outputs(step.before, few)
+    weights = torch.zeros_like(outputs)
+    weights[:, 0] = 1
+    gradients.source.gradients(step.before, few, weighted_sum, weights, None, function).total()

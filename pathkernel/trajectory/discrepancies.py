@@ -1,0 +1,304 @@
+r"""Where steps on record are not what their update rule makes of the recorded gradients, and what was done instead.
+
+The rule carries the optimizer's memory m from gradient to gradient. Whoever edits that memory between two steps
+(sets momentum to zero, loads an older state), or moves the weights inside a step, leaves a difference
+
+.. math:: e_s = \Delta_s - \mathrm{step}(g_s, m_s)
+
+between the recorded displacement and the rule's. Beyond rounding it is found here and put down to one of three:
+
+- the memory was multiplied by one number κ before the step, zero included: the samples' part of it is multiplied as
+  well, and nothing is left without a name;
+- something was added to the memory: what the difference says, r with :math:`e_s = \partial\Delta/\partial m\; r`. It
+  acts on in the later steps as memory does, and what it does is ``"unexplained"``;
+- where the displacement does not tell what the memory was (a rule without memory, with several slots, or that mixes
+  entries), e_s itself is ``"unexplained"``.
+
+Gradients are those on record, not recomputed ones: what samples add up to is still to be compared with Δ_s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from tempfile import SpooledTemporaryFile
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pathkernel.trajectory.step import Step
+from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.update_rules.rule import Frozen, Memory, Settings, UpdateRule
+
+HELD = 2**24
+"""Bytes of differences that are held in memory; more of them lie in a temporary file."""
+
+ROUNDINGS = 128.0
+"""Roundings of a displacement, of the size that displacements had lately, up to which a difference is rounding.
+
+Moments and denominators are rounded several times a step, and a moment carries its roundings on for some 10 steps.
+"""
+
+ROUNDINGS_OF_PARAMETERS = 2.0
+"""Roundings of the parameters: of θ once when the displacement is added, and once more where decay multiplies it."""
+
+FORGOTTEN = 0.999
+"""By how much, from one step to the next, the size that displacements had is forgotten: as slowly as any memory."""
+
+PLAUSIBLE = 1e6
+"""Sizes of the memory beyond which what was added to it is not found from the displacement.
+
+Where the step hardly depends on its memory (a learning rate near 0), the memory that would explain a difference is
+huge, and would cancel in the next step at the cost of all digits.
+"""
+
+
+@dataclass(frozen=True)
+class Discrepancy:
+    """What a step did beyond its rule, by parameter name.
+
+    Attributes
+    ----------
+    scale
+        By what the memory was multiplied before the step.
+    memory
+        What was added to the memory (after that), in the parameter's shape, float64.
+    displacement
+        What was added to the displacement.
+    """
+
+    scale: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    displacement: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.scale or self.memory or self.displacement)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """One parameter in one step, as its rule has it and as it was."""
+
+    rule: UpdateRule
+    frozen: Frozen
+    settings: Settings
+    gradient: Tensor
+    sources: Tensor
+    moved: Tensor
+    memory: Memory
+    rounding: float
+    epsilon: float
+
+    def difference(self, memory: Memory) -> tuple[Tensor, Memory]:
+        """Δ − step(g, m), and m⁺."""
+        delta, after = self.rule.step(self.gradient, memory, self.frozen, self.settings)
+        return self.moved - delta - self.sources, after
+
+    def of_memory(self, memory: Tensor) -> Tensor:
+        """What memory in the one slot does to the displacement: step(0, m)."""
+        return self.rule.step(torch.zeros_like(self.gradient), (memory,), self.frozen, self.settings)[0]
+
+
+class Discrepancies:
+    """Compares the steps of a record with their rule, in their order.
+
+    Parameters
+    ----------
+    trajectory
+        The record.
+
+    Attributes
+    ----------
+    length
+        Steps of the record when it was met.
+    rounding
+        Size of the differences that were rounding, added up over the steps as vectors: ‖Σ_s e_s‖.
+
+    Notes
+    -----
+    Time per step: one evaluation of the rule. Memory: that of the optimizer, and θ once more, while steps are met.
+    """
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        self.trajectory, self.length, self.rounding = trajectory, len(trajectory), 0.0
+        layout = trajectory.layout
+        self._shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        self._epsilon = torch.finfo(trajectory.precision).eps
+        self._scales: dict[int, Mapping[str, float]] = {}
+        self._places: dict[int, dict[str, list[tuple[str, int]]]] = {}
+        self._file: IO[bytes] | None = None
+        self._memory: dict[str, Memory] = {}
+        self._lately: dict[str, float] = {}
+        self._left = torch.zeros(0, dtype=torch.float64)
+        self._sizes: dict[int, dict[str, float]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sizes)
+
+    def meet(self, steps: Iterable[Step]) -> None:
+        """Compare all steps of the record; what comes after them is read and left alone."""
+        self._memory = {
+            name: tuple(slot.double().reshape(self._shapes[name]) for slot in held)
+            for name, held in self.trajectory.initial_memory.items()
+        }
+        self._left = torch.zeros(self.trajectory.layout.size, dtype=torch.float64)
+        comparable = self.trajectory.rule.stages == 1  # gradients at further stages are not on record
+        for index, step in enumerate(steps):
+            if comparable and index < self.length:
+                self._compare(step)
+        self.rounding = self._left.norm().item()
+        self._memory, self._lately, self._left = {}, {}, self._left[:0].clone()
+
+    def of(self, step: Step) -> Discrepancy:
+        """What a step did beyond its rule: nothing, as a rule."""
+        if step.index not in self._sizes:
+            return Discrepancy()
+        found = {
+            kind: {name: self._read(name, place) for name, place in places}
+            for kind, places in self._places.get(step.index, {}).items()
+        }
+        return Discrepancy(self._scales.get(step.index, {}), **found)
+
+    def largest(self) -> tuple[float, int, str]:
+        """How far the step that did most without a name moved a parameter beyond its rule, the step, the parameter."""
+        sizes = [(size, s, name) for s, own in self._sizes.items() for name, size in own.items() if s in self._places]
+        return max(sizes, default=(0.0, -1, ""))
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _compare(self, step: Step) -> None:
+        moves = {name: self._move(name, step) for name in self._shapes if name in step.active}
+        differences, carried, beyond = {}, {}, {}
+        for name, move in moves.items():
+            differences[name], carried[name] = move.difference(move.memory)
+            size = differences[name].norm().item()
+            if not size <= move.rounding:
+                beyond[name] = size
+        found = Discrepancy()
+        if beyond:
+            found = self._explained(moves, differences, tuple(beyond))
+            for name in {*found.scale, *found.memory}:
+                differences[name], carried[name] = moves[name].difference(_edited(found, name, moves[name].memory))
+            differences |= {name: differences[name] - shift for name, shift in found.displacement.items()}
+        still = self._moved_without_gradient(step)
+        found = Discrepancy(found.scale, found.memory, {**found.displacement, **still})
+        self._memory |= carried
+        for name, difference in differences.items():
+            self._left[self.trajectory.layout.slices[name]] += difference.reshape(-1)
+        if found:
+            self._keep(step.index, found, beyond | {name: shift.norm().item() for name, shift in still.items()})
+
+    def _move(self, name: str, step: Step) -> _Move:
+        rule, where, shape = self.trajectory.rule, self.trajectory.layout.slices[name], self._shapes[name]
+        settings, frozen = step.hyperparameters_of(name), step.frozen[name]
+        theta = step.before[where].double().reshape(shape)
+        moved = step.after[where].double().reshape(shape) - theta
+        gradient = step.gradient[where].double().reshape(shape)
+        for term in rule.gradient_sources(theta, frozen, settings).values():
+            gradient = gradient + term
+        sources = torch.zeros_like(theta)
+        for term in rule.displacement_sources(theta, frozen, settings).values():
+            sources = sources + term
+        memory = self._memory.get(name) or tuple(torch.zeros_like(theta) for _ in rule.memory)
+        self._lately[name] = lately = max(FORGOTTEN * self._lately.get(name, 0.0), moved.norm().item())
+        rounding = self._epsilon * (ROUNDINGS_OF_PARAMETERS * theta.norm().item() + ROUNDINGS * lately)
+        return _Move(rule, frozen, settings, gradient, sources, moved, memory, rounding, self._epsilon)
+
+    def _moved_without_gradient(self, step: Step) -> dict[str, Tensor]:
+        """Displacements of parameters that the optimizer skips."""
+        found = {}
+        for name, where in self.trajectory.layout.slices.items():
+            if name not in step.active and not torch.equal(step.after[where], step.before[where]):
+                moved = step.after[where].double() - step.before[where].double()
+                found[name] = moved.reshape(self._shapes[name])
+        return found
+
+    def _explained(
+        self, moves: Mapping[str, _Move], differences: Mapping[str, Tensor], beyond: tuple[str, ...]
+    ) -> Discrepancy:
+        """Put differences beyond rounding down to the memory, as far as they tell what it was."""
+        rule = self.trajectory.rule
+        if not rule.elementwise or len(rule.memory) != 1:
+            return Discrepancy(displacement={name: differences[name] for name in beyond})
+        scale = _common_scale(moves, differences, beyond)
+        if scale:
+            return Discrepancy(scale)
+        memory: dict[str, Tensor] = {}
+        displacement: dict[str, Tensor] = {}
+        for name in beyond:
+            added, rest = _added(moves[name], differences[name])
+            memory |= {} if added is None else {name: added}
+            displacement |= {} if rest is None else {name: rest}
+        return Discrepancy({}, memory, displacement)
+
+    # -- what was found lies in a file ---------------------------------------------------------------------------------
+
+    def _keep(self, index: int, found: Discrepancy, sizes: Mapping[str, float]) -> None:
+        self._sizes[index] = dict(sizes)
+        if found.scale:
+            self._scales[index] = found.scale
+        if self._file is None:
+            self._file = SpooledTemporaryFile(HELD)  # noqa: SIM115  # for as long as this object lives
+        for kind in ("memory", "displacement"):
+            for name, vector in getattr(found, kind).items():
+                place = self._file.seek(0, 2)
+                self._file.write(vector.contiguous().numpy().tobytes())
+                self._places.setdefault(index, {}).setdefault(kind, []).append((name, place))
+
+    def _read(self, name: str, place: int) -> Tensor:
+        assert self._file is not None
+        shape = self._shapes[name]
+        self._file.seek(place)
+        values = np.frombuffer(bytearray(self._file.read(8 * shape.numel())), dtype=np.float64)
+        return torch.from_numpy(values).reshape(shape)
+
+
+def _edited(found: Discrepancy, name: str, memory: Memory) -> Memory:
+    """The memory that a step really began with."""
+    edited = tuple(found.scale.get(name, 1.0) * slot for slot in memory)
+    return (edited[0] + found.memory[name],) if name in found.memory else edited
+
+
+def _common_scale(
+    moves: Mapping[str, _Move], differences: Mapping[str, Tensor], beyond: tuple[str, ...]
+) -> dict[str, float]:
+    """κ by parameter, where one number for all that differ leaves rounding alone; empty where none does.
+
+    One number alone: every single entry could be multiplied by a number of its own.
+    """
+    acted = {name: moves[name].of_memory(moves[name].memory[0]) for name in moves}
+    squared = sum(acted[name].square().sum().item() for name in beyond)
+    if not (squared > 0 and sum(acted[name].numel() for name in beyond) > 1):
+        return {}
+    excess = sum((acted[name] * differences[name]).sum().item() for name in beyond) / squared
+
+    def rest(name: str, excess: float) -> float:
+        """What is left of a difference beyond what the memory's own roundings leave."""
+        left = (differences[name] - excess * acted[name]).norm().item()
+        return left - ROUNDINGS * moves[name].epsilon * acted[name].norm().item()
+
+    for value in (-1.0, excess):  # set to zero; or any other number
+        if all(rest(name, value) <= moves[name].rounding for name in beyond):
+            found = dict.fromkeys(beyond, 1.0 + value)
+            # Where the memory hardly acts, both hypotheses leave rounding: an edit of all parameters is likelier.
+            for name in moves.keys() - found.keys():
+                left = (differences[name] - value * acted[name]).norm().item()
+                if left <= differences[name].norm().item():
+                    found[name] = 1.0 + value
+            return found
+    return {}
+
+
+def _added(move: _Move, difference: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """What was added to the memory, and what is left of the difference where the step does not depend on it."""
+    rate = move.of_memory(torch.ones_like(difference))
+    added = torch.where(rate == 0, 0.0, difference / torch.where(rate == 0, 1.0, rate))
+    after = move.rule.step(move.gradient, move.memory, move.frozen, move.settings)[1]
+    size = move.memory[0].norm().item() + after[0].norm().item()
+    if not (math.isfinite(added.norm().item()) and 0 < added.norm().item() <= PLAUSIBLE * size):
+        return None, difference
+    rest = torch.where(rate == 0, difference, 0.0)
+    return added, rest if rest.any() else None
