@@ -35,12 +35,13 @@ from _faults_disk import FAULTS as DISK
 from _faults_files import FAULTS as FILES
 from _faults_hostile import FAULTS as HOSTILE
 from _faults_killed import FAULTS as KILLED
+from _faults_left_open import FAULTS as LEFT_OPEN
 from _faults_loop import FAULTS as LOOP
 from _faults_moments import FAULTS as MOMENTS
 from _faults_names import FAULTS as NAMES
 from _faults_table import Bench, Tally
 
-FAULTS = [*KILLED, *MOMENTS, *DISK, *FILES, *HOSTILE, *NAMES, *LOOP]
+FAULTS = [*KILLED, *MOMENTS, *DISK, *FILES, *HOSTILE, *NAMES, *LOOP, *LEFT_OPEN]
 LINE = "{:<44} {:>7} {:>9} {:>5} {:>6} {:>7} {:>9} {:>8}  {}"
 
 

@@ -40,6 +40,8 @@ class Account:
     split_error
         Of the batches that the shares are of, by `pathkernel.trajectory.gradients.SplitCertificate`, (Q,); NaN where it
         was not measured.
+    samples_checked
+        Part of the gradients in which a wrong sample would have been seen, (Q,); see the same.
     """
 
     channels: dict[str, Tensor]
@@ -52,6 +54,7 @@ class Account:
     form: Form | None = None
     shares_error: Tensor | None = None
     split_error: Tensor | None = None
+    samples_checked: Tensor | None = None
 
     @classmethod
     def opened(cls, initial: Tensor) -> Account:
@@ -110,6 +113,7 @@ def joined(accounts: Iterable[Account], queries: int) -> Account:
         form=None if found[0].form is None else join_forms([a.form for a in found if a.form is not None]),
         shares_error=_joined([a.shares_error for a in found]),
         split_error=_joined([a.split_error for a in found]),
+        samples_checked=_joined([a.samples_checked for a in found]),
     )
 
 
@@ -130,7 +134,12 @@ def arrays_of(account: Account) -> dict[str, np.ndarray]:
         **{f"channel {name}": value for name, value in account.channels.items()},
         **{f"module {name}": value for name, value in account.modules.items()},
     }
-    optional = {"steps": account.steps, "shares error": account.shares_error, "split error": account.split_error}
+    optional = {
+        "steps": account.steps,
+        "shares error": account.shares_error,
+        "split error": account.split_error,
+        "samples checked": account.samples_checked,
+    }
     arrays |= {name: value for name, value in optional.items() if value is not None}
     return {name: value.numpy() for name, value in arrays.items()}
 
@@ -151,4 +160,5 @@ def account_of(arrays: Mapping[str, np.ndarray]) -> Account:
         steps=tensors.get("steps"),
         shares_error=tensors.get("shares error"),
         split_error=tensors.get("split error"),
+        samples_checked=tensors.get("samples checked"),
     )

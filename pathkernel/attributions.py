@@ -97,6 +97,11 @@ class Attributions:
         How well the gradients of the training samples belong to them: rows of some batches against forward passes of
         the batches as they ran, see `pathkernel.trajectory.gradients.SplitCertificate`. At rounding where they do, of
         the order of 1 where a network's samples get each other's; NaN where it could not be measured.
+    samples_checked
+        In what part of the steps a wrong training sample would have been noticed, by comparing the recorded gradient
+        with that of its samples: 1 but where clipping leaves too little to compare, as clipping by value below every
+        entry leaves signs alone, and a single parameter its sign. NaN where gradients are not on record for comparison
+        (optimizers that take several in one step).
     engine
         How the gradients of the training samples were formed: ``"layerwise"``, ``"jacobian"``, ``"autograd"``.
     form
@@ -116,6 +121,7 @@ class Attributions:
     steps: np.ndarray | None = field(default=None, repr=False)
     form: Form | None = field(default=None, repr=False)
     split_error: float = float("nan")
+    samples_checked: float = float("nan")
     engine: str = ""
 
     @property
@@ -216,10 +222,12 @@ class Attributions:
         errors = f"quadrature error {np.median(self.quadrature_error):.1e}"
         if self.shares_error is not None:
             errors += f", shares error {np.median(self.shares_error):.1e}"
+        told = np.isnan(self.samples_checked) or self.samples_checked == 1
+        checked = "" if told else f", samples checked in {self.samples_checked:.0%} of the steps"
         return (
             f"Attributions({q} queries × {n} training samples, channels: {', '.join(self.channels)}; "
             f"residual {self.relative_residual:.1e}, {errors} (median), "
-            f"split error {'not checked' if np.isnan(self.split_error) else format(self.split_error, '.1e')})"
+            f"split error {'not checked' if np.isnan(self.split_error) else format(self.split_error, '.1e')}{checked})"
         )
 
 

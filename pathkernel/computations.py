@@ -311,3 +311,22 @@ def _read_blocks(group: Group, sizes: Sequence[int]) -> dict[str, np.ndarray]:
             rows.append(np.zeros((size, *array.chunks[1:])) if checksum is None else array.read(where, checksum)[:size])
         result[name] = np.concatenate(rows)
     return result
+
+
+def check_arrays(
+    store: str | os.PathLike[str],
+    kept: Mapping[str, np.ndarray],
+    rows: int,
+    named: Mapping[str, tuple[int, ...]],
+    what: str,
+) -> None:
+    """Refuse a store whose arrays are none that a computation has: another number of rows, or some missing.
+
+    Raises
+    ------
+    CorruptBlockError
+        Naming the store.
+    """
+    right = all(name in kept and kept[name].shape == (rows, *shape) for name, shape in named.items())
+    if not right or any(values.shape[:1] != (rows,) for values in kept.values()):
+        raise damaged(Path(store), f"holds other arrays than {what} has")

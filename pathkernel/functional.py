@@ -13,7 +13,7 @@ import math
 import random
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -434,7 +434,7 @@ def sample_gradients(
     """
     inputs = cast_floating(inputs, function.dtype)
     arguments = vector, inputs, functional, context, scalar
-    key = _route_key(function, inputs, context, scalar)
+    key = _route_key(function, inputs, functional, context, scalar)
     if route is None and function.row_routes.get(key) != "autograd":
         rows = attempt(lambda: _gradients_at_once(function, *arguments), REFUSALS)
         if not isinstance(rows, Exception):
@@ -449,9 +449,21 @@ def sample_gradients(
     return _gradients_in_turn(function, *arguments)
 
 
-def _route_key(function: ModelFunction, inputs: PyTree, context: PyTree, scalar: bool) -> tuple[Any, ...]:
+def _route_key(
+    function: ModelFunction, inputs: PyTree, functional: OutputFunctional, context: PyTree, scalar: bool
+) -> tuple[Any, ...]:
     leaves = [leaf for leaf in pytree.tree_leaves((inputs, context)) if isinstance(leaf, Tensor)]
-    return (function.layout.names, function.tap, scalar, *((leaf.shape, leaf.dtype) for leaf in leaves))
+    shapes = ((leaf.shape, leaf.dtype) for leaf in leaves)
+    return (function.layout.names, function.tap, scalar, _known_again(functional), *shapes)
+
+
+def _known_again(functional: Any) -> Any:
+    """What a function does as far as its code and the functions that it closes over say; equal for equal ones."""
+    code = getattr(functional, "__code__", None)
+    if code is None:
+        return functional if isinstance(functional, Hashable) else object()
+    cells = (cell.cell_contents for cell in functional.__closure__ or ())
+    return (code, *(_known_again(held) for held in cells if callable(held)))
 
 
 def _gradients_at_once(
@@ -667,13 +679,22 @@ def gradients_along(
     def at(time: Tensor, sample: PyTree, sample_context: PyTree) -> tuple[Tensor, Tensor]:
         return grad(h, has_aux=True)(start + time * displacement, sample, sample_context)
 
-    key = _route_key(function, inputs, context, True)
-    if (*key, 1) not in function.row_routes and function.row_routes.get(key) != "autograd":
-        sample_gradients(function, start, inputs, functional, context, scalar=True)  # decides whether `vmap` is right
-    if function.row_routes.get(key) != "autograd":
+    def together(moments: Tensor) -> tuple[Tensor, Tensor]:
         with function.running(), _QUIET_FALLBACKS:
-            rows, values = vmap(at)(times.to(function.dtype), inputs, context)
+            rows, values = vmap(at)(moments.to(function.dtype), inputs, context)
         return values.detach(), rows.detach()
+
+    key = _route_key(function, inputs, functional, context, True)
+    along = ("along", *key)
+    if along not in function.row_routes:
+        # Rows at one θ are compared with the network run forward; with a θ for each sample, with these.
+        rows = function.layout.flatten(sample_gradients(function, start, inputs, functional, context, scalar=True))
+        at_start = attempt(lambda: together(torch.zeros_like(times))[1], REFUSALS)
+        apart = (at_start - rows).abs().max().item() if isinstance(at_start, Tensor) else math.inf
+        right = apart <= ROW_LIMIT.get(function.dtype, 0.0) * max(rows.abs().max().item(), torch.finfo(rows.dtype).tiny)
+        function.row_routes[along] = "vmap" if right else "autograd"
+    if function.row_routes[along] == "vmap":
+        return together(times)
     found = []
     for i, time in enumerate(times.tolist()):
         one = slice(i, i + 1)

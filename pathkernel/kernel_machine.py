@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -403,6 +402,7 @@ class KernelMachine:
             steps=None if account.steps is None else account.steps.numpy(),
             form=account.form,
             split_error=_largest(account.split_error),
+            samples_checked=_least(account.samples_checked),
             engine=", ".join(sorted(self._recorded.certificate.engines)),
         )
         tolerance = self.quadrature.tolerance if isinstance(self.quadrature, Adaptive) else 0.0
@@ -552,7 +552,6 @@ class KernelMachine:
     def _stored(self, store: str | os.PathLike[str], queries: Queries, asked: Asked) -> Account:
         """The same, block by block in a store."""
         from pathkernel import computations  # not before it is needed: what writes to disk takes a second to load
-        from pathkernel.storage import damaged
 
         check(
             self.form not in BUILDERS,
@@ -570,10 +569,8 @@ class KernelMachine:
             sizes,
             lambda index: arrays_of(self._backward(queries.block(pieces[index]), asked)),
         )
-        shape = len(queries), len(self.trajectory.data)
-        right = {"shares", "missed", "short", "evaluations"} <= kept.keys() and kept["shares"].shape == shape
-        if not right or any(values.shape[:1] != shape[:1] for values in kept.values()):
-            raise damaged(Path(store), "holds other arrays than an explanation has")
+        named = {"missed": (), "short": (), "evaluations": (), "shares": (len(self.trajectory.data),)}
+        computations.check_arrays(store, kept, len(queries), named, "an explanation")
         return account_of(kept)
 
     def _identity(self, queries: Queries, wanted: Asked) -> dict[str, Any]:
@@ -698,7 +695,9 @@ class KernelMachine:
             curve.quadrature = noted
         account = backward_sweep(curve, self._recorded, asked.by, builder, self.progress, plan.cuts)
         account.form = None if builder is None else builder.finish()
-        account.split_error = torch.full_like(account.missed, self._recorded.certificate.error)
+        certificate = self._recorded.certificate
+        account.split_error = torch.full_like(account.missed, certificate.error)
+        account.samples_checked = torch.full_like(account.missed, certificate.samples_checked)
         if asked.verify:
             curve.quadrature = AveragingError(noted)
             account.shares_error = self._shares_error(curve, account, plan)
@@ -717,6 +716,11 @@ class KernelMachine:
             f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{weights}: exact "
             f"for every recorded step; {FORMS[self.form]}; not symmetric, so not a kernel for scikit-learn)"
         )
+
+
+def _least(parts: Tensor | None) -> float:
+    """The least of those that are known; NaN where none is."""
+    return float("nan") if parts is None else -_largest(-parts)
 
 
 def _largest(errors: Tensor | None) -> float:

@@ -174,6 +174,7 @@ class StreamingShares(StepObserver):
             quadrature_error=missed / moved,
             gradients_per_step=before.gradients_per_step + own.gradients_per_step,
             split_error=float(np.fmax(before.split_error, own.split_error)),
+            samples_checked=before.samples_checked + (own.samples_checked - before.samples_checked) / self._steps,
         )
 
     @property

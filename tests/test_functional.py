@@ -86,6 +86,48 @@ def test_gradients_at_a_time_of_their_own_are_proved_once(monkeypatch: pytest.Mo
     assert len(calls) == 1
 
 
+def test_another_function_of_the_outputs_is_proved_anew() -> None:
+    """`vmap` of PReLU is wrong for as many samples as channels; that plain outputs were right says nothing of it."""
+    model, X, slope = make_model(), make_inputs(3), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    function, theta = function_of(model)
+    context = torch.zeros(3, 0)
+
+    def bent(z: torch.Tensor, _: Any) -> torch.Tensor:
+        return nn.functional.prelu(z[None] - 10, slope)[0]
+
+    for functional in (lambda z, _: z, bent):
+        found = function.layout.flatten(sample_gradients(function, theta, X, functional, context, scalar=False))
+        in_turn = sample_gradients(function, theta, X, functional, context, scalar=False, route="autograd")
+        torch.testing.assert_close(found, function.layout.flatten(in_turn), rtol=0, atol=DOUBLE.rounding)
+    known = len(function.row_routes)
+    sample_gradients(function, theta, X, lambda z, _: z + 0, context, scalar=False)
+    assert len(function.row_routes) > known
+
+
+def test_gradients_at_times_are_compared_with_those_at_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transformation that is right for one θ may be wrong for a θ of each sample: then a loop."""
+    X = make_inputs(3)
+    function, theta = function_of(make_model())
+    times, context = torch.tensor([0.0, 0.3, 1.0]).double(), torch.zeros(3, 0)
+    right = gradients_along(function, theta, theta, times, X, lambda z, _: z[1], context)
+    vmap = torch.func.vmap
+
+    def broken(call: Any, in_dims: Any = 0, **options: Any) -> Any:
+        mapped = vmap(call, in_dims=in_dims, **options)
+
+        def at(*arguments: Any) -> Any:
+            found = mapped(*arguments)
+            return (found[0].roll(1, 0), found[1]) if call.__name__ == "at" else found
+
+        return at
+
+    monkeypatch.setattr("pathkernel.functional.vmap", broken)
+    function, theta = function_of(make_model())
+    found = gradients_along(function, theta, theta, times, X, lambda z, _: z[1], context)
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=DOUBLE.rounding)
+
+
 def test_flat_and_named_are_the_same_numbers() -> None:
     named = dict(make_model("conv_group_norm").named_parameters())
     layout = ParameterLayout.of(named)

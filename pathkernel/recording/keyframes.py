@@ -14,12 +14,9 @@ from torch.optim import Optimizer
 
 from pathkernel.recording.audit import is_due
 from pathkernel.recording.live import LiveParameters
-from pathkernel.trajectory.replay import Notes, Replay, abridged, state_of
+from pathkernel.trajectory.replay import Notes, Replay, abridged, checksum, state_of
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
-
-GLANCE = 256
-"""Entries of each parameter that are compared before every step."""
 
 STORED = 0
 """Divisor of steps whose gradient is stored, since a replay does not find it."""
@@ -37,6 +34,7 @@ class Mark(NamedTuple):
 
     tensor: weakref.ref[Tensor]
     version: int
+    contents: int | None = None
 
     def fits(self, gradient: Tensor) -> bool:
         """Whether it is still the same."""
@@ -46,9 +44,10 @@ class Mark(NamedTuple):
 class GradientWatch:
     """Tells whether gradients were touched between their arrival and the step.
 
-    Clipping, unscaling, noise and the like write on gradients in place, which torch counts, or put others there.
-    Normally one parameter has a hook, which has all gradients looked at when the backward pass ends. Where that does
-    not tell (a pass that leaves this parameter out, or gradients that are indeed touched), every parameter gets one.
+    Clipping, unscaling, noise and the like write on gradients in place, or put others there. torch counts the former,
+    but not through ``.data``, so checksums are compared, too. Normally one parameter has a hook, which has all
+    gradients looked at when the backward pass ends. Where that does not tell (a pass that leaves it out, or gradients
+    that are indeed touched), every parameter gets one.
 
     Parameters
     ----------
@@ -62,6 +61,7 @@ class GradientWatch:
         self._handles: dict[int, Any] = {}
         self._arrived: dict[int, Mark] = {}
         self._old: dict[int, Mark] = {}
+        self._contents: int | None = None
 
     def listen(self) -> None:
         """A step has been taken or will be: hook on to the parameters, and know gradients from before again."""
@@ -80,18 +80,28 @@ class GradientWatch:
         """Take the hooks off."""
         for handle in self._handles.values():
             handle.remove()
-        self._handles, self._arrived, self._old = {}, {}, {}
+        self._handles, self._arrived, self._old, self._contents = {}, {}, {}, None
 
-    def touched(self) -> bool:
-        """Whether some gradient is not what arrived; forgets what arrived."""
+    def touched(self, checksum_now: int | None) -> bool:
+        """Whether some gradient is not what arrived; forgets what arrived.
+
+        Parameters
+        ----------
+        checksum_now
+            That of the gradient, None where it arrives inside the step; see `LiveParameters.gradient_checksum`.
+        """
         arrived, self._arrived = self._arrived, {}
-        for key, gradient in self._present():
+        contents, self._contents = self._contents, None
+        present = self._present()
+        for key, gradient in present:
             if key not in arrived or not arrived[key].fits(gradient):
                 self._everywhere = True
                 return True
             if key in self._old and self._old[key].fits(gradient):  # was there before
                 return True
-        return False
+        if self._everywhere:
+            return any(arrived[key].contents != checksum([gradient]) for key, gradient in present)
+        return None not in (contents, checksum_now) and contents != checksum_now
 
     def _present(self) -> list[tuple[int, Tensor]]:
         return [(id(p), p.grad) for p in self.live.named.values() if p.grad is not None]
@@ -103,10 +113,11 @@ class GradientWatch:
         if not self._everywhere:
             torch.autograd.Variable._execution_engine.queue_callback(self._all_arrived)
         elif (gradient := parameter.grad) is not None:
-            self._arrived[id(parameter)] = Mark(weakref.ref(gradient), gradient._version)
+            self._arrived[id(parameter)] = Mark(weakref.ref(gradient), gradient._version, checksum([gradient]))
 
     def _all_arrived(self) -> None:
         self._arrived = self._marks()
+        self._contents = self.live.gradient_checksum()
 
 
 class KeyframeKeeper:
@@ -145,7 +156,6 @@ class KeyframeKeeper:
         self._warned: set[str] = set()
         self._start: int | None = None
         self._checksum: int | None = None
-        self._seen: tuple[list[tuple[int, int]], int] | None = None
         self._opened = OpenReplay()
 
     # -- the life of a recording --------------------------------------------------------------------------------
@@ -165,19 +175,20 @@ class KeyframeKeeper:
     def moved(self) -> bool:
         """Whether θ is no longer what it was when this was last asked, or after the last step.
 
-        torch counts what is written on a tensor, but for what is written through ``.data``. That is looked for at the
-        beginning of each parameter; elsewhere it is found when the step is replayed, and refused.
+        All of θ is looked at: torch does not count what is written through ``.data`` (nor what fused optimizers write),
+        and a change that is missed cannot be replayed.
         """
-        seen, self._seen = self._seen, self._glance()
-        if seen == self._seen:
-            return False
         before, self._checksum = self._checksum, self.live.checksum()
         return before != self._checksum
 
-    def _glance(self) -> tuple[list[tuple[int, int]], int]:
-        """Where parameters lie, how often they were written on, and how they begin."""
-        places = [(p.data_ptr(), p._version) for p in self.live.named.values()]
-        return places, self.live.checksum(GLANCE)
+    def warn_of_change(self, index: int) -> None:
+        """Say once that θ is stored where it is changed outside the optimizer and under no name."""
+        self._warn(
+            "change",
+            f"Weights were changed outside the optimizer before step {index}",
+            "A replay cannot change them again; so θ is stored in full wherever that happens, and the change is booked "
+            'as "unexplained" unless it is made inside `with recorder.channel("name")`',
+        )
 
     # -- before the step ----------------------------------------------------------------------------------------
 
@@ -204,7 +215,8 @@ class KeyframeKeeper:
         if self._start is None or index - self._start >= self.every:
             self._start = index
         live = self.live
-        touched = self.watch.touched() or edited
+        received = live.gradient_checksum() if known else None
+        touched = self.watch.touched(received) or edited
         kind = (touched, live.active(), *map(_kind, batches)) if known else None
         trial = due or kind not in self._divisors
         stored = known and (touched or self._divisors.get(kind) == STORED)
@@ -214,8 +226,7 @@ class KeyframeKeeper:
             self._opened.state = state_of(self.optimizer, live.named)
         if stored or (trial and known):
             self._opened.gradient = live.gradient()
-        if known:
-            self._opened.received = live.gradient_checksum()
+        self._opened.received = received
         self.is_open = not trial
         return self.vectors
 
@@ -259,7 +270,7 @@ class KeyframeKeeper:
     def after(self, step: Step) -> Step:
         """What is kept of a step, in full where it was tried out."""
         self.is_open = False
-        self._checksum, self._seen = self.live.checksum(), self._glance()
+        self._checksum = self.live.checksum()
         self.watch.listen()
         opened = self._opened
         assert self._start is not None

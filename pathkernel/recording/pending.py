@@ -123,7 +123,7 @@ class PendingBatches:
     def stop(self) -> None:
         """Take all hooks off and forget what was announced."""
         self.watcher.stop()
-        self._forget()
+        self.forget()
 
     def listen(self) -> None:
         """Be told of gradients; parameters that are unfrozen or added on the way are met here."""
@@ -171,10 +171,11 @@ class PendingBatches:
     def take(self) -> tuple[MicroBatch, ...]:
         """The batches of a step; nothing is pending afterwards."""
         taken = self.batches
-        self._forget()
+        self.forget()
         return taken
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of what was announced."""
         self._announced, self._strangers, self._taken, self._unseen_gradients = [], [], None, {}
         self.watcher.differentiated = set()
 

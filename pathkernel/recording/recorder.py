@@ -28,6 +28,7 @@ from pathkernel.recording.indexed import indexed_loader
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
+from pathkernel.recording.open_recorders import OPEN, caller, make_way, say_that_it_was_forked
 from pathkernel.recording.pending import PendingBatches, checked_ids
 from pathkernel.recording.readings import Reading, StepHooks, TakenStep, best_reading, readings
 from pathkernel.recording.trial import try_out
@@ -225,11 +226,13 @@ class KernelRecorder:
         self._gradient_changes: dict[str, Tensor] = {}
         self._end_of_steps = initial
         self._checked = self._tried = False
+        self._process, self._begun, self._in_with, self._told = os.getpid(), "", False, False
 
     # -- the life of a recording ------------------------------------------------------------------------------
 
     def __enter__(self) -> KernelRecorder:
         self.start()
+        self._in_with = True
         return self
 
     def __exit__(
@@ -245,6 +248,8 @@ class KernelRecorder:
         """Hook into the optimizer; the first call fixes θ_0."""
         if self._handles:
             return
+        make_way(self)
+        self._begun, self._process, self._in_with = caller(), os.getpid(), False
         try:
             with held():
                 self._start()
@@ -272,6 +277,7 @@ class KernelRecorder:
         self._pending.start()
         if self._keyframes is not None:
             self._keyframes.start()
+        OPEN.add(self)
 
     def _follow(self, schedule: RecordingLevel, averages: bool) -> KeyframeKeeper | None:
         """Let the store keep what the schedule says."""
@@ -313,6 +319,23 @@ class KernelRecorder:
                 self._let_go()
         return self._trajectory
 
+    def flush(self) -> int:
+        """Wait until all that was recorded is on disk, as before a checkpoint is saved; recording goes on.
+
+        A process that is killed later can go on from here: steps, changes outside the optimizer since the last of them,
+        averages and buffers are written. Where steps are kept in memory there is nothing to wait for.
+
+        Returns
+        -------
+        How many steps are on record, and on disk where there is a store; fewer than were taken where the disk gave out,
+        or where `Schedule(every=…)` joins them: the stretch at hand ends here.
+        """
+        with held():
+            self._take_stock()
+            if self._handles:
+                self._trajectory.store.write_end()
+        return len(self._trajectory)
+
     def _note_outputs(self) -> None:
         """Put on record what the network makes of a few samples at the end."""
         trajectory = self._trajectory
@@ -323,6 +346,7 @@ class KernelRecorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        OPEN.discard(self)
         self._pending.stop()
         if self._keyframes is not None:
             self._keyframes.stop()
@@ -521,6 +545,8 @@ class KernelRecorder:
         keeper = self._keyframes
         if keeper.moved() if keeper is not None else not self._live.is_at(self._last_point()):
             self._changes.append((name, self._live.vector()))
+            if keeper is not None and name == "unexplained":
+                keeper.warn_of_change(self._taken)
 
     def _last_point(self) -> Tensor:
         return self._changes[-1][1] if self._changes else self._end_of_steps
@@ -533,8 +559,9 @@ class KernelRecorder:
 
     def _see_before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         last = all([hooks.step_begins() for hooks in self._handles])
-        if self._trajectory.store.stopped:  # the disk gave out; training goes on
-            self._pending.take()
+        if self._trajectory.store.stopped:  # the disk gave out, or this is a forked child; training goes on
+            say_that_it_was_forked(self)
+            self._pending.forget()
             return
         self._check_parameters()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer first
@@ -602,7 +629,7 @@ class KernelRecorder:
 
     def _after_replayed(self, keeper: KeyframeKeeper) -> None:
         if getattr(self.optimizer, "found_inf", None) is not None and not keeper.moved():
-            self._pending.take()
+            self._pending.forget()
             self._forget_edits()
             return
         self._check_pending()
@@ -639,7 +666,7 @@ class KernelRecorder:
         trajectory = self._trajectory
         if getattr(optimizer, "found_inf", None) is not None and self._live.is_at(before):
             # A fused optimizer skipped a step that overflowed under loss scaling.
-            self._pending.take()
+            self._pending.forget()
             self._forget_edits()
             return
         self._check_pending()

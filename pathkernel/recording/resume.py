@@ -173,12 +173,34 @@ def _find(
         "A recording goes on from a checkpoint of model and optimizer",
         "Restore the optimizer too, with `optimizer.load_state_dict(...)`, before recording starts",
     )
+    newer = _steps_since(store, live, memory) if store.end_values() is None else None
+    check(
+        newer is None or newer <= 0,
+        ModelMismatchError,
+        f"The checkpoint is {newer} step{'s' * (newer != 1)} newer than the {steps} steps that were in `{store.path}` "
+        "when its process ended",
+        "A recording goes on from a point of its path, and steps that had not been written are lost",
+        f"Load a checkpoint from step {steps} or earlier before recording starts, or record on from here into another "
+        "path (`store=`); next time, call `recorder.flush()` before each `torch.save` of a checkpoint",
+    )
     raise ModelMismatchError(
         f"The weights are nowhere on the path of {steps} steps in `{store.path}`",
         "A recording goes on from a point of the path: a checkpoint that was made while it was recorded, and not "
         f"after step {steps}, up to which it is on disk",
-        "Load an earlier checkpoint of model and optimizer before recording starts, or give `store=` another path",
+        f"Load a checkpoint of model and optimizer from step {steps} or earlier before recording starts, or record on "
+        "from here into another path (`store=`); call `recorder.flush()` before each `torch.save` of a checkpoint",
     )
+
+
+def _steps_since(store: DiskStore, live: LiveParameters, initial: Mapping[str, tuple[Tensor, ...]]) -> int | None:
+    """How many steps the optimizer counts since the last on record; None where it counts none, or had begun before."""
+    states = [live.optimizer.state.get(p, {}) for p in live.named.values()]
+    counts = [state["step"] for state in states if "step" in state]
+    frozen = store.read(len(store) - 1).frozen if len(store) else None
+    recorded = frozen.state.numbers.get("step") if isinstance(frozen, FrozenOnReading) else None
+    if not len(store) and not initial:
+        recorded = torch.zeros(1)
+    return None if recorded is None or not counts else round(max(map(float, counts)) - float(recorded.max()))
 
 
 def _places(store: DiskStore, initial: Tensor, tail: tuple[tuple[str, Tensor], ...]) -> Iterator[Place]:

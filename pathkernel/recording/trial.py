@@ -67,7 +67,7 @@ def try_out(trajectory: Trajectory, step: Step) -> None:
 
 def _by_sample(trajectory: Trajectory, step: Step) -> None:
     one = stretch(trajectory, step.before, step)
-    gradients = RecordedGradients(one, one.function(), MEMORY)
+    gradients = RecordedGradients(one, one.function(), MEMORY, taken=False)
     largest = max(len(batch.ids) for batch in step.batches)
     row = step.before.numel() * step.before.element_size()
     passes = Passes(max(1, min(largest, MEMORY // max(1, row))), streamed=True)
@@ -82,7 +82,7 @@ def _by_sample(trajectory: Trajectory, step: Step) -> None:
 
 
 def _queries(function: ModelFunction, step: Step, trajectory: Trajectory) -> None:
-    gradients = RecordedGradients(stretch(trajectory, step.before, step), function, MEMORY)
+    gradients = RecordedGradients(stretch(trajectory, step.before, step), function, MEMORY, taken=False)
     inputs, _ = samples_of(step.batches[0], trajectory.data)
     few = cast_floating(take(inputs, slice(0, FEW)), function.dtype)
     outputs = function.outputs(step.before, few)

@@ -6,6 +6,7 @@ import gc
 import os
 import socket
 import time
+import weakref
 from pathlib import Path
 
 from pathkernel.errors import StoreError
@@ -20,6 +21,9 @@ except ImportError:  # pragma: no cover - elsewhere than on Unix the lock file o
 class Lock:
     """One writer for each store: a lock on the file ``lock``, which the operating system gives up with the process.
 
+    A forked child (worker processes of a loader are such) inherits the open file, and with it the lock, for as long as
+    it lives. So it closes its copy at once, which leaves the lock with its parent, and the parent unlocks expressly.
+
     Parameters
     ----------
     path
@@ -27,6 +31,7 @@ class Lock:
     """
 
     _descriptor = -1
+    _process = -1
 
     def __init__(self, path: Path) -> None:
         self.path = path / "lock"
@@ -65,7 +70,8 @@ class Lock:
         os.ftruncate(descriptor, 0)
         began = time.strftime("%Y-%m-%d %H:%M:%S")
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {began}\n".encode(), 0)
-        self._descriptor = descriptor
+        self._descriptor, self._process = descriptor, os.getpid()
+        _HELD.add(self)
 
     @staticmethod
     def _take(descriptor: int) -> None:
@@ -75,16 +81,35 @@ class Lock:
     def release(self) -> None:
         """Give the lock up."""
         with held():
-            if self._descriptor >= 0:
-                os.close(self._descriptor)
-                self._descriptor = -1
+            self._close()
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor < 0:
+            return
+        if fcntl is not None and self._process == os.getpid():  # closing alone leaves it with whoever else has it open
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
     def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        self._close()
 
     def __enter__(self) -> None:
         self.acquire()
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+
+_HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
+"""Locks of this process."""
+
+
+def _leave_to_parent() -> None:
+    for lock in list(_HELD):
+        lock._close()
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)

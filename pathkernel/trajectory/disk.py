@@ -48,7 +48,8 @@ class DiskStore(Store):
     path
         The folder.
     flush_every
-        Steps in a block. A process that is killed loses the steps that were not written yet, at most
+        Steps in a block; one that has not filled within a second is written as it is. A process that is killed loses
+        the steps that were not written yet: those of the last second where the disk keeps up, and at most
         ``(4 + 2) * flush_every``. With 1, `append` returns when its step is written, and none is lost. Larger blocks
         compress better.
     durable
@@ -112,7 +113,7 @@ class DiskStore(Store):
         self._noted: dict[str, int] = {}
         self._recent, self._boundaries = Recent(3), Recent(8)
         self._pinned: dict[int, Mapping[str, Tensor]] = {}
-        self.stopped = False
+        self.stopped = self._orphaned = False
 
     def __repr__(self) -> str:
         return f"DiskStore({str(self.path)!r}, {len(self)} steps)"
@@ -226,7 +227,10 @@ class DiskStore(Store):
         """Look for steps that were committed since, by another process; returns how many there are in all."""
         assert self._blocks is not None
         self._blocks.refresh()
-        return self._blocks.steps
+        steps = self._blocks.steps
+        if self.header is not None and self.header.end is not None and self.header.end.steps < steps:
+            self.header = self.header.ended(None)  # it was written while recording went on, see `write_end`
+        return steps
 
     def attach(self, trajectory: Trajectory) -> None:
         """Belong to a trajectory that was opened, and share its start with it."""
@@ -275,6 +279,13 @@ class DiskStore(Store):
         """
         if self._lock is not None:
             return
+        check(
+            not self._orphaned,
+            StoreError,
+            f"`{self.path}` is written by process {os.getppid()}, of which this one was forked",
+            "A store has one writer, and its parent may have written further steps since",
+            "Make a new KernelRecorder in this process, with another path",
+        )
         if self._trajectory is trajectory:
             self.lock()
         else:
@@ -416,6 +427,9 @@ class DiskStore(Store):
         writer = self._writer
         assert writer is not None
         block = writer.filling
+        if block is not None and block.early:  # steps came too slowly to fill it
+            self._complete()
+            block = None
         if block is None:
             block = UnwrittenBlock(step.index, [step], self._last_point(), self._regions[-1])
             writer.begin(block)
@@ -438,27 +452,23 @@ class DiskStore(Store):
     def _complete(self) -> None:
         """Let the steps that came last be written."""
         assert self._writer is not None
-        block = self._writer.filling
-        if block is None:
-            return
-        records = self._trajectory.averages if self._trajectory is not None else {}
-        noted = {name: len(record.updates) for name, record in records.items()}
-        block.averages = {
-            name: [first, list(record.updates[first : noted[name]])]
-            for name, record in records.items()
-            for first in [self._noted.get(name, 0)]
-        }
-        self._noted = noted
-        self._writer.complete()
+        if self._writer.filling is not None:
+            self._writer.complete()
 
     def flush(self) -> None:
         """Write all steps that were appended, and wait for it."""
-        if self._writer is None:
+        if self._writer is None or self.stopped:
             return
         self._check_failure()
         self._complete()
         self._writer.wait()
         self._check_failure()
+
+    def write_end(self) -> None:
+        """See `Store.write_end`."""
+        self.flush()
+        if self._lock is not None and not self.stopped and self._trajectory is not None:
+            self._write_end(self._trajectory)
 
     def close(self) -> None:
         """Write all steps and the end of the trajectory, end the thread, give the lock up.
@@ -468,18 +478,16 @@ class DiskStore(Store):
         if self._lock is None:
             return
         try:
-            self.flush()
-            if not self.stopped and self._trajectory is not None:
-                self._write_end(self._trajectory)
+            self.write_end()
         finally:
             self._stop_writing()
             self.unlock()
 
     def _write_end(self, trajectory: Trajectory) -> None:
         assert self._blocks is not None and self.header is not None
-        group, old = self._blocks.group, self.header.end
-        number = 1 + max([int(n[4:]) for n in group.arrays() if n.startswith("end-") and n[4:].isdigit()], default=0)
-        name = f"end-{number}"
+        group = self._blocks.group
+        earlier = [int(n[4:]) for n in group.arrays() if n.startswith("end-") and n[4:].isdigit()]
+        name = f"end-{1 + max(earlier, default=0)}"
         try:
             length, checksum = write_packed(group, name, end_values(trajectory))
             serials = {id(mapping): serial for mapping, serial in self._serials.current}
@@ -494,8 +502,8 @@ class DiskStore(Store):
         except OSError as error:
             self._give_out(error)
         else:
-            if old is not None:
-                group.remove_array(old.values[0])
+            for number in earlier:
+                group.remove_array(f"end-{number}")
 
     # -- the writer's part ----------------------------------------------------------------------------------------
 
@@ -512,6 +520,7 @@ class DiskStore(Store):
 
         self._at_exit = at_exit
         atexit.register(at_exit)
+        _WRITING.add(self)
 
     def _stop_writing(self) -> None:
         if self._writer is None:
@@ -520,16 +529,51 @@ class DiskStore(Store):
         self._writer.stop()
         atexit.unregister(self._at_exit)
         self._writer = None
+        _WRITING.discard(self)
 
-    def _write(self, block: UnwrittenBlock) -> None:
+    def _leave_to_parent(self) -> None:
+        """In a forked child: the thread that writes is not here, and the store stays with the parent.
+
+        Steps that have not been written stay readable.
+        """
+        self.stopped = self._orphaned = True
+        if self._writer is not None:
+            self._writer.orphan()
+        if self._lock is not None:
+            self._lock.release()  # which leaves it with the parent
+            self._lock = None
+        atexit.unregister(self._at_exit)
+
+    def _write(self, block: UnwrittenBlock, which: range) -> None:
         blocks = self._blocks
         assert blocks is not None
         extras = blocks.commit(blocks.count - 1).extras if blocks.count else 0
         encoder = BlockEncoder(block.region.layout, self._streams, self._serials, extras)
-        encoded = encoder.encode(block.steps, block.previous)
-        encoded.record["averages"] = block.averages
-        blocks.write(encoded, block.region, block.first)
+        steps = block.steps[which.start : which.stop]
+        encoded = encoder.encode(steps, block.steps[which.start - 1].after if which.start else block.previous)
+        encoded.record["averages"] = self._new_moves(block.first + which.stop)
+        blocks.write(encoded, block.region, block.first + which.start)
         self._serials.forget()
+        self._forget_end()
+
+    def _new_moves(self, steps: int) -> dict[str, list[Any]]:
+        """How averages moved up to a step, as far as that was not written before."""
+        records = self._trajectory.averages if self._trajectory is not None else {}
+        moves = {}
+        for name, record in records.items():
+            first = self._noted.get(name, 0)
+            new = list(record.updates[first : max(first, steps)])
+            moves[name] = [first, new]
+            self._noted[name] = first + len(new)
+        return moves
+
+    def _forget_end(self) -> None:
+        """After `write_end` further steps were committed: it is no longer the end.
+
+        Not before they are, or else a process that is killed between them loses changes after the last step.
+        """
+        if self.header is not None and self.header.end is not None:
+            self._write_header(self.header.ended(None))  # its values stay, for who reads them now, until the next end
 
     def _check_failure(self) -> None:
         """Raise what the writer thread met; a disk that gave out ends the recording instead, with one warning."""
@@ -746,3 +790,15 @@ class DiskStore(Store):
         return sum(status.st_size for status in found)
 
 
+_WRITING: weakref.WeakSet[DiskStore] = weakref.WeakSet()
+"""Stores that are being written by this process."""
+
+
+def _leave_to_parent() -> None:
+    for store in list(_WRITING):
+        store._leave_to_parent()
+    _WRITING.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)

@@ -47,7 +47,9 @@ def row_major(tensor: Tensor) -> np.ndarray:
     a writer are threads of their own; and from more threads than cores on, all of OpenMP's go to sleep whenever they
     wait, so that training would take three times as long.
     """
-    plain = tensor.detach().cpu()
+    plain = tensor.detach()
+    if not plain.is_cpu:
+        plain = plain.cpu()
     if plain.dtype in UNKNOWN_TO_NUMPY:
         plain = plain.view(UNKNOWN_TO_NUMPY[plain.dtype])
     return np.ascontiguousarray(plain.numpy()).reshape(-1)

@@ -73,6 +73,11 @@ class ThinnedStore(Store):
         self._store()
         self.inner.flush()
 
+    def write_end(self) -> None:
+        """See `Store.write_end`; the open stretch ends here."""
+        self._store()
+        self.inner.write_end()
+
     def close(self) -> None:
         """See `Store.close`."""
         self._store()

@@ -426,6 +426,10 @@ class ReplayStore(Store):
         """Write what waits to be written."""
         self.inner.flush()
 
+    def write_end(self) -> None:
+        """See `Store.write_end`."""
+        self.inner.write_end()
+
     def close(self) -> None:
         """See `Store.close`."""
         self.inner.close()

@@ -59,6 +59,10 @@ class Store(ABC):
     def flush(self) -> None:  # noqa: B027 - a store that does not wait has nothing to write
         """Write what waits to be written."""
 
+    def write_end(self) -> None:
+        """Flush, and write where the path ends now, so that a recording that is killed can go on from here."""
+        self.flush()
+
     def close(self) -> None:
         """Flush, and let go of files and threads; the steps stay readable, and `append` may follow."""
         self.flush()

@@ -11,10 +11,10 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -24,6 +24,9 @@ from pathkernel.trajectory.step import Step
 NICENESS = 10
 """Of the writer's thread: where training keeps all cores busy, a third runner among threads that wait for each other at
 every operation would hold all of them up."""
+
+PERIOD = 1.0
+"""Seconds that a step waits at most for its block to fill, where the disk keeps up."""
 
 LOOK = 0.05
 """Seconds after which a thread that waits looks by itself: word of a block may be lost to Ctrl-C."""
@@ -49,18 +52,18 @@ class UnwrittenBlock:
         θ at the end of the step before them.
     region
         Which θ they have.
-    averages
-        How averages moved, as far as that was not written before.
     complete
         Whether it is to be written.
+    early
+        How many of its steps were, or are being, written before it was complete.
     """
 
     first: int
     steps: list[Step]
     previous: Tensor | None
     region: Region
-    averages: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
+    early: int = 0
 
     @property
     def stop(self) -> int:
@@ -71,10 +74,14 @@ class UnwrittenBlock:
 class Writer:
     """Writes blocks in their order, one at a time, while training goes on.
 
+    Steps whose block has not filled within `PERIOD` are written without waiting for the others: in a loop with few
+    steps a second a process that is killed would lose minutes. Fast loops fill their blocks before.
+
     Parameters
     ----------
     write
-        Called in the writer's thread; the block leaves the queue when it returns.
+        Called in the writer's thread with a block and the range of its steps to write; the block leaves the queue when
+        it is complete and all of its steps are written.
 
     Attributes
     ----------
@@ -82,12 +89,14 @@ class Writer:
         What ``write`` raised; nothing is written afterwards, until `discard`.
     """
 
-    def __init__(self, write: Callable[[UnwrittenBlock], None]) -> None:
+    def __init__(self, write: Callable[[UnwrittenBlock, range], None]) -> None:
         self._write = write
         self._blocks: deque[UnwrittenBlock] = deque()
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # which can be interrupted at any point
         self._written: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.failure: BaseException | None = None
+        self._looked: tuple[UnwrittenBlock | None, int] = None, 0
+        self._orphaned = False
         self._thread = threading.Thread(target=self._work, name="pathkernel writer", daemon=True)
         self._thread.start()
 
@@ -105,9 +114,13 @@ class Writer:
 
     @property
     def filling(self) -> UnwrittenBlock | None:
-        """The block that further steps may join."""
+        """The block that further steps may join, and that is not complete."""
         last = self.last
         return None if last is None or last.complete else last
+
+    def orphan(self) -> None:
+        """In a forked child, which has no copy of the thread: nothing is written any more, nor waited for."""
+        self._orphaned = True
 
     def begin(self, block: UnwrittenBlock) -> None:
         """Put a block behind the others."""
@@ -121,6 +134,8 @@ class Writer:
 
     def wait(self, allowed: int = 0) -> None:
         """Wait until no more than so many complete blocks are left, or writing has failed."""
+        if self._orphaned:
+            return
         while self.failure is None and sum(block.complete for block in self.unwritten()) > allowed:
             try:
                 self._written.get(timeout=LOOK)
@@ -134,19 +149,41 @@ class Writer:
 
     def stop(self) -> None:
         """Write the blocks that are complete, and end the thread."""
+        if self._orphaned:
+            return
         self._wake.put(False)
         self._thread.join()
 
     def _work(self) -> None:
         give_way()
-        going_on = True
+        going_on, look = True, time.monotonic() + PERIOD / 2
         while going_on:
-            going_on = self._wake.get()
+            try:
+                going_on = self._wake.get(timeout=max(0.0, look - time.monotonic()))
+            except queue.Empty:
+                look = time.monotonic() + PERIOD / 2
+                self._write_late_steps()
             while self.failure is None and self._blocks and self._blocks[0].complete:
-                try:
-                    self._write(self._blocks[0])
-                except BaseException as error:  # it surfaces at the next step
-                    self.failure = error
-                else:
+                block = self._blocks[0]
+                if self._attempt(block, range(block.early, len(block.steps))):
                     self._blocks.popleft()
                 self._written.put(None)
+
+    def _write_late_steps(self) -> None:
+        """Write what a look half a period ago found waiting already, and all that has come since."""
+        block = self._blocks[0] if self._blocks else None
+        waiting = self._looked[1] if block is self._looked[0] else 0
+        if block is not None and self.failure is None and not block.complete and waiting > block.early:
+            # Whoever appends sees the mark and begins another block; what slips in before is written with the rest.
+            first, block.early = block.early, len(block.steps)
+            self._attempt(block, range(first, block.early))
+        self._looked = block, 0 if block is None else len(block.steps)
+
+    def _attempt(self, block: UnwrittenBlock, steps: range) -> bool:
+        try:
+            if steps:
+                self._write(block, steps)
+        except BaseException as error:  # it surfaces at the next step
+            self.failure = error
+            return False
+        return True

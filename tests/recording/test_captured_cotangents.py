@@ -700,3 +700,77 @@ def test_a_loss_on_a_hidden_layer_has_a_channel_or_is_refused() -> None:
             model[1]._forward_hooks.clear()
             why = pk.KernelMachine(recorder.trajectory).explain(X[:2], outputs=1)
             assert why.relative_residual < 1e-9 and abs(why.channels["sparsity"]).max() > 1e-6
+
+
+# -- what the factors of a fit leave to compare ------------------------------------------------------------------------
+
+
+class Scales(nn.Module):
+    """Six parameters of one number each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(1)) for _ in range(6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.stack([x[:, i] * w for i, w in enumerate(self.scales)], 1).tanh()
+        return h[:, :3] + h[:, 3:]
+
+
+def test_single_numbers_hide_no_wrong_samples() -> None:
+    X = torch.rand(32, 6, generator=torch.Generator().manual_seed(0)) + 0.1
+    for shift in (0, 16):
+        model = Scales()
+        optimizer = sgd(model)
+        with pk.KernelRecorder(model, optimizer, data=(X, 3 * X[:, :3]), audit_every=1) as recorder:
+            recorder.batch((torch.arange(8) + shift) % 32)
+            MSE(model(X[:8]), 3 * X[:8, :3]).backward()
+            if shift:
+                with pytest.raises(errors.SampleIdError, match="differs"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+
+
+def test_one_parameter_hides_none_but_where_it_is_clipped() -> None:
+    class Temperature(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(1))
+
+        def forward(self, z: Tensor) -> Tensor:
+            return z * self.temperature
+
+    generator = torch.Generator().manual_seed(4)
+    Z, y = 2 * torch.randn(32, 3, generator=generator), torch.randint(0, 3, (32,), generator=generator)
+    for clip, expected in ((None, 1.0), (1e-3, 0.0)):
+        model = Temperature()
+        optimizer = sgd(model)
+        with pk.KernelRecorder(model, optimizer, data=(Z, y), audit_every=1) as recorder:
+            for ids in torch.arange(32).split(8):
+                optimizer.zero_grad()
+                recorder.batch(ids)
+                CE(model(Z[ids]), y[ids]).backward()
+                if clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+        why = pk.KernelMachine(recorder.trajectory).explain(Z[:2], outputs=0)
+        assert why.samples_checked == expected
+        assert ("samples checked in 0% of the steps" in repr(why)) == (clip is not None)
+
+
+def test_clipping_by_value_below_every_entry_is_said_not_to_be_checked() -> None:
+    X = torch.rand(32, 5, generator=torch.Generator().manual_seed(0)) + 0.5
+    y = 10 + X.sum(1, keepdim=True)
+    torch.manual_seed(0)
+    model = nn.Linear(5, 1)
+    optimizer = sgd(model)
+    with pk.KernelRecorder(model, optimizer, data=(X, y), audit_every=1) as recorder:
+        for ids in torch.arange(32).split(8):
+            optimizer.zero_grad()
+            recorder.batch(ids)
+            MSE(model(X[ids]), y[ids]).backward()
+            nn.utils.clip_grad_value_(model.parameters(), 0.01)
+            optimizer.step()
+    why = pk.KernelMachine(recorder.trajectory).explain(X[:2], outputs=0)
+    assert why.samples_checked == 0.0

@@ -11,6 +11,7 @@ import copy
 import pickle
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,7 @@ from pathkernel.dynamics.runge_kutta import Heun
 from pathkernel.losses import Objective, check_reduction
 from pathkernel.pytrees import as_tensors, memory_bytes
 from pathkernel.quadrature import as_quadrature
+from pathkernel.recording.trial import try_out
 from pathkernel.returned import batch_outputs, selected
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.cotangents import kept_cotangents
@@ -52,7 +54,7 @@ ELSEWHERE = (
     *("trajectory/disk.py", "trajectory/writer.py", "trajectory/header.py", "trajectory/opening.py"),
     *("trajectory/packing.py", "trajectory/encoding.py", "trajectory/blocks.py", "trajectory/reading.py"),
     *("trajectory/schedule.py", "trajectory/partial.py", "trajectory/replay.py", "recording/plan.py"),
-    *("recording/resume.py", "recording/keyframes.py", "pickling.py"),
+    *("recording/resume.py", "recording/keyframes.py", "pickling.py", "trajectory/known_classes.py"),
 )
 """Tested beside what they belong to."""
 CE = nn.CrossEntropyLoss()
@@ -365,6 +367,39 @@ def loss_that_is_returned_no_more_in_a_replay() -> None:
     replay.differentiate(step, 1)
 
 
+def trial_of_wrong_samples() -> None:
+    recording = run()
+    step = recording.trajectory.store.read(0)
+    batch = replace(step.batches[0], ids=torch.tensor([2, 3]))
+    try_out(recording.trajectory, replace(step, batches=(batch,)))
+
+
+class Growing(nn.Module):
+    """Keeps what it saw in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_model()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.append(x.sum(0).detach())
+            if len(self.seen) > 1:
+                raise AttributeError("no second time")
+        return self.net(x)
+
+
+def trial_of_a_network_that_runs_once() -> None:
+    model = Growing()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = pk.KernelRecorder(model, optimizer, data=(X3, torch.tensor([0, 1, 2])), audit_every=3)
+    with recorder:
+        recorder.batch([0, 1, 2])
+        CE(model(X3), torch.tensor([0, 1, 2])).backward()
+        try_out(recorder.trajectory, recorder._slim_step(recorder.trajectory.initial, recorder._live.gradient()))
+
+
 def slopes_that_take_too_much_room() -> None:
     kept_cotangents(torch.zeros(2, 2**20), 100, Objective(None))
 
@@ -435,6 +470,12 @@ def gone_on_with(schedule: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Scene(store=f"{folder}/run").recorder.close()
         Scene(store=f"{folder}/run", schedule=schedule)
+
+
+def two_on_one_store() -> None:
+    """Record into the store of a recorder that is open."""
+    with tempfile.TemporaryDirectory() as folder, Scene(store=f"{folder}/run").recorder:
+        Scene(store=f"{folder}/run").recorder.start()
 
 
 REFUSALS: dict[str, Case] = {
@@ -600,6 +641,16 @@ REFUSALS: dict[str, Case] = {
         lambda: step_of_others([3], [3, 4]),
         errors.SampleIdError,
         ("at 6 of each were taken from the training pass", "as the recorder was given them", "inputs=x"),
+    ),
+    "trial of wrong samples": (
+        trial_of_wrong_samples,
+        errors.UnsupportedModelError,
+        ("The first step cannot be explained: At step 0", "The recorded gradient must be", "Check that ids"),
+    ),
+    "trial of a network that runs once": (
+        trial_of_a_network_that_runs_once,
+        errors.UnsupportedModelError,
+        ("does not run again on its own samples (AttributeError", "is run again", "parameters and buffers alone"),
     ),
     "slopes that take too much room": (
         slopes_that_take_too_much_room,
@@ -975,6 +1026,11 @@ REFUSALS: dict[str, Case] = {
         lambda: gone_on_with(pk.Schedule(keyframes=4)),
         errors.RecordingError,
         ("holds steps of an earlier run", "keeps every step in full", "another path"),
+    ),
+    "two recorders on one store": (
+        two_on_one_store,
+        errors.StoreError,
+        ("KernelRecorder that was started", "one writer", "another path"),
     ),
     "a path without length": (
         lambda: pk.PathKernel(no_learning_rate()),

@@ -234,8 +234,9 @@ def test_blocks_on_disk_are_let_go_of_and_stay_as_they_are(tmp_path: Path, monke
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of single threads")
 def test_the_writer_gives_way_to_training() -> None:
     mine, seen = os.getpriority(os.PRIO_PROCESS, 0), []
-    writer = Writer(lambda block: seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
-    writer.begin(UnwrittenBlock(0, [], None, Region(0, record().trajectory.layout)))
+    writer = Writer(lambda block, steps: seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+    trajectory = record().trajectory
+    writer.begin(UnwrittenBlock(0, [trajectory.store.read(0)], None, Region(0, trajectory.layout)))
     writer.complete()
     writer.wait()
     writer.stop()

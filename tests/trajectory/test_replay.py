@@ -438,7 +438,7 @@ class Watched:
         torch.stack([branch(x).square().sum() for branch in branches]).sum().backward()
 
     def stepped(self) -> bool:
-        touched = self.watch.touched()
+        touched = self.watch.touched(self.watch.live.gradient_checksum())
         self.watch.listen()
         return touched
 
@@ -452,7 +452,7 @@ def test_gradients_that_arrived_are_not_touched() -> None:
         watched.model.zero_grad(set_to_none=to_none)
 
 
-@pytest.mark.parametrize("how", ["in_place", "another", "put_there", "from_before"])
+@pytest.mark.parametrize("how", ["in_place", "through_data", "another", "put_there", "from_before"])
 def test_gradients_that_were_touched(how: str) -> None:
     watched = Watched()
     watched.backward(watched.one, watched.two)
@@ -461,6 +461,8 @@ def test_gradients_that_were_touched(how: str) -> None:
     watched.backward(*([watched.one] if how in ("put_there", "from_before") else [watched.one, watched.two]))
     if how == "in_place":
         nn.utils.clip_grad_norm_(watched.model.parameters(), 1e-3)
+    elif how == "through_data":
+        watched.two.weight.grad.data[-1, -1] *= 0.5
     elif how == "another":
         watched.two.bias.grad = watched.two.bias.grad.clone()
     elif how == "put_there":

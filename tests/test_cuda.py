@@ -1,0 +1,135 @@
+"""On a GPU: networks, data and records stay on their device, and what holds on the CPU holds there."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pathkernel as pk
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x.view(len(x), 4, 4))
+        return self.head((h + self.attention(h, h, h, need_weights=False)[0]).mean(1))
+
+
+NETWORKS: dict[str, Any] = {
+    "mlp": lambda: nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 3)),
+    "convolution": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)
+    ),
+    "batch norm": lambda: nn.Sequential(
+        nn.Linear(16, 12, bias=False), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 3)
+    ),
+    "dropout": lambda: nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Dropout(0.3), nn.Linear(12, 3)),
+    "attention": Attention,
+}
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "fused adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+}
+CE = nn.CrossEntropyLoss()
+
+
+def data(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(48, 16, generator=generator, dtype=dtype).to(GPU), (torch.arange(48) % 3).to(GPU)
+
+
+def train(
+    network: str, optimizer: str, dtype: torch.dtype = torch.float64, autocast: bool = False, **options: Any
+) -> tuple[nn.Module, pk.Trajectory, Tensor]:
+    torch.manual_seed(0)
+    model = NETWORKS[network]().to(GPU, dtype)
+    X, y = data(dtype)
+    live = OPTIMIZERS[optimizer](model.parameters())
+    with pk.KernelRecorder(model, live, CE, data=(X, y), audit_every=1, **options) as recorder:
+        for _ in range(2):
+            for x, target in recorder.batches(12):
+                live.zero_grad()
+                with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                    value = CE(model(x), target)
+                value.backward()
+                live.step()
+    return model, recorder.trajectory, X
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_machine_is_the_network(network: str, optimizer: str) -> None:
+    model, trajectory, X = train(network, optimizer)
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    machine = pk.KernelMachine(trajectory)
+    why = machine.explain(X[:5], outputs=1)
+    assert why.relative_residual < 1e-9
+    assert not why.split_error > 1e-8
+    model.eval()
+    with torch.no_grad():
+        live = model(X[:5]).cpu().numpy()
+    np.testing.assert_allclose(machine.decision_function(X[:5]), live, atol=1e-9)
+
+
+@pytest.mark.parametrize("network", ["mlp", "convolution", "dropout"])
+def test_in_float32(network: str) -> None:
+    _, trajectory, X = train(network, "adamw", torch.float32)
+    assert pk.KernelMachine(trajectory).explain(X[:5], outputs=1).relative_residual < 1e-4
+
+
+def test_under_mixed_precision() -> None:
+    _, trajectory, X = train("mlp", "adamw", torch.float32, autocast=True)
+    assert pk.KernelMachine(trajectory).explain(X[:5], outputs=1).relative_residual < 5e-2
+
+
+@pytest.mark.parametrize("engine", ["auto", "jacobian"])
+def test_kernels_are_those_of_the_cpu(engine: str) -> None:
+    model, trajectory, X = train("convolution", "sgd")
+    on_cpu = copy.deepcopy(model).cpu()
+    found = pk.TangentKernel(model, engine=engine)(X[:9], X[:7])
+    np.testing.assert_allclose(found, pk.TangentKernel(on_cpu, engine=engine)(X[:9].cpu(), X[:7].cpu()), rtol=1e-9)
+    K = pk.PathKernel(trajectory)(X[:9])
+    np.testing.assert_allclose(K, K.T, rtol=1e-12)
+    assert np.linalg.eigvalsh(K).min() > -1e-9 * abs(K).max()
+
+
+@pytest.mark.parametrize("schedule", [None, pk.Schedule(keyframes=4)])
+def test_stores_and_replays(schedule: Any, tmp_path: Path) -> None:
+    options = {} if schedule is None else {"schedule": schedule}
+    model, trajectory, X = train("dropout", "adamw", store=tmp_path / "run", **options)
+    kept = pk.KernelMachine(trajectory).explain(X[:3], outputs=0)
+    _, plain, _ = train("dropout", "adamw")
+    again = pk.Trajectory.open(tmp_path / "run", model=model, loss=CE, data=data(torch.float64))
+    opened = pk.KernelMachine(again).explain(X[:3], outputs=0)
+    np.testing.assert_allclose(opened.shares, kept.shares, atol=1e-12)
+    np.testing.assert_allclose(pk.KernelMachine(plain).explain(X[:3], outputs=0).shares, kept.shares, atol=1e-10)
+
+
+def test_data_on_the_cpu_and_a_network_on_the_gpu() -> None:
+    """As most loops do: batches are moved by the loop."""
+    torch.manual_seed(0)
+    model = NETWORKS["mlp"]().to(GPU, torch.float64)
+    X, y = (part.cpu() for part in data(torch.float64))
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    with pk.KernelRecorder(model, optimizer, CE, data=(X, y), audit_every=1) as recorder:
+        for x, target in recorder.batches(12):
+            optimizer.zero_grad()
+            CE(model(x.to(GPU)), target.to(GPU)).backward()
+            optimizer.step()
+    why = pk.KernelMachine(recorder.trajectory).explain(X[:5], outputs=1)
+    assert why.relative_residual < 1e-9
