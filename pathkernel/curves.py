@@ -234,10 +234,13 @@ class ChordCurve(Curve):
     def _trained(self) -> Queries:
         return self.queries.under(self.trajectory.final_buffers)
 
-    def _pieces(self) -> list[Segment]:
+    def _pieces(self) -> Iterator[Segment]:
         start, end = self.trajectory.initial.double(), self.trajectory.final.double()
-        points = [start + (end - start) * (piece / CHORD_PIECES) for piece in range(CHORD_PIECES)] + [end]
-        return [Segment(points[piece], points[piece + 1], None) for piece in range(CHORD_PIECES)]
+        here = start + (end - start) * (0 / CHORD_PIECES)
+        for piece in range(1, CHORD_PIECES + 1):
+            there = start + (end - start) * (piece / CHORD_PIECES) if piece < CHORD_PIECES else end
+            yield Segment(here, there, None)
+            here = there
 
     def _book_buffers(self, account: Account) -> None:
         if self.trajectory.final_buffers:

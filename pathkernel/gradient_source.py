@@ -17,6 +17,9 @@ from pathkernel.parameters import ParameterLayout
 from pathkernel.pytrees import blocks, cast_floating, count, take
 from pathkernel.workspace import Workspace
 
+ROWS = 250_000_000
+"""Bytes in which rows are formed at once. A smaller budget is kept by whoever asks for fewer samples."""
+
 BY_ROWS = ("jacobian", "autograd")
 """Engines that form rows of all parameters."""
 
@@ -33,11 +36,11 @@ class GradientSource:
         account for as rows; ``"jacobian"``: all as rows, by `torch.func`; ``"autograd"``: all as rows, by a loop of
         plain autograd over samples.
     memory
-        Bytes for intermediate rows.
+        Bytes of freed signals that are kept for the next ones.
     """
 
     def __init__(self, function: ModelFunction, engine: str, memory: int) -> None:
-        self.function, self.engine, self.memory = function, engine, memory
+        self.function, self.engine = function, engine
         self.tapes = ProvedTapes(function, Workspace(memory))
 
     def gradients(
@@ -86,6 +89,15 @@ class GradientSource:
             pieces += FactoredGradients.of_rows(rows, function.layout).pieces
         return FactoredGradients(function.layout, tape.n, pieces)
 
+    def prove(self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction) -> None:
+        """Prove now how gradients are taken from such samples, which else happens with the first of them."""
+        if self.engine not in BY_ROWS:
+            self.tapes.record(theta, inputs, function)
+
+    def anew(self) -> GradientSource:
+        """The same of which nothing is proved."""
+        return GradientSource(self.function, self.engine, 0)
+
     @property
     def plain(self) -> tuple[str, ...]:
         """Parameters whose gradients were last formed as rows, in the order of θ."""
@@ -112,7 +124,7 @@ class GradientSource:
         context: PyTree,
         components: int | None,
     ) -> dict[str, Tensor]:
-        """Gradients (n·K, size) of some parameters by `torch.func`, in blocks of samples within the budget."""
+        """Gradients (n·K, size) of some parameters by `torch.func`, in blocks of samples."""
         values = function.layout.unflatten(theta)
         own = ParameterLayout.of({name: values[name] for name in names})
         part, route = function.restricted(own, values), "autograd" if self.engine == "autograd" else None
@@ -120,7 +132,7 @@ class GradientSource:
         n, dtype = count(inputs), working(function.dtype)
         rows = {name: torch.empty(n * k, where.stop - where.start, dtype=dtype) for name, where in own.slices.items()}
         per_sample = 4 * k * own.size * torch.finfo(function.dtype).bits // 8
-        for piece in blocks(n, self.memory // per_sample):
+        for piece in blocks(n, ROWS // per_sample):
             found = sample_gradients(
                 part,
                 point,

@@ -119,8 +119,9 @@ class KernelMachine:
         ``"autograd"`` (one sample after the other, slower still). Rows are checked against the batch as it ran, and
         where they are not its samples', those of the next of these engines are taken; the result names them.
     memory
-        Budget for gradients and the optimizer's memory of the queries, as bytes or text; queries are taken in blocks
-        that fit it.
+        Budget for all that is held beside the trajectory, the inputs and the result, as bytes or text. Queries are
+        taken in blocks, and batches in passes, that fit it (`pathkernel.memory_plan`); a budget too small for the
+        least of them is refused, with one that is not.
     dtype
         Floating type of gradients, by default the recorded one. Sums are float64.
     progress

@@ -26,7 +26,8 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice, product
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -44,19 +45,19 @@ from pathkernel.functional import ModelFunction
 from pathkernel.losses import coupled_row_blocks, weighted_gradient
 from pathkernel.pull_back import Adjoint
 from pathkernel.pytrees import cast_floating, count, take
-from pathkernel.quadrature import Adaptive, Quadrature
+from pathkernel.quadrature import Adaptive, DiscreteGradient, FixedQuadrature, Quadrature
 from pathkernel.queries import ProductStep, Queries
 from pathkernel.returned import batch_outputs
 from pathkernel.sweeps import BLOCK, FEW, Cuts
-from pathkernel.trajectory.gradients import Passes, RecordedGradients, samples_of
+from pathkernel.trajectory.gradients import WHOLE, Passes, RecordedGradients, samples_of
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 
-SHARE = 0.75
+SHARE = 0.7
 """Part of a budget that is planned with: the rest is for gaps between tensors."""
 
 PASSING = 1.6
-"""What a process grows by in a pass through a network over what its tensors take at once: operations need memory
+"""What a process grows by in a pass through a network, over what its tensors take at once: operations need memory
 inside, and many results of many sizes leave gaps. Measured on convolutional networks, where it is largest."""
 
 RUNTIME = 24 << 20
@@ -81,8 +82,8 @@ AT_ONCE = 4096
 COLUMNS = (2**16, 2**14, 2**12, 2**10, 2**9, 2**8)
 """Entries of θ that may be formed at once."""
 
-PASS = 4
-"""Cost of a pass through the network by itself, in samples that go through it."""
+PASS, BLOCK_OF_COLUMNS = 1e6, 5e4
+"""Cost of a pass through the network, and of a block of columns, by itself: in entries of a sample's gradient."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,6 @@ class BatchSizes:
         Whether the gradients of such a batch are rows that are made one by one.
     inputs
         Bytes of a sample.
-    proof
-        Bytes in which it was proved how gradients are to be taken.
     """
 
     most: int
@@ -132,7 +131,6 @@ class BatchSizes:
     held: float
     rows: bool
     inputs: float
-    proof: int
 
     @classmethod
     def of(cls, gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> BatchSizes:
@@ -147,24 +145,39 @@ class BatchSizes:
         total
             Whether only the sum of the gradients is wanted.
         """
-        separate, whole, held, rows, inputs, proof = [NOTHING], 0.0, 0.0, False, 0.0, 0
-        for size, index, place in gradients.examples.values():
-            step = gradients.trajectory.store.read(index)
-            one = _Batch(gradients, step, step.batches[place], pushed)
+        separate, whole, held, rows, inputs = [NOTHING], 0.0, 0.0, False, 0.0
+        for size, one in _kinds(gradients, pushed, total):
             inputs = max(inputs, one.bytes)
-            if not one.coupled and not total:
-                with Allocations() as allocations:
-                    one.pieces(3)
-                proof = max(proof, allocations.peak)
-            found = footprint(one.total if total else one.rows if one.coupled else one.pieces)
+            found = footprint(one.total if total else one.taken)
             if one.coupled or one.random:
                 whole, held = max(whole, found.peak(size)), max(held, found.held(size))
             else:
                 separate.append(found)
             rows = rows or one.coupled
         largest = max(size for size, _, _ in gradients.examples.values())
-        widest = max(separate, key=lambda found: found.peak(64))
-        return cls(gradients.most, largest, widest, whole, held, rows, inputs, proof)
+        return cls(gradients.most, largest, max(separate, key=lambda found: found.peak(64)), whole, held, rows, inputs)
+
+    @staticmethod
+    def of_two(gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> tuple[float, float]:
+        """What two samples take at most, and what is held of them and their inputs."""
+        peaks, held = [0.0], [0.0]
+        for _, one in _kinds(gradients, pushed, total):
+            with Allocations() as allocations:
+                _ = one.total(2) if total else one.taken(2)
+                peaks.append(allocations.peak)
+            rows = 8.0 * 2 * one.function.layout.size if one.coupled else 0.0
+            held.append(allocations.held + rows + 2 * one.bytes)
+        return max(peaks), max(held)
+
+
+def _kinds(gradients: RecordedGradients, pushed: int, total: bool) -> Iterator[tuple[int, _Batch]]:
+    """The size of the largest batch of each kind of forward pass, and a few of its samples."""
+    for size, index, place in gradients.examples.values():
+        step = gradients.trajectory.store.read(index)
+        one = _Batch(gradients, step, step.batches[place], pushed)
+        if not (one.coupled or total):
+            one.source.prove(one.point, take(one.inputs, slice(0, 2)), one.function)
+        yield size, one
 
 
 class _Batch:
@@ -184,18 +197,21 @@ class _Batch:
         """Of a sample."""
         return sum(leaf.nbytes for leaf in pytree.tree_leaves(self.inputs)) / 4
 
-    def pieces(self, n: int) -> Any:
-        """Gradients of n samples, and a product with each of a few directions."""
+    def taken(self, n: int) -> Any:
+        """Gradients of n samples, and a product with each of a few directions; coupled ones are rows, one by one.
+
+        With the proof of rows that each new number of samples has: the sweep's own is one.
+        """
+        if self.coupled:
+            for _ in coupled_row_blocks(self.function, self.point, *self._weighted(n), 1):
+                pass
+            return None
+        self.source.tapes.forget(n)
         ones = lambda outputs: torch.ones_like(batch_outputs(outputs, n))  # noqa: E731
         part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
         for piece in part.pieces:
             piece.factor.products(torch.zeros(self.pushed, piece.factor.size, dtype=piece_dtype(piece)))
         return part
-
-    def rows(self, n: int) -> None:
-        """Rows of n samples, one by one."""
-        for _ in coupled_row_blocks(self.function, self.point, *self._weighted(n), 1):
-            pass
 
     def total(self, n: int) -> Tensor:
         """The sum of the gradients of n samples."""
@@ -206,6 +222,11 @@ class _Batch:
         with self.function.running(gradients=False):
             outputs = self.function.batch(self.function.parameters(self.point), inputs)
         return inputs, torch.ones_like(outputs)
+
+
+def _short(quadrature: Quadrature) -> Quadrature:
+    """One that takes the same memory in less time: every level of halving takes the same."""
+    return replace(quadrature, max_depth=1) if isinstance(quadrature, Adaptive) else quadrature
 
 
 NOTHING = Footprint(np.zeros(1), np.zeros(1))
@@ -244,201 +265,238 @@ def plan_backward(
     InputError
         With both sizes, where the budget does not hold a single query and the least of a batch.
     """
-    return _Planner(curve_of, queries, gradients, by, dense, matrices, memory).plan(memory)
+    return _Planner(curve_of, queries, gradients, memory, by, dense, matrices).plan()
 
 
 class _Planner:
+    """What a backward sweep would take, cut in one way or another."""
+
     def __init__(
         self,
         curve_of: Callable[[Queries], Curve],
         queries: Queries,
         gradients: RecordedGradients,
+        memory: int,
         by: str | None,
         dense: bool,
         matrices: int,
-        memory: int,
     ) -> None:
-        self.curve_of, self.queries, self.gradients, self.dense = curve_of, queries, gradients, dense
+        self.curve_of, self.queries, self.gradients = curve_of, queries, gradients
+        self.memory, self.samples = memory, count(queries.inputs)
         self.trajectory = trajectory = gradients.trajectory
         self.rule, self.k, self.size = trajectory.rule, queries.components, trajectory.layout.size
-        self.samples = count(queries.inputs)
-        self.largest = max(where.stop - where.start for where in trajectory.layout.slices.values())
-        elementwise = self.rule.elementwise
-        self.itemsize = working(queries.function.dtype).itemsize if elementwise else 8
-        self.row = self.size * working(queries.function.dtype).itemsize
-        self.step = self._step_footprint()
-        self.by_query = self._by_query(by) + float(matrices * self.k * self.size * self.itemsize)
-        with Allocations() as proof:  # of the network, once
-            self._swept(2)
-        self.ample = self._ample(float(proof.peak))
-        if self.ample <= usable_bytes(memory):  # small beside the budget, as mostly: no more need be known
-            return
-        self.query = footprint(self._swept)
-        self.batches = BatchSizes.of(gradients, pushed=FEW if self.samples * self.k <= FEW else 1)
-        gradients.proof = max(gradients.proof, proof.peak, self.batches.proof)
-        self.proof = float(gradients.proof)
+        self.vector = 8.0 * self.size
+        self.shapes = dict(zip(trajectory.layout.names, trajectory.layout.shapes, strict=True))
+        self.widest = max(shape.numel() for shape in trajectory.layout.shapes)
+        dtype = working(queries.function.dtype)
+        self.row, self.itemsize = self.size * dtype.itemsize, dtype.itemsize if self.rule.elementwise else 8
+        # Throughout, of each query sample: cotangents of the optimizer's memory, shares, sums over a step, and what
+        # else is asked for.
+        slots = len(self.rule.memory) if keeps_memory(trajectory) else 0
+        sums = 8 * len(trajectory.data) + (16 + 8 * self.rule.stages) * gradients.most
+        self.throughout = float(self.k * ((slots + matrices) * self.size * self.itemsize + sums))
+        # As many samples for all that is held of a batch while one block of columns after the other is contracted.
+        self.gaps = 2.0 * gradients.most * self.row if slots else 0.0
+        # The weights of a step as a matrix, and what the gradients of every output of a batch make of them.
+        c = queries.function.outputs(trajectory.initial, take(queries.inputs, slice(0, 1))).shape[1] if dense else 0
+        self.weights = float(self.k * c * (24 * self.size * self.rule.stages / max(1, c) + 40 * gradients.most))
+        self.pushed = FEW if self.samples * self.k <= FEW else 1
 
-    def _ample(self, two: float) -> float:
-        """More bytes than a sweep in one piece takes, from what two queries take while the network is being proved."""
-        samples = self.samples + self.gradients.most
-        rows = self.row * (self.k * self.samples * (2 + self.rule.stages + 3 * self.dense) + 2 * self.gradients.most)
-        vectors = 8.0 * self.size * (STAGE + HELD + 16) + 3.0 * self.itemsize * BLOCK + self.step[0]
-        return 2 * PASSING * samples * two + rows + vectors + self.samples * self.by_query
+    def plan(self) -> Plan:
+        """All at once where there is ample room, else the cheapest way that fits."""
+        usable, n = usable_bytes(self.memory), self.samples
+        whole = Plan(n, None, Cuts(scratch=int(usable) // 4))
+        few = self.queries.block(torch.arange(2) % n)
+        few.source.prove(self.trajectory.final, few.inputs, few.function)
+        if self._ample(few, usable):
+            return whole
+        exactly = replace(whole.cuts, columns=max(1, BLOCK // (n * self.k)))
+        if self._most(Plan(n, None, exactly), usable) == n:
+            return whole
+        best: tuple[float, Plan] | None = None
+        for way in self._ways(int(usable) // 16):
+            if (most := self._most(way, usable)) > 0:
+                even = math.ceil(n / math.ceil(n / most))  # as many blocks, but none much smaller than the others
+                cost = self._cost(even, way)
+                if best is None or cost < best[0]:
+                    best = cost, replace(way, queries=even)
+        if best is None:
+            least = min(max(phase.peak(1) for phase in self._phases(way, 1)) for way in self._ways(0))
+            raise refusal(least, self.memory)
+        return best[1]
 
     # -- what is measured ------------------------------------------------------------------------------------
 
     def _swept(self, n: int, passes: int | None = None) -> Any:
-        """Gradients of a few queries, on the curve's last two segments."""
+        """Gradients of a few queries, on the curve's last segment."""
         few = self.queries.block(torch.arange(n) % self.samples)
-        few.passes = passes
+        few.passes, few.forward = passes, None
+        few.source.tapes.forget(n)  # each new number of samples is proved, the sweep's own too
         curve = self.curve_of(few)
-        if isinstance(curve.quadrature, Adaptive):  # every level of halving takes the same
-            curve.quadrature = replace(curve.quadrature, max_depth=1)
+        curve.quadrature = _short(curve.quadrature)
         account = Account.opened(curve.initial())
         segments = curve.backward(account)
-        q = [q for _, q in islice(segments, 2)][-1:]
-        return segments, account, q
+        return segments, account, next(segments, None)
 
-    def _step_footprint(self) -> tuple[float, float]:
-        """Bytes of an optimizer step's coefficients, at most and while it is used."""
-        trajectory = self.trajectory
-        shapes = dict(zip(trajectory.layout.names, trajectory.layout.shapes, strict=True))
-        step = trajectory.store.read(len(trajectory) - 1)
+    @cached_property
+    def query(self) -> Footprint:
+        """Of queries whose gradients are kept in pieces, with the displacement of the segment before."""
+        return footprint(self._swept).plus(self.vector)
+
+    @cached_property
+    def rows(self) -> Footprint:
+        """Of queries whose gradients are kept as rows."""
+        return footprint(lambda n: self._swept(n, passes=n)).plus(self.vector)
+
+    @cached_property
+    def batches(self) -> BatchSizes:
+        """Of the batches."""
+        return BatchSizes.of(self.gradients, self.pushed)
+
+    @cached_property
+    def proof(self) -> float:
+        """Bytes in which it is proved how gradients are taken, whether that is still to come or not."""
+        few = self.queries.block(torch.arange(2) % self.samples)
+        met = [(few.source, self.trajectory.final, few.inputs, few.function)]
+        for _, one in _kinds(self.gradients, self.pushed, total=False):
+            if not one.coupled:
+                met.append((one.source, one.point, take(one.inputs, slice(0, 2)), one.function))
+        peaks = []
+        for source, *asked in met:
+            with Allocations() as allocations:
+                source.anew().prove(*asked)
+            peaks.append(allocations.peak)
+        return float(max(peaks))
+
+    @cached_property
+    def coefficients(self) -> tuple[float, float]:
+        """Bytes of an optimizer step's coefficients, at most and while they are used."""
         with Allocations() as allocations:
-            adjoint = Adjoint(self.rule, step, shapes)
-            for name in step.active:
+            adjoint = Adjoint(self.rule, self._last, self.shapes)
+            for name in self._last.active:
                 adjoint.linear(name)
-            found = float(allocations.peak), float(allocations.held)
-        casts = 2.0 * self.itemsize * self.largest
+            found = allocations.peak, allocations.held
+        casts = 2.0 * self.itemsize * self.widest
         return found[0] + casts, found[1] + casts
 
-    def _by_query(self, by: str | None) -> float:
-        """Bytes of a query sample throughout: cotangents of the optimizer's memory, shares, sums of a step."""
-        trajectory, most = self.trajectory, self.gradients.most
-        slots = len(self.rule.memory) if keeps_memory(trajectory) else 0
-        held = slots * self.size * self.itemsize + 8 * len(trajectory.data) + 8 * self.rule.stages * most
-        return float(self.k * (held + 16 * most))
+    @cached_property
+    def adjoint(self) -> float:
+        """Bytes of a query in the adjoint of a rule that takes whole parameters."""
+        name = max(self._last.active, key=lambda name: self.shapes[name].numel())
+        size, pull = self.shapes[name].numel(), Adjoint(self.rule, self._last, self.shapes).on(name, torch.float64)
+
+        def pulled(n: int) -> Any:
+            return pull(slice(0, size), torch.ones(n, size, dtype=torch.float64), [None] * len(self.rule.memory))
+
+        return footprint(pulled).peak(4) / 4 + 16.0 * size
+
+    @property
+    def _last(self) -> Step:
+        return self.trajectory.store.read(len(self.trajectory) - 1)
 
     # -- what follows ----------------------------------------------------------------------------------------
 
-    def _phases(self, passes: int | None, cuts: Cuts, samples: int) -> Iterator[Footprint]:
+    def _ample(self, two: Queries, usable: float) -> bool:
+        """Whether all fits at once even if all that two samples take grew with their number and came together."""
+        quadrature = self.curve_of(two).quadrature
+        if not (self.rule.elementwise and isinstance(quadrature, FixedQuadrature | DiscreteGradient)):
+            return False
+        two.source.tapes.forget(2)
+        with Allocations() as query:
+            _ = two.gradients(self.trajectory.final)
+            nodes = 2 + (len(quadrature.nodes) if isinstance(quadrature, FixedQuadrature) else 0)
+            held = nodes * query.held + 2 * self.curve_of(two).dense * self.k * self.row
+        one = self.gradients.most / 2 * sum(BatchSizes.of_two(self.gradients, self.pushed))
+        columns = min(self.widest, BLOCK // (self.samples * self.k) + 1)
+        vectors = (STAGE + HELD + 2 * (2 + len(self.rule.memory)) * self.rule.stages) * self.vector
+        together = 3.0 * self.itemsize * (BLOCK + columns * self.gradients.most) + self.gaps + vectors
+        of_query = PASSING * (query.peak + held) / 2 + self.throughout + self.weights
+        return of_query * self.samples + PASSING * one + together <= usable
+
+    def _phases(self, way: Plan, samples: int) -> Iterator[Footprint]:
         """Bytes of query samples in each part of a step; ``samples`` is what a block has at most."""
-        batches, streamed = self.batches, cuts.batch.streamed
-        at_most, coefficients = self.step
-        vector = 8.0 * self.size
-        yield Footprint(np.array([PASSING * self.proof]), np.zeros(1))
+        batches, cuts, vector, (at_most, used) = self.batches, way.cuts, self.vector, self.coefficients
+        streamed, passes, most = cuts.batch.streamed, way.passes, batches.most
         query = self.query if passes is None else self.rows
-        taking = 0.0 if passes is None else PASSING * (query.peak(passes) - query.held(passes))
-        during = query.times(PASSING) if passes is None else query.at_the_end.plus(taking)
-        yield during.plus(coefficients, self.by_query)
 
-        m = min(batches.largest, cuts.batch.samples)
-        own, whole = float(self.row), m == batches.largest
-        pieces = batches.separate.held(1) - batches.separate.held(0)
-        formed = 0.0 if whole and not batches.rows else m * own
-        of_one = own if batches.rows else pieces if whole else min(pieces, own)
-        held = (m if streamed else batches.most) * of_one + batches.most * batches.inputs
+        # The proof that a tape is right.
+        yield Footprint(np.array([PASSING * self.proof]), np.zeros(1))
+
+        # The queries' passes.
+        if passes is None:
+            yield query.times(PASSING).plus(used, self.throughout)
+        else:
+            taking = PASSING * (query.peak(passes) - query.held(passes))
+            yield query.at_the_end.plus(used + taking, self.throughout)
+
+        # Those of the batch.
+        m, between = min(batches.largest, cuts.batch.samples), query.at_the_end.plus(0.0, self.throughout)
+        pieces, whole = batches.separate.held(1) - batches.separate.held(0), m == batches.largest
+        of_one = self.row if batches.rows else pieces if whole else min(pieces, self.row)
+        held = (m if streamed else most) * of_one + most * batches.inputs
+        formed = 0.0 if whole and not batches.rows else m * self.row
         taking = PASSING * max(batches.whole, batches.separate.peak(m)) + formed
-        between = query.at_the_end.plus(0.0, self.by_query)
-        yield between.plus(STAGE * vector + taking + (0.0 if streamed else max(0.0, held - m * of_one)))
+        yield between.plus(used + STAGE * vector + taking + (0.0 if streamed else max(0.0, held - m * of_one)))
 
-        held = max(held, batches.held)
-        columns = min(self.largest, cuts.columns)
-        scratch = 3.0 * self.itemsize * columns * (m if streamed else batches.most)
-        inside = between.plus(at_most + HELD * vector + held + scratch)
-        by_query = float(self.k * self.itemsize)
+        # Both sides' columns.
+        columns = min(self.widest, cuts.columns)
+        formed = 3.0 * self.itemsize * columns * (m if streamed else most) + (self.gaps if cuts.roomy else 0.0)
+        inside = between.plus(at_most + HELD * vector + max(held, batches.held) + formed)
         if streamed:
-            inside = inside.plus(0.0, by_query * self.size * self.rule.stages)
-        if self.dense:
-            inside = inside.plus(0.0, 24.0 * self.k * self.size * self.rule.stages)
+            inside = inside.plus(0.0, float(self.k * self.itemsize * self.size * self.rule.stages))
+        inside = inside.plus(0.0, self.weights)
         if not self.rule.elementwise:
-            inside = inside.plus(0.0, self.k * self.adjoint)
-            yield inside
+            yield inside.plus(0.0, self.k * self.adjoint)
         elif self.k * samples * columns > BLOCK:
             yield inside.plus(3.0 * self.itemsize * BLOCK)
         else:
-            yield inside.plus(0.0, 3.0 * by_query * columns)
+            yield inside.plus(0.0, 3.0 * self.k * self.itemsize * columns)
 
-    def _most(self, passes: int | None, cuts: Cuts, memory: float) -> int:
+    def _most(self, way: Plan, memory: float) -> int:
         """Query samples in a block that fit."""
+
         def fits(bound: int) -> int:
-            return min(phase.most(memory, self.samples) for phase in self._phases(passes, cuts, bound))
+            return min(phase.most(memory, self.samples) for phase in self._phases(way, bound))
 
-        return max(fits(self.samples), min(fits(1), BLOCK // (self.k * min(self.largest, cuts.columns))))
-
-    def plan(self, memory: int) -> Plan:
-        """The cheapest way that fits."""
-        usable, n = usable_bytes(memory), self.samples
-        whole = Plan(n, None, Cuts(scratch=int(usable) // 4))
-        if self.ample <= usable:
-            return whole
-        columns = max(1, BLOCK // (n * self.k))
-        if self._most(None, replace(whole.cuts, columns=columns), usable) >= n:
-            return whole
-        best: tuple[float, Plan] | None = None
-        for plan in self._ways(int(usable) // 16):
-            most = self._most(plan.passes, plan.cuts, usable)
-            if most == 0:
-                continue
-            even = math.ceil(n / math.ceil(n / most))  # as many blocks, but none much smaller than the others
-            cost = self._cost(even, plan)
-            if best is None or cost < best[0]:
-                best = cost, replace(plan, queries=even)
-        if best is None:
-            least = min(
-                max(phase.peak(1) for phase in self._phases(way.passes, way.cuts, 1)) for way in self._ways(0)
-            )
-            raise refusal(least, memory)
-        return best[1]
+        return max(fits(self.samples), min(fits(1), BLOCK // (self.k * min(self.widest, way.cuts.columns))))
 
     def _ways(self, scratch: int) -> Iterator[Plan]:
         """All that may be tried, without the size of a block."""
         most, largest = self.batches.most, self.batches.largest
+        for columns in COLUMNS:
+            yield Plan(1, None, Cuts(columns=columns, scratch=max(1, scratch)))
         sizes = [largest, *(size for power in range(1, 11) if (size := largest >> power))]
         for passes, size, streamed, columns in product((None, 16, 4, 1), sizes, (False, True), COLUMNS):
-            if streamed and size == most:
-                continue
-            batch = Passes(sys.maxsize if size == largest else size, streamed)
-            yield Plan(1, passes, Cuts(batch, columns, max(1, scratch), push=False))
+            if not (streamed and size == most):
+                batch = Passes(sys.maxsize if size == largest else size, streamed)
+                yield Plan(1, passes, Cuts(batch, columns, max(1, scratch), roomy=False))
 
-    def _cost(self, block: int, plan: Plan) -> float:
-        """In samples that go through the network."""
-        most, columns = self.batches.most, max(1, self.size // plan.cuts.columns)
-        passes = math.ceil(most / min(most, plan.cuts.batch.samples))
-        sweeps = math.ceil(self.samples / block)
-        batch = most + PASS * passes + 2 * columns * (passes if plan.cuts.batch.streamed else 1)
-        return sweeps * batch + self.samples * (1 + PASS / (plan.passes or block))
-
-    @property
-    def rows(self) -> Footprint:
-        """Of queries whose gradients are kept as rows."""
-        if not hasattr(self, "_rows"):
-            self._rows = footprint(lambda n: self._swept(n, passes=n))
-        return self._rows
-
-    @property
-    def adjoint(self) -> float:
-        """Bytes of a query in the adjoint of a rule that takes whole parameters."""
-        if not hasattr(self, "_adjoint"):
-            step = self.trajectory.store.read(len(self.trajectory) - 1)
-            shapes = dict(zip(self.trajectory.layout.names, self.trajectory.layout.shapes, strict=True))
-            name = max(step.active, key=lambda name: shapes[name].numel())
-            size, adjoint = shapes[name].numel(), Adjoint(self.rule, step, shapes)
-            slots = len(self.rule.memory)
-            found = footprint(
-                lambda n: adjoint.on(name, torch.float64)(
-                    slice(0, size), torch.ones(n, size, dtype=torch.float64), [None] * slots
-                )
-            )
-            self._adjoint = found.peak(4) / 4 + 16.0 * size
-        return self._adjoint
+    def _cost(self, block: int, way: Plan) -> float:
+        """Of a step, in entries of a sample's gradient."""
+        most, columns = self.batches.most, math.ceil(self.size / way.cuts.columns)
+        passes = math.ceil(most / min(most, way.cuts.batch.samples))
+        portions = passes if way.cuts.batch.streamed else 1
+        batch = most * self.size + PASS * passes + BLOCK_OF_COLUMNS * columns * portions
+        query = self.size + PASS / (way.passes or block)
+        return math.ceil(self.samples / block) * batch + self.samples * query
 
 
 def outputs_at_once(function: ModelFunction, theta: Tensor, inputs: PyTree, memory: int) -> int:
-    """Samples that go through a network at once for nothing but their outputs, at least one."""
-    few = lambda n: take(inputs, torch.arange(n) % count(inputs))  # noqa: E731
-    found = footprint(lambda n: function.outputs(theta, few(n))).times(WITHOUT_GRAPH)
-    return max(1, found.most(usable_bytes(memory) / 2, AT_ONCE))
+    """Samples that go through a network at once for nothing but their outputs; one where a budget is too small.
+
+    What follows takes more, and refuses such a budget with all that it takes.
+    """
+    usable, n = usable_bytes(memory) / 2, min(AT_ONCE, count(inputs))
+
+    def outputs(n: int) -> Tensor:
+        return function.outputs(theta, take(inputs, torch.arange(n) % count(inputs)))
+
+    with Allocations() as allocations:
+        outputs(2)
+    if WITHOUT_GRAPH * allocations.peak * n / 2 <= usable:
+        return AT_ONCE
+    most = max(1, footprint(outputs).times(WITHOUT_GRAPH).most(usable, n))
+    return AT_ONCE if most == n else most
 
 
 def plan_forward(
@@ -457,12 +515,18 @@ def plan_forward(
 
     def pushed(n: int) -> Any:
         few = queries.block(torch.arange(n) % samples)
+        few.forward = None
         step = ProductStep(few, segment, torch.zeros(channels, trajectory.layout.size, dtype=torch.float64))
-        return quadrature.average(step)
+        return _short(quadrature).average(step)
 
     # Gradients, displacement, memory and directions of each channel.
     rule, values = trajectory.rule, 8.0 * queries.components * (channels + 8)
     fixed = vector * (STAGE + channels * (2 * rule.stages + len(rule.memory) + 2))
+    with Allocations() as two:
+        pushed(2)
+    one = PASSING / 2 * max(BatchSizes.of_two(gradients, total=True))
+    if (PASSING * two.peak / 2 + values) * samples + fixed + one * gradients.most <= usable:
+        return samples, WHOLE
     query = footprint(pushed).times(PASSING).plus(fixed - vector * channels)
     batches = BatchSizes.of(gradients, total=True)
     resting = fixed + values * samples

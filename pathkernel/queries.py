@@ -12,7 +12,7 @@ from torch import Tensor
 from pathkernel._typing import Float, Int, PyTree
 from pathkernel.factored import FactoredGradients, working
 from pathkernel.functional import REFUSALS, OutputFunctional, gradients_along, push_forward, values_of
-from pathkernel.gradient_source import GradientSource
+from pathkernel.gradient_source import ROWS, GradientSource
 from pathkernel.interrupts import attempt, deliver
 from pathkernel.pytrees import blocks, cast_floating, count, take
 from pathkernel.trajectory.step import Segment
@@ -152,7 +152,7 @@ class Queries:
 
     def _rows_at_once(self, queries: int) -> Iterator[slice]:
         per_query = 6 * self.function.layout.size * torch.finfo(self.function.dtype).bits // 8
-        return blocks(queries, self.source.memory // per_query)
+        return blocks(queries, min(ROWS // per_query, queries if self.forward is None else self.forward))
 
     def products(self, theta: Float[Tensor, " P"], directions: Float[Tensor, "D P"]) -> Float[Tensor, "Q D"]:
         """∇h·v at θ for a few directions, by forward differentiation; by gradients where it has no rule."""

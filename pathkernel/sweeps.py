@@ -48,14 +48,15 @@ class Cuts:
         Entries of θ at once, for all queries and all samples held.
     scratch
         Bytes for inner products of pairs.
-    push
-        Whether a batch is pushed along few queries, for which it takes some memory at once.
+    roomy
+        Whether there is memory for what is faster: a batch is pushed along few queries at once, and each block of the
+        memory's cotangents has a place of its own.
     """
 
     batch: Passes = WHOLE
     columns: int = sys.maxsize
     scratch: int = 2**28
-    push: bool = True
+    roomy: bool = True
 
 
 def backward_sweep(
@@ -100,7 +101,7 @@ class _Backward:
     ) -> None:
         self.trajectory, self.gradients, self.by, self.builder = curve.trajectory, gradients, by, builder
         self.cuts = cuts
-        self._pushed = cuts.push and len(curve.queries) <= FEW
+        self._pushed = cuts.roomy and len(curve.queries) <= FEW
         trajectory, count = self.trajectory, len(curve.queries)
         self.layout, self.rule, self.count = trajectory.layout, trajectory.rule, count
         self.shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
@@ -148,7 +149,7 @@ class _Backward:
             total.book()
         for stage, weight in zip(stages, weights, strict=False):
             assert self.builder is not None
-            for ids, slopes, kernel in self.gradients.kernel(step, stage, weight):
+            for ids, slopes, kernel in self.gradients.kernel(step, stage, weight, self.cuts.batch):
                 self.builder.add(step.index, ids, slopes, kernel)
 
     def _beyond_the_rule(self, step: Step, q: FactoredGradients) -> None:
@@ -168,7 +169,8 @@ class _Backward:
                 if name in found.memory:
                     added = found.memory[name].reshape(-1)[where.start - own.start : where.stop - own.start]
                     self.account.channels["unexplained"] += cotangent.double() @ added
-                cotangent.mul_(found.scale.get(name, 1.0))
+                if name in found.scale:
+                    self.memory[where.start] = [self._keep(0, where, cotangent * found.scale[name])]
 
     def _sources(self, segment: Segment, step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the optimizer added to the gradient and to the displacement, (P,) each."""
@@ -264,19 +266,19 @@ class _Backward:
                     if weights:
                         weights[stage][:, where] = u.double() * scale
                 for part in blocks(where.stop - where.start, self.cuts.columns):  # a whole parameter may be too long
-                    if not self.cuts.push:
+                    if not self.cuts.roomy:
                         give_back_freed_memory()
                     cut = [(stage, u[:, part], scale) for stage, u, scale in pulled]
                     yield name, slice(where.start + part.start, where.start + part.stop), cut
 
     def _keep(self, slot: int, where: slice, cotangent: Tensor | None) -> Tensor | None:
-        """A block of the memory's cotangents in a place of its own.
+        """A block of the memory's cotangents, where memory is tight in one place with the others.
 
-        Allocated one by one, they would lie where intermediate results had been, and the next of those would find no
-        room between them.
+        Allocated one by one, they lie where intermediate results have been, and the next of those finds no room between
+        them.
         """
-        if cotangent is None:
-            return None
+        if cotangent is None or self.cuts.roomy:
+            return cotangent
         if slot not in self._cotangents:
             self._cotangents[slot] = torch.empty(self.count * self.layout.size, dtype=self.dtype)
         block = self._cotangents[slot][self.count * where.start : self.count * where.stop].view(self.count, -1)

@@ -75,7 +75,7 @@ class FreedMemory:
         return (_resident() or 0) - (self.start or 0)
 
     def give_back(self) -> None:
-        """Give free memory back where the process has grown by half of the budget, and since the last time."""
+        """Give free memory back where the process has grown by more than half of the budget since it began."""
         if self.start is None or (trim := _trim()) is None:
             return
         if self._grown() > max(self.budget // 2, self._left + self.budget // 16):

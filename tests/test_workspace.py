@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import threading
 from typing import Any
 
 import pytest
 import torch
 
-from pathkernel.workspace import Workspace
+from pathkernel import workspace
+from pathkernel.workspace import FreedMemory, Workspace, give_back_freed_memory
 
 MEGABYTE = 1 << 20
 
@@ -110,3 +112,40 @@ def test_memory_that_the_system_does_not_give_is_a_memory_error(monkeypatch: pyt
     monkeypatch.setattr("mmap.mmap", refused)
     with pytest.raises(MemoryError, match="MB for an array"):
         Workspace(MEGABYTE).empty((10_000_000,), torch.float64)
+
+
+# -- freed memory ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and asks glibc")
+def test_freed_memory_is_given_back_once_a_process_has_grown_by_half_of_its_budget() -> None:
+    def grown() -> int:
+        return (workspace._resident() or 0) - before
+
+    size = 8 * MEGABYTE // 4
+    torch.empty(31 * MEGABYTE, dtype=torch.uint8)  # blocks up to this size are kept
+    give_back_freed_memory()  # of nobody's budget
+    with FreedMemory(1000 * MEGABYTE):
+        before = workspace._resident() or 0
+        # Every second block stays, so that no hole is large, and none at the end.
+        blocks = [torch.ones(size) for _ in range(16)]
+        del blocks[::2]
+        give_back_freed_memory()
+        kept = grown()
+        with FreedMemory(100 * MEGABYTE) as freed:
+            freed.start = before
+            give_back_freed_memory()
+            assert grown() <= kept
+            assert grown() <= 80 * MEGABYTE
+    assert len(blocks) == 8
+
+
+def test_where_the_system_does_not_tell_nothing_is_given_back(monkeypatch) -> None:
+    monkeypatch.setattr(workspace, "_resident", lambda: None)
+    with FreedMemory(1) as freed:
+        freed.give_back()
+    monkeypatch.undo()
+    monkeypatch.setattr(workspace.ctypes, "CDLL", lambda _: (_ for _ in ()).throw(OSError))
+    workspace._trim.cache_clear()
+    assert workspace._trim() is None
+    workspace._trim.cache_clear()

@@ -78,6 +78,10 @@ class ProvedTapes:
         self.proved[calls] = self._latest = coverage
         return tape
 
+    def forget(self, n: int) -> None:
+        """Compare the rows of n samples once more when they are met next, as those of a new number of samples are."""
+        self._met = {met for met in self._met if met[1] != n}
+
     @property
     def coverage(self) -> Coverage | None:
         """Of the latest tape."""

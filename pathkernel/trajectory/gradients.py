@@ -182,8 +182,6 @@ class RecordedGradients:
         Samples in the largest step.
     examples
         The largest batch of each kind of forward pass: its samples, its step, and its place in it.
-    proof
-        Bytes in which it was proved how gradients are to be taken, so far as that is known.
     discrepancies
         Where steps are not what the update rule makes of the recorded gradients.
     """
@@ -202,7 +200,7 @@ class RecordedGradients:
         self.source = GradientSource(function, engine, memory)
         # Mixed precision rounds every product; rows by torch.func round as the loop did.
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
-        self.largest, self.most, self.proof = 0.0, 0, 0
+        self.largest, self.most = 0.0, 0
         self.examples: dict[Any, tuple[int, int, int]] = {}
         self.discrepancies = Discrepancies(trajectory)
         met = self._met(trajectory.steps())
@@ -258,12 +256,13 @@ class RecordedGradients:
         named = {n: change.double() for n, change in step.gradient_changes.items() if n not in step.differentiated}
         regularizers = trajectory.objective.regularizer_gradients(self.function, point)
         parts: Iterable[FactoredGradients] = ()
+        totals: Iterator[Tensor]  # one after the other: each is a vector of P numbers, and passes may be many
         if rows and not passes.streamed:
             parts = tuple(self._by_sample(step, point, passes))
-            totals = [part.total() for part in parts]
+            totals = (part.total() for part in parts)
         else:
             parts = _Streamed(lambda: self._by_sample(step, point, passes)) if rows else ()
-            totals = [self._in_total(step, batch, point, passes) for batch in step.batches]
+            totals = (self._in_total(step, batch, point, passes) for batch in step.batches)
         total = functools.reduce(operator.add, totals)
         self._silence(step, total)
         if not compare:
@@ -516,7 +515,9 @@ class RecordedGradients:
             self._separate[key] = not self.source.plain and _separate(tape)
         return not self._separate[key]
 
-    def kernel(self, step: Step, stage: StageGradients, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def kernel(
+        self, step: Step, stage: StageGradients, weight: Tensor, passes: Passes = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Ids (B,), slopes λ (B, C) and kernel values k = −⟨u, ∇z⟩ (Q, B, C) of each micro-batch of a step.
 
         One directional derivative of the whole batch, run as it was, for each query.
@@ -527,9 +528,17 @@ class RecordedGradients:
         for batch in stage.batches:
             function = self.replayed(step, batch)
             inputs, targets = samples_of(batch, self.trajectory.data)
-            slopes = cotangents_of(batch, function, stage.point, objective, inputs, targets)
-            products = batch_products(function, stage.point, inputs, directions)
-            yield batch.ids, slopes.double(), -products
+            if not passes.cut(len(batch.ids)) or self.inseparable(batch, stage.point, inputs):
+                slopes = cotangents_of(batch, function, stage.point, objective, inputs, targets)
+                products = batch_products(function, stage.point, inputs, directions)
+                yield batch.ids, slopes.double(), -products
+                continue
+            slopes = self._cotangents(batch, function, stage.point, inputs, targets, passes)
+            found = [
+                batch_products(function, stage.point, take(inputs, piece), directions)
+                for piece in blocks(len(batch.ids), passes.samples)
+            ]
+            yield batch.ids, slopes.double(), -torch.cat(found, dim=1)
 
     def replayed(self, step: Step, batch: MicroBatch) -> ModelFunction:
         """The network as a micro-batch ran it."""

@@ -1007,6 +1007,16 @@ REFUSALS: dict[str, Case] = {
         errors.InputError,
         ('in the form "ensemble"', "shares, channels and the certificate", 'form="folded"'),
     ),
+    "a budget for shares": (
+        lambda: pk.KernelMachine(run().trajectory, memory=1).explain(X3),
+        errors.InputError,
+        ("One query and the least part of a batch take", "kept, not exceeded in silence", 'Write `memory="0.'),
+    ),
+    "a budget for predictions": (
+        lambda: pk.KernelMachine(run().trajectory, memory=1).predict(X3),
+        errors.InputError,
+        ("the budget is 1e-06 MB", "A budget has to hold at least these", 'MB"` or more'),
+    ),
     "averages and keyframes": (
         lambda: Scene(schedule=pk.Schedule(keyframes=4), averages={"ema": make_model()}),
         errors.RecordingError,
