@@ -39,11 +39,11 @@ from pathkernel.accounts import Account
 from pathkernel.allocations import Allocations, Footprint, footprint
 from pathkernel.curves import Curve
 from pathkernel.errors import InputError
-from pathkernel.factored import piece_dtype, working
+from pathkernel.factored import device_of_factor, piece_dtype, working
 from pathkernel.functional import ModelFunction
 from pathkernel.losses import coupled_row_blocks, weighted_gradient
 from pathkernel.pull_back import Adjoint
-from pathkernel.pytrees import cast_floating, count, take
+from pathkernel.pytrees import count, take
 from pathkernel.quadrature import Adaptive, Quadrature
 from pathkernel.queries import ProductStep, Queries
 from pathkernel.returned import batch_outputs
@@ -189,7 +189,9 @@ class _Batch:
         ones = lambda outputs: torch.ones_like(batch_outputs(outputs, n))  # noqa: E731
         part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
         for piece in part.pieces:
-            piece.factor.products(torch.zeros(self.pushed, piece.factor.size, dtype=piece_dtype(piece)))
+            piece.factor.products(torch.zeros(
+                self.pushed, piece.factor.size, dtype=piece_dtype(piece), device=device_of_factor(piece.factor)
+            ))
         return part
 
     def rows(self, n: int) -> None:
@@ -202,7 +204,7 @@ class _Batch:
         return weighted_gradient(self.function, self.point, *self._weighted(n)).double()
 
     def _weighted(self, n: int) -> tuple[PyTree, Tensor]:
-        inputs = cast_floating(take(self.inputs, slice(0, n)), self.function.dtype)
+        inputs = self.function.cast(take(self.inputs, slice(0, n)))
         with self.function.running(gradients=False):
             outputs = self.function.batch(self.function.parameters(self.point), inputs)
         return inputs, torch.ones_like(outputs)
@@ -424,10 +426,10 @@ class _Planner:
             shapes = dict(zip(self.trajectory.layout.names, self.trajectory.layout.shapes, strict=True))
             name = max(step.active, key=lambda name: shapes[name].numel())
             size, adjoint = shapes[name].numel(), Adjoint(self.rule, step, shapes)
-            slots = len(self.rule.memory)
+            slots, device = len(self.rule.memory), self.trajectory.device
             found = footprint(
                 lambda n: adjoint.on(name, torch.float64)(
-                    slice(0, size), torch.ones(n, size, dtype=torch.float64), [None] * slots
+                    slice(0, size), torch.ones(n, size, dtype=torch.float64, device=device), [None] * slots
                 )
             )
             self._adjoint = found.peak(4) / 4 + 16.0 * size
@@ -457,7 +459,9 @@ def plan_forward(
 
     def pushed(n: int) -> Any:
         few = queries.block(torch.arange(n) % samples)
-        step = ProductStep(few, segment, torch.zeros(channels, trajectory.layout.size, dtype=torch.float64))
+        step = ProductStep(few, segment, torch.zeros(
+            channels, trajectory.layout.size, dtype=torch.float64, device=trajectory.device
+        ))
         return quadrature.average(step)
 
     # Gradients, displacement, memory and directions of each channel.
