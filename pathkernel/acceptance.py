@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import Float, Int, PyTree
 from pathkernel.errors import InputError, PathKernelError
 from pathkernel.functional import REFUSALS, ModelFunction, generators_untouched
-from pathkernel.pytrees import cast_floating, check_rows, count, take
+from pathkernel.pytrees import check_rows, count, take
 
 SHAPES = {
     "in_features": "(n, …, {})",
@@ -185,10 +185,10 @@ def named_rows(asker: str, rows: Sequence[Tensor], what: str) -> InputError:
 
 def _is_finite(function: ModelFunction, theta: Float[Tensor, " P"], inputs: PyTree) -> bool:
     """Whether the sum of all outputs and its gradient are finite."""
-    point = theta.to(function.dtype).detach().requires_grad_(True)
+    point = function.cast(theta).detach().requires_grad_(True)
     try:
         with function.running(gradients=True):
-            outputs = function.batch(function.layout.unflatten(point), cast_floating(inputs, function.dtype))
+            outputs = function.batch(function.layout.unflatten(point), function.cast(inputs))
             (gradient,) = torch.autograd.grad(outputs.sum(), point)
     except REFUSALS:
         return False

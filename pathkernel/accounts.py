@@ -63,6 +63,15 @@ class Account:
         channels["initial"] = initial
         return cls(channels, missed=torch.zeros_like(initial), short=torch.zeros_like(initial))
 
+    def on_cpu(self) -> Account:
+        """The same, finished: where results are."""
+        for held in (self.channels, self.modules):
+            held |= {name: value.cpu() for name, value in held.items()}
+        for name in ("missed", "short", "shares", "steps", "shares_error", "split_error", "samples_checked"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.cpu())
+        return self
+
     def book(self, average: StepAverage) -> Any:
         """Note error and cost of a quadrature; returns its gradient."""
         self.missed += average.error

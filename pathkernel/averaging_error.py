@@ -92,7 +92,7 @@ class AveragingError(Quadrature):
         missed = torch.zeros_like(step.start_value)
         samples = (weights.reshape(-1, step.queries.components) > 0).any(dim=1).nonzero()[:, 0]
         if step.segment.channel or not len(samples):  # what is booked under a name is no part of a share
-            return StepAverage(FactoredGradients(layout, len(weights), ()), missed, 0.0)
+            return StepAverage(FactoredGradients(layout, len(weights), (), place=missed.device), missed, 0.0)
         part = step if len(samples) * step.queries.components == len(weights) else step.of(samples)
         rows, error = step.rows_of(samples), _matrix(step)
         usual = self.missed[rows], self.off[rows] / self.checked[rows].clamp_min(1)
@@ -113,7 +113,7 @@ class AveragingError(Quadrature):
         # What is usual on the path is small enough: no step is refined for errors that others make anyway.
         enough = torch.maximum(SETTLED * torch.maximum(average.error, usual_missed), rounding)
         small = torch.maximum(SETTLED * usual_off, rounding)
-        samples = torch.arange(len(given) // step.queries.components)
+        samples = torch.arange(len(given) // step.queries.components, device=given.device)
         open_ = step
         before = self._subdivided(step, FIRST)[0]
         while True:
@@ -162,7 +162,8 @@ def _weights(missed: Tensor, start: float) -> Tensor:
 def _matrix(step: GradientStep) -> Tensor:
     """Zeros (Q, P)."""
     function = step.queries.function
-    return torch.zeros(len(step.start_value), function.layout.size, dtype=working(function.dtype))
+    dtype = working(function.dtype)
+    return torch.zeros(len(step.start_value), function.layout.size, dtype=dtype, device=step.start_value.device)
 
 
 def _add(total: Tensor, gradient: FactoredGradients | Tensor, weight: float) -> Tensor:

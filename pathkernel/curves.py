@@ -79,7 +79,9 @@ class Curve(ABC):
 
     def _no_weight(self) -> Tensor:
         dtype = working(self.queries.function.dtype)
-        return torch.zeros(len(self.queries), self.trajectory.layout.size, dtype=dtype)
+        return torch.zeros(
+            len(self.queries), self.trajectory.layout.size, dtype=dtype, device=self.queries.function.device
+        )
 
     def _add(self, weight: Tensor, gradient: FactoredGradients, factor: float) -> None:
         """weight ← weight + factor · gradient, parameter by parameter."""
@@ -191,7 +193,8 @@ class AverageCurve(Curve):
     def forward(self, account: Account, displacements: Displacements) -> None:
         """See `Curve.forward`."""
         size = self.trajectory.layout.size
-        gaps: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64))
+        zeros = torch.zeros(size, dtype=torch.float64, device=self.trajectory.device)
+        gaps: dict[str, Tensor] = defaultdict(lambda: zeros)
         if self._first_gap.any():
             gaps["average"] = self._first_gap
         view: ProductStep | None = None
@@ -262,7 +265,8 @@ class ChordCurve(Curve):
         """See `Curve.forward`."""
         self._book_buffers(account)
         size = self.trajectory.layout.size
-        moved: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64))
+        zeros = torch.zeros(size, dtype=torch.float64, device=self.trajectory.device)
+        moved: dict[str, Tensor] = defaultdict(lambda: zeros)
         for segment in self.trajectory.segments():
             for name, displacement in displacements(segment).items():
                 moved[name] = moved[name] + displacement

@@ -41,6 +41,8 @@ class FactoredGradients:
         Their sum is the gradient; pieces of the same part of θ add up, and what none covers is zero.
     multiples, direction
         c, (Q,), and v, (P,), or None.
+    place
+        Where there are no pieces: the device of the zeros that stand for them, by default the CPU.
     """
 
     layout: ParameterLayout
@@ -48,6 +50,14 @@ class FactoredGradients:
     pieces: tuple[Piece, ...]
     multiples: Tensor | None = None
     direction: Tensor | None = None
+    place: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are: with their pieces."""
+        if self.pieces:
+            return device_of_factor(self.pieces[0].factor)
+        return self.place or torch.device("cpu") if self.direction is None else self.direction.device
 
     @classmethod
     def of_rows(cls, rows: Mapping[str, Tensor], layout: ParameterLayout) -> FactoredGradients:
@@ -79,7 +89,8 @@ class FactoredGradients:
         dtype = _dtype(self.pieces[0].factor) if self.pieces else torch.float32
         if self.count * self.layout.size >= sum(numel(piece.factor) for piece in self.pieces):
             return self
-        return FactoredGradients.dense(self.rows(torch.empty(self.count, self.layout.size, dtype=dtype)), self.layout)
+        rows = torch.empty(self.count, self.layout.size, dtype=dtype, device=self.device)
+        return FactoredGradients.dense(self.rows(rows), self.layout)
 
     # -- linear combinations ---------------------------------------------------------------------------------
 
@@ -112,7 +123,8 @@ class FactoredGradients:
     def __matmul__(self, directions: Tensor) -> Tensor:
         """Inner products with a direction (P,) or several (P, D): float64 (Q,) or (Q, D)."""
         several = directions.unsqueeze(1) if directions.dim() == 1 else directions
-        result = torch.zeros(self.count, several.shape[1], dtype=torch.float64)
+        several = several.to(self.device)
+        result = torch.zeros(self.count, several.shape[1], dtype=torch.float64, device=self.device)
         cast: dict[torch.dtype, Tensor] = {}
         for piece in self.pieces:
             dtype = _dtype(piece.factor)
@@ -136,7 +148,7 @@ class FactoredGradients:
                 total, own = found.new_zeros(self.count, size) if total is None else total.clone(), True
             total[:, offset : offset + found.shape[1]] += found
         if total is None:
-            total, own = torch.zeros(self.count, size, dtype=dtype), True
+            total, own = torch.zeros(self.count, size, dtype=dtype, device=self.device), True
         if self.multiples is not None and self.direction is not None:
             total = total if own else total.clone()
             total.addcmul_(self.multiples.to(dtype).unsqueeze(1), self.direction[where].to(dtype))
@@ -154,7 +166,7 @@ class FactoredGradients:
 
     def total(self) -> Float[Tensor, " P"]:
         """The sum of all gradients, float64."""
-        result = torch.zeros(self.layout.size, dtype=torch.float64)
+        result = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
         for piece in self.pieces:
             result[piece.where] += _total(piece.factor)
             if piece.bias is not None:
@@ -190,6 +202,11 @@ class FactoredGradients:
             if start < stop:
                 part = piece if own == piece.where else Piece(own, Dense(piece.bias_rows()))
                 yield part, start - own.start, stop - own.start, start - where.start
+
+
+def device_of_factor(factor: Factor) -> torch.device:
+    """Where the numbers of a factor are."""
+    return factor.values.device if isinstance(factor, Dense) else factor.signal.device  # type: ignore[attr-defined]
 
 
 def piece_dtype(piece: Piece) -> torch.dtype:

@@ -37,7 +37,7 @@ def forward_sweep(
     """
     trajectory, size = curve.trajectory, curve.trajectory.layout.size
     memory: dict[str, list[Tensor]] = defaultdict(
-        lambda: [torch.zeros(size, dtype=torch.float64) for _ in trajectory.rule.memory]
+        lambda: [torch.zeros(size, dtype=torch.float64, device=trajectory.device) for _ in trajectory.rule.memory]
     )
     for name, held in trajectory.initial_memory.items():
         for slot, start in zip(memory["memory"], held, strict=True):
@@ -55,7 +55,7 @@ def forward_sweep(
     account = Account.opened(curve.initial())
     curve.forward(account, displacements)
     bar.close()
-    return account
+    return account.on_cpu()
 
 
 def _displacements(
@@ -68,12 +68,12 @@ def _displacements(
 ) -> dict[str, Tensor]:
     """Δ_s split by where it came from, (P,) each; ``memory`` becomes that after the step."""
     rule, size = trajectory.rule, trajectory.layout.size
-    none = [torch.zeros(size, dtype=torch.float64) for _ in range(rule.stages)]
+    none = [torch.zeros(size, dtype=torch.float64, device=trajectory.device) for _ in range(rule.stages)]
     received: dict[str, list[Tensor]] = defaultdict(lambda: [vector.clone() for vector in none])
     for index, stage in enumerate(gradients.stages(step, rows=False, passes=passes)):
         for channel, gradient in {"samples": stage.samples, **stage.channels}.items():
             received[channel][index] = gradient
-    moved: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64))
+    moved: dict[str, Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.float64, device=trajectory.device))
     parts = _parts(trajectory, step)
     _beyond_the_rule(trajectory, gradients.discrepancies.of(step), memory, moved)
     for part in parts:

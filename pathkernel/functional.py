@@ -2,6 +2,11 @@
 
 Everything downstream sees a network as ``z = f(θ, x)``, with θ a flat vector of P numbers (or the same numbers as
 a dict by parameter name) and z the outputs of a batch, flattened to (B, C).
+
+Arithmetic runs where the network's parameters are. θ, samples, contexts and buffers come from anywhere (a record on
+disk, a loop that moves its batches itself) and are moved there where they enter a `ModelFunction`; random numbers are
+drawn on the CPU and moved, so that they are the same everywhere. What was recorded in memory stays where it was, ids
+are on the CPU, and results are handed out as arrays.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 import random
 import threading
@@ -23,13 +29,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Parameters, PyTree
 from pathkernel.errors import InputError
 from pathkernel.interrupts import attempt, deliver, held
 from pathkernel.parameters import ParameterLayout, constants_of
-from pathkernel.pytrees import arguments_of, blocks, cast_floating, count, take
+from pathkernel.pytrees import arguments_of, blocks, cast_floating, count, moved, take
 from pathkernel.returned import Returns, batch_outputs, selected
 from pathkernel.structural_copy import StructuralCopy
 
@@ -162,12 +169,35 @@ def _without_fused_encoders() -> Iterator[None]:
 
 
 @contextmanager
-def _without_onednn() -> Iterator[None]:
-    flags = torch.backends.mkldnn.set_flags(_enabled=False)
+def _without_fused_recurrence() -> Iterator[None]:
+    flags, cudnn = torch.backends.mkldnn.set_flags(_enabled=False), torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False  # whose `flags` would set its precision as well
     try:
         yield
     finally:
         torch.backends.mkldnn.set_flags(_enabled=flags[0])
+        torch.backends.cudnn.enabled = cudnn
+
+
+@contextmanager
+def _without_tensor_floats() -> Iterator[None]:
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
+def takes_tensor_floats(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether passes of a loop round products to TensorFloat-32, as far as the settings now and the layers tell."""
+    if dtype != torch.float32 or device_of(module).type != "cuda":
+        return False
+    layers = any(isinstance(child, (_ConvNd, nn.RNNBase)) for child in module.modules())
+    return torch.backends.cuda.matmul.allow_tf32 or (layers and torch.backends.cudnn.allow_tf32)
 
 
 @contextmanager
@@ -184,12 +214,24 @@ def _without_fallback_warnings() -> Iterator[None]:
 _QUIET_FALLBACKS = _Switch(_without_fallback_warnings)
 """`vmap` warns of operations that it treats one sample after the other, which is no fault of the user's."""
 
-# Forward differentiation has no rule for fused attention, fused encoder layers and oneDNN's recurrent layers.
+# Forward differentiation has no rule for fused attention, fused encoder layers and the recurrent layers of oneDNN and
+# cuDNN, the last of which cannot be differentiated in evaluation at all.
 _PLAIN_ATTENTION = _Switch(lambda: sdpa_kernel(SDPBackend.MATH))
 _PLAIN_ENCODERS = _Switch(_without_fused_encoders)
-_PLAIN_RECURRENCE = _Switch(_without_onednn)
+_PLAIN_RECURRENCE = _Switch(_without_fused_recurrence)
+
+# TensorFloat-32, which cuDNN takes for convolutions unless it is told not to, rounds to eleven bits: rows that are
+# formed in two ways could not be compared.
+_FULL_PRECISION = _Switch(_without_tensor_floats)
 _RANDOM = threading.RLock()
 """Held by passes that draw random numbers: torch's generators belong to the process."""
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: on the device of its first parameter, or of its first buffer."""
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
 
 
 class ModelFunction:
@@ -225,7 +267,8 @@ class ModelFunction:
     ) -> None:
         self.layout, self.dtype, self.state, self.tap, self.returns = layout, dtype, state, tap, returns
         self.structure = StructuralCopy(module)
-        self.constants = cast_floating({**constants_of(module, layout), **(constants or {})}, dtype)
+        self.device = device_of(module)
+        self.constants = self.cast({**constants_of(module, layout), **(constants or {})})
         self.recurrent = any(isinstance(child, (nn.RNNBase, nn.RNNCellBase)) for child in self.module.modules())
         self.row_routes: dict[Any, str] = {}
         self.sample_wise: set[Any] = set()
@@ -246,7 +289,7 @@ class ModelFunction:
         """The same function with some constants, its way of running, or its output replaced."""
         other = copy.copy(self)  # what was found out about the module holds for all of them
         if constants:
-            other.constants = {**self.constants, **cast_floating(dict(constants), self.dtype)}
+            other.constants = {**self.constants, **self.cast(dict(constants))}
         other.state = self.state if state is None else state
         other.tap = self.tap if tap is None else tap
         return other
@@ -261,7 +304,7 @@ class ModelFunction:
         """The same function of some of its parameters; the others are constants, with their values in ``theta``."""
         other = copy.copy(self)
         rest = {name: value for name, value in theta.items() if name not in layout.slices}
-        other.layout, other.constants = layout, {**self.constants, **cast_floating(rest, self.dtype)}
+        other.layout, other.constants = layout, {**self.constants, **self.cast(rest)}
         return other
 
     def converted(self, dtype: torch.dtype) -> ModelFunction:
@@ -278,7 +321,7 @@ class ModelFunction:
         as the loop did. Ctrl-C waits until the end, or for `pathkernel.interrupts.deliver`: settings of torch, and its
         random generators, have to be put back. One thread at a time.
         """
-        device, dtype = self.state.autocast or ("cpu", None)
+        device, dtype = self.state.autocast or (self.device.type, None)
         with (
             held(),
             self.lock,
@@ -287,6 +330,7 @@ class ModelFunction:
             generators_at(self.state.generators),
             nullcontext() if as_trained else _PLAIN_ATTENTION,
             nullcontext() if as_trained else _PLAIN_ENCODERS,
+            nullcontext() if as_trained or self.device.type != "cuda" else _FULL_PRECISION,
             _PLAIN_RECURRENCE if self.recurrent and not as_trained else nullcontext(),
             torch.autocast(device, dtype=dtype, enabled=dtype is not None),
             nullcontext() if gradients is None else torch.set_grad_enabled(gradients),
@@ -303,13 +347,18 @@ class ModelFunction:
             self._kept = before
             self.structure.clear()
 
+    def cast(self, tree: PyTree) -> PyTree:
+        """Samples, contexts or constants in the working floating type, on the network's device."""
+        return cast_floating(tree, self.dtype, self.device)
+
     def parameters(self, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
-        """θ as a dict in the working floating type."""
-        return self.layout.unflatten(vector.to(self.dtype))
+        """θ as a dict in the working floating type, on the network's device."""
+        return self.layout.unflatten(self.cast(vector))
 
     def call(self, parameters: Parameters, inputs: PyTree) -> Any:
         """The network's outputs for a batch; see `pathkernel.pytrees.arguments_of`."""
         structure, evaluation = self.structure, self.state.modes is False
+        inputs = moved(inputs, self.device)
         if structure.writes_inputs is not False:  # they are the user's
             inputs = pytree.tree_map(lambda leaf: leaf.clone(), inputs)
         arguments = arguments_of(self.module.forward, inputs)
@@ -347,7 +396,7 @@ class ModelFunction:
     def outputs(self, vector: Float[Tensor, " P"], inputs: PyTree, block: int = 4096) -> Tensor:
         """Outputs (n, C) at θ without gradients, in blocks of samples."""
         parameters = self.parameters(vector)
-        inputs = cast_floating(inputs, self.dtype)
+        inputs = self.cast(inputs)
         found = []
         with self.running(gradients=False):
             for piece in blocks(count(inputs), block):
@@ -371,6 +420,7 @@ def values_of(functional: OutputFunctional, outputs: Tensor, context: PyTree) ->
     InputError
         When the outputs require gradients and h has none.
     """
+    context = moved(context, outputs.device)
     found = attempt(lambda: vmap(functional)(outputs, context), REFUSALS)
     if isinstance(found, Exception):  # it asks for a number, as `z[z.argmax().item()]` does
         found = torch.stack([functional(outputs[i], take(context, i)) for i in range(len(outputs))])
@@ -432,7 +482,7 @@ def sample_gradients(
     :math:`\langle row_{ik}, v\rangle = \partial h_{ik}/\partial z_i \cdot (J v)_i` for a random v: `vmap` has been
     seen to be wrong (of PReLU, for as many samples as outputs).
     """
-    inputs = cast_floating(inputs, function.dtype)
+    inputs, context = function.cast(inputs), moved(context, function.device)
     arguments = vector, inputs, functional, context, scalar
     key = _route_key(function, inputs, functional, context, scalar)
     if route is None and function.row_routes.get(key) != "autograd":
@@ -561,7 +611,7 @@ def _error_of_gradients(
     with function.running(gradients=False):
         weights = slopes_of(functional, function.batch(function.parameters(vector), inputs), context)
     flat = function.layout.flatten(rows)
-    found = flat.reshape(len(flat), -1, flat.shape[-1]) @ v.T.to(flat.dtype)
+    found = flat.reshape(len(flat), -1, flat.shape[-1]) @ v.T.to(flat)
     return error_of_rows(function, vector, inputs, v, found, weights)
 
 
@@ -581,7 +631,7 @@ def output_products(
 
     ``push`` is `push_forward` by default.
     """
-    inputs, point = cast_floating(inputs, function.dtype), vector.to(function.dtype)
+    inputs, point = function.cast(inputs), function.cast(vector)
 
     def outputs(theta: Tensor) -> Tensor:
         return function.batch(function.layout.unflatten(theta), inputs)
@@ -650,8 +700,8 @@ def error_of_rows(
     for push in (push_forward, _push_by_reversing):
         pushed = output_products(function, vector, inputs, directions, push)
         if pushed is not None:
-            expected = torch.einsum("nkc,dnc->nkd", weights.double(), pushed)
-            difference, scale = (found.double() - expected).abs().max().item(), expected.abs().max().item()
+            expected = torch.einsum("nkc,dnc->nkd", weights.to(pushed), pushed)
+            difference, scale = (found.to(pushed) - expected).abs().max().item(), expected.abs().max().item()
             if math.isfinite(difference) and math.isfinite(scale):
                 error = min(error, difference / scale if scale > 0 else difference)
         if error <= limit:
@@ -669,8 +719,9 @@ def gradients_along(
     context: PyTree,
 ) -> tuple[Tensor, Tensor]:
     """Values (n,) and gradients (n, P) of a scalar h at θ + t_i Δ, every sample at a time t_i of its own."""
-    inputs = cast_floating(inputs, function.dtype)
-    start, displacement = start.to(function.dtype), displacement.to(function.dtype)
+    inputs, context = function.cast(inputs), moved(context, function.device)
+    times = times.to(function.device)
+    start, displacement = function.cast(start), function.cast(displacement)
 
     def h(vector: Tensor, sample: PyTree, sample_context: PyTree) -> tuple[Tensor, Tensor]:
         value = functional(function.single(function.layout.unflatten(vector), sample), sample_context)

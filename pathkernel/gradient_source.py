@@ -14,7 +14,7 @@ from pathkernel.layers.factors import Piece
 from pathkernel.layers.proved import ProvedTapes
 from pathkernel.layers.tape import Tape
 from pathkernel.parameters import ParameterLayout
-from pathkernel.pytrees import blocks, cast_floating, count, take
+from pathkernel.pytrees import blocks, count, take
 from pathkernel.workspace import Workspace
 
 ROWS = 250_000_000
@@ -77,7 +77,7 @@ class GradientSource:
         """J_iᵀ λ_i of n samples, with λ (n, C) made of what the network returned for all of them."""
         if self.engine in BY_ROWS:
             with function.running(gradients=False):
-                weights = cotangents(function.call(function.parameters(theta), cast_floating(inputs, function.dtype)))
+                weights = cotangents(function.call(function.parameters(theta), function.cast(inputs)))
             return self.gradients(theta, inputs, weighted_sum, weights, None, function)
         tape = self.tapes.record(theta, inputs, function)
         weights = cotangents(tape.returned)
@@ -130,7 +130,10 @@ class GradientSource:
         part, route = function.restricted(own, values), "autograd" if self.engine == "autograd" else None
         k, point = components or 1, own.flatten(values)
         n, dtype = count(inputs), working(function.dtype)
-        rows = {name: torch.empty(n * k, where.stop - where.start, dtype=dtype) for name, where in own.slices.items()}
+        rows = {
+            name: torch.empty(n * k, where.stop - where.start, dtype=dtype, device=function.device)
+            for name, where in own.slices.items()
+        }
         per_sample = 4 * k * own.size * torch.finfo(function.dtype).bits // 8
         for piece in blocks(n, ROWS // per_sample):
             found = sample_gradients(

@@ -78,7 +78,7 @@ def contracted(
             products = _tiled(piece, other, weight, bias, memory)
             total = products if total is None else total.add_(products)
     if total is None:
-        return torch.zeros(len(left), len(right), dtype=torch.float64)
+        return torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     return total.double() * (next(iter(rates.values())) if alike else 1.0)
 
 

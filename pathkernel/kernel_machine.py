@@ -305,7 +305,7 @@ class KernelMachine:
         with FreedMemory(self.memory):
             queries = self._all_outputs(self._samples(X))
             account = self._settled(lambda: self._forward(queries))
-            output = self._curve(queries).final()
+            output = self._curve(queries).final().cpu()
             self._check_unexplained(account, output)
             self._check_end(account, output)
         return sum(account.channels.values(), torch.zeros(())).reshape(-1, queries.components).numpy()
@@ -385,7 +385,7 @@ class KernelMachine:
             account = self._settled(
                 lambda: self._backward(queries, asked) if store is None else self._stored(store, queries, asked)
             )
-            output = self._curve(queries).final()
+            output = self._curve(queries).final().cpu()
             self._check_unexplained(account, output)
         moved = (output - account.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
         assert account.shares is not None
@@ -446,9 +446,9 @@ class KernelMachine:
     def _chosen(self, inputs: PyTree, outputs: Any, n: int, c: int) -> Tensor:
         """Index of the output to explain for each sample."""
         if outputs is None:
-            return self._outputs(inputs).argmax(dim=1)
+            return self._outputs(inputs).argmax(dim=1).cpu()
         try:
-            chosen = torch.as_tensor(outputs)
+            chosen = torch.as_tensor(outputs).cpu()
         except (TypeError, ValueError, RuntimeError):
             chosen = torch.zeros(())
         fits = not chosen.is_floating_point() and chosen.dtype != torch.bool and chosen.shape in ((), (n,))

@@ -26,7 +26,7 @@ from pathkernel.functional import (
     pulled_back,
 )
 from pathkernel.interrupts import deliver
-from pathkernel.pytrees import blocks, cast_floating, count, take
+from pathkernel.pytrees import blocks, count, take
 from pathkernel.returned import batch_outputs, map_outputs, output_leaves
 from pathkernel.workspace import give_back_freed_memory
 
@@ -105,7 +105,7 @@ class Objective:
 
     def regularizer_gradients(self, function: ModelFunction, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
         """Gradient of each regulariser at θ, (P,)."""
-        theta = vector.to(function.dtype).detach().requires_grad_(True)
+        theta = function.cast(vector).detach().requires_grad_(True)
         gradients = {}
         for name, regularizer in self.regularizers.items():
             with torch.enable_grad():
@@ -125,8 +125,8 @@ def batch_gradient(
     """∇L of a whole batch at θ, (P,), by one reverse sweep; regularisers are left out."""
     leaves = leaf_parameters(function, vector)
     with function.running(gradients=True), function.kept():
-        outputs = function.call(leaves, cast_floating(inputs, function.dtype))
-        targets = cast_floating(targets, function.dtype)
+        outputs = function.call(leaves, function.cast(inputs))
+        targets = function.cast(targets)
         loss = objective.function("The gradient of a batch")
         value = batch_loss(loss, outputs, targets, weights, objective.reduction)
         gradients = pulled_back(leaves, value, torch.ones_like(value), retain=False)
@@ -143,7 +143,7 @@ def output_cotangents(
 ) -> Tensor:
     """λ = ∂L/∂z for the outputs of a batch, (B, C) in the order of `pathkernel.functional.batch_outputs`."""
     with function.running(gradients=False):
-        outputs = function.call(function.parameters(vector), cast_floating(inputs, function.dtype))
+        outputs = function.call(function.parameters(vector), function.cast(inputs))
     return loss_slopes(function, objective, outputs, targets, weights, count(inputs))
 
 
@@ -160,7 +160,7 @@ def loss_slopes(
     outputs = map_outputs(lambda z: z.detach().requires_grad_(True) if floating(z) else z, outputs)
     leaves = [leaf for leaf in output_leaves(outputs) if floating(leaf)]
     with function.running(gradients=True):
-        targets = cast_floating(targets, function.dtype)
+        targets = function.cast(targets)
         loss = objective.function("The slope of a batch")
         value = batch_loss(loss, outputs, targets, weights, objective.reduction)
         found = torch.autograd.grad(value, leaves, allow_unused=True)
@@ -204,7 +204,7 @@ def coupled_row_blocks(
     leaves = leaf_parameters(function, vector)
     for block in blocks(len(cotangents), size):
         with function.running(gradients=True), function.kept():
-            outputs = function.batch(leaves, cast_floating(inputs, function.dtype))
+            outputs = function.batch(leaves, function.cast(inputs))
             check_slopes(outputs, cotangents)
             rows = outputs.new_empty(block.stop - block.start, function.layout.size, requires_grad=False)
             for row, sample in zip(rows, range(block.start, block.stop), strict=True):
@@ -228,7 +228,7 @@ def weighted_gradient(
     """Σ_i J_iᵀ λ_i by one reverse sweep; ``as_trained`` as for `ModelFunction.running`."""
     leaves = leaf_parameters(function, vector)
     with function.running(gradients=True, as_trained=as_trained), function.kept():
-        outputs = function.batch(leaves, cast_floating(inputs, function.dtype))
+        outputs = function.batch(leaves, function.cast(inputs))
         check_slopes(outputs, cotangents)
         return function.layout.flatten(pulled_back(leaves, outputs, cotangents.to(outputs), retain=False))
 
@@ -250,7 +250,8 @@ def batch_products(
         for k in range(c):
             one = torch.zeros(n, c)
             one[:, k] = 1
-            rows.append(coupled_rows(function, vector, inputs, one).double() @ directions.double().T)
+            own = coupled_rows(function, vector, inputs, one).double()
+            rows.append(own @ directions.to(own).T)
         found = torch.stack(rows, dim=1).permute(2, 0, 1)
     return found
 

@@ -40,11 +40,11 @@ from pathkernel.accounts import Account
 from pathkernel.allocations import Allocations, Footprint, footprint
 from pathkernel.curves import Curve
 from pathkernel.errors import InputError
-from pathkernel.factored import piece_dtype, working
+from pathkernel.factored import device_of_factor, piece_dtype, working
 from pathkernel.functional import ModelFunction
 from pathkernel.losses import coupled_row_blocks, weighted_gradient
 from pathkernel.pull_back import Adjoint
-from pathkernel.pytrees import cast_floating, count, take
+from pathkernel.pytrees import count, take
 from pathkernel.quadrature import Adaptive, DiscreteGradient, FixedQuadrature, Quadrature
 from pathkernel.queries import ProductStep, Queries
 from pathkernel.returned import batch_outputs
@@ -210,7 +210,9 @@ class _Batch:
         ones = lambda outputs: torch.ones_like(batch_outputs(outputs, n))  # noqa: E731
         part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
         for piece in part.pieces:
-            piece.factor.products(torch.zeros(self.pushed, piece.factor.size, dtype=piece_dtype(piece)))
+            piece.factor.products(torch.zeros(
+                self.pushed, piece.factor.size, dtype=piece_dtype(piece), device=device_of_factor(piece.factor)
+            ))
         return part
 
     def total(self, n: int) -> Tensor:
@@ -218,7 +220,7 @@ class _Batch:
         return weighted_gradient(self.function, self.point, *self._weighted(n)).double()
 
     def _weighted(self, n: int) -> tuple[PyTree, Tensor]:
-        inputs = cast_floating(take(self.inputs, slice(0, n)), self.function.dtype)
+        inputs = self.function.cast(take(self.inputs, slice(0, n)))
         with self.function.running(gradients=False):
             outputs = self.function.batch(self.function.parameters(self.point), inputs)
         return inputs, torch.ones_like(outputs)
@@ -386,7 +388,8 @@ class _Planner:
         size, pull = self.shapes[name].numel(), Adjoint(self.rule, self._last, self.shapes).on(name, torch.float64)
 
         def pulled(n: int) -> Any:
-            return pull(slice(0, size), torch.ones(n, size, dtype=torch.float64), [None] * len(self.rule.memory))
+            ones = torch.ones(n, size, dtype=torch.float64, device=self.trajectory.device)
+            return pull(slice(0, size), ones, [None] * len(self.rule.memory))
 
         return footprint(pulled).peak(4) / 4 + 16.0 * size
 
@@ -516,7 +519,8 @@ def plan_forward(
     def pushed(n: int) -> Any:
         few = queries.block(torch.arange(n) % samples)
         few.forward = None
-        step = ProductStep(few, segment, torch.zeros(channels, trajectory.layout.size, dtype=torch.float64))
+        zeros = torch.zeros(channels, trajectory.layout.size, dtype=torch.float64, device=trajectory.device)
+        step = ProductStep(few, segment, zeros)
         return _short(quadrature).average(step)
 
     # Gradients, displacement, memory and directions of each channel.

@@ -203,4 +203,4 @@ class StreamingFeatures(StepObserver):
             "Write `KernelRecorder(..., schedule=Streaming(features))` and train first",
         )
         parts = [part for part in (self._sum, None if self._end is None else self._at(self._end)) if part is not None]
-        return torch.stack(parts).sum(dim=0).numpy()
+        return torch.stack(parts).sum(dim=0).cpu().numpy()

@@ -219,7 +219,8 @@ class PathKernel:
         if self.engine is self._exact and every == self.nodes:
             return MeasuredError(0.0, 0.0, count(samples[0]), against)
         exact = sum(node.weight * self._exact_gram(node, *samples) for node in self._progress(every))
-        return MeasuredError.between(self._gram(samples, None).numpy(), torch.as_tensor(exact).numpy(), against)
+        found = self._gram(samples, None).cpu().numpy()
+        return MeasuredError.between(found, torch.as_tensor(exact).cpu().numpy(), against)
 
     @property
     def lock(self) -> Any:
@@ -248,7 +249,7 @@ class PathKernel:
         rows, columns = self._samples(X), None if Y is None or Y is X else self._samples(Y)
         if not count(rows[0]) or (columns is not None and not count(columns[0])):
             return np.zeros(self._shape(rows, columns))
-        return self._gram(rows, columns).numpy() if store is None else self._stored_gram(store, rows, columns)
+        return self._gram(rows, columns).cpu().numpy() if store is None else self._stored_gram(store, rows, columns)
 
     def _gram(self, rows: Samples, columns: Samples | None) -> Tensor:
         (x, context_x), (y, context_y) = rows, columns or (None, None)
@@ -271,7 +272,7 @@ class PathKernel:
             x, context = one
             y, context_y = (None, None) if columns is None and i == j else take(columns or rows, j)
             tile = self._engine_at(node).gram(node.theta, x, y, context, context_y, node.diagonal)
-            return tile.mul_(node.weight)
+            return tile.mul_(node.weight).cpu()
 
         def settle(sizes: Iterable[tuple[int, int | None]], settled: Mapping[str, str]) -> dict[str, str]:
             engine, node = self._engine_at(self.nodes[0]), self.nodes[0]
@@ -317,7 +318,7 @@ class PathKernel:
         pieces = [
             node.weight * self._engine_at(node).diagonal(node.theta, x, context, node.diagonal) for node in self.nodes
         ]
-        return torch.stack(pieces).sum(dim=0).numpy()
+        return torch.stack(pieces).sum(dim=0).cpu().numpy()
 
     def operator(self, X: PyTree, Y: PyTree | None = None) -> KernelOperator:
         """K(X, Y) as a linear operator that is never formed, for `scipy.sparse.linalg`.
@@ -375,9 +376,9 @@ class PathKernel:
             return features_of(((self._at(engine, node), node) for node in self._progress(self.nodes)), *samples)
 
         probe = of(self._training_samples(self._probe_ids[1]))
-        found = products(probe, probe).numpy()
-        error = MeasuredError.between(found, self._probe_kernel.numpy(), "the kernel's own matrix")
-        return Features.of(of(samples).numpy(), error)
+        found = products(probe, probe).cpu().numpy()
+        error = MeasuredError.between(found, self._probe_kernel.cpu().numpy(), "the kernel's own matrix")
+        return Features.of(of(samples).cpu().numpy(), error)
 
     @one_at_a_time
     def check(self, X: PyTree) -> float:

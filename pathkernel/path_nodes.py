@@ -89,7 +89,7 @@ class PathMeasure:
 
     def _per_parameter(self, step: Step, value: Callable[[str], Tensor | float]) -> Tensor:
         layout = self.trajectory.layout
-        vector = torch.zeros(layout.size, dtype=torch.float64)
+        vector = torch.zeros(layout.size, dtype=torch.float64, device=self.trajectory.device)
         for name, where in layout.slices.items():
             if name in step.groups:
                 vector[where] = value(name)
@@ -98,7 +98,7 @@ class PathMeasure:
     def _preconditioner(self, step: Step) -> Tensor:
         rule, layout = self.trajectory.rule, self.trajectory.layout
         shapes = dict(zip(layout.names, layout.shapes, strict=True))
-        like = torch.zeros((), dtype=torch.float64)
+        like = torch.zeros((), dtype=torch.float64, device=self.trajectory.device)
 
         def diagonal(name: str) -> Tensor:
             if name not in step.active:

@@ -66,7 +66,7 @@ class _Candidates:
     def of(cls, nodes: Sequence[PathNode], gram: Callable[[PathNode], Tensor], split: int) -> _Candidates:
         first, second = [], []
         for node in nodes:
-            kernel = gram(node)
+            kernel = gram(node).cpu()
             first.append(as_vector(kernel[:split, :split]))
             second.append(kernel[split:, split:])
         return cls(list(nodes), torch.stack(first).numpy(), torch.stack(second).numpy())

@@ -65,15 +65,17 @@ class Linear:
 
 def _close(a: Coefficient, b: Coefficient, rho: float) -> bool:
     """A = ρ b, to a few roundings of float64."""
-    left, right = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64) * rho
+    left, right = (torch.as_tensor(value, dtype=torch.float64) for value in (a, b))
+    right = right * rho
     return bool(((left - right).abs() <= 1e-14 * left.abs()).all())
 
 
 def linear(rule: UpdateRule, frozen: Frozen, settings: Settings, shape: torch.Size) -> Linear:
     """The coefficients of one parameter's step under an elementwise rule, float64."""
     # Where nothing frozen has the parameter's shape, one entry stands for all.
-    alike = not any(isinstance(value, Tensor) and value.numel() > 1 for value in frozen.values())
-    one = torch.ones(() if alike else shape, dtype=torch.float64)
+    shaped = [value for value in frozen.values() if isinstance(value, Tensor) and value.numel() > 1]
+    device = shaped[0].device if shaped else None
+    one = torch.ones(shape if shaped else (), dtype=torch.float64, device=device)
     zero = torch.zeros_like(one)
     slots = len(rule.memory)
     rows = []

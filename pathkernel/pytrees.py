@@ -167,7 +167,9 @@ def _takes(function: Callable[..., Any], *arguments: Any) -> bool:
 
 
 def take(tree: PyTree, index: Any) -> PyTree:
-    """Index the first axis of every leaf."""
+    """Index the first axis of every leaf, wherever the index is."""
+    if isinstance(index, Tensor):
+        return pytree.tree_map(lambda leaf: leaf[index.to(leaf.device)], tree)
     return pytree.tree_map(lambda leaf: leaf[index], tree)
 
 
@@ -181,9 +183,20 @@ def count(tree: PyTree) -> int:
     return len(pytree.tree_leaves(tree)[0])
 
 
-def cast_floating(tree: PyTree, dtype: torch.dtype) -> PyTree:
-    """Convert the floating leaves; integers (token ids, masks) stay as they are."""
-    return pytree.tree_map(lambda leaf: leaf.to(dtype) if torch.is_floating_point(leaf) else leaf, tree)
+def cast_floating(tree: PyTree, dtype: torch.dtype, device: torch.device | None = None) -> PyTree:
+    """Convert the floating leaves, and move all to a device; integers (token ids, masks) keep their type."""
+
+    def cast(leaf: Tensor) -> Tensor:
+        return leaf.to(device=device, dtype=dtype if torch.is_floating_point(leaf) else None)
+
+    return pytree.tree_map(cast, tree)
+
+
+def moved(tree: PyTree, device: torch.device) -> PyTree:
+    """The tensors of a tree on a device; the tree itself where they are there."""
+    if all(leaf.device == device for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)):
+        return tree
+    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def blocks(n: int, size: int) -> Iterator[slice]:

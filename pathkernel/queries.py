@@ -14,7 +14,7 @@ from pathkernel.factored import FactoredGradients, working
 from pathkernel.functional import REFUSALS, OutputFunctional, gradients_along, push_forward, values_of
 from pathkernel.gradient_source import ROWS, GradientSource
 from pathkernel.interrupts import attempt, deliver
-from pathkernel.pytrees import blocks, cast_floating, count, take
+from pathkernel.pytrees import blocks, count, take
 from pathkernel.trajectory.step import Segment
 from pathkernel.workspace import give_back_freed_memory
 
@@ -73,12 +73,12 @@ class Queries:
         other = copy.copy(self)
         other.inputs, other.context = take(self.inputs, piece), take(self.context, piece)
         if self.scale is not None:
-            other.scale = self.scale.reshape(-1, self.components)[piece].reshape(-1)
+            other.scale = take(self.scale.reshape(-1, self.components), piece).reshape(-1)
         return other
 
     def values(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " Q"]:
         """h at θ."""
-        point = theta.to(self.function.dtype)
+        point = self.function.cast(theta)
         with self.function.running(gradients=False):
             values = (self._values(point, own.inputs, own.context) for own in self._cut(self.forward))
             return _joined([own.double().reshape(-1) for own in values])
@@ -94,13 +94,12 @@ class Queries:
             give_back_freed_memory()
 
     def _values(self, theta: Tensor, inputs: PyTree, context: PyTree) -> Tensor:
-        dtype = self.function.dtype
-        outputs = self.function.batch(self.function.layout.unflatten(theta), cast_floating(inputs, dtype))
-        return values_of(self.functional, outputs, cast_floating(context, dtype))
+        outputs = self.function.batch(self.function.layout.unflatten(theta), self.function.cast(inputs))
+        return values_of(self.functional, outputs, self.function.cast(context))
 
     @property
     def _context(self) -> PyTree:
-        return cast_floating(self.context, self.function.dtype)
+        return self.function.cast(self.context)
 
     @property
     def _components(self) -> int | None:
@@ -113,7 +112,7 @@ class Queries:
             return self.source.gradients(
                 theta, self.inputs, self.functional, self._context, self._components, function
             )
-        rows, begin = torch.empty(len(self), layout.size, dtype=working(function.dtype)), 0
+        rows, begin = torch.empty(len(self), layout.size, dtype=working(function.dtype), device=function.device), 0
         for own in self._cut(self.passes):
             found = self.source.gradients(
                 theta, own.inputs, self.functional, own._context, self._components, function
@@ -125,7 +124,7 @@ class Queries:
     def _single(self, queries: Int[Tensor, " n"]) -> tuple[OutputFunctional, PyTree, PyTree]:
         """The given queries as scalar functionals with their inputs and context."""
         samples = queries // self.components
-        inputs, context = take(self.inputs, samples), cast_floating(take(self.context, samples), self.function.dtype)
+        inputs, context = take(self.inputs, samples), self.function.cast(take(self.context, samples))
         if self.scalar:
             return self.functional, inputs, context
         chosen = torch.nn.functional.one_hot(queries % self.components, self.components).to(self.function.dtype)
@@ -159,7 +158,7 @@ class Queries:
         return _joined([own._products(theta, directions) for own in self._cut(self.forward)])
 
     def _products(self, theta: Tensor, directions: Tensor) -> Tensor:
-        point = theta.to(self.function.dtype)
+        point = self.function.cast(theta)
 
         def along(direction: Tensor) -> Tensor:
             return push_forward(lambda t: self._values(t, self.inputs, self.context), point, direction)
@@ -204,12 +203,13 @@ class GradientStep:
         self.delta = segment.displacement
         self.squared_length = float(self.delta @ self.delta)
         self.rounding = torch.finfo(queries.function.dtype).eps
-        self.scale = torch.ones(len(queries), dtype=torch.float64) if queries.scale is None else queries.scale
         self._known: dict[int, Any] = dict(neighbour._ends) if neighbour is not None else {}
         self._values: dict[int, Tensor] = dict(neighbour._values) if neighbour is not None else {}
         self._ends: dict[int, Any] = {}
         self._values = {id(end): self._value(end) for end in (segment.start, segment.end)}
         self.start_value, self.end_value = self._values[id(segment.start)], self._values[id(segment.end)]
+        scale = torch.ones_like(self.start_value) if queries.scale is None else queries.scale
+        self.scale = scale.to(self.start_value.device)
         self.change = self._change()
 
     def _change(self) -> Tensor:
@@ -243,7 +243,7 @@ class GradientStep:
     def rows_of(self, samples: Tensor) -> Tensor:
         """Which queries are those of some of the samples."""
         components = self.queries.components
-        return (samples[:, None] * components + torch.arange(components)).reshape(-1)
+        return (samples[:, None] * components + torch.arange(components, device=samples.device)).reshape(-1)
 
     def plus_displacement(self, gradient: Any, multiples: Tensor) -> Any:
         """Gradients with a multiple of Δ added to each."""
@@ -269,7 +269,7 @@ class ProductStep(GradientStep):
         self._known = {}  # products at a shared end are with this segment's own directions
 
     def _change(self) -> Tensor:
-        change = torch.zeros(len(self.directions), dtype=torch.float64)
+        change = torch.zeros(len(self.directions), dtype=torch.float64, device=self.directions.device)
         change[0] = 1.0
         return change
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
 from pathkernel.functional import ModelFunction, OutputFunctional, generators_untouched
-from pathkernel.pytrees import cast_floating, count, take
+from pathkernel.pytrees import count, take
 from pathkernel.trajectory.identity import (
     compared,
     condensed,
@@ -188,7 +188,7 @@ def behaviour(
     n = count(inputs)
     size = function.outputs(theta, take(inputs, slice(0, 1))).shape[1]
     few = torch.linspace(0, n - 1, max(1, min(n, SAMPLES, OUTPUTS // size))).long().unique()
-    inputs, context = take(inputs, few), cast_floating(take(context, few), function.dtype)
+    inputs, context = take(inputs, few), function.cast(take(context, few))
     network, own = NETWORK_ROUNDING[function.dtype], ROUNDING[function.dtype]
     with generators_untouched():
         outputs = [f.outputs(theta, inputs, block=8) for f, theta in points]
@@ -228,7 +228,7 @@ def _values_and_gradients(functional: OutputFunctional, outputs: Tensor, context
         z = row.detach().clone().requires_grad_(True)
         with torch.enable_grad():
             h = functional(z, take(context, place)).reshape(-1)
-            total = (h * torch.cos(torch.arange(len(h), dtype=h.dtype))).sum()
+            total = (h * torch.cos(torch.arange(len(h), dtype=h.dtype, device=h.device))).sum()
             gradient = torch.autograd.grad(total, z, allow_unused=True)[0] if total.requires_grad else None
         values.append(h.detach())
         gradients.append(torch.zeros_like(row) if gradient is None else gradient)

@@ -14,7 +14,7 @@ from pathkernel._typing import Float, PyTree
 from pathkernel.errors import UnsupportedModelError
 from pathkernel.functional import REFUSALS, ModelFunction, generator_states, generators_untouched
 from pathkernel.interrupts import attempt
-from pathkernel.pytrees import cast_floating, count, spread, take
+from pathkernel.pytrees import count, spread, take
 from pathkernel.returned import batch_outputs
 
 SAMPLES = 3
@@ -100,16 +100,16 @@ def check_sample_wise(function: ModelFunction, theta: Float[Tensor, " P"], input
     # At a generic point near θ: a head that begins with zeros hides everything.
     noise = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(theta)
     theta = theta + 1e-2 * theta.abs().mean().clamp_min(1e-2) * noise
-    _check(function, theta, cast_floating(take(inputs, spread(count(inputs), SAMPLES)), function.dtype))
+    _check(function, theta, function.cast(take(inputs, spread(count(inputs), SAMPLES))))
     each = sum(leaf[0].numel() for leaf in leaves)
     many = take(inputs, spread(count(inputs), min(MANY, NUMBERS // max(1, each))))
-    _check_halves(function, theta, cast_floating(many, function.dtype))
+    _check_halves(function, theta, function.cast(many))
     function.sample_wise.add(key)
 
 
 def _check(function: ModelFunction, theta: Tensor, few: PyTree) -> None:
     parameters, n = function.parameters(theta), count(few)
-    device = theta.device
+    device = function.device
     with generators_untouched(), function.running(gradients=False):
         before = generator_states(device)
         live = function.structure.read_live(lambda: function.batch(parameters, few))

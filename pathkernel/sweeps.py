@@ -85,7 +85,7 @@ def backward_sweep(
         del q  # not beside the gradients of the next segment
     bar.close()
     sweep.finish()
-    return sweep.account
+    return sweep.account.on_cpu()
 
 
 class _Backward:
@@ -109,10 +109,11 @@ class _Backward:
         self.dtype = working(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
         self.account = account = Account.opened(curve.initial())
         # (N, Q), so that a batch adds to whole rows.
-        self.shares = torch.zeros(len(trajectory.data), count, dtype=torch.float64)
+        device = trajectory.device
+        self.shares = torch.zeros(len(trajectory.data), count, dtype=torch.float64, device=device)
         modules = dict.fromkeys(_module(name) for name in self.layout.names) if by == "module" else ()
         self.modules = {module: torch.zeros_like(self.shares) for module in modules}
-        account.steps = torch.zeros(count, len(trajectory), dtype=torch.float64) if by == "step" else None
+        account.steps = self._zeros(count, len(trajectory)) if by == "step" else None
         self.memory: dict[int, list[Tensor | None]] = {}
         """By where a block starts: one (Q, size) for each slot, None while it is zero."""
         self._cotangents: dict[int, Tensor] = {}
@@ -134,7 +135,7 @@ class _Backward:
                 self.account.channels[name] += products[:, column]
         received = [_Received(stage, [*stage.channels.items(), *in_gradient.items()]) for stage in stages]
         totals = [_Total(self, step, one) for one in received]
-        weights = [torch.zeros(self.count, self.layout.size, dtype=torch.float64) for _ in stages if self.builder]
+        weights = [self._zeros(self.count, self.layout.size) for _ in stages if self.builder]
         if self.cuts.batch.streamed:
             self._streamed(step, adjoint, q, received, totals, weights)
         else:
@@ -156,7 +157,7 @@ class _Backward:
         """Book what a step did otherwise than its rule says, and pull the cotangents through edits of the memory."""
         found = self.gradients.discrepancies.of(step)
         if found.displacement:
-            vector = torch.zeros(self.layout.size, dtype=torch.float64)
+            vector = self._zeros(self.layout.size)
             for name, shift in found.displacement.items():
                 vector[self.layout.slices[name]] = shift.reshape(-1)
             self.account.channels["unexplained"] += q @ vector
@@ -183,7 +184,7 @@ class _Backward:
             for found, of in zip(sources, asked, strict=True):
                 for source, term in of(parameter, step.frozen[name], step.hyperparameters_of(name)).items():
                     if source not in found:
-                        found[source] = torch.zeros(self.layout.size, dtype=torch.float64)
+                        found[source] = self._zeros(self.layout.size)
                     found[source][where] = term.reshape(-1)
         return sources
 
@@ -218,8 +219,11 @@ class _Backward:
             begin += len(part)
         self._scaled_channels(q, scale, received, total)
 
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.shares.device)
+
     def _scale(self, rates: dict[str, float]) -> Tensor:
-        scale = torch.zeros(self.layout.size, dtype=torch.float64)
+        scale = self._zeros(self.layout.size)
         for name, rate in rates.items():
             scale[self.layout.slices[name]] = rate
         return scale
@@ -280,7 +284,9 @@ class _Backward:
         if cotangent is None or self.cuts.roomy:
             return cotangent
         if slot not in self._cotangents:
-            self._cotangents[slot] = torch.empty(self.count * self.layout.size, dtype=self.dtype)
+            self._cotangents[slot] = torch.empty(
+                self.count * self.layout.size, dtype=self.dtype, device=self.shares.device
+            )
         block = self._cotangents[slot][self.count * where.start : self.count * where.stop].view(self.count, -1)
         return cotangent if cotangent.data_ptr() == block.data_ptr() else block.copy_(cotangent)
 
@@ -343,7 +349,7 @@ class _Backward:
                 for cotangent, slot in zip(held, start, strict=True):
                     if cotangent is not None:
                         values = slot.reshape(-1)[where.start - own.start : where.stop - own.start]
-                        self.account.channels["memory"] += cotangent.double() @ values.double()
+                        self.account.channels["memory"] += cotangent.double() @ values.to(cotangent.device).double()
 
 
 class _Received:
@@ -352,7 +358,7 @@ class _Received:
     def __init__(self, stage: StageGradients, channels: list[tuple[str, Tensor]]) -> None:
         self.stage, self.names = stage, [name for name, _ in channels]
         self.vectors = [vector for _, vector in channels]
-        self.ids = stage.ids
+        self.ids = stage.ids.to(stage.samples.device)
 
     def products(self, where: slice, u: Tensor, push: bool) -> Tensor:
         """g · u of every sample, then of every channel, over a block of columns: (B + channels, Q)."""
@@ -370,7 +376,7 @@ class _Received:
 
     def channel_products(self, where: slice, u: Tensor) -> Tensor:
         """g · u of every channel, (channels, Q)."""
-        return torch.cat([torch.zeros(0, len(u), dtype=u.dtype), *(row @ u.T for row in self._rest(where, u))])
+        return torch.cat([u.new_zeros(0, len(u)), *(row @ u.T for row in self._rest(where, u))])
 
     def _rest(self, where: slice, u: Tensor) -> list[Tensor]:
         return [vector[where].to(u.dtype).unsqueeze(0) for vector in self.vectors]
@@ -382,7 +388,7 @@ class _Total:
     def __init__(self, sweep: _Backward, step: Step, received: _Received) -> None:
         self.sweep, self.step, self.received = sweep, step, received
         width = len(received.ids) + len(received.names)
-        self.sum = torch.zeros(width, sweep.count, dtype=torch.float64)
+        self.sum = torch.zeros(width, sweep.count, dtype=torch.float64, device=sweep.shares.device)
 
     def add(self, name: str, products: Tensor, scale: float = 1.0) -> None:
         """Products over some columns of a parameter, of samples and channels."""

@@ -24,7 +24,6 @@ from pathkernel.dynamics import momentum, runge_kutta, scaled
 from pathkernel.errors import InputError, StoreError, check, quoted
 from pathkernel.functional import generators_untouched
 from pathkernel.interrupts import attempt
-from pathkernel.pytrees import cast_floating
 from pathkernel.trajectory.disk import DiskStore
 from pathkernel.trajectory.header import Header
 from pathkernel.trajectory.identity import named
@@ -153,9 +152,9 @@ def _check_loss_of_store(trajectory: Trajectory, header: Header) -> None:
         for size in (2, 3):  # as many samples as outputs may look like targets of another shape
             inputs, targets = trajectory.data[torch.arange(min(size, len(trajectory.data)))]
             with function.running(gradients=False):
-                outputs = function.call(function.parameters(trajectory.initial), cast_floating(inputs, function.dtype))
+                outputs = function.call(function.parameters(trajectory.initial), function.cast(inputs))
             if trajectory.objective.known is not None:
-                trajectory.objective.known(outputs, cast_floating(targets, function.dtype))
+                trajectory.objective.known(outputs, function.cast(targets))
 
     with generators_untouched():
         found = attempt(values, (Exception,))

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
+from pathkernel.factored import device_of_factor
 from pathkernel.functional import ModelFunction
 from pathkernel.interrupts import attempt
 from pathkernel.layers.arrangement import Arrangement
@@ -91,11 +92,11 @@ def uncovered(function: ModelFunction, error: Exception) -> Coverage:
 def _proved(function: ModelFunction, theta: Tensor, inputs: PyTree, sizes: Sequence[int]) -> Coverage:
     generator = torch.Generator().manual_seed(0)
     scale = 1e-2 * theta.abs().mean().clamp_min(1e-2)
-    point = theta + scale * torch.randn(theta.shape, generator=generator, dtype=torch.float64)
+    point = theta + scale * torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta)
     few, fewer = (_distinct(inputs, n, generator) for n in (sizes[0], sizes[-1]))
     tape = Tape(function, point, few)
     arrangements = _arrangements(tape, Tape(function, point, fewer))
-    cotangents = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64)
+    cotangents = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64).to(tape.outputs)
     # As the batch ran, random layers included; a sample that others depend on shows as a difference.
     expected = coupled_rows(function, point, few, cotangents)
 
@@ -142,7 +143,8 @@ def _compare(
 
 def assembled(pieces: Sequence[Piece], layout: ParameterLayout, samples: int) -> Tensor:
     """Pieces of one component as rows (n, P)."""
-    rows = torch.zeros(samples, layout.size, dtype=torch.float64)
+    device = device_of_factor(pieces[0].factor) if pieces else None
+    rows = torch.zeros(samples, layout.size, dtype=torch.float64, device=device)
     for piece in pieces:
         for where, values in piece.dense():
             rows[:, where] += values[:, 0].double()

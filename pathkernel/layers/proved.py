@@ -13,7 +13,6 @@ from pathkernel.functional import ROW_LIMIT, ModelFunction, error_of_rows, rando
 from pathkernel.interrupts import attempt
 from pathkernel.layers.coverage import Coverage, prove, uncovered
 from pathkernel.layers.tape import FAILURES, Tape
-from pathkernel.pytrees import cast_floating
 from pathkernel.workspace import Workspace
 
 
@@ -111,13 +110,13 @@ def _error(tape: Tape, theta: Tensor, inputs: PyTree) -> float:
     def rows() -> Tensor:
         with torch.enable_grad():
             pieces = tape.pieces((tape.outputs * own).sum(dim=1, keepdim=True))
-        found = torch.zeros(tape.n, dtype=torch.float64)
+        found = torch.zeros(tape.n, dtype=torch.float64, device=function.device)
         for piece in pieces:
-            found += piece.products(v.to(function.dtype))[:, 0, 0].double()
+            found += piece.products(function.cast(v))[:, 0, 0].double()
         return found
 
     found = attempt(rows, FAILURES)
     if isinstance(found, Exception):
         return float("inf")
-    inputs = cast_floating(inputs, function.dtype)
+    inputs = function.cast(inputs)
     return error_of_rows(function, theta, inputs, v, found[:, None, None], weights.unsqueeze(1))

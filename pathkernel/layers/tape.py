@@ -20,7 +20,7 @@ from pathkernel.layers.factors import Dense, Factor, Outer, Piece, joined
 from pathkernel.layers.handles import Handle, View
 from pathkernel.layers.recording import Recording, Use, module_rules
 from pathkernel.layers.rules import NoRule, SumOfSignals
-from pathkernel.pytrees import cast_floating, count
+from pathkernel.pytrees import count
 from pathkernel.returned import batch_outputs, output_leaves
 from pathkernel.workspace import Workspace, give_back_freed_memory
 
@@ -69,7 +69,7 @@ class Tape:
         arrangement = lambda i: arrangements[i] if i < len(arrangements) else Arrangement()  # noqa: E731
         parameters = {name: value.detach() for name, value in function.parameters(theta).items()}
         recording = Recording(parameters, self.n, arrangement, function.constants.values())
-        inputs = cast_floating(inputs, function.dtype)
+        inputs = function.cast(inputs)
         covered = plain is None or not plain.keys() >= set(function.layout.names)
         watching = (module_rules(function.module, recording), recording) if covered else ()
         with function.running(gradients=True), ExitStack() as stack:
@@ -205,7 +205,7 @@ class Tape:
                 signals[i] = _with_column(signals[i], part, self.uses[i].arrangement, (self.n, k, c), self.workspace)
         if identity is not None and self._head is not None:
             width = self.outputs.shape[1]
-            unit = torch.eye(width, dtype=components.dtype)[identity]
+            unit = torch.eye(width, dtype=components.dtype, device=components.device)[identity]
             signals[self._head] = unit.expand(self.n, *unit.shape)
         return signals
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from pathkernel.errors import PathKernelError, SampleIdError, UnsupportedModelError
-from pathkernel.functional import ModelFunction, generators_untouched
+from pathkernel.functional import ModelFunction, generators_untouched, takes_tensor_floats
 from pathkernel.interrupts import attempt
 from pathkernel.losses import batch_gradient, coupled_row_blocks, weighted_gradient
-from pathkernel.pytrees import cast_floating
 from pathkernel.trajectory.cotangents import cotangents_of
 from pathkernel.trajectory.gradient_fit import (
     CAPTURED_TOLERANCE,
@@ -134,6 +133,8 @@ def audit(
     edits = [change for name, change in changes.items() if name not in differentiated]
     found = found - sum(edits, torch.zeros_like(found))
     types = {trajectory.precision, *(batch.state.autocast[1] for batch in batches if batch.state.autocast)}
+    if takes_tensor_floats(trajectory.model, trajectory.precision):
+        types.add(torch.float16)  # which has as many bits
     if all(batch.cotangents is not None for batch in batches):
         tolerance = max(CAPTURED_TOLERANCE[dtype] for dtype in types)
 
@@ -261,7 +262,7 @@ def _has_a_state(trajectory: Trajectory, batch: MicroBatch, again: int = 1) -> b
 
     def outputs() -> Tensor:
         with function.running(gradients=False):
-            return function.batch(parameters, cast_floating(inputs, function.dtype))
+            return function.batch(parameters, function.cast(inputs))
 
     with generators_untouched():
         first = attempt(outputs, (Exception,))

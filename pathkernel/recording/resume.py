@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pathkernel.errors import ModelMismatchError, RecordingError, StoreError, check
 from pathkernel.parameters import ParameterLayout
+from pathkernel.pytrees import moved
 from pathkernel.recording.live import LiveParameters
 from pathkernel.trajectory.averages import AverageRecord, averaged_values
 from pathkernel.trajectory.disk import DiskStore
@@ -87,8 +88,9 @@ def _joined(
     live.named.clear()
     live.add(named)
     store.drop_regions(region)
-    start, end = store.start_values(), store.end_values()
-    initial = torch.cat([start["initial"], *store.tails])
+    store.device = trajectory.device
+    start, end = (moved(values, store.device) for values in (store.start_values(), store.end_values()))
+    initial = torch.cat([start["initial"], *moved(store.tails, store.device)])
     tail = end["tail"] if end is not None else ()
     store.rule = trajectory.rule
     place = _find(store, live, trajectory.rule, initial, tail, start["initial_memory"])
@@ -100,7 +102,7 @@ def _joined(
         "Load a checkpoint of model and optimizer before `KernelRecorder(...)` starts, delete the folder, or give "
         "another path",
     )
-    buffers = _buffers(trajectory.model, store, place.steps, start["constants"], end)
+    buffers = moved(_buffers(trajectory.model, store, place.steps, start["constants"], end), store.device)
     trajectory.layout, trajectory.initial = layout, initial
     trajectory.initial_memory = start["initial_memory"]
     constants = constants_now(start["constants"], header.layouts[: region + 1])
@@ -254,9 +256,12 @@ def _memory_after(
     if not rule.memory or rule.stages > 1:
         return {}
     first = max(0, steps - WINDOW)
+    device = store.read(first).before.device if steps else None
     memory = {
         name: tuple(
-            initial[name][slot].double() if name in initial and not first else torch.zeros(shape, dtype=torch.float64)
+            initial[name][slot].double()
+            if name in initial and not first
+            else torch.zeros(shape, dtype=torch.float64, device=device)
             for slot in range(len(rule.memory))
         )
         for name, shape in zip(layout.names, layout.shapes, strict=True)
@@ -299,9 +304,9 @@ def _resume_averages(
     initial: Mapping[str, dict[str, Tensor]],
     end: dict[str, Any] | None,
 ) -> None:
-    moved = store.updates()
+    made = store.updates()
     for name, source in averages.items():
-        updates = list(end["averages"][name]["updates"]) if end is not None else moved[name]
+        updates = list(end["averages"][name]["updates"]) if end is not None else made[name]
         check(
             len(updates) >= steps,
             RecordingError,

@@ -10,7 +10,7 @@ from pathkernel.errors import PathKernelError, RecordingError, UnsupportedModelE
 from pathkernel.functional import ModelFunction, generators_untouched
 from pathkernel.gradient_source import weighted_sum
 from pathkernel.interrupts import attempt
-from pathkernel.pytrees import cast_floating, take
+from pathkernel.pytrees import take
 from pathkernel.trajectory.gradients import EngineReplaced, Passes, RecordedGradients, samples_of
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.stretch import stretch
@@ -84,7 +84,7 @@ def _by_sample(trajectory: Trajectory, step: Step) -> None:
 def _queries(function: ModelFunction, step: Step, trajectory: Trajectory) -> None:
     gradients = RecordedGradients(stretch(trajectory, step.before, step), function, MEMORY, taken=False)
     inputs, _ = samples_of(step.batches[0], trajectory.data)
-    few = cast_floating(take(inputs, slice(0, FEW)), function.dtype)
+    few = function.cast(take(inputs, slice(0, FEW)))
     outputs = function.outputs(step.before, few)
     weights = torch.zeros_like(outputs)
     weights[:, 0] = 1

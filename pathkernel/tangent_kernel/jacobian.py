@@ -72,7 +72,9 @@ class JacobianEngine(Engine):
             for j in blocks(count(Y), size):
                 tile = self.contract(left, self.rows(theta, take(Y, j), take(context_Y, j)))
                 if result is None:
-                    result = torch.empty(count(X), count(Y), *tile.shape[2:], dtype=torch.float64)
+                    result = torch.empty(
+                        count(X), count(Y), *tile.shape[2:], dtype=torch.float64, device=tile.device
+                    )
                 result[i, j] = tile
         assert result is not None
         return result
@@ -93,7 +95,7 @@ class JacobianEngine(Engine):
                     continue
                 tile = self.contract(left, left if i == j else scaled(j))
                 if result is None:
-                    result = torch.empty(n, n, *tile.shape[2:], dtype=torch.float64)
+                    result = torch.empty(n, n, *tile.shape[2:], dtype=torch.float64, device=tile.device)
                 if i == j:
                     tile = (tile + _transpose(tile)) / 2
                 result[i, j] = tile

@@ -16,7 +16,7 @@ from torch.func import vmap
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.layers.factors import Dense, Factor, Lookup, Outer, Piece
-from pathkernel.pytrees import blocks, count, take
+from pathkernel.pytrees import blocks, count, moved, take
 from pathkernel.tangent_kernel.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.products import JacobianProducts
 
@@ -57,9 +57,11 @@ class LayerJacobianProducts(JacobianProducts):
     def pull(self, weights: Tensor, components: slice) -> Tensor:
         """See `JacobianProducts.pull`."""
         own, d = 1 if self.full else components.stop - components.start, weights.shape[-1]
-        result = torch.zeros(own, d, self.engine.function.layout.size, dtype=torch.float64)
+        result = torch.zeros(
+            own, d, self.engine.function.layout.size, dtype=torch.float64, device=self.engine.function.device
+        )
         for where, parts in self._parts(components):
-            v = weights[where].to(self.engine.function.dtype)
+            v = self.engine.function.cast(weights[where])
             for place, factor in parts:
                 for c in range(own):
                     if self.full:
@@ -70,10 +72,11 @@ class LayerJacobianProducts(JacobianProducts):
 
     def push(self, directions: Tensor, components: slice) -> Tensor:
         """See `JacobianProducts.push`."""
-        directions, results = directions.to(self.engine.function.dtype), []
+        directions, results = self.engine.function.cast(directions), []
         for where, parts in self._parts(components):
             total = torch.zeros(
-                where.stop - where.start, *(components.stop,) * self.full, directions.shape[1], dtype=torch.float64
+                where.stop - where.start, *(components.stop,) * self.full, directions.shape[1], dtype=torch.float64,
+                device=directions.device,
             )
             for place, factor in parts:
                 for c, along in enumerate(directions[:, :, place]):
@@ -108,7 +111,8 @@ class LayerJacobianProducts(JacobianProducts):
                 yield block, _split(tape.pieces(tape.outputs[:, chosen], chosen))
                 continue
             with torch.enable_grad():
-                h = vmap(selection.function)(tape.outputs, take(self.context, block)).reshape(tape.n, -1)
+                context = moved(take(self.context, block), tape.outputs.device)
+                h = vmap(selection.function)(tape.outputs, context).reshape(tape.n, -1)
             yield block, _split(tape.pieces(h if components is None else h[:, components]))
 
 
@@ -127,7 +131,7 @@ def weighted_sum(factor: Factor, weights: Float[Tensor, "n K D"]) -> Float[Tenso
     activations, own = factor.activation.reshape(n * t, -1), []
     if factor.head:
         # δ is the identity: component k adds to row k alone.
-        sums = torch.zeros(d, p, activations.shape[1], dtype=activations.dtype)
+        sums = activations.new_zeros(d, p, activations.shape[1])
         sums[:, _heads(factor)] = (weights.permute(2, 1, 0).reshape(d * k, n) @ activations).reshape(d, k, -1)
         return (sums.transpose(1, 2) if factor.transposed else sums).reshape(d, -1)
     for v in weights.unbind(dim=2):

@@ -145,7 +145,7 @@ class LayerwiseEngine(Engine):
         left = Side(self, theta, X, context_X, form, plan)
         right = left if Y is None else Side(self, theta, Y, context_Y, form, plan)
         k = sizes.components if self.full else 1
-        result = self.workspace.empty((k, n, k, m), torch.float64)
+        result = self.workspace.empty((k, n, k, m), torch.float64, self.function.device)
         for components in blocks(sizes.components, plan.components):
             for block in blocks(n, plan.left):
                 _contract_block(left, None if Y is None else right, block, components, result)
@@ -169,7 +169,7 @@ class LayerwiseEngine(Engine):
         found = []
         for block in blocks(count(X), passing):
             n, pieces = block.stop - block.start, self.pieces(theta, take(X, block), take(context, block))[0]
-            total = torch.zeros((n, *(k,) * 2 * self.full), dtype=torch.float64)
+            total = torch.zeros((n, *(k,) * 2 * self.full), dtype=torch.float64, device=self.function.device)
             for piece in pieces:
                 total += own_products(piece, form, self.memory // (16 * n))
             found.append(total / k if self.selection.combine == "mean" else total)

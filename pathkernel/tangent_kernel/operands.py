@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float
+from pathkernel.factored import device_of_factor
 from pathkernel.layers.factors import Dense, Factor, Lookup, Outer, Piece
 from pathkernel.pytrees import blocks
 from pathkernel.tangent_kernel.contraction import Pairs, by_pairs, parts
@@ -111,25 +112,28 @@ class Rows:
         (J, n, w).
     write
         Forms them in the memory that it is given.
+    device
+        Where that is.
     """
 
     shape: tuple[int, int, int]
     write: Callable[[Tensor], object]
+    device: torch.device
 
     @classmethod
     def of(cls, factor: Factor, where: slice, form: Form) -> Rows:
         """Of a part of θ."""
         n, k, size = factor.samples, factor.components, factor.size
-        shape = (k, n, size) if form.full else (1, n, k * size)
+        shape, device = (k, n, size) if form.full else (1, n, k * size), device_of_factor(factor)
         if isinstance(factor, Outer) and not factor.transposed and form.plain(factor):
-            return cls(shape, lambda into: _outer_products(factor, into, form.full))
+            return cls(shape, lambda into: _outer_products(factor, into, form.full), device)
         if isinstance(factor, Lookup) and form.plain(factor) and not form.full:
-            return cls(shape, lambda into: factor.add_to(into[0].zero_()))
-        return cls(shape, lambda into: into.copy_(form.rows(factor.rows(), where)))
+            return cls(shape, lambda into: factor.add_to(into[0].zero_()), device)
+        return cls(shape, lambda into: into.copy_(form.rows(factor.rows(), where)), device)
 
     def formed(self, form: Form) -> Float[Tensor, "J n w"]:
         """In memory of their own."""
-        into = form.workspace.empty(self.shape, form.dtype)
+        into = form.workspace.empty(self.shape, form.dtype, self.device)
         self.write(into)
         return into
 
@@ -142,7 +146,7 @@ class Rows:
             for own, part in zip(rows, into.split(widths, dim=2), strict=True):
                 own.write(part)
 
-        return cls((*rows[0].shape[:2], sum(widths)), write)
+        return cls((*rows[0].shape[:2], sum(widths)), write, rows[0].device)
 
 
 def _outer_products(factor: Outer, into: Float[Tensor, "J n w"], full: bool) -> None:
@@ -183,7 +187,9 @@ class Group:
             group = cls(pairs, [], unformed)
             if whole is None:
                 whole = group if where.stop == n else group._mapped(lambda own, axis: _longer(own, axis, n, form))
-                whole.rows.extend(form.workspace.empty((own.shape[0], n, own.shape[2]), form.dtype) for own in rows)
+                whole.rows.extend(
+                    form.workspace.empty((own.shape[0], n, own.shape[2]), form.dtype, own.device) for own in rows
+                )
             if whole is not group:
                 for (into, axis), (tensor, _) in zip(whole._tensors(), group._tensors(), strict=True):
                     into.narrow(axis, where.start, where.stop - where.start).copy_(tensor)
@@ -302,7 +308,8 @@ def own_products(piece: Piece, form: Form, limit: int) -> Tensor:
         found = Pairs.of(_cast(piece, torch.float64), form.full, *constants).own()
         return found if form.full else found[:, 0, 0]
     factor = piece.factor
-    total = torch.zeros((factor.samples, *(factor.components,) * 2 * form.full), dtype=torch.float64)
+    shape = (factor.samples, *(factor.components,) * 2 * form.full)
+    total = torch.zeros(shape, dtype=torch.float64, device=device_of_factor(factor))
     rows = ((where, part.factor.rows()) for where, part in parts(piece, limit))
     for where, own in chain(rows, () if piece.bias is None else ((piece.bias, piece.bias_rows()),)):
         weighted = form.metric.applied(own.double(), where)
@@ -313,7 +320,7 @@ def own_products(piece: Piece, form: Form, limit: int) -> Tensor:
 def mirror(result: Float[Tensor, "J n J n"], groups: list[slice]) -> None:
     """Fill in the entries that `contract` left out, from those across the diagonal of the (J n, J n) matrix."""
     count, tile = result.shape[0], min(512, result.shape[1])
-    above = torch.ones(tile, tile, dtype=torch.bool).triu()
+    above = torch.ones(tile, tile, dtype=torch.bool, device=result.device).triu()
     for place, i in enumerate(groups):
         for j in groups[place + 1 :]:
             for k in range(count):  # one matrix at a time: a transposition within the cache
@@ -424,4 +431,4 @@ def _mapped_factor(factor: Factor, function: Callable[[Tensor, int], Tensor]) ->
 
 def _longer(tensor: Tensor, axis: int, n: int, form: Form) -> Tensor:
     """Memory for n samples of the same."""
-    return form.workspace.empty((*tensor.shape[:axis], n, *tensor.shape[axis + 1 :]), tensor.dtype)
+    return form.workspace.empty((*tensor.shape[:axis], n, *tensor.shape[axis + 1 :]), tensor.dtype, tensor.device)

@@ -126,6 +126,7 @@ class KernelProducts:
         self.term, self.components = term, components
         self.full, self.mean = engine.selection.combine == "full", engine.selection.combine == "mean"
         self.parts: list[tuple[JacobianProducts, JacobianProducts, Tensor | None, int]] = []
+        self.device = engine.function.device
         self.memory, theta, share = engine.memory, term.theta, memory if Y is None else memory // 2
         if isinstance(engine, ProjectionEngine):
             features = [FeatureProducts(engine, term, s, share) for s in (X, Y) if s is not None]
@@ -155,6 +156,7 @@ class KernelProducts:
     def __call__(self, V: Tensor, transposed: bool = False) -> Tensor:
         """K V, or Kᵀ V, float64: V (m, D) → (n, D), for full blocks (m, K, D) → (n, K, D)."""
         total: Tensor | None = None
+        V = V.to(self.device)
         for rows, columns, diagonal, size in self.parts:
             left, right = (columns, rows) if transposed else (rows, columns)
             # Directions are numbers of P × components × vectors in float64 and once more in the working precision.
@@ -252,7 +254,7 @@ class KernelOperator(LinearOperator):
         if self.inner:
             vectors = vectors.reshape(-1, self.inner, vectors.shape[1])
         products = [self._products(index)(vectors, transposed) for index in range(len(self.terms))]
-        return torch.stack(products).sum(dim=0).flatten(0, -2).numpy()
+        return torch.stack(products).sum(dim=0).flatten(0, -2).cpu().numpy()
 
     def _matmat(self, V: np.ndarray) -> np.ndarray:
         return self.apply(V)

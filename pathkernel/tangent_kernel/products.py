@@ -13,7 +13,7 @@ from torch import Tensor
 from pathkernel._typing import Float, PyTree
 from pathkernel.functional import REFUSALS, ModelFunction, leaf_parameters, pulled_back, push_forward, values_of
 from pathkernel.interrupts import attempt, deliver
-from pathkernel.pytrees import blocks, cast_floating, count, take
+from pathkernel.pytrees import blocks, count, moved, take
 from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.jacobian import AutogradEngine
 from pathkernel.tangent_kernel.outputs import OutputSelection
@@ -61,7 +61,7 @@ class PlainJacobianProducts(JacobianProducts):
         block: int = 256,
     ) -> None:
         self.function, self.selection, self.context = function, selection, context
-        self.point, self.X = theta.to(function.dtype), cast_floating(X, function.dtype)
+        self.point, self.X = function.cast(theta), function.cast(X)
         self.full, self.pieces = selection.combine == "full", list(blocks(count(X), block))
 
     def _components(self, theta: Tensor, piece: slice) -> Tensor:
@@ -72,7 +72,9 @@ class PlainJacobianProducts(JacobianProducts):
     def pull(self, weights: Tensor, components: slice) -> Tensor:
         """See `JacobianProducts.pull`."""
         chosen = [None] if self.full else list(range(components.start, components.stop))
-        result = torch.zeros(len(chosen), weights.shape[-1], len(self.point), dtype=torch.float64)
+        result = torch.zeros(
+            len(chosen), weights.shape[-1], len(self.point), dtype=torch.float64, device=self.point.device
+        )
         with self.function.running(gradients=True), self.function.kept():
             for piece in self.pieces:
                 leaves = leaf_parameters(self.function, self.point)
@@ -123,7 +125,7 @@ class ProductsEngine(Engine):
         """Gradients of sample i, (K, 1, P), or for full blocks (1, K, P), and all components."""
         one, own = take(X, slice(i, i + 1)), take(context, slice(i, i + 1))
         z = self.function.outputs(theta, one)[0]
-        k = self.selection.function(z, take(own, 0)).numel()
+        k = self.selection.function(z, moved(take(own, 0), z.device)).numel()
         weights = torch.eye(k)[None] if self.selection.combine == "full" else torch.ones(1, 1)
         return self._jacobian(theta, one, own).pull(weights, slice(0, k)), slice(0, k)
 
@@ -179,7 +181,7 @@ def error_of_engine(engine: Engine, theta: Tensor, X: PyTree, context: PyTree, d
     generator = torch.Generator().manual_seed(n)
     products = PlainJacobianProducts(engine.function, engine.selection, theta, X, context, block=n)
     k = matrix.shape[2] if full else number_of_components(engine, theta, X, context)
-    u = torch.randn((n, k, 1) if full else (n, 1), dtype=torch.float64, generator=generator)
+    u = torch.randn((n, k, 1) if full else (n, 1), dtype=torch.float64, generator=generator).to(matrix.device)
     directions = products.pull(u, slice(0, k))
     scaled = directions if diagonal is None else directions * diagonal.double()
     expected = attempt(lambda: products.push(scaled, slice(0, k)), REFUSALS)
@@ -195,4 +197,4 @@ def error_of_engine(engine: Engine, theta: Tensor, X: PyTree, context: PyTree, d
 def number_of_components(engine: Engine, theta: Tensor, X: PyTree, context: PyTree) -> int:
     """K, the numbers that h has of one sample."""
     z = engine.function.outputs(theta, take(X, slice(0, 1)))[0]
-    return engine.selection.function(z, take(context, 0)).numel()
+    return engine.selection.function(z, moved(take(context, 0), z.device)).numel()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import InputError, check
+from pathkernel.factored import device_of_factor
 from pathkernel.functional import ModelFunction
 from pathkernel.layers.factors import Dense, Factor, Lookup, Outer, Piece
 from pathkernel.pytrees import blocks, count, take
@@ -82,7 +83,9 @@ class Projection:
         if isinstance(factor, (Outer, Lookup)) and self.convolves(factor):
             return self._convolved(factor, key)
         draw = self._sparse if self.kind in ("tensor", "sparse") else self._dense
-        total = torch.zeros(factor.samples, factor.components, self.dim, dtype=torch.float64)
+        total = torch.zeros(
+            factor.samples, factor.components, self.dim, dtype=torch.float64, device=device_of_factor(factor)
+        )
         for number, part in enumerate(_parts(factor)):
             generator = np.random.default_rng([self.seed, *key, number])
             rows = part.rows()
@@ -107,7 +110,8 @@ class Projection:
         signal = self._sparse(factor.signal.reshape(-1, p), generator)
         if isinstance(factor, Lookup):
             table = self._sparse_map(factor.vocabulary, generator).tocsc()
-            activation = torch.from_numpy(table[:, factor.indices.reshape(-1).numpy()].toarray().T.copy())
+            read = table[:, factor.indices.reshape(-1).cpu().numpy()].toarray().T.copy()
+            activation = torch.from_numpy(read).to(signal.device)
         else:
             activation = self._sparse(factor.activation.reshape(n * t, -1), generator)
         frequencies = torch.fft.rfft(signal).reshape(n, k, t, -1) * torch.fft.rfft(activation).reshape(n, 1, t, -1)
@@ -115,8 +119,8 @@ class Projection:
 
     def _sparse(self, rows: Float[Tensor, "n size"], generator: np.random.Generator) -> Float[Tensor, "n dim"]:
         matrix = self._sparse_map(rows.shape[1], generator)
-        columns = rows.to(torch.promote_types(rows.dtype, torch.float32)).T.contiguous()
-        return torch.from_numpy((matrix.astype(columns.numpy().dtype) @ columns.numpy()).T)
+        columns = rows.to(torch.promote_types(rows.dtype, torch.float32)).T.contiguous().cpu().numpy()
+        return torch.from_numpy((matrix.astype(columns.dtype) @ columns).T).to(rows.device)
 
     def _sparse_map(self, size: int, generator: np.random.Generator) -> csr_matrix:
         """(dim, size), in each column one entry ±1/√nonzeros in each of a few equal ranges of rows."""
@@ -199,7 +203,9 @@ class ProjectionEngine(Engine):
         pieces, tape = layers.pieces(theta, X, context)
         full = self.selection.combine == "full"
         k = pieces[0].factor.components if pieces else tape.outputs.shape[1]
-        total = torch.zeros(tape.n, k if full else 1, self.projection.dim, dtype=torch.float64)
+        total = torch.zeros(
+            tape.n, k if full else 1, self.projection.dim, dtype=torch.float64, device=tape.outputs.device
+        )
         for piece in pieces:
             for where, factor in _weighted(piece, diagonal):
                 total += self.projection.apply(factor if full else _stacked(factor), (self.number, where))

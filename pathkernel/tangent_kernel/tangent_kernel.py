@@ -52,7 +52,7 @@ def learn_structure(selection: OutputSelection, function: ModelFunction, theta: 
     """Tell a loss in what form the network returns its outputs, from one sample."""
     if selection.structure is not None and selection.structure.returned is None and count(inputs):
         with function.running(gradients=False):
-            one = cast_floating(take(inputs, slice(0, 1)), function.dtype)
+            one = function.cast(take(inputs, slice(0, 1)))
             selection.structure.learn(function.call(function.parameters(theta), one))
 
 
@@ -206,7 +206,7 @@ class TangentKernel:
         if not count(x) or (y is not None and not count(y)):
             columns = x if y is None else y
             return np.zeros((count(x), count(columns), *self._block(columns if count(columns) else x)))
-        return self.engine.gram(self.theta, x, y, context_x, context_y, None).numpy()
+        return self.engine.gram(self.theta, x, y, context_x, context_y, None).cpu().numpy()
 
     @one_at_a_time
     def diagonal(self, X: PyTree) -> np.ndarray:
@@ -214,7 +214,7 @@ class TangentKernel:
         x, context = self._samples(X)
         if not count(x):
             return np.zeros((0, *self._block(x)))
-        return self.engine.diagonal(self.theta, x, context, None).numpy()
+        return self.engine.diagonal(self.theta, x, context, None).cpu().numpy()
 
     @one_at_a_time
     def matvec(self, X: PyTree, v: np.ndarray | Tensor) -> np.ndarray:

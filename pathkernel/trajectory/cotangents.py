@@ -9,7 +9,7 @@ from pathkernel._typing import PyTree
 from pathkernel.errors import RecordingError, TrajectoryError
 from pathkernel.functional import ModelFunction, leaf_parameters
 from pathkernel.losses import RETURNED, Objective, output_cotangents
-from pathkernel.pytrees import cast_floating, count
+from pathkernel.pytrees import count
 from pathkernel.returned import batch_outputs, output_leaves, returned_loss, selected
 from pathkernel.trajectory.step import MicroBatch, sampled_places
 
@@ -104,7 +104,7 @@ def returned_cotangents(batch: MicroBatch, function: ModelFunction, point: Tenso
     whole = function.whole()
     leaves_of_theta = leaf_parameters(whole, point)
     with whole.running(gradients=True), whole.kept():
-        returned = whole.call(leaves_of_theta, cast_floating(inputs, whole.dtype))
+        returned = whole.call(leaves_of_theta, whole.cast(inputs))
         loss = returned_loss(returned)
         every = output_leaves(selected(returned, function.returns))
         leaves = [leaf for leaf in every if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -140,11 +140,12 @@ class Discrepancies:
 
     def meet(self, steps: Iterable[Step]) -> None:
         """Compare all steps of the record; what comes after them is read and left alone."""
+        device = self.trajectory.device
         self._memory = {
-            name: tuple(slot.double().reshape(self._shapes[name]) for slot in held)
+            name: tuple(slot.double().to(device).reshape(self._shapes[name]) for slot in held)
             for name, held in self.trajectory.initial_memory.items()
         }
-        self._left = torch.zeros(self.trajectory.layout.size, dtype=torch.float64)
+        self._left = torch.zeros(self.trajectory.layout.size, dtype=torch.float64, device=device)
         comparable = self.trajectory.rule.stages == 1  # gradients at further stages are not on record
         for index, step in enumerate(steps):
             if comparable and index < self.length:
@@ -245,7 +246,7 @@ class Discrepancies:
         for kind in ("memory", "displacement"):
             for name, vector in getattr(found, kind).items():
                 place = self._file.seek(0, 2)
-                self._file.write(vector.contiguous().numpy().tobytes())
+                self._file.write(vector.contiguous().cpu().numpy().tobytes())
                 self._places.setdefault(index, {}).setdefault(kind, []).append((name, place))
 
     def _read(self, name: str, place: int) -> Tensor:
@@ -253,7 +254,7 @@ class Discrepancies:
         shape = self._shapes[name]
         self._file.seek(place)
         values = np.frombuffer(bytearray(self._file.read(8 * shape.numel())), dtype=np.float64)
-        return torch.from_numpy(values).reshape(shape)
+        return torch.from_numpy(values).reshape(shape).to(self.trajectory.device)
 
 
 def _edited(found: Discrepancy, name: str, memory: Memory) -> Memory:

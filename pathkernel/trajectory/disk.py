@@ -106,6 +106,7 @@ class DiskStore(Store):
         self._regions: list[Region] = []
         self._tails: list[Tensor] = []
         self._trajectory: Trajectory | None = None
+        self.device: torch.device | None = None  # where steps are put before there is a trajectory
         self._lock: Lock | None = None
         self._writer: Writer | None = None
         self._end: tuple[int, Tensor] | None = None
@@ -643,9 +644,11 @@ class DiskStore(Store):
                     raise damaged(self.path / "zarr.json", f"lacks region {commit.region}")
             tails = self._tails[commit.region :]
             tail = torch.cat(tails) if tails else None
+            device = self.device if self._trajectory is None else self._trajectory.device
             region = self._regions[commit.region]
             thinned = self.header is not None and self.header.schedule.weights_only
-            return StoredBlock(blocks, number, region, tail, self._boundary, self._known_mapping, self.rule, thinned)
+            known = self._boundary, self._known_mapping
+            return StoredBlock(blocks, number, region, tail, *known, self.rule, thinned, device)
 
         return self._recent.get(number, make)
 

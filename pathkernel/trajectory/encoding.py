@@ -399,7 +399,11 @@ def _frozen_of(name: str, pairs: list[list[Any]], rows: BlockRows) -> dict[str, 
         shape = rows.layout.shapes[rows.layout.names.index(name)]
         return rows.frozen(number)[rows.layout.slices[name]].reshape(shape)
 
-    return {key: rest[0] if number is None else tensor(number) for key, number, *rest in pairs}
+    def plain(value: Any) -> Any:
+        # Single numbers go with tensors anywhere; optimizers keep theirs on the CPU.
+        return value.to(rows.before.device) if isinstance(value, Tensor) and value.dim() else value
+
+    return {key: plain(rest[0]) if number is None else tensor(number) for key, number, *rest in pairs}
 
 
 def _evaluate(rule: UpdateRule | None, layout: ParameterLayout, taken: FrozenOnReading) -> Any:

@@ -24,6 +24,7 @@ from pathkernel.functional import (
     Modes,
     error_of_rows,
     random_directions,
+    takes_tensor_floats,
 )
 from pathkernel.gradient_source import BY_ROWS, GradientSource, weighted_sum
 from pathkernel.interrupts import deliver
@@ -37,7 +38,7 @@ from pathkernel.losses import (
     loss_slopes,
     weighted_gradient,
 )
-from pathkernel.pytrees import as_tensors, blocks, cast_floating, count, take
+from pathkernel.pytrees import as_tensors, blocks, count, take
 from pathkernel.returned import batch_outputs, map_outputs, output_leaves
 from pathkernel.trajectory.cotangents import cotangents_of, scaled
 from pathkernel.trajectory.discrepancies import Discrepancies
@@ -247,7 +248,7 @@ class RecordedGradients:
                 if offset is not None:
                     vector = offsets[stage]
                     if vector is None:
-                        vector = offsets[stage] = torch.zeros(layout.size, dtype=torch.float64)
+                        vector = offsets[stage] = torch.zeros(layout.size, dtype=torch.float64, device=offset.device)
                     vector[layout.slices[name]] = offset.double().reshape(-1)
         return offsets
 
@@ -348,7 +349,7 @@ class RecordedGradients:
             cotangents = cotangents_of(batch, function, point, self.trajectory.objective, inputs, targets)
             return weighted_gradient(function, point, inputs, cotangents).double()
         cotangents = self._cotangents(batch, function, point, inputs, targets, passes)
-        total = torch.zeros(function.layout.size, dtype=torch.float64)
+        total = torch.zeros(function.layout.size, dtype=torch.float64, device=function.device)
         for piece in blocks(len(batch.ids), passes.samples):
             total += weighted_gradient(function, point, take(inputs, piece), cotangents[piece])
             give_back_freed_memory()
@@ -462,7 +463,7 @@ class RecordedGradients:
                 check_slopes(batch_outputs(outputs, len(batch.ids)), found)
         else:
             found = scaled(batch, loss_slopes(function, objective, outputs, targets, batch.weights, len(batch.ids)))
-        return found.to(function.dtype)
+        return function.cast(found)
 
     def _cotangents(
         self,
@@ -479,7 +480,7 @@ class RecordedGradients:
         returned, parameters = [], function.parameters(point)
         with function.running(gradients=False):
             for piece in blocks(count(inputs), passes.samples):
-                returned.append(function.call(parameters, cast_floating(take(inputs, piece), function.dtype)))
+                returned.append(function.call(parameters, function.cast(take(inputs, piece))))
                 deliver()
                 give_back_freed_memory()
         parts = [iter(output_leaves(one)) for one in returned]
@@ -531,14 +532,14 @@ class RecordedGradients:
             if not passes.cut(len(batch.ids)) or self.inseparable(batch, stage.point, inputs):
                 slopes = cotangents_of(batch, function, stage.point, objective, inputs, targets)
                 products = batch_products(function, stage.point, inputs, directions)
-                yield batch.ids, slopes.double(), -products
+                yield batch.ids.cpu(), slopes.double().cpu(), -products.cpu()
                 continue
             slopes = self._cotangents(batch, function, stage.point, inputs, targets, passes)
             found = [
                 batch_products(function, stage.point, take(inputs, piece), directions)
                 for piece in blocks(len(batch.ids), passes.samples)
             ]
-            yield batch.ids, slopes.double(), -torch.cat(found, dim=1)
+            yield batch.ids.cpu(), slopes.double().cpu(), -torch.cat(found, dim=1).cpu()
 
     def replayed(self, step: Step, batch: MicroBatch) -> ModelFunction:
         """The network as a micro-batch ran it."""
@@ -550,6 +551,8 @@ class RecordedGradients:
     def _types(self, step: Step) -> set[torch.dtype]:
         """Floating types in which the gradients of a step have been rounded."""
         types = {self.trajectory.precision, self.function.dtype}
+        if takes_tensor_floats(self.trajectory.model, self.trajectory.precision):
+            types.add(torch.float16)  # which has as many bits
         return types | {batch.state.autocast[1] for batch in step.batches if batch.state.autocast}
 
     def _silence(self, step: Step, gradients: Tensor) -> None:

@@ -18,6 +18,7 @@ from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError,
 from pathkernel.functional import ModelFunction, generators_untouched
 from pathkernel.losses import Objective, check_recorded_loss
 from pathkernel.parameters import ParameterLayout, constants_of
+from pathkernel.pytrees import moved
 from pathkernel.returned import Returns, check_returns
 from pathkernel.storage import damaged
 from pathkernel.trajectory import identity
@@ -204,16 +205,19 @@ def assembled(
 
         return checked
 
+    def start_of(key: str) -> Any:
+        return moved(start()[key], trajectory.device)
+
     def ending(key: str, without: Any) -> Callable[[], Any]:
-        return guarded(lambda: without if (values := end()) is None else values[key])
+        return guarded(lambda: without if (values := end()) is None else moved(values[key], trajectory.device))
 
     vars(trajectory)["_deferred"] = {
-        "initial": guarded(lambda: torch.cat([start()["initial"], *store.tails])),
-        "constants": guarded(lambda: constants_now(start()["constants"], header.layouts)),
-        "initial_memory": guarded(lambda: start()["initial_memory"]),
+        "initial": guarded(lambda: torch.cat([start()["initial"], *store.tails]).to(trajectory.device)),
+        "constants": guarded(lambda: constants_now(start_of("constants"), header.layouts)),
+        "initial_memory": guarded(lambda: start_of("initial_memory")),
         "tail": ending("tail", ()),
         "final_buffers": guarded(lambda: final_buffers(store, end())),
-        "averages": guarded(lambda: averages(store, start()["averages"], end())),
+        "averages": guarded(lambda: averages(store, start_of("averages"), moved(end(), trajectory.device))),
     }
     return trajectory
 

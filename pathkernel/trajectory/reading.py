@@ -42,6 +42,8 @@ class StoredBlock:
         Buffers by serial number, where a neighbour has them already.
     rule, thinned
         See `pathkernel.trajectory.encoding.decode_step`.
+    device
+        Where vectors are put when they are read: that of the network; None for the CPU.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class StoredBlock:
         mapping: Callable[[int], Mapping[str, Tensor] | None],
         rule: UpdateRule | None,
         thinned: bool,
+        device: torch.device | None = None,
     ) -> None:
         self.blocks, self.number, self.region, self.tail = blocks, number, region, tail
         self.commit = blocks.commit(number)
         self.boundary, self._known_mapping, self.rule, self.thinned = boundary, mapping, rule, thinned
+        self.device = device or torch.device("cpu")
         self._steps: dict[int, Step] = {}
         self._frozen: dict[int, np.ndarray] = {}
         self._extras: dict[int, Tensor] = {}
@@ -103,7 +107,7 @@ class StoredBlock:
 
     def _decoded(self, index: int, row: int) -> Step:
         entry = self.record["steps"][row]
-        nothing, place = torch.empty(0, dtype=self.blocks.dtype), entry["before"]
+        nothing, place = torch.empty(0, dtype=self.blocks.dtype, device=self.device), entry["before"]
         before = nothing if place is None else self._point(place)
         after = nothing if "after" in entry["left_out"] else self.points[row + 1]
         gradient = nothing if "gradient" in entry["left_out"] else self.gradients[row]
@@ -128,7 +132,7 @@ class StoredBlock:
         kept = [steps[0]["before"] == 0, *("after" not in step["left_out"] for step in steps)]
         points: list[Tensor] = []
         for place, row in enumerate(accumulated(rows)):
-            make = lambda row=row: self._padded(from_bits(row, self.blocks.dtype))  # noqa: E731
+            make = lambda row=row: self._padded(self._tensor(row))  # noqa: E731
             block = self.number if place == 0 else self.number + 1
             shared = self.boundary(block, make) if place in (0, self.commit.steps) and kept[place] else None
             points.append(make() if shared is None else shared)
@@ -139,16 +143,16 @@ class StoredBlock:
         taken = []
         for where in ranges:
             whole, inside = where.stop - where.start, slice(where.start, min(where.stop, size))
-            values = torch.empty(0, dtype=self.blocks.dtype)
+            values = torch.empty(0, dtype=self.blocks.dtype, device=self.device)
             if inside.start < inside.stop:
                 first, last = inside.start // COLUMNS, (inside.stop - 1) // COLUMNS
                 rows = self._rows(f"theta-{self.region.index}", row + 1, range(first, last + 1))
                 begin = first * COLUMNS
                 cut = np.ascontiguousarray(rows[:, inside.start - begin : inside.stop - begin])
-                values = from_bits(accumulated(cut)[row], self.blocks.dtype)
+                values = self._tensor(accumulated(cut)[row])
             if len(values) < whole and self.tail is not None:
                 late = slice(max(where.start - size, 0), where.stop - size)
-                values = torch.cat([values, self.tail[late]])
+                values = torch.cat([values, self.tail[late].to(self.device)])
             taken.append(values)
         return taken
 
@@ -156,10 +160,13 @@ class StoredBlock:
     def gradients(self) -> list[Tensor]:
         """The gradient of each step."""
         rows = self._rows(f"gradient-{self.region.index}", self.commit.steps)
-        return [self._padded(from_bits(row, self.blocks.dtype), zeros=True) for row in rows]
+        return [self._padded(self._tensor(row), zeros=True) for row in rows]
 
     def _rows(self, name: str, count: int, pieces: range | None = None) -> np.ndarray:
         return self.blocks.rows(name, self.number, self.record, count, self.region.layout.size, pieces)
+
+    def _tensor(self, row: np.ndarray, dtype: torch.dtype | None = None) -> Tensor:
+        return from_bits(row, dtype or self.blocks.dtype).to(self.device)
 
     def _type(self, stream: int) -> torch.dtype:
         return {number: DTYPES[dtype] for _, dtype, number in self.record["streams"]}[stream]
@@ -169,7 +176,7 @@ class StoredBlock:
             if stream not in self._extras:  # asked for once by each parameter
                 self._extras[stream] = self._extra(stream)
             return self._extras[stream]
-        return from_bits(self._frozen_rows(stream)[row], self._type(stream))
+        return self._tensor(self._frozen_rows(stream)[row], self._type(stream))
 
     def _frozen_rows(self, stream: int) -> np.ndarray:
         if stream not in self._frozen:
@@ -188,7 +195,7 @@ class StoredBlock:
         return self._padded(self._extra(place), zeros=True)
 
     def _extra(self, place: int) -> Tensor:
-        return from_bits(self.blocks.extra(self.region, self.number, self.record, -1 - place), self.blocks.dtype)
+        return self._tensor(self.blocks.extra(self.region, self.number, self.record, -1 - place))
 
     def _mapping(self, serial: int) -> Mapping[str, Tensor]:
         if serial not in self.mappings:
@@ -199,4 +206,5 @@ class StoredBlock:
     def _padded(self, vector: Tensor, zeros: bool = False) -> Tensor:
         if self.tail is None:
             return vector
-        return torch.cat([vector, torch.zeros_like(self.tail) if zeros else self.tail])
+        tail = self.tail.to(self.device)
+        return torch.cat([vector, torch.zeros_like(tail) if zeros else tail])

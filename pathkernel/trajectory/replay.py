@@ -25,6 +25,7 @@ from pathkernel.functional import ModelFunction
 from pathkernel.interrupts import attempt, held
 from pathkernel.losses import RETURNED, batch_loss
 from pathkernel.pickling import check_picklable
+from pathkernel.pytrees import moved
 from pathkernel.returned import returned_loss
 from pathkernel.storage import crc32c
 from pathkernel.trajectory.gradients import samples_of
@@ -309,7 +310,7 @@ class Replay:
                     roots, slopes = [*roots, value / divisor], [*slopes, torch.ones_like(value)]
             if evaluated and divisor > 1:
                 roots = [roots[0] / divisor]
-            with torch.autocast(state.autocast[0] if state.autocast else "cpu", enabled=False):
+            with torch.autocast(state.autocast[0] if state.autocast else function.device.type, enabled=False):
                 torch.autograd.backward(roots, slopes)
 
     def _roots(
@@ -333,7 +334,7 @@ class Replay:
             return [value], [batch.loss_slope.to(value)]
         loss = objective.function("A replay of steps")
         outputs = function.call(parameters, inputs)
-        value = batch_loss(loss, outputs, targets, batch.weights, objective.reduction)
+        value = batch_loss(loss, outputs, moved(targets, function.device), batch.weights, objective.reduction)
         return [value], [torch.ones_like(value)]
 
     def _stepping(self, step: Step) -> Optimizer:
@@ -343,9 +344,19 @@ class Replay:
         for index, settings in enumerate(step.hyperparameters):
             known = self.groups[index] if index < len(self.groups) else {}
             own = {key: _like(known.get(key), value) for key, value in settings.items()}
+            if own.get("fused") or own.get("capturable"):
+                self._count_on_device([name for name, group in step.groups.items() if group == index])
             groups.append({**own, "params": [self._parameters[n] for n, g in step.groups.items() if g == index]})
         self._optimizer.param_groups = groups
         return self._optimizer
+
+    def _count_on_device(self, names: Iterable[str]) -> None:
+        """Put the numbers of steps beside the parameters, where such optimizers need them: a store reads to the CPU."""
+        assert self._optimizer is not None
+        for parameter in (self._parameters[name] for name in names):
+            state = self._optimizer.state.get(parameter, {})
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(parameter.device)
 
     def _state_before(self, name: str) -> dict[str, Any]:
         """See `pathkernel.update_rules.rule.Observation.before`."""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.acceptance import check_finite, not_finite
 from pathkernel.errors import InputError, ModelMismatchError, RecordingError, TrajectoryError, check
-from pathkernel.functional import ModelFunction
+from pathkernel.functional import ModelFunction, device_of
 from pathkernel.losses import Objective
 from pathkernel.parameters import ParameterLayout
 from pathkernel.pickling import check_picklable
@@ -183,6 +183,11 @@ class Trajectory:
         return self.initial.dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where the network is, and arithmetic runs."""
+        return device_of(self.model)
+
+    @property
     def precision(self) -> torch.dtype:
         """The coarsest floating type among the parameters: θ has the finest."""
         types = [p.dtype for p in self.model.parameters()] or [self.dtype]
@@ -325,7 +330,7 @@ class Trajectory:
             elif live[name].shape != recorded.shape:
                 problems.append(f"`{name}` has shape {tuple(live[name].shape)}, not {tuple(recorded.shape)}")
             elif not torch.equal(live[name].detach().to(recorded), recorded):
-                moved = (live[name].detach().double() - recorded.double()).abs().max().item()
+                moved = (live[name].detach().to(recorded.device).double() - recorded.double()).abs().max().item()
                 problems.append(f"`{name}` differs by up to {moved:.2g}")
         check(
             not problems,

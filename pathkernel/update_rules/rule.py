@@ -175,8 +175,8 @@ class UpdateRule(ABC):
 
     def preconditioner(self, shape: torch.Size, frozen: Frozen, settings: Settings, like: Tensor) -> Tensor:
         """−∂Δ/∂g / learning rate of one parameter, elementwise: the D_s of an adaptive method."""
-        memory = tuple(torch.zeros(shape, dtype=like.dtype) for _ in self.memory)
-        one = torch.ones(shape, dtype=like.dtype)
+        memory = tuple(torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in self.memory)
+        one = torch.ones(shape, dtype=like.dtype, device=like.device)
         gradient = one if self.stages == 1 else (one,) * self.stages
         # At rate 1 rather than divided by the rate: a warm-up may pass through 0.
         return -self.step(gradient, memory, frozen, {**settings, "lr": 1.0})[0]
