@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float
-from pathkernel.layers.factors import Dense, Factor, Lookup, Outer, Piece
+from pathkernel.layers.factors import Dense, Factor, Lookup, Outer, Piece, device_of_factor
 from pathkernel.parameters import ParameterLayout
 
 
@@ -202,11 +202,6 @@ class FactoredGradients:
             if start < stop:
                 part = piece if own == piece.where else Piece(own, Dense(piece.bias_rows()))
                 yield part, start - own.start, stop - own.start, start - where.start
-
-
-def device_of_factor(factor: Factor) -> torch.device:
-    """Where the numbers of a factor are."""
-    return factor.values.device if isinstance(factor, Dense) else factor.signal.device  # type: ignore[attr-defined]
 
 
 def piece_dtype(piece: Piece) -> torch.dtype:

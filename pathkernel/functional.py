@@ -179,25 +179,45 @@ def _without_fused_recurrence() -> Iterator[None]:
         torch.backends.cudnn.enabled = cudnn
 
 
+def _tensor_float_settings() -> list[tuple[Any, str, Any]]:
+    """Where torch keeps whether products are rounded to TensorFloat-32: object, attribute, and what says no.
+
+    Of matrix products, convolutions and recurrent layers. The older names refuse once somebody has used the newer ones,
+    and the other way round they refuse until these are put back.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    older = [(holder, "allow_tf32", False) for holder in (matmul, cudnn, cudnn)]
+    try:
+        for holder, name, _ in older:
+            getattr(holder, name)
+    except RuntimeError:
+        newer: Any = cudnn
+        return [(holder, "fp32_precision", "ieee") for holder in (matmul, newer.conv, newer.rnn)]
+    return older
+
+
 @contextmanager
 def _without_tensor_floats() -> Iterator[None]:
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
+    settings = _tensor_float_settings()
+    before = [getattr(holder, name) for holder, name, _ in settings]
     try:
-        for backend in backends:
-            backend.allow_tf32 = False
+        for holder, name, no in settings:
+            setattr(holder, name, no)
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        for (holder, name, _), value in zip(settings, before, strict=True):
+            setattr(holder, name, value)
 
 
 def takes_tensor_floats(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether passes of a loop round products to TensorFloat-32, as far as the settings now and the layers tell."""
     if dtype != torch.float32 or device_of(module).type != "cuda":
         return False
-    layers = any(isinstance(child, (_ConvNd, nn.RNNBase)) for child in module.modules())
-    return torch.backends.cuda.matmul.allow_tf32 or (layers and torch.backends.cudnn.allow_tf32)
+    matmul, convolution, recurrence = (
+        getattr(holder, name) in (True, "tf32") for holder, name, _ in _tensor_float_settings()
+    )
+    kinds = ((_ConvNd,) if convolution else ()) + ((nn.RNNBase,) if recurrence else ())
+    return matmul or any(isinstance(child, kinds) for child in module.modules())
 
 
 @contextmanager

@@ -40,8 +40,9 @@ from pathkernel.accounts import Account
 from pathkernel.allocations import Allocations, Footprint, footprint
 from pathkernel.curves import Curve
 from pathkernel.errors import InputError
-from pathkernel.factored import device_of_factor, piece_dtype, working
+from pathkernel.factored import piece_dtype, working
 from pathkernel.functional import ModelFunction
+from pathkernel.layers.factors import device_of_factor
 from pathkernel.losses import coupled_row_blocks, weighted_gradient
 from pathkernel.pull_back import Adjoint
 from pathkernel.pytrees import count, take

@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.factored import device_of_factor
 from pathkernel.functional import ModelFunction
 from pathkernel.interrupts import attempt
 from pathkernel.layers.arrangement import Arrangement
-from pathkernel.layers.factors import Piece
+from pathkernel.layers.factors import Piece, device_of_factor
 from pathkernel.layers.tape import FAILURES, Tape
 from pathkernel.losses import coupled_rows
 from pathkernel.parameters import ParameterLayout

@@ -264,6 +264,11 @@ class Piece:
         return result
 
 
+def device_of_factor(factor: Factor) -> torch.device:
+    """Where the numbers of a factor are."""
+    return factor.values.device if isinstance(factor, Dense) else factor.signal.device  # type: ignore[attr-defined]
+
+
 def joined(factors: list[Factor]) -> Factor:
     """The sum of gradients from several uses of one weight: outer products are put behind each other along T."""
     first = factors[0]

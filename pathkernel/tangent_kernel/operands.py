@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float
-from pathkernel.factored import device_of_factor
-from pathkernel.layers.factors import Dense, Factor, Lookup, Outer, Piece
+from pathkernel.layers.factors import Dense, Factor, Lookup, Outer, Piece, device_of_factor
 from pathkernel.pytrees import blocks
 from pathkernel.tangent_kernel.contraction import Pairs, by_pairs, parts
 from pathkernel.tangent_kernel.matrix_products import product

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import InputError, check
-from pathkernel.factored import device_of_factor
 from pathkernel.functional import ModelFunction
-from pathkernel.layers.factors import Dense, Factor, Lookup, Outer, Piece
+from pathkernel.layers.factors import Dense, Factor, Lookup, Outer, Piece, device_of_factor
 from pathkernel.pytrees import blocks, count, take
 from pathkernel.tangent_kernel.engine import Engine
 from pathkernel.tangent_kernel.layerwise import LayerwiseEngine
