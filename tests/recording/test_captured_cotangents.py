@@ -487,6 +487,9 @@ def test_the_difference_is_told_as_it_was_judged() -> None:
     """With a factor for each parameter a difference would look like rounding where every parameter is one number."""
     X = torch.rand(12, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = nn.Linear(1, 1).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.1)
     optimizer = sgd(model)
     with pk.KernelRecorder(model, optimizer, MSE, data=(X, 3 * X + 1), audit_every=1) as recorder:
         x, y = recorder.batch(torch.arange(12))

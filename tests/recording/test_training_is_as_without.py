@@ -187,6 +187,7 @@ def levels(folder: Path) -> dict[str, Callable[..., Any]]:
 
 
 TWO = ("every step audited", "keyframes on disk")
+FEW = [TWO[0], pytest.param(TWO[1], marks=pytest.mark.slow)]
 LEVELS = [level if level in TWO else pytest.param(level, marks=pytest.mark.slow) for level in levels(Path())]
 
 
@@ -694,7 +695,7 @@ def test_optimizers_of_the_benchmark(optimizer: str, level: str, tmp_path: Path)
 
 @pytest.mark.parametrize("name", exactness.LOOPS)
 @pytest.mark.parametrize(("optimizer", "network"), exactness.LOOP_CASES)
-@pytest.mark.parametrize("level", TWO)
+@pytest.mark.parametrize("level", FEW)
 def test_loops_of_the_benchmark(optimizer: str, network: str, name: str, level: str, tmp_path: Path) -> None:
     if name == "ema" and "keyframes" in level:
         pytest.skip("averages are recorded with every step only")
@@ -702,7 +703,7 @@ def test_loops_of_the_benchmark(optimizer: str, network: str, name: str, level: 
 
 
 @pytest.mark.parametrize(("optimizer", "network", "name"), list(exactness.slope_cases()))
-@pytest.mark.parametrize("level", TWO)
+@pytest.mark.parametrize("level", FEW)
 def test_loops_of_the_benchmark_by_slopes(optimizer: str, network: str, name: str, level: str, tmp_path: Path) -> None:
     compare(of_the_benchmark(optimizer, network, "cross_entropy", name, torch.float32), level, tmp_path)
 
