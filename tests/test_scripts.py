@@ -15,7 +15,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
 KEYS = {
     "exactness.py": {
         *("optimizer", "network", "loss", "dtype", "quadrature", "residual", "quadrature_error"),
-        *("gradients_per_step", "seconds"),
+        *("split_error", "gradients_per_step", "seconds"),
     },
     "certificate.py": {
         *("network", "engine", "n", "refused", "split_error", "true_error", "residual", "quadrature_error"),
