@@ -116,7 +116,8 @@ class KernelRecorder:
         `pathkernel.update_rules`. ``"elementwise"`` shares each step entry by entry in proportion to the gradient,
         for optimizers without a rule: exact in total, a convention in the split.
     reduction
-        For a loss that returns one number per sample: how the loop reduces it, ``"mean"`` or ``"sum"``.
+        For a loss that returns one number per sample: how the loop reduces it, ``"mean"`` or ``"sum"``; used where the
+        loss is evaluated again.
     regularizers
         Terms that the loop adds to the loss and that depend on the parameters alone, by name: functions of the dict
         of parameters. Each gets its own channel.
@@ -416,7 +417,10 @@ class KernelRecorder:
     def batch(
         self, ids: Any, weights: Any = None, inputs: PyTree = None, targets: PyTree = None
     ) -> tuple[PyTree, PyTree]:
-        """Announce the samples of the next backward pass, for loops that know their ids.
+        """Announce the samples of the next forward pass, for loops that know their ids.
+
+        A second pass after one announcement is another one of the same samples; announced after the forward pass, it
+        holds for that pass if the batch announced before has had its own.
 
         Parameters
         ----------
@@ -424,6 +428,7 @@ class KernelRecorder:
             (B,) sample ids.
         weights
             (B,) coefficient of each sample's loss in the batch loss; None where the recorded loss reduces the batch.
+            Used only where that is evaluated again: slopes from the training pass hold them already.
         inputs, targets
             What the network sees where it differs from the training data, such as augmented images.
 
