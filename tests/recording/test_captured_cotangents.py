@@ -480,7 +480,7 @@ def test_a_gradient_that_grew_in_between() -> None:
             p.grad.mul_(2.0)
         return []
 
-    assert "differs from that of the announced samples" in refused(step).found
+    assert "is 2 times that of the announced samples" in refused(step).found
 
 
 def test_batches_that_are_announced_one_too_early_are_named() -> None:
