@@ -183,8 +183,8 @@ def check_captured(
         "Without a loss, the slopes at the outputs are those of the loop's own backward pass; the optimizer has "
         f"{'moved already' if taken else 'not moved'}",
         "Give the recorder the module that the loop calls (the compiled one, the wrapper), call `backward()` rather "
-        "than setting `p.grad`, do not change outputs in place that are views, or write "
-        "`KernelRecorder(..., loss=loss)`",
+        "than setting `p.grad`, let `returns=` pick tensors as they were returned, do not change outputs "
+        "in place that are views, or write `KernelRecorder(..., loss=loss)`",
     )
 
 

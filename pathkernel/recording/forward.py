@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pathkernel.errors import InputError
 from pathkernel.functional import ForwardState, generator_states
 from pathkernel.interrupts import held
 from pathkernel.recording.modules import WatchedModules
@@ -73,6 +74,14 @@ class ForwardPass:
         """Derivative of what was differentiated in the loss that the network returned; None where none arrived."""
         arrived = self._arrived[channel].get(None)
         return None if arrived is None else arrived.double().cpu()
+
+    def nothing(self, n: int) -> Tensor | None:
+        """λ = 0, (n, C); None where the outputs are not those of n samples."""
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in self.shapes]
+        try:
+            return batch_outputs(zeros, n)
+        except InputError:
+            return None
 
     def cotangents(self, channel: str | None, n: int) -> Tensor | None:
         """λ, (n, C), zero for outputs that nothing depended on; None where none has arrived.

@@ -822,3 +822,27 @@ def test_outputs_of_another_type_than_the_parameters(computes: torch.dtype, retu
         assert batch.cotangents is not None and batch.cotangents.dtype == returns
     why = pk.KernelMachine(recorder.trajectory).explain(X[:3], outputs=1)
     assert why.relative_residual < (1e-4 if torch.bfloat16 not in (computes, returns) else 0.05)
+
+
+@pytest.mark.parametrize("loss", [None, CE], ids=["without a loss", "with a loss"])
+def test_steps_of_nothing_but_a_named_penalty(loss: Any) -> None:
+    """As of a penalty on gradients that is lazily taken every few steps."""
+    X, y = samples()
+    model = network()
+    optimizer = sgd(model)
+    with pk.KernelRecorder(model, optimizer, loss, data=(X, y), audit_every=1, task="classification") as recorder:
+        for k, ids in enumerate(batches()):
+            x, target = recorder.batch(ids)
+            if k % 2:
+                x = x.clone().requires_grad_(True)
+                (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+                with recorder.channel("r1"):
+                    (0.1 * slope.square().sum(1).mean()).backward()
+            else:
+                CE(model(x), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    penalised = torch.cat([step.batches[0].ids for step in recorder.trajectory.steps() if step.index % 2])
+    why = pk.KernelMachine(recorder.trajectory).explain(X[:2], outputs=1)
+    assert why.relative_residual < 1e-9 and set(why.channels) == {"initial", "rounding", "r1"}
+    assert (why.shares[:, penalised] == 0).all() and abs(why.channels["r1"]).max() > 1e-6
