@@ -153,7 +153,8 @@ class GradientSource:
 
 def weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
     """z·λ, whose gradient is Jᵀ λ."""
-    return outputs @ weights
+    dtype = torch.promote_types(outputs.dtype, weights.dtype)  # some networks return another type than they compute in
+    return outputs.to(dtype) @ weights.to(dtype)
 
 
 def tape_pieces(tape: Tape, functional: OutputFunctional, context: PyTree) -> tuple[Piece, ...]:

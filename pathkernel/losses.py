@@ -206,7 +206,8 @@ def coupled_row_blocks(
         with function.running(gradients=True), function.kept():
             outputs = function.batch(leaves, function.cast(inputs))
             check_slopes(outputs, cotangents)
-            rows = outputs.new_empty(block.stop - block.start, function.layout.size, requires_grad=False)
+            dtype = torch.promote_types(outputs.dtype, function.dtype)  # that of the outputs may be coarser
+            rows = torch.empty(block.stop - block.start, function.layout.size, dtype=dtype, device=outputs.device)
             for row, sample in zip(rows, range(block.start, block.stop), strict=True):
                 own = torch.zeros_like(outputs)
                 own[sample] = cotangents[sample].to(outputs)

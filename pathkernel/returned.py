@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
+from pathkernel.interrupts import attempt
 
 Returns = str | int | Callable[[Any], Any] | None
 """A key or attribute, an index, a function of what the network returned; None for everything."""
@@ -107,7 +108,15 @@ def selected(returned: Any, returns: Returns) -> Any:
     if returns is None:
         return returned
     if not isinstance(returns, (str, int)):
-        return returns(returned)
+        found = attempt(lambda: returns(returned), (Exception,))
+        if isinstance(found, Exception):
+            raise InputError(
+                f"`returns=` failed on what the network returned, {_described(returned)} "
+                f"({type(found).__name__}: {str(found)[:200]})",
+                "A function given as `returns=` picks the outputs among all that the network returns",
+                "Write for example `returns=lambda returned: returned.logits`",
+            ) from found
+        return found
     try:
         if isinstance(returns, str) and not isinstance(returned, Mapping):
             return getattr(returned, returns)

@@ -124,7 +124,7 @@ def _check(function: ModelFunction, theta: Tensor, few: PyTree) -> None:
             "Passes run with other weights on a copy of the module, which must not reach the module itself",
             "Let `forward` reach its parameters through `self`, not through a tuple, a global name or another object",
         )
-    if drew or not _agree(together, again):
+    if drew or not _agree(together, again, function.dtype):
         raise UnsupportedModelError(
             "The network draws random numbers in evaluation, so its output is no function of the sample"
             if drew
@@ -146,7 +146,7 @@ def _check(function: ModelFunction, theta: Tensor, few: PyTree) -> None:
                 "Every sample has the same outputs, along the first axis, whether alone or not",
                 "Leave the axis of the samples out of `squeeze()`: `squeeze(1)`, or `flatten(1)`",
             )
-        if not _agree(together[i : i + 1], own, together):
+        if not _agree(together[i : i + 1], own, function.dtype, together):
             raise _dependent(_difference(together[i : i + 1], own, together))
 
 
@@ -159,7 +159,7 @@ def _check_halves(function: ModelFunction, theta: Tensor, inputs: PyTree) -> Non
         whole = function.batch(parameters, inputs)
         halves = [function.batch(parameters, take(inputs, piece)) for piece in (slice(0, middle), slice(middle, n))]
     apart = torch.cat(halves)
-    if not _agree(apart, whole):
+    if not _agree(apart, whole, function.dtype):
         raise _dependent(_difference(apart, whole, whole))
 
 
@@ -184,7 +184,8 @@ def _difference(one: Tensor, other: Tensor, scale: Tensor) -> float:
     return difference / largest if largest > 0 else difference
 
 
-def _agree(one: Tensor, other: Tensor, scale: Tensor | None = None) -> bool:
-    """To half the digits of the type; what is not finite is for others to see."""
+def _agree(one: Tensor, other: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> bool:
+    """To half the digits of the coarser type, its own or its parameters'; what is not finite is for others to see."""
+    rounding = max(torch.finfo(each).eps for each in (dtype, one.dtype))
     difference: Any = _difference(one.double(), other.double(), (one if scale is None else scale).double())
-    return not math.isfinite(difference) or difference <= math.sqrt(torch.finfo(one.dtype).eps)
+    return not math.isfinite(difference) or difference <= math.sqrt(rounding)

@@ -207,6 +207,8 @@ class _Backward:
             if linear is None or linear.rate is None:
                 return {}
             rates[name] = linear.rate
+        # A weight goes with its bias, also where one of the two stays as it is (frozen, or without a gradient).
+        rates |= {name: 0.0 for name in self.layout.names if name not in step.active}
         return {name: rates[name] for name in paired_names(q, tuple(parts)) if name in rates}
 
     def _scaled(

@@ -112,6 +112,7 @@ def audit(
         Where the gradients agree by chance alone: what the network draws decides about its outputs, and is not known.
     """
     function, objective = trajectory.function(), trajectory.objective
+    check_captured(trajectory, index, batches, circumstances.watched, circumstances.taken)
 
     def silenced(vector: Tensor) -> Tensor:
         for name, where in trajectory.layout.slices.items():
@@ -167,15 +168,47 @@ def audit(
     cause = _cause(trajectory, batches, circumstances, lambda given: fits(of_samples(given)))
     fit = left_over(trajectory.layout, found, samples if regularizers is None else samples + regularizers)
     worst = sorted(fit.parameters, key=lambda name: -fit.parameters[name])[:3]
+    if fit.relative <= tolerance:
+        factors = fit.factor if isinstance(fit.factor, Tensor) else torch.tensor([fit.factor])
+        low, high = f"{factors.min().item():.3g}", f"{factors.max().item():.3g}"
+        differs = f"is {low if low == high else f'{low} to {high}'} times that of the announced samples"
+    else:
+        differs = (
+            f"differs from that of the announced samples by {fit.relative:.2g} of its norm, "
+            f"most in {', '.join(f'`{name}` ({fit.parameters[name]:.2g})' for name in worst)}"
+        )
     raise SampleIdError(
-        f"At step {index} the gradient differs from that of the announced samples by {fit.relative:.2g} of its norm, "
-        f"most in {', '.join(f'`{name}` ({fit.parameters[name]:.2g})' for name in worst)}{cause}",
+        f"At step {index} the gradient {differs}{cause}",
         "The gradient must be the sum over the announced samples of their part of the loss, which may be clipped or "
         f"scaled down as a whole; the optimizer has {'moved already' if circumstances.taken else 'not moved'}",
         "Check that the ids are those of this batch (not shifted or shuffled again), that augmented inputs are "
         "passed as `recorder.batch(ids, inputs=x)`, that terms added to the loss that depend on parameters alone are "
         "named in `regularizers=`, and that backward passes which go round the outputs (penalties on gradients or "
         'hidden layers) and edits of gradients stand inside `with recorder.channel("name")`',
+    )
+
+
+def check_captured(
+    trajectory: Trajectory, index: int, batches: Sequence[MicroBatch], watched: str, taken: bool
+) -> None:
+    """Refuse batches of which neither slopes were seen nor a loss is known that gives them.
+
+    Raises
+    ------
+    SampleIdError
+        With the cause as far as it can be told.
+    """
+    unseen = sum(not batch.captured for batch in batches)
+    if trajectory.objective.known is not None or not unseen:
+        return
+    raise SampleIdError(
+        f"At step {index} no backward pass came through the outputs of the watched {watched} for {unseen} of "
+        f"{len(batches)} announced batches",
+        "Without a loss, the slopes at the outputs are those of the loop's own backward pass; the optimizer has "
+        f"{'moved already' if taken else 'not moved'}",
+        "Give the recorder the module that the loop calls (the compiled one, the wrapper), call `backward()` rather "
+        "than setting `p.grad`, let `returns=` pick tensors as they were returned, do not change outputs "
+        "in place that are views, or write `KernelRecorder(..., loss=loss)`",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from pathkernel.errors import InputError
 from pathkernel.functional import ForwardState, generator_states
 from pathkernel.interrupts import held
 from pathkernel.recording.modules import WatchedModules
@@ -77,6 +78,14 @@ class ForwardPass:
         """Derivative of what was differentiated in the loss that the network returned; None where none arrived."""
         arrived = self._arrived[channel].get(None)
         return None if arrived is None else arrived.double().cpu()
+
+    def nothing(self, n: int) -> Tensor | None:
+        """λ = 0, (n, C); None where the outputs are not those of n samples."""
+        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in self.shapes]
+        try:
+            return batch_outputs(zeros, n)
+        except InputError:
+            return None
 
     def cotangents(self, channel: str | None, n: int) -> Tensor | None:
         """λ, (n, C), zero for outputs that nothing depended on; None where none has arrived.
@@ -246,9 +255,9 @@ class ForwardWatcher:
         computed = self._computed_from_others(hooked)
         for place, leaf in hooked.items():
             if place not in computed:
-                leaf.register_hook(_unserializable(partial(self._cotangent, one, place)))
+                _on_gradient(leaf, partial(self._cotangent, one, place))
         if loss is not None and loss.requires_grad:
-            loss.register_hook(_unserializable(partial(self._cotangent, one, None)))
+            _on_gradient(loss, partial(self._cotangent, one, None))
         self.ran(one)
 
     def _computed_from_others(self, leaves: dict[int, Tensor]) -> frozenset[int]:
@@ -322,11 +331,21 @@ def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _unserializable(hook: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    """A hook that is left out, without a warning, where the user saves the tensor."""
+def _on_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Be given the gradient of a tensor as the network receives it, after all hooks that the loop puts on it."""
+    if tensor.grad_fn is None:  # a parameter, or an input
 
-    def call(cotangent: Tensor) -> None:
-        hook(cotangent)
+        def of_leaf(gradient: Tensor) -> None:
+            hook(gradient)
 
-    call.__torch_unserializable__ = True  # type: ignore[attr-defined]
-    return call
+        of_leaf.__torch_unserializable__ = True  # type: ignore[attr-defined]  # left out where the user saves it
+        tensor.register_hook(of_leaf)
+        return
+    number = tensor.output_nr
+
+    def of_node(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[number]
+        if gradient is not None:  # of a function of several outputs (split, unbind), some of which nobody used
+            hook(gradient)
+
+    tensor.grad_fn.register_prehook(of_node)

@@ -55,6 +55,8 @@ class AnnouncedBatch:
         Those whose gradients may arrive yet; they live as long as their graphs.
     arrived
         Whether a gradient has arrived of a pass that was not seen.
+    ran
+        The last forward pass of it.
     """
 
     def __init__(self, batch: MicroBatch) -> None:
@@ -62,6 +64,7 @@ class AnnouncedBatch:
         self.passes: list[ForwardPass] = []
         self.waiting: list[weakref.ref[ForwardPass]] = []
         self.arrived = False
+        self.ran: ForwardPass | None = None
 
     @property
     def used(self) -> bool:
@@ -154,7 +157,9 @@ class PendingBatches:
                 self._check_strangers()
             found = [batch for one in self._announced for batch in self._micro_batches(one)]
             if not found and self._announced:  # nothing was seen: perhaps the gradient was made in another way
-                found = [one.batch for one in self._announced if one.arrived] or [self._announced[-1].batch]
+                last = self._announced[-1]
+                found = [one.batch for one in self._announced if one.arrived]
+                found = found or [self._round_outputs(last) or last.batch]
             self._taken = tuple(found)
         return self._taken
 
@@ -185,6 +190,7 @@ class PendingBatches:
         if self._announced:
             last = self._announced[-1]
             last.waiting.append(weakref.ref(one))
+            last.ran = one
             self._owners[one] = last
 
     # -- backward -----------------------------------------------------------------------------------------------
@@ -251,6 +257,14 @@ class PendingBatches:
             states, cotangents = tuple(one.state for one in later), tuple(one.cotangents for one in later)
             return [replace(first, later=states, later_cotangents=cotangents)]
         return [self._seen(batch, one, channel) for one in announced.passes for channel in one.channels]
+
+    def _round_outputs(self, announced: AnnouncedBatch) -> MicroBatch | None:
+        """A batch of whose outputs nothing came back: all that the backward passes brought has a name, as a penalty."""
+        one, batch = announced.ran, announced.batch
+        if one is None or not self.watcher.differentiated or self.stages > 1:
+            return None
+        nothing = one.nothing(len(batch.ids))
+        return None if nothing is None else replace(batch, state=one.state, **self.keep(nothing))
 
     def _seen(self, batch: MicroBatch, one: ForwardPass, channel: str | None) -> MicroBatch:
         """A batch as a pass ran, with what is kept of the cotangents that came under a name."""

@@ -23,7 +23,7 @@ from pathkernel.interrupts import attempt, held
 from pathkernel.losses import Objective, check_recorded_loss, check_reduction, check_task
 from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.pytrees import as_tensors, copied_samples, count, spread
-from pathkernel.recording.audit import Circumstances, audit, is_due
+from pathkernel.recording.audit import Circumstances, audit, check_captured, is_due
 from pathkernel.recording.indexed import indexed_loader
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
@@ -116,7 +116,8 @@ class KernelRecorder:
         `pathkernel.update_rules`. ``"elementwise"`` shares each step entry by entry in proportion to the gradient,
         for optimizers without a rule: exact in total, a convention in the split.
     reduction
-        For a loss that returns one number per sample: how the loop reduces it, ``"mean"`` or ``"sum"``.
+        For a loss that returns one number per sample: how the loop reduces it, ``"mean"`` or ``"sum"``; used where the
+        loss is evaluated again.
     regularizers
         Terms that the loop adds to the loss and that depend on the parameters alone, by name: functions of the dict
         of parameters. Each gets its own channel.
@@ -416,7 +417,10 @@ class KernelRecorder:
     def batch(
         self, ids: Any, weights: Any = None, inputs: PyTree = None, targets: PyTree = None
     ) -> tuple[PyTree, PyTree]:
-        """Announce the samples of the next backward pass, for loops that know their ids.
+        """Announce the samples of the next forward pass, for loops that know their ids.
+
+        A second pass after one announcement is another one of the same samples; announced after the forward pass, it
+        holds for that pass if the batch announced before has had its own.
 
         Parameters
         ----------
@@ -424,6 +428,7 @@ class KernelRecorder:
             (B,) sample ids.
         weights
             (B,) coefficient of each sample's loss in the batch loss; None where the recorded loss reduces the batch.
+            Used only where that is evaluated again: slopes from the training pass hold them already.
         inputs, targets
             What the network sees where it differs from the training data, such as augmented images.
 
@@ -632,7 +637,7 @@ class KernelRecorder:
             self._pending.forget()
             self._forget_edits()
             return
-        self._check_pending()
+        self._check_pending(taken=True)
         step = self._slim_step(*keeper.vectors)
         self._pending.take()
         self._changes, self._gradient_changes = [], {}
@@ -669,7 +674,7 @@ class KernelRecorder:
             self._pending.forget()
             self._forget_edits()
             return
-        self._check_pending()
+        self._check_pending(taken=True)
         live, gradient, active = self._live, opened.gradient, opened.active
         if gradient is None:
             gradient, active = live.gradient(), live.active()
@@ -769,7 +774,7 @@ class KernelRecorder:
         self._live.add(new)
         self._end_of_steps = self._trajectory.end_of_steps
 
-    def _check_pending(self) -> None:
+    def _check_pending(self, taken: bool = False) -> None:
         if not self._pending.batches:
             raise SampleIdError(
                 f"`optimizer.step()` number {len(self._trajectory)} came without sample ids",
@@ -777,6 +782,9 @@ class KernelRecorder:
                 "Iterate over `recorder.batches(...)` or `recorder.track(loader)`, or call `recorder.batch(ids)` "
                 "before the backward pass; step outside the `with` block to train unrecorded",
             )
+        if not getattr(self._trajectory.schedule, "weights_only", False):
+            watched, index = type(self._outer).__name__, len(self._trajectory)
+            check_captured(self._trajectory, index, self._pending.batches, watched, taken)
 
     def _check_gradient(self, gradient: Tensor) -> None:
         if math.isfinite(gradient.sum().item()):  # NaN and infinity do not cancel
@@ -803,6 +811,9 @@ class KernelRecorder:
     def _try_out(self, step: Step) -> None:
         """Explain the first step of all, so that what cannot be explained is refused before training."""
         if not self._tried and self.audit_every != 0:
+            reference = self._trajectory.reference
+            if reference is not None:  # hooks may have been put on the network since recording began
+                reference.check("KernelRecorder", (self._trajectory.function(), self._trajectory.initial), None)
             try_out(self._trajectory, step)
             self._tried = True
 

@@ -26,8 +26,8 @@ class MicroBatch:
     ids
         (B,) int64 sample ids; an id may occur twice.
     weights
-        (B,) coefficient of each sample's own loss in the batch loss, or None where the recorded loss reduces the
-        batch by itself.
+        (B,) coefficient of each sample's own loss in the batch loss where that is evaluated again, or None where the
+        loss reduces the batch by itself.
     inputs, targets
         The samples as the network saw them, where that differs from the training data under the same ids.
     state

@@ -303,6 +303,16 @@ def machine_of_wrong_ids_with_small_gradients() -> None:
     pk.KernelMachine(scene.recorder.close()).explain(scene.X[:2], outputs=0)
 
 
+def step_by_hand() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pk.KernelRecorder(model, optimizer, data=(make_inputs(SAMPLES), torch.zeros(SAMPLES, 1))) as recorder:
+        recorder.batch([0, 1])
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+
 def step_of_a_stranger() -> None:
     scene = Scene()
     scene.optimizer.zero_grad()
@@ -607,6 +617,11 @@ REFUSALS: dict[str, Case] = {
         errors.InputError,
         ("the network returned a dict with 'logits', 'loss'", "names a part", "one of these parts"),
     ),
+    "function of the returned that fails": (
+        lambda: selected({"logits": 0}, lambda returned: returned["scores"]),
+        errors.InputError,
+        ("`returns=` failed", "picks the outputs", "returned.logits"),
+    ),
     "outputs that are no part": (
         lambda: recorder_of(make_model(), returns=1.5),
         errors.InputError,
@@ -626,6 +641,11 @@ REFUSALS: dict[str, Case] = {
         lambda: pk.KernelRecorder(model := make_model(), torch.optim.SGD(model.parameters()), CE),
         errors.InputError,
         ("`data` is missing", "training samples", "data=(X_train, y_train)"),
+    ),
+    "gradient set by hand, and no loss": (
+        step_by_hand,
+        errors.SampleIdError,
+        ("no backward pass came through the outputs", "the loop's own backward pass", "loss=loss"),
     ),
     "pass of samples that were not announced": (
         step_of_a_stranger,
