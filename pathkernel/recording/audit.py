@@ -166,12 +166,11 @@ def audit(
             )
         return
     cause = _cause(trajectory, batches, circumstances, lambda given: fits(of_samples(given)))
-    fit = left_over(trajectory.layout, found, samples if regularizers is None else samples + regularizers)
+    expected = samples if regularizers is None else samples + regularizers
+    grown, fit = fit_gradient(trajectory.layout, found, expected, tolerance), left_over(trajectory.layout, found, expected)
     worst = sorted(fit.parameters, key=lambda name: -fit.parameters[name])[:3]
-    if fit.relative <= tolerance:
-        factors = fit.factor if isinstance(fit.factor, Tensor) else torch.tensor([fit.factor])
-        low, high = f"{factors.min().item():.3g}", f"{factors.max().item():.3g}"
-        differs = f"is {low if low == high else f'{low} to {high}'} times that of the announced samples"
+    if grown.relative <= tolerance and not isinstance(grown.factor, Tensor):
+        differs = f"is {grown.factor:.3g} times that of the announced samples"
     else:
         differs = (
             f"differs from that of the announced samples by {fit.relative:.2g} of its norm, "

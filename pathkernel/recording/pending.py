@@ -135,6 +135,8 @@ class PendingBatches:
 
     def announce(self, batch: MicroBatch) -> None:
         """Take note of the samples of the next backward pass."""
+        for one in self._announced:
+            one.ran = None  # which would keep it waiting for ever
         self._announced = [one for one in self._announced if one.used]
         modes = self._modules.modes()
         if modes != self._unseen.modes:
@@ -264,7 +266,15 @@ class PendingBatches:
         if one is None or not self.watcher.differentiated or self.stages > 1:
             return None
         nothing = one.nothing(len(batch.ids))
-        return None if nothing is None else replace(batch, state=one.state, **self.keep(nothing))
+        if nothing is None:
+            return None
+        kept = self.keep(nothing)
+        return replace(
+            batch,
+            state=one.state,
+            cotangents=kept.get("cotangents"),
+            sampled_cotangents=kept.get("sampled_cotangents"),
+        )
 
     def _seen(self, batch: MicroBatch, one: ForwardPass, channel: str | None) -> MicroBatch:
         """A batch as a pass ran, with what is kept of the cotangents that came under a name."""

@@ -384,6 +384,27 @@ def trial_of_wrong_samples() -> None:
     try_out(recording.trajectory, replace(step, batches=(batch,)))
 
 
+class Drawing(nn.Module):
+    """Draws in training from a generator that nobody records; the gradient hardly tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.net(x)
+        return z + float(np.random.rand()) if self.training else z
+
+
+def step_that_draws_from_numpy() -> None:
+    model = Drawing()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pk.KernelRecorder(model, optimizer, data=(X3, torch.tensor([0, 1, 2])), audit_every=1) as recorder:
+        recorder.batch([0, 1, 2])
+        CE(model(X3), torch.tensor([0, 1, 2])).backward()
+        optimizer.step()
+
+
 class Growing(nn.Module):
     """Keeps what it saw in training."""
 
@@ -661,6 +682,11 @@ REFUSALS: dict[str, Case] = {
         lambda: step_of_others([3], [3, 4]),
         errors.SampleIdError,
         ("at 6 of each were taken from the training pass", "as the recorder was given them", "inputs=x"),
+    ),
+    "network that draws from numpy's generator": (
+        step_that_draws_from_numpy,
+        errors.UnsupportedModelError,
+        ("drew from", "torch's random generators, which alone is on record", "torch.rand"),
     ),
     "trial of wrong samples": (
         trial_of_wrong_samples,
