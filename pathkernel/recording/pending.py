@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,7 +57,7 @@ class AnnouncedBatch:
     arrived
         Whether a gradient has arrived of a pass that was not seen.
     ran
-        The last forward pass of it.
+        A copy of what is known of the last forward pass of it.
     """
 
     def __init__(self, batch: MicroBatch) -> None:
@@ -190,7 +191,7 @@ class PendingBatches:
         if self._announced:
             last = self._announced[-1]
             last.waiting.append(weakref.ref(one))
-            last.ran = one
+            last.ran = copy.copy(one)  # the pass itself lives as long as its graph
             self._owners[one] = last
 
     # -- backward -----------------------------------------------------------------------------------------------
@@ -264,7 +265,11 @@ class PendingBatches:
         if one is None or not self.watcher.differentiated or self.stages > 1:
             return None
         nothing = one.nothing(len(batch.ids))
-        return None if nothing is None else replace(batch, state=one.state, **self.keep(nothing))
+        if nothing is None:
+            return None
+        kept = self.keep(nothing)
+        cotangents, sampled = kept.get("cotangents"), kept.get("sampled_cotangents")
+        return replace(batch, state=one.state, cotangents=cotangents, sampled_cotangents=sampled)
 
     def _seen(self, batch: MicroBatch, one: ForwardPass, channel: str | None) -> MicroBatch:
         """A batch as a pass ran, with what is kept of the cotangents that came under a name."""
