@@ -167,7 +167,8 @@ def audit(
         return
     cause = _cause(trajectory, batches, circumstances, lambda given: fits(of_samples(given)))
     expected = samples if regularizers is None else samples + regularizers
-    grown, fit = fit_gradient(trajectory.layout, found, expected, tolerance), left_over(trajectory.layout, found, expected)
+    grown = fit_gradient(trajectory.layout, found, expected, tolerance)
+    fit = left_over(trajectory.layout, found, expected)
     worst = sorted(fit.parameters, key=lambda name: -fit.parameters[name])[:3]
     if grown.relative <= tolerance and not isinstance(grown.factor, Tensor):
         differs = f"is {grown.factor:.3g} times that of the announced samples"

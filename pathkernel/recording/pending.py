@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,7 +57,7 @@ class AnnouncedBatch:
     arrived
         Whether a gradient has arrived of a pass that was not seen.
     ran
-        The last forward pass of it.
+        A copy of what is known of the last forward pass of it.
     """
 
     def __init__(self, batch: MicroBatch) -> None:
@@ -192,7 +193,7 @@ class PendingBatches:
         if self._announced:
             last = self._announced[-1]
             last.waiting.append(weakref.ref(one))
-            last.ran = one
+            last.ran = copy.copy(one)  # the pass itself lives as long as its graph
             self._owners[one] = last
 
     # -- backward -----------------------------------------------------------------------------------------------
@@ -269,12 +270,8 @@ class PendingBatches:
         if nothing is None:
             return None
         kept = self.keep(nothing)
-        return replace(
-            batch,
-            state=one.state,
-            cotangents=kept.get("cotangents"),
-            sampled_cotangents=kept.get("sampled_cotangents"),
-        )
+        cotangents, sampled = kept.get("cotangents"), kept.get("sampled_cotangents")
+        return replace(batch, state=one.state, cotangents=cotangents, sampled_cotangents=sampled)
 
     def _seen(self, batch: MicroBatch, one: ForwardPass, channel: str | None) -> MicroBatch:
         """A batch as a pass ran, with what is kept of the cotangents that came under a name."""
