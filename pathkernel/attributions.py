@@ -256,6 +256,17 @@ def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float, stackleve
             ),
             stacklevel=stacklevel,
         )
+    if why.samples_checked == 0:
+        warnings.warn(
+            CertificateWarning(
+                "In no step would a wrong training sample have been noticed: clipping left too little of the gradients "
+                "to compare",
+                "A recorded gradient is compared with that of its samples in direction, and in size where it was not "
+                "clipped; clipping by value below every entry leaves signs alone, and a single parameter its sign",
+                "Check the sample ids yourself, or clip by norm",
+            ),
+            stacklevel=stacklevel,
+        )
     left, noise = np.linalg.norm(why.left_over), NOISE * np.linalg.norm(why.output)
     if not (why.relative_residual < INCOMPLETE or left <= noise):
         warnings.warn(

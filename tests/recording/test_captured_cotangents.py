@@ -769,7 +769,9 @@ def test_one_parameter_hides_none_but_where_it_is_clipped() -> None:
                 if clip:
                     nn.utils.clip_grad_norm_(model.parameters(), clip)
                 optimizer.step()
-        why = pk.KernelMachine(recorder.trajectory).explain(Z[:2], outputs=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", errors.CertificateWarning)
+            why = pk.KernelMachine(recorder.trajectory).explain(Z[:2], outputs=0)
         assert why.samples_checked == expected
         assert ("samples checked in 0% of the steps" in repr(why)) == (clip is not None)
 
@@ -787,7 +789,8 @@ def test_clipping_by_value_below_every_entry_is_said_not_to_be_checked() -> None
             MSE(model(X[ids]), y[ids]).backward()
             nn.utils.clip_grad_value_(model.parameters(), 0.01)
             optimizer.step()
-    why = pk.KernelMachine(recorder.trajectory).explain(X[:2], outputs=0)
+    with pytest.warns(errors.CertificateWarning, match="In no step would a wrong training sample have been noticed"):
+        why = pk.KernelMachine(recorder.trajectory).explain(X[:2], outputs=0)
     assert why.samples_checked == 0.0
 
 
