@@ -124,8 +124,9 @@ class BackwardPass:
 class ForwardWatcher:
     r"""Sees the forward passes of the network in training, and takes the cotangents of their outputs.
 
-    λ comes from a hook on each output, in the backward pass of the loop itself: nothing is evaluated again. An output
-    that was computed from another one has none: its gradient goes through the other, and would be counted twice.
+    λ comes from a hook on each output, in the backward pass of the loop itself: nothing is evaluated again. Where one
+    output was computed from another (logits from a hidden layer that is returned as well), what comes back to the other
+    through it is taken off: it would be counted twice.
 
     Parameters
     ----------
@@ -180,7 +181,7 @@ class ForwardWatcher:
         self._handles: list[Any] = []
         self._listening: dict[int, Any] = {}
         self._under_way: dict[int, BackwardPass] = {}
-        self._computed: dict[Any, frozenset[int]] = {}
+        self._apart: set[int] = set()
 
     # -- the life of a recording --------------------------------------------------------------------------------
 
@@ -252,22 +253,22 @@ class ForwardWatcher:
         found = {} if self._elsewhere is None else self.modules.other_generators()
         drew_from = tuple(name for name in found if found[name] != (self._elsewhere or {}).get(name, found[name]))
         one = ForwardPass(state, leaves, self._checksum, drew_from)
-        computed = self._computed_from_others(hooked)
-        for place, leaf in hooked.items():
-            if place not in computed:
-                _on_gradient(leaf, partial(self._cotangent, one, place))
+        for place, leaf in _distinct(hooked).items():
+            _on_gradient(leaf, partial(self._cotangent, one, place))
+        for place, node, edge in self._edges_between(_distinct(hooked)):
+            node.register_hook(partial(self._through_another, one, place, edge))
         if loss is not None and loss.requires_grad:
             _on_gradient(loss, partial(self._cotangent, one, None))
         self.ran(one)
 
-    def _computed_from_others(self, leaves: dict[int, Tensor]) -> frozenset[int]:
-        """Places of outputs that were computed from others, or are the same tensor; once for each number of them."""
-        if len(leaves) < 2:
-            return frozenset()
-        key = tuple(leaves)
-        if key not in self._computed:
-            self._computed[key] = computed_from_others(leaves)
-        return self._computed[key]
+    def _edges_between(self, leaves: dict[int, Tensor]) -> list[tuple[int, Any, int]]:
+        """See `edges_between`; looked for until it is seen that so many outputs are not computed from each other."""
+        if len(leaves) < 2 or len(leaves) in self._apart:
+            return []
+        found = edges_between(leaves)
+        if not found:
+            self._apart.add(len(leaves))
+        return found
 
     # -- backward -----------------------------------------------------------------------------------------------
 
@@ -284,6 +285,14 @@ class ForwardWatcher:
                 torch.autograd.Variable._execution_engine.queue_callback(partial(self._ended, task))
         # A copy: autograd goes on to use the memory.
         self._under_way[task].brought.append((one, place, cotangent.detach().clone()))
+
+    def _through_another(
+        self, one: ForwardPass, place: int, edge: int, passed_on: tuple[Tensor | None, ...], _: Any
+    ) -> None:
+        """Called with what a function between two outputs passes on to the first: it is no part of its own slope."""
+        gradient = passed_on[edge]
+        if gradient is not None:
+            self._cotangent(one, place, -gradient)
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
         """Called when the gradient of a parameter has been added to."""
@@ -305,25 +314,32 @@ class ForwardWatcher:
                 self.arrived(one)
 
 
-def computed_from_others(leaves: dict[int, Tensor]) -> frozenset[int]:
-    """Places of the tensors that were computed from others among them, or are the same as one before."""
-    places: dict[tuple[Any, int], int] = {}
-    computed = set()
+def _distinct(leaves: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Outputs by their places, one for each node of the graph: a tensor may be returned twice."""
+    first: dict[Any, int] = {}
     for place, leaf in leaves.items():
-        if places.setdefault((leaf.grad_fn, leaf.output_nr), place) != place:
-            computed.add(place)
-    for place, leaf in leaves.items():
-        if leaf.grad_fn is None:
+        first.setdefault((leaf.grad_fn, leaf.output_nr) if leaf.grad_fn is not None else id(leaf), place)
+    return {place: leaves[place] for place in first.values()}
+
+
+def edges_between(leaves: dict[int, Tensor]) -> list[tuple[int, Any, int]]:
+    """Where some outputs go into the computation of others: place, the function that takes it, and as which input."""
+    nodes = {place: (leaf.grad_fn, leaf.output_nr) for place, leaf in leaves.items() if leaf.grad_fn is not None}
+    places: dict[tuple[Any, int], int] = {node: place for place, node in nodes.items()}
+    oldest = min((node._sequence_nr() for node, _ in places), default=0)
+    waiting = [node for node, _ in places]
+    met, found = set(waiting), []
+    while waiting:
+        taking = waiting.pop()
+        if taking._sequence_nr() <= oldest:  # what is older than every output takes none of them
             continue
-        waiting, met = [leaf.grad_fn], {leaf.grad_fn}
-        while waiting:
-            for node, number in waiting.pop().next_functions:
-                if places.get((node, number), place) != place:
-                    computed.add(place)
-                if node is not None and node not in met:
-                    met.add(node)
-                    waiting.append(node)
-    return frozenset(computed)
+        for edge, (node, number) in enumerate(taking.next_functions):
+            if (node, number) in places:
+                found.append((places[node, number], taking, edge))
+            if node is not None and node not in met:
+                met.add(node)
+                waiting.append(node)
+    return found
 
 
 def _is_transformed() -> bool:

@@ -117,6 +117,7 @@ class PendingBatches:
         self._strangers: list[ForwardPass] = []
         self._taken: tuple[MicroBatch, ...] | None = None
         self._unseen_gradients: dict[nn.Parameter, weakref.ref[Tensor]] = {}
+        self._scale = 1.0
         self._unseen = ForwardState()  # of a batch of which no pass of the whole model is seen
 
     def start(self) -> None:
@@ -175,6 +176,11 @@ class PendingBatches:
     def passes(self) -> list[ForwardPass]:
         """The forward passes of which these are."""
         return [one for announced in self._announced for one in announced.passes]
+
+    def scale_of_loss(self, scale: float) -> None:
+        """Divide by what the loss of the step at hand was multiplied with: its gradients have been divided by it."""
+        if scale != self._scale:
+            self._scale, self._taken = scale, None
 
     def take(self) -> tuple[MicroBatch, ...]:
         """The batches of a step; nothing is pending afterwards."""
@@ -285,13 +291,17 @@ class PendingBatches:
                 "Call `recorder.batch(ids)` right before the forward pass of these samples; where the network returns "
                 "more than its outputs, say which they are with `KernelRecorder(..., returns=...)`",
             ) from None
+        slope = one.loss_slope(channel)
+        if self._scale != 1.0:
+            cotangents = None if cotangents is None else cotangents / self._scale
+            slope = None if slope is None else slope / self._scale
         fields = {} if cotangents is None else self.keep(cotangents)
         return replace(
             batch,
             state=one.state,
             cotangents=fields.get("cotangents"),
             sampled_cotangents=fields.get("sampled_cotangents"),
-            loss_slope=one.loss_slope(channel),
+            loss_slope=slope,
             channel=channel,
         )
 

@@ -27,6 +27,7 @@ from pathkernel.recording.audit import Circumstances, audit, check_captured, is_
 from pathkernel.recording.indexed import indexed_loader
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
+from pathkernel.recording.loss_scale import loss_scale
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.recording.open_recorders import OPEN, caller, make_way, say_that_it_was_forked
 from pathkernel.recording.pending import PendingBatches, checked_ids
@@ -569,6 +570,7 @@ class KernelRecorder:
             self._pending.forget()
             return
         self._check_parameters()
+        self._pending.scale_of_loss(loss_scale())
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer first
         scaled = getattr(optimizer, "grad_scale", None) is not None
         gradient = None

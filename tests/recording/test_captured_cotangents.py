@@ -423,6 +423,43 @@ def test_outputs_that_are_computed_from_others_are_counted_once() -> None:
     assert why.relative_residual < 1e-9 and set(why.channels) <= {"initial", "rounding"}
 
 
+class Layered(nn.Module):
+    """Returns three layers, each computed from the one before, and its logits twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.head = network(outputs=4), nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = self.net(x)
+        z = self.head(torch.tanh(h)) + h[:, :3]
+        return h, z, z.softmax(1), z
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,), (2,), (0, 2), (0,)], ids=str)
+def test_slopes_at_outputs_that_are_computed_from_each_other(used: tuple[int, ...]) -> None:
+    """Each output's own slope, as if the others were constants: what goes through another is that one's."""
+    weights = [torch.linspace(-1, 1, width, dtype=torch.float64) for width in (4, 3, 3)]
+
+    def loss(outputs: tuple[Tensor, ...]) -> Tensor:
+        return sum((outputs[k] * weights[k]).square().mean() for k in used)
+
+    def step(recorder, model, optimizer, ids, x, y):
+        recorder.batch(ids)
+        outputs = model(x)
+        loss(outputs).backward()
+        leaves = [z.detach().requires_grad_(True) for z in outputs[:3]]
+        given = torch.autograd.grad(loss(leaves), leaves, allow_unused=True)
+        own = [torch.zeros_like(z) if g is None else g for z, g in zip(leaves, given, strict=True)]
+        return [(ids, torch.cat([*own, torch.zeros_like(own[1])], dim=1))]
+
+    torch.manual_seed(0)
+    model = Layered()
+    if used == (0,):  # parameters that get no gradient are skipped
+        model.head.requires_grad_(False)
+    run(step, model, task="regression").check(1e-10)
+
+
 # -- what cannot be explained is refused ------------------------------------------------------------------------------
 
 
@@ -940,3 +977,33 @@ def test_steps_of_nothing_but_a_named_penalty(loss: Any) -> None:
     why = pk.KernelMachine(recorder.trajectory).explain(X[:2], outputs=1)
     assert why.relative_residual < 1e-9 and set(why.channels) == {"initial", "rounding", "r1"}
     assert (why.shares[:, penalised] == 0).all() and abs(why.channels["r1"]).max() > 1e-6
+
+
+# -- loss scaling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init_scale", [65536.0, 0.25, 3.0])
+@pytest.mark.parametrize("kind", ["adamw", "fused", "unscaled and clipped"])
+def test_the_scale_of_the_loss_is_divided_out(kind: str, init_scale: float) -> None:
+    """Also where it has shrunk below 1: gradients that grew in between are refused otherwise."""
+    X, y = samples(dtype=torch.float32)
+    model = network(dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=kind == "fused")
+    scaler, expected = torch.amp.GradScaler("cpu", init_scale=init_scale), []
+    with pk.KernelRecorder(model, optimizer, data=(X, y), audit_every=1) as recorder:
+        for k, ids in enumerate(batches()):
+            recorder.batch(ids)
+            optimizer.zero_grad()
+            loss = CE(model(X[ids]), y[ids]) * (torch.inf if k == 2 else 1.0)
+            scaler.scale(loss).backward()
+            if kind == "unscaled and clipped":
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            if k != 2:
+                expected.append((ids, slopes_by_hand(model, X[ids], lambda z, ids=ids: CE(z, y[ids]))))
+            scaler.step(optimizer)
+            scaler.update()
+    for step, (ids, slopes) in zip(recorder.trajectory.steps(), expected, strict=True):
+        assert torch.equal(step.batches[0].ids, ids)
+        torch.testing.assert_close(step.batches[0].cotangents, slopes, rtol=1e-5, atol=1e-7)
+    assert pk.KernelMachine(recorder.trajectory).explain(X[:3], outputs=1).relative_residual < 1e-5
