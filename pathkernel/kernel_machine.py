@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pathkernel import question
 from pathkernel._typing import PyTree
@@ -46,6 +47,11 @@ FORMS = {
 """The forms of the same exact sum, and their properties."""
 
 ENGINES = ("auto", "layerwise", "jacobian", "autograd")
+
+T = TypeVar("T")
+
+MADE = ("function", "_gradients", "_plans", "_sources")
+"""What a machine makes of the rest, and is not saved."""
 
 KEPT_QUERIES = 64
 """Samples in a block of a computation that is kept in a store: what an interruption may cost."""
@@ -220,11 +226,12 @@ class KernelMachine:
         load_transformations()  # is not a call's, whose memory has a budget
         self.function = self.trajectory.function(self._dtype)
         self._gradients: RecordedGradients | None = None
+        self._plans: tuple[RecordedGradients | None, dict[Any, Any]] = None, {}
         self._sources: dict[str | None, GradientSource] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         check_picklable(quadrature=self.quadrature)
-        return {name: value for name, value in vars(self).items() if name not in ("function", "_gradients", "_sources")}
+        return {name: value for name, value in vars(self).items() if name not in MADE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -533,8 +540,9 @@ class KernelMachine:
 
     def _forward(self, queries: Queries) -> Account:
         recorded = self._recorded
-        queries.forward, passes = plan_forward(queries, recorded, self.quadrature, self.memory)
-        give_back_freed_memory()
+        queries.forward, passes = self._planned(
+            ("forward",), queries, lambda: plan_forward(queries, recorded, self.quadrature, self.memory)
+        )
         return forward_sweep(self._curve(queries), recorded, self.progress, passes)
 
     def _backward(self, queries: Queries, asked: Asked) -> Account:
@@ -544,10 +552,26 @@ class KernelMachine:
         return joined((self._swept(queries.block(piece), asked, plan) for piece in cut), len(queries))
 
     def _plan(self, queries: Queries, asked: Asked) -> Plan:
-        dense, matrices = self.form in BUILDERS, MATRICES * asked.verify
-        plan = plan_backward(self._curve, queries, self._recorded, self.memory, asked.by, dense, matrices)
-        give_back_freed_memory()
-        return plan
+        dense, matrices, recorded = self.form in BUILDERS, MATRICES * asked.verify, self._recorded
+        return self._planned(
+            ("backward", asked.by, asked.verify),
+            queries,
+            lambda: plan_backward(self._curve, queries, recorded, self.memory, asked.by, dense, matrices),
+        )
+
+    def _planned(self, kind: tuple[Any, ...], queries: Queries, measure: Callable[[], T]) -> T:
+        """What was planned for queries of the same number and shapes, which took passes to measure; or is now."""
+        recorded, leaves = self._recorded, pytree.tree_leaves(queries.inputs)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor))
+        key = (*kind, queries.components, queries.function.tap, recorded.coupled, shapes)
+        known, plans = self._plans
+        if known is not recorded:
+            plans = {}
+        if key not in plans:
+            plans[key] = measure()
+            give_back_freed_memory()
+        self._plans = recorded, plans
+        return plans[key]
 
     def _stored(self, store: str | os.PathLike[str], queries: Queries, asked: Asked) -> Account:
         """The same, block by block in a store."""

@@ -405,12 +405,12 @@ class RecordedGradients:
     def _is_measured(self, step: Step, batch: MicroBatch, inputs: PyTree) -> bool:
         """Whether the rows of a batch are compared with the batch run forward.
 
-        At steps 0, 1, 4, 16, 64, … and the last, and wherever samples of another shape or number, or another mode, come
+        At steps 0, 16, 256, … and the last, and wherever samples of another shape or number, or another mode, come
         first; once for each batch, however often the record is passed.
         """
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         kind = _hashable(batch.state.modes), self._coupled, *((leaf.shape, leaf.dtype) for leaf in leaves)
-        power = step.index & (step.index - 1) == 0 and (step.index.bit_length() - 1) % 2 == 0
+        power = step.index > 1 and step.index & (step.index - 1) == 0 and step.index.bit_length() % 4 == 1
         due = step.index == 0 or power or step.index == len(self.trajectory) - 1 or kind not in self._measured
         if not due or (key := (step.index, tuple(batch.ids.tolist()))) in self._measured:
             return False
@@ -440,6 +440,11 @@ class RecordedGradients:
         if error > limit and not self._coupled:
             raise self._replaced()
         self.certificate.note(error, limit)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether rows are formed by reverse sweeps of whole batches, wherever samples come from."""
+        return self._coupled
 
     def _replaced(self) -> EngineReplaced:
         """Form rows by reverse sweeps of whole batches from now on, which are right for every network."""
