@@ -708,9 +708,15 @@ def test_loops_of_the_benchmark_by_slopes(optimizer: str, network: str, name: st
     compare(of_the_benchmark(optimizer, network, "cross_entropy", name, torch.float32), level, tmp_path)
 
 
+ALWAYS = ("cnn_batchnorm", "mlp_dropout")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("level", TWO)
-@pytest.mark.parametrize("network", exactness.NETWORKS)
+@pytest.mark.parametrize(
+    "network",
+    [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.exhaustive) for name in exactness.NETWORKS],
+)
 def test_every_optimizer_on_every_network_and_loss(network: str, level: str, tmp_path: Path) -> None:
     for problem in exactness.SUITS[network]:
         for k, optimizer in enumerate(exactness.OPTIMIZERS):
