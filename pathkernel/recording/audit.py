@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pathkernel.errors import PathKernelError, SampleIdError, UnsupportedModelError
-from pathkernel.functional import ModelFunction, generators_untouched, takes_tensor_floats
+from pathkernel.errors import SampleIdError, UnsupportedModelError
+from pathkernel.functional import generators_untouched
 from pathkernel.interrupts import attempt
-from pathkernel.losses import batch_gradient, coupled_row_blocks, weighted_gradient
-from pathkernel.trajectory.cotangents import cotangents_of
-from pathkernel.trajectory.gradient_fit import (
-    CAPTURED_TOLERANCE,
-    GRADIENT_TOLERANCE,
-    fit_captured,
-    fit_gradient,
-    left_over,
-)
-from pathkernel.trajectory.gradients import samples_of
-from pathkernel.trajectory.step import MicroBatch
+from pathkernel.trajectory.gradient_fit import fit_gradient, left_over
+from pathkernel.trajectory.gradients import ComparedGradient, RecordedGradients, samples_of
+from pathkernel.trajectory.step import MicroBatch, Step
+from pathkernel.trajectory.stretch import stretch
 from pathkernel.trajectory.trajectory import Trajectory
 
-ROWS = 64
-"""Samples whose gradients are held at once for their norms."""
+MEMORY = 2**28
+"""Bytes for gradients of samples, where a step is compared or tried out."""
 
 DRAWS = 16
 """Passes that show whether random numbers matter for the outputs: a layer that is skipped every other time is found but
@@ -70,38 +63,19 @@ class Circumstances:
     taken: bool = False
 
 
-def audit(
-    trajectory: Trajectory,
-    index: int,
-    batches: Sequence[MicroBatch],
-    at: Tensor,
-    found: Tensor,
-    active: frozenset[str],
-    changes: Mapping[str, Tensor],
-    differentiated: frozenset[str],
-    buffers: Mapping[str, Tensor],
-    circumstances: Circumstances,
-) -> None:
+def audit(trajectory: Trajectory, step: Step, seen: Circumstances) -> None:
     r"""Compare a gradient with :math:`\sum_i J_i^\top \lambda_i` of the announced samples, up to clipping.
 
-    Neither the loss nor any other network of the loop is evaluated where λ is on record; the watched one runs on a
-    copy of its structure.
+    As an explanation will compare it. Neither the loss nor any other network of the loop is evaluated where λ is on
+    record; the watched one runs on a copy of its structure.
 
     Parameters
     ----------
-    trajectory, index
-        The record so far, and the number of the step.
-    batches
-        The announced micro-batches.
-    at, found
-        θ and the gradient, (P,).
-    active
-        Names of the parameters that have a gradient; the optimizer skips the others.
-    changes, differentiated
-        Named changes of the gradient, and which of them backward passes have made; see `Step`.
-    buffers
-        Buffers that have changed since recording began.
-    circumstances
+    trajectory
+        The record so far.
+    step
+        The step that is about to be taken, or has been, as far as it is known before.
+    seen
         For the message.
 
     Raises
@@ -111,66 +85,24 @@ def audit(
     UnsupportedModelError
         Where the gradients agree by chance alone: what the network draws decides about its outputs, and is not known.
     """
-    function, objective = trajectory.function(), trajectory.objective
-    check_captured(trajectory, index, batches, circumstances.watched, circumstances.taken)
-
-    def silenced(vector: Tensor) -> Tensor:
-        for name, where in trajectory.layout.slices.items():
-            if name not in active:
-                vector[..., where] = 0
-        return vector
-
-    def of_samples(given: Sequence[MicroBatch]) -> Tensor:
-        total = sum((changes[name] for name in differentiated & changes.keys()), torch.zeros_like(at))
-        for batch in given:
-            if batch.channel in differentiated:  # is in there
-                continue
-            total += _batch_gradient(trajectory, function, batch, at, buffers)
-        return silenced(total)
-
-    samples = of_samples(batches)
-    named = [silenced(gradient) for gradient in objective.regularizer_gradients(function, at).values()]
-    regularizers = sum(named[1:], named[0]) if named else None
-    edits = [change for name, change in changes.items() if name not in differentiated]
-    found = found - sum(edits, torch.zeros_like(found))
-    types = {trajectory.precision, *(batch.state.autocast[1] for batch in batches if batch.state.autocast)}
-    if takes_tensor_floats(trajectory.model, trajectory.precision):
-        types.add(torch.float16)  # which has as many bits
-    if all(batch.cotangents is not None for batch in batches):
-        tolerance = max(CAPTURED_TOLERANCE[dtype] for dtype in types)
-
-        def summed_norms() -> float:
-            return sum(_summed_norms(trajectory, function, batch, at, buffers, silenced) for batch in batches)
-
-        fits: Callable[[Tensor], bool] = lambda own: (  # noqa: E731
-            fit_captured(trajectory.layout, found, own, regularizers, tolerance, summed_norms) is not None
-        )
-    else:
-        tolerance = max(GRADIENT_TOLERANCE[dtype] for dtype in types)
-        largest = max(found.norm().item(), samples.norm().item())
-
-        def fits(own: Tensor) -> bool:
-            whole = own if regularizers is None else own + regularizers
-            close = fit_gradient(trajectory.layout, found, whole, tolerance).relative <= tolerance
-            return close or largest <= 1e3 * torch.finfo(at.dtype).eps
-
-    if fits(samples):
-        if circumstances.drew_from and _has_a_state(trajectory, batches[-1], DRAWS):
+    one = stretch(trajectory, step.before, step)
+    gradients = RecordedGradients(one, one.function(), MEMORY, taken=False)
+    compared, moved = gradients.compared(step), "moved already" if seen.taken else "not moved"
+    if compared.fit is not None or _is_nothing(step, compared):
+        if seen.drew_from and _has_a_state(trajectory, step.batches[-1], DRAWS):
             raise UnsupportedModelError(
-                f"At step {index} the forward pass drew from {' and '.join(circumstances.drew_from)}, and the outputs "
+                f"At step {step.index} the forward pass drew from {' and '.join(seen.drew_from)}, and the outputs "
                 "depend on what it drew",
                 "Passes are run again from the state of torch's random generators, which alone is on record; the "
-                f"optimizer has {'moved already' if circumstances.taken else 'not moved'}",
+                f"optimizer has {moved}",
                 "Draw from torch's generators in `forward` (`torch.rand(())`), or before it, and hand what was drawn "
                 "to the network among its inputs",
             )
         return
-    cause = _cause(trajectory, batches, circumstances, lambda given: fits(of_samples(given)))
-    expected = samples if regularizers is None else samples + regularizers
-    grown = fit_gradient(trajectory.layout, found, expected, tolerance)
-    fit = left_over(trajectory.layout, found, expected)
+    layout, recorded, expected = trajectory.layout, compared.recorded, compared.expected
+    grown, fit = fit_gradient(layout, recorded, expected, compared.tolerance), left_over(layout, recorded, expected)
     worst = sorted(fit.parameters, key=lambda name: -fit.parameters[name])[:3]
-    if grown.relative <= tolerance and not isinstance(grown.factor, Tensor):
+    if grown.relative <= compared.tolerance and not isinstance(grown.factor, Tensor):
         differs = f"is {grown.factor:.3g} times that of the announced samples"
     else:
         differs = (
@@ -178,14 +110,21 @@ def audit(
             f"most in {', '.join(f'`{name}` ({fit.parameters[name]:.2g})' for name in worst)}"
         )
     raise SampleIdError(
-        f"At step {index} the gradient {differs}{cause}",
+        f"At step {step.index} the gradient {differs}{_cause(trajectory, step, gradients, seen)}",
         "The gradient must be the sum over the announced samples of their part of the loss, which may be clipped or "
-        f"scaled down as a whole; the optimizer has {'moved already' if circumstances.taken else 'not moved'}",
+        f"scaled down as a whole; the optimizer has {moved}",
         "Check that the ids are those of this batch (not shifted or shuffled again), that augmented inputs are "
         "passed as `recorder.batch(ids, inputs=x)`, that terms added to the loss that depend on parameters alone are "
         "named in `regularizers=`, and that backward passes which go round the outputs (penalties on gradients or "
         'hidden layers) and edits of gradients stand inside `with recorder.channel("name")`',
     )
+
+
+def _is_nothing(step: Step, compared: ComparedGradient) -> bool:
+    """Whether both are so small that a loss which was evaluated again says nothing of them."""
+    largest = max(compared.recorded.norm().item(), compared.expected.norm().item())
+    evaluated = any(batch.cotangents is None for batch in step.batches)
+    return evaluated and largest <= 1e3 * torch.finfo(step.before.dtype).eps
 
 
 def check_captured(
@@ -212,43 +151,9 @@ def check_captured(
     )
 
 
-def _batch_gradient(
-    trajectory: Trajectory, function: ModelFunction, batch: MicroBatch, at: Tensor, buffers: Mapping[str, Tensor]
-) -> Tensor:
-    inputs, targets = samples_of(batch, trajectory.data)
-    replayed = function.replaced(
-        constants=buffers if batch.state.buffers is None else batch.state.buffers, state=batch.state
-    )
-    if batch.captured:
-        cotangents = cotangents_of(batch, replayed, at, trajectory.objective, inputs, targets)
-        return weighted_gradient(replayed, at, inputs, cotangents, as_trained=True)
-    return batch_gradient(replayed, at, trajectory.objective, inputs, targets, batch.weights)
-
-
-def _summed_norms(
-    trajectory: Trajectory,
-    function: ModelFunction,
-    batch: MicroBatch,
-    at: Tensor,
-    buffers: Mapping[str, Tensor],
-    silenced: Callable[[Tensor], Tensor],
-) -> float:
-    inputs, _ = samples_of(batch, trajectory.data)
-    replayed = function.replaced(
-        constants=buffers if batch.state.buffers is None else batch.state.buffers, state=batch.state
-    )
-    assert batch.cotangents is not None
-    blocks = coupled_row_blocks(replayed, at, inputs, batch.cotangents, ROWS)
-    return sum(silenced(rows).norm(dim=1).sum().item() for rows in blocks)
-
-
-def _cause(
-    trajectory: Trajectory,
-    batches: Sequence[MicroBatch],
-    seen: Circumstances,
-    explained_by: Callable[[Sequence[MicroBatch]], bool],
-) -> str:
+def _cause(trajectory: Trajectory, step: Step, gradients: RecordedGradients, seen: Circumstances) -> str:
     """What the recorder can tell of why a gradient is none of the announced samples, as the end of a sentence."""
+    batches, before = step.batches, seen.announced_before
     if seen.unseen:
         return (
             f". No forward pass of the watched {seen.watched} was seen for {seen.unseen} of {len(batches)} batches: "
@@ -271,15 +176,11 @@ def _cause(
             ". The network's outputs for the same samples change from one pass to the next in training: it keeps a "
             "state in its attributes, which no record holds (keep it in a buffer)"
         )
-    before = seen.announced_before
     if before is not None and len(batches) == 1 and len(before.ids) == len(batches[0].ids):
-        one = batches[0]
-        shifted = MicroBatch(
-            before.ids, one.weights, before.inputs, before.targets, one.state, cotangents=one.cotangents
-        )
+        shifted = replace(batches[0], ids=before.ids, inputs=before.inputs, targets=before.targets)
         with generators_untouched():
-            ran = attempt(lambda: explained_by([shifted]), (Exception, PathKernelError))
-        if ran is True:
+            ran = attempt(lambda: gradients.compared(replace(step, batches=(shifted,))), (Exception,))
+        if isinstance(ran, ComparedGradient) and ran.fit is not None:
             return (
                 ". It is that of the batch that was announced before: batches are announced one too early, as by "
                 "prefetching"

@@ -53,7 +53,6 @@ class ForwardPass:
         That of θ; None where nobody will ask.
     drew_from
         Random generators that it drew from and that no record holds, where somebody will ask.
-
     """
 
     def __init__(
@@ -73,6 +72,10 @@ class ForwardPass:
         arrived = self._arrived.setdefault(channel, {})
         before = arrived.get(place)
         arrived[place] = cotangent if before is None else before + cotangent
+
+    def forget(self) -> None:
+        """What arrived has been taken, or cleared: a graph that is kept may bring more."""
+        self._arrived = {}
 
     def loss_slope(self, channel: str | None) -> Tensor | None:
         """Derivative of what was differentiated in the loss that the network returned; None where none arrived."""
@@ -312,6 +315,12 @@ class ForwardWatcher:
                 one.add(self.channel, place, cotangent)
             for one in dict.fromkeys(one for one, _, _ in backward.brought):
                 self.arrived(one)
+
+
+def others_listen(parameter: nn.Parameter) -> bool:
+    """Whether somebody else than a recorder is called when gradients are added to those of a parameter."""
+    hooks = (parameter._post_accumulate_grad_hooks or {}).values()
+    return any(not isinstance(getattr(hook, "__self__", None), ForwardWatcher) for hook in hooks)
 
 
 def _distinct(leaves: dict[int, Tensor]) -> dict[int, Tensor]:

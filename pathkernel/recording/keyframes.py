@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from pathkernel.errors import InputError
 from pathkernel.functional import generators_untouched
 from pathkernel.recording.audit import is_due
+from pathkernel.recording.forward import others_listen
 from pathkernel.recording.live import LiveParameters
 from pathkernel.trajectory.replay import Notes, Replay, abridged, checksum, state_of
 from pathkernel.trajectory.step import MicroBatch, Step
@@ -69,7 +70,7 @@ class GradientWatch:
         """A step has been taken or will be: hook on to the parameters, and know gradients from before again."""
         parameters = self.live.named.values()
         if not self._handles:  # hooks of others may write on gradients before the backward pass ends
-            self._everywhere = any(p._post_accumulate_grad_hooks for p in parameters)
+            self._everywhere = any(others_listen(p) for p in parameters)
         for p in parameters:
             if p.requires_grad:
                 if id(p) not in self._handles:

@@ -40,7 +40,7 @@ class FlatViews:
     def __init__(self) -> None:
         self._places: list[int] = []
         self._views: list[Tensor] = []
-        self._bytes: dict[int | None, list[np.ndarray]] = {}
+        self._bytes: list[np.ndarray] | None = None
 
     def of(self, tensors: Collection[Tensor]) -> list[Tensor]:
         """Each tensor as a vector: a view, or a copy where it is not contiguous."""
@@ -48,17 +48,17 @@ class FlatViews:
         if places != self._places or 0 in places:
             # Views hold the memory that they see, so that nothing else can come to lie in the same place.
             self._places, self._views = places, [tensor.detach().reshape(-1) for tensor in tensors]
-            self._bytes = {}
+            self._bytes = None
         return self._views
 
-    def checksum(self, tensors: Collection[Tensor], first: int | None = None) -> int:
-        """See `pathkernel.trajectory.replay.checksum`; of the first entries of each tensor."""
+    def checksum(self, tensors: Collection[Tensor]) -> int:
+        """See `pathkernel.trajectory.replay.checksum`."""
         views = self.of(tensors)
         if not all(view.is_cpu for view in views):
-            return checksum(view[:first] for view in views)
-        if first not in self._bytes:
-            self._bytes[first] = [row_major(view[:first]) for view in views]
-        return joined(map(crc32c, self._bytes[first]))
+            return checksum(views)
+        if self._bytes is None:
+            self._bytes = [row_major(view) for view in views]
+        return joined(map(crc32c, self._bytes))
 
 
 class LiveParameters:
@@ -107,9 +107,9 @@ class LiveParameters:
         """Whether θ is a given vector."""
         return equal_joined(self._values.of(self.named.values()), point)
 
-    def checksum(self, first: int | None = None) -> int:
-        """That of θ, or of the first entries of each parameter."""
-        return self._values.checksum(self.named.values(), first)
+    def checksum(self) -> int:
+        """That of θ."""
+        return self._values.checksum(self.named.values())
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients that the optimizer uses, by name: parameters that it does not hold may keep theirs for ever."""

@@ -67,6 +67,12 @@ class AnnouncedBatch:
         self.arrived = False
         self.ran: ForwardPass | None = None
 
+    def drop(self) -> None:
+        """Let go of what arrived."""
+        for one in self.passes:
+            one.forget()
+        self.passes, self.arrived = [], False
+
     @property
     def used(self) -> bool:
         """Whether its gradient is, or may yet be, in that of the parameters."""
@@ -93,7 +99,7 @@ class PendingBatches:
     returns
         What of the returned is the network's output.
     keep
-        Decides what is kept of λ, (n, C): fields of `MicroBatch`.
+        Decides what is kept of λ, (n, C): all of it or some, see `pathkernel.trajectory.cotangents.kept_cotangents`.
     dropped
         Called when batches are dropped whose gradients had arrived.
     """
@@ -105,7 +111,7 @@ class PendingBatches:
         stages: int,
         modules: WatchedModules,
         returns: Returns,
-        keep: Callable[[Tensor], dict[str, Tensor]],
+        keep: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
         dropped: Callable[[], None],
     ) -> None:
         self.live, self.stages, self.keep, self.dropped, self._modules = live, stages, keep, dropped, modules
@@ -190,6 +196,10 @@ class PendingBatches:
 
     def forget(self) -> None:
         """Let go of what was announced."""
+        for stranger in self._strangers:
+            stranger.forget()
+        for one in self._announced:
+            one.drop()
         self._announced, self._strangers, self._taken, self._unseen_gradients = [], [], None, {}
         self.watcher.differentiated = set()
 
@@ -211,9 +221,11 @@ class PendingBatches:
             return
         # The further stages of a step clear the gradient of the stage before, which has been used.
         kept = self._announced[-1] if self.stages > 1 and self._announced else None
+        for stranger in self._strangers:
+            stranger.forget()
         for one in self._announced:
             if one is not kept:
-                one.passes, one.arrived = [], False
+                one.drop()
         self._strangers, self._taken = [], None
         self._announced = [one for one in self._announced if one.used or one is self._announced[-1]]
         self.dropped()
@@ -275,8 +287,7 @@ class PendingBatches:
         nothing = one.nothing(len(batch.ids))
         if nothing is None:
             return None
-        kept = self.keep(nothing)
-        cotangents, sampled = kept.get("cotangents"), kept.get("sampled_cotangents")
+        cotangents, sampled = self.keep(nothing)
         return replace(batch, state=one.state, cotangents=cotangents, sampled_cotangents=sampled)
 
     def _seen(self, batch: MicroBatch, one: ForwardPass, channel: str | None) -> MicroBatch:
@@ -295,12 +306,12 @@ class PendingBatches:
         if self._scale != 1.0:
             cotangents = None if cotangents is None else cotangents / self._scale
             slope = None if slope is None else slope / self._scale
-        fields = {} if cotangents is None else self.keep(cotangents)
+        whole, some = (None, None) if cotangents is None else self.keep(cotangents)
         return replace(
             batch,
             state=one.state,
-            cotangents=fields.get("cotangents"),
-            sampled_cotangents=fields.get("sampled_cotangents"),
+            cotangents=whole,
+            sampled_cotangents=some,
             loss_slope=slope,
             channel=channel,
         )

@@ -467,7 +467,7 @@ class KernelRecorder:
         self._pending.watcher.checked = self._live.checksum if due else None
         self._pending.announce(batch)
 
-    def _kept(self, cotangents: Tensor) -> dict[str, Tensor]:
+    def _kept(self, cotangents: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What is kept of λ."""
         return kept_cotangents(cotangents, self._trajectory.layout.size, self._trajectory.objective)
 
@@ -824,30 +824,20 @@ class KernelRecorder:
         trajectory, index = self._trajectory, len(self._trajectory)
         if self._gradient_is_elsewhere or not is_due(index, self.audit_every):
             return
-        batches, live = self._pending.batches, self._live
-        checksums = {one.checksum for one in self._pending.passes if one.checksum is not None}
+        step, live, passes = replace(self._slim_step(before, gradient), index=index), self._live, self._pending.passes
+        checksums = {one.checksum for one in passes if one.checksum is not None}
         now = checksum(live.layout.unflatten(before).values()) if taken else live.checksum()
+        seen = Circumstances(
+            unseen=sum(not batch.captured for batch in step.batches),
+            watched=type(self._outer).__name__,
+            moved=bool(checksums - {now}),
+            compiled=hasattr(self._outer, "_orig_mod"),
+            drew_from=tuple(dict.fromkeys(name for one in passes for name in one.drew_from)),
+            announced_before=self._announced[0],
+            taken=taken,
+        )
         with generators_untouched():  # a network may draw from Python's or numpy's generator
-            audit(
-                trajectory,
-                index,
-                batches,
-                before,
-                gradient,
-                live.active(),
-                self._gradient_changes,
-                self._pending.differentiated,
-                self._modules.changed_buffers(),
-                Circumstances(
-                    unseen=sum(not batch.captured for batch in batches),
-                    watched=type(self._outer).__name__,
-                    moved=bool(checksums - {now}),
-                    compiled=hasattr(self._outer, "_orig_mod"),
-                    drew_from=tuple(dict.fromkeys(name for one in self._pending.passes for name in one.drew_from)),
-                    announced_before=self._announced[0],
-                    taken=taken,
-                ),
-            )
+            audit(trajectory, step, seen)
 
 
 def _equal(one: dict[str, tuple[Tensor, ...]], other: dict[str, tuple[Tensor, ...]]) -> bool:

@@ -7,17 +7,15 @@ from dataclasses import replace
 import torch
 
 from pathkernel.errors import PathKernelError, RecordingError, UnsupportedModelError
-from pathkernel.functional import ModelFunction, generators_untouched
+from pathkernel.functional import generators_untouched
 from pathkernel.gradient_source import weighted_sum
 from pathkernel.interrupts import attempt
 from pathkernel.pytrees import take
+from pathkernel.recording.audit import MEMORY
 from pathkernel.trajectory.gradients import EngineReplaced, Passes, RecordedGradients, samples_of
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.stretch import stretch
 from pathkernel.trajectory.trajectory import Trajectory
-
-MEMORY = 2**28
-"""Bytes for gradients of samples."""
 
 FEW = 2
 """Samples of the batch that stand for queries."""
@@ -45,9 +43,11 @@ def try_out(trajectory: Trajectory, step: Step) -> None:
 
     def explained() -> None:
         with generators_untouched():
+            one = stretch(trajectory, step.before, step)
+            gradients = RecordedGradients(one, one.function(), MEMORY, taken=False)
             if not getattr(trajectory.schedule, "weights_only", False):
-                _by_sample(trajectory, step)
-            _queries(trajectory.function().replaced(constants=step.buffers), step, trajectory)
+                _by_sample(gradients, step)
+            _queries(gradients, step)
 
     ran = attempt(explained, (Exception,))
     if isinstance(ran, RecordingError):
@@ -65,9 +65,7 @@ def try_out(trajectory: Trajectory, step: Step) -> None:
         ) from ran
 
 
-def _by_sample(trajectory: Trajectory, step: Step) -> None:
-    one = stretch(trajectory, step.before, step)
-    gradients = RecordedGradients(one, one.function(), MEMORY, taken=False)
+def _by_sample(gradients: RecordedGradients, step: Step) -> None:
     largest = max(len(batch.ids) for batch in step.batches)
     row = step.before.numel() * step.before.element_size()
     passes = Passes(max(1, min(largest, MEMORY // max(1, row))), streamed=True)
@@ -81,9 +79,9 @@ def _by_sample(trajectory: Trajectory, step: Step) -> None:
             continue
 
 
-def _queries(function: ModelFunction, step: Step, trajectory: Trajectory) -> None:
-    gradients = RecordedGradients(stretch(trajectory, step.before, step), function, MEMORY, taken=False)
-    inputs, _ = samples_of(step.batches[0], trajectory.data)
+def _queries(gradients: RecordedGradients, step: Step) -> None:
+    function = gradients.function.replaced(constants=step.buffers)
+    inputs, _ = samples_of(step.batches[0], gradients.trajectory.data)
     few = function.cast(take(inputs, slice(0, FEW)))
     outputs = function.outputs(step.before, few)
     weights = torch.zeros_like(outputs)

@@ -24,8 +24,10 @@ AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, tor
 interpolation p - y of a softmax cancels."""
 
 
-def kept_cotangents(cotangents: Tensor, parameters: int, objective: Objective) -> dict[str, Tensor]:
-    """Fields of `MicroBatch` that keep λ, (B, C): all of it while that is little beside θ, else some entries.
+def kept_cotangents(
+    cotangents: Tensor, parameters: int, objective: Objective
+) -> tuple[Tensor | None, Tensor | None]:
+    """``cotangents`` and ``sampled_cotangents`` of `MicroBatch`: all of λ while that is little beside θ, else some.
 
     Raises
     ------
@@ -34,10 +36,10 @@ def kept_cotangents(cotangents: Tensor, parameters: int, objective: Objective) -
     """
     numbers = cotangents.numel()
     if numbers <= max(parameters // 4, FEW):
-        return {"cotangents": cotangents}
+        return cotangents, None
     if objective.loss is None:
         if numbers <= max(parameters, MANY):
-            return {"cotangents": cotangents}
+            return cotangents, None
         raise RecordingError(
             f"The slopes of the loss at the outputs of a batch are {numbers * cotangents.element_size():,} bytes, for "
             f"{cotangents.shape[0]} samples of {cotangents.shape[1]} outputs each",
@@ -45,7 +47,7 @@ def kept_cotangents(cotangents: Tensor, parameters: int, objective: Objective) -
             "again when they are needed",
             'Write `KernelRecorder(..., loss=loss)`, or `loss="returned"` for a network that returns its own loss',
         )
-    return {"sampled_cotangents": cotangents.reshape(-1)[sampled_places(numbers).to(cotangents.device)].clone()}
+    return None, cotangents.reshape(-1)[sampled_places(numbers).to(cotangents.device)].clone()
 
 
 def cotangents_of(

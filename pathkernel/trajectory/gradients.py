@@ -161,6 +161,28 @@ WHOLE = Passes(sys.maxsize)
 """Every batch in one pass, its gradients held at once."""
 
 
+@dataclass(frozen=True)
+class ComparedGradient:
+    """A recorded gradient beside what it should follow from.
+
+    Attributes
+    ----------
+    recorded
+        What the optimizer received, without edits that have a name, (P,) float64.
+    expected
+        What the samples, named backward passes and regularisers add up to, (P,) float64.
+    tolerance
+        Relative difference that is rounding.
+    fit
+        How the one follows from the other; None where it does not.
+    """
+
+    recorded: Tensor
+    expected: Tensor
+    tolerance: float
+    fit: Fit | None
+
+
 class RecordedGradients:
     """Gradients of recorded batches, recomputed, and compared with what the optimizer received.
 
@@ -271,17 +293,14 @@ class RecordedGradients:
             channels = {name: g.double() for name, g in named.items()}
             return StageGradients(total, parts, channels, 1.0, point, step.batches)
 
-        recorded = functools.reduce(operator.sub, named.values(), step.gradient.double())
         round_outputs = self._round_outputs(step, point, passes)
-        rest = functools.reduce(operator.add, (g.double() for g in regularizers.values())) if regularizers else None
-        if rest is not None:
-            self._silence(step, rest)
         expected = functools.reduce(operator.add, round_outputs.values(), total)
-        fit = self._fit(step, point, recorded, expected, rest)
+        compared = self._compared(step, point, expected, regularizers)
+        fit = compared.fit
         if fit is None:
             if rows and not self._coupled:
                 raise self._replaced()  # perhaps samples are coupled by a layer that is not known to couple them
-            raise self._unexplained(step, recorded, expected if rest is None else expected + rest)
+            raise self._unexplained(step, compared)
         scale = fit.factor if fit.regularizers is None else fit.regularizers
         self.certificate.compared(fit.checked)
         channels = {**named, **{name: scale * g.double() for name, g in regularizers.items()}}
@@ -301,18 +320,40 @@ class RecordedGradients:
                     found[name] = found[name] - through
         return found
 
-    def _fit(self, step: Step, point: Tensor, recorded: Tensor, total: Tensor, rest: Tensor | None) -> Fit | None:
-        """How the recorded gradient follows from that of the samples and the regularisers; None where it does not."""
-        layout = self.trajectory.layout
+    def compared(self, step: Step) -> ComparedGradient:
+        """The gradient of a step that was taken at θ_s beside that of its samples, in total only."""
+        point = step.before
+        # What named backward passes added holds what came through the outputs of their samples.
+        apart = [batch for batch in step.batches if batch.channel not in step.differentiated]
+        totals = (self._in_total(step, batch, point, WHOLE) for batch in apart)
+        total = functools.reduce(operator.add, totals, torch.zeros_like(point, dtype=torch.float64))
+        named = (step.gradient_changes[name] for name in step.differentiated & step.gradient_changes.keys())
+        total = functools.reduce(operator.add, named, total)
+        self._silence(step, total)
+        return self._compared(step, point, total, self.trajectory.objective.regularizer_gradients(self.function, point))
+
+    def _compared(
+        self, step: Step, point: Tensor, total: Tensor, regularizers: Mapping[str, Tensor]
+    ) -> ComparedGradient:
+        """The recorded gradient beside what the samples, and named backward passes, add up to."""
+        edits = (c.double() for name, c in step.gradient_changes.items() if name not in step.differentiated)
+        recorded = functools.reduce(operator.sub, edits, step.gradient.double())
+        rest = functools.reduce(operator.add, (g.double() for g in regularizers.values())) if regularizers else None
+        if rest is not None:
+            self._silence(step, rest)
+        expected, layout = total if rest is None else total + rest, self.trajectory.layout
         if all(batch.cotangents is not None for batch in step.batches):
             tolerance = max(CAPTURED_TOLERANCE[dtype] for dtype in self._types(step))
-            return fit_captured(layout, recorded, total, rest, tolerance, lambda: self._summed_norms(step, point))
+            norms = lambda: self._summed_norms(step, point)  # noqa: E731
+            fit = fit_captured(layout, recorded, total, rest, tolerance, norms)
+            return ComparedGradient(recorded, expected, tolerance, fit)
         # The loss was evaluated again: near interpolation its slopes cancel.
         tolerance = max(GRADIENT_TOLERANCE[dtype] for dtype in self._types(step))
-        fit = fit_gradient(layout, recorded, total if rest is None else total + rest, tolerance)
+        found = fit_gradient(layout, recorded, expected, tolerance)
         # Gradients far below the largest of the run are differences of nearly equal numbers: judged by its scale.
-        rounding = fit.relative * recorded.norm().item() <= tolerance * 1e-2 * self.largest
-        return fit if fit.relative <= tolerance or rounding else None
+        rounding = found.relative * recorded.norm().item() <= tolerance * 1e-2 * self.largest
+        fit = found if found.relative <= tolerance or rounding else None
+        return ComparedGradient(recorded, expected, tolerance, fit)
 
     def _summed_norms(self, step: Step, point: Tensor) -> float:
         """Σ_i ‖J_iᵀ λ_i‖ of a step, by one reverse sweep for each sample."""
@@ -326,8 +367,8 @@ class RecordedGradients:
                 summed += rows.norm(dim=1).sum().item()
         return summed
 
-    def _unexplained(self, step: Step, recorded: Tensor, explained: Tensor) -> TrajectoryError:
-        fit = left_over(self.trajectory.layout, recorded, explained)
+    def _unexplained(self, step: Step, compared: ComparedGradient) -> TrajectoryError:
+        fit = left_over(self.trajectory.layout, compared.recorded, compared.expected)
         return TrajectoryError(
             f"At step {step.index} the samples on record explain the gradient only up to {fit.relative:.2g} of its "
             f"norm, worst in `{fit.worst}`",

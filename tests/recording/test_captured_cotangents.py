@@ -1007,3 +1007,40 @@ def test_the_scale_of_the_loss_is_divided_out(kind: str, init_scale: float) -> N
         assert torch.equal(step.batches[0].ids, ids)
         torch.testing.assert_close(step.batches[0].cotangents, slopes, rtol=1e-5, atol=1e-7)
     assert pk.KernelMachine(recorder.trajectory).explain(X[:3], outputs=1).relative_residual < 1e-5
+
+
+# -- graphs that are kept ----------------------------------------------------------------------------------------------
+
+
+def test_a_graph_that_is_differentiated_again_after_its_gradient_was_cleared() -> None:
+    """What had arrived was cleared with the gradient, and is not counted a second time."""
+
+    def step(recorder, model, optimizer, ids, x, y):
+        first, second = torch.arange(2), torch.arange(2, 4)
+        recorder.batch(ids[first])
+        loss = CE(model(x[first]), y[first])
+        loss.backward(retain_graph=True)
+        optimizer.zero_grad()
+        loss.backward()
+        recorder.batch(ids[second])
+        CE(model(x[second]), y[second]).backward()
+        return [
+            (ids[part], slopes_by_hand(model, x[part], lambda z, p=part: CE(z, y[p]))) for part in (first, second)
+        ]
+
+    run(step).check()
+
+
+def test_gradients_are_watched_as_before_beside_a_recorder() -> None:
+    """The recorder's own hooks on the parameters are not those of others, which may write on gradients."""
+    X, y = samples()
+    model = network()
+    optimizer = sgd(model)
+    with pk.KernelRecorder(model, optimizer, data=(X, y), schedule=pk.Schedule(keyframes=4)) as recorder:
+        for ids in batches():
+            optimizer.zero_grad()
+            recorder.batch(ids)
+            CE(model(X[ids]), y[ids]).backward()
+            optimizer.step()
+        hooks = [len(p._post_accumulate_grad_hooks) for p in model.parameters()]
+    assert hooks == [2, 1, 1, 1]  # that of the keyframes is on one parameter alone

@@ -85,7 +85,6 @@ def test_no_change_of_a_parameter_escapes(change) -> None:
     assert torch.equal(live.vector(), flat(model)) and live.checksum() == checksum(model.parameters())
     change_in_place(model)
     assert torch.equal(live.vector(), flat(model)) and live.checksum() == checksum(model.parameters())
-    assert live.checksum(2) == checksum(p.reshape(-1)[:2] for p in model.parameters())
 
 
 def test_gradients_of_parameters_that_the_optimizer_does_not_hold() -> None:
