@@ -138,16 +138,13 @@ def _missed(
             theta, moved = theta.reshape(shape), moved.reshape(shape)
             settings = reading.settings[taken.groups[name]]
             gradient = reading.gradient[where].double().reshape(shape)
-            for term in rule.gradient_sources(theta, frozen[name], settings).values():
-                gradient = gradient + term
-            for term in rule.displacement_sources(theta, frozen[name], settings).values():
-                moved = moved - term
+            gradient, sources = rule.sourced(gradient, theta, frozen[name], settings)
             if taken.memory_before is not None:
                 nothing = tuple(torch.zeros_like(gradient) for _ in rule.memory)
                 memory = tuple(slot.double() for slot in taken.memory_before.get(name, nothing))
             else:
                 memory = _memory_before(rule, gradient, taken.memory_after.get(name), frozen[name], settings)
-            moved = moved - rule.step(gradient, memory, frozen[name], settings)[0]
+            moved = moved - sources - rule.step(gradient, memory, frozen[name], settings)[0]
         squared += moved.square().sum().item()
     return squared**0.5 if squared == squared else float("inf")
 

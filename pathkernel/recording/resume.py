@@ -272,9 +272,7 @@ def _memory_after(
         parameters = layout.unflatten(step.before.double())
         for name in step.active:
             frozen, settings = step.frozen[name], step.hyperparameters_of(name)
-            gradient = gradients[name]
-            for term in rule.gradient_sources(parameters[name], frozen, settings).values():
-                gradient = gradient + term
+            gradient, _ = rule.sourced(gradients[name], parameters[name], frozen, settings)
             memory[name] = rule.step(gradient, memory[name], frozen, settings)[1]
     return memory
 

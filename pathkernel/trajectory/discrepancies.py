@@ -198,11 +198,7 @@ class Discrepancies:
         theta = step.before[where].double().reshape(shape)
         moved = step.after[where].double().reshape(shape) - theta
         gradient = step.gradient[where].double().reshape(shape)
-        for term in rule.gradient_sources(theta, frozen, settings).values():
-            gradient = gradient + term
-        sources = torch.zeros_like(theta)
-        for term in rule.displacement_sources(theta, frozen, settings).values():
-            sources = sources + term
+        gradient, sources = rule.sourced(gradient, theta, frozen, settings)
         memory = self._memory.get(name) or tuple(torch.zeros_like(theta) for _ in rule.memory)
         self._lately[name] = lately = max(FORGOTTEN * self._lately.get(name, 0.0), moved.norm().item())
         rounding = self._epsilon * (ROUNDINGS_OF_PARAMETERS * theta.norm().item() + ROUNDINGS * lately)

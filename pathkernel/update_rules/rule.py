@@ -162,6 +162,17 @@ class UpdateRule(ABC):
         """Named terms that the optimizer adds to the displacement, such as decoupled weight decay."""
         return {}
 
+    def sourced(
+        self, gradient: Tensor, parameter: Tensor, frozen: Frozen, settings: Settings
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient with all that the optimizer adds to it, and all that it adds to the displacement."""
+        for term in self.gradient_sources(parameter, frozen, settings).values():
+            gradient = gradient + term
+        displacement = torch.zeros_like(gradient)
+        for term in self.displacement_sources(parameter, frozen, settings).values():
+            displacement = displacement + term
+        return gradient, displacement
+
     def stage_offsets(self, frozen: Frozen, settings: Settings) -> tuple[Tensor | None, ...]:
         """Where each of the step's gradients was taken, relative to θ_s: None for θ_s itself.
 
