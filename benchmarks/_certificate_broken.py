@@ -11,12 +11,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import pathkernel.functional
-import pathkernel.losses
-import pathkernel.trajectory.gradients
-from pathkernel.layers.factors import Dense, Piece
-from pathkernel.layers.tape import Tape
-from pathkernel.pytrees import count
+import pathkernel.gradients.losses
+import pathkernel.gradients.model_function
+import pathkernel.trajectory.batch_gradients
+from pathkernel.gradients.layers.factors import Dense, Piece
+from pathkernel.gradients.layers.tape import Tape
+from pathkernel.gradients.pytrees import count
 
 BATCH = 8
 """Batches of as many samples get wrong rows; queries and proofs have other sizes."""
@@ -145,7 +145,7 @@ def _broken_rows(fault: Fault, right: Callable[..., dict[str, Tensor]]) -> Calla
 
 def _broken_coupled_rows(fault: Fault) -> Callable[..., Iterator[Tensor]]:
     """Rows of a batch that is run as a whole."""
-    right = pathkernel.losses.coupled_row_blocks
+    right = pathkernel.gradients.losses.coupled_row_blocks
 
     def coupled_rows(function: Any, vector: Tensor, inputs: Any, cotangents: Tensor, size: int) -> Iterator[Tensor]:
         given = mixed(fault, cotangents) if fault.slopes else cotangents
@@ -166,8 +166,8 @@ def broken(fault: Fault, everywhere: bool) -> Iterator[None]:
         stack.enter_context(mock.patch.object(Tape, "pieces", _broken_pieces(fault)))
         if everywhere:
             for name in ("_gradients_at_once", "_gradients_in_turn"):
-                rows = _broken_rows(fault, getattr(pathkernel.functional, name))
-                stack.enter_context(mock.patch.object(pathkernel.functional, name, rows))
+                rows = _broken_rows(fault, getattr(pathkernel.gradients.model_function, name))
+                stack.enter_context(mock.patch.object(pathkernel.gradients.model_function, name, rows))
             coupled = _broken_coupled_rows(fault)
-            stack.enter_context(mock.patch.object(pathkernel.trajectory.gradients, "coupled_row_blocks", coupled))
+            stack.enter_context(mock.patch.object(pathkernel.trajectory.batch_gradients, "coupled_row_blocks", coupled))
         yield

@@ -21,8 +21,8 @@ from _faults_table import FAILED, LOST, SURVIVED, WRONG, Bench, Fault, Outcome, 
 from _faults_training import Reference, Training, bits, reference
 
 from pathkernel.errors import PathKernelError, StoreError
-from pathkernel.storage import files
-from pathkernel.trajectory.disk import DiskStore
+from pathkernel.storage.disk import DiskStore
+from pathkernel.storage.format import files
 
 STEPS = 40
 

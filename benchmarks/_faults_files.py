@@ -17,9 +17,9 @@ from _faults_table import FAILED, SURVIVED, WRONG, Bench, Fault, Outcome, first_
 from _faults_training import Reference, Training, reference
 
 from pathkernel.errors import CorruptBlockError, PathKernelError, StoreError
-from pathkernel.storage.groups import checksum
-from pathkernel.trajectory.disk import DiskStore
-from pathkernel.trajectory.header import VERSION
+from pathkernel.storage.disk import DiskStore
+from pathkernel.storage.format.groups import checksum
+from pathkernel.storage.header import VERSION
 
 STEPS = 9
 

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from pathkernel.errors import PathKernelError
-from pathkernel.storage import Group, crc32c
-from pathkernel.storage.groups import checksum
-from pathkernel.trajectory.blocks import FIELDS, RECORD_CHUNK
-from pathkernel.trajectory.disk import DiskStore
-from pathkernel.trajectory.packing import ALIGNMENT, PackingError, unpack
+from pathkernel.runtime.checksum import crc32c
+from pathkernel.storage.blocks import FIELDS, RECORD_CHUNK
+from pathkernel.storage.disk import DiskStore
+from pathkernel.storage.format import Group
+from pathkernel.storage.format.groups import checksum
+from pathkernel.storage.packing import ALIGNMENT, PackingError, unpack
 
 NUMBERS = (0, 1, 2, 3, 15, 16, 127, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63, 2**64, 10**30)
 VALUES = (

@@ -16,7 +16,7 @@ from _faults_table import FAILED, SURVIVED, WRONG, Bench, Fault, Outcome
 from _faults_training import Training
 
 from pathkernel.errors import PathKernelError
-from pathkernel.storage import crc32c
+from pathkernel.runtime.checksum import crc32c
 
 MEMORY = 2**30
 """Bytes that a process may take in addition while it reads made-up stores of some kilobytes."""

@@ -24,11 +24,11 @@ from _faults_table import FAILED, LOST, SURVIVED, WRONG, Bench, Fault, Outcome, 
 from _faults_training import Checkpoints, Training, bits, reference
 
 import pathkernel as pk
-from pathkernel.computations import resumable_blocks
 from pathkernel.errors import PathKernelError
-from pathkernel.question import identity_of
-from pathkernel.storage import Group
-from pathkernel.trajectory.disk import QUEUE, DiskStore
+from pathkernel.storage.disk import QUEUE, DiskStore
+from pathkernel.storage.format import Group
+from pathkernel.storage.question import identity_of
+from pathkernel.storage.resumable import resumable_blocks
 
 STEPS = 160
 RUNS = [("momentum", 1), ("adamw", 16), ("momentum", 16), ("adamw", 1)]

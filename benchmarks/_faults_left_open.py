@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import pathkernel as pk
 from pathkernel.errors import ModelMismatchError, PathKernelError
-from pathkernel.trajectory.disk import DiskStore
+from pathkernel.storage.disk import DiskStore
 from pathkernel.trajectory.schedule import Schedule
 
 STEPS = 24

@@ -19,10 +19,11 @@ from _faults_training import Training, bits, reference
 
 import pathkernel as pk
 from pathkernel.errors import ModelMismatchError
-from pathkernel.storage import Lock
+from pathkernel.storage import disk
+from pathkernel.storage import writer_thread as writer
+from pathkernel.storage.disk import DiskStore
+from pathkernel.storage.format import Lock
 from pathkernel.testing import interrupted
-from pathkernel.trajectory import disk, writer
-from pathkernel.trajectory.disk import DiskStore
 
 STEPS = 12
 

@@ -28,11 +28,11 @@ from _faults_table import FAILED, SURVIVED, WRONG, Bench, Fault, Outcome, first_
 from torch import nn
 
 import pathkernel as pk
-from pathkernel import cli
-from pathkernel.storage import Group
-from pathkernel.trajectory import disk
-from pathkernel.trajectory.blocks import write_packed
-from pathkernel.trajectory.known_classes import LOSS_FUNCTIONS, LOSSES, OPTIMIZERS, UPDATE_RULES
+from pathkernel.cli import main as cli
+from pathkernel.storage import disk
+from pathkernel.storage.blocks import write_packed
+from pathkernel.storage.format import Group
+from pathkernel.storage.known_classes import LOSS_FUNCTIONS, LOSSES, OPTIMIZERS, UPDATE_RULES
 
 MODEL = "import torch\nfrom torch import nn\n\n\ndef make():\n    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))\n"  # noqa: E501
 MARKER = """import os
@@ -209,7 +209,7 @@ def hostile_names(run: Path) -> list[str]:
         "torch.nn.modules.linear.Linear", "torch.nn.Linear", "torch.nn:Sequential", "torch.nn.modules.loss.MSELoss()",
         "torch.nn.modules.loss.GaussianNLLLoss", "torch.nn.functional.mse_loss", "torch.nn.functional.__dict__",
         "torch.load", "torch.hub:load", "torch.optim.optimizer.Optimizer", "torch.optim.lbfgs.LBFGS",
-        "torch.optim.sparse_adam.SparseAdam", "pathkernel.cli:main", "pathkernel.commands.objects.imported",
+        "torch.optim.sparse_adam.SparseAdam", "pathkernel.cli.main:main", "pathkernel.cli.objects.imported",
         "pathkernel.update_rules.rule.UpdateRule", "__main__:main", "sys.exit",
         "__import__('os').system('touch marker')", "'mean' if __import__('notes') else 0", "(" * 5000, "9" * 5000,
         "{'a': " * 200, "x" * 1_000_000, "'" + "x" * 100_000 + "'", "", ".", ":", "..", "\0", "\ud800", "a\nb",

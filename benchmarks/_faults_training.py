@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import pathkernel as pk
 from pathkernel.errors import ModelMismatchError
-from pathkernel.trajectory.disk import DiskStore
-from pathkernel.trajectory.step import FrozenOnReading
+from pathkernel.storage.disk import DiskStore
+from pathkernel.trajectory.frozen_state import FrozenOnReading
 
 SAMPLES = 64
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -54,10 +54,10 @@ from torch import nn
 from zoo import COUPLED, COUPLED_IN_TRAINING, ZOO, Specimen
 
 import pathkernel as pk
-import pathkernel.functional
-import pathkernel.kernel_machine
-import pathkernel.layers.proved
-import pathkernel.trajectory.gradients
+import pathkernel.gradients.layers.coverage
+import pathkernel.gradients.model_function
+import pathkernel.kernel_machine.kernel_machine
+import pathkernel.trajectory.batch_gradients
 from pathkernel.errors import PathKernelError
 
 LIMIT = 1e-6
@@ -380,10 +380,10 @@ def bars(quick: bool, chosen: Callable[[str], bool]) -> Iterator[Row]:
 
 
 UNCHECKED = {
-    (pathkernel.trajectory.gradients.RecordedGradients, "_is_measured"): False,
-    (pathkernel.layers.proved, "_are_own_rows"): True,
-    (pathkernel.functional, "_are_own_rows"): True,
-    (pathkernel.kernel_machine, "check_sample_wise"): None,
+    (pathkernel.trajectory.batch_gradients.RecordedGradients, "_is_measured"): False,
+    (pathkernel.gradients.layers.coverage, "_are_own_rows"): True,
+    (pathkernel.gradients.model_function, "_are_own_rows"): True,
+    (pathkernel.kernel_machine.kernel_machine, "check_sample_wise"): None,
 }
 """What is measured or proved of rows, and what it says where it is left out."""
 COST_CASES = (("mlp_tanh", "adamw"), ("mlp_relu", "sgd"), ("cnn_groupnorm", "adamw"), ("cnn_batchnorm", "momentum"))

@@ -40,9 +40,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn, optim
 
 import pathkernel as pk
-from pathkernel.dynamics.momentum import Momentum
-from pathkernel.dynamics.runge_kutta import Heun, RungeKutta4
-from pathkernel.dynamics.scaled import Lion, NormalizedDescent, PolyakStep, ScalarRMSprop, SignDescent
+from pathkernel.optimizers.momentum import Momentum
+from pathkernel.optimizers.runge_kutta import Heun, RungeKutta4
+from pathkernel.optimizers.scaled import Lion, NormalizedDescent, PolyakStep, ScalarRMSprop, SignDescent
 from pathkernel.quadrature import Quadrature
 from pathkernel.update_rules.rule import UpdateRule
 

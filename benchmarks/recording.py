@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import pathkernel as pk
-from pathkernel.trajectory.disk import DiskStore
+from pathkernel.storage.disk import DiskStore
 from pathkernel.trajectory.schedule import Schedule
 
 LOSS = nn.CrossEntropyLoss()

@@ -155,4 +155,4 @@ assert accuracy > 0.85
 # %%
 # Optimizers that evaluate the gradient somewhere else than at the weights themselves, such as Nesterov's true
 # look-ahead, say where by ``stage_offsets``; those that evaluate it several times in a step, such as Runge–Kutta
-# methods, have several ``stages``. ``pathkernel.dynamics`` holds both kinds to copy from.
+# methods, have several ``stages``. ``pathkernel.optimizers`` holds both kinds to copy from.

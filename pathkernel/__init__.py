@@ -4,19 +4,21 @@ The public nouns are loaded when they are first used, so that importing the pack
 help, does not wait for torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from pathkernel._version import __version__ as __version__
+from pathkernel.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from pathkernel.attributions import Attributions as Attributions
     from pathkernel.estimators.gaussian_process import GaussianProcessKernel as GaussianProcessKernel
     from pathkernel.estimators.transformer import PathKernelTransformer as PathKernelTransformer
-    from pathkernel.kernel_machine import KernelMachine as KernelMachine
-    from pathkernel.layers.rules import layer_rule as layer_rule
-    from pathkernel.path_features import StreamingFeatures as StreamingFeatures
-    from pathkernel.path_kernel import PathKernel as PathKernel
+    from pathkernel.gradients.layers.rules import layer_rule as layer_rule
+    from pathkernel.kernel_machine.attributions import Attributions as Attributions
+    from pathkernel.kernel_machine.kernel_machine import KernelMachine as KernelMachine
+    from pathkernel.kernel_machine.streaming import StreamingShares as StreamingShares
+    from pathkernel.path_kernel.path_kernel import PathKernel as PathKernel
+    from pathkernel.path_kernel.streaming import StreamingFeatures as StreamingFeatures
+    from pathkernel.path_kernel.streaming import StreamingGram as StreamingGram
     from pathkernel.quadrature import Adaptive as Adaptive
     from pathkernel.quadrature import DiscreteGradient as DiscreteGradient
     from pathkernel.quadrature import GaussLegendre as GaussLegendre
@@ -25,12 +27,10 @@ if TYPE_CHECKING:
     from pathkernel.quadrature import Trapezoid as Trapezoid
     from pathkernel.recording.indexed import IndexedDataset as IndexedDataset
     from pathkernel.recording.recorder import KernelRecorder as KernelRecorder
-    from pathkernel.streaming import StreamingGram as StreamingGram
-    from pathkernel.streaming import StreamingShares as StreamingShares
+    from pathkernel.storage.disk import DiskStore as DiskStore
+    from pathkernel.tangent_kernel.engines.projection import Projection as Projection
     from pathkernel.tangent_kernel.output_probes import OutputProbes as OutputProbes
-    from pathkernel.tangent_kernel.projection import Projection as Projection
     from pathkernel.tangent_kernel.tangent_kernel import TangentKernel as TangentKernel
-    from pathkernel.trajectory.disk import DiskStore as DiskStore
     from pathkernel.trajectory.schedule import Schedule as Schedule
     from pathkernel.trajectory.schedule import StepObserver as StepObserver
     from pathkernel.trajectory.schedule import Streaming as Streaming
@@ -39,43 +39,34 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Adaptive": "quadrature",
-    "Attributions": "attributions",
+    "Attributions": "kernel_machine.attributions",
     "DiscreteGradient": "quadrature",
-    "DiskStore": "trajectory.disk",
+    "DiskStore": "storage.disk",
     "GaussLegendre": "quadrature",
     "GaussianProcessKernel": "estimators.gaussian_process",
     "IndexedDataset": "recording.indexed",
-    "KernelMachine": "kernel_machine",
+    "KernelMachine": "kernel_machine.kernel_machine",
     "KernelRecorder": "recording.recorder",
     "LeftEndpoint": "quadrature",
     "Midpoint": "quadrature",
     "OutputProbes": "tangent_kernel.output_probes",
-    "PathKernel": "path_kernel",
+    "PathKernel": "path_kernel.path_kernel",
     "PathKernelTransformer": "estimators.transformer",
-    "Projection": "tangent_kernel.projection",
+    "Projection": "tangent_kernel.engines.projection",
     "Schedule": "trajectory.schedule",
     "StepObserver": "trajectory.schedule",
     "Streaming": "trajectory.schedule",
-    "StreamingFeatures": "path_features",
-    "StreamingGram": "streaming",
-    "StreamingShares": "streaming",
+    "StreamingFeatures": "path_kernel.streaming",
+    "StreamingGram": "path_kernel.streaming",
+    "StreamingShares": "kernel_machine.streaming",
     "TangentKernel": "tangent_kernel.tangent_kernel",
     "Trajectory": "trajectory.trajectory",
     "Trapezoid": "quadrature",
     "UpdateRule": "update_rules.rule",
-    "layer_rule": "layers.rules",
+    "layer_rule": "gradients.layers.rules",
 }
 
-__all__ = sorted([*_HOMES, "__version__"])
+_SUBMODULES = ("analysis", "dynamics", "errors", "optimizers", "plotting", "testing")
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(import_module(f"pathkernel.{_HOMES[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'pathkernel' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__all__ = sorted([*_HOMES, *_SUBMODULES, "__version__"])
+__getattr__, __dir__ = lazy_names(__name__, {**_HOMES, **{name: f"{name}:" for name in _SUBMODULES}})

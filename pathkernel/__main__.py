@@ -2,7 +2,7 @@
 
 import sys
 
-from pathkernel.cli import main
+from pathkernel.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

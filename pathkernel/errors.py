@@ -87,3 +87,6 @@ def check(condition: bool, error: type[PathKernelError], found: str, expected: s
     """Raise ``error`` with its three parts unless ``condition`` holds."""
     if not condition:
         raise error(found, expected, write)
+
+SENSELESS = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError)
+"""What values of another form than the format's lead to."""

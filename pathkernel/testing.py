@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel.errors import PathKernelError, check
-from pathkernel.kernel_machine import KernelMachine
-from pathkernel.parameters import ParameterLayout
+from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.quadrature import GaussLegendre
 from pathkernel.recording.recorder import KernelRecorder
-from pathkernel.trajectory.gradients import RecordedGradients
+from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import pathkernel as pk
-from pathkernel.pytrees import memory_bytes
+from pathkernel.gradients.pytrees import memory_bytes
 
 SAMPLES, QUERIES = 10, 4
 # Ragged batches with an id twice in one batch, and ids that come back.

@@ -6,8 +6,14 @@ import hypothesis
 import torch
 from jaxtyping import install_import_hook
 
-# Before the package is imported. These are the modules that write shapes; `test_functional.py` sees that it works.
-SHAPED = ["pathkernel.functional", "pathkernel.losses", "pathkernel.queries", "pathkernel.trajectory.gradients"]
+# Before the package is imported. These are the modules that write shapes; gradients/test_model_function.py sees that
+# it works.
+SHAPED = [
+    "pathkernel.gradients.losses",
+    "pathkernel.gradients.model_function",
+    "pathkernel.kernel_machine.queries",
+    "pathkernel.trajectory.batch_gradients",
+]
 install_import_hook(SHAPED, "beartype.beartype")
 
 torch.set_num_threads(1)

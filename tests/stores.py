@@ -14,8 +14,8 @@ from cases import Recording
 from torch import Tensor
 
 import pathkernel as pk
-from pathkernel.trajectory.disk import DiskStore
-from pathkernel.trajectory.step import FrozenOnReading
+from pathkernel.storage.disk import DiskStore
+from pathkernel.trajectory.frozen_state import FrozenOnReading
 
 
 def same(one: Any, other: Any, where: str = "") -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.gaussian_process.kernels import GenericKernelMixin, Hyperparameter, Kernel
 
 from pathkernel._typing import PyTree
-from pathkernel.pytrees import copied_samples, same_samples
+from pathkernel.gradients.pytrees import copied_samples, same_samples
 
 
 class GaussianProcessKernel(GenericKernelMixin, Kernel):

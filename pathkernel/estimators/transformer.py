@@ -9,7 +9,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from pathkernel._typing import PyTree
-from pathkernel.pytrees import copied_samples, same_samples
+from pathkernel.gradients.pytrees import copied_samples, same_samples
 
 
 class PathKernelTransformer(TransformerMixin, BaseEstimator):

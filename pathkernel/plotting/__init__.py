@@ -1,1 +1,19 @@
 """Pictures of kernels and attributions: Display objects in scikit-learn's manner, and the report page."""
+
+from pathkernel.runtime.lazy import lazy_names
+
+_HOMES = {
+    "AttributionDisplay": "plotting.attribution",
+    "CompletenessDisplay": "plotting.completeness",
+    "GramDisplay": "plotting.gram",
+    "KernelEvolutionDisplay": "plotting.evolution",
+    "KeyFigure": "plotting.report",
+    "ReportFigure": "plotting.report",
+    "Sample": "plotting.attribution",
+    "Section": "plotting.report",
+    "SpectrumDisplay": "plotting.spectrum",
+    "write_report": "plotting.report",
+}
+
+__all__ = sorted(_HOMES)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from numpy.typing import ArrayLike, NDArray
 
-from pathkernel.attributions import Attributions
 from pathkernel.errors import PathKernelError
+from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.plotting.appearance import LOWERS, NEUTRAL, RAISES, heading, several_axes, styled, written
 from pathkernel.plotting.waterfall import draw_waterfall, waterfall
 

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 
-from pathkernel.attributions import Attributions
 from pathkernel.errors import PathKernelError
+from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.plotting.appearance import LOWERS, MINUS, NEUTRAL, RAISES, several_axes, styled
 
 

@@ -18,9 +18,9 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from pathkernel.attributions import Attributions
 from pathkernel.errors import PathKernelError
-from pathkernel.storage import write_atomically
+from pathkernel.kernel_machine.attributions import Attributions
+from pathkernel.storage.format import write_atomically
 
 DOTS_PER_INCH = 160  # sharp on dense screens
 PIXELS_PER_INCH = 96  # of CSS: figures appear in their own size

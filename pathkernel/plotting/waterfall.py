@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 
-from pathkernel.attributions import Attributions
 from pathkernel.errors import PathKernelError
+from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.plotting.appearance import LOWERS, NEUTRAL, RAISES, written
 
 INITIAL = "initial network"

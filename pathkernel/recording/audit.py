@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pathkernel.errors import SampleIdError, UnsupportedModelError
-from pathkernel.functional import generators_untouched
-from pathkernel.interrupts import attempt
+from pathkernel.gradients.model_function import generators_untouched
+from pathkernel.runtime.interrupts import attempt
+from pathkernel.trajectory.batch_gradients import ComparedGradient, RecordedGradients
 from pathkernel.trajectory.gradient_fit import fit_gradient, left_over
-from pathkernel.trajectory.gradients import ComparedGradient, RecordedGradients, samples_of
+from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.stretch import stretch
 from pathkernel.trajectory.trajectory import Trajectory

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel.errors import InputError
-from pathkernel.functional import ForwardState, generator_states
-from pathkernel.interrupts import held
+from pathkernel.gradients.model_function import ForwardState, generator_states
+from pathkernel.gradients.returned import Returns, batch_outputs, output_leaves, returned_loss, selected
 from pathkernel.recording.modules import WatchedModules
-from pathkernel.returned import Returns, batch_outputs, output_leaves, returned_loss, selected
+from pathkernel.runtime.interrupts import held
 
 
 class Hook:
@@ -26,7 +26,7 @@ class Hook:
     """
 
     of_training: ClassVar[bool] = True
-    """Tells `pathkernel.structural_copy` to leave it out."""
+    """Tells `pathkernel.gradients.structural_copy` to leave it out."""
 
     def __init__(self, call: Callable[..., None] | None = None) -> None:
         self.call = call
@@ -138,7 +138,7 @@ class ForwardWatcher:
     modules
         Its submodules.
     returns
-        What of the returned is the output, see `pathkernel.returned`.
+        What of the returned is the output, see `pathkernel.gradients.returned`.
     ran
         Called with each forward pass that has a graph.
     begins

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel.errors import InputError
-from pathkernel.functional import generators_untouched
+from pathkernel.gradients.model_function import generators_untouched
 from pathkernel.recording.audit import is_due
 from pathkernel.recording.forward import others_listen
 from pathkernel.recording.live import LiveParameters
-from pathkernel.trajectory.replay import Notes, Replay, abridged, checksum, state_of
+from pathkernel.runtime.checksum import checksum
+from pathkernel.trajectory.replay import Notes, Replay, abridged, state_of
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -302,7 +303,7 @@ class KeyframeKeeper:
             with generators_untouched():
                 again = self.replay.take(abridged(step, notes, keyframe=opened.state, gradient=opened.known))
         except (RuntimeError, TypeError, KeyError, AttributeError, InputError):
-            return False  # an optimizer that does not step by itself, such as those of `pathkernel.dynamics`
+            return False  # an optimizer that does not step by itself, such as those of `pathkernel.optimizers`
         return torch.equal(again.gradient, step.gradient) and self.replay.checksum() == notes.checksum
 
     def _warn(self, what: str, found: str, reason: str) -> None:

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pathkernel.parameters import ParameterLayout
+from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.recording.equality import equal_joined
 from pathkernel.recording.slabs import Slabs
-from pathkernel.storage import crc32c
-from pathkernel.trajectory.packing import row_major
-from pathkernel.trajectory.replay import checksum, joined
+from pathkernel.runtime.checksum import checksum, crc32c, joined, row_major
 from pathkernel.update_rules.rule import UpdateRule
 
 EMPTY: Mapping[str, Any] = {}
@@ -52,7 +50,7 @@ class FlatViews:
         return self._views
 
     def checksum(self, tensors: Collection[Tensor]) -> int:
-        """See `pathkernel.trajectory.replay.checksum`."""
+        """See `pathkernel.runtime.checksum.checksum`."""
         views = self.of(tensors)
         if not all(view.is_cpu for view in views):
             return checksum(views)

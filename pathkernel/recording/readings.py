@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pathkernel.parameters import ParameterLayout
+from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.trajectory.step import Settings
 from pathkernel.update_rules.rule import Frozen, Memory, UpdateRule
 

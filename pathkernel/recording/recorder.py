@@ -18,35 +18,36 @@ from torch.utils.data import DataLoader
 
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.errors import InputError, NonFiniteStepError, PathKernelError, RecordingError, SampleIdError
-from pathkernel.functional import generators_untouched
-from pathkernel.interrupts import attempt, held
-from pathkernel.losses import Objective, check_recorded_loss, check_reduction, check_task
-from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
-from pathkernel.pytrees import as_tensors, copied_samples, count, spread
+from pathkernel.gradients.losses import Objective, check_recorded_loss, check_reduction, check_task
+from pathkernel.gradients.model_function import generators_untouched
+from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
+from pathkernel.gradients.pytrees import as_tensors, copied_samples, count, spread
+from pathkernel.gradients.returned import Returns, check_returns
+from pathkernel.gradients.sample_wise import SAMPLES, check_sample_wise
 from pathkernel.recording.audit import Circumstances, audit, check_captured, is_due
 from pathkernel.recording.indexed import indexed_loader
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.loss_scale import loss_scale
+from pathkernel.recording.micro_batches import PendingBatches, checked_ids
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.recording.open_recorders import OPEN, caller, make_way, say_that_it_was_forked
-from pathkernel.recording.pending import PendingBatches, checked_ids
 from pathkernel.recording.readings import Reading, StepHooks, TakenStep, best_reading, readings
 from pathkernel.recording.trial import try_out
 from pathkernel.recording.validation import check_optimizer, unwrapped
-from pathkernel.returned import Returns, check_returns
-from pathkernel.sample_wise import SAMPLES, check_sample_wise
+from pathkernel.runtime.checksum import checksum
+from pathkernel.runtime.interrupts import attempt, held
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.cotangents import kept_cotangents
-from pathkernel.trajectory.gradients import samples_of
+from pathkernel.trajectory.frozen_state import FrozenOnReading, OptimizerState, frozen_in
 from pathkernel.trajectory.memory import MemoryStore
-from pathkernel.trajectory.partial import StreamingStore, ThinnedStore
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
-from pathkernel.trajectory.replay import ReplayStore, checksum
-from pathkernel.trajectory.samples import Samples
+from pathkernel.trajectory.replay import ReplayStore
+from pathkernel.trajectory.samples import Samples, samples_of
 from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel, Schedule, Streaming, as_schedule
-from pathkernel.trajectory.step import FrozenOnReading, MicroBatch, OptimizerState, Step
+from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store
+from pathkernel.trajectory.thinned import StreamingStore, ThinnedStore
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Observation, UpdateRule
 from pathkernel.update_rules.table import rule_of
@@ -63,7 +64,7 @@ class OpenStep:
     keys
         Keys of the state tensors to keep after the step; None where the rule looks at the live state.
     vectors, fresh
-        Of the state before the step, where it does not; see `pathkernel.trajectory.step.OptimizerState`.
+        Of the state before the step, where it does not; see `pathkernel.trajectory.frozen_state.OptimizerState`.
     states
         Where it does: the optimizer's state by parameter; see `pathkernel.update_rules.rule.Observation`.
     active
@@ -133,7 +134,7 @@ class KernelRecorder:
 
     store
         Where the steps are kept: None for memory, a path for a folder, or a store of your own such as
-        `pathkernel.trajectory.disk.DiskStore`. A folder that holds the record of this training run already is gone on
+        `pathkernel.storage.disk.DiskStore`. A folder that holds the record of this training run already is gone on
         with, from where the weights lie on its path.
     schedule
         What is kept of each step, and when: every step in full by default; `Schedule(keyframes=32)` keeps little and
@@ -734,7 +735,7 @@ class KernelRecorder:
             vectors = live.state_vectors(opened.keys)
             numbers = live.state_numbers(rule.numbers_after, active)
             state = OptimizerState(opened.vectors, vectors, numbers, opened.fresh, device)
-            evaluate = partial(rule.frozen_in, layout)
+            evaluate = partial(frozen_in, rule, layout)
             return FrozenOnReading(state, evaluate, before, gradient, after, active, live.groups, settings)
         at, received, moved = (layout.unflatten(v) for v in (before, gradient, after - before))
         observed = {
@@ -853,6 +854,6 @@ def store_at(store: str | os.PathLike[str] | Store | None) -> Store:
         return store
     if store is None:
         return MemoryStore()
-    from pathkernel.trajectory.disk import DiskStore  # not before it is needed
+    from pathkernel.storage.disk import DiskStore  # not before it is needed
 
     return DiskStore(store)

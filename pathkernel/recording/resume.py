@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel.errors import ModelMismatchError, RecordingError, StoreError, check
-from pathkernel.parameters import ParameterLayout
-from pathkernel.pytrees import moved
+from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.gradients.pytrees import moved
 from pathkernel.recording.live import LiveParameters
+from pathkernel.storage.disk import DiskStore
+from pathkernel.storage.header import FUNCTION, Header
+from pathkernel.storage.opening import constants_now, known_rule, mismatches, reference_outputs
 from pathkernel.trajectory.averages import AverageRecord, averaged_values
-from pathkernel.trajectory.disk import DiskStore
-from pathkernel.trajectory.header import FUNCTION, Header
-from pathkernel.trajectory.opening import constants_now, known_rule, mismatches, reference_outputs
+from pathkernel.trajectory.frozen_state import FrozenOnReading
 from pathkernel.trajectory.schedule import EVERY_STEP
-from pathkernel.trajectory.step import FrozenOnReading
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import UpdateRule
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pathkernel.workspace import Workspace
+from pathkernel.runtime.workspace import Workspace
 
 SLAB = 4 << 20
 """Bytes of a slab. Small, so that memory which has just been let go of is still in the processor's cache."""
@@ -24,7 +24,7 @@ class Slabs:
     """Cuts vectors from slabs of memory.
 
     A slab is used again when the last of its vectors has gone, as with a store that writes them to disk; see
-    `pathkernel.workspace.Workspace` for what that saves.
+    `pathkernel.runtime.workspace.Workspace` for what that saves.
     """
 
     def __init__(self) -> None:

@@ -7,12 +7,13 @@ from dataclasses import replace
 import torch
 
 from pathkernel.errors import PathKernelError, RecordingError, UnsupportedModelError
-from pathkernel.functional import generators_untouched
-from pathkernel.gradient_source import weighted_sum
-from pathkernel.interrupts import attempt
-from pathkernel.pytrees import take
+from pathkernel.gradients.gradient_source import weighted_sum
+from pathkernel.gradients.model_function import generators_untouched
+from pathkernel.gradients.pytrees import take
 from pathkernel.recording.audit import MEMORY
-from pathkernel.trajectory.gradients import EngineReplaced, Passes, RecordedGradients, samples_of
+from pathkernel.runtime.interrupts import attempt
+from pathkernel.trajectory.batch_gradients import EngineReplaced, Passes, RecordedGradients
+from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.stretch import stretch
 from pathkernel.trajectory.trajectory import Trajectory

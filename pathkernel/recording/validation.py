@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pathkernel.errors import RecordingError, UnsupportedModelError, UnsupportedOptimizerError
-from pathkernel.sample_wise import check_module
+from pathkernel.gradients.sample_wise import check_module
 from pathkernel.update_rules.rule import UpdateRule
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from pathkernel._typing import Parameters
 from pathkernel.errors import InputError, ModelMismatchError, check
-from pathkernel.parameters import named_trainable
+from pathkernel.gradients.parameters import named_trainable
 
 ParameterFilter: TypeAlias = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 """A name or glob, several of them, or a function of name and parameter."""

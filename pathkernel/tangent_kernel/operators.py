@@ -12,13 +12,13 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.pytrees import count
-from pathkernel.tangent_kernel.engine import Engine
-from pathkernel.tangent_kernel.layer_products import LayerJacobianProducts
-from pathkernel.tangent_kernel.layerwise import LayerwiseEngine
-from pathkernel.tangent_kernel.products import JacobianProducts, PlainJacobianProducts, number_of_components
-from pathkernel.tangent_kernel.projection import ProjectionEngine
-from pathkernel.threads import one_at_a_time
+from pathkernel.gradients.pytrees import count
+from pathkernel.runtime.threads import one_at_a_time
+from pathkernel.tangent_kernel.engines.engine import Engine
+from pathkernel.tangent_kernel.engines.layer_products import LayerJacobianProducts
+from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
+from pathkernel.tangent_kernel.engines.products import JacobianProducts, PlainJacobianProducts, number_of_components
+from pathkernel.tangent_kernel.engines.projection import ProjectionEngine
 
 Samples = tuple[PyTree, PyTree]
 """Inputs, and what h needs of each of them."""
@@ -200,7 +200,7 @@ class KernelOperator(LinearOperator):
     memory
         Bytes of activations and signals that may be kept between products, over all terms.
     lock
-        Of the kernel that it is of; see `pathkernel.threads.one_at_a_time`.
+        Of the kernel that it is of; see `pathkernel.runtime.threads.one_at_a_time`.
 
     Examples
     --------

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, PyTree
 from pathkernel.errors import InputError
-from pathkernel.losses import batch_loss, check_loss
-from pathkernel.returned import map_outputs
+from pathkernel.gradients.losses import batch_loss, check_loss
+from pathkernel.gradients.returned import map_outputs
 
 
 class OutputStructure:
@@ -152,7 +152,7 @@ class LossOfOutputs:
     Attributes
     ----------
     loss, reduction
-        See `pathkernel.losses.batch_loss`.
+        See `pathkernel.gradients.losses.batch_loss`.
     structure
         In what form the loss has the outputs.
     """
@@ -182,7 +182,7 @@ def select_outputs(outputs: Any, loss: Loss | None = None, reduction: str = "mea
     loss
         Needed for ``"loss"``.
     reduction
-        See `pathkernel.losses.batch_loss`.
+        See `pathkernel.gradients.losses.batch_loss`.
     """
     if isinstance(outputs, str):
         if outputs in COMBINED:

@@ -10,22 +10,22 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.acceptance import Acceptance, named_rows, not_finite
 from pathkernel.errors import InputError, check
-from pathkernel.functional import ModelFunction
-from pathkernel.parameters import ParameterLayout, constants_of
-from pathkernel.pickling import check_picklable
-from pathkernel.pytrees import as_tensors, cast_floating, check_rows, copied_samples, count, take
-from pathkernel.sample_wise import check_module, check_sample_wise
-from pathkernel.tangent_kernel.choice import EngineValue, choices_of, keep_choices, make_engine
-from pathkernel.tangent_kernel.cost import CostRow
-from pathkernel.tangent_kernel.engine import Engine
-from pathkernel.tangent_kernel.explanation import cost_rows, describe, precision
+from pathkernel.gradients.acceptance import Acceptance, named_rows, not_finite
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.parameters import ParameterLayout, constants_of
+from pathkernel.gradients.pytrees import as_tensors, cast_floating, check_rows, copied_samples, count, take
+from pathkernel.gradients.sample_wise import check_module, check_sample_wise
+from pathkernel.runtime.pickling import check_picklable
+from pathkernel.runtime.threads import one_at_a_time
+from pathkernel.tangent_kernel.cost.model import CostRow
+from pathkernel.tangent_kernel.cost.table import cost_rows, describe, precision
+from pathkernel.tangent_kernel.engines.auto import EngineValue, choices_of, keep_choices, make_engine
+from pathkernel.tangent_kernel.engines.engine import Engine
+from pathkernel.tangent_kernel.engines.products import error_of_engine
 from pathkernel.tangent_kernel.filters import ParameterFilter, chosen_parameters
 from pathkernel.tangent_kernel.operators import KernelOperator, Point, Term
 from pathkernel.tangent_kernel.outputs import OneOutput, OutputSelection, select_outputs
-from pathkernel.tangent_kernel.products import error_of_engine
-from pathkernel.threads import one_at_a_time
 
 
 def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype, asker: str) -> tuple[PyTree, PyTree]:

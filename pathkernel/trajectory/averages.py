@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel.errors import RecordingError, check
-from pathkernel.parameters import ParameterLayout
+from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.trajectory.step import Segment
 from pathkernel.trajectory.trajectory import Trajectory
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import RecordingError, TrajectoryError
-from pathkernel.functional import ModelFunction, leaf_parameters
-from pathkernel.losses import RETURNED, Objective, output_cotangents
-from pathkernel.pytrees import count
-from pathkernel.returned import batch_outputs, output_leaves, returned_loss, selected
+from pathkernel.gradients.losses import RETURNED, Objective, output_cotangents
+from pathkernel.gradients.model_function import ModelFunction, leaf_parameters
+from pathkernel.gradients.pytrees import count
+from pathkernel.gradients.returned import batch_outputs, output_leaves, returned_loss, selected
 from pathkernel.trajectory.step import MicroBatch, sampled_places
 
 FEW = 4096
@@ -53,7 +53,7 @@ def kept_cotangents(
 def cotangents_of(
     batch: MicroBatch, function: ModelFunction, point: Tensor, objective: Objective, inputs: PyTree, targets: PyTree
 ) -> Tensor:
-    """λ of a recorded batch that is run whole, (B, C) in the order of `pathkernel.returned.batch_outputs`.
+    """λ of a recorded batch that is run whole, (B, C) in the order of `pathkernel.gradients.returned.batch_outputs`.
 
     Raises
     ------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pathkernel.parameters import ParameterLayout
+from pathkernel.gradients.parameters import ParameterLayout
 
 GRADIENT_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """Relative difference between a recorded gradient and one from a loss that is evaluated again that is still rounding.

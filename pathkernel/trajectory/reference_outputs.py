@@ -14,10 +14,9 @@ from torch.utils.data import Dataset
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import ModelMismatchError
-from pathkernel.functional import ModelFunction, generators_untouched
-from pathkernel.interrupts import attempt
-from pathkernel.trajectory.identity import condensed
-from pathkernel.trajectory.packing import DTYPES
+from pathkernel.gradients.model_function import ModelFunction, generators_untouched
+from pathkernel.runtime.checksum import DTYPES, condensed
+from pathkernel.runtime.interrupts import attempt
 
 if TYPE_CHECKING:
     from pathkernel.trajectory.trajectory import Trajectory

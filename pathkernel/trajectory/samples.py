@@ -12,10 +12,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from pathkernel._typing import PyTree
-from pathkernel.acceptance import Acceptance, single_sample, with_floats, with_integers
 from pathkernel.errors import InputError
-from pathkernel.functional import ModelFunction, generators_untouched
-from pathkernel.pytrees import as_tensors, check_rows, take
+from pathkernel.gradients.acceptance import Acceptance, single_sample, with_floats, with_integers
+from pathkernel.gradients.model_function import ModelFunction, generators_untouched
+from pathkernel.gradients.pytrees import as_tensors, check_rows, take
+from pathkernel.trajectory.step import MicroBatch
 
 
 class Samples:
@@ -182,3 +183,13 @@ def _check_item(item: Any, dataset: str) -> None:
             "Wrap it in a Dataset whose `__getitem__` returns `(item_without_label, item['label'])`, and hand on the "
             "loop's batches alike",
         )
+
+
+def samples_of(batch: MicroBatch, data: Samples) -> tuple[PyTree, PyTree]:
+    """Inputs and targets as the network saw them."""
+    inputs, targets = (batch.inputs, batch.targets)
+    if inputs is None or targets is None:
+        stored_inputs, stored_targets = data[batch.ids]
+        inputs = stored_inputs if inputs is None else inputs
+        targets = stored_targets if targets is None else targets
+    return as_tensors(inputs, data.dtype), as_tensors(targets, data.dtype)

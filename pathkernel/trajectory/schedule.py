@@ -254,7 +254,7 @@ class Streaming(RecordingLevel):
     Parameters
     ----------
     observers
-        `pathkernel.streaming.StreamingShares`, `pathkernel.streaming.StreamingGram`, or your own.
+        `pathkernel.StreamingShares`, `pathkernel.StreamingGram`, `pathkernel.StreamingFeatures`, or your own.
     """
 
     observers: Sequence[StepObserver]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.functional import EVALUATION, ForwardState
+from pathkernel.gradients.model_function import EVALUATION, ForwardState
 
 Settings = tuple[Mapping[str, Any], ...]
 """Numbers and flags of every parameter group."""
@@ -36,7 +35,7 @@ class MicroBatch:
         The same of the further passes that a step with several stages made of the batch.
     cotangents
         :math:`\lambda_i = \partial L / \partial z_i` as the backward pass of the loop brought it, (B, C) in the order
-        of `pathkernel.returned.batch_outputs`; None where it was not seen, or takes too much room.
+        of `pathkernel.gradients.returned.batch_outputs`; None where it was not seen, or takes too much room.
     sampled_cotangents
         Where it takes too much room: some of its entries, in the order of `sampled_places`, by which λ that is computed
         again is scaled and compared.
@@ -81,71 +80,6 @@ SAMPLED_COTANGENTS = 256
 def sampled_places(numbers: int) -> Tensor:
     """Where the entries lie that are kept of so many, evenly spread."""
     return torch.linspace(0, numbers - 1, min(numbers, SAMPLED_COTANGENTS), dtype=torch.float64).round().long()
-
-
-@dataclass(frozen=True)
-class OptimizerState:
-    """What is kept of an optimizer's state around a step, for its rule to find what is frozen.
-
-    Attributes
-    ----------
-    before, after
-        State tensors before and after the step by their key, (P,) each, zero where a parameter has none.
-    numbers
-        Numbers after the step by their key, one for each active parameter in the order of θ.
-    fresh
-        Active parameters that had no linear memory before the step.
-    device
-        Type of the device on which the step was taken.
-    """
-
-    before: Mapping[str, Tensor] = field(default_factory=dict)
-    after: Mapping[str, Tensor] = field(default_factory=dict)
-    numbers: Mapping[str, Tensor] = field(default_factory=dict)
-    fresh: frozenset[str] = frozenset()
-    device: str = "cpu"
-
-
-@dataclass(frozen=True, eq=False)
-class FrozenOnReading(Mapping[str, Mapping[str, Any]]):
-    """What a rule freezes in a step by parameter name, found when it is read rather than kept.
-
-    Only the step that was read last is remembered: reading a trajectory takes no memory in proportion to its length.
-
-    Attributes
-    ----------
-    state
-        The optimizer's state around the step.
-    evaluate
-        Finds what is frozen: `UpdateRule.frozen_in` with the layout filled in.
-    before, gradient, after, active, groups, hyperparameters
-        As in `Step`.
-    """
-
-    state: OptimizerState
-    evaluate: Callable[[FrozenOnReading], Mapping[str, Mapping[str, Any]]] = field(repr=False)
-    before: Tensor = field(repr=False)
-    gradient: Tensor = field(repr=False)
-    after: Tensor = field(repr=False)
-    active: frozenset[str] = field(repr=False)
-    groups: Mapping[str, int] = field(repr=False)
-    hyperparameters: tuple[Mapping[str, Any], ...] = field(repr=False)
-
-    def __getitem__(self, name: str) -> Mapping[str, Any]:
-        return _evaluated(self)[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_evaluated(self))
-
-    def __len__(self) -> int:
-        return len(self.active)
-
-    __hash__ = object.__hash__  # one step is not another
-
-
-@lru_cache(maxsize=1)
-def _evaluated(frozen: FrozenOnReading) -> Mapping[str, Mapping[str, Any]]:
-    return frozen.evaluate(frozen)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.acceptance import check_finite, not_finite
 from pathkernel.errors import InputError, ModelMismatchError, RecordingError, TrajectoryError, check
-from pathkernel.functional import ModelFunction, device_of
-from pathkernel.losses import Objective
-from pathkernel.parameters import ParameterLayout
-from pathkernel.pickling import check_picklable
-from pathkernel.returned import Returns
+from pathkernel.gradients.acceptance import check_finite, not_finite
+from pathkernel.gradients.losses import Objective
+from pathkernel.gradients.model_function import ModelFunction, device_of
+from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.gradients.returned import Returns
+from pathkernel.runtime.pickling import check_picklable
 from pathkernel.trajectory.memory import MemoryStore, with_memory_of_their_own
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel
@@ -69,7 +69,7 @@ class Trajectory:
     reference
         What the network made of a few training samples while it was recorded; None where that is not known.
     returns
-        What the network's outputs are among all that it returns; see `pathkernel.returned`.
+        What the network's outputs are among all that it returns; see `pathkernel.gradients.returned`.
     task
         ``"classification"`` or ``"regression"``; None where the loss or the targets tell.
     """
@@ -135,7 +135,7 @@ class Trajectory:
         CorruptBlockError
             Where it is damaged.
         """
-        from pathkernel.trajectory.opening import open_trajectory  # not before it is needed
+        from pathkernel.storage.opening import open_trajectory  # not before it is needed
 
         return open_trajectory(path, model, loss, data, rule, regularizers, optimizer, returns)
 

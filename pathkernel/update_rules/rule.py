@@ -14,16 +14,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
-
-from pathkernel.parameters import ParameterLayout
-
-if TYPE_CHECKING:
-    from pathkernel.trajectory.step import FrozenOnReading
 
 
 @dataclass(frozen=True)
@@ -123,36 +118,6 @@ class UpdateRule(ABC):
         has to say again what that wants.
         """
         return None
-
-    def frozen_in(self, layout: ParameterLayout, taken: FrozenOnReading) -> dict[str, dict[str, Any]]:
-        """What is held fixed in a step, by parameter name, from what was kept of it.
-
-        Parameters
-        ----------
-        layout
-            Where each parameter lay in θ.
-        taken
-            The step, and the optimizer's state around it.
-        """
-        state = taken.state
-        theta, gradient = layout.unflatten(taken.before), layout.unflatten(taken.gradient)
-        displacement = layout.unflatten(taken.after - taken.before)
-        before = {key: layout.unflatten(vector) for key, vector in state.before.items()}
-        after = {key: layout.unflatten(vector) for key, vector in state.after.items()}
-        frozen = {}
-        for row, name in enumerate(name for name in layout.names if name in taken.active):
-            numbers = {key: values[row] for key, values in state.numbers.items()}
-            memory = {} if name in state.fresh else dict.fromkeys(self.memory, True)
-            observed = Observation(
-                before={**memory, **{key: tensors[name] for key, tensors in before.items()}},
-                after={**numbers, **{key: tensors[name] for key, tensors in after.items()}},
-                parameter=theta[name],
-                gradient=gradient[name],
-                displacement=displacement[name],
-                device=state.device,
-            )
-            frozen[name] = self.frozen(observed, taken.hyperparameters[taken.groups[name]])
-        return frozen
 
     def gradient_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
         """Named terms that the optimizer adds to the gradient, such as coupled weight decay."""

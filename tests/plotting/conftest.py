@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from pathkernel.attributions import Attributions
+from pathkernel.kernel_machine.attributions import Attributions
 
 mpl.use("Agg")
 

@@ -14,7 +14,7 @@ from pathkernel.recording.equality import equal_joined
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.recording.slabs import Slabs
-from pathkernel.trajectory.replay import checksum
+from pathkernel.runtime.checksum import checksum
 
 CE = nn.CrossEntropyLoss()
 

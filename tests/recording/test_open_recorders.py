@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import pathkernel as pk
 from pathkernel.errors import ModelMismatchError, StoreError
 from pathkernel.recording.open_recorders import OPEN
-from pathkernel.storage import Lock
-from pathkernel.trajectory.disk import DiskStore
+from pathkernel.storage.disk import DiskStore
+from pathkernel.storage.format import Lock
 
 CE = nn.CrossEntropyLoss()
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))

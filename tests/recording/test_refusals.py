@@ -27,13 +27,13 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pathkernel as pk
 from pathkernel import errors
-from pathkernel.attributions import Attributions
-from pathkernel.dynamics.runge_kutta import Heun
-from pathkernel.losses import Objective, check_reduction
-from pathkernel.pytrees import as_tensors, memory_bytes
+from pathkernel.gradients.losses import Objective, check_reduction
+from pathkernel.gradients.pytrees import as_tensors, memory_bytes
+from pathkernel.gradients.returned import batch_outputs, selected
+from pathkernel.kernel_machine.attributions import Attributions
+from pathkernel.optimizers.runge_kutta import Heun
 from pathkernel.quadrature import as_quadrature
 from pathkernel.recording.trial import try_out
-from pathkernel.returned import batch_outputs, selected
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.cotangents import kept_cotangents
 from pathkernel.trajectory.replay import Replay

@@ -12,11 +12,11 @@ from torch import nn
 
 import pathkernel as pk
 from pathkernel import errors
-from pathkernel.recording.plan import as_bytes, format_plan, parse_size, plan_table, state_numbers
-from pathkernel.streaming import StreamingGram, StreamingShares
+from pathkernel.kernel_machine.streaming import StreamingGram, StreamingShares
+from pathkernel.recording.cost_table import as_bytes, format_plan, parse_size, plan_table, state_numbers
 from pathkernel.trajectory.memory import MemoryStore
-from pathkernel.trajectory.partial import ThinnedStore
 from pathkernel.trajectory.schedule import RunSize, Schedule, StepObserver, Streaming, as_schedule
+from pathkernel.trajectory.thinned import ThinnedStore
 from tests.cases import OPTIMIZERS, generator, make_inputs, make_model
 
 CE = nn.CrossEntropyLoss()

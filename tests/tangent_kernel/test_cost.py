@@ -11,10 +11,10 @@ from cases import make_inputs, make_model
 from torch import nn
 
 import pathkernel as pk
-from pathkernel.tangent_kernel import choice
-from pathkernel.tangent_kernel.cost import CostModel, CostRow, Work, choose
-from pathkernel.tangent_kernel.counting import Count, operations_of
-from pathkernel.tangent_kernel.machine import Machine, machine
+from pathkernel.tangent_kernel.cost.hardware import Machine, machine
+from pathkernel.tangent_kernel.cost.model import CostModel, CostRow, Work, choose
+from pathkernel.tangent_kernel.cost.operations import Count, operations_of
+from pathkernel.tangent_kernel.engines import auto as choice
 
 PAGE = Path(__file__).parents[2] / "docs/how_to/large_kernels.md"
 CALM = Machine(products=1e11, batched=1e10, bandwidth=4e10, call=2e-6)
@@ -23,7 +23,7 @@ CALM = Machine(products=1e11, batched=1e10, bandwidth=4e10, call=2e-6)
 @pytest.fixture(autouse=True)
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same machine in every run."""
-    monkeypatch.setattr("pathkernel.tangent_kernel.cost.machine", lambda dtype: CALM)
+    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.machine", lambda dtype: CALM)
 
 
 def mlp(width: int = 32, depth: int = 1) -> nn.Module:

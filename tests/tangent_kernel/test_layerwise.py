@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pathkernel as pk
 from pathkernel import reference
 from pathkernel.errors import InputError
-from pathkernel.layers.factors import Lookup, Outer, Piece
-from pathkernel.layers.proved import ProvedTapes
-from pathkernel.tangent_kernel import matrix_products
-from pathkernel.tangent_kernel.contraction import pair_products, parts
-from pathkernel.tangent_kernel.layerwise import LayerwiseEngine
-from pathkernel.tangent_kernel.planning import Plan, Sizes
+from pathkernel.gradients import matmul as matrix_products
+from pathkernel.gradients.contraction import pair_products, parts
+from pathkernel.gradients.layers.coverage import ProvedTapes
+from pathkernel.gradients.layers.factors import Lookup, Outer, Piece
+from pathkernel.tangent_kernel.engines.blocking import Plan, Sizes
+from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 
 DOUBLE, SINGLE = TOLERANCES[torch.float64], TOLERANCES[torch.float32]
 ACCEPTED = 1e-8
@@ -177,7 +177,7 @@ def test_every_sample_passes_once_and_what_is_known_is_not_asked_again(monkeypat
     kernel(X, X[:2])
     assert passes.samples == [5, 5, 2]
     proofs = []
-    monkeypatch.setattr("pathkernel.layers.proved.prove", lambda *a: proofs.append(a))
+    monkeypatch.setattr("pathkernel.gradients.layers.coverage.prove", lambda *a: proofs.append(a))
     other = copy.copy(kernel.engine)
     other.gram(2 * kernel.theta, X, None, torch.zeros(len(X), 0), None, None)
     assert not proofs, "copies of an engine share what was proved"

@@ -13,9 +13,9 @@ from tolerances import TOLERANCES
 from torch import Tensor, nn
 
 import pathkernel as pk
-from pathkernel.tangent_kernel.layer_products import LayerJacobianProducts, along_directions, weighted_sum
+from pathkernel.tangent_kernel.engines.layer_products import LayerJacobianProducts, along_directions, weighted_sum
+from pathkernel.tangent_kernel.engines.projection import Projection
 from pathkernel.tangent_kernel.operators import KernelOperator, Point
-from pathkernel.tangent_kernel.projection import Projection
 
 DOUBLE, SINGLE = TOLERANCES[torch.float64], TOLERANCES[torch.float32]
 OUTPUTS = {"trace": "trace", "mean": "mean", "sum": "sum", "full": "full", "1": 1, "callable": torch.square}

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import pathkernel as pk
 from pathkernel import reference
-from pathkernel.functional import ModelFunction
-from pathkernel.layers.factors import Lookup, Outer
-from pathkernel.parameters import ParameterLayout, constants_of
+from pathkernel.gradients.layers.factors import Lookup, Outer
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.parameters import ParameterLayout, constants_of
+from pathkernel.tangent_kernel.engines.projection import COLUMNS, KINDS, Projection, ProjectionEngine, _stacked
 from pathkernel.tangent_kernel.outputs import select_outputs
-from pathkernel.tangent_kernel.projection import COLUMNS, KINDS, Projection, ProjectionEngine, _stacked
 
 
 def relative(found, expected) -> float:

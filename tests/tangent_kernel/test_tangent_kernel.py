@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import pathkernel as pk
 from pathkernel import reference
 from pathkernel.errors import InputError
-from pathkernel.tangent_kernel.engine import Engine
-from pathkernel.tangent_kernel.jacobian import JacobianEngine
+from pathkernel.tangent_kernel.engines.engine import Engine
+from pathkernel.tangent_kernel.engines.jacobian import JacobianEngine
 
 DOUBLE, SINGLE = TOLERANCES[torch.float64], TOLERANCES[torch.float32]
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 import pathkernel as pk
 from pathkernel.errors import CertificateWarning, RecordingError, TrajectoryError
-from pathkernel.trajectory.gradients import RecordedGradients
+from pathkernel.trajectory.batch_gradients import RecordedGradients
 
 N, STEPS, NODES = 8, 12, 4
 LOSS = nn.CrossEntropyLoss()

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import pathkernel as pk
 from pathkernel.errors import ModelMismatchError
-from pathkernel.storage import Group
-from pathkernel.trajectory.disk import DiskStore
-from pathkernel.trajectory.identity import condensed
+from pathkernel.runtime.checksum import condensed
+from pathkernel.storage.disk import DiskStore
+from pathkernel.storage.format import Group
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.schedule import Schedule
 

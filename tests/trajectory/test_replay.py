@@ -16,8 +16,9 @@ import pathkernel as pk
 from pathkernel import errors
 from pathkernel.recording.keyframes import GradientWatch, is_tried
 from pathkernel.recording.live import LiveParameters
+from pathkernel.runtime.checksum import checksum
 from pathkernel.trajectory.memory import MemoryStore
-from pathkernel.trajectory.replay import NOTES, Notes, Replay, ReplayStore, _sums, checksum, is_abridged
+from pathkernel.trajectory.replay import NOTES, Notes, Replay, ReplayStore, _sums, is_abridged
 from pathkernel.trajectory.schedule import RunSize, Schedule
 from tests.cases import OPTIMIZERS, generator, make_inputs
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 import pathkernel as pk
-from pathkernel.trajectory.step import FrozenOnReading, Step
+from pathkernel.trajectory.frozen_state import FrozenOnReading
+from pathkernel.trajectory.step import Step
 from pathkernel.update_rules.adam import Adam
 from pathkernel.update_rules.rule import Observation
 from pathkernel.update_rules.sgd import SGD

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 import pathkernel as pk
 from pathkernel import reference
-from pathkernel.attributions import Attributions
 from pathkernel.errors import TrajectoryError, UnsupportedOptimizerError
+from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.update_rules.elementwise import Elementwise
 from pathkernel.update_rules.rule import Observation
 from pathkernel.update_rules.table import RULES, rule_of

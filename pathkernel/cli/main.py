@@ -1,0 +1,182 @@
+"""The command line: ``pathkernel COMMAND``; what the commands do is in `pathkernel.cli`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pathkernel._version import __version__
+from pathkernel.errors import PathKernelError
+
+EXIT_CODES = "exit codes: 0 success, 1 damage found, 2 bad input, 130 interrupted (what is finished is kept)"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file at once or not at all."""
+    from pathkernel.storage.format import write_atomically  # `pathkernel --help` should not wait for numpy
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, [f"{json.dumps(value, indent=2)}\n".encode()])
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    commands = argparse.ArgumentParser(
+        prog="pathkernel", description="Trained networks as kernel machines.", epilog=EXIT_CODES
+    )
+    commands.add_argument("--version", action="version", version=f"pathkernel {__version__}")
+    subcommands = commands.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_demo, _plan, _info, _verify, _gram, _explain, _export):
+        own = add(subcommands)
+        own.add_argument("--json", type=Path, metavar="FILE", help="write every printed number to FILE")
+        own.epilog = EXIT_CODES
+    return commands
+
+
+def _demo(subcommands: Any) -> argparse.ArgumentParser:
+    job: argparse.ArgumentParser = subcommands.add_parser(
+        "demo",
+        help="train a network on handwritten digits and turn it into a kernel machine",
+        description="Trains a small network on scikit-learn's handwritten digits under a KernelRecorder, reproduces it "
+        "by its exact kernel machine, trains an SVC on its path kernel, and writes a report.",
+    )
+    job.add_argument("--seed", type=int, default=0, help="of split, weights and batches (default 0)")
+    job.add_argument(
+        "--output", type=Path, default=Path("pathkernel-demo"), metavar="DIR", help="where report.html goes"
+    )
+    job.add_argument("--nodes", type=int, default=8, help="steps of the path that the path kernel uses (default 8)")
+    job.add_argument("--quiet", action="store_true", help="no progress bars")
+    job.set_defaults(run_command="pathkernel.cli.demo:demo")
+    return job
+
+
+def _plan(subcommands: Any) -> argparse.ArgumentParser:
+    job: argparse.ArgumentParser = subcommands.add_parser(
+        "plan",
+        help="what recording costs, before anybody trains",
+        description="Prints, for each level of record, what it serves, its bytes and its extra compute.",
+    )
+    job.add_argument("size", metavar="MODEL-SIZE", help="parameters, such as 85000, 85k or 1.2M")
+    job.add_argument("steps", metavar="STEPS", help="optimizer steps, such as 500 or 10k")
+    job.add_argument("--optimizer", default="adamw", help="sgd, momentum, adamw, … (default adamw)")
+    job.add_argument("--batch-size", type=int, default=64, help="samples per step (default 64)")
+    job.add_argument("--bytes", type=int, default=4, help="per number (default 4: float32)")
+    job.set_defaults(run_command="pathkernel.cli.kernels:plan")
+    return job
+
+
+def _info(subcommands: Any) -> argparse.ArgumentParser:
+    job: argparse.ArgumentParser = subcommands.add_parser("info", help="what a store holds")
+    job.add_argument("run", metavar="RUN", help="the folder given to KernelRecorder(..., store=RUN)")
+    job.set_defaults(run_command="pathkernel.cli.stores:info")
+    return job
+
+
+def _verify(subcommands: Any) -> argparse.ArgumentParser:
+    job: argparse.ArgumentParser = subcommands.add_parser(
+        "verify", help="read everything and check it: exit code 1 where something is damaged"
+    )
+    job.add_argument("run", metavar="RUN", help="the folder given to KernelRecorder(..., store=RUN)")
+    job.set_defaults(run_command="pathkernel.cli.stores:verify")
+    return job
+
+
+def _computing(job: argparse.ArgumentParser) -> None:
+    job.add_argument("run", metavar="RUN", help="the folder given to KernelRecorder(..., store=RUN)")
+    job.add_argument(
+        "--model", required=True, metavar="PLACE", help="makes the network: module:function or file.py:function"
+    )
+    job.add_argument(
+        "--data", required=True, metavar="FILE", help="training data: .npz with arrays X and y, or module:name"
+    )
+    job.add_argument("--loss", metavar="PLACE", help="module:name; by default as recorded, if it is one of torch.nn")
+    job.add_argument("--rule", metavar="PLACE", help="module:name; by default as recorded, if it is one of pathkernel")
+    job.add_argument(
+        "--optimizer", metavar="PLACE", help="module:name; with keyframes, by default as recorded, from torch.optim"
+    )
+    job.add_argument("--regularizers", metavar="PLACE", help="module:name of the mapping given to KernelRecorder")
+    job.add_argument("--store", type=Path, metavar="DIR", help="keep what is finished here, and go on from it")
+    job.add_argument("--output", type=Path, metavar="FILE", help="write the arrays to an .npz file")
+    job.add_argument("--memory", default="1GB", help="budget for intermediate results (default 1GB)")
+    job.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _gram(subcommands: Any) -> argparse.ArgumentParser:
+    job: argparse.ArgumentParser = subcommands.add_parser(
+        "gram",
+        help="the Gram matrix of a path kernel",
+        description="Computes K(queries, training samples), or K of the training samples with themselves.",
+    )
+    _computing(job)
+    job.add_argument("--queries", metavar="FILE", help=".npz with an array X, or .npy")
+    job.add_argument("--outputs", default="trace", help='"trace" (default), "mean", "sum", "full", or an index')
+    job.add_argument("--measure", default="learning_rate", help='"learning_rate" (default), "arc_length", "uniform"')
+    job.add_argument("--preconditioner", help='"optimizer" for the optimizer\'s own scaling')
+    job.add_argument("--steps", type=int, help="how many steps of the path to use (default all)")
+    job.add_argument("--tolerance", type=float, help="choose the nodes of the path to this relative error")
+    job.set_defaults(run_command="pathkernel.cli.kernels:gram")
+    return job
+
+
+def _explain(subcommands: Any) -> argparse.ArgumentParser:
+    job: argparse.ArgumentParser = subcommands.add_parser(
+        "explain",
+        help="which training samples moved some outputs",
+        description="Computes the exact shares of all training samples in the outputs of some queries.",
+    )
+    _computing(job)
+    job.add_argument("--queries", required=True, metavar="FILE", help=".npz with an array X, or .npy")
+    job.add_argument("--output-index", type=int, help="which output (default: the predicted class)")
+    job.add_argument("--top", type=int, default=5, help="samples to print for each query (default 5)")
+    job.set_defaults(run_command="pathkernel.cli.kernels:explain")
+    return job
+
+
+def _export(subcommands: Any) -> argparse.ArgumentParser:
+    job: argparse.ArgumentParser = subcommands.add_parser(
+        "export",
+        help="weights along the path, or a table of the steps, in common formats",
+        description="FILE ends in .npz or .safetensors (weights, points first, by parameter name) or in .parquet or "
+        ".csv (one row for each step: settings, lengths, sample ids).",
+    )
+    job.add_argument("run", metavar="RUN", help="the folder given to KernelRecorder(..., store=RUN)")
+    job.add_argument("file", type=Path, metavar="FILE", help="what to write")
+    job.add_argument("--steps", help="points of the path, such as 0,100,-1 (default all)")
+    job.add_argument("--memory", default="1GB", help="budget (default 1GB)")
+    job.set_defaults(run_command="pathkernel.cli.stores:export")
+    return job
+
+
+def _printable(text: str) -> str:
+    """Text that does nothing to a terminal: names in a store are somebody else's, and may hold its commands."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; see `EXIT_CODES`."""
+    parsed = parser().parse_args(arguments)
+    try:
+        # Imported here: `pathkernel --help` should not wait for torch.
+        module, _, function = parsed.run_command.partition(":")
+        code, numbers, text = getattr(importlib.import_module(module), function)(parsed)
+        print(_printable(text))
+        if parsed.json is not None:
+            write_json(parsed.json, numbers)
+        return int(code)
+    except PathKernelError as error:
+        print(_printable(f"pathkernel {parsed.command}: {error}"), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        kept = getattr(parsed, "store", None)
+        again = f"; what is finished is kept in {kept}: the same command goes on from there" if kept else ""
+        print(f"pathkernel {parsed.command}: interrupted{again}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+r"""Gradients of many functions in factored form.
+
+.. math:: G_q = \sum_{\text{pieces}} G_q^{\text{piece}} + c_q\, v
+
+Whatever is done with the gradients of a step (weighted sums, inner products with a few directions, a multiple of the
+step's own displacement) leaves them in this form: (Q, P) numbers are never needed, and a range of columns is formed
+where it is used.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pathkernel._typing import Float
+from pathkernel.gradients.layers.factors import Dense, Factor, Lookup, Outer, Piece, device_of_factor
+from pathkernel.gradients.parameters import ParameterLayout
+
+
+def working(dtype: torch.dtype) -> torch.dtype:
+    """In which products of gradients of a floating type are formed: float32 for types of half precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class FactoredGradients:
+    """Gradients of Q functions of θ: sums of pieces, and for each a multiple of one direction.
+
+    Attributes
+    ----------
+    layout
+        Where each parameter lies in θ.
+    count
+        Q; function q is component q % K of sample q // K of the pieces.
+    pieces
+        Their sum is the gradient; pieces of the same part of θ add up, and what none covers is zero.
+    multiples, direction
+        c, (Q,), and v, (P,), or None.
+    place
+        Where there are no pieces: the device of the zeros that stand for them, by default the CPU.
+    """
+
+    layout: ParameterLayout
+    count: int
+    pieces: tuple[Piece, ...]
+    multiples: Tensor | None = None
+    direction: Tensor | None = None
+    place: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are: with their pieces."""
+        if self.pieces:
+            return device_of_factor(self.pieces[0].factor)
+        return self.place or torch.device("cpu") if self.direction is None else self.direction.device
+
+    @classmethod
+    def of_rows(cls, rows: Mapping[str, Tensor], layout: ParameterLayout) -> FactoredGradients:
+        """Gradients (Q, size) by parameter name."""
+        pieces = [Piece(layout.slices[name], Dense(own.unsqueeze(1))) for name, own in rows.items()]
+        return cls(layout, len(next(iter(rows.values()))), tuple(pieces))
+
+    @classmethod
+    def dense(cls, matrix: Float[Tensor, "Q P"], layout: ParameterLayout) -> FactoredGradients:
+        """A matrix of gradients, whose columns are then taken as they are."""
+        return cls.of_rows({name: matrix[:, where] for name, where in layout.slices.items()}, layout)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def zero(self) -> bool:
+        """Whether there is nothing in them at all."""
+        return not self.pieces and self.multiples is None
+
+    def rows(self, out: Tensor) -> Tensor:
+        """The gradients themselves, (Q, P), in a matrix that is given."""
+        for where in self.layout.slices.values():
+            out[:, where] = self.columns(where, out.dtype)
+        return out
+
+    def as_rows(self) -> FactoredGradients:
+        """The same as rows, where these take less memory than the pieces."""
+        dtype = _dtype(self.pieces[0].factor) if self.pieces else torch.float32
+        if self.count * self.layout.size >= sum(numel(piece.factor) for piece in self.pieces):
+            return self
+        rows = torch.empty(self.count, self.layout.size, dtype=dtype, device=self.device)
+        return FactoredGradients.dense(self.rows(rows), self.layout)
+
+    # -- linear combinations ---------------------------------------------------------------------------------
+
+    def __rmul__(self, weight: float) -> FactoredGradients:
+        """Every gradient times a number."""
+        pieces = tuple(replace(piece, factor=piece.factor.scaled(weight)) for piece in self.pieces)
+        return replace(self, pieces=pieces, multiples=None if self.multiples is None else weight * self.multiples)
+
+    def __add__(self, other: FactoredGradients) -> FactoredGradients:
+        """Gradients added one by one; neither may hold a multiple of a direction."""
+        assert self.multiples is None and other.multiples is None
+        return replace(self, pieces=(*self.pieces, *other.pieces))
+
+    def plus(self, multiples: Float[Tensor, " Q"], direction: Float[Tensor, " P"]) -> FactoredGradients:
+        """A multiple of one direction added to each."""
+        assert self.multiples is None
+        return replace(self, multiples=multiples, direction=direction)
+
+    def separated(self) -> FactoredGradients:
+        """The same with biases as pieces of their own."""
+        pieces: list[Piece] = []
+        for piece in self.pieces:
+            pieces.append(replace(piece, bias=None))
+            if piece.bias is not None:
+                pieces.append(Piece(piece.bias, Dense(piece.bias_rows())))
+        return replace(self, pieces=tuple(pieces))
+
+    # -- what is asked of them -------------------------------------------------------------------------------
+
+    def __matmul__(self, directions: Tensor) -> Tensor:
+        """Inner products with a direction (P,) or several (P, D): float64 (Q,) or (Q, D)."""
+        several = directions.unsqueeze(1) if directions.dim() == 1 else directions
+        several = several.to(self.device)
+        result = torch.zeros(self.count, several.shape[1], dtype=torch.float64, device=self.device)
+        cast: dict[torch.dtype, Tensor] = {}
+        for piece in self.pieces:
+            dtype = _dtype(piece.factor)
+            own = cast.setdefault(dtype, several.T.to(dtype))
+            result += piece.products(own).reshape(self.count, -1)
+        if self.multiples is not None and self.direction is not None:
+            result.addr_(self.multiples, self.direction @ several.to(self.direction))
+        return result[:, 0] if directions.dim() == 1 else result
+
+    def columns(self, where: slice, dtype: torch.dtype) -> Float[Tensor, "Q size"]:
+        """The entries of a part of θ that lies within one parameter, formed; do not change them in place."""
+        size = where.stop - where.start
+        total: Tensor | None = None
+        own = False  # whether the entries are not those of a piece itself
+        for piece, begin, end, offset in self._covering(where):
+            found = _columns(piece, begin, end).reshape(self.count, -1).to(dtype)
+            if total is None and found.shape[1] == size:
+                total, own = found, not isinstance(piece.factor, Dense)
+                continue
+            if total is None or not own:
+                total, own = found.new_zeros(self.count, size) if total is None else total.clone(), True
+            total[:, offset : offset + found.shape[1]] += found
+        if total is None:
+            total, own = torch.zeros(self.count, size, dtype=dtype, device=self.device), True
+        if self.multiples is not None and self.direction is not None:
+            total = total if own else total.clone()
+            total.addcmul_(self.multiples.to(dtype).unsqueeze(1), self.direction[where].to(dtype))
+        return total
+
+    def pushed(self, where: slice, directions: Tensor) -> Float[Tensor, "D Q"]:
+        """Inner products over a part of θ with a few directions (D, size) in it."""
+        covering = list(self._covering(where))
+        if len(covering) == 1 and self.multiples is None:
+            ((piece, begin, end, _),) = covering
+            whole = begin == 0 and end == piece.factor.size == directions.shape[1]
+            if whole and _dtype(piece.factor) == directions.dtype:
+                return piece.factor.products(directions).reshape(self.count, -1).T
+        return directions @ self.columns(where, directions.dtype).T
+
+    def total(self) -> Float[Tensor, " P"]:
+        """The sum of all gradients, float64."""
+        result = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
+        for piece in self.pieces:
+            result[piece.where] += _total(piece.factor)
+            if piece.bias is not None:
+                result[piece.bias] += piece.bias_rows().sum(dim=(0, 1))
+        if self.multiples is not None and self.direction is not None:
+            result += self.multiples.sum() * self.direction
+        return result
+
+    def names(self, piece: Piece) -> tuple[str, ...]:
+        """The parameters that a piece belongs to: its weight's and its bias's."""
+        starts = [piece.where.start] if piece.bias is None else [piece.where.start, piece.bias.start]
+        return tuple(self.layout.names[bisect_right(self._starts, start) - 1] for start in starts)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [where.start for where in self.layout.slices.values()]
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[tuple[slice, Piece]]]:
+        """Parameter → the parts of it that have gradients, and their pieces (a bias: under the bias's own range)."""
+        found: dict[str, list[tuple[slice, Piece]]] = {}
+        for piece in self.pieces:
+            for name, where in zip(self.names(piece), (piece.where, piece.bias), strict=False):
+                assert where is not None
+                found.setdefault(name, []).append((where, piece))
+        return found
+
+    def _covering(self, where: slice) -> Iterator[tuple[Piece, int, int, int]]:
+        """Pieces that reach into a part of θ: from where to where in the piece, and where that is in the part."""
+        name = self.layout.names[bisect_right(self._starts, where.start) - 1]
+        for own, piece in self._by_name.get(name, ()):
+            start, stop = max(own.start, where.start), min(own.stop, where.stop)
+            if start < stop:
+                part = piece if own == piece.where else Piece(own, Dense(piece.bias_rows()))
+                yield part, start - own.start, stop - own.start, start - where.start
+
+
+def piece_dtype(piece: Piece) -> torch.dtype:
+    """Floating type of a piece."""
+    return _dtype(piece.factor)
+
+
+def _dtype(factor: Factor) -> torch.dtype:
+    return factor.values.dtype if isinstance(factor, Dense) else factor.signal.dtype  # type: ignore[attr-defined]
+
+
+def _columns(piece: Piece, begin: int, end: int) -> Tensor:
+    """Some of the entries of a piece, (n, K, end − begin)."""
+    factor = piece.factor
+    if isinstance(factor, Dense):
+        return factor.values[:, :, begin:end]
+    if isinstance(factor, Lookup):
+        unit = factor.signal.shape[3]
+        first, last = begin // unit, -(-end // unit)
+        inside = (factor.indices >= first) & (factor.indices < last)
+        signal = factor.signal * inside[:, None, :, None]
+        rows = Lookup(signal, torch.where(inside, factor.indices - first, 0), last - first).rows()
+    else:
+        assert isinstance(factor, Outer)
+        unit = factor.signal.shape[3] if factor.transposed else factor.activation.shape[2]
+        first, last = begin // unit, -(-end // unit)
+        if factor.transposed:
+            rows = replace(factor, activation=factor.activation[:, :, first:last]).rows()
+        elif factor.positions == 1:  # an outer product by broadcasting: three times as fast as a batched product
+            left = factor.signal[:, :, 0, first:last].unsqueeze(3)
+            rows = (left * factor.activation.unsqueeze(1)).flatten(2)
+        else:
+            rows = replace(factor, signal=factor.signal[:, :, :, first:last], head=False).rows()
+    return rows[:, :, begin - first * unit : end - first * unit]
+
+
+def _total(factor: Factor) -> Tensor:
+    """Σ over samples and components, (size,)."""
+    if isinstance(factor, Dense):
+        return factor.values.sum(dim=(0, 1))
+    if isinstance(factor, Outer):
+        signal = factor.signal.sum(dim=1).flatten(0, 1)
+        activation = factor.activation.flatten(0, 1)
+        product = activation.T @ signal if factor.transposed else signal.T @ activation
+        return product.reshape(-1)
+    assert isinstance(factor, Lookup)
+    table = factor.signal.new_zeros(factor.vocabulary, factor.signal.shape[3])
+    return table.index_add_(0, factor.indices.reshape(-1), factor.signal.sum(dim=1).flatten(0, 1)).reshape(-1)
+
+
+def in_working_type(piece: Piece) -> Piece:
+    """A piece in a type of at least float32."""
+    factor = piece.factor
+    dtype = working(_dtype(factor))
+    if dtype == _dtype(factor):
+        return piece
+    if isinstance(factor, Dense):
+        return replace(piece, factor=Dense(factor.values.to(dtype)))
+    if isinstance(factor, Outer):
+        outer = replace(factor, signal=factor.signal.to(dtype), activation=factor.activation.to(dtype))
+        return replace(piece, factor=outer)
+    assert isinstance(factor, Lookup)
+    return replace(piece, factor=replace(factor, signal=factor.signal.to(dtype)))
+
+
+def numel(factor: Factor) -> int:
+    """Numbers that a factor holds."""
+    if isinstance(factor, Dense):
+        return factor.values.numel()
+    return factor.signal.numel() + (factor.activation.numel() if isinstance(factor, Outer) else 0)  # type: ignore[attr-defined]

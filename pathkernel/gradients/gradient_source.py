@@ -1,0 +1,164 @@
+"""Where gradients in factored form come from: tapes of the network, and rows for what these do not cover."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from pathkernel._typing import Float, PyTree
+from pathkernel.gradients.factored import FactoredGradients, in_working_type, working
+from pathkernel.gradients.layers.coverage import ProvedTapes
+from pathkernel.gradients.layers.factors import Piece
+from pathkernel.gradients.layers.tape import Tape
+from pathkernel.gradients.model_function import ModelFunction, OutputFunctional, sample_gradients, values_of
+from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.gradients.pytrees import blocks, count, take
+from pathkernel.runtime.workspace import Workspace
+
+ROWS = 250_000_000
+"""Bytes in which rows are formed at once. A smaller budget is kept by whoever asks for fewer samples."""
+
+BY_ROWS = ("jacobian", "autograd")
+"""Engines that form rows of all parameters."""
+
+
+class GradientSource:
+    """Gradients of functionals of a network's outputs, sample by sample and factored.
+
+    Parameters
+    ----------
+    function
+        The network.
+    engine
+        ``"auto"`` and ``"layerwise"``: from activations and back-propagated signals, parameters that these do not
+        account for as rows; ``"jacobian"``: all as rows, by `torch.func`; ``"autograd"``: all as rows, by a loop of
+        plain autograd over samples.
+    memory
+        Bytes of freed signals that are kept for the next ones.
+    """
+
+    def __init__(self, function: ModelFunction, engine: str, memory: int) -> None:
+        self.function, self.engine = function, engine
+        self.tapes = ProvedTapes(function, Workspace(memory))
+
+    def gradients(
+        self,
+        theta: Float[Tensor, " P"],
+        inputs: PyTree,
+        functional: OutputFunctional,
+        context: PyTree,
+        components: int | None,
+        function: ModelFunction | None = None,
+    ) -> FactoredGradients:
+        """∇h of K components (None: of a scalar) for n samples at θ.
+
+        ``function`` is the same network with other buffers or run in another way.
+        """
+        function = function or self.function
+        if self.engine in BY_ROWS:
+            rows = self._rows(function, function.layout.names, theta, inputs, functional, context, components)
+            return FactoredGradients.of_rows(rows, function.layout)
+        tape = self.tapes.record(theta, inputs, function)
+        pieces = tape_pieces(tape, functional, context)
+        if self.plain:
+            rows = self._rows(function, self.plain, theta, inputs, functional, context, components)
+            pieces += FactoredGradients.of_rows(rows, function.layout).pieces
+        return FactoredGradients(function.layout, tape.n * (components or 1), pieces)
+
+    def pulled_back(
+        self,
+        theta: Float[Tensor, " P"],
+        inputs: PyTree,
+        cotangents: Callable[[PyTree], Tensor],
+        function: ModelFunction,
+    ) -> FactoredGradients:
+        """J_iᵀ λ_i of n samples, with λ (n, C) made of what the network returned for all of them."""
+        if self.engine in BY_ROWS:
+            with function.running(gradients=False):
+                weights = cotangents(function.call(function.parameters(theta), function.cast(inputs)))
+            return self.gradients(theta, inputs, weighted_sum, weights, None, function)
+        tape = self.tapes.record(theta, inputs, function)
+        weights = cotangents(tape.returned)
+        with torch.enable_grad():
+            weighted = (tape.outputs * weights).sum(dim=1, keepdim=True)
+        pieces = tuple(in_working_type(piece) for piece in tape.pieces(weighted))
+        if self.plain:
+            rows = self._rows(function, self.plain, theta, inputs, weighted_sum, weights, None)
+            pieces += FactoredGradients.of_rows(rows, function.layout).pieces
+        return FactoredGradients(function.layout, tape.n, pieces)
+
+    def prove(self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction) -> None:
+        """Prove now how gradients are taken from such samples, which else happens with the first of them."""
+        if self.engine not in BY_ROWS:
+            self.tapes.record(theta, inputs, function)
+
+    def anew(self) -> GradientSource:
+        """The same of which nothing is proved."""
+        return GradientSource(self.function, self.engine, 0)
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Parameters whose gradients were last formed as rows, in the order of θ."""
+        if self.engine in BY_ROWS:
+            return self.function.layout.names
+        coverage = self.tapes.coverage
+        return tuple(name for name in self.function.layout.names if coverage is not None and name in coverage.plain)
+
+    @property
+    def engines(self) -> set[str]:
+        """How gradients were formed so far."""
+        routes = set(self.function.row_routes.values()) & {"vmap", "autograd"}
+        by_rows = {"autograd"} if self.engine == "autograd" else {{"vmap": "jacobian"}.get(r, r) for r in routes}
+        plain = self.plain
+        return by_rows if len(plain) == len(self.function.layout.names) else {"layerwise", *(by_rows if plain else ())}
+
+    def _rows(
+        self,
+        function: ModelFunction,
+        names: Iterable[str],
+        theta: Tensor,
+        inputs: PyTree,
+        functional: OutputFunctional,
+        context: PyTree,
+        components: int | None,
+    ) -> dict[str, Tensor]:
+        """Gradients (n·K, size) of some parameters by `torch.func`, in blocks of samples."""
+        values = function.layout.unflatten(theta)
+        own = ParameterLayout.of({name: values[name] for name in names})
+        part, route = function.restricted(own, values), "autograd" if self.engine == "autograd" else None
+        k, point = components or 1, own.flatten(values)
+        n, dtype = count(inputs), working(function.dtype)
+        rows = {
+            name: torch.empty(n * k, where.stop - where.start, dtype=dtype, device=function.device)
+            for name, where in own.slices.items()
+        }
+        per_sample = 4 * k * own.size * torch.finfo(function.dtype).bits // 8
+        for piece in blocks(n, ROWS // per_sample):
+            found = sample_gradients(
+                part,
+                point,
+                take(inputs, piece),
+                functional,
+                take(context, piece),
+                scalar=components is None,
+                route=route,
+            )
+            for name, gradient in found.items():
+                target = rows[name][piece.start * k : piece.stop * k]
+                target.copy_(gradient.reshape(target.shape))
+        return rows
+
+
+def weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
+    """z·λ, whose gradient is Jᵀ λ."""
+    dtype = torch.promote_types(outputs.dtype, weights.dtype)  # some networks return another type than they compute in
+    return outputs.to(dtype) @ weights.to(dtype)
+
+
+def tape_pieces(tape: Tape, functional: OutputFunctional, context: PyTree) -> tuple[Piece, ...]:
+    """Pieces of ∇h on a tape, in a type of at least float32."""
+    with torch.enable_grad():
+        h = values_of(functional, tape.outputs, context)
+    return tuple(in_working_type(piece) for piece in tape.pieces(h))

@@ -1,0 +1,297 @@
+r"""Proof that a tape sees every parameter exactly as autograd does; what it does not is named, with the reason.
+
+Reused modules, tied weights, parameters used by functions, in-place operations, samples that are sorted or routed
+inside: each of them has made a known library silently wrong. So before a tape is believed, the gradients of a few
+samples in random directions of the outputs are compared with autograd's, parameter by parameter, in float64 and at a
+generic point near θ (where nothing is zero by initialisation). Once for each sequence of calls and shape of samples.
+
+The few are distinct, in random order, and their number is none of the lengths that occur in the network, so that no
+other axis is taken for that of the samples; that nothing changes at the number in use is seen by
+`pathkernel.gradients.layers.coverage`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pathkernel._typing import Float, PyTree
+from pathkernel.gradients.layers.batch_axis import Arrangement
+from pathkernel.gradients.layers.factors import Piece, device_of_factor
+from pathkernel.gradients.layers.tape import FAILURES, Tape
+from pathkernel.gradients.losses import coupled_rows
+from pathkernel.gradients.model_function import ROW_LIMIT, ModelFunction, error_of_rows, random_directions
+from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.gradients.pytrees import count
+from pathkernel.runtime.interrupts import attempt
+from pathkernel.runtime.workspace import Workspace
+
+TOLERANCE = 1e-9
+"""Relative difference between a parameter's gradients on the tape and by autograd that is rounding in float64."""
+
+SAMPLES = (5, 4, 3, 6, 7, 8, 9, 10, 11, 12, 13)
+"""How many samples are compared, and how many a second pass has, to see along which axis they lie: the first two of
+these that are no lengths in the network."""
+
+JITTER = 0.01
+"""Relative size of the noise on floating inputs, which makes repeated samples distinct and leaves zeros alone."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What was proved of one sequence of calls.
+
+    Attributes
+    ----------
+    arrangements
+        Where the samples are in the result of each use.
+    plain
+        Parameters that the tape does not cover, and why.
+    largest
+        Largest relative difference among those that it does.
+    """
+
+    arrangements: tuple[Arrangement, ...]
+    plain: Mapping[str, str]
+    largest: float
+
+
+def prove(
+    function: ModelFunction, theta: Float[Tensor, " P"], inputs: PyTree, lengths: Iterable[int] = ()
+) -> Coverage:
+    """Compare a tape with autograd, parameter by parameter.
+
+    Parameters
+    ----------
+    function
+        The network; compared in float64.
+    theta
+        θ near which the comparison is made.
+    inputs
+        Samples, some of which are used.
+    lengths
+        Of axes in the network, which the numbers of samples are to differ from.
+    """
+    known = set(lengths)
+    sizes = [n for n in SAMPLES if n not in known][:2] or list(SAMPLES[:2])
+    found = attempt(lambda: _proved(function.converted(torch.float64), theta.double(), inputs, sizes), FAILURES)
+    return uncovered(function, found) if isinstance(found, Exception) else found
+
+
+def uncovered(function: ModelFunction, error: Exception) -> Coverage:
+    """Nothing: the network does not run under a tape."""
+    reason = f"the network could not be taken apart ({type(error).__name__})"
+    return Coverage((), dict.fromkeys(function.layout.names, reason), 0.0)
+
+
+def _proved(function: ModelFunction, theta: Tensor, inputs: PyTree, sizes: Sequence[int]) -> Coverage:
+    generator = torch.Generator().manual_seed(0)
+    scale = 1e-2 * theta.abs().mean().clamp_min(1e-2)
+    point = theta + scale * torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta)
+    few, fewer = (_distinct(inputs, n, generator) for n in (sizes[0], sizes[-1]))
+    tape = Tape(function, point, few)
+    arrangements = _arrangements(tape, Tape(function, point, fewer))
+    cotangents = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64).to(tape.outputs)
+    # As the batch ran, random layers included; a sample that others depend on shows as a difference.
+    expected = coupled_rows(function, point, few, cotangents)
+
+    best: Coverage | None = None
+    for merged in ("samples", "positions"):
+        tried = tuple(replace(a, merged=merged) if a.merged else a for a in arrangements)
+        found = _compare(function, Tape(function, point, few, tried), cotangents, expected, tried)
+        if best is None or len(found.plain) < len(best.plain):
+            best = found
+        if not any(a.merged for a in arrangements):
+            break
+    assert best is not None
+    while best.plain:  # without its weight a bias is counted in another way: compare what remains as it will be used
+        tape = Tape(function, point, few, best.arrangements, best.plain)
+        again = _compare(function, tape, cotangents, expected, best.arrangements)
+        if again.plain.keys() == best.plain.keys():
+            break
+        best = again
+    return best
+
+
+def _compare(
+    function: ModelFunction, tape: Tape, cotangents: Tensor, expected: Tensor, arrangements: tuple[Arrangement, ...]
+) -> Coverage:
+    """Each parameter's gradients on the tape against autograd's."""
+    pieces = tape.pieces((tape.outputs * cotangents).sum(dim=1, keepdim=True))
+    plain, squares = dict(tape.plain), dict.fromkeys(function.layout.names, 0.0)
+    for sample, own in enumerate(expected):  # one after the other: P numbers at once, whatever the number of samples
+        found = assembled([piece.take(slice(sample, sample + 1)) for piece in pieces], function.layout, 1)[0]
+        for name, where in function.layout.slices.items():
+            squares[name] += (found[where] - own[where]).square().sum().item()
+    largest = 0.0
+    floor = TOLERANCE * 1e-3 * expected.norm().item()
+    for name, where in function.layout.slices.items():
+        difference = math.sqrt(squares[name])
+        norm = expected[:, where].norm().item()
+        if not difference <= TOLERANCE * norm + floor:
+            wrong = difference / max(norm, torch.finfo(torch.float64).tiny)
+            plain.setdefault(name, f"its gradients on the tape differ from autograd's by {wrong:.1g}")
+        elif name not in plain:
+            largest = max(largest, difference / max(norm, floor, 1e-300))
+    return Coverage(arrangements, plain, largest)
+
+
+def assembled(pieces: Sequence[Piece], layout: ParameterLayout, samples: int) -> Tensor:
+    """Pieces of one component as rows (n, P)."""
+    device = device_of_factor(pieces[0].factor) if pieces else None
+    rows = torch.zeros(samples, layout.size, dtype=torch.float64, device=device)
+    for piece in pieces:
+        for where, values in piece.dense():
+            rows[:, where] += values[:, 0].double()
+    return rows
+
+
+def _distinct(inputs: PyTree, n: int, generator: torch.Generator) -> PyTree:
+    """n samples in random order, none the same as another where that can be had: repeated ones are varied.
+
+    Floating inputs by noise; others (tokens) by turning the positions of a sample round.
+    """
+    rows = torch.randperm(count(inputs), generator=generator)[:n]
+    rows = rows.repeat(-(-n // len(rows)))[:n]
+
+    def varied(leaf: Tensor) -> Tensor:
+        chosen = leaf[rows]
+        if chosen.is_floating_point():
+            noise = torch.randn(chosen.shape, generator=generator, dtype=torch.float64)
+            return chosen * (1 + JITTER * noise).to(chosen)
+        turned = [own.reshape(-1).roll(place).reshape(own.shape) for place, own in enumerate(chosen)]
+        return chosen if count(inputs) >= n else torch.stack(turned)
+
+    return pytree.tree_map(varied, inputs)
+
+
+def _arrangements(tape: Tape, other: Tape) -> list[Arrangement]:
+    """Along which axis the samples of each use and of its arguments lie: the one whose length follows their number."""
+    n, m = tape.n, other.n
+    arrangements = []
+    for one, two in zip(tape.uses, other.uses, strict=True):
+        shape = one.output.shape
+        pairs = enumerate(zip(shape, two.output.shape, strict=True))
+        axes = [axis for axis, (s, t) in pairs if s != t and s * m == t * n]
+        axis = axes[0] if axes else 0
+        merged = "samples" if axes and shape[axis] != n else ""
+        arguments = enumerate(zip(one.arguments, two.arguments, strict=True))
+        batched = frozenset(i for i, (s, t) in arguments if _length(s, axis) == n and _length(t, axis) == m)
+        arrangements.append(Arrangement(axis, merged, batched))
+    return arrangements
+
+
+def _length(shape: torch.Size | None, axis: int) -> int | None:
+    return shape[axis] if shape is not None and len(shape) > axis else None
+
+
+class ProvedTapes:
+    r"""Records tapes of one network; a sequence of calls, or samples, not met before are proved first.
+
+    Parameters
+    ----------
+    function
+        The network.
+    workspace
+        Memory for the signals of its tapes.
+
+    Notes
+    -----
+    Two proofs. A sequence of calls with samples of a shape: parameter by parameter on a few samples in float64
+    (`prove`), some five passes, once. The same with another number of samples: the rows of all of them against the
+    batch run forward as it is, :math:`\langle row_i, v\rangle = \lambda_i \cdot (J v)_i` for random λ and v, two
+    passes, once; where the network calls a function that may rearrange its samples, every time.
+    """
+
+    def __init__(self, function: ModelFunction, workspace: Workspace | None = None) -> None:
+        self.function, self.workspace = function, workspace
+        self.proved: dict[Any, Coverage] = {}
+        self._met: set[Any] = set()
+        self._latest: Coverage | None = None
+
+    def record(
+        self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction | None = None
+    ) -> Tape:
+        """A forward pass of n samples at θ.
+
+        Parameters
+        ----------
+        theta, inputs
+            θ, (P,), and samples.
+        function
+            The same network with other buffers or run in another way.
+        """
+        function = function or self.function
+        latest = self._latest
+        if latest is not None and latest.plain.keys() >= set(function.layout.names):
+            return Tape(function, theta, inputs, (), latest.plain, self.workspace)
+        known = (latest.arrangements, latest.plain) if latest else ((), {})
+        tape = attempt(lambda: Tape(function, theta, inputs, *known, self.workspace), FAILURES)
+        if isinstance(tape, Exception):
+            self._latest = self.proved.setdefault(None, uncovered(function, tape))
+            return Tape(function, theta, inputs, (), self._latest.plain, self.workspace)
+        leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        calls = (tape.signature, function.tap, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
+        coverage = self.proved.get(calls) or prove(function, theta, inputs, tape.lengths)
+        if coverage is not latest:
+            tape = Tape(function, theta, inputs, coverage.arrangements, coverage.plain, self.workspace)
+        met = (calls, tape.n, tuple(tape.shapes))
+        if (met not in self._met or tape.rearranges) and len(coverage.plain) < len(function.layout.names):
+            if _are_own_rows(tape, theta, inputs):
+                self._met.add(met)
+            else:
+                reason = f"rows of {tape.n} samples are not the samples' own: the network mixes or rearranges them"
+                coverage = Coverage((), dict.fromkeys(function.layout.names, reason), 0.0)
+                tape = Tape(function, theta, inputs, (), coverage.plain, self.workspace)
+        self.proved[calls] = self._latest = coverage
+        return tape
+
+    def forget(self, n: int) -> None:
+        """Compare the rows of n samples once more when they are met next, as those of a new number of samples are."""
+        self._met = {met for met in self._met if met[1] != n}
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """Of the latest tape."""
+        return self._latest
+
+
+def _are_own_rows(tape: Tape, theta: Tensor, inputs: PyTree) -> bool:
+    """Whether the rows of a tape are those of its samples; decided in float64 where rounding might have a say."""
+    limit = ROW_LIMIT.get(tape.function.dtype, 0.0) if tape.function.state.autocast is None else 0.0
+    error = _error(tape, theta, inputs)
+    if error <= limit or error == float("inf"):
+        return error <= limit
+    function = tape.function.converted(torch.float64)
+    again = attempt(lambda: Tape(function, theta.double(), inputs, tape.arrangements, tape.plain), FAILURES)
+    return not isinstance(again, Exception) and _error(again, theta.double(), inputs) <= ROW_LIMIT[torch.float64]
+
+
+def _error(tape: Tape, theta: Tensor, inputs: PyTree) -> float:
+    function = tape.function
+    generator = torch.Generator().manual_seed(tape.n)
+    v = random_directions(function.layout.size, 1)
+    for name in tape.plain:
+        v[:, function.layout.slices[name]] = 0
+    weights = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64)
+    own = weights.to(tape.outputs)
+
+    def rows() -> Tensor:
+        with torch.enable_grad():
+            pieces = tape.pieces((tape.outputs * own).sum(dim=1, keepdim=True))
+        found = torch.zeros(tape.n, dtype=torch.float64, device=function.device)
+        for piece in pieces:
+            found += piece.products(function.cast(v))[:, 0, 0].double()
+        return found
+
+    found = attempt(rows, FAILURES)
+    if isinstance(found, Exception):
+        return float("inf")
+    inputs = function.cast(inputs)
+    return error_of_rows(function, theta, inputs, v, found[:, None, None], weights.unsqueeze(1))

@@ -1,0 +1,157 @@
+"""Tensors made of parameters alone: how a gradient in them is a gradient in θ."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from pathkernel.gradients.layers.factors import Dense, Factor, Outer
+
+Contribution = tuple[str, slice, Factor]
+"""Parameter, the part of it, and the gradients."""
+
+_METHODS = (
+    *("t", "transpose", "permute", "view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand"),
+    *("expand_as", "chunk", "split", "unbind", "narrow", "select", "contiguous", "movedim", "repeat", "view_as"),
+    *("swapaxes", "broadcast_to", "__getitem__"),
+)
+VIEWS = frozenset(
+    {
+        *(getattr(Tensor, name) for name in _METHODS),
+        *(getattr(torch, name) for name in _METHODS if hasattr(torch, name)),
+        *(vars(Tensor.__mro__[1])[name].__get__ for name in ("T", "mT")),
+    }
+)
+"""Functions whose results hold entries of their first argument, moved and repeated but not changed."""
+
+
+class Handle(ABC):
+    """A tensor that depends on parameters and on nothing else."""
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """The parameters."""
+
+    @abstractmethod
+    def pull(self, gradients: Factor) -> Iterator[Contribution]:
+        """Gradients in the parameters, from gradients in this tensor."""
+
+
+@dataclass(frozen=True)
+class View(Handle):
+    """Entries of one parameter; the parameter itself to begin with.
+
+    Attributes
+    ----------
+    name
+        The parameter.
+    shape
+        Of the parameter.
+    moved
+        `places` of a view; None for the parameter itself.
+    parent
+        That of which it is a view.
+    """
+
+    name: str
+    shape: torch.Size
+    moved: Tensor | None = None
+    parent: View | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the parameter itself."""
+        return self.moved is None
+
+    @cached_property
+    def origin(self) -> Tensor:
+        """0, 1, 2, … in the parameter's shape; most passes take no views and never need it."""
+        return torch.arange(self.shape.numel()).reshape(self.shape) if self.parent is None else self.parent.origin
+
+    @property
+    def places(self) -> Tensor:
+        """Which entry of the parameter each entry of the tensor is: what the same views make of 0, 1, 2, …."""
+        return self.origin if self.moved is None else self.moved
+
+    def viewed(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """The same function of the places."""
+        return function(self.places, *arguments, **options)
+
+    def at(self, places: Tensor) -> View:
+        """A view of this."""
+        return View(self.name, self.shape, places, self)
+
+    def names(self) -> set[str]:
+        """The parameter."""
+        return {self.name}
+
+    @property
+    def where(self) -> slice | None:
+        """The part of the parameter, where it is one piece, in its own order or transposed."""
+        if self.whole:
+            return slice(0, self.shape.numel())
+        places = self.places
+        if places.untyped_storage().data_ptr() != self.origin.untyped_storage().data_ptr():
+            return None
+        if not (places.is_contiguous() or self.transposed):
+            return None
+        return slice(int(places.storage_offset()), int(places.storage_offset()) + places.numel())
+
+    @property
+    def transposed(self) -> bool:
+        """Whether rows and columns have changed places."""
+        places = self.moved
+        return places is not None and places.dim() == 2 and not places.is_contiguous() and places.t().is_contiguous()
+
+    def pull(self, gradients: Factor) -> Iterator[Contribution]:
+        """Unchanged for the parameter itself or a part of it; otherwise entries are added where they belong."""
+        where = self.where
+        if where is not None and not self.transposed:
+            yield self.name, where, gradients
+        elif where is not None and isinstance(gradients, Outer):
+            yield self.name, where, replace(gradients, transposed=not gradients.transposed)
+        else:
+            rows = gradients.rows()
+            whole = rows.new_zeros(*rows.shape[:2], self.shape.numel())
+            whole.index_add_(2, self.places.reshape(-1), rows)
+            yield self.name, slice(0, self.shape.numel()), Dense(whole)
+
+
+@dataclass(frozen=True)
+class Composed(Handle):
+    """What a function made of such tensors (weight normalisation, a merged adapter).
+
+    Attributes
+    ----------
+    function
+        Of the tensors in ``arguments``.
+    arguments, sources
+        Their values and what they are.
+    shape
+        Of the result.
+    """
+
+    function: Callable[..., Tensor]
+    arguments: tuple[Tensor, ...]
+    sources: tuple[Handle, ...]
+    shape: torch.Size
+
+    def names(self) -> set[str]:
+        """The parameters."""
+        return set().union(*(source.names() for source in self.sources))
+
+    def pull(self, gradients: Factor) -> Iterator[Contribution]:
+        """Rows pulled back through the function."""
+        rows = gradients.rows()
+        n, k = rows.shape[:2]
+        pull_back = vjp(self.function, *self.arguments)[1]
+        pulled = vmap(pull_back)(rows.reshape(n * k, *self.shape))
+        for source, gradient in zip(self.sources, pulled, strict=True):
+            yield from source.pull(Dense(gradient.reshape(n, k, -1)))

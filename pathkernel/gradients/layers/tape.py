@@ -1,0 +1,261 @@
+"""A forward pass that notes where parameters are used, and the gradients that follow from its signals."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pathkernel._typing import Float, PyTree
+from pathkernel.gradients.layers.batch_axis import Arrangement
+from pathkernel.gradients.layers.factors import Dense, Factor, Outer, Piece, joined
+from pathkernel.gradients.layers.parameter_views import Handle, View
+from pathkernel.gradients.layers.rules import NoRule, SumOfSignals
+from pathkernel.gradients.layers.tracing import Recording, Use, module_rules
+from pathkernel.gradients.model_function import REFUSALS, ModelFunction
+from pathkernel.gradients.pytrees import count
+from pathkernel.gradients.returned import batch_outputs, output_leaves
+from pathkernel.runtime.interrupts import attempt, deliver, held
+from pathkernel.runtime.workspace import Workspace, give_back_freed_memory
+
+FAILURES = (NoRule, *REFUSALS)
+"""What a rule raises in a call that it does not cover."""
+
+
+class Tape:
+    """One forward pass of n samples at θ.
+
+    Attributes
+    ----------
+    outputs
+        (n, C), with the graph of the pass behind it.
+    returned
+        The same as the network returned it.
+    rearranges
+        Whether a function was called that may put samples in another order.
+    without
+        Parameters that something was done to which no rule covers, and what.
+
+    Parameters
+    ----------
+    function, theta, inputs
+        The network, θ, and n samples.
+    arrangements
+        Where the samples are in the result of each use; in front by default.
+    plain
+        Parameters to leave out, and why; None while this is being found out.
+    workspace
+        Memory for signals; by default none is kept.
+    """
+
+    def __init__(
+        self,
+        function: ModelFunction,
+        theta: Float[Tensor, " P"],
+        inputs: PyTree,
+        arrangements: Sequence[Arrangement] = (),
+        plain: Mapping[str, str] | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        give_back_freed_memory()  # of the pass before
+        self.function, self.n, self.workspace = function, count(inputs), workspace or Workspace(0)
+        self.arrangements = tuple(arrangements)
+        arrangement = lambda i: arrangements[i] if i < len(arrangements) else Arrangement()  # noqa: E731
+        parameters = {name: value.detach() for name, value in function.parameters(theta).items()}
+        recording = Recording(parameters, self.n, arrangement, function.constants.values())
+        inputs = function.cast(inputs)
+        covered = plain is None or not plain.keys() >= set(function.layout.names)
+        watching = (module_rules(function.module, recording), recording) if covered else ()
+        with function.running(gradients=True), ExitStack() as stack:
+            for watch in watching:
+                stack.enter_context(watch)
+            returned = function.call(parameters, inputs)
+        self.returned, self.rearranges = returned, recording.rearranges
+        self.outputs = batch_outputs(returned, self.n)
+        leaves = [leaf for leaf in output_leaves(returned) if isinstance(leaf, Tensor)]
+        alone = len(leaves) == 1 and leaves[0].shape == self.outputs.shape
+        self._head = recording.clones.get(id(leaves[0])) if alone else None
+        self.uses, self.without = recording.uses, recording.without
+        recording.uses = []  # rules know the recording: a cycle would keep every pass until the garbage collector runs
+        if recording.overwritten:  # activations are gone
+            self.without |= dict.fromkeys(function.layout.names, "an input of a layer is overwritten in place")
+        self.proving = plain is None
+        self.plain: dict[str, str] = dict(plain or {})
+        if self.proving:
+            self.plain |= self.without
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """The uses in their order, and what has no rule."""
+        return (*(use.signature for use in self.uses), tuple(sorted(self.without)))
+
+    @property
+    def lengths(self) -> set[int]:
+        """Of the axes of all results, and of all arguments of functions without a rule."""
+        arguments = (shape for use in self.uses for shape in use.arguments if shape is not None)
+        return {length for shape in (*self.shapes, *arguments) for length in shape}
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Of the results of all uses."""
+        return [use.output.shape for use in self.uses]
+
+    def pieces(self, components: Float[Tensor, "n K"], identity: slice | None = None) -> list[Piece]:
+        """Gradients of K scalars of each sample, one piece for each part of θ that has any.
+
+        Parameters
+        ----------
+        components
+            Functions of ``outputs`` with their graph; the graph is kept.
+        identity
+            Where ``components`` are ``outputs[:, identity]``: the last layer's signals are then known.
+        """
+        signals = self._signals(components, identity)
+        with held(), torch.no_grad():
+            return self._pieces(signals, identity)
+
+    def _pieces(self, signals: list[Tensor | None], identity: slice | None) -> list[Piece]:
+        contributions: dict[str, list[tuple[slice, Factor]]] = defaultdict(list)
+        partners: dict[str, set[str]] = defaultdict(set)
+        biases: dict[str, list[tuple[Use, str, Tensor]]] = defaultdict(list)
+        for use, signal in zip(self.uses, signals, strict=True):
+            for key, handle in use.handles.items():
+                if signal is None or handle.names() <= self.plain.keys():
+                    continue
+                partner = _partner(use, key)
+                for name in handle.names():
+                    partners[name].add(partner)
+                if partner.startswith("of "):
+                    biases[next(iter(handle.names()))].append((use, key, signal))
+                    continue
+                self._pull(use, key, signal, identity, contributions)
+        own = {name: self._pieces_of(name, parts) for name, parts in contributions.items()}
+        for name, bias in self._with_weights(own, partners).items():
+            own[name] = [replace(own[name][0], bias=self.function.layout.slices[bias])]
+            biases.pop(bias)
+        alone: dict[str, list[tuple[slice, Factor]]] = {name: contributions[name] for name in biases}
+        for name, uses in biases.items():
+            for use, key, signal in uses:
+                self._pull(use, key, signal, identity, alone)
+            own[name] = self._pieces_of(name, alone[name])
+        return [piece for pieces in own.values() for piece in pieces]
+
+    def _pull(
+        self,
+        use: Use,
+        key: str,
+        signal: Tensor,
+        identity: slice | None,
+        contributions: dict[str, list[tuple[slice, Factor]]],
+    ) -> None:
+        """Add the gradients of one argument of a use."""
+        handle = use.handles[key]
+
+        def pull() -> None:
+            factor = use.gradients[key](signal)
+            if isinstance(factor, Outer) and self._is_head(use, identity):
+                factor = replace(factor, head=True)
+            for name, where, own in handle.pull(factor):
+                contributions[name].append((where, own))
+
+        error = attempt(pull, FAILURES if self.proving else ())
+        if error is not None:
+            reason = f"{use.function} could not be taken apart ({type(error).__name__})"
+            self.plain |= dict.fromkeys(handle.names(), reason)
+        deliver()
+
+    def _pieces_of(self, name: str, parts: list[tuple[slice, Factor]]) -> list[Piece]:
+        where = self.function.layout.slices[name]
+        return [
+            Piece(slice(where.start + part.start, where.start + part.stop), factor)
+            for part, factor in _disjoint(parts, where.stop - where.start)
+        ]
+
+    def _with_weights(self, pieces: Mapping[str, list[Piece]], partners: Mapping[str, set[str]]) -> dict[str, str]:
+        """Weight → bias where each is used with the other and with nothing else: a bias need not be formed then."""
+        found = {}
+        for name, own in pieces.items():
+            (bias,) = partners[name] if len(partners[name]) == 1 else ("",)
+            whole = len(own) == 1 and isinstance(own[0].factor, Outer) and not own[0].factor.transposed
+            if bias and whole and partners[bias] == {f"of {name}"}:
+                found[name] = bias
+        return found
+
+    def _is_head(self, use: Use, identity: slice | None) -> bool:
+        return identity is not None and self._head is not None and use is self.uses[self._head]
+
+    def _signals(self, components: Tensor, identity: slice | None) -> list[Tensor | None]:
+        """δ of every use, (n, K, *output with the samples first)."""
+        outputs, k = [use.output for use in self.uses], components.shape[1]
+        signals: list[Tensor | None] = [None] * len(outputs)
+        wanted = [i for i, use in enumerate(self.uses) if not self._is_head(use, identity)]
+        for c in range(k if wanted and components.requires_grad else 0):
+            cotangent = torch.zeros_like(components)
+            cotangent[:, c] = 1
+            column = torch.autograd.grad(
+                components, [outputs[i] for i in wanted], cotangent, retain_graph=True, allow_unused=True
+            )
+            for i, part in zip(wanted, column, strict=True):
+                signals[i] = _with_column(signals[i], part, self.uses[i].arrangement, (self.n, k, c), self.workspace)
+        if identity is not None and self._head is not None:
+            width = self.outputs.shape[1]
+            unit = torch.eye(width, dtype=components.dtype, device=components.device)[identity]
+            signals[self._head] = unit.expand(self.n, *unit.shape)
+        return signals
+
+
+def _with_column(
+    signal: Tensor | None,
+    part: Tensor | None,
+    arrangement: Arrangement,
+    place: tuple[int, int, int],
+    workspace: Workspace,
+) -> Tensor | None:
+    """δ (n, K, …) with that of component c filled in; None while no component has any."""
+    n, k, c = place
+    if part is None:
+        if signal is not None:
+            signal[:, c] = 0
+        return signal
+    part = arrangement.front(part, n)
+    if k == 1:
+        return part.unsqueeze(1)
+    if signal is None:
+        signal = workspace.empty((part.shape[0], k, *part.shape[1:]), part.dtype, part.device)
+        signal[:, :c] = 0
+    signal[:, c] = part
+    return signal
+
+
+def _partner(use: Use, key: str) -> str:
+    """The bias whose gradient is the sum of this weight's signals; for the bias, of which weight it is."""
+    weight, bias = use.handles.get("weight"), use.handles.get("bias")
+    if not isinstance(use.gradients.get("bias"), SumOfSignals) or not (_is_whole(weight) and _is_whole(bias)):
+        return ""
+    assert isinstance(weight, View) and isinstance(bias, View)
+    return {"weight": bias.name, "bias": f"of {weight.name}"}.get(key, "")
+
+
+def _is_whole(handle: Handle | None) -> bool:
+    return isinstance(handle, View) and handle.whole
+
+
+def _disjoint(parts: list[tuple[slice, Factor]], size: int) -> list[tuple[slice, Factor]]:
+    """Contributions to one parameter as gradients of disjoint parts of it."""
+    by_part: dict[tuple[int, int], list[Factor]] = defaultdict(list)
+    for where, factor in parts:
+        by_part[where.start, where.stop].append(factor)
+    ranges = sorted(by_part)
+    if all(first[1] <= second[0] for first, second in pairwise(ranges)):
+        return [(slice(*key), joined(by_part[key])) for key in ranges]
+    first = parts[0][1].rows()
+    whole = first.new_zeros(*first.shape[:2], size)
+    for where, factor in parts:
+        whole[:, :, where] += factor.rows()
+    return [(slice(0, size), Dense(whole))]

@@ -1,0 +1,426 @@
+r"""Backward through a trajectory, for shares.
+
+.. math:: \mathrm{share}_i = \sum_{r : i \in B_r} c_{r,i} \langle u_r, g_{r,i}\rangle,\qquad
+          u_r = \sum_{s \ge r} A_{s,r}^\top q_s
+
+A step that only scales the gradient needs no P numbers a query: pieces of the queries' gradients meet those of the
+batch. Otherwise one cotangent of the optimizer's memory, (Q, P), is pulled through the adjoint of every step.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pathkernel.gradients.factored import FactoredGradients, working
+from pathkernel.gradients.inner_products import contracted, paired_names
+from pathkernel.gradients.matmul import product
+from pathkernel.gradients.pytrees import blocks
+from pathkernel.kernel_machine.accumulator import Account
+from pathkernel.kernel_machine.adjoint import Adjoint
+from pathkernel.kernel_machine.curves import Curve
+from pathkernel.kernel_machine.forms import FormBuilder
+from pathkernel.runtime.workspace import give_back_freed_memory
+from pathkernel.trajectory.batch_gradients import WHOLE, Passes, RecordedGradients, StageGradients
+from pathkernel.trajectory.step import Segment, Step
+
+BLOCK = 2**19
+"""Entries of a block of columns for all queries: three of them stay in cache, and products run at full speed."""
+
+FEW = 4
+"""Queries up to which a batch is pushed along each, in place of forming rows of the batch."""
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How a sweep cuts what it does at once.
+
+    Attributes
+    ----------
+    batch
+        How the samples of a batch go through the network.
+    columns
+        Entries of θ at once, for all queries and all samples held.
+    scratch
+        Bytes for inner products of pairs.
+    roomy
+        Whether there is memory for what is faster: a batch is pushed along few queries at once, and each block of the
+        memory's cotangents has a place of its own.
+    """
+
+    batch: Passes = WHOLE
+    columns: int = sys.maxsize
+    scratch: int = 2**28
+    roomy: bool = True
+
+
+def backward_sweep(
+    curve: Curve,
+    gradients: RecordedGradients,
+    by: str | None = None,
+    builder: FormBuilder | None = None,
+    progress: bool = False,
+    cuts: Cuts | None = None,
+) -> Account:
+    """Shares of all training samples in all queries.
+
+    Time per step: the quadrature's query gradients and those of one batch, and their inner products: Q · B · (p + q)
+    for each layer (p, q) where the step only scales the gradient, otherwise Q · B · P and one pass over the memory's
+    cotangents. Memory O(Q · P · memory slots) where the optimizer has a memory, independent of N; see
+    `pathkernel.kernel_machine.memory_plan`.
+    """
+    sweep = _Backward(curve, gradients, by, builder, cuts or Cuts())
+    bar = tqdm(total=len(curve.trajectory), desc="backward sweep", unit="step", disable=not progress)
+    for segment, q in curve.backward(sweep.account):
+        if segment.step is None:
+            sweep.account.channels[segment.channel] += q @ segment.displacement
+        else:
+            sweep.step(segment, segment.step, q)
+            bar.update()
+        del q  # not beside the gradients of the next segment
+    bar.close()
+    sweep.finish()
+    return sweep.account.on_cpu()
+
+
+class _Backward:
+    """A backward sweep: the account, and the memory's cotangents in blocks of columns."""
+
+    def __init__(
+        self,
+        curve: Curve,
+        gradients: RecordedGradients,
+        by: str | None,
+        builder: FormBuilder | None,
+        cuts: Cuts,
+    ) -> None:
+        self.trajectory, self.gradients, self.by, self.builder = curve.trajectory, gradients, by, builder
+        self.cuts = cuts
+        self._pushed = cuts.roomy and len(curve.queries) <= FEW
+        trajectory, count = self.trajectory, len(curve.queries)
+        self.layout, self.rule, self.count = trajectory.layout, trajectory.rule, count
+        self.shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
+        # Rules that mix entries are differentiated, and add up rounding along the way.
+        self.dtype = working(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
+        self.account = account = Account.opened(curve.initial())
+        # (N, Q), so that a batch adds to whole rows.
+        device = trajectory.device
+        self.shares = torch.zeros(len(trajectory.data), count, dtype=torch.float64, device=device)
+        modules = dict.fromkeys(_module(name) for name in self.layout.names) if by == "module" else ()
+        self.modules = {module: torch.zeros_like(self.shares) for module in modules}
+        account.steps = self._zeros(count, len(trajectory)) if by == "step" else None
+        self.memory: dict[int, list[Tensor | None]] = {}
+        """By where a block starts: one (Q, size) for each slot, None while it is zero."""
+        self._cotangents: dict[int, Tensor] = {}
+
+    # -- one step --------------------------------------------------------------------------------------------
+
+    def step(self, segment: Segment, step: Step, q: FactoredGradients) -> None:
+        """Book what a step did to the queries, and pull the memory's cotangents back through it."""
+        if q.zero and not self.memory:
+            return
+        give_back_freed_memory()
+        adjoint = Adjoint(self.rule, step, self.shapes)
+        stages = self.gradients.stages(step, rows=True, passes=self.cuts.batch)
+        give_back_freed_memory()
+        in_gradient, in_displacement = self._sources(segment, step)
+        if in_displacement:
+            products = q @ torch.stack(list(in_displacement.values()), dim=1)
+            for column, name in enumerate(in_displacement):
+                self.account.channels[name] += products[:, column]
+        received = [_Received(stage, [*stage.channels.items(), *in_gradient.items()]) for stage in stages]
+        totals = [_Total(self, step, one) for one in received]
+        weights = [self._zeros(self.count, self.layout.size) for _ in stages if self.builder]
+        if self.cuts.batch.streamed:
+            self._streamed(step, adjoint, q, received, totals, weights)
+        else:
+            rates = self._rates(adjoint, step, q, received[0], stages[0].parts)
+            if rates:
+                self._scaled(q, rates, received[0], totals[0])
+            for name, where, pulled in self._pulled(step, adjoint, q, rates, weights):
+                for place, u, scale in pulled:
+                    totals[place].add(name, received[place].products(where, u, self._pushed), scale)
+        self._beyond_the_rule(step, q)
+        for total in totals:
+            total.book()
+        for stage, weight in zip(stages, weights, strict=False):
+            assert self.builder is not None
+            for ids, slopes, kernel in self.gradients.kernel(step, stage, weight, self.cuts.batch):
+                self.builder.add(step.index, ids, slopes, kernel)
+
+    def _beyond_the_rule(self, step: Step, q: FactoredGradients) -> None:
+        """Book what a step did otherwise than its rule says, and pull the cotangents through edits of the memory."""
+        found = self.gradients.discrepancies.of(step)
+        if found.displacement:
+            vector = self._zeros(self.layout.size)
+            for name, shift in found.displacement.items():
+                vector[self.layout.slices[name]] = shift.reshape(-1)
+            self.account.channels["unexplained"] += q @ vector
+        for name in {**found.memory, **found.scale}:
+            own = self.layout.slices[name]
+            for where in self._blocks(name):
+                (cotangent,) = self.memory.get(where.start, [None])
+                if cotangent is None:
+                    continue
+                if name in found.memory:
+                    added = found.memory[name].reshape(-1)[where.start - own.start : where.stop - own.start]
+                    self.account.channels["unexplained"] += cotangent.double() @ added
+                if name in found.scale:
+                    self.memory[where.start] = [self._keep(0, where, cotangent * found.scale[name])]
+
+    def _sources(self, segment: Segment, step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the optimizer added to the gradient and to the displacement, (P,) each."""
+        sources: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        asked = (self.rule.gradient_sources, self.rule.displacement_sources)
+        for name, where in self.layout.slices.items():
+            if name not in step.active:
+                continue
+            parameter = segment.start[where].double().reshape(self.shapes[name])
+            for found, of in zip(sources, asked, strict=True):
+                for source, term in of(parameter, step.frozen[name], step.hyperparameters_of(name)).items():
+                    if source not in found:
+                        found[source] = self._zeros(self.layout.size)
+                    found[source][where] = term.reshape(-1)
+        return sources
+
+    # -- steps that only scale the gradient: no P numbers a query ---------------------------------------------
+
+    def _rates(
+        self,
+        adjoint: Adjoint,
+        step: Step,
+        q: FactoredGradients,
+        received: _Received,
+        parts: Iterable[FactoredGradients],
+    ) -> dict[str, float]:
+        """The rate of each parameter that is only scaled, where pieces are best met in pairs; often all or none."""
+        if isinstance(received.stage.factor, Tensor) or self.memory or self.by == "module" or self.builder is not None:
+            return {}
+        rates: dict[str, float] = {}
+        for name in step.active:
+            linear = adjoint.linear(name)
+            if linear is None or linear.rate is None:
+                return {}
+            rates[name] = linear.rate
+        # A weight goes with its bias, also where one of the two stays as it is (frozen, or without a gradient).
+        rates |= {name: 0.0 for name in self.layout.names if name not in step.active}
+        return {name: rates[name] for name in paired_names(q, tuple(parts)) if name in rates}
+
+    def _scaled(
+        self, q: FactoredGradients, rates: dict[str, float], received: _Received, total: _Total
+    ) -> None:
+        """u = a q: pieces of queries and batch meet directly."""
+        begin, scale = 0, self._scale(rates)
+        for part in received.stage.parts:
+            self._scaled_part(q, rates, scale, received, total, begin, part)
+            begin += len(part)
+        self._scaled_channels(q, scale, received, total)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.shares.device)
+
+    def _scale(self, rates: dict[str, float]) -> Tensor:
+        scale = self._zeros(self.layout.size)
+        for name, rate in rates.items():
+            scale[self.layout.slices[name]] = rate
+        return scale
+
+    def _scaled_part(
+        self,
+        q: FactoredGradients,
+        rates: dict[str, float],
+        scale: Tensor,
+        received: _Received,
+        total: _Total,
+        begin: int,
+        part: FactoredGradients,
+    ) -> None:
+        factor = received.stage.factor
+        assert isinstance(factor, float | int)
+        products = contracted(q, part, rates, self.cuts.scratch)
+        if q.multiples is not None and q.direction is not None:
+            products.addr_(q.multiples, part @ (scale * q.direction))
+        total.add_rows(begin, products.T, factor)
+
+    def _scaled_channels(self, q: FactoredGradients, scale: Tensor, received: _Received, total: _Total) -> None:
+        if received.vectors:
+            total.add_rows(len(received.ids), (q @ (torch.stack(received.vectors, dim=1) * scale[:, None])).T)
+
+    # -- all other steps: columns of the queries' cotangents, block by block ----------------------------------
+
+    def _pulled(
+        self, step: Step, adjoint: Adjoint, q: FactoredGradients, rates: dict[str, float], weights: list[Tensor]
+    ) -> Iterator[tuple[str, slice, list[tuple[int, Tensor, float]]]]:
+        """Pull the columns of all parameters but the scaled ones back; (stage, u, scale) while they are in cache."""
+        for name in self.layout.names:
+            if name not in step.active or name in rates:
+                continue
+            pull, own = adjoint.on(name, self.dtype), self.layout.slices[name]
+            for where in self._blocks(name):
+                held = self.memory.get(where.start, [None] * len(self.rule.memory))
+                inside = slice(where.start - own.start, where.stop - own.start)
+                found = pull(inside, q.columns(where, self.dtype), held)
+                if any(cotangent is not None for cotangent in held):
+                    self.memory[where.start] = [self._keep(slot, where, own) for slot, own in enumerate(held)]
+                pulled = [(stage, u, scale) for stage, (u, scale) in enumerate(found) if u is not None]
+                for stage, u, scale in pulled:
+                    if weights:
+                        weights[stage][:, where] = u.double() * scale
+                for part in blocks(where.stop - where.start, self.cuts.columns):  # a whole parameter may be too long
+                    if not self.cuts.roomy:
+                        give_back_freed_memory()
+                    cut = [(stage, u[:, part], scale) for stage, u, scale in pulled]
+                    yield name, slice(where.start + part.start, where.start + part.stop), cut
+
+    def _keep(self, slot: int, where: slice, cotangent: Tensor | None) -> Tensor | None:
+        """A block of the memory's cotangents, where memory is tight in one place with the others.
+
+        Allocated one by one, they lie where intermediate results have been, and the next of those finds no room between
+        them.
+        """
+        if cotangent is None or self.cuts.roomy:
+            return cotangent
+        if slot not in self._cotangents:
+            self._cotangents[slot] = torch.empty(
+                self.count * self.layout.size, dtype=self.dtype, device=self.shares.device
+            )
+        block = self._cotangents[slot][self.count * where.start : self.count * where.stop].view(self.count, -1)
+        return cotangent if cotangent.data_ptr() == block.data_ptr() else block.copy_(cotangent)
+
+    def _streamed(
+        self,
+        step: Step,
+        adjoint: Adjoint,
+        q: FactoredGradients,
+        received: list[_Received],
+        totals: list[_Total],
+        weights: list[Tensor],
+    ) -> None:
+        """All columns first, (Q, P) of each stage, and then the passes of the batch one after the other."""
+        rates: dict[str, float] | None = None
+        for stage, (one, total) in enumerate(zip(received, totals, strict=True)):
+            parts, begin = iter(one.stage.parts), 0
+            part = next(parts, None)
+            while part is not None:
+                if rates is None:
+                    rates = self._rates(adjoint, step, q, one, [part])
+                    columns = list(self._pulled(step, adjoint, q, rates, weights))
+                    rate = self._scale(rates)
+                if rates:
+                    self._scaled_part(q, rates, rate, one, total, begin, part)
+                for name, where, pulled in columns:
+                    for u, scale in ((u, scale) for own, u, scale in pulled if own == stage):
+                        total.add_samples(name, begin, one.part_products(part, where, u, self._pushed), scale)
+                begin += len(part)
+                part = None  # not beside the next
+                give_back_freed_memory()
+                part = next(parts, None)
+            if rates:
+                self._scaled_channels(q, rate, one, total)
+            for _, where, pulled in columns:
+                for u, scale in ((u, scale) for own, u, scale in pulled if own == stage):
+                    total.add_rows(begin, one.channel_products(where, u), scale)
+
+    def _blocks(self, name: str) -> Iterator[slice]:
+        """A parameter in blocks of whole rows; in one where the rule needs it whole."""
+        own, shape = self.layout.slices[name], self.shapes[name]
+        if not self.rule.elementwise:
+            yield own
+            return
+        size = own.stop - own.start
+        row = size // shape[0] if len(shape) > 1 and shape[0] else 1
+        columns = max(1, min(BLOCK // self.count, self.cuts.columns))
+        for block in blocks(size, max(row, columns // row * row) if row <= columns else columns):
+            yield slice(own.start + block.start, own.start + block.stop)
+
+    def finish(self) -> None:
+        """Book what was in the optimizer's memory before the first recorded step, and close the account."""
+        self.account.shares = self.shares.T.contiguous()
+        del self.shares
+        for module in list(self.modules):  # one at a time, so that only one is there twice
+            self.account.modules[module] = self.modules.pop(module).T.contiguous()
+        for name, start in self.trajectory.initial_memory.items():
+            own = self.layout.slices[name]
+            for where in self._blocks(name):
+                held = self.memory.get(where.start, [None] * len(start))
+                for cotangent, slot in zip(held, start, strict=True):
+                    if cotangent is not None:
+                        values = slot.reshape(-1)[where.start - own.start : where.stop - own.start]
+                        self.account.channels["memory"] += cotangent.double() @ values.to(cotangent.device).double()
+
+
+class _Received:
+    """One gradient of a step: what samples and named channels put into it."""
+
+    def __init__(self, stage: StageGradients, channels: list[tuple[str, Tensor]]) -> None:
+        self.stage, self.names = stage, [name for name, _ in channels]
+        self.vectors = [vector for _, vector in channels]
+        self.ids = stage.ids.to(stage.samples.device)
+
+    def products(self, where: slice, u: Tensor, push: bool) -> Tensor:
+        """g · u of every sample, then of every channel, over a block of columns: (B + channels, Q)."""
+        rest = self._rest(where, u)
+        if push and not isinstance(self.stage.factor, Tensor):
+            pushed = [part.pushed(where, u).T * self.stage.factor for part in self.stage.parts]
+            return torch.cat([*pushed, *(row @ u.T for row in rest)])
+        return product(torch.cat([self.stage.columns(where, u.dtype), *rest]), u)
+
+    def part_products(self, part: FactoredGradients, where: slice, u: Tensor, push: bool) -> Tensor:
+        """g · u of the samples of one pass, (B, Q)."""
+        if push and not isinstance(self.stage.factor, Tensor):
+            return part.pushed(where, u).T * self.stage.factor
+        return product(self.stage.scaled(part.columns(where, u.dtype), where), u)
+
+    def channel_products(self, where: slice, u: Tensor) -> Tensor:
+        """g · u of every channel, (channels, Q)."""
+        return torch.cat([u.new_zeros(0, len(u)), *(row @ u.T for row in self._rest(where, u))])
+
+    def _rest(self, where: slice, u: Tensor) -> list[Tensor]:
+        return [vector[where].to(u.dtype).unsqueeze(0) for vector in self.vectors]
+
+
+class _Total:
+    """Inner products of what was received with a gradient's weights, (B + channels, Q), on their way to the account."""
+
+    def __init__(self, sweep: _Backward, step: Step, received: _Received) -> None:
+        self.sweep, self.step, self.received = sweep, step, received
+        width = len(received.ids) + len(received.names)
+        self.sum = torch.zeros(width, sweep.count, dtype=torch.float64, device=sweep.shares.device)
+
+    def add(self, name: str, products: Tensor, scale: float = 1.0) -> None:
+        """Products over some columns of a parameter, of samples and channels."""
+        self.sum.add_(products, alpha=scale)
+        self._add_to_module(name, self.received.ids, products, scale)
+
+    def add_samples(self, name: str, begin: int, products: Tensor, scale: float) -> None:
+        """Products over some columns of a parameter, of some of the samples."""
+        self.add_rows(begin, products, scale)
+        self._add_to_module(name, self.received.ids[begin : begin + len(products)], products, scale)
+
+    def _add_to_module(self, name: str, ids: Tensor, products: Tensor, scale: float) -> None:
+        if self.sweep.modules:
+            samples = products[: len(ids)].double()
+            self.sweep.modules[_module(name)].index_add_(0, ids, samples, alpha=scale)
+
+    def add_rows(self, begin: int, products: Tensor, scale: float = 1.0) -> None:
+        """Products with some of what was received."""
+        self.sum[begin : begin + len(products)].add_(products, alpha=scale)
+
+    def book(self) -> None:
+        """Put everything where it belongs."""
+        account, count = self.sweep.account, len(self.received.ids)
+        samples = self.sum[:count]
+        self.sweep.shares.index_add_(0, self.received.ids, samples)
+        for row, name in enumerate(self.received.names, start=count):
+            account.channels[name] += self.sum[row]
+        if account.steps is not None:
+            account.steps[:, self.step.index] += samples.sum(dim=0)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]

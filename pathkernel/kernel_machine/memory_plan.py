@@ -1,0 +1,593 @@
+r"""How sweeps are cut so that what they hold fits a memory budget.
+
+A backward sweep holds, beside the trajectory and the result,
+
+===========  ===========================================================  =======================================
+of           what                                                         while
+===========  ===========================================================  =======================================
+θ            vectors of P numbers; an optimizer step's coefficients       throughout
+queries      gradients, in pieces or as rows of P numbers                 from their pass until the next step's
+             one cotangent of P numbers for each of the optimizer's       throughout
+             memory slots; shares of the block
+batch        gradients of its samples, in pieces or as rows               from their pass until they are contracted
+either       activations, signals and graph of the samples in a pass      during the pass
+both         columns in hand                                              while they are contracted
+===========  ===========================================================  =======================================
+
+What a pass takes depends on the network, and is seen by taking a small one (`pathkernel.runtime.allocations`). What
+does not fit is cut: queries into blocks, each of them a sweep of its own; both sides into passes of fewer samples,
+whose gradients are then kept as rows where these are smaller; a batch's gradients, at last, into portions that are
+contracted before the next is made.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pathkernel._typing import PyTree
+from pathkernel.errors import InputError
+from pathkernel.gradients.factored import piece_dtype, working
+from pathkernel.gradients.layers.factors import device_of_factor
+from pathkernel.gradients.losses import coupled_row_blocks, weighted_gradient
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.pytrees import count, take
+from pathkernel.gradients.returned import batch_outputs
+from pathkernel.kernel_machine.accumulator import Account
+from pathkernel.kernel_machine.adjoint import Adjoint
+from pathkernel.kernel_machine.backward_sweep import BLOCK, FEW, Cuts
+from pathkernel.kernel_machine.curves import Curve
+from pathkernel.kernel_machine.queries import ProductStep, Queries
+from pathkernel.quadrature import Adaptive, DiscreteGradient, FixedQuadrature, Quadrature
+from pathkernel.runtime.allocations import Allocations, Footprint, footprint
+from pathkernel.trajectory.batch_gradients import WHOLE, Passes, RecordedGradients
+from pathkernel.trajectory.samples import samples_of
+from pathkernel.trajectory.step import MicroBatch, Step
+from pathkernel.trajectory.trajectory import Trajectory
+
+SHARE = 0.7
+"""Part of a budget that is planned with: the rest is for gaps between tensors."""
+
+PASSING = 1.6
+"""What a process grows by in a pass through a network, over what its tensors take at once: operations need memory
+inside, and many results of many sizes leave gaps. Measured on convolutional networks, where it is largest."""
+
+RUNTIME = 24 << 20
+"""Bytes that code and Python's own objects take when they are first used, measured on three networks by
+tests/kernel_machine/test_memory_budget.py."""
+
+OF_SMALL = 0.6
+"""Of a small budget they take this part at most."""
+
+STAGE = 6
+"""Vectors of P numbers in float64 by which a recorded gradient is compared with its recomputation."""
+
+HELD = 5
+"""Vectors of P numbers in float64 that are held while gradients are contracted."""
+
+WITHOUT_GRAPH = 2.5
+"""The same for a pass without a graph, in which little else is held than what an operation works on."""
+
+AT_ONCE = 4096
+"""Samples that go through a network at once, at most, for nothing but their outputs."""
+
+COLUMNS = (2**16, 2**14, 2**12, 2**10, 2**9, 2**8)
+"""Entries of θ that may be formed at once."""
+
+PASS, BLOCK_OF_COLUMNS = 1e6, 5e4
+"""Cost of a pass through the network, and of a block of columns, by itself: in entries of a sample's gradient."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a backward sweep is cut.
+
+    Attributes
+    ----------
+    queries
+        Samples in a block of queries.
+    passes
+        Samples of a block that go through the network at once, their gradients then kept as rows; None for a whole
+        block, its gradients in pieces.
+    cuts
+        How the rest is cut.
+    """
+
+    queries: int
+    passes: int | None
+    cuts: Cuts
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """What the batches of a run take.
+
+    Attributes
+    ----------
+    most, largest
+        Samples in the largest step, and in the largest batch.
+    separate
+        Samples that may go through the network a few at a time.
+    whole, held
+        Bytes of the largest batch that goes through it whole, during the pass and afterwards; 0 where there is none.
+    rows
+        Whether the gradients of such a batch are rows that are made one by one.
+    inputs
+        Bytes of a sample.
+    """
+
+    most: int
+    largest: int
+    separate: Footprint
+    whole: float
+    held: float
+    rows: bool
+    inputs: float
+
+    @classmethod
+    def of(cls, gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> BatchSizes:
+        """By a few samples of one batch of each kind.
+
+        Parameters
+        ----------
+        gradients
+            Of the recorded batches.
+        pushed
+            Directions along which a batch is pushed at once.
+        total
+            Whether only the sum of the gradients is wanted.
+        """
+        separate, whole, held, rows, inputs = [NOTHING], 0.0, 0.0, False, 0.0
+        for size, one in _kinds(gradients, pushed, total):
+            inputs = max(inputs, one.bytes)
+            found = footprint(one.total if total else one.taken)
+            if one.coupled or one.random:
+                whole, held = max(whole, found.peak(size)), max(held, found.held(size))
+            else:
+                separate.append(found)
+            rows = rows or one.coupled
+        largest = max(size for size, _, _ in gradients.examples.values())
+        return cls(gradients.most, largest, max(separate, key=lambda found: found.peak(64)), whole, held, rows, inputs)
+
+    @staticmethod
+    def of_two(gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> tuple[float, float]:
+        """What two samples take at most, and what is held of them and their inputs."""
+        peaks, held = [0.0], [0.0]
+        for _, one in _kinds(gradients, pushed, total):
+            with Allocations() as allocations:
+                _ = one.total(2) if total else one.taken(2)
+                peaks.append(allocations.peak)
+            rows = 8.0 * 2 * one.function.layout.size if one.coupled else 0.0
+            held.append(allocations.held + rows + 2 * one.bytes)
+        return max(peaks), max(held)
+
+
+def _kinds(gradients: RecordedGradients, pushed: int, total: bool) -> Iterator[tuple[int, _Batch]]:
+    """The size of the largest batch of each kind of forward pass, and a few of its samples."""
+    for size, index, place in gradients.examples.values():
+        step = gradients.trajectory.store.read(index)
+        one = _Batch(gradients, step, step.batches[place], pushed)
+        if not (one.coupled or total):
+            one.source.prove(one.point, take(one.inputs, slice(0, 2)), one.function)
+        yield size, one
+
+
+class _Batch:
+    """A few samples of a batch, to be tried out."""
+
+    def __init__(self, gradients: RecordedGradients, step: Step, batch: MicroBatch, pushed: int) -> None:
+        index = torch.arange(4) % len(batch.ids)
+        inputs, targets = (None if own is None else take(own, index) for own in (batch.inputs, batch.targets))
+        few = MicroBatch(batch.ids[index], None, inputs, targets)
+        self.inputs, _ = samples_of(few, gradients.trajectory.data)
+        self.point, self.pushed, self.function = step.before, pushed, gradients.replayed(step, batch)
+        self.source, self.random = gradients.source_of(batch), bool(batch.state.generators)
+        self.coupled = gradients.together(batch, step.before, self.inputs)
+
+    @property
+    def bytes(self) -> float:
+        """Of a sample."""
+        return sum(leaf.nbytes for leaf in pytree.tree_leaves(self.inputs)) / 4
+
+    def taken(self, n: int) -> Any:
+        """Gradients of n samples, and a product with each of a few directions; coupled ones are rows, one by one.
+
+        With the proof of rows that each new number of samples has: the sweep's own is one.
+        """
+        if self.coupled:
+            for _ in coupled_row_blocks(self.function, self.point, *self._weighted(n), 1):
+                pass
+            return None
+        self.source.tapes.forget(n)
+        ones = lambda outputs: torch.ones_like(batch_outputs(outputs, n))  # noqa: E731
+        part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
+        for piece in part.pieces:
+            piece.factor.products(torch.zeros(
+                self.pushed, piece.factor.size, dtype=piece_dtype(piece), device=device_of_factor(piece.factor)
+            ))
+        return part
+
+    def total(self, n: int) -> Tensor:
+        """The sum of the gradients of n samples."""
+        return weighted_gradient(self.function, self.point, *self._weighted(n)).double()
+
+    def _weighted(self, n: int) -> tuple[PyTree, Tensor]:
+        inputs = self.function.cast(take(self.inputs, slice(0, n)))
+        with self.function.running(gradients=False):
+            outputs = self.function.batch(self.function.parameters(self.point), inputs)
+        return inputs, torch.ones_like(outputs)
+
+
+def _short(quadrature: Quadrature) -> Quadrature:
+    """One that takes the same memory in less time: every level of halving takes the same."""
+    return replace(quadrature, max_depth=1) if isinstance(quadrature, Adaptive) else quadrature
+
+
+NOTHING = Footprint(np.zeros(1), np.zeros(1))
+
+
+def plan_backward(
+    curve_of: Callable[[Queries], Curve],
+    queries: Queries,
+    gradients: RecordedGradients,
+    memory: int,
+    by: str | None,
+    dense: bool,
+    matrices: int = 0,
+) -> Plan:
+    """Cut a backward sweep to a budget.
+
+    Parameters
+    ----------
+    curve_of
+        Lays a curve through queries.
+    queries
+        All that are asked for.
+    gradients
+        Of the recorded batches.
+    memory
+        Bytes, beside trajectory, inputs and result.
+    by
+        Whether shares are split, see `pathkernel.kernel_machine.kernel_machine.KernelMachine.explain`.
+    dense
+        Whether the weights of each step are wanted as a matrix.
+    matrices
+        Further rows of P numbers that each query takes.
+
+    Raises
+    ------
+    InputError
+        With both sizes, where the budget does not hold a single query and the least of a batch.
+    """
+    return _Planner(curve_of, queries, gradients, memory, by, dense, matrices).plan()
+
+
+class _Planner:
+    """What a backward sweep would take, cut in one way or another."""
+
+    def __init__(
+        self,
+        curve_of: Callable[[Queries], Curve],
+        queries: Queries,
+        gradients: RecordedGradients,
+        memory: int,
+        by: str | None,
+        dense: bool,
+        matrices: int,
+    ) -> None:
+        self.curve_of, self.queries, self.gradients = curve_of, queries, gradients
+        self.memory, self.samples = memory, count(queries.inputs)
+        self.trajectory = trajectory = gradients.trajectory
+        self.rule, self.k, self.size = trajectory.rule, queries.components, trajectory.layout.size
+        self.vector = 8.0 * self.size
+        self.shapes = dict(zip(trajectory.layout.names, trajectory.layout.shapes, strict=True))
+        self.widest = max(shape.numel() for shape in trajectory.layout.shapes)
+        dtype = working(queries.function.dtype)
+        self.row, self.itemsize = self.size * dtype.itemsize, dtype.itemsize if self.rule.elementwise else 8
+        # Throughout, of each query sample: cotangents of the optimizer's memory, shares, sums over a step, and what
+        # else is asked for.
+        slots = len(self.rule.memory) if keeps_memory(trajectory) else 0
+        sums = 8 * len(trajectory.data) + (16 + 8 * self.rule.stages) * gradients.most
+        self.throughout = float(self.k * ((slots + matrices) * self.size * self.itemsize + sums))
+        # As many samples for all that is held of a batch while one block of columns after the other is contracted.
+        self.gaps = 2.0 * gradients.most * self.row if slots else 0.0
+        # The weights of a step as a matrix, and what the gradients of every output of a batch make of them.
+        c = queries.function.outputs(trajectory.initial, take(queries.inputs, slice(0, 1))).shape[1] if dense else 0
+        self.weights = float(self.k * c * (24 * self.size * self.rule.stages / max(1, c) + 40 * gradients.most))
+        self.pushed = FEW if self.samples * self.k <= FEW else 1
+
+    def plan(self) -> Plan:
+        """All at once where there is ample room, else the cheapest way that fits."""
+        usable, n = usable_bytes(self.memory), self.samples
+        whole = Plan(n, None, Cuts(scratch=int(usable) // 4))
+        few = self.queries.block(torch.arange(2) % n)
+        few.source.prove(self.trajectory.final, few.inputs, few.function)
+        if self._ample(few, usable):
+            return whole
+        exactly = replace(whole.cuts, columns=max(1, BLOCK // (n * self.k)))
+        if self._most(Plan(n, None, exactly), usable) == n:
+            return whole
+        best: tuple[float, Plan] | None = None
+        for way in self._ways(int(usable) // 16):
+            if (most := self._most(way, usable)) > 0:
+                even = math.ceil(n / math.ceil(n / most))  # as many blocks, but none much smaller than the others
+                cost = self._cost(even, way)
+                if best is None or cost < best[0]:
+                    best = cost, replace(way, queries=even)
+        if best is None:
+            least = min(max(phase.peak(1) for phase in self._phases(way, 1)) for way in self._ways(0))
+            raise refusal(least, self.memory)
+        return best[1]
+
+    # -- what is measured ------------------------------------------------------------------------------------
+
+    def _swept(self, n: int, passes: int | None = None) -> Any:
+        """Gradients of a few queries, on the curve's last segment."""
+        few = self.queries.block(torch.arange(n) % self.samples)
+        few.passes, few.forward = passes, None
+        few.source.tapes.forget(n)  # each new number of samples is proved, the sweep's own too
+        curve = self.curve_of(few)
+        curve.quadrature = _short(curve.quadrature)
+        account = Account.opened(curve.initial())
+        segments = curve.backward(account)
+        return segments, account, next(segments, None)
+
+    @cached_property
+    def query(self) -> Footprint:
+        """Of queries whose gradients are kept in pieces, with the displacement of the segment before."""
+        return footprint(self._swept).plus(self.vector)
+
+    @cached_property
+    def rows(self) -> Footprint:
+        """Of queries whose gradients are kept as rows."""
+        return footprint(lambda n: self._swept(n, passes=n)).plus(self.vector)
+
+    @cached_property
+    def batches(self) -> BatchSizes:
+        """Of the batches."""
+        return BatchSizes.of(self.gradients, self.pushed)
+
+    @cached_property
+    def proof(self) -> float:
+        """Bytes in which it is proved how gradients are taken, whether that is still to come or not."""
+        few = self.queries.block(torch.arange(2) % self.samples)
+        met = [(few.source, self.trajectory.final, few.inputs, few.function)]
+        for _, one in _kinds(self.gradients, self.pushed, total=False):
+            if not one.coupled:
+                met.append((one.source, one.point, take(one.inputs, slice(0, 2)), one.function))
+        peaks = []
+        for source, *asked in met:
+            with Allocations() as allocations:
+                source.anew().prove(*asked)
+            peaks.append(allocations.peak)
+        return float(max(peaks))
+
+    @cached_property
+    def coefficients(self) -> tuple[float, float]:
+        """Bytes of an optimizer step's coefficients, at most and while they are used."""
+        with Allocations() as allocations:
+            adjoint = Adjoint(self.rule, self._last, self.shapes)
+            for name in self._last.active:
+                adjoint.linear(name)
+            found = allocations.peak, allocations.held
+        casts = 2.0 * self.itemsize * self.widest
+        return found[0] + casts, found[1] + casts
+
+    @cached_property
+    def adjoint(self) -> float:
+        """Bytes of a query in the adjoint of a rule that takes whole parameters."""
+        name = max(self._last.active, key=lambda name: self.shapes[name].numel())
+        size, pull = self.shapes[name].numel(), Adjoint(self.rule, self._last, self.shapes).on(name, torch.float64)
+
+        def pulled(n: int) -> Any:
+            ones = torch.ones(n, size, dtype=torch.float64, device=self.trajectory.device)
+            return pull(slice(0, size), ones, [None] * len(self.rule.memory))
+
+        return footprint(pulled).peak(4) / 4 + 16.0 * size
+
+    @property
+    def _last(self) -> Step:
+        return self.trajectory.store.read(len(self.trajectory) - 1)
+
+    # -- what follows ----------------------------------------------------------------------------------------
+
+    def _ample(self, two: Queries, usable: float) -> bool:
+        """Whether all fits at once even if all that two samples take grew with their number and came together."""
+        quadrature = self.curve_of(two).quadrature
+        if not (self.rule.elementwise and isinstance(quadrature, FixedQuadrature | DiscreteGradient)):
+            return False
+        two.source.tapes.forget(2)
+        with Allocations() as query:
+            _ = two.gradients(self.trajectory.final)
+            nodes = 2 + (len(quadrature.nodes) if isinstance(quadrature, FixedQuadrature) else 0)
+            held = nodes * query.held + 2 * self.curve_of(two).dense * self.k * self.row
+        one = self.gradients.most / 2 * sum(BatchSizes.of_two(self.gradients, self.pushed))
+        columns = min(self.widest, BLOCK // (self.samples * self.k) + 1)
+        vectors = (STAGE + HELD + 2 * (2 + len(self.rule.memory)) * self.rule.stages) * self.vector
+        together = 3.0 * self.itemsize * (BLOCK + columns * self.gradients.most) + self.gaps + vectors
+        of_query = PASSING * (query.peak + held) / 2 + self.throughout + self.weights
+        return of_query * self.samples + PASSING * one + together <= usable
+
+    def _phases(self, way: Plan, samples: int) -> Iterator[Footprint]:
+        """Bytes of query samples in each part of a step; ``samples`` is what a block has at most."""
+        batches, cuts, vector, (at_most, used) = self.batches, way.cuts, self.vector, self.coefficients
+        streamed, passes, most = cuts.batch.streamed, way.passes, batches.most
+        query = self.query if passes is None else self.rows
+
+        # The proof that a tape is right.
+        yield Footprint(np.array([PASSING * self.proof]), np.zeros(1))
+
+        # The queries' passes.
+        if passes is None:
+            yield query.times(PASSING).plus(used, self.throughout)
+        else:
+            taking = PASSING * (query.peak(passes) - query.held(passes))
+            yield query.at_the_end.plus(used + taking, self.throughout)
+
+        # Those of the batch.
+        m, between = min(batches.largest, cuts.batch.samples), query.at_the_end.plus(0.0, self.throughout)
+        pieces, whole = batches.separate.held(1) - batches.separate.held(0), m == batches.largest
+        of_one = self.row if batches.rows else pieces if whole else min(pieces, self.row)
+        held = (m if streamed else most) * of_one + most * batches.inputs
+        formed = 0.0 if whole and not batches.rows else m * self.row
+        taking = PASSING * max(batches.whole, batches.separate.peak(m)) + formed
+        yield between.plus(used + STAGE * vector + taking + (0.0 if streamed else max(0.0, held - m * of_one)))
+
+        # Both sides' columns.
+        columns = min(self.widest, cuts.columns)
+        formed = 3.0 * self.itemsize * columns * (m if streamed else most) + (self.gaps if cuts.roomy else 0.0)
+        inside = between.plus(at_most + HELD * vector + max(held, batches.held) + formed)
+        if streamed:
+            inside = inside.plus(0.0, float(self.k * self.itemsize * self.size * self.rule.stages))
+        inside = inside.plus(0.0, self.weights)
+        if not self.rule.elementwise:
+            yield inside.plus(0.0, self.k * self.adjoint)
+        elif self.k * samples * columns > BLOCK:
+            yield inside.plus(3.0 * self.itemsize * BLOCK)
+        else:
+            yield inside.plus(0.0, 3.0 * self.k * self.itemsize * columns)
+
+    def _most(self, way: Plan, memory: float) -> int:
+        """Query samples in a block that fit."""
+
+        def fits(bound: int) -> int:
+            return min(phase.most(memory, self.samples) for phase in self._phases(way, bound))
+
+        return max(fits(self.samples), min(fits(1), BLOCK // (self.k * min(self.widest, way.cuts.columns))))
+
+    def _ways(self, scratch: int) -> Iterator[Plan]:
+        """All that may be tried, without the size of a block."""
+        most, largest = self.batches.most, self.batches.largest
+        for columns in COLUMNS:
+            yield Plan(1, None, Cuts(columns=columns, scratch=max(1, scratch)))
+        sizes = [largest, *(size for power in range(1, 11) if (size := largest >> power))]
+        for passes, size, streamed, columns in product((None, 16, 4, 1), sizes, (False, True), COLUMNS):
+            if not (streamed and size == most):
+                batch = Passes(sys.maxsize if size == largest else size, streamed)
+                yield Plan(1, passes, Cuts(batch, columns, max(1, scratch), roomy=False))
+
+    def _cost(self, block: int, way: Plan) -> float:
+        """Of a step, in entries of a sample's gradient."""
+        most, columns = self.batches.most, math.ceil(self.size / way.cuts.columns)
+        passes = math.ceil(most / min(most, way.cuts.batch.samples))
+        portions = passes if way.cuts.batch.streamed else 1
+        batch = most * self.size + PASS * passes + BLOCK_OF_COLUMNS * columns * portions
+        query = self.size + PASS / (way.passes or block)
+        return math.ceil(self.samples / block) * batch + self.samples * query
+
+
+def outputs_at_once(function: ModelFunction, theta: Tensor, inputs: PyTree, memory: int) -> int:
+    """Samples that go through a network at once for nothing but their outputs; one where a budget is too small.
+
+    What follows takes more, and refuses such a budget with all that it takes.
+    """
+    usable, n = usable_bytes(memory) / 2, min(AT_ONCE, count(inputs))
+
+    def outputs(n: int) -> Tensor:
+        return function.outputs(theta, take(inputs, torch.arange(n) % count(inputs)))
+
+    with Allocations() as allocations:
+        outputs(2)
+    if WITHOUT_GRAPH * allocations.peak * n / 2 <= usable:
+        return AT_ONCE
+    most = max(1, footprint(outputs).times(WITHOUT_GRAPH).most(usable, n))
+    return AT_ONCE if most == n else most
+
+
+def plan_forward(
+    queries: Queries, gradients: RecordedGradients, quadrature: Quadrature, memory: int
+) -> tuple[int, Passes]:
+    """Query samples, and samples of a batch, that go through the network at once in a forward sweep.
+
+    Raises
+    ------
+    InputError
+        With both sizes, where the budget does not hold one of each.
+    """
+    trajectory, samples, usable = gradients.trajectory, count(queries.inputs), usable_bytes(memory)
+    segment = next(iter(trajectory.segments()))
+    channels, vector = _channels(gradients), 8.0 * trajectory.layout.size
+
+    def pushed(n: int) -> Any:
+        few = queries.block(torch.arange(n) % samples)
+        few.forward = None
+        zeros = torch.zeros(channels, trajectory.layout.size, dtype=torch.float64, device=trajectory.device)
+        step = ProductStep(few, segment, zeros)
+        return _short(quadrature).average(step)
+
+    # Gradients, displacement, memory and directions of each channel.
+    rule, values = trajectory.rule, 8.0 * queries.components * (channels + 8)
+    fixed = vector * (STAGE + channels * (2 * rule.stages + len(rule.memory) + 2))
+    with Allocations() as two:
+        pushed(2)
+    one = PASSING / 2 * max(BatchSizes.of_two(gradients, total=True))
+    if (PASSING * two.peak / 2 + values) * samples + fixed + one * gradients.most <= usable:
+        return samples, WHOLE
+    query = footprint(pushed).times(PASSING).plus(fixed - vector * channels)
+    batches = BatchSizes.of(gradients, total=True)
+    resting = fixed + values * samples
+    separate = batches.separate.times(PASSING)
+    least = max(query.peak(1) + values * samples, resting + max(PASSING * batches.whole, separate.peak(1)))
+    if least > usable:
+        raise refusal(least, memory)
+    passes = separate.most(usable - resting, batches.largest)
+    return query.most(usable - values * samples, samples), Passes(sys.maxsize if passes == batches.largest else passes)
+
+
+def _channels(gradients: RecordedGradients) -> int:
+    """How many channels a displacement is split into, with that of the samples."""
+    trajectory = gradients.trajectory
+    step, names = trajectory.store.read(len(trajectory) - 1), {"samples", "rounding"}
+    names |= {*trajectory.objective.regularizers, *step.gradient_changes}
+    if trajectory.initial_memory:
+        names.add("memory")
+    if gradients.discrepancies:
+        names.add("unexplained")
+    for name in list(step.active)[:1]:
+        parameter = trajectory.layout.unflatten(step.before)[name].double()
+        for of in (trajectory.rule.gradient_sources, trajectory.rule.displacement_sources):
+            names |= of(parameter, step.frozen[name], step.hyperparameters_of(name)).keys()
+    return len(names)
+
+
+def usable_bytes(memory: float) -> float:
+    """What tensors may take of a budget."""
+    return SHARE * (memory - min(OF_SMALL * memory, RUNTIME))
+
+
+def refusal(least: float, memory: int) -> InputError:
+    """That a budget is too small, with one that is not."""
+    needed = least / SHARE + min(least / SHARE * OF_SMALL / (1 - OF_SMALL), RUNTIME)
+    digits = max(0, 1 - math.floor(math.log10(needed / 1e6)))
+    enough = math.ceil(needed / 1e6 * 10**digits) / 10**digits
+    return InputError(
+        f"One query and the least part of a batch take {enough:.{max(0, digits)}f} MB beside the trajectory and the "
+        f"result, and the budget is {memory / 1e6:.3g} MB",
+        "A budget has to hold at least these; it is kept, not exceeded in silence",
+        f'Write `memory="{enough:.{max(0, digits)}f}MB"` or more',
+    )
+
+
+def keeps_memory(trajectory: Trajectory) -> bool:
+    """Whether any gradient of the run went into the optimizer's memory."""
+    rule, layout = trajectory.rule, trajectory.layout
+    if not rule.memory:
+        return False
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    for step in trajectory.steps():
+        adjoint = Adjoint(rule, step, shapes)
+        for name in {group: name for name, group in step.groups.items() if name in step.active}.values():
+            linear = adjoint.linear(name)
+            if linear is None or linear.rate is None:
+                return True
+    return False

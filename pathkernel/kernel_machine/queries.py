@@ -1,0 +1,296 @@
+"""Query outputs as functions of θ, and one training step as a quadrature sees it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pathkernel._typing import Float, Int, PyTree
+from pathkernel.gradients.factored import FactoredGradients, working
+from pathkernel.gradients.gradient_source import ROWS, GradientSource
+from pathkernel.gradients.model_function import REFUSALS, OutputFunctional, gradients_along, push_forward, values_of
+from pathkernel.gradients.pytrees import blocks, count, take
+from pathkernel.runtime.interrupts import attempt, deliver
+from pathkernel.runtime.workspace import give_back_freed_memory
+from pathkernel.trajectory.step import Segment
+
+
+class Queries:
+    """Q scalar functions of θ: K components of h(f(θ, x_j), context_j) for each of n samples, Q = n·K.
+
+    Parameters
+    ----------
+    source
+        The network, and how its gradients are taken.
+    inputs, context
+        n samples and what h needs of each of them.
+    functional
+        h, returning a scalar (then K = 1) or (K,).
+    components
+        K, or None for a scalar h.
+
+    Notes
+    -----
+    ``scale`` is what a curve's errors are relative to, (Q,), once a curve has been laid through them. ``passes`` is how
+    many samples go through the network at once, ``forward`` how many without a graph; None for all. Gradients taken in
+    several passes are rows.
+
+    Query q is component ``q % K`` of sample ``q // K``. Values are returned in float64.
+    """
+
+    def __init__(
+        self,
+        source: GradientSource,
+        inputs: PyTree,
+        functional: OutputFunctional,
+        context: PyTree,
+        components: int | None,
+    ) -> None:
+        self.source, self.function, self.functional = source, source.function, functional
+        self.inputs, self.context = inputs, context
+        self.scalar, self.components = components is None, components or 1
+        self.scale: Tensor | None = None
+        self.passes: int | None = None
+        self.forward: int | None = None
+
+    def __len__(self) -> int:
+        return count(self.inputs) * self.components
+
+    def under(self, buffers: Mapping[str, Tensor]) -> Queries:
+        """The same queries with some of the network's buffers replaced."""
+        if not buffers:
+            return self
+        other = copy.copy(self)
+        other.function = self.function.replaced(constants=buffers)
+        return other
+
+    def block(self, piece: slice | Tensor) -> Queries:
+        """The queries of some of the samples."""
+        other = copy.copy(self)
+        other.inputs, other.context = take(self.inputs, piece), take(self.context, piece)
+        if self.scale is not None:
+            other.scale = take(self.scale.reshape(-1, self.components), piece).reshape(-1)
+        return other
+
+    def values(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " Q"]:
+        """h at θ."""
+        point = self.function.cast(theta)
+        with self.function.running(gradients=False):
+            values = (self._values(point, own.inputs, own.context) for own in self._cut(self.forward))
+            return _joined([own.double().reshape(-1) for own in values])
+
+    def _cut(self, samples: int | None) -> Iterator[Queries]:
+        """The queries of so many samples at a time."""
+        if samples is None or samples >= count(self.inputs):
+            yield self
+            return
+        for piece in blocks(count(self.inputs), samples):
+            deliver()
+            yield self.block(piece)
+            give_back_freed_memory()
+
+    def _values(self, theta: Tensor, inputs: PyTree, context: PyTree) -> Tensor:
+        outputs = self.function.batch(self.function.layout.unflatten(theta), self.function.cast(inputs))
+        return values_of(self.functional, outputs, self.function.cast(context))
+
+    @property
+    def _context(self) -> PyTree:
+        return self.function.cast(self.context)
+
+    @property
+    def _components(self) -> int | None:
+        return None if self.scalar else self.components
+
+    def gradients(self, theta: Float[Tensor, " P"]) -> FactoredGradients:
+        """∇h at θ."""
+        layout, function = self.function.layout, self.function
+        if self.passes is None:
+            return self.source.gradients(
+                theta, self.inputs, self.functional, self._context, self._components, function
+            )
+        rows, begin = torch.empty(len(self), layout.size, dtype=working(function.dtype), device=function.device), 0
+        for own in self._cut(self.passes):
+            found = self.source.gradients(
+                theta, own.inputs, self.functional, own._context, self._components, function
+            )
+            found.rows(rows[begin : begin + len(found)])
+            begin += len(found)
+        return FactoredGradients.dense(rows, layout)
+
+    def _single(self, queries: Int[Tensor, " n"]) -> tuple[OutputFunctional, PyTree, PyTree]:
+        """The given queries as scalar functionals with their inputs and context."""
+        samples = queries // self.components
+        inputs, context = take(self.inputs, samples), self.function.cast(take(self.context, samples))
+        if self.scalar:
+            return self.functional, inputs, context
+        chosen = torch.nn.functional.one_hot(queries % self.components, self.components).to(self.function.dtype)
+        return (lambda z, c: self.functional(z, c[0]) @ c[1]), inputs, (context, chosen)
+
+    def rows_at(self, segment: Segment, times: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Values (n,) and gradients (n, P) of some queries, each at its own time of a segment."""
+        functional, inputs, context = self._single(queries)
+        pieces = []
+        for piece in self._rows_at_once(len(queries)):
+            give_back_freed_memory()
+            pieces.append(
+                gradients_along(
+                    self.function,
+                    segment.start,
+                    segment.displacement,
+                    times[piece],
+                    take(inputs, piece),
+                    functional,
+                    take(context, piece),
+                )
+            )
+        return torch.cat([v for v, _ in pieces]).double(), torch.cat([g for _, g in pieces]).double()
+
+    def _rows_at_once(self, queries: int) -> Iterator[slice]:
+        per_query = 6 * self.function.layout.size * torch.finfo(self.function.dtype).bits // 8
+        return blocks(queries, min(ROWS // per_query, queries if self.forward is None else self.forward))
+
+    def products(self, theta: Float[Tensor, " P"], directions: Float[Tensor, "D P"]) -> Float[Tensor, "Q D"]:
+        """∇h·v at θ for a few directions, by forward differentiation; by gradients where it has no rule."""
+        return _joined([own._products(theta, directions) for own in self._cut(self.forward)])
+
+    def _products(self, theta: Tensor, directions: Tensor) -> Tensor:
+        point = self.function.cast(theta)
+
+        def along(direction: Tensor) -> Tensor:
+            return push_forward(lambda t: self._values(t, self.inputs, self.context), point, direction)
+
+        def all_along() -> list[Tensor]:
+            with self.function.running(gradients=False), self.function.kept():
+                return [along(direction.to(point)).double().reshape(-1) for direction in directions]
+
+        columns = attempt(all_along, REFUSALS)
+        if isinstance(columns, Exception):  # not every network can be differentiated forward, or twice backward
+            few = blocks(count(self.inputs), 64)
+            return torch.cat([self.block(piece).gradients(theta) @ directions.T for piece in few])
+        return torch.stack(columns, dim=1)
+
+    def products_at(
+        self, segment: Segment, times: Tensor, queries: Tensor, directions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Values (n,) and products (n, D) of some queries, each at its own time of a segment."""
+        found = []
+        for piece in self._rows_at_once(len(queries)):
+            values, rows = self.rows_at(segment, times[piece], queries[piece])
+            found.append((values, rows @ directions.T))
+        return torch.cat([v for v, _ in found]), torch.cat([products for _, products in found])
+
+
+class GradientStep:
+    """One segment with gradients in factored form; see `pathkernel.quadrature.QueryStep`.
+
+    Parameters
+    ----------
+    queries, segment
+        Whose gradients, and where.
+    neighbour
+        The segment's neighbour in the sweep: values and gradients at a shared end are taken once.
+    """
+
+    def __init__(self, queries: Queries, segment: Segment, neighbour: GradientStep | None = None) -> None:
+        if neighbour is not None and neighbour.segment.buffers is not segment.buffers:
+            neighbour = None  # another network, as far as values and gradients are concerned
+        self.queries: Queries = queries.under(segment.buffers)
+        self.segment: Segment = segment
+        self.delta = segment.displacement
+        self.squared_length = float(self.delta @ self.delta)
+        self.rounding = torch.finfo(queries.function.dtype).eps
+        self._known: dict[int, Any] = dict(neighbour._ends) if neighbour is not None else {}
+        self._values: dict[int, Tensor] = dict(neighbour._values) if neighbour is not None else {}
+        self._ends: dict[int, Any] = {}
+        self._values = {id(end): self._value(end) for end in (segment.start, segment.end)}
+        self.start_value, self.end_value = self._values[id(segment.start)], self._values[id(segment.end)]
+        scale = torch.ones_like(self.start_value) if queries.scale is None else queries.scale
+        self.scale = scale.to(self.start_value.device)
+        self.change = self._change()
+
+    def _change(self) -> Tensor:
+        return self.delta
+
+    def _value(self, theta: Tensor) -> Tensor:
+        known = self._values.get(id(theta))
+        return self.queries.values(theta) if known is None else known
+
+    def _evaluate(self, theta: Tensor) -> Any:
+        return self.queries.gradients(theta)
+
+    def gradient(self, time: float) -> Any:
+        """∇h at start + time·Δ."""
+        if time not in (0.0, 1.0):
+            return self._evaluate(torch.add(self.segment.start.double(), self.delta, alpha=time))
+        end = self.segment.end if time else self.segment.start
+        if id(end) not in self._ends:
+            known = self._known.get(id(end))
+            self._ends[id(end)] = self._evaluate(end) if known is None else known
+        return self._ends[id(end)]
+
+    def value(self, time: float) -> Tensor:
+        """h at start + time·Δ, (Q,)."""
+        return self.queries.values(torch.add(self.segment.start.double(), self.delta, alpha=time))
+
+    def of(self, samples: Tensor) -> GradientStep:
+        """The same step as some of the samples see it."""
+        return GradientStep(self.queries.block(samples), self.segment)
+
+    def rows_of(self, samples: Tensor) -> Tensor:
+        """Which queries are those of some of the samples."""
+        components = self.queries.components
+        return (samples[:, None] * components + torch.arange(components, device=samples.device)).reshape(-1)
+
+    def plus_displacement(self, gradient: Any, multiples: Tensor) -> Any:
+        """Gradients with a multiple of Δ added to each."""
+        return gradient.plus(multiples, self.delta)
+
+    def value_and_gradient_at(self, times: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and gradients of some queries at times of their own."""
+        return self.queries.rows_at(self.segment, times, queries)
+
+
+class ProductStep(GradientStep):
+    """One segment with gradients as their products with D directions.
+
+    Parameters
+    ----------
+    directions
+        (D, P); Δ is put before them.
+    """
+
+    def __init__(self, queries: Queries, segment: Segment, directions: Tensor, neighbour: Any = None) -> None:
+        self.directions = torch.cat([segment.displacement[None], directions])
+        super().__init__(queries, segment, neighbour)
+        self._known = {}  # products at a shared end are with this segment's own directions
+
+    def _change(self) -> Tensor:
+        change = torch.zeros(len(self.directions), dtype=torch.float64, device=self.directions.device)
+        change[0] = 1.0
+        return change
+
+    def plus_displacement(self, gradient: Any, multiples: Tensor) -> Any:
+        """Products with a multiple of those of Δ itself added to each."""
+        return torch.addr(gradient, multiples, self.directions @ self.delta)
+
+    def _evaluate(self, theta: Tensor) -> Tensor:
+        return self.queries.products(theta, self.directions)
+
+    def value_and_gradient_at(self, times: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and products of some queries at times of their own."""
+        return self.queries.products_at(self.segment, times, queries, self.directions)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def one_hot_context(indices: Tensor, outputs: int) -> Tensor:
+    """Context that selects one output for each sample: h(z, c) = z·c."""
+    return torch.nn.functional.one_hot(indices.to(torch.int64), outputs)
+
+

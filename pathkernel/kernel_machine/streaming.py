@@ -1,0 +1,202 @@
+r"""Shares for query sets that are fixed in advance, added up while training runs; nothing is stored.
+
+A share needs the later steps through the optimizer's memory, hence a sweep backward over a record. Without memory
+(plain SGD, and every rule whose step depends on the present gradient alone) each step stands for itself:
+
+.. math:: \mathrm{share}_i(x) = \sum_r c_{r,i}\, \langle A_r^\top q_r(x), g_{r,i}\rangle
+
+and the sum may run forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pathkernel._typing import PyTree
+from pathkernel.errors import InputError, TrajectoryError, check
+from pathkernel.gradients.model_function import ROW_LIMIT
+from pathkernel.gradients.pytrees import copied_samples, memory_bytes
+from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
+from pathkernel.kernel_machine.kernel_machine import KernelMachine
+from pathkernel.quadrature import Quadrature, as_quadrature
+from pathkernel.trajectory.schedule import StepObserver
+from pathkernel.trajectory.step import Step
+from pathkernel.trajectory.stretch import stretch
+from pathkernel.trajectory.trajectory import Trajectory
+
+Settings = tuple[Mapping[str, Any], ...]
+
+ANYTHING = 1e300
+"""What may be unexplained of one step: it is the whole run that counts."""
+
+
+def has_memory(trajectory: Trajectory, settings: Settings) -> bool:
+    """Whether a step depends on earlier gradients other than through what is frozen."""
+    memory = trajectory.rule.memory
+    unused = memory == ("momentum_buffer",) and all(group.get("momentum", 1) == 0 for group in settings)
+    return bool(memory) and not unused
+
+
+class StreamingShares(StepObserver):
+    """The shares of all training samples in some query outputs, for optimizers without memory.
+
+    Parameters
+    ----------
+    X
+        The queries; pairs ``(X, y)`` for ``outputs="loss"``.
+    outputs
+        ``"all"`` (default), an index, one index for each query, ``"loss"``, or a callable of one sample's outputs.
+        What the trained network will predict is not known in advance.
+    quadrature
+        As for `pathkernel.KernelMachine`; not `Adaptive`, whose tolerance is relative to the whole run.
+    memory
+        Budget for rows of gradients.
+
+    Notes
+    -----
+    Time per step: as one step of `KernelMachine.explain`. Memory O(Q · (P + N)).
+
+    Examples
+    --------
+    >>> import torch, pathkernel as pk
+    >>> from pathkernel.kernel_machine.streaming import StreamingShares
+    >>> from pathkernel.trajectory.schedule import Streaming
+    >>> X, y = torch.randn(32, 4), torch.randn(32, 1)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    >>> optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.MSELoss()
+    >>> shares = StreamingShares(X[:3])
+    >>> with pk.KernelRecorder(model, optimizer, loss, data=(X, y), schedule=Streaming(shares)) as recorder:
+    ...     for x, target in recorder.batches(batch_size=8):
+    ...         optimizer.zero_grad()
+    ...         loss(model(x), target).backward()
+    ...         optimizer.step()
+    >>> shares.attributions.shares.shape
+    (3, 32)
+    """
+
+    name = "shares of fixed queries"
+
+    def __init__(
+        self,
+        X: PyTree,
+        outputs: Any = "all",
+        *,
+        quadrature: str | Quadrature = "auto",
+        memory: int | str = "1GB",
+    ) -> None:
+        self.X, self.outputs = copied_samples(X), outputs
+        self.quadrature, self.memory = as_quadrature(quadrature), memory_bytes(memory)
+        check(
+            not self.quadrature.relative,
+            InputError,
+            f"`{self.quadrature!r}` was asked to work while training runs",
+            "Its tolerance is relative to how far outputs move in all of training, which is not known yet",
+            "Write `quadrature=DiscreteGradient()` or `quadrature=GaussLegendre(4)`",
+        )
+        self._trajectory: Trajectory | None = None
+
+    def begin(self, trajectory: Trajectory, settings: Settings) -> None:
+        """Refuse optimizers with memory.
+
+        Raises
+        ------
+        TrajectoryError
+            Naming the optimizer.
+        """
+        self._check(trajectory, settings)
+        if self._trajectory is not trajectory:  # else recording goes on after a break
+            self._trajectory, self._at = trajectory, trajectory.initial
+            self._last: Step | None = None
+            self._largest: Step | None = None
+            self._sum: Attributions | None = None
+            self._steps = 0
+
+    @staticmethod
+    def _check(trajectory: Trajectory, settings: Settings) -> None:
+        check(
+            not has_memory(trajectory, settings),
+            TrajectoryError,
+            f"`StreamingShares` was given to a recorder of {trajectory.rule.name}, which remembers earlier gradients",
+            "What a sample left in the optimizer's memory moves the outputs in later steps; only a sweep backward over "
+            "the record of all steps follows it",
+            "Record with `Schedule(keyframes=32)` and use `KernelMachine`, or train with plain SGD",
+        )
+
+    def observe(self, step: Step) -> None:
+        """Add the shares of the step before: what was changed after it is known now."""
+        assert self._trajectory is not None
+        self._check(self._trajectory, step.hyperparameters)
+        if self._last is not None:
+            self._sum = self._with(self._explained(self._last))
+            self._at = self._last.after
+        self._last, self._steps = step, self._steps + 1
+        if self._largest is None or step.gradient.norm() > self._largest.gradient.norm():
+            self._largest = step
+
+    def _explained(self, step: Step, *, last: bool = False) -> Attributions:
+        """The account of one step; of the last, with the changes after it."""
+        assert self._trajectory is not None
+        piece = stretch(self._trajectory, self._at, step)
+        piece.largest = self._largest
+        if last:
+            piece.tail, piece.final_buffers = self._trajectory.tail, self._trajectory.final_buffers
+        machine = KernelMachine(piece, quadrature=self.quadrature, memory=self.memory, unexplained=ANYTHING)
+        # One step moves outputs so little that its own certificate says nothing about the run's.
+        return machine._explained(self.X, outputs=self.outputs)[0]
+
+    def _with(self, own: Attributions) -> Attributions:
+        """The account so far and that of the step after it as one."""
+        before = self._sum
+        if before is None:
+            return own
+        channels = {name: value.copy() for name, value in before.channels.items()}
+        # The same weights under the running statistics before and after.
+        changed = own.initial - before.output
+        if changed.any():
+            channels["buffers"] = channels.get("buffers", 0) + changed
+        for name, value in own.channels.items():
+            if name != "initial":
+                channels[name] = channels.get(name, 0) + value
+        missed = _missed(before) + _missed(own)
+        moved = np.maximum(np.abs(own.output - channels["initial"]), np.finfo(float).tiny)
+        return replace(
+            own,
+            shares=before.shares + own.shares,
+            channels=channels,
+            quadrature_error=missed / moved,
+            gradients_per_step=before.gradients_per_step + own.gradients_per_step,
+            split_error=float(np.fmax(before.split_error, own.split_error)),
+            samples_checked=before.samples_checked + (own.samples_checked - before.samples_checked) / self._steps,
+        )
+
+    @property
+    def attributions(self) -> Attributions:
+        """What `KernelMachine.explain` would say of the path so far.
+
+        Raises
+        ------
+        TrajectoryError
+            Before the first step.
+        """
+        if self._trajectory is None or self._last is None:
+            raise TrajectoryError(
+                "`StreamingShares` was asked for its result and has not seen a step",
+                "It looks on while training is recorded",
+                "Write `KernelRecorder(..., schedule=Streaming(shares))` and train first",
+            )
+        total = self._with(self._explained(self._last, last=True))
+        why = replace(total, gradients_per_step=total.gradients_per_step / self._steps)
+        limit = ROW_LIMIT[torch.promote_types(self._trajectory.dtype, torch.float32)]
+        warn_of_doubts(why, np.zeros(len(why.output), dtype=bool), limit)
+        return why
+
+
+def _missed(account: Attributions) -> np.ndarray:
+    """What the quadrature missed in absolute value, (Q,)."""
+    moved = np.abs(account.output - account.initial)
+    return account.quadrature_error * np.maximum(moved, np.finfo(float).tiny)

@@ -1,1 +1,0 @@
-"""Per-sample gradients layer by layer, as activations × back-propagated signals, without forming them."""

@@ -1,0 +1,465 @@
+"""`PathKernel`: tangent kernels integrated along the path, symmetric and positive semi-definite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pathkernel._typing import PyTree
+from pathkernel.errors import InputError, check
+from pathkernel.gradients.pytrees import copied_samples, count, memory_bytes, take
+from pathkernel.gradients.sample_wise import check_sample_wise
+from pathkernel.path_kernel.features import E, Features, at_node, features_of, samples_of_path
+from pathkernel.path_kernel.node_selection import probe_samples, select_nodes
+from pathkernel.path_kernel.nodes import PathMeasure, PathNode, path_nodes
+from pathkernel.quadrature import Quadrature, as_quadrature
+from pathkernel.runtime.pickling import check_picklable
+from pathkernel.runtime.threads import one_at_a_time
+from pathkernel.storage import question
+from pathkernel.tangent_kernel.engines.auto import AutomaticEngine, EngineValue, choices_of, keep_choices, make_engine
+from pathkernel.tangent_kernel.engines.engine import Engine
+from pathkernel.tangent_kernel.engines.products import error_of_engine
+from pathkernel.tangent_kernel.engines.projection import Projection, ProjectionEngine, products
+from pathkernel.tangent_kernel.measured_error import MeasuredError
+from pathkernel.tangent_kernel.operators import KernelOperator, Samples
+from pathkernel.tangent_kernel.output_probes import OutputProbes
+from pathkernel.tangent_kernel.outputs import OneOutput, select_outputs
+from pathkernel.tangent_kernel.tangent_kernel import no_samples
+from pathkernel.trajectory.schedule import PRECONDITIONED
+from pathkernel.trajectory.trajectory import Trajectory
+
+
+class PathKernel:
+    r"""Tangent kernels integrated along the recorded path: a kernel in the sense of scikit-learn.
+
+    .. math:: K(x, x') = \sum_s w_s \sum_n \omega_n
+              \langle M_s \nabla f(x; \theta_{s,n}), \nabla f(x'; \theta_{s,n})\rangle,
+              \qquad w_s, \omega_n \ge 0,\ M_s \succeq 0
+
+    Symmetric and positive semi-definite by construction; nodes and weights are fixed when the kernel is made, so that
+    one object is one function. It is not the exact equivalent of the network (that is `KernelMachine`), but what an
+    SVM, kernel ridge regression or a Gaussian process can be trained with.
+
+    Parameters
+    ----------
+    trajectory
+        The recorded path, thinned or whole.
+    outputs
+        ``"trace"`` over the outputs (default), ``"mean"``, ``"sum"``, an index, ``"full"``, ``"loss"`` (samples are
+        then pairs ``(X, y)``), a callable of one sample's outputs, or `OutputProbes`: random combinations of the
+        outputs, drawn afresh at every node, whose kernel is the trace in expectation.
+    measure
+        w_s: ``"learning_rate"`` (the time of gradient flow; parameter groups each at their own rate),
+        ``"arc_length"`` (‖Δ_s‖) or ``"uniform"`` (1).
+    quadrature
+        Nodes on each step: ``"left"``, ``"trapezoid"`` (default), ``"midpoint"`` or ``GaussLegendre(n)``.
+    preconditioner
+        M_s: None for the identity, ``"optimizer"`` for the positive diagonal by which the optimizer scaled its
+        gradients in that step (Adam's 1/(√v̂ + ε), for example).
+    steps
+        How many steps to use: the path is cut into that many stretches, each represented by its middle step with
+        the weight of the whole stretch. None for every step.
+    tolerance
+        Relative Frobenius error against every step for which few nodes are chosen, with weights of their own, from the
+        kernels of 48 training samples at every step; `error` is measured on 48 others. None for every step.
+    engine, memory, dtype
+        As for `pathkernel.TangentKernel`; at every node a `Projection` draws a map of its own.
+    progress
+        Show a progress bar over the nodes.
+
+    Attributes
+    ----------
+    nodes
+        The points of the path that are used, as `pathkernel.path_kernel.nodes.PathNode`.
+    error
+        How far this kernel is from that of every step, all outputs and exact products; zero where it is that kernel.
+
+    Examples
+    --------
+    >>> import torch, pathkernel as pk
+    >>> from sklearn.svm import SVC
+    >>> X, y = torch.randn(32, 4), torch.randint(2, (32,))
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    >>> optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.CrossEntropyLoss()
+    >>> with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+    ...     for x, target in recorder.batches(batch_size=8):
+    ...         optimizer.zero_grad()
+    ...         loss(model(x), target).backward()
+    ...         optimizer.step()
+    >>> svc = SVC(kernel=pk.PathKernel(recorder.trajectory)).fit(X.numpy(), y.numpy())
+
+    Notes
+    -----
+    The path depends on all training labels: cross-validating an estimator over a kernel made from them leaks.
+
+    References
+    ----------
+    Domingos 2020 (2012.00152), Definition 3; Chen et al. 2023 for the kernel of losses.
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        *,
+        outputs: Any = "trace",
+        measure: str = "learning_rate",
+        quadrature: str | Quadrature = "trapezoid",
+        preconditioner: str | None = None,
+        steps: int | None = None,
+        tolerance: float | None = None,
+        engine: str | EngineValue = "auto",
+        memory: int | str = "1GB",
+        dtype: torch.dtype | None = None,
+        progress: bool = False,
+    ) -> None:
+        trajectory.require_steps("PathKernel" if preconditioner is None else PRECONDITIONED)
+        self._make(
+            {
+                "measure": PathMeasure(trajectory, measure, preconditioner),
+                "outputs": outputs,
+                "quadrature": as_quadrature(quadrature),
+                "steps": steps,
+                "tolerance": tolerance,
+                "engine": engine,
+                "memory": memory_bytes(memory),
+                "dtype": dtype,
+                "progress": progress,
+            }
+        )
+        if isinstance(self.selection.function, OneOutput):
+            self.selection.function.check(self._outputs)
+        self.nodes = path_nodes(self.measure, self.quadrature, steps)
+        if tolerance is not None:
+            self.nodes, self.error = self._chosen(tolerance)
+
+    def _make(self, made_of: dict[str, Any]) -> None:
+        """Everything but the nodes from what a kernel is made of, which is with them all that is saved of it."""
+        self._made_of, self.measure, self.quadrature = made_of, made_of["measure"], made_of["quadrature"]
+        self.trajectory, self.progress, self.memory = self.measure.trajectory, made_of["progress"], made_of["memory"]
+        self.steps, self.tolerance = made_of["steps"], made_of["tolerance"]
+        self.function = self.trajectory.function(made_of["dtype"])
+        outputs, engine, objective = made_of["outputs"], made_of["engine"], self.trajectory.objective
+        self.probes = outputs if isinstance(outputs, OutputProbes) else None
+        exact = select_outputs(outputs if self.probes is None else "trace", objective.known, objective.reduction)
+        self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
+        self._given_engine = engine
+        self.engine = make_engine(engine, self.function, self.selection, self.memory)
+        approximate = self.probes is not None or isinstance(engine, Projection)
+        self._exact = make_engine("auto", self.function, exact, self.memory) if approximate else self.engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        made_of = self._made_of
+        check_picklable(outputs=made_of["outputs"], quadrature=made_of["quadrature"], engine=made_of["engine"])
+        known = {name: vars(self)[name] for name in ("error", "_outputs") if name in vars(self)}
+        return {**made_of, "nodes": self.nodes, "known": known, "chosen": choices_of(self.engine)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        made_of = dict(state)
+        self.nodes, known, chosen = (made_of.pop(name) for name in ("nodes", "known", "chosen"))
+        vars(self).update(known)
+        self._make(made_of)
+        keep_choices(self.engine, chosen)
+
+    def _chosen(self, tolerance: float) -> tuple[list[PathNode], MeasuredError]:
+        """Fewer nodes, and the error that this makes."""
+        check(
+            self.steps is None and self.probes is None,
+            InputError,
+            f"`tolerance={tolerance!r}` was given together with {'`steps`' if self.steps else '`OutputProbes`'}",
+            "A tolerance chooses the steps itself, and over few steps the errors of random outputs do not average out",
+            f"Write `PathKernel(trajectory, tolerance={tolerance!r})`",
+        )
+        check(
+            isinstance(tolerance, float) and 0 < tolerance < 1,
+            InputError,
+            f"`tolerance={tolerance!r}` was given",
+            "The tolerance is a relative error between 0 and 1",
+            "Write for example `PathKernel(trajectory, tolerance=1e-3)`",
+        )
+        check(
+            len(self.trajectory.data) > 1,
+            InputError,
+            f"`tolerance={tolerance!r}` was given for a trajectory with one training sample",
+            "Nodes are chosen by some of the training samples, and the error is measured on others",
+            "Leave out `tolerance`",
+        )
+        chosen_by, held_out = self._probe_ids
+        samples = self._training_samples(torch.cat([chosen_by, held_out]))
+        with tqdm(self.nodes, desc="choosing nodes", unit="node", disable=not self.progress) as bar:
+
+            def gram(node: PathNode) -> Tensor:
+                bar.update()
+                return self._exact_gram(node, *samples)
+
+            entries = (count(samples[0]) * (self._outputs if self._is_full else 1)) ** 2
+            return select_nodes(self.nodes, gram, len(chosen_by), tolerance, entries)
+
+    @property
+    def total_weight(self) -> float:
+        """Σ w_s: a constant tangent kernel times this is the path kernel."""
+        return sum(node.weight for node in self.nodes)
+
+    @cached_property
+    def error(self) -> MeasuredError:
+        """How far this kernel is from that of every step, all outputs and exact products.
+
+        Measured on up to 48 training samples when it is first asked for (by a kernel with a tolerance when its nodes
+        are chosen); takes a small kernel at every step.
+        """
+        samples = self._training_samples(self._probe_ids[1])
+        every = path_nodes(self.measure, self.quadrature)
+        against = f"all {len(every)} nodes of the path"
+        if self.engine is self._exact and every == self.nodes:
+            return MeasuredError(0.0, 0.0, count(samples[0]), against)
+        exact = sum(node.weight * self._exact_gram(node, *samples) for node in self._progress(every))
+        found = self._gram(samples, None).cpu().numpy()
+        return MeasuredError.between(found, torch.as_tensor(exact).cpu().numpy(), against)
+
+    @property
+    def lock(self) -> Any:
+        """Held by one thread at a time."""
+        return self.trajectory.lock
+
+    @one_at_a_time
+    def __call__(
+        self, X: PyTree, Y: PyTree | None = None, *, store: str | os.PathLike[str] | None = None
+    ) -> np.ndarray:
+        """Kernel matrix.
+
+        Parameters
+        ----------
+        X, Y
+            n queries and m references; Y None stands for X.
+        store
+            A folder in which the matrix is kept while it grows: the same call goes on from there after an interruption,
+            and another question is refused, by what ``outputs`` does.
+
+        Returns
+        -------
+        numpy.ndarray
+            float64 (n, m), or (n, m, C, C) for ``outputs="full"``.
+        """
+        rows, columns = self._samples(X), None if Y is None or Y is X else self._samples(Y)
+        if not count(rows[0]) or (columns is not None and not count(columns[0])):
+            return np.zeros(self._shape(rows, columns))
+        return self._gram(rows, columns).cpu().numpy() if store is None else self._stored_gram(store, rows, columns)
+
+    def _gram(self, rows: Samples, columns: Samples | None) -> Tensor:
+        (x, context_x), (y, context_y) = rows, columns or (None, None)
+        total: Tensor | None = None
+        for node in self._progress(self.nodes):
+            tile = self._engine_at(node).gram(node.theta, x, y, context_x, context_y, node.diagonal)
+            tile.mul_(node.weight)
+            total = tile if total is None else total.add_(tile)
+        assert total is not None
+        return total
+
+    def _shape(self, rows: Samples, columns: Samples | None) -> tuple[int, ...]:
+        return (count(rows[0]), count((columns or rows)[0]), *(self._outputs, self._outputs) * self._is_full)
+
+    def _stored_gram(self, store: str | os.PathLike[str], rows: Samples, columns: Samples | None) -> np.ndarray:
+        from pathkernel.storage import (
+            resumable as computations,
+        )  # not before it is needed: what writes to disk takes a second to load
+
+        def term(i: slice, j: slice, s: int) -> Tensor:
+            node, one = self.nodes[s], take(rows, i)
+            x, context = one
+            y, context_y = (None, None) if columns is None and i == j else take(columns or rows, j)
+            tile = self._engine_at(node).gram(node.theta, x, y, context, context_y, node.diagonal)
+            return tile.mul_(node.weight).cpu()
+
+        def settle(sizes: Iterable[tuple[int, int | None]], settled: Mapping[str, str]) -> dict[str, str]:
+            engine, node = self._engine_at(self.nodes[0]), self.nodes[0]
+            return engine.settle(node.theta, *rows, sizes, settled) if isinstance(engine, AutomaticEngine) else {}
+
+        identity, shape = self._identity(rows, columns), self._shape(rows, columns)
+        return computations.resumable_gram(
+            store, identity, shape, columns is None, len(self.nodes), term, settle, self.progress
+        )
+
+    def _identity(self, rows: Samples, columns: Samples | None) -> dict[str, Any]:
+        """Everything that a matrix depends on; not the budget. How its nodes were chosen, they say themselves."""
+        ends, selection, function = (self.nodes[0], self.nodes[-1]), self.selection, self.engine.function
+        points = [(function.replaced(constants=node.buffers), node.theta) for node in ends]
+        points.append((points[1][0], question.nearby(self.trajectory)))
+        asked = question.behaviour(selection.function, points, *rows)
+        if not question.is_ours(self._given_engine):
+            first, context = take(rows, slice(0, 2))
+            entries = [
+                self._engine_at(node).gram(node.theta, first, None, context, None, node.diagonal) for node in ends
+            ]
+            asked["entries"] = question.numbers(entries, question.NETWORK_ROUNDING[self.function.dtype])
+        weights = torch.tensor([(node.time, node.weight) for node in self.nodes], dtype=torch.float64)
+        return question.identity_of(
+            self.trajectory,
+            outputs=f"{selection.combine}, {selection.scalar}, {question.described(self.probes, 'outputs')}",
+            measure=f"{self.measure.name}, {self.measure.preconditioner}",
+            engine=question.described(self._given_engine, "engine"),
+            dtype=self.function.dtype,
+            nodes=question.samples_identity(torch.tensor([(node.position, node.number) for node in self.nodes])),
+            weights=question.numbers(weights.T, question.NETWORK_ROUNDING[torch.float64]),
+            rows=question.samples_identity(rows),
+            columns=question.samples_identity(columns),
+            **asked,
+        )
+
+    @one_at_a_time
+    def diagonal(self, X: PyTree) -> np.ndarray:
+        """K(x, x) for every sample: (n,), or (n, C, C) for ``outputs="full"``."""
+        x, context = self._samples(X)
+        if not count(x):
+            return np.zeros((0, *(self._outputs, self._outputs) * self._is_full))
+        pieces = [
+            node.weight * self._engine_at(node).diagonal(node.theta, x, context, node.diagonal) for node in self.nodes
+        ]
+        return torch.stack(pieces).sum(dim=0).cpu().numpy()
+
+    def operator(self, X: PyTree, Y: PyTree | None = None) -> KernelOperator:
+        """K(X, Y) as a linear operator that is never formed, for `scipy.sparse.linalg`.
+
+        Parameters
+        ----------
+        X, Y
+            n and m samples; Y None stands for X.
+
+        Returns
+        -------
+        KernelOperator
+            float64 (n, m), or (n C, m C) for ``outputs="full"``; symmetric for Y None.
+        """
+        check(
+            not isinstance(self.engine, ProjectionEngine),
+            InputError,
+            "`operator` was asked of a kernel of sketched gradients",
+            "Products with K = φφᵀ need no more than φ",
+            "Write `phi = PathKernel(trajectory).features(X, dim)` and `phi @ (phi.T @ v)`",
+        )
+        same = Y is None or Y is X
+        rows, columns = copied_samples((self._some_samples(X), None if same else self._some_samples(Y)))
+        return KernelOperator(self.nodes, self._engine_at, rows, columns, lock=self.lock)
+
+    @one_at_a_time
+    def features(self, X: PyTree, dim: int = 1024, *, kind: str = "tensor", seed: int = 0) -> Features:
+        """Features φ with φφᵀ ≈ K, for N beyond what a Gram matrix holds.
+
+        The same sample has the same features in every call.
+
+        Parameters
+        ----------
+        X
+            n samples.
+        dim
+            Length of φ(x); the relative error falls like 1/√dim.
+        kind, seed
+            The random map, as of `pathkernel.tangent_kernel.engines.projection.Projection`.
+
+        Returns
+        -------
+        Features
+            float64 (n, dim), or (n, C, dim) for ``outputs="full"``: a numpy array whose ``error`` says how far φφᵀ is
+            from this kernel on up to 48 training samples.
+
+        Notes
+        -----
+        Time O(nodes · n · dim), memory O(n · dim).
+        """
+        samples = self._some_samples(X)
+        engine = ProjectionEngine(self.function, self.selection, self.memory, Projection(dim, kind, seed))
+
+        def of(samples: Samples) -> Tensor:
+            return features_of(((self._at(engine, node), node) for node in self._progress(self.nodes)), *samples)
+
+        probe = of(self._training_samples(self._probe_ids[1]))
+        found = products(probe, probe).cpu().numpy()
+        error = MeasuredError.between(found, self._probe_kernel.cpu().numpy(), "the kernel's own matrix")
+        return Features.of(of(samples).cpu().numpy(), error)
+
+    @one_at_a_time
+    def check(self, X: PyTree) -> float:
+        """How far the tangent kernels of some samples are from autograd's: the worst of first, middle and last node.
+
+        Parameters
+        ----------
+        X
+            n samples.
+
+        Returns
+        -------
+        float
+            As of `pathkernel.TangentKernel.check`.
+        """
+        samples, last = self._samples(X), len(self.nodes) - 1
+        nodes = [self.nodes[place] for place in sorted({0, last // 2, last})]
+        return max(error_of_engine(self._engine_at(n), n.theta, *samples, n.diagonal) for n in nodes)
+
+    # -- engines and samples ---------------------------------------------------------------------------------
+
+    def _engine_at(self, node: Any) -> Engine:
+        """The engine at a node: with its running statistics, random outputs and random map."""
+        return self._at(self.engine, node)
+
+    def _at(self, engine: E, node: PathNode) -> E:
+        # Half the number: consecutive nodes take consecutive rows of the Hadamard matrix.
+        selection = None if self.probes is None else self.probes.selection(node.number // 2, self._outputs)
+        return at_node(engine, node, selection)
+
+    def _exact_gram(self, node: PathNode, x: PyTree, context: PyTree) -> Tensor:
+        """The tangent kernel of all outputs at a node, symmetric."""
+        return at_node(self._exact, node).gram(node.theta, x, None, context, None, node.diagonal)
+
+    @cached_property
+    def _outputs(self) -> int:
+        """C."""
+        return self.function.outputs(self.trajectory.initial, self.trajectory.data.example[0]).shape[1]
+
+    @property
+    def _is_full(self) -> bool:
+        return self.selection.combine == "full"
+
+    @cached_property
+    def _probe_ids(self) -> tuple[Tensor, Tensor]:
+        """Training samples to choose nodes by, and to measure errors on."""
+        return probe_samples(len(self.trajectory.data), self._outputs if self._is_full else 1)
+
+    @cached_property
+    def _probe_kernel(self) -> Tensor:
+        """K of the samples that errors are measured on."""
+        return self._gram(self._training_samples(self._probe_ids[1]), None)
+
+    def _training_samples(self, ids: Tensor) -> Samples:
+        inputs, targets = self.trajectory.data[ids]
+        return self._samples((inputs, targets) if self.selection.with_targets else inputs)
+
+    def _samples(self, X: PyTree) -> Samples:
+        samples = samples_of_path(self.trajectory, X, self.selection, self.function.dtype, "PathKernel")
+        check_sample_wise(self.function, self.trajectory.initial, samples[0])
+        return samples
+
+    def _some_samples(self, X: PyTree) -> Samples:
+        samples = self._samples(X)
+        if not count(samples[0]):
+            raise no_samples("PathKernel")
+        return samples
+
+    def _progress(self, nodes: list[PathNode]) -> Iterable[PathNode]:
+        return tqdm(nodes, desc="path kernel", unit="node", disable=not self.progress)
+
+    def __repr__(self) -> str:
+        return (
+            f"PathKernel({self.trajectory!r}, outputs={self.selection.name!r}, measure={self.measure.name!r}, "
+            f"quadrature={self.quadrature!r}, preconditioner={self.measure.preconditioner!r}: {len(self.nodes)} nodes, "
+            f"total weight {self.total_weight:.4g}, engine {self.engine.name!r}"
+            f"{'' if self.tolerance is None else f', error {self.error}'})"
+        )
+
+    def __sklearn_clone__(self) -> PathKernel:
+        # A deep copy would copy the whole trajectory; the kernel is immutable.
+        return self

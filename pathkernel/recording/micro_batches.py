@@ -1,0 +1,328 @@
+"""Batches that were announced and whose gradients have not reached a step yet."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pathkernel.errors import InputError, SampleIdError
+from pathkernel.gradients.model_function import ForwardState
+from pathkernel.gradients.returned import Returns
+from pathkernel.recording.forward import ForwardPass, ForwardWatcher
+from pathkernel.recording.live import LiveParameters
+from pathkernel.recording.modules import WatchedModules
+from pathkernel.trajectory.step import MicroBatch
+
+
+def checked_ids(ids: Tensor, samples: int) -> Tensor:
+    """Sample ids, (B,) int64.
+
+    Raises
+    ------
+    SampleIdError
+        Unless they are a list of integers from 0 to ``samples`` − 1.
+    """
+    integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    low, high = ids.aminmax() if integral and ids.numel() else (0, 0)
+    if not integral or ids.dim() != 1 or len(ids) == 0 or int(low) < 0 or int(high) >= samples:
+        raise SampleIdError(
+            f"Sample ids {ids.tolist() if ids.numel() <= 8 else f'of shape {tuple(ids.shape)}'} "
+            f"({str(ids.dtype).removeprefix('torch.')}) were announced"
+            + (f", from {ids.min().item()} to {ids.max().item()}" if ids.numel() else ""),
+            f"Ids are a list of integers from 0 to {samples - 1}, the rows of `data`",
+            "Write `recorder.batch(ids)` with the positions of the batch's samples in `data`",
+        )
+    return ids.to(torch.int64).cpu().clone()
+
+
+class AnnouncedBatch:
+    """Samples that were announced, and the forward passes that were made of them.
+
+    Parameters
+    ----------
+    batch
+        As announced, with the modes of that moment.
+
+    Attributes
+    ----------
+    passes
+        Those whose gradients have arrived, in the order of the passes.
+    waiting
+        Those whose gradients may arrive yet; they live as long as their graphs.
+    arrived
+        Whether a gradient has arrived of a pass that was not seen.
+    ran
+        A copy of what is known of the last forward pass of it.
+    """
+
+    def __init__(self, batch: MicroBatch) -> None:
+        self.batch = batch
+        self.passes: list[ForwardPass] = []
+        self.waiting: list[weakref.ref[ForwardPass]] = []
+        self.arrived = False
+        self.ran: ForwardPass | None = None
+
+    def drop(self) -> None:
+        """Let go of what arrived."""
+        for one in self.passes:
+            one.forget()
+        self.passes, self.arrived = [], False
+
+    @property
+    def used(self) -> bool:
+        """Whether its gradient is, or may yet be, in that of the parameters."""
+        return bool(self.passes) or self.arrived or any(one() is not None for one in self.waiting)
+
+
+class PendingBatches:
+    """Keeps announced batches until a step takes them, with what the passes of the loop itself say of their gradients.
+
+    A forward pass belongs to the batch that was announced last before it, or, where that one has one already, to one
+    that was announced since, before the backward pass. It belongs to the step if its backward pass added to the
+    gradients of the parameters after these were cleared last; otherwise nobody takes it.
+
+    Parameters
+    ----------
+    model
+        The module that the loop calls.
+    live
+        The parameters in training.
+    stages
+        Gradients that a step takes of the same batch.
+    modules
+        The submodules of the model.
+    returns
+        What of the returned is the network's output.
+    keep
+        Decides what is kept of λ, (n, C): all of it or some, see `pathkernel.trajectory.cotangents.kept_cotangents`.
+    dropped
+        Called when batches are dropped whose gradients had arrived.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        live: LiveParameters,
+        stages: int,
+        modules: WatchedModules,
+        returns: Returns,
+        keep: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
+        dropped: Callable[[], None],
+    ) -> None:
+        self.live, self.stages, self.keep, self.dropped, self._modules = live, stages, keep, dropped, modules
+        self.watcher = ForwardWatcher(
+            model, modules, returns, self._ran, self._backward_begins, self._pass_arrived, self._unseen_arrived
+        )
+        self._announced: list[AnnouncedBatch] = []
+        self._owners: weakref.WeakKeyDictionary[ForwardPass, AnnouncedBatch] = weakref.WeakKeyDictionary()
+        self._strangers: list[ForwardPass] = []
+        self._taken: tuple[MicroBatch, ...] | None = None
+        self._unseen_gradients: dict[nn.Parameter, weakref.ref[Tensor]] = {}
+        self._scale = 1.0
+        self._unseen = ForwardState()  # of a batch of which no pass of the whole model is seen
+
+    def start(self) -> None:
+        """Begin to listen."""
+        self.watcher.start()
+        self.listen()
+
+    def stop(self) -> None:
+        """Take all hooks off and forget what was announced."""
+        self.watcher.stop()
+        self.forget()
+
+    def listen(self) -> None:
+        """Be told of gradients; parameters that are unfrozen or added on the way are met here."""
+        if self.watcher.started:
+            self.watcher.listen(list(self.live.named.values()))
+
+    def announce(self, batch: MicroBatch) -> None:
+        """Take note of the samples of the next backward pass."""
+        for one in self._announced:
+            one.ran = None  # which would keep it waiting for ever
+        self._announced = [one for one in self._announced if one.used]
+        modes = self._modules.modes()
+        if modes != self._unseen.modes:
+            self._unseen = ForwardState(modes)
+        self._announced.append(AnnouncedBatch(replace(batch, state=self._unseen)))
+        self._taken = None
+        self.listen()
+
+    @property
+    def batches(self) -> tuple[MicroBatch, ...]:
+        """Those whose gradients are in that of the parameters.
+
+        Raises
+        ------
+        SampleIdError
+            Where a pass was of another number of samples, or of samples that were not announced.
+        """
+        if self._taken is None:
+            if self._announced:
+                self._check_strangers()
+            found = [batch for one in self._announced for batch in self._micro_batches(one)]
+            if not found and self._announced:  # nothing was seen: perhaps the gradient was made in another way
+                last = self._announced[-1]
+                found = [one.batch for one in self._announced if one.arrived]
+                found = found or [self._round_outputs(last) or last.batch]
+            self._taken = tuple(found)
+        return self._taken
+
+    @property
+    def differentiated(self) -> frozenset[str]:
+        """Names under which a backward pass has added to the gradients."""
+        return frozenset(self.watcher.differentiated)
+
+    @property
+    def passes(self) -> list[ForwardPass]:
+        """The forward passes of which these are."""
+        return [one for announced in self._announced for one in announced.passes]
+
+    def scale_of_loss(self, scale: float) -> None:
+        """Divide by what the loss of the step at hand was multiplied with: its gradients have been divided by it."""
+        if scale != self._scale:
+            self._scale, self._taken = scale, None
+
+    def take(self) -> tuple[MicroBatch, ...]:
+        """The batches of a step; nothing is pending afterwards."""
+        taken = self.batches
+        self.forget()
+        return taken
+
+    def forget(self) -> None:
+        """Let go of what was announced."""
+        for stranger in self._strangers:
+            stranger.forget()
+        for one in self._announced:
+            one.drop()
+        self._announced, self._strangers, self._taken, self._unseen_gradients = [], [], None, {}
+        self.watcher.differentiated = set()
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    def _ran(self, one: ForwardPass) -> None:
+        if self._announced:
+            last = self._announced[-1]
+            last.waiting.append(weakref.ref(one))
+            last.ran = copy.copy(one)  # the pass itself lives as long as its graph
+            self._owners[one] = last
+
+    # -- backward -----------------------------------------------------------------------------------------------
+
+    def _backward_begins(self) -> None:
+        """Before a backward pass adds to gradients: those that were cleared since are nobody's any more."""
+        arrived = self._strangers or any(one.passes or one.arrived for one in self._announced)
+        if not arrived or not self._gradients_were_cleared():
+            return
+        # The further stages of a step clear the gradient of the stage before, which has been used.
+        kept = self._announced[-1] if self.stages > 1 and self._announced else None
+        for stranger in self._strangers:
+            stranger.forget()
+        for one in self._announced:
+            if one is not kept:
+                one.drop()
+        self._strangers, self._taken = [], None
+        self._announced = [one for one in self._announced if one.used or one is self._announced[-1]]
+        self.dropped()
+
+    def _pass_arrived(self, one: ForwardPass) -> None:
+        owner = self._owners.get(one)
+        if owner is None or (owner.passes and one not in owner.passes and self.stages == 1):
+            # It may be of a batch that was announced after the pass, and before its backward pass.
+            last = self._announced[-1] if self._announced else None
+            if last is not None and not last.used:
+                owner = self._owners[one] = last
+        self._taken = None
+        if owner is None or owner not in self._announced:
+            # What was named is booked under its name, whosesoever samples it is of.
+            if one not in self._strangers and self.watcher.channel is None:
+                self._strangers.append(one)
+        elif one not in owner.passes:
+            owner.passes.append(one)
+            order = {waiting(): place for place, waiting in enumerate(owner.waiting)}
+            owner.passes.sort(key=lambda each: order.get(each, len(order)))
+
+    def _unseen_arrived(self, parameter: nn.Parameter) -> None:
+        """A gradient arrived by a backward pass of which no forward pass was seen."""
+        gradient = parameter.grad
+        before = self._unseen_gradients.get(parameter)
+        if gradient is not None and (before is None or before() is not gradient):
+            self._unseen_gradients[parameter] = weakref.ref(gradient)
+            if before is not None and self._announced and not self._announced[-1].arrived:  # the one before was cleared
+                for one in self._announced:
+                    one.arrived = False
+        if self._announced and not self._announced[-1].used:
+            self._announced[-1].arrived, self._taken = True, None
+
+    def _gradients_were_cleared(self) -> bool:
+        gradients = list(self.live.gradients().values())
+        if not gradients:
+            return True
+        norms = torch.stack(torch._foreach_norm(gradients, float("inf")))
+        return bool((norms == 0).all() or not norms.isfinite().all())
+
+    # -- for the record -----------------------------------------------------------------------------------------
+
+    def _micro_batches(self, announced: AnnouncedBatch) -> list[MicroBatch]:
+        """What was announced, once for each pass, or with the passes of several stages."""
+        batch = announced.batch
+        if not announced.passes:
+            return [batch] if announced.arrived else []
+        if self.stages > 1:
+            first, *later = [self._seen(batch, one, one.channels[0]) for one in announced.passes[: self.stages]]
+            states, cotangents = tuple(one.state for one in later), tuple(one.cotangents for one in later)
+            return [replace(first, later=states, later_cotangents=cotangents)]
+        return [self._seen(batch, one, channel) for one in announced.passes for channel in one.channels]
+
+    def _round_outputs(self, announced: AnnouncedBatch) -> MicroBatch | None:
+        """A batch of whose outputs nothing came back: all that the backward passes brought has a name, as a penalty."""
+        one, batch = announced.ran, announced.batch
+        if one is None or not self.watcher.differentiated or self.stages > 1:
+            return None
+        nothing = one.nothing(len(batch.ids))
+        if nothing is None:
+            return None
+        cotangents, sampled = self.keep(nothing)
+        return replace(batch, state=one.state, cotangents=cotangents, sampled_cotangents=sampled)
+
+    def _seen(self, batch: MicroBatch, one: ForwardPass, channel: str | None) -> MicroBatch:
+        """A batch as a pass ran, with what is kept of the cotangents that came under a name."""
+        n = len(batch.ids)
+        try:
+            cotangents = one.cotangents(channel, n)
+        except InputError as error:
+            raise SampleIdError(
+                f"{n} samples were announced, and the forward pass after it was of others ({error.found})",
+                "Every forward pass is of the samples that were announced last before it, with one row of outputs each",
+                "Call `recorder.batch(ids)` right before the forward pass of these samples; where the network returns "
+                "more than its outputs, say which they are with `KernelRecorder(..., returns=...)`",
+            ) from None
+        slope = one.loss_slope(channel)
+        if self._scale != 1.0:
+            cotangents = None if cotangents is None else cotangents / self._scale
+            slope = None if slope is None else slope / self._scale
+        whole, some = (None, None) if cotangents is None else self.keep(cotangents)
+        return replace(
+            batch,
+            state=one.state,
+            cotangents=whole,
+            sampled_cotangents=some,
+            loss_slope=slope,
+            channel=channel,
+        )
+
+    def _check_strangers(self) -> None:
+        if self._strangers:
+            shapes = ", ".join(str(tuple(shape)) for shape, _, _ in self._strangers[0].shapes)
+            raise SampleIdError(
+                f"The gradient holds {len(self._strangers)} backward passes of samples that were not announced "
+                f"(outputs of shape {shapes})",
+                "Every pass whose gradient a step uses is of samples that were announced before it",
+                "Call `recorder.batch(ids)` before each forward pass, or clear the gradients of other passes "
+                "(`optimizer.zero_grad()`) before the backward pass of this step",
+            )

@@ -1,0 +1,154 @@
+r"""Memory that a computation over n samples takes, from its allocations with few samples.
+
+Every allocation is taken to be affine in n. Then so is what is held after each of them, and the peak is the largest of
+as many lines,
+
+.. math:: \mathrm{peak}(n) = \max_j (A_j + B_j n) ,
+
+whichever of them is the highest with few samples.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pathkernel.runtime.workspace import MEASURED
+
+FEW = (2, 3)
+"""Samples with which a computation is tried out."""
+
+
+class Allocations(TorchDispatchMode):
+    """Tensors allocated and freed inside, in bytes; what operations need beside their results is not seen.
+
+    Attributes
+    ----------
+    changes
+        Bytes of each allocation, and minus the bytes of each that was freed, in their order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changes: list[int] = []
+        self._held: dict[int, int] = {}
+
+    def __enter__(self) -> Allocations:
+        self._token = MEASURED.set(True)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        MEASURED.reset(self._token)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing here is compiled, and what torch would do about it is import its compiler: more than a second.
+        return False
+
+    @property
+    def held(self) -> int:
+        """Bytes that are still there."""
+        return sum(self.changes)
+
+    @property
+    def peak(self) -> int:
+        """The most that was there at once."""
+        return int(np.cumsum([0, *self.changes]).max())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not (func.is_view or func._schema.is_mutable):
+            given = {_address(a) for a in args if isinstance(a, Tensor)}
+            for leaf in pytree.tree_leaves(result):
+                if isinstance(leaf, Tensor) and _address(leaf) not in given and _address(leaf) not in self._held:
+                    self._note(leaf)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        self._held[address] = size
+        self.changes.append(size)
+        weakref.finalize(storage, self._freed, address).atexit = False
+
+    def _freed(self, address: int) -> None:
+        self.changes.append(-self._held.pop(address))
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a computation over n samples takes, as lines in n.
+
+    Attributes
+    ----------
+    constant, slope
+        A and B of what is there after each allocation; those of what is still there at the end come last.
+    """
+
+    constant: np.ndarray
+    slope: np.ndarray
+
+    def peak(self, n: float) -> float:
+        """The most that n samples take at once."""
+        return float((self.constant + self.slope * n).max())
+
+    def held(self, n: float) -> float:
+        """What is still there while the result is."""
+        return float(self.constant[-1] + self.slope[-1] * n)
+
+    @property
+    def at_the_end(self) -> Footprint:
+        """What is still there while the result is."""
+        return Footprint(self.constant[-1:], self.slope[-1:])
+
+    def plus(self, constant: float, slope: float = 0.0) -> Footprint:
+        """The same with so many bytes more, and so many more for each sample."""
+        return Footprint(self.constant + constant, self.slope + slope)
+
+    def times(self, factor: float) -> Footprint:
+        """So many times as much."""
+        return Footprint(factor * self.constant, factor * self.slope)
+
+    def most(self, memory: float, limit: int) -> int:
+        """Samples, up to a limit, whose peak fits into so many bytes; 0 where none does."""
+        if (self.constant + self.slope * limit <= memory).all():
+            return limit
+        rising = self.slope > 0
+        if not rising.any() or self.constant[~rising].max(initial=0.0) > memory:
+            return 0
+        return int(min(limit, max(0.0, ((memory - self.constant[rising]) / self.slope[rising]).min())))
+
+
+def footprint(computation: Callable[[int], Any], few: tuple[int, int] = FEW) -> Footprint:
+    """The footprint of ``computation(n)``, which is run with few samples and with a few more."""
+    changes = []
+    for n in few:
+        with Allocations() as allocations:
+            result = computation(n)
+            changes.append(np.array([0, *allocations.changes], dtype=float))
+            del result
+    one, two = changes
+    if len(one) == len(two) and (np.sign(one) == np.sign(two)).all():
+        slopes = (two - one) / (few[1] - few[0])
+        slope, constant = slopes.cumsum(), (one - few[0] * slopes).cumsum()
+    else:  # another course of things with more samples: two points of one line, and what samples held
+        peaks, held = (np.array([f(c.cumsum()) for c in changes]) for f in (np.max, lambda sums: sums[-1]))
+        slope = np.array([max(0.0, (pair[1] - pair[0]) / (few[1] - few[0])) for pair in (peaks, held)])
+        slope[0] = max(slope)
+        constant = np.maximum(0.0, np.array([peaks[1], held[1]]) - few[1] * slope)
+    return Footprint(constant, slope)

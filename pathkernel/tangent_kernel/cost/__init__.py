@@ -1,0 +1,1 @@
+"""Cost of a kernel matrix on each engine, before it is computed."""

@@ -1,0 +1,150 @@
+"""Engines by name, and the one that chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from pathkernel._typing import PyTree
+from pathkernel.errors import InputError, check
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.pytrees import count, memory_bytes, spread, take
+from pathkernel.tangent_kernel.cost.model import CostModel, choose
+from pathkernel.tangent_kernel.engines.engine import Engine
+from pathkernel.tangent_kernel.engines.jacobian import AutogradEngine, JacobianEngine
+from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
+from pathkernel.tangent_kernel.engines.products import ProductsEngine
+from pathkernel.tangent_kernel.outputs import OutputSelection
+
+WORTH_CHOOSING = 10_000_000
+"""Numbers in the plain rows of a matrix below which its cost is not modelled: layer by layer takes milliseconds."""
+
+
+PROBED = 8
+"""Samples that are passed through the network to see what a tape covers."""
+
+
+class AutomaticEngine(LayerwiseEngine):
+    """Layer by layer, as nearly always; a matrix that plain rows are predicted to be much faster for goes to them.
+
+    As the layer-wise engine hands single parameters to the plain one, so does this one whole matrices.
+    """
+
+    name = "auto"
+
+    def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
+        super().__init__(function, selection, memory)
+        self._chosen: dict[tuple[int, int | None], str] = {}
+
+    def chosen(self, theta: Tensor, X: PyTree, context: PyTree, n: int, m: int | None) -> str:
+        """The engine for an (n, m) matrix of such samples, m None for the symmetric one."""
+        if (n, m) not in self._chosen:
+            self._chosen[n, m] = self._choose(theta, X, context, n, m)
+        return self._chosen[n, m]
+
+    def settle(
+        self,
+        theta: Tensor,
+        X: PyTree,
+        context: PyTree,
+        sizes: Iterable[tuple[int, int | None]],
+        settled: Mapping[str, str],
+    ) -> dict[str, str]:
+        """The engines for matrices of some sizes, once and for all, by names that a file can hold.
+
+        Choices follow the measured speed of the machine, and engines differ by rounding: who is to get the same bits
+        another time has to keep to them.
+
+        Parameters
+        ----------
+        theta, X, context
+            As for `chosen`.
+        sizes
+            (n, m).
+        settled
+            What was settled another time.
+        """
+        for n, m in sizes:
+            known = settled.get(_size(n, m))
+            if known in ENGINES:
+                self._chosen[n, m] = known
+        return {_size(n, m): self.chosen(theta, X, context, n, m) for n, m in sizes}
+
+    def _uncovered(self, theta: Tensor, X: PyTree) -> bool:
+        """Whether no parameter is accounted for by a layer."""
+        if count(X):
+            self.tapes.record(theta, take(X, spread(count(X), PROBED)), self.function)
+        coverage = self.tapes.coverage
+        return coverage is not None and coverage.plain.keys() >= set(self.function.layout.names)
+
+    def _choose(self, theta: Tensor, X: PyTree, context: PyTree, n: int, m: int | None) -> str:
+        if self._uncovered(theta, X):
+            return "jacobian"
+        if (n + (m or 0)) * self.function.layout.size < WORTH_CHOOSING:
+            return "layerwise"
+        return choose(CostModel(self, theta, X, context), n, m)[0]
+
+    def gram(
+        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, diagonal: Tensor | None
+    ) -> Tensor:
+        """K(X, Y) by the engine chosen for its size."""
+        if self.chosen(theta, X, context_X, count(X), None if Y is None else count(Y)) == "jacobian":
+            plain = JacobianEngine(self.function, self.selection, self.memory)
+            return plain.gram(theta, X, Y, context_X, context_Y, diagonal)
+        return super().gram(theta, X, Y, context_X, context_Y, diagonal)
+
+    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> Tensor:
+        """K(x, x), layer by layer if there is any."""
+        if self._uncovered(theta, X):
+            return JacobianEngine(self.function, self.selection, self.memory).diagonal(theta, X, context, diagonal)
+        return super().diagonal(theta, X, context, diagonal)
+
+
+def choices_of(engine: Engine) -> dict[tuple[int, int | None], str]:
+    """What an engine has chosen so far, by size: engines differ by rounding, and a saved kernel keeps its own."""
+    return dict(engine._chosen) if isinstance(engine, AutomaticEngine) else {}
+
+
+def keep_choices(engine: Engine, chosen: Mapping[tuple[int, int | None], str]) -> None:
+    """Choose for these sizes as another time."""
+    if isinstance(engine, AutomaticEngine):
+        engine._chosen.update(chosen)
+
+
+def _size(n: int, m: int | None) -> str:
+    return f"{n} symmetric" if m is None else f"{n} x {m}"
+
+
+ENGINES: dict[str, type[Engine]] = {
+    "auto": AutomaticEngine,
+    "layerwise": LayerwiseEngine,
+    "jacobian": JacobianEngine,
+    "products": ProductsEngine,
+    "autograd": AutogradEngine,
+}
+
+
+@runtime_checkable
+class EngineValue(Protocol):
+    """What can be given as ``engine=`` beside a name: a value that makes an engine."""
+
+    def engine(self, function: ModelFunction, selection: OutputSelection, memory: int) -> Engine:
+        """The engine for a network and a function of its outputs."""
+
+
+def make_engine(
+    engine: str | EngineValue, function: ModelFunction, selection: OutputSelection, memory: int | str
+) -> Engine:
+    """The engine of that name, or the one that a value makes."""
+    if not isinstance(engine, str) and isinstance(engine, EngineValue):
+        return engine.engine(function, selection, memory_bytes(memory))
+    check(
+        isinstance(engine, str) and engine in ENGINES,
+        InputError,
+        f"`engine={engine!r}` was given",
+        f"Engines are {', '.join(map(repr, ENGINES))}, or a value with a method `engine`",
+        'Write `engine="auto"`',
+    )
+    return ENGINES[str(engine)](function, selection, memory_bytes(memory))

@@ -1,0 +1,91 @@
+"""How a kernel matrix is cut up so that everything in hand fits into a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isqrt
+
+from pathkernel.gradients.pytrees import blocks
+
+PASS = 256 << 20
+"""Bytes of one pass through the network: what it leaves behind should still be near when it is used."""
+
+ALLOCATOR = 14 << 20
+"""Bytes that are not given back between passes, measured on three networks."""
+
+BLOCKS = 256
+"""Samples on each side of a tile of blocks of all pairs of components."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that a sample takes, as a number and so much more for each component.
+
+    Attributes
+    ----------
+    components
+        K.
+    passing
+        While it passes through the network.
+    held
+        From then until it is contracted.
+    """
+
+    components: int
+    passing: tuple[float, float]
+    held: tuple[float, float]
+
+    def least(self, full: bool) -> float:
+        """Bytes that one sample takes with the fewest components at once: one for a trace, all for full blocks."""
+        components = self.components if full else 1
+        return self.passing[0] + self.held[0] + components * (self.passing[1] + self.held[1])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel matrix is cut up so that it fits into a budget.
+
+    Attributes
+    ----------
+    components
+        Components in hand at once.
+    passing
+        Samples in one pass through the network.
+    left, right
+        Samples held on each side.
+    tile
+        Samples that are contracted together.
+    scratch
+        Bytes for tiles.
+    """
+
+    components: int
+    passing: int
+    left: int
+    right: int
+    tile: int
+    scratch: int
+
+    @classmethod
+    def of(cls, sizes: Sizes, memory: int, n: int, m: int | None, full: bool) -> Plan:
+        """For n × m samples, m None for a symmetric matrix: half of the budget is held, the rest is in motion."""
+        memory -= min(memory // 4, ALLOCATOR)
+        held, passing, scratch = memory // 2, memory // 4, memory // 8
+        samples, chosen = n + (m or 0), sizes.components
+        if not full:  # the trace is a sum over components, a few at a time
+            spare = held / samples - sizes.held[0]
+            chosen = max(1, min(chosen, int(spare // max(1.0, sizes.held[1]))))
+        each = max(1.0, sizes.held[0] + chosen * sizes.held[1])
+        left, right = n, n if m is None else m
+        if each * samples > held:
+            left, right = (max(1, int(part * held / each)) for part in (0.75, 0.25))
+        pass_size = max(1, int(min(passing, PASS) / max(1.0, sizes.passing[0] + chosen * sizes.passing[1])))
+        tile = min(BLOCKS, max(1, isqrt(scratch // (24 * chosen)))) if full else max(n, m or 0)
+        return cls(chosen, pass_size, min(left, n), right, tile, scratch)
+
+
+def cuts(block: slice, size: int) -> Iterator[slice]:
+    """Consecutive parts of a block."""
+    for part in blocks(block.stop - block.start, size):
+        yield slice(block.start + part.start, block.start + part.stop)

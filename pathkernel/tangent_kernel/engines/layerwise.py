@@ -1,0 +1,255 @@
+"""The layer-wise engine: activations × back-propagated signals, contracted without forming a Jacobian."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pathkernel._typing import Float, PyTree
+from pathkernel.gradients.layers.coverage import ProvedTapes
+from pathkernel.gradients.layers.factors import Piece
+from pathkernel.gradients.layers.tape import Tape
+from pathkernel.gradients.model_function import REFUSALS, ModelFunction, values_of
+from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.gradients.pytrees import blocks, count, spread, take
+from pathkernel.runtime.interrupts import attempt
+from pathkernel.runtime.workspace import Workspace, keep_freed_memory
+from pathkernel.tangent_kernel.engines.blocking import BLOCKS, Plan, Sizes, cuts
+from pathkernel.tangent_kernel.engines.engine import Engine, check_budget
+from pathkernel.tangent_kernel.engines.jacobian import JacobianEngine
+from pathkernel.tangent_kernel.engines.tiles import (
+    Form,
+    Group,
+    Metric,
+    contract,
+    mirror,
+    numbers,
+    own_products,
+    row_numbers,
+)
+from pathkernel.tangent_kernel.outputs import OutputSelection
+
+__all__ = ["BLOCKS", "LayerwiseEngine", "Plan", "Sizes"]
+
+
+FEW = 4
+"""Samples of the passes in which is measured what one takes."""
+
+KEPT = 0.75
+"""Part of the budget up to which memory is kept from one matrix to the next."""
+
+
+class LayerwiseEngine(Engine):
+    r"""Layer by layer, :math:`(A A^\top) \odot (\Delta \Delta^\top)` or rows of one layer at a time, as is cheaper.
+
+    Time O(n K · backward + Σ_layers n² (q + K p)) in place of n² K P; memory: activations and signals of the samples
+    in hand, within the budget, never n × P. Parameters that the layers do not account for (`coverage`) go to the plain
+    engine, parameter by parameter.
+    """
+
+    name = "layerwise"
+
+    def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
+        super().__init__(function, selection, memory)
+        keep_freed_memory()
+        self.workspace = Workspace(int(KEPT * memory))
+        self.tapes = ProvedTapes(self.function, self.workspace)
+        self._sizes: dict[Any, Sizes] = {}
+        self._plain_components: dict[Any, int] = {}
+
+    @property
+    def full(self) -> bool:
+        """Whether blocks of all pairs of components are asked for."""
+        return self.selection.combine == "full"
+
+    # -- gradients of some samples ---------------------------------------------------------------------------
+
+    def pieces(
+        self, theta: Tensor, X: PyTree, context: PyTree, components: slice = slice(None)
+    ) -> tuple[list[Piece], Tape]:
+        """Gradients of h, or of some of its components, in factored form, and the tape they come from."""
+        tape = self.tapes.record(theta, X, self.function)
+        with torch.enable_grad():
+            if self.selection.identity:
+                chosen = slice(*components.indices(tape.outputs.shape[1]))
+                return tape.pieces(tape.outputs[:, chosen], chosen), tape
+            return tape.pieces(self._values(tape, context)[:, components]), tape
+
+    def _values(self, tape: Tape, context: PyTree) -> Float[Tensor, "n K"]:
+        """h."""
+        if self.selection.identity:
+            return tape.outputs
+        return values_of(self.selection.function, tape.outputs, context)
+
+    def sizes(self, theta: Tensor, X: PyTree, context: PyTree, form: Form) -> Sizes:
+        """What a sample takes, from passes of a few; once for each shape of samples."""
+        leaves = [leaf for leaf in pytree.tree_leaves((X, context)) if isinstance(leaf, Tensor)]
+        key = (*((leaf.shape[1:], leaf.dtype) for leaf in leaves), form.metric.diagonal is None)
+        if key not in self._sizes:
+            few = spread(count(X), FEW)
+            self._sizes[key] = self._measured(theta, take(X, few), take(context, few), form)
+        return self._sizes[key]
+
+    def _measured(self, theta: Tensor, X: PyTree, context: PyTree, form: Form) -> Sizes:
+        pieces, tape = self.pieces(theta, X, context)
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        def watched() -> None:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                self.tapes.record(theta, X, self.function)
+
+        attempt(watched, REFUSALS)  # transformations inside the network refuse hooks: its results are counted alone
+        item, n = self.function.dtype.itemsize, count(X)
+        graph = max(0, sum(saved.values()) - self.function.layout.size * item)
+        graph += 2 * item * sum(shape.numel() for shape in tape.shapes)
+        signals, others, kept_signals, kept_others, rows = 0, 0, 0, 0, 0
+        for piece in pieces:
+            of_components, alike = numbers(piece.factor)
+            signals, others = signals + of_components, others + alike
+            if not form.by_pairs(piece) and form.by_kept_rows(piece):
+                rows += row_numbers(piece.factor)
+            else:
+                kept_signals, kept_others = kept_signals + of_components, kept_others + alike
+        k = self._values(tape, context).shape[1]
+        each = item / n
+        return Sizes(
+            components=k,
+            passing=(graph / n + others * each, (2 * signals + rows) * each / k),
+            held=(kept_others * each, (kept_signals + rows) * each / k),
+        )
+
+    def _form(self, diagonal: Tensor | None, n: int, m: int) -> Form:
+        return Form((n, m), self.full, Metric(diagonal), self.products, self.workspace)
+
+    # -- the contract ----------------------------------------------------------------------------------------
+
+    def gram(
+        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, diagonal: Tensor | None
+    ) -> Tensor:
+        """K(X, Y); with Y None only entries on and above the diagonal are computed."""
+        n, m = count(X), count(X if Y is None else Y)
+        form = self._form(diagonal, n, m)
+        sizes = self.sizes(theta, X, context_X, form)
+        check_budget(sizes.least(self.full), self.memory, "activations and signals")
+        plan = Plan.of(sizes, self.memory, n, None if Y is None else m, self.full)
+        left = Side(self, theta, X, context_X, form, plan)
+        right = left if Y is None else Side(self, theta, Y, context_Y, form, plan)
+        k = sizes.components if self.full else 1
+        result = self.workspace.empty((k, n, k, m), torch.float64, self.function.device)
+        for components in blocks(sizes.components, plan.components):
+            for block in blocks(n, plan.left):
+                _contract_block(left, None if Y is None else right, block, components, result)
+        if Y is None:
+            mirror(result, [tile for block in blocks(n, plan.left) for tile in cuts(block, plan.tile)])
+        if self.selection.combine == "mean":
+            result /= sizes.components
+        found = result.permute(1, 3, 0, 2) if self.full else result[0, :, 0]
+        plain = self._plain_engine(theta)
+        if plain is not None:
+            engine, own, where = plain
+            found += engine.gram(own, X, Y, context_X, context_Y, None if diagonal is None else diagonal[where])
+        return found
+
+    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> Tensor:
+        """K(x, x), sample by sample."""
+        form = self._form(diagonal, 1, 1)
+        sizes = self.sizes(theta, X, context, form)
+        check_budget(sizes.least(True), self.memory, "activations and signals")
+        k, passing = sizes.components, Plan.of(sizes, self.memory, count(X), None, True).passing
+        found = []
+        for block in blocks(count(X), passing):
+            n, pieces = block.stop - block.start, self.pieces(theta, take(X, block), take(context, block))[0]
+            total = torch.zeros((n, *(k,) * 2 * self.full), dtype=torch.float64, device=self.function.device)
+            for piece in pieces:
+                total += own_products(piece, form, self.memory // (16 * n))
+            found.append(total / k if self.selection.combine == "mean" else total)
+        result = torch.cat(found)
+        plain = self._plain_engine(theta)
+        if plain is not None:
+            engine, own, where = plain
+            result += engine.diagonal(own, X, context, None if diagonal is None else diagonal[where])
+        return result
+
+    def _plain_engine(self, theta: Tensor) -> tuple[JacobianEngine, Tensor, Tensor] | None:
+        """The plain engine for the parameters that the tape does not cover, their values, and where they are."""
+        coverage, layout = self.tapes.coverage, self.function.layout
+        names = [name for name in layout.names if coverage is not None and name in coverage.plain]
+        if not names:
+            return None
+        values = layout.unflatten(theta)
+        own = ParameterLayout.of({name: values[name] for name in names})
+        function = self.function.restricted(own, values)
+        where = torch.cat([torch.arange(layout.slices[name].start, layout.slices[name].stop) for name in names])
+        engine = JacobianEngine(function, self.selection, self.memory)
+        engine.products, engine.known = self.products, self._plain_components
+        return engine, theta[where], where
+
+
+def _contract_block(left: Side, right: Side | None, block: slice, components: slice, result: Tensor) -> None:
+    """Some rows of a kernel matrix; from the diagonal on where there is no other side."""
+    held = left.groups(block, components)
+    if right is None:
+        for place, (i, one) in enumerate(held):
+            for j, two in held[place:]:
+                left.contract(one, two, result[:, i, :, j], components, same=i == j)
+    for other in cuts(slice(block.stop if right is None else 0, result.shape[3]), left.plan.right):
+        _contract_columns(left, held, right or left, other, components, result)
+
+
+def _contract_columns(
+    left: Side, held: list[tuple[slice, Group]], right: Side, other: slice, components: slice, result: Tensor
+) -> None:
+    for j, two in right.groups(other, components):
+        for i, one in held:
+            left.contract(one, two, result[:, i, :, j], components, same=False)
+
+
+@dataclass(frozen=True)
+class Side:
+    """Rows or columns of a kernel matrix.
+
+    Attributes
+    ----------
+    engine, theta
+        Engine and θ.
+    X, context
+        Samples, and what h needs of each.
+    form, plan
+        How gradients are contracted, and how many at once.
+    """
+
+    engine: LayerwiseEngine
+    theta: Tensor
+    X: PyTree
+    context: PyTree
+    form: Form
+    plan: Plan
+
+    def groups(self, block: slice, components: slice) -> list[tuple[slice, Group]]:
+        """Gradients of some samples, tile by tile, and where they are."""
+        every = slice(None) if self.form.full else components
+        return [
+            (tile, Group.joined(tile.stop - tile.start, self._passes(tile, every), self.form))
+            for tile in cuts(block, self.plan.tile)
+        ]
+
+    def _passes(self, tile: slice, components: slice) -> Iterator[tuple[slice, list[Piece]]]:
+        for own in cuts(tile, self.plan.passing):
+            inputs, context = take(self.X, own), take(self.context, own)
+            place = slice(own.start - tile.start, own.stop - tile.start)
+            yield place, self.engine.pieces(self.theta, inputs, context, components)[0]
+
+    def contract(self, one: Group, two: Group, result: Tensor, components: slice, *, same: bool) -> None:
+        """Inner products of a group of this side with one of the other."""
+        first = components.start == 0
+        contract(one, two, result, self.form, same=same, first=first, scratch=self.plan.scratch)

@@ -1,0 +1,288 @@
+r"""The projection engine: per-sample gradients sketched to a fixed number of dimensions, layer by layer.
+
+.. math:: \varphi(x) = \sum_{\text{layers } l} S_l\, g_l(x), \qquad E[\varphi(x) \cdot \varphi(x')] = K(x, x')
+
+for independent random maps S_l. One seed fixes them all: one kernel object is one function, symmetric and positive
+semi-definite. The relative error falls like :math:`1 / \sqrt{\mathrm{dim}}`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor
+
+from pathkernel._typing import Float, PyTree
+from pathkernel.errors import InputError, check
+from pathkernel.gradients.layers.factors import Dense, Factor, Lookup, Outer, Piece, device_of_factor
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.pytrees import blocks, count, take
+from pathkernel.tangent_kernel.engines.engine import Engine
+from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
+from pathkernel.tangent_kernel.outputs import OutputSelection
+
+KINDS = ("tensor", "sparse", "rademacher", "gaussian")
+NONZEROS = 4
+"""Nonzeros in each column of a sparse map."""
+COLUMNS = 8192
+"""Entries of a parameter that are drawn for at once; fixed, so that draws do not depend on the memory budget."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    r"""A random map of gradients to fewer dimensions, for ``engine=`` and `pathkernel.PathKernel.features`.
+
+    Parameters
+    ----------
+    dim
+        Dimensions of φ.
+    kind
+        ``"tensor"`` (default): gradients that are outer products δ aᵀ are never formed, sparse maps of δ and of a are
+        convolved (TensorSketch), and whatever is formed anyway goes through ``"sparse"``. ``"sparse"``: 4 entries ±½
+        in each column (SJLT). ``"rademacher"`` and ``"gaussian"``: dense, to compare with; time dim · K · P a sample.
+    seed
+        Fixes the map.
+
+    References
+    ----------
+    Pham & Pagh 2013 (TensorSketch); Kane & Nelson 2014 (sparse Johnson–Lindenstrauss transforms); Achlioptas 2003.
+    """
+
+    dim: int = 1024
+    kind: str = "tensor"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(
+            isinstance(self.dim, int) and self.dim >= 1 and isinstance(self.seed, int) and self.seed >= 0,
+            InputError,
+            f"`{self!r}` was given",
+            "`dim` is an integer from 1 upwards, `seed` one from 0 upwards",
+            "Write for example `Projection(dim=1024)`",
+        )
+        check(
+            self.kind in KINDS,
+            InputError,
+            f"`Projection(kind={self.kind!r})` was given",
+            f"Kinds are {', '.join(map(repr, KINDS))}",
+            'Write `Projection(dim=1024, kind="tensor")`',
+        )
+
+    def engine(self, function: ModelFunction, selection: OutputSelection, memory: int) -> ProjectionEngine:
+        """The engine of kernels under this map."""
+        return ProjectionEngine(function, selection, memory, self)
+
+    def apply(self, factor: Factor, key: tuple[int, ...]) -> Float[Tensor, "n K dim"]:
+        """S g of each gradient, float64; ``key`` says which S."""
+        if isinstance(factor, (Outer, Lookup)) and self.convolves(factor):
+            return self._convolved(factor, key)
+        draw = self._sparse if self.kind in ("tensor", "sparse") else self._dense
+        total = torch.zeros(
+            factor.samples, factor.components, self.dim, dtype=torch.float64, device=device_of_factor(factor)
+        )
+        for number, part in enumerate(_parts(factor)):
+            generator = np.random.default_rng([self.seed, *key, number])
+            rows = part.rows()
+            total += draw(rows.reshape(-1, rows.shape[2]), generator).reshape(total.shape)
+        return total
+
+    def convolves(self, factor: Outer | Lookup) -> bool:
+        """Whether sketches of δ and a are convolved: where that costs less than forming the gradients."""
+        if self.kind != "tensor":
+            return False
+        p, t = factor.signal.shape[3], factor.signal.shape[2]
+        if isinstance(factor, Lookup) or t == 1:
+            return True
+        q = factor.activation.shape[2]
+        transforms = 3 * self.dim * max(1, (self.dim - 1).bit_length())
+        return t * (NONZEROS * (p + q) + transforms) <= NONZEROS * p * q
+
+    def _convolved(self, factor: Outer | Lookup, key: tuple[int, ...]) -> Tensor:
+        """Σ_t (S₁ δ_t) ∗ (S₂ a_t): circular convolution, a product in the frequencies."""
+        generator = np.random.default_rng([self.seed, *key])
+        n, k, t, p = factor.signal.shape
+        signal = self._sparse(factor.signal.reshape(-1, p), generator)
+        if isinstance(factor, Lookup):
+            table = self._sparse_map(factor.vocabulary, generator).tocsc()
+            read = table[:, factor.indices.reshape(-1).cpu().numpy()].toarray().T.copy()
+            activation = torch.from_numpy(read).to(signal.device)
+        else:
+            activation = self._sparse(factor.activation.reshape(n * t, -1), generator)
+        frequencies = torch.fft.rfft(signal).reshape(n, k, t, -1) * torch.fft.rfft(activation).reshape(n, 1, t, -1)
+        return torch.fft.irfft(frequencies.sum(dim=2), n=self.dim).double()
+
+    def _sparse(self, rows: Float[Tensor, "n size"], generator: np.random.Generator) -> Float[Tensor, "n dim"]:
+        matrix = self._sparse_map(rows.shape[1], generator)
+        columns = rows.to(torch.promote_types(rows.dtype, torch.float32)).T.contiguous().cpu().numpy()
+        return torch.from_numpy((matrix.astype(columns.dtype) @ columns).T).to(rows.device)
+
+    def _sparse_map(self, size: int, generator: np.random.Generator) -> csr_matrix:
+        """(dim, size), in each column one entry ±1/√nonzeros in each of a few equal ranges of rows."""
+        nonzeros = min(NONZEROS, self.dim)
+        edges = np.linspace(0, self.dim, nonzeros + 1).astype(int)
+        rows = generator.integers(edges[:-1], edges[1:], (size, nonzeros))
+        signs = generator.choice([-1.0, 1.0], (size, nonzeros)) / nonzeros**0.5
+        columns = np.repeat(np.arange(size), nonzeros)
+        return csr_matrix((signs.reshape(-1).astype(np.float32), (rows.reshape(-1), columns)), (self.dim, size))
+
+    def _dense(self, rows: Float[Tensor, "n size"], generator: np.random.Generator) -> Float[Tensor, "n dim"]:
+        shape = rows.shape[1], self.dim
+        if self.kind == "gaussian":
+            drawn = generator.standard_normal(shape, dtype=np.float32)
+        else:
+            drawn = 2 * generator.integers(0, 2, shape, dtype=np.int8).astype(np.float32) - 1
+        return rows @ torch.from_numpy(drawn).to(rows) / self.dim**0.5
+
+
+class ProjectionEngine(Engine):
+    """Kernels of sketched gradients.
+
+    Parameters
+    ----------
+    function, selection, memory
+        As of every engine.
+    projection
+        The map.
+    number
+        Which of the maps that the seed fixes: nodes of a path have one each.
+
+    Notes
+    -----
+    Time O(n K · backward + n Σ_layers (K p + q + dim log dim)) where gradients are outer products, O(n K P) otherwise,
+    and O(n m dim) for a matrix; memory O(n · dim) beside a block of samples within the budget.
+    """
+
+    name = "projection"
+
+    def __init__(
+        self,
+        function: ModelFunction,
+        selection: OutputSelection,
+        memory: int,
+        projection: Projection,
+        number: int = 0,
+    ) -> None:
+        super().__init__(function, selection, memory)
+        self.projection, self.number = projection, number
+        self.layers = LayerwiseEngine(function, selection, memory)
+
+    def features(
+        self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None
+    ) -> Float[Tensor, "n ... dim"]:
+        """φ(x), float64 (n, dim); (n, K, dim) for full blocks."""
+        layers = copy.copy(self.layers)
+        layers.function, layers.selection = self.function, self.selection
+        first = slice(0, min(2, count(X)))
+        pieces, tape = layers.pieces(theta, take(X, first), take(context, first))
+        activations = sum(shape.numel() for shape in tape.shapes) * 4
+        held = sum(self._numbers(piece.factor) for piece in pieces) + activations + self.projection.dim
+        size = max(1, self.memory * (first.stop or 1) // (8 * held))
+        found = [self._block(layers, theta, take(X, b), take(context, b), diagonal) for b in blocks(count(X), size)]
+        features = torch.cat(found)
+        return features if self.selection.combine == "full" else features.squeeze(1)
+
+    def _numbers(self, factor: Factor) -> int:
+        """Numbers that a factor and its sketch take."""
+        if isinstance(factor, Dense):
+            return 2 * factor.values.numel()
+        assert isinstance(factor, (Outer, Lookup))
+        n, k, t, p = factor.signal.shape
+        convolved = 4 * t * self.projection.dim
+        work = n * k * (convolved if self.projection.convolves(factor) else 3 * max(COLUMNS, factor.size // p))
+        return factor.signal.numel() + work
+
+    def _block(
+        self, layers: LayerwiseEngine, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None
+    ) -> Tensor:
+        pieces, tape = layers.pieces(theta, X, context)
+        full = self.selection.combine == "full"
+        k = pieces[0].factor.components if pieces else tape.outputs.shape[1]
+        total = torch.zeros(
+            tape.n, k if full else 1, self.projection.dim, dtype=torch.float64, device=tape.outputs.device
+        )
+        for piece in pieces:
+            for where, factor in _weighted(piece, diagonal):
+                total += self.projection.apply(factor if full else _stacked(factor), (self.number, where))
+        rest = layers._plain_engine(theta)
+        if rest is not None:
+            engine, own, left_out = rest
+            rows = engine.rows(own, X, context)
+            factor = Dense(rows if diagonal is None else rows * diagonal[left_out].sqrt().to(rows))
+            key = self.number, self.function.layout.size
+            total += self.projection.apply(factor if full else _stacked(factor), key)
+        return total / k**0.5 if self.selection.combine == "mean" else total
+
+    def gram(
+        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, diagonal: Tensor | None
+    ) -> Tensor:
+        """φ(X) φ(Y)ᵀ."""
+        left = self.features(theta, X, context_X, diagonal)
+        return products(left, left if Y is None else self.features(theta, Y, context_Y, diagonal))
+
+    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> Tensor:
+        """|φ(x)|²."""
+        features = self.features(theta, X, context, diagonal)
+        if self.selection.combine == "full":
+            return torch.einsum("nkd,njd->nkj", features, features)
+        return (features**2).sum(dim=1)
+
+
+def products(left: Float[Tensor, "n ... dim"], right: Float[Tensor, "m ... dim"]) -> Float[Tensor, "n m ..."]:
+    """φφᵀ, or blocks of it; exactly symmetric for ``left is right``."""
+    if left.dim() == 3:
+        found = torch.einsum("nkd,mjd->nmkj", left, right)
+        return (found + found.permute(1, 0, 3, 2)) / 2 if left is right else found
+    found = left @ right.T
+    return (found + found.T) / 2 if left is right else found
+
+
+def _weighted(piece: Piece, diagonal: Tensor | None) -> Iterator[tuple[int, Factor]]:
+    """√d G, weight and bias as one sum of outer products where d is constant on each; each with its place in θ."""
+    factor, bias = piece.factor, piece.bias
+    weights = [
+        torch.ones(1) if diagonal is None else diagonal[where].unique()
+        for where in (piece.where, *(() if bias is None else (bias,)))
+    ]
+    if diagonal is not None and any(len(own) > 1 for own in weights):
+        for where, rows in piece.dense():
+            yield where.start, Dense(rows * diagonal[where].sqrt().to(rows))
+        return
+    roots = [float(own[0]) ** 0.5 for own in weights]
+    if bias is None:
+        yield piece.where.start, factor if diagonal is None else factor.scaled(roots[0])
+        return
+    assert isinstance(factor, Outer)
+    ones = torch.full_like(factor.activation[..., :1], roots[1])
+    activation = torch.cat([factor.activation * roots[0], ones], dim=2)
+    yield piece.where.start, replace(factor, activation=activation, head=False)
+
+
+def _stacked(factor: Factor) -> Factor:
+    """The gradients of all components behind each other, as one: the trace kernel is their inner product."""
+    if isinstance(factor, Dense):
+        return Dense(factor.values.flatten(1).unsqueeze(1))
+    assert isinstance(factor, (Outer, Lookup))
+    n, k, t, p = factor.signal.shape
+    signal = factor.signal.transpose(1, 2).reshape(n, 1, t, k * p)
+    return _with_signal(factor, signal)
+
+
+def _parts(factor: Factor) -> Iterator[Factor]:
+    """A factor in parts of at most so many columns, or of one row of outer products."""
+    if isinstance(factor, Dense):
+        for columns in blocks(factor.size, COLUMNS):
+            yield Dense(factor.values[:, :, columns])
+        return
+    assert isinstance(factor, (Outer, Lookup))
+    p = factor.signal.shape[3]
+    for own in blocks(p, COLUMNS * p // factor.size):
+        yield _with_signal(factor, factor.signal[:, :, :, own])
+
+
+def _with_signal(factor: Outer | Lookup, signal: Tensor) -> Outer | Lookup:
+    return replace(factor, signal=signal, head=False) if isinstance(factor, Outer) else replace(factor, signal=signal)

@@ -1,0 +1,433 @@
+"""Gradients of a group of samples in the form in which they are contracted, and the contraction of two groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from pathkernel._typing import Float
+from pathkernel.gradients.contraction import Pairs, by_pairs, parts
+from pathkernel.gradients.layers.factors import Dense, Factor, Lookup, Outer, Piece, device_of_factor
+from pathkernel.gradients.matmul import product
+from pathkernel.gradients.pytrees import blocks
+from pathkernel.runtime.workspace import Workspace
+
+TILE = 128
+"""Rows of a trace kernel computed at once: enough for products at full speed, few enough to leave out nearly half."""
+
+HIGH = 512
+"""Rows of a trace kernel computed at once where nothing is left out."""
+
+WIDE = 4096
+"""Columns from which rows are contracted by themselves; narrower ones are put beside each other."""
+
+EVEN = 64
+"""Columns of a product come in multiples of this."""
+
+PART = 32 << 20
+"""Bytes of rows formed at once where they are not kept."""
+
+
+class Metric:
+    """d of the preconditioner diag(d), or the identity."""
+
+    def __init__(self, diagonal: Float[Tensor, " P"] | None) -> None:
+        self.diagonal = diagonal
+        self._constants: dict[tuple[int, int], float | None] = {}
+
+    def constant(self, where: slice) -> float | None:
+        """d on a part of θ where it is one number, else None."""
+        if self.diagonal is None:
+            return 1.0
+        key = where.start, where.stop
+        if key not in self._constants:
+            own = self.diagonal[where]
+            self._constants[key] = float(own[0]) if bool((own == own[0]).all()) else None
+        return self._constants[key]
+
+    def constants(self, piece: Piece) -> tuple[float, float] | None:
+        """d on weight and bias, or None where it is not one number on each."""
+        weight, bias = self.constant(piece.where), self.constant(piece.bias or piece.where)
+        return None if weight is None or bias is None else (weight, bias)
+
+    def applied(self, rows: Float[Tensor, "n K size"], where: slice) -> Tensor:
+        """√d · rows: on both sides, so that every tile is a product of a matrix with its own transpose."""
+        return rows if self.diagonal is None else rows * self.diagonal[where].sqrt().to(rows)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How gradients are to be contracted.
+
+    Attributes
+    ----------
+    pairs
+        Samples on each side in all, over which what is formed once is spread.
+    full
+        Blocks of all pairs of components rather than their trace.
+    metric
+        d.
+    dtype
+        Of the factors of matrix products.
+    workspace
+        Memory for what is held.
+    """
+
+    pairs: tuple[int, int]
+    full: bool
+    metric: Metric
+    dtype: torch.dtype
+    workspace: Workspace
+
+    def by_pairs(self, piece: Piece) -> bool:
+        """Whether by all pairs of positions."""
+        return self.metric.constants(piece) is not None and by_pairs(piece.factor, *self.pairs, self.full)
+
+    def by_kept_rows(self, piece: Piece) -> bool:
+        """Whether rows take no more memory than δ and a (by 5 %), and so are formed at once and kept."""
+        return isinstance(piece.factor, Dense) or row_numbers(piece.factor) <= 1.05 * sum(numbers(piece.factor))
+
+    def plain(self, factor: Outer | Lookup) -> bool:
+        """Whether nothing is to be done to rows."""
+        return self.metric.diagonal is None and factor.signal.dtype == self.dtype
+
+    def rows(self, rows: Float[Tensor, "n K size"], where: slice) -> Float[Tensor, "J n w"]:
+        """Rows in the layout of products; see `Pairs`."""
+        rows = self.metric.applied(rows, where).to(self.dtype)
+        return rows.transpose(0, 1) if self.full else rows.flatten(1).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of some samples that are to be kept, not formed yet.
+
+    Attributes
+    ----------
+    shape
+        (J, n, w).
+    write
+        Forms them in the memory that it is given.
+    device
+        Where that is.
+    """
+
+    shape: tuple[int, int, int]
+    write: Callable[[Tensor], object]
+    device: torch.device
+
+    @classmethod
+    def of(cls, factor: Factor, where: slice, form: Form) -> Rows:
+        """Of a part of θ."""
+        n, k, size = factor.samples, factor.components, factor.size
+        shape, device = (k, n, size) if form.full else (1, n, k * size), device_of_factor(factor)
+        if isinstance(factor, Outer) and not factor.transposed and form.plain(factor):
+            return cls(shape, lambda into: _outer_products(factor, into, form.full), device)
+        if isinstance(factor, Lookup) and form.plain(factor) and not form.full:
+            return cls(shape, lambda into: factor.add_to(into[0].zero_()), device)
+        return cls(shape, lambda into: into.copy_(form.rows(factor.rows(), where)), device)
+
+    def formed(self, form: Form) -> Float[Tensor, "J n w"]:
+        """In memory of their own."""
+        into = form.workspace.empty(self.shape, form.dtype, self.device)
+        self.write(into)
+        return into
+
+    @classmethod
+    def beside(cls, rows: list[Rows]) -> Rows:
+        """Several beside each other."""
+        widths = [own.shape[2] for own in rows]
+
+        def write(into: Tensor) -> None:
+            for own, part in zip(rows, into.split(widths, dim=2), strict=True):
+                own.write(part)
+
+        return cls((*rows[0].shape[:2], sum(widths)), write, rows[0].device)
+
+
+def _outer_products(factor: Outer, into: Float[Tensor, "J n w"], full: bool) -> None:
+    """Σ_t δ_t a_tᵀ."""
+    (n, k, _, p), q = factor.signal.shape, factor.activation.shape[2]
+    left = factor.signal.transpose(2, 3)
+    if full:
+        for j in range(k):
+            torch.bmm(left[:, j], factor.activation, out=into[j].view(n, p, q))
+    else:
+        torch.bmm(left.reshape(n, k * p, -1), factor.activation, out=into[0].view(n, k * p, q))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Gradients of some samples.
+
+    Attributes
+    ----------
+    pairs
+        Layers contracted by pairs of positions.
+    rows
+        Rows of others, (J, n, w).
+    unformed
+        Layers whose rows are formed, part by part, each time that they are contracted.
+    """
+
+    pairs: list[Pairs]
+    rows: list[Tensor]
+    unformed: list[Piece]
+
+    @classmethod
+    def joined(cls, n: int, passes: Iterator[tuple[slice, list[Piece]]], form: Form) -> Group:
+        """n samples from the pieces of several tapes, each at its place."""
+        whole: Group | None = None
+        for where, pieces in passes:
+            pairs, rows, unformed = _sorted(pieces, form)
+            group = cls(pairs, [], unformed)
+            if whole is None:
+                whole = group if where.stop == n else group._mapped(lambda own, axis: _longer(own, axis, n, form))
+                whole.rows.extend(
+                    form.workspace.empty((own.shape[0], n, own.shape[2]), form.dtype, own.device) for own in rows
+                )
+            if whole is not group:
+                for (into, axis), (tensor, _) in zip(whole._tensors(), group._tensors(), strict=True):
+                    into.narrow(axis, where.start, where.stop - where.start).copy_(tensor)
+            for place, own in zip(whole.rows, rows, strict=True):
+                own.write(place[:, where])
+            del pieces, pairs, rows, unformed, group
+        assert whole is not None
+        return whole
+
+    def _tensors(self) -> list[tuple[Tensor, int]]:
+        """δ and a, and which axis of each is that of samples."""
+        found: list[tuple[Tensor, int]] = []
+
+        def note(tensor: Tensor, axis: int) -> Tensor:
+            found.append((tensor, axis))
+            return tensor
+
+        self._mapped(note)
+        return found
+
+    def _mapped(self, function: Callable[[Tensor, int], Tensor]) -> Group:
+        """The same with something done to δ and a, rows aside."""
+        pairs = [
+            replace(
+                own,
+                signal=None if own.signal is None else function(own.signal, 1),
+                activation=function(own.activation, 0),
+            )
+            for own in self.pairs
+        ]
+        unformed = [replace(piece, factor=_mapped_factor(piece.factor, function)) for piece in self.unformed]
+        return Group(pairs, [], unformed)
+
+
+def _sorted(pieces: list[Piece], form: Form) -> tuple[list[Pairs], list[Rows], list[Piece]]:
+    """Pieces of a tape by the way in which they are contracted."""
+    pairs: list[Pairs] = []
+    rows: list[Rows] = []
+    unformed: list[Piece] = []
+    for piece in pieces:
+        factor = piece.factor
+        if form.by_pairs(piece):
+            constants = form.metric.constants(piece)
+            assert constants is not None
+            pairs.append(Pairs.of(_cast(piece, form.dtype), form.full, *constants, unit=_is_head(factor)))
+            continue
+        if form.by_kept_rows(piece):
+            rows.append(Rows.of(factor, piece.where, form))
+        else:
+            unformed.append(replace(piece, bias=None))
+        if piece.bias is not None:
+            rows.append(Rows.of(Dense(piece.bias_rows()), piece.bias, form))
+    wide = [own for own in rows if own.shape[2] >= WIDE]
+    narrow = [own for own in rows if own.shape[2] < WIDE]
+    return pairs, wide + ([Rows.beside(narrow)] if narrow else []), unformed
+
+
+def contract(
+    left: Group,
+    right: Group,
+    result: Float[Tensor, "J n L m"],
+    form: Form,
+    *,
+    same: bool,
+    first: bool,
+    scratch: int,
+) -> None:
+    """Inner products of two groups into a part of a kernel matrix.
+
+    Parameters
+    ----------
+    left, right
+        n and m samples.
+    result
+        float64, to be overwritten if ``first``, or added to.
+    form
+        By which both were made.
+    same
+        Whether the groups are the same: then only entries on and above the diagonal of the (J n, J n) matrix are
+        sure to be computed.
+    scratch
+        Bytes for a tile.
+    """
+    count, n, _, m = result.shape
+    shape = (count, n, m, same)
+    widest = max([_row_bytes(own.signal) for own in right.pairs] + [_row_bytes(own) for own in right.rows], default=1)
+    for rows, columns in _panels(shape, _positions(left.pairs), widest, scratch):
+        readings = [one.readings(two, rows, columns) for one, two in zip(left.pairs, right.pairs, strict=True)]
+        for components, columns_of in _steps(shape, columns, widest, scratch):
+            own, others = (components, rows), (columns_of, columns)
+            total: Tensor | None = None
+            for one, two, inner in zip(left.pairs, right.pairs, readings, strict=True):
+                total = one.added(total, two, inner, own, others)
+            for mine, theirs in zip(left.rows, right.rows, strict=True):
+                total = _row_products(total, mine, theirs, own, others)
+            tile = result[components, rows, columns_of, columns]
+            if total is None:
+                total = tile.new_zeros(()).expand(tile.shape)
+            tile.copy_(total) if first else tile.add_(total)
+    for piece, other in zip(left.unformed, right.unformed, strict=True):
+        for mine, theirs in _formed(piece, other, same, form, scratch):
+            for rows, columns in _panels(shape, 1, _row_bytes(theirs), scratch):
+                for components, columns_of in _steps(shape, columns, _row_bytes(theirs), scratch):
+                    own, others = (components, rows), (columns_of, columns)
+                    result[components, rows, columns_of, columns] += _row_products(None, mine, theirs, own, others)
+
+
+def own_products(piece: Piece, form: Form, limit: int) -> Tensor:
+    """Inner products of each sample's gradients with themselves: (n,), or (n, K, K) for blocks; float64.
+
+    ``limit`` is how many bytes of rows a sample may have at a time.
+    """
+    if form.by_pairs(piece):
+        constants = form.metric.constants(piece)
+        assert constants is not None
+        found = Pairs.of(_cast(piece, torch.float64), form.full, *constants).own()
+        return found if form.full else found[:, 0, 0]
+    factor = piece.factor
+    shape = (factor.samples, *(factor.components,) * 2 * form.full)
+    total = torch.zeros(shape, dtype=torch.float64, device=device_of_factor(factor))
+    rows = ((where, part.factor.rows()) for where, part in parts(piece, limit))
+    for where, own in chain(rows, () if piece.bias is None else ((piece.bias, piece.bias_rows()),)):
+        weighted = form.metric.applied(own.double(), where)
+        total += weighted @ weighted.mT if form.full else weighted.square().sum(dim=(1, 2))
+    return total
+
+
+def mirror(result: Float[Tensor, "J n J n"], groups: list[slice]) -> None:
+    """Fill in the entries that `contract` left out, from those across the diagonal of the (J n, J n) matrix."""
+    count, tile = result.shape[0], min(512, result.shape[1])
+    above = torch.ones(tile, tile, dtype=torch.bool, device=result.device).triu()
+    for place, i in enumerate(groups):
+        for j in groups[place + 1 :]:
+            for k in range(count):  # one matrix at a time: a transposition within the cache
+                result[:, j, k, i].copy_(result[k, i, :, j].permute(1, 2, 0))
+        for k in range(count):
+            result[k + 1 :, i, k, i].copy_(result[k, i, k + 1 :, i].permute(1, 2, 0))
+            for a in blocks(i.stop - i.start, tile):
+                own = result[k, i, k, i][a, a]
+                own.copy_(torch.where(above[: len(own), : len(own)], own, own.T))
+                for b in blocks(i.stop - i.start, tile):
+                    if b.start > a.start:
+                        result[k, i, k, i][b, a] = result[k, i, k, i][a, b].T
+
+
+def numbers(factor: Factor) -> tuple[int, int]:
+    """How many numbers δ and a are."""
+    if isinstance(factor, Outer):
+        return factor.signal.numel(), factor.activation.numel()
+    if isinstance(factor, Lookup):
+        return factor.signal.numel(), factor.indices.numel()
+    assert isinstance(factor, Dense)
+    return factor.values.numel(), 0
+
+
+def row_numbers(factor: Factor) -> int:
+    """How many numbers the rows are."""
+    return factor.samples * factor.components * factor.size
+
+
+def _panels(
+    shape: tuple[int, int, int, bool], positions: int, widest: int, scratch: int
+) -> Iterator[tuple[slice, slice]]:
+    """Tiles of samples, together all n × m; for a trace of a group with itself those on and above the diagonal."""
+    count, n, m, same = shape
+    if count > 1:
+        yield slice(0, n), slice(0, m)
+        return
+    # Low panels leave out more of what lies below the diagonal; high ones are multiplied faster.
+    height = max(1, (min(TILE, max(32, n // 4)) if same else HIGH) // positions)
+    # A tile is made three times over, and a product may copy its right factor into an order of its own.
+    width = max(1, min(scratch // (24 * height * positions**2), scratch // widest))
+    if width > EVEN:  # products of odd shapes are up to a third slower
+        width -= width % EVEN
+    for rows in blocks(n, height):
+        start = rows.start if same else 0
+        for columns in blocks(m - start, width):
+            yield rows, slice(start + columns.start, start + columns.stop)
+
+
+def _steps(
+    shape: tuple[int, int, int, bool], columns: slice, widest: int, scratch: int
+) -> Iterator[tuple[slice, slice]]:
+    """Components of each side, together all pairs; of a group with itself those with k ≤ l."""
+    count, _, _, same = shape
+    step = max(1, scratch // (widest * (columns.stop - columns.start)))
+    for j in range(count):
+        start = j if same else 0
+        for others in blocks(count - start, step):
+            yield slice(j, j + 1), slice(start + others.start, start + others.stop)
+
+
+def _row_bytes(values: Tensor | None) -> int:
+    """Of one sample and component."""
+    return 1 if values is None else max(1, values.element_size() * values.shape[2:].numel())
+
+
+def _positions(pairs: list[Pairs]) -> int:
+    return max((own.activation.shape[1] for own in pairs), default=1)
+
+
+def _row_products(
+    total: Tensor | None, left: Tensor, right: Tensor, own: tuple[slice, slice], others: tuple[slice, slice]
+) -> Tensor:
+    one, two = left[own], right[others]
+    found = product(one.flatten(0, 1), two.flatten(0, 1)).view(*one.shape[:2], *two.shape[:2])
+    return found if total is None else total.add_(found)
+
+
+def _formed(left: Piece, right: Piece, same: bool, form: Form, scratch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of a layer, part by part."""
+    n, m = left.factor.samples, 0 if same else right.factor.samples
+    # Every part is one pass over the result: its products have to be long enough to make up for that.
+    long = WIDE * left.factor.components * 4 if form.full else 0
+    limit = max(1, min(scratch // (n + m), max(PART // (n + m), long)))
+    for (where, one), (_, two) in zip(parts(left, limit), parts(right, limit), strict=True):
+        mine = Rows.of(one.factor, where, form).formed(form)
+        yield mine, mine if same else Rows.of(two.factor, where, form).formed(form)
+
+
+def _is_head(factor: Factor) -> bool:
+    return isinstance(factor, Outer) and factor.head
+
+
+def _cast(piece: Piece, dtype: torch.dtype) -> Piece:
+    cast = _mapped_factor(piece.factor, lambda tensor, _: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return replace(piece, factor=cast)
+
+
+def _mapped_factor(factor: Factor, function: Callable[[Tensor, int], Tensor]) -> Factor:
+    """The same with something done to each tensor and its sample axis."""
+    if isinstance(factor, Outer):
+        return replace(factor, signal=function(factor.signal, 0), activation=function(factor.activation, 0))
+    if isinstance(factor, Lookup):
+        return replace(factor, signal=function(factor.signal, 0), indices=function(factor.indices, 0))
+    assert isinstance(factor, Dense)
+    return Dense(function(factor.values, 0))
+
+
+def _longer(tensor: Tensor, axis: int, n: int, form: Form) -> Tensor:
+    """Memory for n samples of the same."""
+    return form.workspace.empty((*tensor.shape[:axis], n, *tensor.shape[axis + 1 :]), tensor.dtype, tensor.device)

@@ -1,0 +1,111 @@
+"""The optimizer's state around a step, from which its rule finds what is frozen when the step is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.update_rules.rule import Observation, UpdateRule
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What is kept of an optimizer's state around a step, for its rule to find what is frozen.
+
+    Attributes
+    ----------
+    before, after
+        State tensors before and after the step by their key, (P,) each, zero where a parameter has none.
+    numbers
+        Numbers after the step by their key, one for each active parameter in the order of θ.
+    fresh
+        Active parameters that had no linear memory before the step.
+    device
+        Type of the device on which the step was taken.
+    """
+
+    before: Mapping[str, Tensor] = field(default_factory=dict)
+    after: Mapping[str, Tensor] = field(default_factory=dict)
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
+    fresh: frozenset[str] = frozenset()
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenOnReading(Mapping[str, Mapping[str, Any]]):
+    """What a rule freezes in a step by parameter name, found when it is read rather than kept.
+
+    Only the step that was read last is remembered: reading a trajectory takes no memory in proportion to its length.
+
+    Attributes
+    ----------
+    state
+        The optimizer's state around the step.
+    evaluate
+        Finds what is frozen: `frozen_in` with rule and layout filled in.
+    before, gradient, after, active, groups, hyperparameters
+        As in `Step`.
+    """
+
+    state: OptimizerState
+    evaluate: Callable[[FrozenOnReading], Mapping[str, Mapping[str, Any]]] = field(repr=False)
+    before: Tensor = field(repr=False)
+    gradient: Tensor = field(repr=False)
+    after: Tensor = field(repr=False)
+    active: frozenset[str] = field(repr=False)
+    groups: Mapping[str, int] = field(repr=False)
+    hyperparameters: tuple[Mapping[str, Any], ...] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Mapping[str, Any]:
+        return _evaluated(self)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_evaluated(self))
+
+    def __len__(self) -> int:
+        return len(self.active)
+
+    __hash__ = object.__hash__  # one step is not another
+
+
+@lru_cache(maxsize=1)
+def _evaluated(frozen: FrozenOnReading) -> Mapping[str, Mapping[str, Any]]:
+    return frozen.evaluate(frozen)
+
+
+def frozen_in(rule: UpdateRule, layout: ParameterLayout, taken: FrozenOnReading) -> dict[str, dict[str, Any]]:
+    """What is held fixed in a step, by parameter name, from what was kept of it.
+
+    Parameters
+    ----------
+    rule
+        The optimizer's.
+    layout
+        Where each parameter lay in θ.
+    taken
+        The step, and the optimizer's state around it.
+    """
+    state = taken.state
+    theta, gradient = layout.unflatten(taken.before), layout.unflatten(taken.gradient)
+    displacement = layout.unflatten(taken.after - taken.before)
+    before = {key: layout.unflatten(vector) for key, vector in state.before.items()}
+    after = {key: layout.unflatten(vector) for key, vector in state.after.items()}
+    frozen = {}
+    for row, name in enumerate(name for name in layout.names if name in taken.active):
+        numbers = {key: values[row] for key, values in state.numbers.items()}
+        memory = {} if name in state.fresh else dict.fromkeys(rule.memory, True)
+        observed = Observation(
+            before={**memory, **{key: tensors[name] for key, tensors in before.items()}},
+            after={**numbers, **{key: tensors[name] for key, tensors in after.items()}},
+            parameter=theta[name],
+            gradient=gradient[name],
+            displacement=displacement[name],
+            device=state.device,
+        )
+        frozen[name] = rule.frozen(observed, taken.hyperparameters[taken.groups[name]])
+    return frozen

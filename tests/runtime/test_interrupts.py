@@ -1,0 +1,355 @@
+"""Ctrl-C comes when nothing is half set, and is never taken for something else."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pathkernel as pk
+from pathkernel.runtime.interrupts import attempt, deliver, held
+from pathkernel.storage.format import Lock
+from pathkernel.testing import interrupted
+
+INTERRUPTS = 80
+"""Moments tried of each kind of work, spread over all of it."""
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a terminal; a shell that puts the tests in the background leaves it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def press() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+# -- waiting ----------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_waits_until_the_outermost_end() -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt), held():
+        with held():
+            press()
+            reached.append("inner")
+        reached.append("outer")
+    assert reached == ["inner", "outer"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_who_presses_twice_is_not_kept_waiting() -> None:
+    with pytest.raises(KeyboardInterrupt), held():
+        press()
+        with pytest.raises(KeyboardInterrupt):
+            press()
+
+
+def test_it_may_come_earlier_where_that_is_said() -> None:
+    with held():
+        deliver()  # there is none
+        press()
+        with pytest.raises(KeyboardInterrupt):
+            deliver()
+        deliver()  # it came once
+
+
+def test_it_does_not_come_into_the_work_of_who_let_it_wait_first() -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt), held():
+        with held():
+            press()
+            deliver()
+        reached.append("outer")
+    assert reached == ["outer"]
+
+
+def test_one_that_came_before_is_not_delivered_again() -> None:
+    with pytest.raises(KeyboardInterrupt), held():
+        press()
+    with held():
+        deliver()
+
+
+def test_an_error_gives_way_to_it() -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, held():
+        press()
+        raise ValueError
+    assert isinstance(caught.value.__context__, ValueError)
+
+
+def test_a_handler_of_the_users_own_is_called() -> None:
+    seen: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    with held():
+        press()
+        assert not seen
+    assert seen == [signal.SIGINT]
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with held():
+        press()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_handler_that_is_set_inside_stays() -> None:
+    mine: Callable[[int, FrameType | None], Any] = lambda number, frame: None  # noqa: E731
+    with held():
+        signal.signal(signal.SIGINT, mine)
+    assert signal.getsignal(signal.SIGINT) is mine
+
+
+def test_other_threads_leave_it_alone() -> None:
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with held():
+                assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+                deliver()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not errors
+
+
+# -- what is not an answer --------------------------------------------------------------------------------------------
+
+
+def test_an_attempt_tells_results_from_failures() -> None:
+    assert attempt(lambda: 3, (ValueError,)) == 3
+    assert isinstance(attempt(lambda: int("three"), (ValueError,)), ValueError)
+    with pytest.raises(ZeroDivisionError):
+        attempt(lambda: 1 // 0, (ValueError,))
+
+
+def test_ctrl_c_that_comes_out_as_another_error_is_ctrl_c() -> None:
+    def work() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            [].pop()
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(work, (IndexError,))
+
+
+def test_what_is_done_because_of_ctrl_c_can_fail_as_ever() -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert isinstance(attempt(lambda: int("three"), (ValueError,)), ValueError)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("no room"), RuntimeError("std::bad_alloc")])
+def test_that_no_memory_is_left_is_not_an_answer(error: Exception) -> None:
+    def work() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        attempt(work, (RuntimeError, MemoryError))
+
+
+def test_a_network_for_which_no_memory_is_left_is_not_taken_for_one_without_rules() -> None:
+    class Hungry(nn.Linear):
+        full = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            full, self.full = self.full, False  # another process gives some back
+            if full:
+                torch.empty(1 << 50)
+            return super().forward(x)
+
+    trained = Trained(Hungry(3, 2))
+    trained.model.full = True
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        pk.PathKernel(trained.trajectory)(trained.X)
+
+
+# -- at any moment ----------------------------------------------------------------------------------------------------
+
+
+class Trained:
+    """A small network, trained on record."""
+
+    def __init__(self, model: nn.Module | None = None, store: Path | None = None, train: bool = True) -> None:
+        torch.manual_seed(0)
+        layers = nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)
+        self.model = model or nn.Sequential(*layers)
+        self.X, self.y = torch.randn(8, 3), torch.randint(2, (8,))
+        self.optimizer, self.loss = torch.optim.AdamW(self.model.parameters(), lr=0.01), nn.CrossEntropyLoss()
+        self.recorder = pk.KernelRecorder(self.model, self.optimizer, self.loss, data=(self.X, self.y), store=store)
+        self.taken = 0
+        if train:
+            self.train()
+
+    def train(self) -> None:
+        with self.recorder:
+            for ids in ([0, 1, 2], [3, 4], [5, 6, 7]):
+                x, y = self.recorder.batch(ids)
+                self.optimizer.zero_grad()
+                self.loss(self.model(x), y).backward()
+                self.optimizer.step()
+                self.taken += 1
+
+    @property
+    def trajectory(self) -> pk.Trajectory:
+        return self.recorder.trajectory
+
+    def standing(self) -> list[Any]:
+        """What must be as it was, here and in torch."""
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        modules = [(m.training, len(m._forward_hooks), "forward" in vars(m)) for m in self.model.modules()]
+        flags = torch.is_grad_enabled(), torch.backends.mkldnn.enabled, torch.backends.mha.get_fastpath_enabled()
+        modes = len(torch.overrides._get_current_function_mode_stack())
+        sdpa = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
+        random, autocast = torch.get_rng_state().sum().item(), torch.is_autocast_enabled("cpu")
+        return [*((name, id(v), v.tolist()) for name, v in named), modules, flags, modes, sdpa, random, autocast]
+
+
+def spread(many: int) -> list[int]:
+    """Some moments of many, never the same place in a loop's turn."""
+    return sorted({1 + (k * many) // INTERRUPTS + k % 7 for k in range(INTERRUPTS)})
+
+
+def in_handling_of_modes(frame: FrameType) -> bool:
+    """Where torch puts the mode back that it has taken off for the time of a call."""
+    names = frame.f_code.co_name, frame.f_back and frame.f_back.f_code.co_name
+    return names == ("__exit__", "handle_torch_function")
+
+
+def test_ctrl_c_while_torch_handles_its_modes_is_not_taken_for_a_network_without_rules() -> None:
+    trained = Trained()
+    whole, before = pk.PathKernel(trained.trajectory)(trained.X), trained.standing()
+    work = lambda: pk.PathKernel(trained.trajectory)(trained.X)  # noqa: E731
+    moments = interrupted(work, at=in_handling_of_modes)
+    assert moments > 5
+    for moment in range(1, 6):  # in the first pass, whose errors say that there is no rule
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(work, moment, in_handling_of_modes)
+        assert trained.standing() == before
+    assert np.array_equal(work(), whole)
+
+
+def outside_of_shape_checks(frame: FrameType) -> bool:
+    """Where Ctrl-C may come: beartype takes a lock at "with", and one that comes there leaves it taken for good.
+
+    Only the tests check shapes; a user's process runs neither library.
+    """
+    return not any(name in frame.f_code.co_filename for name in ("beartype", "jaxtyping"))
+
+
+WORK: dict[str, Callable[[pk.Trajectory, Tensor, Path], np.ndarray]] = {
+    "gram": lambda trajectory, X, path: pk.PathKernel(trajectory, quadrature="left")(X, store=path),
+    "operator": lambda trajectory, X, _: pk.PathKernel(trajectory, quadrature="left").operator(X) @ np.ones(len(X)),
+    "plain": lambda trajectory, X, _: pk.PathKernel(trajectory, quadrature="left", engine="jacobian")(X),
+    "explain": lambda trajectory, X, _: np.asarray(pk.KernelMachine(trajectory).explain(X[:2], outputs=0).shares),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WORK)
+def test_after_ctrl_c_at_any_moment_all_is_as_before_and_the_same_call_goes_on(kind: str, tmp_path: Path) -> None:
+    trained = Trained()
+    work = lambda name: WORK[kind](trained.trajectory, trained.X, tmp_path / name)  # noqa: E731
+    whole, before = work("whole"), trained.standing()
+    for moment in spread(interrupted(lambda: work("counted"), at=outside_of_shape_checks)):
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupted(lambda name=str(moment): work(name), moment, outside_of_shape_checks)
+        assert trained.standing() == before, moment
+        assert np.array_equal(work(str(moment)), whole), moment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_recording_stands_whole_after_ctrl_c_at_any_moment(on_disk: bool, tmp_path: Path) -> None:
+    def elsewhere(frame: FrameType) -> bool:
+        itself = frame.f_code.co_filename == __file__ or frame.f_code is pk.KernelRecorder.__exit__.__code__
+        return not itself and outside_of_shape_checks(frame)
+
+    def run(moment: int) -> tuple[Trained, int]:
+        trained = Trained(store=tmp_path / str(moment) if on_disk else None, train=False)
+        with contextlib.suppress(KeyboardInterrupt):
+            return trained, interrupted(trained.train, moment, elsewhere)
+        torch.set_grad_enabled(True)  # torch's optimizers do not always
+        return trained, 0
+
+    whole, many = run(0)
+    path = [(step.before.tolist(), step.after.tolist()) for step in whole.trajectory.steps()]
+    for moment in spread(many):
+        trained = run(moment)[0]
+        found = [(step.before.tolist(), step.after.tolist()) for step in trained.trajectory.steps()]
+        assert found == path[: len(found)] and trained.taken <= len(found) <= trained.taken + 1, moment
+        if found:
+            trained.trajectory.check_model("The test")
+        hooks = trained.optimizer._optimizer_step_pre_hooks, trained.optimizer._optimizer_step_post_hooks
+        assert not any(hooks) and not trained.model._forward_hooks, moment
+        if on_disk and (tmp_path / str(moment)).exists():
+            Lock(tmp_path / str(moment)).acquire()  # it is free
+
+
+def test_a_step_of_the_optimizer_that_ctrl_c_comes_into_is_a_change_outside_it() -> None:
+    in_step = lambda frame: frame.f_code.co_name == "_single_tensor_adam"  # noqa: E731
+    moments, trained = interrupted(Trained(train=False).train, at=in_step), Trained(train=False)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(trained.train, moments // 2, in_step)  # some parameters have moved
+    torch.set_grad_enabled(True)
+    assert 0 < len(trained.trajectory) == trained.taken < 3
+    machine = pk.KernelMachine(trained.trajectory, unexplained=np.inf)
+    why = machine.explain(trained.X, outputs=0)
+    assert why.relative_residual < 1e-4
+
+
+def test_a_lock_that_nobody_refers_to_any_more_is_given_up(tmp_path: Path) -> None:
+    lock: Any = Lock(tmp_path)
+    lock.acquire()
+    lock.itself = lock
+    del lock
+    Lock(tmp_path).acquire()
+
+
+COMPRESSING = """
+import contextlib, multiprocessing.synchronize, sys
+from pathlib import Path
+import numpy as np
+from pathkernel.storage.format import Group
+from pathkernel.testing import interrupted
+
+array = Group.create(Path(sys.argv[1]), {}).create_array("a", (4,), (4,), "float64")
+write, read = (lambda: array.write((0,), np.arange(4.0))), lambda: array.read((0,))
+in_locks = lambda frame: frame.f_code.co_filename == multiprocessing.synchronize.__file__
+write()
+for call in (write, read):
+    moments = interrupted(call, at=in_locks)
+    for moment in range(1, moments + 1):
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupted(call, moment, in_locks)
+        write(), read()
+    print(moments)
+"""
+
+
+def test_no_lock_of_the_compressor_stays_taken(tmp_path: Path) -> None:
+    """The next call would wait for ever."""
+    command = [sys.executable, "-c", COMPRESSING, str(tmp_path / "group")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert int(found.stdout.split()[0]) >= 2  # of writing
