@@ -47,7 +47,7 @@ except pk.errors.InputError as refusal:
     assert top[0] - start < 2e8
     call(budget)
 on[0] = False
-print(budget, (top[0] - start) / 1e6, pk.pytrees.memory_bytes(budget) / 1e6)
+print(budget, (top[0] - start) / 1e6, memory_bytes(budget) / 1e6)
 """
 
 
@@ -65,8 +65,7 @@ print(budget, (top[0] - start) / 1e6, pk.pytrees.memory_bytes(budget) / 1e6)
     ],
 )
 def test_a_budget_is_kept_or_refused(budget: str, kind: str, optimizer: str, ask: str) -> None:
-    script = textwrap.dedent(SCRIPT).replace("pk.pytrees.memory_bytes", "memory_bytes")
-    script = script.replace("import sys,", "from pathkernel.gradients.pytrees import memory_bytes\nimport sys,", 1)
+    script = textwrap.dedent(SCRIPT).replace("import sys,", "from pathkernel.gradients.pytrees import memory_bytes\nimport sys,", 1)
     done = subprocess.run(
         [sys.executable, "-c", script, budget, kind, optimizer, ask], capture_output=True, text=True, check=False
     )

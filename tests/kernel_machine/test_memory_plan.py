@@ -307,7 +307,7 @@ if asked == "predictions":
     result = machine.decision_function(X).nbytes
 else:
     result = machine.explain(X[:60], "all" if asked == "all" else None).shares.nbytes
-print((status("VmHWM") - before - result) / pk.pytrees.memory_bytes(budget))
+print((status("VmHWM") - before - result) / memory_bytes(budget))
 """
 
 

@@ -153,7 +153,7 @@ def test_shares_and_kernels_of_a_new_process(tmp_path: Path) -> None:
     torch.save(runs["keyframes"].model.state_dict(), tmp_path / "model.pt")  # each level trains to the same bits
     script = (
         "import sys, numpy as np, torch, pathkernel as pk\n"
-        "from trajectory.test_levels_on_disk import CE, LEVELS, data, model_of, results\n"
+        "from storage.test_levels_on_disk import CE, LEVELS, data, model_of, results\n"
         "model = model_of().eval()\n"
         f"model.load_state_dict(torch.load({str(tmp_path / 'model.pt')!r}))\n"
         f"folder = {str(tmp_path)!r}\n"

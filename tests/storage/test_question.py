@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import pathkernel as pk
 from pathkernel.errors import InputError, StoreError
 from pathkernel.quadrature import Adaptive, FixedQuadrature, GaussLegendre, LeftEndpoint, Midpoint, Quadrature
+from pathkernel.storage import question
 from pathkernel.storage.question import described, differences, numbers
 from pathkernel.storage.resumable import _Tile
 from pathkernel.tangent_kernel.engines.jacobian import JacobianEngine
@@ -354,7 +355,7 @@ def test_functions_without_identity_are_refused(outputs: Any, message: str, tmp_
     with pytest.raises(InputError, match=message):
         pk.KernelMachine(trained()).explain(QUERIES, outputs=outputs, store=tmp_path / "why")
     with pytest.raises(InputError, match=message):
-        pk.question.behaviour(lambda z, _: outputs(z), points(), QUERIES, torch.zeros(5, 0))
+        question.behaviour(lambda z, _: outputs(z), points(), QUERIES, torch.zeros(5, 0))
     assert not (tmp_path / "why").exists()
 
 
