@@ -52,7 +52,8 @@ def row_major(tensor: Tensor) -> np.ndarray:
         plain = plain.cpu()
     if plain.dtype in UNKNOWN_TO_NUMPY:
         plain = plain.view(UNKNOWN_TO_NUMPY[plain.dtype])
-    return np.ascontiguousarray(plain.numpy()).reshape(-1)
+    array: np.ndarray = plain.numpy().ravel()
+    return array
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray:
