@@ -126,11 +126,8 @@ class LiveParameters:
 
     def gradient_checksum(self) -> int:
         """That of the gradient, zero where there is none."""
-        gradients = self._gradients()
-        rows = [g for g in gradients if g is not None]
-        if len(rows) < len(gradients):
-            rows = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, self.named.values(), strict=True)]
-        return checksum(rows)
+        rows = zip(self._gradients(), self.named.values(), strict=True)
+        return checksum([torch.zeros_like(p) if gradient is None else gradient for gradient, p in rows])
 
     def active(self) -> frozenset[str]:
         """Names of the parameters that have a gradient; the same set for as long as they are the same."""
