@@ -168,6 +168,8 @@ def _takes(function: Callable[..., Any], *arguments: Any) -> bool:
 
 def take(tree: PyTree, index: Any) -> PyTree:
     """Index the first axis of every leaf, wherever the index is."""
+    if isinstance(tree, Tensor):  # most are, and torch's own way through a tree takes longer than the samples
+        return tree[index.to(tree.device) if isinstance(index, Tensor) else index]
     if isinstance(index, Tensor):
         return pytree.tree_map(lambda leaf: leaf[index.to(leaf.device)], tree)
     return pytree.tree_map(lambda leaf: leaf[index], tree)

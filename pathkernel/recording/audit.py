@@ -128,9 +128,7 @@ def _is_nothing(step: Step, compared: ComparedGradient) -> bool:
     return evaluated and largest <= 1e3 * torch.finfo(step.before.dtype).eps
 
 
-def check_captured(
-    trajectory: Trajectory, index: int, batches: Sequence[MicroBatch], watched: str, taken: bool
-) -> None:
+def check_captured(trajectory: Trajectory, batches: Sequence[MicroBatch], watched: str, taken: bool) -> None:
     """Refuse batches of which neither slopes were seen nor a loss is known that gives them.
 
     Raises
@@ -138,11 +136,11 @@ def check_captured(
     SampleIdError
         With the cause as far as it can be told.
     """
-    unseen = sum(not batch.captured for batch in batches)
-    if trajectory.objective.known is not None or not unseen:
+    if trajectory.objective.known is not None or all([batch.captured for batch in batches]):
         return
+    unseen = sum(not batch.captured for batch in batches)
     raise SampleIdError(
-        f"At step {index} no backward pass came through the outputs of the watched {watched} for {unseen} of "
+        f"At step {len(trajectory)} no backward pass came through the outputs of the watched {watched} for {unseen} of "
         f"{len(batches)} announced batches",
         "Without a loss, the slopes at the outputs are those of the loop's own backward pass; the optimizer has "
         f"{'moved already' if taken else 'not moved'}",

@@ -40,6 +40,10 @@ class Hook:
         return Hook, ()  # the whole record would come along
 
 
+Shapes = list[tuple[torch.Size, torch.dtype, torch.device]]
+"""Of each output its shape, type and device."""
+
+
 class ForwardPass:
     r"""A forward pass of the network in training, and :math:`\lambda = \partial L / \partial z` of its outputs.
 
@@ -53,13 +57,19 @@ class ForwardPass:
         That of θ; None where nobody will ask.
     drew_from
         Random generators that it drew from and that no record holds, where somebody will ask.
+
+    Attributes
+    ----------
+    owner
+        The announced batch that it is of, see `pathkernel.recording.pending`; None as long as there is none.
     """
 
     def __init__(
         self, state: ForwardState, leaves: list[Tensor], checksum: int | None = None, drew_from: tuple[str, ...] = ()
     ) -> None:
         self.state, self.checksum, self.drew_from = state, checksum, drew_from
-        self.shapes = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+        self.shapes: Shapes = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+        self.owner: Any = None
         self._arrived: dict[str | None, dict[int | None, Tensor]] = {}
 
     @property
@@ -82,14 +92,6 @@ class ForwardPass:
         arrived = self._arrived[channel].get(None)
         return None if arrived is None else arrived.double().cpu()
 
-    def nothing(self, n: int) -> Tensor | None:
-        """λ = 0, (n, C); None where the outputs are not those of n samples."""
-        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in self.shapes]
-        try:
-            return batch_outputs(zeros, n)
-        except InputError:
-            return None
-
     def cotangents(self, channel: str | None, n: int) -> Tensor | None:
         """λ, (n, C), zero for outputs that nothing depended on; None where none has arrived.
 
@@ -108,6 +110,15 @@ class ForwardPass:
             for k, (shape, dtype, device) in enumerate(self.shapes)
         ]
         return batch_outputs(given, n)
+
+
+def zero_outputs(shapes: Shapes, n: int) -> Tensor | None:
+    """λ = 0, (n, C); None where the outputs are not those of n samples."""
+    zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in shapes]
+    try:
+        return batch_outputs(zeros, n)
+    except InputError:
+        return None
 
 
 class BackwardPass:
@@ -178,7 +189,7 @@ class ForwardWatcher:
         self.checked: Callable[[], int] | None = None
         self.channel: str | None = None
         self.differentiated: set[str] = set()
-        self._before: ForwardState | None = None
+        self._before: tuple[Any, ...] | None = None
         self._checksum: int | None = None
         self._elsewhere: dict[str, Any] | None = None
         self._handles: list[Any] = []
@@ -230,17 +241,16 @@ class ForwardWatcher:
         autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
         self._checksum = None if self.checked is None else self.checked()
         self._elsewhere = None if self.checked is None else self.modules.other_generators()
-        self._before = ForwardState(
+        self._before = (
             self.modules.modes(), generator_states(self.device), autocast, self.modules.changed_buffers()
-        )
+        )  # fmt: skip
 
     def _leave(self, module: nn.Module, arguments: tuple[Any, ...], returned: Any) -> None:
         if self._before is None:
             return
-        state, self._before = self._before, None
-        after = generator_states(self.device)
-        drew = any(not torch.equal(found, state.generators[name]) for name, found in after.items())
-        state = state if drew else ForwardState(state.modes, {}, state.autocast, state.buffers)
+        (modes, generators, autocast, buffers), self._before = self._before, None
+        drew = any(not torch.equal(generators[name], now) for name, now in generator_states(self.device).items())
+        state = ForwardState(modes, generators if drew else {}, autocast, buffers)
         loss = None
         if isinstance(returned, Tensor) and self.returns is None:
             leaves = [returned] if returned.is_floating_point() else []
@@ -250,15 +260,15 @@ class ForwardWatcher:
             loss = returned_loss(returned)
             if any(loss is leaf for leaf in leaves):
                 loss = None
-        hooked = {k: leaf for k, leaf in enumerate(leaves) if leaf.requires_grad}
+        hooked = _distinct({k: leaf for k, leaf in enumerate(leaves) if leaf.requires_grad})
         if not hooked and (loss is None or not loss.requires_grad):
             return
         found = {} if self._elsewhere is None else self.modules.other_generators()
         drew_from = tuple(name for name in found if found[name] != (self._elsewhere or {}).get(name, found[name]))
         one = ForwardPass(state, leaves, self._checksum, drew_from)
-        for place, leaf in _distinct(hooked).items():
+        for place, leaf in hooked.items():
             _on_gradient(leaf, partial(self._cotangent, one, place))
-        for place, node, edge in self._edges_between(_distinct(hooked)):
+        for place, node, edge in self._edges_between(hooked):
             node.register_hook(partial(self._through_another, one, place, edge))
         if loss is not None and loss.requires_grad:
             _on_gradient(loss, partial(self._cotangent, one, None))
@@ -325,6 +335,8 @@ def others_listen(parameter: nn.Parameter) -> bool:
 
 def _distinct(leaves: dict[int, Tensor]) -> dict[int, Tensor]:
     """Outputs by their places, one for each node of the graph: a tensor may be returned twice."""
+    if len(leaves) < 2:
+        return leaves
     first: dict[Any, int] = {}
     for place, leaf in leaves.items():
         first.setdefault((leaf.grad_fn, leaf.output_nr) if leaf.grad_fn is not None else id(leaf), place)
@@ -358,7 +370,8 @@ def _is_transformed() -> bool:
 
 def _on_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
     """Be given the gradient of a tensor as the network receives it, after all hooks that the loop puts on it."""
-    if tensor.grad_fn is None:  # a parameter, or an input
+    node = tensor.grad_fn  # asked for once: every time makes a new Python object of it
+    if node is None:  # a parameter, or an input
 
         def of_leaf(gradient: Tensor) -> None:
             hook(gradient)
@@ -373,4 +386,4 @@ def _on_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
         if gradient is not None:  # of a function of several outputs (split, unbind), some of which nobody used
             hook(gradient)
 
-    tensor.grad_fn.register_prehook(of_node)
+    node.register_prehook(of_node)

@@ -52,11 +52,11 @@ class FlatViews:
     def checksum(self, tensors: Collection[Tensor]) -> int:
         """See `pathkernel.runtime.checksum.checksum`."""
         views = self.of(tensors)
-        if not all(view.is_cpu for view in views):
-            return checksum(views)
         if self._bytes is None:
+            if not all(view.is_cpu for view in views):
+                return checksum(views)
             self._bytes = [row_major(view) for view in views]
-        return joined(map(crc32c, self._bytes))
+        return joined([crc32c(one) for one in self._bytes])
 
 
 class LiveParameters:
@@ -120,12 +120,12 @@ class LiveParameters:
 
     def gradient_is_finite(self) -> bool:
         """Whether no gradient holds NaN or infinity, as far as its sum tells, which may overflow without any."""
-        return math.isfinite(sum(g.detach().sum().item() for g in self._gradients() if g is not None))
+        return math.isfinite(sum([g.sum().item() for g in self._gradients() if g is not None]))
 
     def gradient_checksum(self) -> int:
         """That of the gradient, zero where there is none."""
         rows = zip(self._gradients(), self.named.values(), strict=True)
-        return checksum(torch.zeros_like(p) if gradient is None else gradient for gradient, p in rows)
+        return checksum([torch.zeros_like(p) if gradient is None else gradient for gradient, p in rows])
 
     def active(self) -> frozenset[str]:
         """Names of the parameters that have a gradient; the same set for as long as they are the same."""

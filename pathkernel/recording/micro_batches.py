@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from pathkernel.errors import InputError, SampleIdError
 from pathkernel.gradients.model_function import ForwardState
 from pathkernel.gradients.returned import Returns
-from pathkernel.recording.forward import ForwardPass, ForwardWatcher
+from pathkernel.recording.forward import ForwardPass, ForwardWatcher, Shapes, zero_outputs
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.trajectory.step import MicroBatch
@@ -46,7 +45,9 @@ class AnnouncedBatch:
     Parameters
     ----------
     batch
-        As announced, with the modes of that moment.
+        As announced.
+    state
+        How a pass of it runs that is not seen: in the modes of that moment.
 
     Attributes
     ----------
@@ -57,21 +58,26 @@ class AnnouncedBatch:
     arrived
         Whether a gradient has arrived of a pass that was not seen.
     ran
-        A copy of what is known of the last forward pass of it.
+        How the last forward pass of it ran, and the shapes of its outputs; the pass itself lives as long as its graph.
     """
 
-    def __init__(self, batch: MicroBatch) -> None:
-        self.batch = batch
+    def __init__(self, batch: MicroBatch, state: ForwardState) -> None:
+        self.batch, self.state = batch, state
         self.passes: list[ForwardPass] = []
         self.waiting: list[weakref.ref[ForwardPass]] = []
         self.arrived = False
-        self.ran: ForwardPass | None = None
+        self.ran: tuple[ForwardState, Shapes] | None = None
 
     def drop(self) -> None:
         """Let go of what arrived."""
         for one in self.passes:
             one.forget()
         self.passes, self.arrived = [], False
+
+    @property
+    def unseen(self) -> MicroBatch:
+        """The batch where no forward pass of it is known."""
+        return replace(self.batch, state=self.state)
 
     @property
     def used(self) -> bool:
@@ -119,7 +125,6 @@ class PendingBatches:
             model, modules, returns, self._ran, self._backward_begins, self._pass_arrived, self._unseen_arrived
         )
         self._announced: list[AnnouncedBatch] = []
-        self._owners: weakref.WeakKeyDictionary[ForwardPass, AnnouncedBatch] = weakref.WeakKeyDictionary()
         self._strangers: list[ForwardPass] = []
         self._taken: tuple[MicroBatch, ...] | None = None
         self._unseen_gradients: dict[nn.Parameter, weakref.ref[Tensor]] = {}
@@ -143,13 +148,11 @@ class PendingBatches:
 
     def announce(self, batch: MicroBatch) -> None:
         """Take note of the samples of the next backward pass."""
-        for one in self._announced:
-            one.ran = None  # which would keep it waiting for ever
         self._announced = [one for one in self._announced if one.used]
         modes = self._modules.modes()
         if modes != self._unseen.modes:
             self._unseen = ForwardState(modes)
-        self._announced.append(AnnouncedBatch(replace(batch, state=self._unseen)))
+        self._announced.append(AnnouncedBatch(batch, self._unseen))
         self._taken = None
         self.listen()
 
@@ -168,8 +171,8 @@ class PendingBatches:
             found = [batch for one in self._announced for batch in self._micro_batches(one)]
             if not found and self._announced:  # nothing was seen: perhaps the gradient was made in another way
                 last = self._announced[-1]
-                found = [one.batch for one in self._announced if one.arrived]
-                found = found or [self._round_outputs(last) or last.batch]
+                found = [one.unseen for one in self._announced if one.arrived]
+                found = found or [self._round_outputs(last) or last.unseen]
             self._taken = tuple(found)
         return self._taken
 
@@ -209,8 +212,8 @@ class PendingBatches:
         if self._announced:
             last = self._announced[-1]
             last.waiting.append(weakref.ref(one))
-            last.ran = copy.copy(one)  # the pass itself lives as long as its graph
-            self._owners[one] = last
+            last.ran = one.state, one.shapes
+            one.owner = last
 
     # -- backward -----------------------------------------------------------------------------------------------
 
@@ -231,12 +234,12 @@ class PendingBatches:
         self.dropped()
 
     def _pass_arrived(self, one: ForwardPass) -> None:
-        owner = self._owners.get(one)
+        owner = one.owner
         if owner is None or (owner.passes and one not in owner.passes and self.stages == 1):
             # It may be of a batch that was announced after the pass, and before its backward pass.
             last = self._announced[-1] if self._announced else None
             if last is not None and not last.used:
-                owner = self._owners[one] = last
+                owner = one.owner = last
         self._taken = None
         if owner is None or owner not in self._announced:
             # What was named is booked under its name, whosesoever samples it is of.
@@ -244,8 +247,9 @@ class PendingBatches:
                 self._strangers.append(one)
         elif one not in owner.passes:
             owner.passes.append(one)
-            order = {waiting(): place for place, waiting in enumerate(owner.waiting)}
-            owner.passes.sort(key=lambda each: order.get(each, len(order)))
+            if len(owner.passes) > 1:
+                order = {waiting(): place for place, waiting in enumerate(owner.waiting)}
+                owner.passes.sort(key=lambda each: order.get(each, len(order)))
 
     def _unseen_arrived(self, parameter: nn.Parameter) -> None:
         """A gradient arrived by a backward pass of which no forward pass was seen."""
@@ -272,7 +276,7 @@ class PendingBatches:
         """What was announced, once for each pass, or with the passes of several stages."""
         batch = announced.batch
         if not announced.passes:
-            return [batch] if announced.arrived else []
+            return [announced.unseen] if announced.arrived else []
         if self.stages > 1:
             first, *later = [self._seen(batch, one, one.channels[0]) for one in announced.passes[: self.stages]]
             states, cotangents = tuple(one.state for one in later), tuple(one.cotangents for one in later)
@@ -281,14 +285,15 @@ class PendingBatches:
 
     def _round_outputs(self, announced: AnnouncedBatch) -> MicroBatch | None:
         """A batch of whose outputs nothing came back: all that the backward passes brought has a name, as a penalty."""
-        one, batch = announced.ran, announced.batch
-        if one is None or not self.watcher.differentiated or self.stages > 1:
+        batch = announced.batch
+        if announced.ran is None or not self.watcher.differentiated or self.stages > 1:
             return None
-        nothing = one.nothing(len(batch.ids))
+        state, shapes = announced.ran
+        nothing = zero_outputs(shapes, len(batch.ids))
         if nothing is None:
             return None
         cotangents, sampled = self.keep(nothing)
-        return replace(batch, state=one.state, cotangents=cotangents, sampled_cotangents=sampled)
+        return replace(batch, state=state, cotangents=cotangents, sampled_cotangents=sampled)
 
     def _seen(self, batch: MicroBatch, one: ForwardPass, channel: str | None) -> MicroBatch:
         """A batch as a pass ran, with what is kept of the cotangents that came under a name."""
@@ -307,9 +312,12 @@ class PendingBatches:
             cotangents = None if cotangents is None else cotangents / self._scale
             slope = None if slope is None else slope / self._scale
         whole, some = (None, None) if cotangents is None else self.keep(cotangents)
-        return replace(
-            batch,
-            state=one.state,
+        return MicroBatch(
+            batch.ids,
+            batch.weights,
+            batch.inputs,
+            batch.targets,
+            one.state,
             cotangents=whole,
             sampled_cotangents=some,
             loss_slope=slope,

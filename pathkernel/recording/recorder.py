@@ -541,9 +541,9 @@ class KernelRecorder:
 
     def _observe_averages(self) -> None:
         """See how the averages moved after the last step."""
-        trajectory, last = self._trajectory, len(self._trajectory) - 1
+        trajectory = self._trajectory
         for name, source in self._averages.items():
-            record = trajectory.averages[name]
+            record, last = trajectory.averages[name], len(trajectory) - 1
             if len(record.updates) == last:
                 record.observe(source, trajectory.layout, last, self._end_of_steps, self._last_point())
 
@@ -778,7 +778,8 @@ class KernelRecorder:
         self._end_of_steps = self._trajectory.end_of_steps
 
     def _check_pending(self, taken: bool = False) -> None:
-        if not self._pending.batches:
+        batches = self._pending.batches
+        if not batches:
             raise SampleIdError(
                 f"`optimizer.step()` number {len(self._trajectory)} came without sample ids",
                 "Every step must know which training samples its gradient came from",
@@ -786,8 +787,7 @@ class KernelRecorder:
                 "before the backward pass; step outside the `with` block to train unrecorded",
             )
         if not getattr(self._trajectory.schedule, "weights_only", False):
-            watched, index = type(self._outer).__name__, len(self._trajectory)
-            check_captured(self._trajectory, index, self._pending.batches, watched, taken)
+            check_captured(self._trajectory, batches, type(self._outer).__name__, taken)
 
     def _check_gradient(self, gradient: Tensor) -> None:
         if math.isfinite(gradient.sum().item()):  # NaN and infinity do not cancel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,13 +37,13 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     """
     tensors = list(tensors)
     if all(tensor.is_cpu for tensor in tensors):
-        return joined(crc32c(row_major(tensor)) for tensor in tensors)
+        return joined([crc32c(row_major(tensor)) for tensor in tensors])
     return crc32c(torch.cat([_sums(tensor.detach().reshape(-1)) for tensor in tensors]).cpu().numpy())
 
 
-def joined(checksums: Iterable[int]) -> int:
+def joined(checksums: list[int]) -> int:
     """The checksum of several tensors from those of each."""
-    return crc32c(b"".join(one.to_bytes(4, "little") for one in checksums))
+    return crc32c(struct.pack(f"<{len(checksums)}I", *checksums))
 
 
 def _sums(flat: Tensor) -> Tensor:
@@ -66,7 +67,8 @@ def row_major(tensor: Tensor) -> np.ndarray:
         plain = plain.cpu()
     if plain.dtype in UNKNOWN_TO_NUMPY:
         plain = plain.view(UNKNOWN_TO_NUMPY[plain.dtype])
-    return np.ascontiguousarray(plain.numpy()).reshape(-1)
+    array: np.ndarray = plain.numpy().ravel()
+    return array
 
 
 def condensed(values: Tensor, length: int) -> Tensor:

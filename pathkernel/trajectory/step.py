@@ -70,7 +70,7 @@ class MicroBatch:
     @property
     def captured(self) -> bool:
         """Whether something of its cotangents is on record."""
-        return any(v is not None for v in (self.cotangents, self.sampled_cotangents, self.loss_slope))
+        return self.cotangents is not None or self.sampled_cotangents is not None or self.loss_slope is not None
 
 
 SAMPLED_COTANGENTS = 256
