@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -759,6 +759,7 @@ class KernelRecorder:
         wanted = {id(p) for p in strangers}
         new = {name: p for name, p in self.model.named_parameters() if id(p) in wanted}
         constants = self._trajectory.constants
+        self._check_same([name for name in new if name not in constants])
         moved = [name for name, p in new.items() if not torch.equal(p.detach(), constants[name])]
         if moved:
             raise RecordingError(
@@ -776,6 +777,21 @@ class KernelRecorder:
         self._live.add(new)
         self._end_of_steps = self._trajectory.end_of_steps
 
+    def _check_same(self, others: Sequence[str] | None = None) -> None:
+        """Refuse parameters that are other tensors than on record; looked for unless they are given by name."""
+        if others is None:
+            live = dict(self.model.named_parameters())
+            others = [name for name, p in self._live.named.items() if live.get(name) is not p]
+        if others:
+            raise RecordingError(
+                f"The network's parameters {', '.join(f'`{name}`' for name in others)} are not those that it had when "
+                "recording began",
+                "A record is of one network: its parameters are the same tensors from start to end, some of which may "
+                "stay frozen until later",
+                "Write new values into the parameters (`load_state_dict` without `assign=True`), or make optimizer and "
+                "KernelRecorder after the network has been changed",
+            )
+
     def _check_pending(self, taken: bool = False) -> None:
         if not self._pending.batches:
             raise SampleIdError(
@@ -785,6 +801,8 @@ class KernelRecorder:
                 "before the backward pass; step outside the `with` block to train unrecorded",
             )
         if not getattr(self._trajectory.schedule, "weights_only", False):
+            if not all(batch.captured for batch in self._pending.batches):
+                self._check_same()  # the outputs of other tensors lead to no gradient that is on record
             watched, index = type(self._outer).__name__, len(self._trajectory)
             check_captured(self._trajectory, index, self._pending.batches, watched, taken)
 
@@ -824,6 +842,7 @@ class KernelRecorder:
         trajectory, index = self._trajectory, len(self._trajectory)
         if self._gradient_is_elsewhere or not is_due(index, self.audit_every):
             return
+        self._check_same()
         step, live, passes = replace(self._slim_step(before, gradient), index=index), self._live, self._pending.passes
         checksums = {one.checksum for one in passes if one.checksum is not None}
         now = checksum(live.layout.unflatten(before).values()) if taken else live.checksum()

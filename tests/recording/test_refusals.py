@@ -224,6 +224,15 @@ def step_with_changed_parameters() -> None:
         optimizer.step()
 
 
+def step_with_another_layer() -> None:
+    scene = Scene()
+    scene.model[2] = copy.deepcopy(scene.model[2])
+    scene.optimizer.param_groups[0]["params"][2:] = list(scene.model[2].parameters())
+    scene.recorder.batch([3, 4])
+    scene.gradient([3, 4])
+    scene.optimizer.step()
+
+
 class TwoStages(SGD):
     """Says of itself that it takes two gradients in a step."""
 
@@ -580,6 +589,11 @@ REFUSALS: dict[str, Case] = {
         step_with_changed_parameters,
         errors.RecordingError,
         ("`0.weight`, `0.bias` joined the optimizer and had changed", "a constant since", "new KernelRecorder"),
+    ),
+    "parameters that were put in the place of others on the way": (
+        step_with_another_layer,
+        errors.RecordingError,
+        ("parameters `2.weight`, `2.bias` are not those that it had", "the same tensors", "without `assign=True`"),
     ),
     "gradients edited between the stages of a step": (
         edit_of_one_stage,
