@@ -184,7 +184,6 @@ class ForwardWatcher:
         self._handles: list[Any] = []
         self._listening: dict[int, Any] = {}
         self._under_way: dict[int, BackwardPass] = {}
-        self._apart: set[int] = set()
 
     # -- the life of a recording --------------------------------------------------------------------------------
 
@@ -256,22 +255,15 @@ class ForwardWatcher:
         found = {} if self._elsewhere is None else self.modules.other_generators()
         drew_from = tuple(name for name in found if found[name] != (self._elsewhere or {}).get(name, found[name]))
         one = ForwardPass(state, leaves, self._checksum, drew_from)
-        for place, leaf in _distinct(hooked).items():
+        distinct = _distinct(hooked)
+        for place, leaf in distinct.items():
             _on_gradient(leaf, partial(self._cotangent, one, place))
-        for place, node, edge in self._edges_between(_distinct(hooked)):
+        # In each pass: what is computed from what may depend on the mode, or on a buffer that says how far training is.
+        for place, node, edge in edges_between(distinct) if len(distinct) > 1 else ():
             node.register_hook(partial(self._through_another, one, place, edge))
         if loss is not None and loss.requires_grad:
             _on_gradient(loss, partial(self._cotangent, one, None))
         self.ran(one)
-
-    def _edges_between(self, leaves: dict[int, Tensor]) -> list[tuple[int, Any, int]]:
-        """See `edges_between`; looked for until it is seen that so many outputs are not computed from each other."""
-        if len(leaves) < 2 or len(leaves) in self._apart:
-            return []
-        found = edges_between(leaves)
-        if not found:
-            self._apart.add(len(leaves))
-        return found
 
     # -- backward -----------------------------------------------------------------------------------------------
 

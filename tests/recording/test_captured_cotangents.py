@@ -61,7 +61,7 @@ class Run:
         why = pk.KernelMachine(self.trajectory).explain(samples()[0][:3], outputs=1)
         assert why.relative_residual < 1e-9
         assert not why.split_error > 1e-9  # torch cannot tell of reentrant checkpoints: not checked
-        assert set(why.channels) <= {"initial", "rounding", "weight_decay"}
+        assert set(why.channels) <= {"initial", "rounding", "weight_decay", "buffers"}
 
 
 def slopes_by_hand(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
@@ -458,6 +458,38 @@ def test_slopes_at_outputs_that_are_computed_from_each_other(used: tuple[int, ..
     if used == (0,):  # parameters that get no gradient are skipped
         model.head.requires_grad_(False)
     run(step, model, task="regression").check(1e-10)
+
+
+class Warming(nn.Module):
+    """Returns its hidden layer and logits; what the logits send back stops at the hidden layer while it warms up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.head = network(outputs=4), nn.Linear(4, 3).double()
+        self.register_buffer("warm", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.net(x)
+        return h, self.head(h if self.warm or not self.training else h.detach())
+
+
+@pytest.mark.parametrize("by", ["a buffer", "the mode"])
+def test_outputs_that_begin_to_be_computed_from_each_other(by: str) -> None:
+    def step(recorder, model, optimizer, ids, x, y):
+        if by == "a buffer":
+            model.warm.fill_(bool(ids[0] % 2))
+        recorder.batch(ids)
+        found = []
+        for training in (True,) if by == "a buffer" else (True, False):
+            h, z = model.train(training)(x)
+            (CE(z, y) + h.square().mean()).backward()
+            leaf = z.detach().requires_grad_(True)
+            (slope,) = torch.autograd.grad(CE(leaf, y), leaf)
+            found.append((ids, torch.cat([2 * h.detach() / h.numel(), slope], dim=1)))
+        return found
+
+    torch.manual_seed(0)
+    run(step, Warming(), task="regression").check(1e-10)
 
 
 # -- what cannot be explained is refused ------------------------------------------------------------------------------
