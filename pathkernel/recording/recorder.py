@@ -572,7 +572,7 @@ class KernelRecorder:
         self._check_parameters()
         self._pending.scale_of_loss(loss_scale())
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer first
-        scaled = getattr(optimizer, "grad_scale", None) is not None
+        scaled = getattr(optimizer, "grad_scale", None) is not None or _is_skipped(optimizer)
         gradient = None
         # With a closure, forward and backward run inside the step: gradient and batch are only known afterwards.
         if closure is None:
@@ -857,6 +857,12 @@ class KernelRecorder:
         )
         with generators_untouched():  # a network may draw from Python's or numpy's generator
             audit(trajectory, step, seen)
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer was told that gradients overflowed: it skips the step by itself."""
+    overflowed = getattr(optimizer, "found_inf", None)
+    return overflowed is not None and bool(overflowed)
 
 
 def _equal(one: dict[str, tuple[Tensor, ...]], other: dict[str, tuple[Tensor, ...]]) -> bool:

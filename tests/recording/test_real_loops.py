@@ -471,17 +471,26 @@ def test_one_cycle_moves_rate_and_betas_of_adam() -> None:
 # -- mixed precision --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_overflows_under_loss_scaling_is_not_blamed_on_anybody(fused: bool) -> None:
+@pytest.mark.filterwarnings("ignore:The batches of step 0 do not give its gradient again")  # unscaled, or clipped
+@pytest.mark.parametrize("level", ["every step", "keyframes"])
+@pytest.mark.parametrize("clipped", [False, True], ids=["not clipped", "clipped"])
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_a_step_that_overflows_under_loss_scaling_is_not_blamed_on_anybody(
+    fused: bool, clipped: bool, level: str
+) -> None:
     (X, y), model = data(torch.float32), make_model(dtype=torch.float32)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    with pk.KernelRecorder(model, optimizer, CE, data=(X, y)) as recorder:
+    options = {"schedule": pk.Schedule(keyframes=2)} if level == "keyframes" else {}
+    with pk.KernelRecorder(model, optimizer, CE, data=(X, y), **options) as recorder:
         for k, ids in enumerate(BATCHES):
             x, target = recorder.batch(list(ids))
             optimizer.zero_grad()
             loss = CE(model(x), target)
             scaler.scale(loss * float("inf") if k == 2 else loss).backward()
+            if clipped:  # the norm of an overflowed gradient is infinite, and the gradient is NaN then
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e3)
             scaler.step(optimizer)
             scaler.update()
     run = recorder.trajectory
