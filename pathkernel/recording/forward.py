@@ -53,12 +53,18 @@ class ForwardPass:
         That of θ; None where nobody will ask.
     drew_from
         Random generators that it drew from and that no record holds, where somebody will ask.
+
+    Attributes
+    ----------
+    outputs
+        A copy of its outputs, where somebody will ask; else None.
     """
 
     def __init__(
         self, state: ForwardState, leaves: list[Tensor], checksum: int | None = None, drew_from: tuple[str, ...] = ()
     ) -> None:
         self.state, self.checksum, self.drew_from = state, checksum, drew_from
+        self.outputs = None if checksum is None else [leaf.detach().clone() for leaf in leaves]
         self.shapes = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
         self._arrived: dict[str | None, dict[int | None, Tensor]] = {}
 

@@ -23,7 +23,7 @@ from pathkernel.interrupts import attempt, held
 from pathkernel.losses import Objective, check_recorded_loss, check_reduction, check_task
 from pathkernel.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.pytrees import as_tensors, copied_samples, count, spread
-from pathkernel.recording.audit import Circumstances, audit, check_captured, is_due
+from pathkernel.recording.audit import Circumstances, audit, check_captured, check_outputs, is_due
 from pathkernel.recording.indexed import indexed_loader
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
@@ -503,6 +503,7 @@ class KernelRecorder:
         inside = self._open is not None  # in a closure: the optimizer may have moved the parameters to look ahead
         if not inside:
             self._note_change("unexplained")
+            self._pending.forget_cleared()
         before = {n: gradient.clone() for n, gradient in self._live.gradients().items()}
         watcher = self._pending.watcher
         outer, watcher.channel = watcher.channel, name
@@ -857,6 +858,8 @@ class KernelRecorder:
         )
         with generators_untouched():  # a network may draw from Python's or numpy's generator
             audit(trajectory, step, seen)
+            for batch, outputs in self._pending.named:
+                check_outputs(trajectory, step, batch, outputs, taken)
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:

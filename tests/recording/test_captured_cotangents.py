@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -711,6 +712,7 @@ def test_without_a_loss_the_task_says_what_is_predicted(task: str) -> None:
 # -- gradients that go round the outputs, under a name ----------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:In no step would a wrong training sample")
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("together", [True, False])
 def test_a_gradient_penalty_has_a_channel(together: bool, clip: float | None) -> None:
@@ -758,6 +760,66 @@ def test_a_gradient_penalty_has_a_channel(together: bool, clip: float | None) ->
     np.testing.assert_allclose(why.channels["gradient_penalty"], expected, rtol=1e-8)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_penalty_that_was_cleared_is_forgotten(times: int, set_to_none: bool) -> None:
+    def step(recorder, model, optimizer, ids, x, y):
+        recorder.batch(ids)
+        for k in range(times + 1):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            x = x.clone().requires_grad_(True)
+            (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            with recorder.channel("gradient_penalty"):
+                (0.01 * (k + 1) * slope.square().sum()).backward()
+        if ids[0] % 2:
+            optimizer.zero_grad(set_to_none=set_to_none)
+        CE(model(x), y).backward()
+        return [(ids, slopes_by_hand(model, x, lambda z: CE(z, y)))]
+
+    recorded = run(step, task="regression")
+    for one in recorded.trajectory.steps():
+        assert set(one.gradient_changes) == (set() if one.batches[0].ids[0] % 2 else {"gradient_penalty"})
+    why = pk.KernelMachine(recorded.trajectory).explain(samples()[0][:2], outputs=1)
+    assert why.relative_residual < 1e-9 and why.samples_checked == 1
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["loss in the channel", "loss outside"])
+@pytest.mark.parametrize("audit_every", [1, 0])
+def test_a_channel_hides_no_wrong_samples(apart: bool, audit_every: int) -> None:
+    """What samples do not explain of a backward pass in a channel is the channel's, of wrong samples, too."""
+    X, y = samples()
+
+    def train(shift: int) -> pk.Trajectory:
+        model = network()
+        optimizer = sgd(model)
+        with pk.KernelRecorder(model, optimizer, data=(X, y), audit_every=audit_every, task="regression") as recorder:
+            for ids in batches():
+                recorder.batch((ids + shift) % 24)
+                x = X[ids].clone().requires_grad_(True)
+                z = model(x)
+                (slope,) = torch.autograd.grad(z.sum(), x, create_graph=True)
+                loss, penalty = CE(z, y[ids]), 0.1 * slope.square().sum(1).mean()
+                if apart:
+                    loss.backward(retain_graph=True)
+                with recorder.channel("gradient_penalty"):
+                    (penalty if apart else loss + penalty).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return recorder.trajectory
+
+    told = nullcontext() if apart else pytest.warns(errors.CertificateWarning, match="all of them came in channels")
+    with told:
+        assert pk.KernelMachine(train(0)).explain(X[:2], outputs=1).samples_checked == float(apart)
+    if audit_every:
+        found = "the gradient differs" if apart else "in the channel `gradient_penalty`"
+        with pytest.raises(errors.SampleIdError, match=found):
+            train(1)
+    elif apart:
+        with pytest.raises(errors.TrajectoryError, match="the samples on record explain the gradient only"):
+            pk.KernelMachine(train(1)).explain(X[:2], outputs=1)
+
+
+@pytest.mark.filterwarnings("ignore:In no step would a wrong training sample")
 def test_a_loss_on_a_hidden_layer_has_a_channel_or_is_refused() -> None:
     X, y = samples()
     for named in (True, False):

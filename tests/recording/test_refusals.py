@@ -233,6 +233,14 @@ def step_with_another_layer() -> None:
     scene.optimizer.step()
 
 
+def other_samples_in_a_channel() -> None:
+    scene = Scene(steps=0)
+    scene.recorder.batch([2, 1])
+    with scene.recorder.channel("penalty"):
+        scene.gradient([3, 4])
+    scene.optimizer.step()
+
+
 def in_inference_mode() -> None:
     trajectory = run().trajectory
     with torch.inference_mode():
@@ -600,6 +608,11 @@ REFUSALS: dict[str, Case] = {
         step_with_another_layer,
         errors.RecordingError,
         ("parameters `2.weight`, `2.bias` are not those that it had", "the same tensors", "without `assign=True`"),
+    ),
+    "other samples than announced in a channel": (
+        other_samples_in_a_channel,
+        errors.SampleIdError,
+        ("in the channel `penalty`", "of the announced samples, as any other", "recorder.batch(ids, inputs=x)"),
     ),
     "gradients edited between the stages of a step": (
         edit_of_one_stage,
@@ -1356,7 +1369,7 @@ def test_inference_mode_is_named() -> None:
         lambda: kernel(X, X),
     ]
     for ask in asked:
-        with pytest.raises(errors.InputError, match="inside `torch.inference_mode"), torch.inference_mode():
+        with pytest.raises(errors.InputError, match=r"inside `torch\.inference_mode"), torch.inference_mode():
             ask()
     with torch.no_grad():
         assert machine.explain(X).residual.shape == (4,)
