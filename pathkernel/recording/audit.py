@@ -223,6 +223,11 @@ def _cause(trajectory: Trajectory, step: Step, gradients: RecordedGradients, see
                 ". It is that of the batch that was announced before: batches are announced one too early, as by "
                 "prefetching"
             )
+    if trajectory.returns is not None:
+        return (
+            ". Slopes were taken at what `returns=` picks out of what the network returned: a loss on the rest goes "
+            "round these outputs"
+        )
     return ""
 
 

@@ -54,14 +54,13 @@ class WatchedModules:
         if not live:
             return self._changed
         known = {name: self._changed.get(name, self.constants.get(name)) for name in live}
-        same = {name for name, value in known.items() if value is not None and torch.equal(live[name], value)}
-        if len(same) == len(live):
-            return self._changed
-        self._changed = {
-            name: known[name] if name in same else buffer.detach().clone()
-            for name, buffer in live.items()
-            if name in self._changed or name not in same
-        }
+        new = {name for name, value in known.items() if value is None or not torch.equal(live[name], value)}
+        if new:
+            self._changed = {
+                name: buffer.detach().clone() if name in new else self._changed[name]
+                for name, buffer in live.items()
+                if name in self._changed or name in new
+            }
         return self._changed
 
     def other_generators(self) -> dict[str, Any]:

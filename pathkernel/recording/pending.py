@@ -234,9 +234,9 @@ class PendingBatches:
         self._forget_cleared(overflowed=True)
 
     def _forget_cleared(self, overflowed: bool) -> None:
-        arrived = self._strangers or any(one.passes or one.arrived for one in self._announced)
-        arrived = arrived or self.watcher.differentiated  # a penalty need not come through outputs
-        if not arrived or not self._gradients_were_cleared(overflowed):
+        arrived = any(one.passes or one.arrived for one in self._announced)
+        named = self.watcher.differentiated  # a penalty need not come through outputs
+        if not (arrived or named or self._strangers) or not self._gradients_were_cleared(overflowed):
             return
         # The further stages of a step clear the gradient of the stage before, which has been used.
         kept = self._announced[-1] if self.stages > 1 and self._announced else None
@@ -341,7 +341,8 @@ class PendingBatches:
             raise SampleIdError(
                 f"The gradient holds {len(self._strangers)} backward passes of samples that were not announced "
                 f"(outputs of shape {shapes})",
-                "Every pass whose gradient a step uses is of samples that were announced before it",
+                "Every pass whose gradient a step uses is of samples that were announced before it, and since the last "
+                "step",
                 "Call `recorder.batch(ids)` before each forward pass, or clear the gradients of other passes "
                 "(`optimizer.zero_grad()`) before the backward pass of this step",
             )

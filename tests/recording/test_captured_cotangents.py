@@ -493,6 +493,18 @@ def test_outputs_that_begin_to_be_computed_from_each_other(by: str) -> None:
     run(step, Warming(), task="regression").check(1e-10)
 
 
+def test_a_loss_on_what_is_not_picked_is_told_of_returns() -> None:
+    def step(recorder, model, optimizer, ids, x, y):
+        recorder.batch(ids)
+        h, z = model(x)
+        (CE(z, y) + h.square().mean()).backward()
+        return []
+
+    torch.manual_seed(0)
+    with pytest.raises(errors.SampleIdError, match="a loss on the rest goes round these outputs"):
+        run(step, Warming(), returns=1, task="regression")
+
+
 # -- what cannot be explained is refused ------------------------------------------------------------------------------
 
 
