@@ -33,7 +33,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Parameters, PyTree
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, check
 from pathkernel.gradients.parameters import ParameterLayout, constants_of
 from pathkernel.gradients.pytrees import arguments_of, blocks, cast_floating, count, moved, take
 from pathkernel.gradients.returned import Returns, batch_outputs, selected
@@ -247,6 +247,17 @@ _RANDOM = threading.RLock()
 """Held by passes that draw random numbers: torch's generators belong to the process."""
 
 
+def check_gradients_are_possible() -> None:
+    """Refuse to compute where torch makes tensors that no gradient can be taken of."""
+    check(
+        not torch.is_inference_mode_enabled(),
+        InputError,
+        "A kernel or an explanation was asked for inside `torch.inference_mode()`",
+        "Both are made of gradients, which tensors made in inference mode cannot have",
+        "Ask outside of it; inside `torch.no_grad()` is all right",
+    )
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes: on the device of its first parameter, or of its first buffer."""
     for tensor in itertools.chain(module.parameters(), module.buffers()):
@@ -285,6 +296,7 @@ class ModelFunction:
         tap: str | None = None,
         returns: Returns = None,
     ) -> None:
+        check_gradients_are_possible()
         self.layout, self.dtype, self.state, self.tap, self.returns = layout, dtype, state, tap, returns
         self.structure = StructuralCopy(module)
         self.device = device_of(module)
@@ -341,6 +353,7 @@ class ModelFunction:
         as the loop did. Ctrl-C waits until the end, or for `pathkernel.runtime.interrupts.deliver`: settings of torch,
         and its random generators, have to be put back. One thread at a time.
         """
+        check_gradients_are_possible()
         device, dtype = self.state.autocast or (self.device.type, None)
         with (
             held(),

@@ -100,7 +100,8 @@ class Attributions:
     samples_checked
         In what part of the steps a wrong training sample would have been noticed, by comparing the recorded gradient
         with that of its samples: 1 but where clipping leaves too little to compare, as clipping by value below every
-        entry leaves signs alone, and a single parameter its sign. NaN where gradients are not on record for comparison
+        entry leaves signs alone, and a single parameter its sign; and where samples came by a backward pass in a
+        channel alone, which takes what they do not explain. NaN where gradients are not on record for comparison
         (optimizers that take several in one step).
     engine
         How the gradients of the training samples were formed: ``"layerwise"``, ``"jacobian"``, ``"autograd"``.
@@ -260,10 +261,12 @@ def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float, stackleve
         warnings.warn(
             CertificateWarning(
                 "In no step would a wrong training sample have been noticed: clipping left too little of the gradients "
-                "to compare",
+                "to compare, or all of them came in channels",
                 "A recorded gradient is compared with that of its samples in direction, and in size where it was not "
-                "clipped; clipping by value below every entry leaves signs alone, and a single parameter its sign",
-                "Check the sample ids yourself, or clip by norm",
+                "clipped; clipping by value below every entry leaves signs alone, and a single parameter its sign; "
+                "what samples do not explain of a backward pass in a channel is the channel's",
+                "Check the sample ids yourself; or clip by norm, and leave the backward pass of the loss outside of "
+                "the channel: `loss.backward(retain_graph=True)`",
             ),
             stacklevel=stacklevel,
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pathkernel.errors import SampleIdError, UnsupportedModelError
 from pathkernel.gradients.model_function import generators_untouched
+from pathkernel.gradients.returned import batch_outputs
 from pathkernel.runtime.interrupts import attempt
 from pathkernel.trajectory.batch_gradients import ComparedGradient, RecordedGradients
 from pathkernel.trajectory.gradient_fit import fit_gradient, left_over
@@ -24,6 +25,11 @@ MEMORY = 2**28
 DRAWS = 16
 """Passes that show whether random numbers matter for the outputs: a layer that is skipped every other time is found but
 once in 65,536 times, one that is skipped once in ten times four times out of five."""
+
+
+OUTPUT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""Difference between the outputs of a batch that is run again and those of the loop, over the largest of them, that is
+rounding: the former are computed by other kernels."""
 
 
 def is_due(index: int, every: int | None) -> bool:
@@ -121,6 +127,38 @@ def audit(trajectory: Trajectory, step: Step, seen: Circumstances) -> None:
     )
 
 
+def check_outputs(trajectory: Trajectory, step: Step, batch: MicroBatch, seen: Sequence[Tensor], taken: bool) -> None:
+    """Compare outputs of a forward pass with those of the announced samples.
+
+    What samples do not explain of a backward pass in a channel is the channel's, so that gradients tell nothing of
+    wrong samples there.
+
+    Raises
+    ------
+    SampleIdError
+        Where they are others.
+    """
+    one = stretch(trajectory, step.before, step)
+    function = RecordedGradients(one, one.function(), MEMORY, taken=False).replayed(step, batch)
+    inputs, _ = samples_of(batch, trajectory.data)
+    with generators_untouched(), function.running(gradients=False):
+        found = function.batch(function.parameters(step.before), function.cast(inputs)).double()
+    expected = batch_outputs(list(seen), len(batch.ids)).to(found)
+    low = {leaf.dtype for leaf in seen} | ({batch.state.autocast[1]} if batch.state.autocast else set())
+    largest = max(found.abs().max().item(), expected.abs().max().item())
+    off = (found - expected).abs().max().item() / largest if largest > 0 else 0.0
+    if off <= max(OUTPUT_TOLERANCE.get(dtype, 0.0) for dtype in {*low, step.before.dtype}):
+        return
+    raise SampleIdError(
+        f"At step {step.index} the outputs of the network for the announced samples differ by {off:.2g} of the largest "
+        f"from those of the loop's pass in the channel `{batch.channel}`",
+        "A backward pass in a channel is of the announced samples, as any other; the optimizer has "
+        f"{'moved already' if taken else 'not moved'}",
+        "Check that the ids are those of this batch (not shifted or shuffled again), and that inputs which differ from "
+        "the data are passed as `recorder.batch(ids, inputs=x)`",
+    )
+
+
 def _is_nothing(step: Step, compared: ComparedGradient) -> bool:
     """Whether both are so small that a loss which was evaluated again says nothing of them."""
     largest = max(compared.recorded.norm().item(), compared.expected.norm().item())
@@ -184,6 +222,11 @@ def _cause(trajectory: Trajectory, step: Step, gradients: RecordedGradients, see
                 ". It is that of the batch that was announced before: batches are announced one too early, as by "
                 "prefetching"
             )
+    if trajectory.returns is not None:
+        return (
+            ". Slopes were taken at what `returns=` picks out of what the network returned: a loss on the rest goes "
+            "round these outputs"
+        )
     return ""
 
 

@@ -61,7 +61,9 @@ class ForwardPass:
     Attributes
     ----------
     owner
-        The announced batch that it is of, see `pathkernel.recording.pending`; None as long as there is none.
+        The announced batch that it is of, see `pathkernel.recording.micro_batches`; None as long as there is none.
+    outputs
+        A copy of its outputs, where somebody will ask; else None.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class ForwardPass:
         self.state, self.checksum, self.drew_from = state, checksum, drew_from
         self.shapes: Shapes = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
         self.owner: Any = None
+        self.outputs = None if checksum is None else [leaf.detach().clone() for leaf in leaves]
         self._arrived: dict[str | None, dict[int | None, Tensor]] = {}
 
     @property
@@ -195,7 +198,6 @@ class ForwardWatcher:
         self._handles: list[Any] = []
         self._listening: dict[int, Any] = {}
         self._under_way: dict[int, BackwardPass] = {}
-        self._apart: set[int] = set()
 
     # -- the life of a recording --------------------------------------------------------------------------------
 
@@ -268,20 +270,12 @@ class ForwardWatcher:
         one = ForwardPass(state, leaves, self._checksum, drew_from)
         for place, leaf in hooked.items():
             _on_gradient(leaf, partial(self._cotangent, one, place))
-        for place, node, edge in self._edges_between(hooked):
+        # In each pass: what is computed from what may depend on the mode, or on a buffer that says how far training is.
+        for place, node, edge in edges_between(hooked) if len(hooked) > 1 else ():
             node.register_hook(partial(self._through_another, one, place, edge))
         if loss is not None and loss.requires_grad:
             _on_gradient(loss, partial(self._cotangent, one, None))
         self.ran(one)
-
-    def _edges_between(self, leaves: dict[int, Tensor]) -> list[tuple[int, Any, int]]:
-        """See `edges_between`; looked for until it is seen that so many outputs are not computed from each other."""
-        if len(leaves) < 2 or len(leaves) in self._apart:
-            return []
-        found = edges_between(leaves)
-        if not found:
-            self._apart.add(len(leaves))
-        return found
 
     # -- backward -----------------------------------------------------------------------------------------------
 

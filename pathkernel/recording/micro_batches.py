@@ -186,6 +186,17 @@ class PendingBatches:
         """The forward passes of which these are."""
         return [one for announced in self._announced for one in announced.passes]
 
+    @property
+    def named(self) -> list[tuple[MicroBatch, list[Tensor]]]:
+        """Samples whose slopes came under a name, with the outputs of their pass, where somebody will ask for these."""
+        every = [(one.batch, each) for one in self._announced for each in one.passes]
+        return [
+            (self._seen(batch, each, channel), each.outputs)
+            for batch, each in every
+            for channel in each.channels
+            if channel is not None and each.outputs is not None
+        ]
+
     def scale_of_loss(self, scale: float) -> None:
         """Divide by what the loss of the step at hand was multiplied with: its gradients have been divided by it."""
         if scale != self._scale:
@@ -217,10 +228,18 @@ class PendingBatches:
 
     # -- backward -----------------------------------------------------------------------------------------------
 
+    def forget_cleared(self) -> None:
+        """Let go of what arrived where gradients were cleared since: they are nobody's any more."""
+        self._forget_cleared(overflowed=False)  # what overflowed has not been cleared, and may be edited yet
+
     def _backward_begins(self) -> None:
-        """Before a backward pass adds to gradients: those that were cleared since are nobody's any more."""
-        arrived = self._strangers or any(one.passes or one.arrived for one in self._announced)
-        if not arrived or not self._gradients_were_cleared():
+        """Before a backward pass adds to gradients: to those that overflowed, nobody who goes on adds any more."""
+        self._forget_cleared(overflowed=True)
+
+    def _forget_cleared(self, overflowed: bool) -> None:
+        arrived = any(one.passes or one.arrived for one in self._announced)
+        named = self.watcher.differentiated  # a penalty need not come through outputs
+        if not (arrived or named or self._strangers) or not self._gradients_were_cleared(overflowed):
             return
         # The further stages of a step clear the gradient of the stage before, which has been used.
         kept = self._announced[-1] if self.stages > 1 and self._announced else None
@@ -229,7 +248,7 @@ class PendingBatches:
         for one in self._announced:
             if one is not kept:
                 one.drop()
-        self._strangers, self._taken = [], None
+        self._strangers, self._taken, self.watcher.differentiated = [], None, set()
         self._announced = [one for one in self._announced if one.used or one is self._announced[-1]]
         self.dropped()
 
@@ -263,12 +282,12 @@ class PendingBatches:
         if self._announced and not self._announced[-1].used:
             self._announced[-1].arrived, self._taken = True, None
 
-    def _gradients_were_cleared(self) -> bool:
+    def _gradients_were_cleared(self, overflowed: bool) -> bool:
         gradients = list(self.live.gradients().values())
         if not gradients:
             return True
         norms = torch.stack(torch._foreach_norm(gradients, float("inf")))
-        return bool((norms == 0).all() or not norms.isfinite().all())
+        return bool((norms == 0).all() or (overflowed and not norms.isfinite().all()))
 
     # -- for the record -----------------------------------------------------------------------------------------
 
@@ -330,7 +349,8 @@ class PendingBatches:
             raise SampleIdError(
                 f"The gradient holds {len(self._strangers)} backward passes of samples that were not announced "
                 f"(outputs of shape {shapes})",
-                "Every pass whose gradient a step uses is of samples that were announced before it",
+                "Every pass whose gradient a step uses is of samples that were announced before it, and since the last "
+                "step",
                 "Call `recorder.batch(ids)` before each forward pass, or clear the gradients of other passes "
                 "(`optimizer.zero_grad()`) before the backward pass of this step",
             )

@@ -46,18 +46,21 @@ class WatchedModules:
         return dict(zip(self._named, flags, strict=True))
 
     def changed_buffers(self) -> dict[str, Tensor]:
-        """Buffers that have changed since recording began; the same dict for as long as they stay as they are."""
+        """Buffers that have changed since recording began; the same dict for as long as they stay as they are.
+
+        Some are made by a forward pass, such as masks and tables of positions: they have changed, too.
+        """
         live = self._list_buffers()
         if not live:
             return self._changed
-        known = {name: self._changed.get(name, self.constants[name]) for name in live}
-        if all(torch.equal(live[name], known[name]) for name in live):
-            return self._changed
-        self._changed = {
-            name: known[name] if torch.equal(buffer, known[name]) else buffer.detach().clone()
-            for name, buffer in live.items()
-            if name in self._changed or not torch.equal(buffer, self.constants[name])
-        }
+        known = {name: self._changed.get(name, self.constants.get(name)) for name in live}
+        new = {name for name, value in known.items() if value is None or not torch.equal(live[name], value)}
+        if new:
+            self._changed = {
+                name: buffer.detach().clone() if name in new else self._changed[name]
+                for name, buffer in live.items()
+                if name in self._changed or name in new
+            }
         return self._changed
 
     def other_generators(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ from pathkernel.gradients.parameters import ParameterLayout, constants_of, named
 from pathkernel.gradients.pytrees import as_tensors, copied_samples, count, spread
 from pathkernel.gradients.returned import Returns, check_returns
 from pathkernel.gradients.sample_wise import SAMPLES, check_sample_wise
-from pathkernel.recording.audit import Circumstances, audit, check_captured, is_due
+from pathkernel.recording.audit import Circumstances, audit, check_captured, check_outputs, is_due
 from pathkernel.recording.indexed import indexed_loader
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
@@ -504,6 +504,7 @@ class KernelRecorder:
         inside = self._open is not None  # in a closure: the optimizer may have moved the parameters to look ahead
         if not inside:
             self._note_change("unexplained")
+            self._pending.forget_cleared()
         before = {n: gradient.clone() for n, gradient in self._live.gradients().items()}
         watcher = self._pending.watcher
         outer, watcher.channel = watcher.channel, name
@@ -573,7 +574,7 @@ class KernelRecorder:
         self._check_parameters()
         self._pending.scale_of_loss(loss_scale())
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer first
-        scaled = getattr(optimizer, "grad_scale", None) is not None
+        scaled = getattr(optimizer, "grad_scale", None) is not None or _is_skipped(optimizer)
         gradient = None
         # With a closure, forward and backward run inside the step: gradient and batch are only known afterwards.
         if closure is None:
@@ -760,6 +761,7 @@ class KernelRecorder:
         wanted = {id(p) for p in strangers}
         new = {name: p for name, p in self.model.named_parameters() if id(p) in wanted}
         constants = self._trajectory.constants
+        self._check_same([name for name in new if name not in constants])
         moved = [name for name, p in new.items() if not torch.equal(p.detach(), constants[name])]
         if moved:
             raise RecordingError(
@@ -777,6 +779,21 @@ class KernelRecorder:
         self._live.add(new)
         self._end_of_steps = self._trajectory.end_of_steps
 
+    def _check_same(self, others: Sequence[str] | None = None) -> None:
+        """Refuse parameters that are other tensors than on record; looked for unless they are given by name."""
+        if others is None:
+            live = dict(self.model.named_parameters())
+            others = [name for name, p in self._live.named.items() if live.get(name) is not p]
+        if others:
+            raise RecordingError(
+                f"The network's parameters {', '.join(f'`{name}`' for name in others)} are not those that it had when "
+                "recording began",
+                "A record is of one network: its parameters are the same tensors from start to end, some of which may "
+                "stay frozen until later",
+                "Write new values into the parameters (`load_state_dict` without `assign=True`), or make optimizer and "
+                "KernelRecorder after the network has been changed",
+            )
+
     def _check_pending(self, taken: bool = False) -> None:
         batches = self._pending.batches
         if not batches:
@@ -787,6 +804,8 @@ class KernelRecorder:
                 "before the backward pass; step outside the `with` block to train unrecorded",
             )
         if not getattr(self._trajectory.schedule, "weights_only", False):
+            if not all(batch.captured for batch in batches):
+                self._check_same()  # the outputs of other tensors lead to no gradient that is on record
             check_captured(self._trajectory, batches, type(self._outer).__name__, taken)
 
     def _check_gradient(self, gradient: Tensor) -> None:
@@ -825,6 +844,7 @@ class KernelRecorder:
         trajectory, index = self._trajectory, len(self._trajectory)
         if self._gradient_is_elsewhere or not is_due(index, self.audit_every):
             return
+        self._check_same()
         step, live, passes = replace(self._slim_step(before, gradient), index=index), self._live, self._pending.passes
         checksums = {one.checksum for one in passes if one.checksum is not None}
         now = checksum(live.layout.unflatten(before).values()) if taken else live.checksum()
@@ -839,6 +859,14 @@ class KernelRecorder:
         )
         with generators_untouched():  # a network may draw from Python's or numpy's generator
             audit(trajectory, step, seen)
+            for batch, outputs in self._pending.named:
+                check_outputs(trajectory, step, batch, outputs, taken)
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer was told that gradients overflowed: it skips the step by itself."""
+    overflowed = getattr(optimizer, "found_inf", None)
+    return overflowed is not None and bool(overflowed)
 
 
 def _equal(one: dict[str, tuple[Tensor, ...]], other: dict[str, tuple[Tensor, ...]]) -> bool:

@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,7 +62,7 @@ class Run:
         why = pk.KernelMachine(self.trajectory).explain(samples()[0][:3], outputs=1)
         assert why.relative_residual < 1e-9
         assert not why.split_error > 1e-9  # torch cannot tell of reentrant checkpoints: not checked
-        assert set(why.channels) <= {"initial", "rounding", "weight_decay"}
+        assert set(why.channels) <= {"initial", "rounding", "weight_decay", "buffers"}
 
 
 def slopes_by_hand(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
@@ -460,6 +461,50 @@ def test_slopes_at_outputs_that_are_computed_from_each_other(used: tuple[int, ..
     run(step, model, task="regression").check(1e-10)
 
 
+class Warming(nn.Module):
+    """Returns its hidden layer and logits; what the logits send back stops at the hidden layer while it warms up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.head = network(outputs=4), nn.Linear(4, 3).double()
+        self.register_buffer("warm", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.net(x)
+        return h, self.head(h if self.warm or not self.training else h.detach())
+
+
+@pytest.mark.parametrize("by", ["a buffer", "the mode"])
+def test_outputs_that_begin_to_be_computed_from_each_other(by: str) -> None:
+    def step(recorder, model, optimizer, ids, x, y):
+        if by == "a buffer":
+            model.warm.fill_(bool(ids[0] % 2))
+        recorder.batch(ids)
+        found = []
+        for training in (True,) if by == "a buffer" else (True, False):
+            h, z = model.train(training)(x)
+            (CE(z, y) + h.square().mean()).backward()
+            leaf = z.detach().requires_grad_(True)
+            (slope,) = torch.autograd.grad(CE(leaf, y), leaf)
+            found.append((ids, torch.cat([2 * h.detach() / h.numel(), slope], dim=1)))
+        return found
+
+    torch.manual_seed(0)
+    run(step, Warming(), task="regression").check(1e-10)
+
+
+def test_a_loss_on_what_is_not_picked_is_told_of_returns() -> None:
+    def step(recorder, model, optimizer, ids, x, y):
+        recorder.batch(ids)
+        h, z = model(x)
+        (CE(z, y) + h.square().mean()).backward()
+        return []
+
+    torch.manual_seed(0)
+    with pytest.raises(errors.SampleIdError, match="a loss on the rest goes round these outputs"):
+        run(step, Warming(), returns=1, task="regression")
+
+
 # -- what cannot be explained is refused ------------------------------------------------------------------------------
 
 
@@ -679,6 +724,7 @@ def test_without_a_loss_the_task_says_what_is_predicted(task: str) -> None:
 # -- gradients that go round the outputs, under a name ----------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:In no step would a wrong training sample")
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("together", [True, False])
 def test_a_gradient_penalty_has_a_channel(together: bool, clip: float | None) -> None:
@@ -726,6 +772,66 @@ def test_a_gradient_penalty_has_a_channel(together: bool, clip: float | None) ->
     np.testing.assert_allclose(why.channels["gradient_penalty"], expected, rtol=1e-8)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_penalty_that_was_cleared_is_forgotten(times: int, set_to_none: bool) -> None:
+    def step(recorder, model, optimizer, ids, x, y):
+        recorder.batch(ids)
+        for k in range(times + 1):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            x = x.clone().requires_grad_(True)
+            (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            with recorder.channel("gradient_penalty"):
+                (0.01 * (k + 1) * slope.square().sum()).backward()
+        if ids[0] % 2:
+            optimizer.zero_grad(set_to_none=set_to_none)
+        CE(model(x), y).backward()
+        return [(ids, slopes_by_hand(model, x, lambda z: CE(z, y)))]
+
+    recorded = run(step, task="regression")
+    for one in recorded.trajectory.steps():
+        assert set(one.gradient_changes) == (set() if one.batches[0].ids[0] % 2 else {"gradient_penalty"})
+    why = pk.KernelMachine(recorded.trajectory).explain(samples()[0][:2], outputs=1)
+    assert why.relative_residual < 1e-9 and why.samples_checked == 1
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["loss in the channel", "loss outside"])
+@pytest.mark.parametrize("audit_every", [1, 0])
+def test_a_channel_hides_no_wrong_samples(apart: bool, audit_every: int) -> None:
+    """What samples do not explain of a backward pass in a channel is the channel's, of wrong samples, too."""
+    X, y = samples()
+
+    def train(shift: int) -> pk.Trajectory:
+        model = network()
+        optimizer = sgd(model)
+        with pk.KernelRecorder(model, optimizer, data=(X, y), audit_every=audit_every, task="regression") as recorder:
+            for ids in batches():
+                recorder.batch((ids + shift) % 24)
+                x = X[ids].clone().requires_grad_(True)
+                z = model(x)
+                (slope,) = torch.autograd.grad(z.sum(), x, create_graph=True)
+                loss, penalty = CE(z, y[ids]), 0.1 * slope.square().sum(1).mean()
+                if apart:
+                    loss.backward(retain_graph=True)
+                with recorder.channel("gradient_penalty"):
+                    (penalty if apart else loss + penalty).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return recorder.trajectory
+
+    told = nullcontext() if apart else pytest.warns(errors.CertificateWarning, match="all of them came in channels")
+    with told:
+        assert pk.KernelMachine(train(0)).explain(X[:2], outputs=1).samples_checked == float(apart)
+    if audit_every:
+        found = "the gradient differs" if apart else "in the channel `gradient_penalty`"
+        with pytest.raises(errors.SampleIdError, match=found):
+            train(1)
+    elif apart:
+        with pytest.raises(errors.TrajectoryError, match="the samples on record explain the gradient only"):
+            pk.KernelMachine(train(1)).explain(X[:2], outputs=1)
+
+
+@pytest.mark.filterwarnings("ignore:In no step would a wrong training sample")
 def test_a_loss_on_a_hidden_layer_has_a_channel_or_is_refused() -> None:
     X, y = samples()
     for named in (True, False):

@@ -400,3 +400,69 @@ def test_buffers_that_a_pass_reads_before_it_writes_them() -> None:
     why = pk.KernelMachine(recorder.trajectory).explain(X[:3], outputs=0)
     assert why.relative_residual < 1e-12
     assert np.abs(why.channels["rounding"]).max() < 1e-12
+
+
+class WithTable(nn.Module):
+    """Weighs its hidden units by a table that is made, or made longer, by the forward pass that needs it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.last, self.kind = nn.Linear(4, 5), nn.Linear(5, 3), kind
+        if kind == "none at first":
+            self.register_buffer("table", None)
+        elif kind == "grows":
+            self.register_buffer("table", torch.ones(1, 5), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = len(x) if self.kind == "grows" else 1
+        table = getattr(self, "table", None)
+        if table is None or len(table) < length:
+            made = torch.linspace(0.5, 1, 5, dtype=x.dtype).expand(length, 5).clone()
+            if self.kind == "registered late":
+                self.register_buffer("table", made, persistent=False)
+            else:
+                self.table = made
+        return self.last(self.first(x).tanh() * self.table[:length])
+
+
+def shares_by_hand(
+    before: nn.Module, after: nn.Module, x: Tensor, y: Tensor, queries: Tensor, rate: float
+) -> np.ndarray:
+    """What each sample of a step of SGD moved output 0, (Q, B): gradients sample by sample, eight nodes on the step."""
+    rows = []
+    for k in range(len(x)):
+        gradients = torch.autograd.grad(CE(before(x[k : k + 1]), y[k : k + 1]) / len(x), list(before.parameters()))
+        rows.append(torch.cat([g.reshape(-1) for g in gradients]))
+    start, end = (nn.utils.parameters_to_vector(m.parameters()).detach() for m in (before, after))
+    moved, shares = copy.deepcopy(before), torch.zeros(len(queries), len(x), dtype=x.dtype)
+    for node, weight in zip(*np.polynomial.legendre.leggauss(8), strict=True):
+        nn.utils.vector_to_parameters(start + (node + 1) / 2 * (end - start), moved.parameters())
+        for q in range(len(queries)):
+            gradients = torch.autograd.grad(moved(queries[q : q + 1])[0, 0], list(moved.parameters()))
+            slope = torch.cat([g.reshape(-1) for g in gradients])
+            shares[q] -= weight / 2 * rate * torch.stack(rows) @ slope
+    return shares.numpy()
+
+
+@pytest.mark.parametrize("schedule", [None, pk.Schedule(keyframes=2)], ids=["every step", "keyframes"])
+@pytest.mark.parametrize("kind", ["none at first", "registered late", "grows"])
+def test_buffers_that_a_forward_pass_makes(kind: str, schedule: Any) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = WithTable(kind).double()
+    if kind == "grows":
+        model.table.copy_(torch.linspace(0.5, 1, 5))
+    X, y = torch.linspace(-1, 1, 32, dtype=torch.float64).reshape(8, 4).sin(), torch.arange(8) % 3
+    optimizer, expected = torch.optim.SGD(model.parameters(), lr=0.3), np.zeros((3, 8))
+    options = {"task": "classification", "audit_every": 1, **({} if schedule is None else {"schedule": schedule})}
+    with pk.KernelRecorder(model, optimizer, data=(X, y), **options) as recorder:
+        for ids in ([0, 1], [2, 3, 4, 5], [6, 7], [1, 3, 5, 7]):
+            recorder.batch(ids)
+            optimizer.zero_grad()
+            CE(model(X[ids]), y[ids]).backward()
+            before = copy.deepcopy(model)
+            optimizer.step()
+            expected[:, ids] += shares_by_hand(before, model, X[ids], y[ids], X[:3], 0.3)
+    why = pk.KernelMachine(recorder.trajectory, quadrature=pk.GaussLegendre(6)).explain(X[:3], outputs=0)
+    assert why.relative_residual < 1e-12
+    np.testing.assert_allclose(why.shares, expected, atol=1e-12)

@@ -337,6 +337,48 @@ def test_a_parameter_that_changed_before_it_joined_is_refused() -> None:
     assert "make a new KernelRecorder here" in caught.value.write
 
 
+def put_another_layer_in(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model[2] = copy.deepcopy(model[2])
+
+
+def put_one_more_layer_in(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model.append(nn.Linear(3, 3).double())
+    optimizer.add_param_group({"params": list(model[3].parameters())})
+
+
+def load_with_assign(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("loss", [CE, None], ids=["loss", "no loss"])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (put_another_layer_in, "`2.weight`, `2.bias`"),
+        (put_one_more_layer_in, "`3.weight`, `3.bias`"),
+        (load_with_assign, "`0.weight`, `0.bias`, `2.weight`, `2.bias`"),
+    ],
+)
+def test_parameters_that_the_network_did_not_have_are_refused_by_name(change: Any, named: str, loss: Any) -> None:
+    model, (X, y) = make_model(), data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {} if loss is not None else {"task": "classification"}
+    with (
+        pk.KernelRecorder(model, optimizer, loss, data=(X, y), audit_every=1, **options) as recorder,
+        pytest.raises(errors.RecordingError) as caught,
+    ):
+        for k, ids in enumerate(BATCHES):
+            if k == 2:
+                change(model, optimizer)
+            x, target = recorder.batch(list(ids))
+            optimizer.zero_grad()
+            CE(model(x), target).backward()
+            before = copy.deepcopy(model.state_dict())
+            optimizer.step()
+    assert f"parameters {named} are not those that it had when recording began" in caught.value.found
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 # -- tied weights -----------------------------------------------------------------------------------------------------
 
 
@@ -429,17 +471,26 @@ def test_one_cycle_moves_rate_and_betas_of_adam() -> None:
 # -- mixed precision --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_overflows_under_loss_scaling_is_not_blamed_on_anybody(fused: bool) -> None:
+@pytest.mark.filterwarnings("ignore:The batches of step 0 do not give its gradient again")  # unscaled, or clipped
+@pytest.mark.parametrize("level", ["every step", "keyframes"])
+@pytest.mark.parametrize("clipped", [False, True], ids=["not clipped", "clipped"])
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_a_step_that_overflows_under_loss_scaling_is_not_blamed_on_anybody(
+    fused: bool, clipped: bool, level: str
+) -> None:
     (X, y), model = data(torch.float32), make_model(dtype=torch.float32)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    with pk.KernelRecorder(model, optimizer, CE, data=(X, y)) as recorder:
+    options = {"schedule": pk.Schedule(keyframes=2)} if level == "keyframes" else {}
+    with pk.KernelRecorder(model, optimizer, CE, data=(X, y), **options) as recorder:
         for k, ids in enumerate(BATCHES):
             x, target = recorder.batch(list(ids))
             optimizer.zero_grad()
             loss = CE(model(x), target)
             scaler.scale(loss * float("inf") if k == 2 else loss).backward()
+            if clipped:  # the norm of an overflowed gradient is infinite, and the gradient is NaN then
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e3)
             scaler.step(optimizer)
             scaler.update()
     run = recorder.trajectory

@@ -221,6 +221,29 @@ def step_with_changed_parameters() -> None:
         optimizer.step()
 
 
+def step_with_another_layer() -> None:
+    scene = Scene()
+    scene.model[2] = copy.deepcopy(scene.model[2])
+    scene.optimizer.param_groups[0]["params"][2:] = list(scene.model[2].parameters())
+    scene.recorder.batch([3, 4])
+    scene.gradient([3, 4])
+    scene.optimizer.step()
+
+
+def other_samples_in_a_channel() -> None:
+    scene = Scene(steps=0)
+    scene.recorder.batch([2, 1])
+    with scene.recorder.channel("penalty"):
+        scene.gradient([3, 4])
+    scene.optimizer.step()
+
+
+def in_inference_mode() -> None:
+    trajectory = run().trajectory
+    with torch.inference_mode():
+        pk.KernelMachine(trajectory)
+
+
 class TwoStages(SGD):
     """Says of itself that it takes two gradients in a step."""
 
@@ -578,10 +601,25 @@ REFUSALS: dict[str, Case] = {
         errors.RecordingError,
         ("`0.weight`, `0.bias` joined the optimizer and had changed", "a constant since", "new KernelRecorder"),
     ),
+    "parameters that were put in the place of others on the way": (
+        step_with_another_layer,
+        errors.RecordingError,
+        ("parameters `2.weight`, `2.bias` are not those that it had", "the same tensors", "without `assign=True`"),
+    ),
+    "other samples than announced in a channel": (
+        other_samples_in_a_channel,
+        errors.SampleIdError,
+        ("in the channel `penalty`", "of the announced samples, as any other", "recorder.batch(ids, inputs=x)"),
+    ),
     "gradients edited between the stages of a step": (
         edit_of_one_stage,
         errors.RecordingError,
         ("edited under the name `noise`", "one gradient in a step", "one stage"),
+    ),
+    "inference mode": (
+        in_inference_mode,
+        errors.InputError,
+        ("inside `torch.inference_mode()`", "made of gradients", "`torch.no_grad()` is all right"),
     ),
     # recording: averages
     "an average of another model": (
@@ -1312,6 +1350,26 @@ def test_what_is_not_trained_must_not_change_either() -> None:
 def test_an_empty_path(make) -> None:
     with pytest.raises(errors.TrajectoryError, match=f"`{make.__name__}` was given a trajectory with no steps"):
         make(empty())
+
+
+def test_inference_mode_is_named() -> None:
+    """Whatever is asked, and whenever what is asked was made."""
+    trajectory, X = run().trajectory, make_inputs(4)
+    machine, kernel = pk.KernelMachine(trajectory), pk.PathKernel(trajectory)
+    asked: list[Callable[[], Any]] = [
+        lambda: pk.KernelMachine(trajectory),
+        lambda: pk.PathKernel(trajectory),
+        lambda: pk.TangentKernel(trajectory.model),
+        lambda: machine.explain(X),
+        lambda: machine.explain(X, outputs="0"),
+        lambda: machine.decision_function(X),
+        lambda: kernel(X, X),
+    ]
+    for ask in asked:
+        with pytest.raises(errors.InputError, match=r"inside `torch\.inference_mode"), torch.inference_mode():
+            ask()
+    with torch.no_grad():
+        assert machine.explain(X).residual.shape == (4,)
 
 
 def test_kernel_ridge_that_calls_pair_by_pair_is_told_of_the_pipeline() -> None:
