@@ -18,8 +18,8 @@ from pathkernel.recording.audit import is_due
 from pathkernel.recording.forward import others_listen
 from pathkernel.recording.live import LiveParameters
 from pathkernel.runtime.checksum import checksum
-from pathkernel.trajectory.replay import Notes, Replay, abridged, state_of
-from pathkernel.trajectory.step import MicroBatch, Step
+from pathkernel.trajectory.replay import Replay, abridged, state_of
+from pathkernel.trajectory.step import MicroBatch, ReplayNotes, Step
 from pathkernel.trajectory.trajectory import Trajectory
 
 STORED = 0
@@ -282,7 +282,7 @@ class KeyframeKeeper:
         divisor = self._divisors.setdefault(opened.kind, 1)
         # Where the gradient only arrives inside the step, it still lies there.
         received = opened.received if opened.known else self.live.gradient_checksum()
-        notes = Notes(self._start, self._checksum, None if opened.stored else received, max(1, divisor))
+        notes = ReplayNotes(self._start, self._checksum, None if opened.stored else received, max(1, divisor))
         if opened.trial and not self._gives_back(step, notes):
             self.gave_up = True
             self._warn(
@@ -295,7 +295,7 @@ class KeyframeKeeper:
         keyframe = opened.state if self._start == step.index else None
         return abridged(step, notes, keyframe=keyframe, gradient=opened.stored)
 
-    def _gives_back(self, step: Step, notes: Notes) -> bool:
+    def _gives_back(self, step: Step, notes: ReplayNotes) -> bool:
         opened = self._opened
         assert opened.state is not None
         self.replay.restore(step.before, opened.state)

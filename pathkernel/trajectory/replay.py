@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,48 +29,15 @@ from pathkernel.runtime.checksum import checksum
 from pathkernel.runtime.interrupts import attempt, held
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.trajectory.samples import samples_of
-from pathkernel.trajectory.step import MicroBatch, Step
+from pathkernel.trajectory.step import MicroBatch, ReplayNotes, Step
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Observation
 
-NOTES = ""
-"""Key of a replayed step's own notes in `Step.frozen`; no parameter has this name."""
 
-
-@dataclass(frozen=True)
-class Notes:
-    """What an abridged step says about its replay.
-
-    Attributes
-    ----------
-    keyframe
-        Index of the step with the keyframe that it is replayed from.
-    checksum
-        Of θ after the step.
-    gradient
-        Checksum of the gradient that the optimizer received; None where the gradient itself is kept.
-    divisor
-        By what the loop divided the loss of each micro-batch.
-    """
-
-    keyframe: int
-    checksum: int
-    gradient: int | None
-    divisor: int = 1
-
-    @classmethod
-    def of(cls, step: Step) -> Notes:
-        """Those of an abridged step."""
-        return cls(**step.frozen[NOTES])
-
-
-def is_abridged(step: Step) -> bool:
-    """Whether a step has to be replayed."""
-    return step.after.numel() == 0 and bool(step.active or step.groups)
-
-
-def abridged(step: Step, notes: Notes, *, keyframe: Mapping[str, Any] | None = None, gradient: bool = False) -> Step:
+def abridged(
+    step: Step, notes: ReplayNotes, *, keyframe: Mapping[str, Any] | None = None, gradient: bool = False
+) -> Step:
     """Leave out what a replay gives back.
 
     Parameters
@@ -78,7 +45,7 @@ def abridged(step: Step, notes: Notes, *, keyframe: Mapping[str, Any] | None = N
     step
         A step; its vectors may be missing already.
     notes
-        See `Notes`.
+        See `ReplayNotes`.
     keyframe
         The optimizer's state before the step by parameter name; with it θ is kept, too.
     gradient
@@ -90,7 +57,8 @@ def abridged(step: Step, notes: Notes, *, keyframe: Mapping[str, Any] | None = N
         before=step.before if keyframe is not None else nothing,
         after=nothing,
         gradient=step.gradient if gradient else nothing,
-        frozen={NOTES: vars(notes), **(keyframe or {})},
+        frozen=keyframe or {},
+        replay=notes,
     )
 
 
@@ -194,7 +162,7 @@ class Replay:
             gradient = step.gradient
             self._receive(gradient, step)
         else:
-            self.differentiate(step, Notes.of(step).divisor)
+            self.differentiate(step, 1 if step.replay is None else step.replay.divisor)
             self.received = checksum(self._gradients())  # before the optimizer may write on them
             gradient = self.gradient()
         return self.finish(step, gradient)
@@ -231,7 +199,7 @@ class Replay:
             if name in step.active
         }
         self._at = after
-        return replace(step, before=before, after=after, gradient=gradient, frozen=frozen)
+        return replace(step, before=before, after=after, gradient=gradient, frozen=frozen, replay=None)
 
     def gradient(self) -> Tensor:
         """The gradients at hand, (P,), zero where there is none."""
@@ -425,9 +393,9 @@ class ReplayStore(Store):
         """
         index = range(len(self.inner))[index]
         step = self.inner.read(index)
-        if not is_abridged(step):
+        if step.replay is None:
             return step
-        start = Notes.of(step).keyframe
+        start = step.replay.keyframe
         block = self._blocks.pop(start, [])
         if index - start >= len(block):
             block = self._replayed(start)
@@ -451,18 +419,18 @@ class ReplayStore(Store):
 
     def _taken_again(self, start: int) -> list[Step]:
         first = self.inner.read(start)
-        self.replay.restore(first.before, {name: own for name, own in first.frozen.items() if name != NOTES})
+        self.replay.restore(first.before, first.frozen)
         self._check_keyframe(start, first)
         block: list[Step] = []
         for index in range(start, len(self.inner)):
             record = self.inner.read(index)
-            if not is_abridged(record) or Notes.of(record).keyframe != start:
+            notes = record.replay
+            if notes is None or notes.keyframe != start:
                 if not record.changes and record.before.numel():
                     self._check(torch.equal(block[-1].after, record.before), index - 1)
                     block[-1] = replace(block[-1], after=record.before)  # one tensor for both, as in a full record
                 break
             block.append(self.replay.take(record))
-            notes = Notes.of(record)
             # A gradient that is another one by a few last bits may well lead to the same θ.
             self._check(notes.gradient is None or notes.gradient == self.replay.received, index)
             self._check(notes.checksum == self.replay.checksum(), index)
@@ -474,8 +442,8 @@ class ReplayStore(Store):
             return
         if start == 0:
             self._check(torch.equal(first.before, self.replay.trajectory.initial), 0)
-        elif is_abridged(before := self.inner.read(start - 1)):
-            self._check(self.replay.checksum() == Notes.of(before).checksum, start)
+        elif (before := self.inner.read(start - 1).replay) is not None:
+            self._check(self.replay.checksum() == before.checksum, start)
 
     def _check(self, same: bool, index: int) -> None:
         threads = torch.get_num_threads()
