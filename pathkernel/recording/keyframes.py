@@ -19,8 +19,8 @@ from pathkernel.recording.forward import others_listen
 from pathkernel.recording.live import LiveParameters
 from pathkernel.runtime.checksum import checksum
 from pathkernel.trajectory.replay import Replay, abridged, state_of
+from pathkernel.trajectory.run import Run
 from pathkernel.trajectory.step import MicroBatch, ReplayNotes, Step
-from pathkernel.trajectory.trajectory import Trajectory
 
 STORED = 0
 """Divisor of steps whose gradient is stored, since a replay does not find it."""
@@ -134,7 +134,7 @@ class KeyframeKeeper:
 
     Parameters
     ----------
-    trajectory, live, optimizer
+    run, live, optimizer
         The run.
     every
         Steps from one keyframe to the next.
@@ -151,9 +151,9 @@ class KeyframeKeeper:
     Time per step: checksums of θ and of its gradient; per keyframe: a copy of θ and the optimizer's state.
     """
 
-    def __init__(self, trajectory: Trajectory, live: LiveParameters, optimizer: Optimizer, every: int) -> None:
-        self.trajectory, self.live, self.optimizer, self.every = trajectory, live, optimizer, every
-        self.replay = Replay(trajectory, optimizer)
+    def __init__(self, run: Run, live: LiveParameters, optimizer: Optimizer, every: int) -> None:
+        self.live, self.optimizer, self.every = live, optimizer, every
+        self.replay = Replay(run, optimizer)
         self.watch = GradientWatch(live)
         self.gave_up = self.is_open = False
         self._divisors: dict[Hashable, int] = {}
@@ -237,7 +237,7 @@ class KeyframeKeeper:
     @property
     def vectors(self) -> tuple[Tensor, Tensor]:
         """θ and gradient from before the step that is being taken, each empty where it is not needed."""
-        nothing = torch.empty(0, dtype=self.trajectory.dtype)
+        nothing = torch.empty(0, dtype=self.replay.run.dtype)
         theta, gradient = self._opened.before, self._opened.gradient
         return nothing if theta is None else theta, nothing if gradient is None else gradient
 
@@ -287,7 +287,7 @@ class KeyframeKeeper:
             self.gave_up = True
             self._warn(
                 "step",
-                f"Step {step.index} of {self.trajectory.rule.name} does not come out again to the last bit",
+                f"Step {step.index} of {self.replay.run.rule.name} does not come out again to the last bit",
                 "A replay calls `optimizer.step()` on a copy of the optimizer, without a closure; so this step and "
                 "those after it are stored in full",
             )

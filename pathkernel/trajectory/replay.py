@@ -11,7 +11,7 @@ gradient of every step and θ after it are compared with their checksums, and θ
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +28,10 @@ from pathkernel.gradients.returned import returned_loss
 from pathkernel.runtime.checksum import checksum
 from pathkernel.runtime.interrupts import attempt, held
 from pathkernel.runtime.pickling import check_picklable
+from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.step import MicroBatch, ReplayNotes, Step
 from pathkernel.trajectory.store import Store
-from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Observation
 
 
@@ -80,7 +80,7 @@ class Replay:
 
     Parameters
     ----------
-    trajectory
+    run
         Whose steps; its model, data and loss are used, none is changed.
     optimizer
         The optimizer of the run, or another one of its class; or the class.
@@ -95,11 +95,11 @@ class Replay:
 
     def __init__(
         self,
-        trajectory: Trajectory,
+        run: Run,
         optimizer: Optimizer | type[Optimizer],
         constants: Mapping[str, Any] | None = None,
     ) -> None:
-        self.trajectory = trajectory
+        self.run = run
         if isinstance(optimizer, type):
             known = constants or {"groups": [], "made_of": {"defaults": {}}}
             self.kind, self.groups, self._made_of = optimizer, known["groups"], known["made_of"]
@@ -110,7 +110,7 @@ class Replay:
         self._parameters: dict[str, nn.Parameter] = {}
         self._optimizer: Optimizer | None = None
         self._network: ModelFunction | None = None
-        self._at = trajectory.initial
+        self._at = run.initial
         self.received = 0
 
     @property
@@ -124,10 +124,11 @@ class Replay:
     def __getstate__(self) -> dict[str, Any]:
         constants = self.constants
         check_picklable(optimizer=(self.kind, constants))
-        return {"trajectory": self.trajectory, "kind": self.kind, **constants}
+        return {"run": self.run, "kind": self.kind, **constants}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.trajectory, self.kind = state["trajectory"], state["kind"]  # the trajectory has no parts yet
+        self.run = state["trajectory" if "trajectory" in state else "run"]  # the path, in earlier versions
+        self.kind = state["kind"]
         self.groups, self._made_of = state["groups"], state["made_of"]
         self._parameters, self._optimizer, self._network, self.received = {}, None, None, 0
         self._at = torch.empty(0)
@@ -137,9 +138,9 @@ class Replay:
     def restore(self, theta: Tensor, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Go to a point of the run: θ, (P,), and the optimizer's state by parameter name."""
         self._parameters = {
-            name: nn.Parameter(value.clone()) for name, value in self.trajectory.layout.unflatten(theta).items()
+            name: nn.Parameter(value.clone()) for name, value in self.run.layout.unflatten(theta).items()
         }
-        self._at, self._network = theta, self.trajectory.function()
+        self._at, self._network = theta, self.run.function()
         optimizer = self.kind.__new__(self.kind)
         copies = {self._parameters[name]: _copied(dict(own)) for name, own in state.items()}
         optimizer.__setstate__({**self._made_of, "state": defaultdict(dict, copies), "param_groups": []})
@@ -178,7 +179,7 @@ class Replay:
 
     def finish(self, step: Step, gradient: Tensor) -> Step:
         """Let the optimizer step, and write the step down in full."""
-        rule, layout, optimizer = self.trajectory.rule, self.trajectory.layout, self._stepping(step)
+        rule, layout, optimizer = self.run.rule, self.run.layout, self._stepping(step)
         before = self._at
         states = {name: self._state_before(name) for name in step.active}
         optimizer.step()
@@ -215,7 +216,7 @@ class Replay:
     def _move(self, theta: Tensor) -> None:
         """A change that was made outside the optimizer."""
         with held(), torch.no_grad():
-            for name, value in self.trajectory.layout.unflatten(theta).items():
+            for name, value in self.run.layout.unflatten(theta).items():
                 self._parameters[name].copy_(value)
         self._at = theta
 
@@ -225,16 +226,16 @@ class Replay:
             p.requires_grad_(name in step.active)
 
     def _receive(self, gradient: Tensor, step: Step) -> None:
-        for name, value in self.trajectory.layout.unflatten(gradient).items():
+        for name, value in self.run.layout.unflatten(gradient).items():
             if name in step.active:
                 self._parameters[name].grad = value.clone()
 
     def _backward(self, step: Step, batch: MicroBatch, divisor: int, last: bool) -> None:
-        objective, state = self.trajectory.objective, batch.state
+        objective, state = self.run.objective, batch.state
         buffers = step.buffers if state.buffers is None else state.buffers
         assert self._network is not None
         function = self._network.replaced(constants=buffers, state=state)
-        inputs, targets = samples_of(batch, self.trajectory.data)
+        inputs, targets = samples_of(batch, self.run.data)
         # As trained: `ModelFunction.running` otherwise chooses other kernels than the loop had.
         with function.running(gradients=True, as_trained=True), function.kept():
             roots, slopes = self._roots(function, batch, inputs, targets)
@@ -255,7 +256,7 @@ class Replay:
         self, function: ModelFunction, batch: MicroBatch, inputs: PyTree, targets: PyTree
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What a backward pass of a micro-batch begins with, and the slopes there."""
-        objective, parameters = self.trajectory.objective, dict(self._parameters)
+        objective, parameters = self.run.objective, dict(self._parameters)
         if batch.cotangents is not None:
             outputs = function.batch(parameters, inputs)
             return [outputs], [batch.cotangents.to(outputs)]
@@ -303,7 +304,7 @@ class Replay:
         for key, value in self._optimizer.state.get(self._parameters[name], {}).items():
             if not isinstance(value, Tensor):
                 seen[key] = value
-            elif key in self.trajectory.rule.keep_before:
+            elif key in self.run.rule.keep_before:
                 seen[key] = value.detach().clone()
             else:
                 seen[key] = True if value.numel() > 1 else value.item()
@@ -345,9 +346,14 @@ class ReplayStore(Store):
         """See `Store.stopped`."""
         return self.inner.stopped
 
-    def begin(self, trajectory: Trajectory) -> None:
+    def begin(self, run: Run) -> None:
         """See `Store.begin`."""
-        self.inner.begin(trajectory)
+        self.replay.run = run
+        self.inner.begin(run)
+
+    def note_end(self, end: End) -> None:
+        """Hand on."""
+        self.inner.note_end(end)
 
     def append(self, step: Step) -> None:
         """Put a step, abridged or full, behind the others."""
@@ -356,7 +362,7 @@ class ReplayStore(Store):
     def __len__(self) -> int:
         return len(self.inner)
 
-    def extend(self, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> None:
+    def extend(self, tail: Tensor, pad: Extension) -> None:
         """Refuse: checksums on record are of the parameters that there were.
 
         Raises
@@ -441,7 +447,7 @@ class ReplayStore(Store):
         if first.changes:
             return
         if start == 0:
-            self._check(torch.equal(first.before, self.replay.trajectory.initial), 0)
+            self._check(torch.equal(first.before, self.replay.run.initial), 0)
         elif (before := self.inner.read(start - 1).replay) is not None:
             self._check(self.replay.checksum() == before.checksum, start)
 
