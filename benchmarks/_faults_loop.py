@@ -24,7 +24,6 @@ from pathkernel.errors import (
     TrajectoryError,
     UnsupportedOptimizerError,
 )
-from pathkernel.trajectory.replay import is_abridged
 from pathkernel.trajectory.schedule import Schedule
 from pathkernel.trajectory.step import Step
 
@@ -246,7 +245,7 @@ def other_replay(bench: Bench) -> Iterator[Outcome]:
             warnings.simplefilter("ignore")
             trajectory = training.recorded(None, STEPS, schedule=Schedule(keyframes=6))
         steps = trajectory.store.inner._steps
-        keyframes = [step for step in steps if is_abridged(step) and step.before.numel()]
+        keyframes = [step for step in steps if step.replay and step.before.numel()]
         # Before the very first step the optimizer has no state that could be damaged.
         first = bench.random.choice(keyframes[1:] if kind == "state" else keyframes)
         if kind == "sample":
@@ -257,7 +256,7 @@ def other_replay(bench: Bench) -> Iterator[Outcome]:
         elif kind == "θ":
             flip(first.before, bench)
         elif kind == "state":
-            flip(first.frozen[bench.random.choice([name for name in first.frozen if name])]["exp_avg"], bench)
+            flip(first.frozen[bench.random.choice(list(first.frozen))]["exp_avg"], bench)
         elif kind == "generator":
             state = bench.random.choice(steps).batches[0].state.generators
             flip(next(iter(state.values())), bench)

@@ -58,7 +58,8 @@ def shares(name: str, epochs: int, queries: int, seed: int) -> tuple[pk.Attribut
                 loss(model(x), target).backward()
                 optimizer.step()
     trajectory = recorder.trajectory
-    wrong = dataclasses.replace(trajectory, rule=AsIfSGD())
+    run = dataclasses.replace(trajectory.run, rule=AsIfSGD())
+    wrong = pk.Trajectory(run, trajectory.store, trajectory.end)
     return (
         pk.KernelMachine(trajectory).explain(X_test[:queries]),
         pk.KernelMachine(wrong, unexplained=np.inf).explain(X_test[:queries]),

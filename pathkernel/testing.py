@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -17,11 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel.errors import PathKernelError, check
-from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.quadrature import GaussLegendre
 from pathkernel.recording.recorder import KernelRecorder
 from pathkernel.trajectory.batch_gradients import RecordedGradients
+from pathkernel.trajectory.run import Extension
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory
@@ -316,9 +314,8 @@ def check_store(make_store: Callable[[], Store], *, steps: int = 11, seed: int =
     """
     trajectory = _small_run(steps, seed)
     expected, store = list(trajectory.steps()), make_store()
-    holder = copy.copy(trajectory)
-    holder.store = store
-    store.begin(holder)
+    store.note_end(trajectory.end)
+    store.begin(trajectory.run)
     for step in expected:
         store.append(step)
         _require(len(store) == step.index + 1, f"`len` is {len(store)} after {step.index + 1} steps")
@@ -333,12 +330,9 @@ def check_store(make_store: Callable[[], Store], *, steps: int = 11, seed: int =
             all(torch.equal(piece, step.before[where]) for piece, where in zip(pieces, ranges, strict=True)),
             f"`columns` of step {step.index} differ",
         )
-    tail = torch.tensor([1.0, -2.0], dtype=trajectory.dtype)
-    holder.layout = ParameterLayout((*holder.layout.names, "late"), (*holder.layout.shapes, torch.Size([2])))
-    pad = cache(lambda vector: torch.cat([vector, tail]))
-    holder.initial = pad(holder.initial)
-    store.extend(tail, pad)
-    longer = [_longer(step, tail) for step in expected]
+    pad = Extension(trajectory.run, {"late": torch.tensor([1.0, -2.0], dtype=trajectory.dtype)})
+    store.extend(pad.tail, pad)
+    longer = [_longer(step, pad.tail) for step in expected]
     _compare_all(longer, store, "after `extend`")
     store.close()
     _compare_all(longer, store, "after `close`")

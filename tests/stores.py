@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +62,8 @@ def same_trajectories(one: pk.Trajectory, other: pk.Trajectory) -> None:
 def written(trajectory: pk.Trajectory, path: Path, **options: Any) -> DiskStore:
     """The same steps, put into a store on disk."""
     store = DiskStore(path, **options)
-    again = copy.copy(trajectory)
-    again.store = store
-    store.begin(again)
+    store.note_end(trajectory.end)
+    store.begin(replace(trajectory.run, optimizer=None))
     for step in trajectory.steps():
         store.append(step)
     store.close()

@@ -156,8 +156,8 @@ class AverageCurve(Curve):
         self, trajectory: Trajectory, queries: Queries, quadrature: Quadrature, record: AverageRecord
     ) -> None:
         self.record = record
-        super().__init__(trajectory, queries.under(record.constants(trajectory)), quadrature)
-        self.events = averaged_events(trajectory, record)
+        super().__init__(trajectory, queries.under(record.constants(trajectory.constants)), quadrature)
+        self.events = averaged_events(trajectory.segments(), trajectory.layout, record)
 
     def initial(self) -> Tensor:
         """Values at its beginning."""

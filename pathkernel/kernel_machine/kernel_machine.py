@@ -165,6 +165,9 @@ class KernelMachine:
     discrete gradient.
     """
 
+    largest_gradient: float = 0.0
+    """Norm of the largest gradient before this path, which is then part of a run; see `RecordedGradients`."""
+
     def __init__(
         self,
         trajectory: Trajectory,
@@ -512,7 +515,7 @@ class KernelMachine:
             function, theta = function.replaced(constants=trajectory.final_buffers), trajectory.final
         else:
             record = trajectory.averages[self.weights]
-            function = function.replaced(constants=record.constants(trajectory))
+            function = function.replaced(constants=record.constants(trajectory.constants))
             theta = trajectory.layout.flatten(record.last)
         return function.outputs(theta, inputs, outputs_at_once(function, theta, inputs, self.memory))
 
@@ -528,7 +531,9 @@ class KernelMachine:
     @property
     def _recorded(self) -> RecordedGradients:
         if self._gradients is None or self._gradients.discrepancies.length != len(self.trajectory):
-            self._gradients = RecordedGradients(self.trajectory, self.function, self.memory // 4, self.engine)
+            self._gradients = RecordedGradients(
+                self.trajectory, self.function, self.memory // 4, self.engine, largest_gradient=self.largest_gradient
+            )
         return self._gradients
 
     def _curve(self, queries: Queries) -> Curve:
@@ -629,7 +634,7 @@ class KernelMachine:
             trained = function.replaced(constants=trajectory.final_buffers)
             return [(function, trajectory.initial), (trained, trajectory.final), (trained, aside)]
         record = trajectory.averages[self.weights]
-        averaged = function.replaced(constants=record.constants(trajectory))
+        averaged = function.replaced(constants=record.constants(trajectory.constants))
         first, last = (trajectory.layout.flatten(values) for values in (record.initial, record.last))
         return [(averaged, first), (averaged, last), (averaged, aside)]
 

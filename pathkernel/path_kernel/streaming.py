@@ -5,7 +5,6 @@ A path kernel is a sum over steps for every optimizer, so nothing needs to be st
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -28,7 +27,6 @@ from pathkernel.tangent_kernel.tangent_kernel import no_samples
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.schedule import StepObserver
 from pathkernel.trajectory.step import Step
-from pathkernel.trajectory.stretch import stretch
 from pathkernel.trajectory.trajectory import Trajectory
 
 Settings = tuple[Mapping[str, Any], ...]
@@ -85,7 +83,7 @@ class StreamingGram(StepObserver):
         still = all(float(group.get("lr", 0.0)) == 0 for group in step.hyperparameters)
         if (still and measure == "learning_rate") or (measure == "arc_length" and torch.equal(step.before, step.after)):
             return  # a step without length
-        kernel = PathKernel(stretch(self._trajectory, step.before, step), **self.options)
+        kernel = PathKernel(Trajectory.of_step(self._trajectory.run, step.before, step), **self.options)
         own = kernel(self.X, self.Y)
         self._sum = own if self._sum is None else self._sum + own
 
@@ -157,9 +155,7 @@ class StreamingFeatures(StepObserver):
 
     def observe(self, step: Step) -> None:
         """Add the features at the nodes of a step."""
-        path = copy.copy(self._trajectory)
-        path.store = MemoryStore()
-        path.store.append(step)
+        path = Trajectory(self._trajectory.run, MemoryStore([step]), self._trajectory.end)
         measure = PathMeasure(path, self.measure, self.preconditioner)
         if measure.weight(step) <= 0:
             return  # a step without length

@@ -16,7 +16,6 @@ from pathkernel.trajectory.batch_gradients import ComparedGradient, RecordedGrad
 from pathkernel.trajectory.gradient_fit import fit_gradient, left_over
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.step import MicroBatch, Step
-from pathkernel.trajectory.stretch import stretch
 from pathkernel.trajectory.trajectory import Trajectory
 
 MEMORY = 2**28
@@ -92,7 +91,7 @@ def audit(trajectory: Trajectory, step: Step, seen: Circumstances) -> None:
     UnsupportedModelError
         Where the gradients agree by chance alone: what the network draws decides about its outputs, and is not known.
     """
-    one = stretch(trajectory, step.before, step)
+    one = Trajectory.of_step(trajectory.run, step.before, step)
     gradients = RecordedGradients(one, one.function(), MEMORY, taken=False)
     compared, moved = gradients.compared(step), "moved already" if seen.taken else "not moved"
     if compared.fit is not None or _is_nothing(step, compared):

@@ -18,9 +18,9 @@ from pathkernel.recording.audit import is_due
 from pathkernel.recording.forward import others_listen
 from pathkernel.recording.live import LiveParameters
 from pathkernel.runtime.checksum import checksum
-from pathkernel.trajectory.replay import Notes, Replay, abridged, state_of
-from pathkernel.trajectory.step import MicroBatch, Step
-from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.trajectory.replay import Replay, abridged, state_of
+from pathkernel.trajectory.run import Run
+from pathkernel.trajectory.step import MicroBatch, ReplayNotes, Step
 
 STORED = 0
 """Divisor of steps whose gradient is stored, since a replay does not find it."""
@@ -134,7 +134,7 @@ class KeyframeKeeper:
 
     Parameters
     ----------
-    trajectory, live, optimizer
+    run, live, optimizer
         The run.
     every
         Steps from one keyframe to the next.
@@ -151,9 +151,9 @@ class KeyframeKeeper:
     Time per step: checksums of θ and of its gradient; per keyframe: a copy of θ and the optimizer's state.
     """
 
-    def __init__(self, trajectory: Trajectory, live: LiveParameters, optimizer: Optimizer, every: int) -> None:
-        self.trajectory, self.live, self.optimizer, self.every = trajectory, live, optimizer, every
-        self.replay = Replay(trajectory, optimizer)
+    def __init__(self, run: Run, live: LiveParameters, optimizer: Optimizer, every: int) -> None:
+        self.live, self.optimizer, self.every = live, optimizer, every
+        self.replay = Replay(run, optimizer)
         self.watch = GradientWatch(live)
         self.gave_up = self.is_open = False
         self._divisors: dict[Hashable, int] = {}
@@ -237,7 +237,7 @@ class KeyframeKeeper:
     @property
     def vectors(self) -> tuple[Tensor, Tensor]:
         """θ and gradient from before the step that is being taken, each empty where it is not needed."""
-        nothing = torch.empty(0, dtype=self.trajectory.dtype)
+        nothing = torch.empty(0, dtype=self.replay.run.dtype)
         theta, gradient = self._opened.before, self._opened.gradient
         return nothing if theta is None else theta, nothing if gradient is None else gradient
 
@@ -282,12 +282,12 @@ class KeyframeKeeper:
         divisor = self._divisors.setdefault(opened.kind, 1)
         # Where the gradient only arrives inside the step, it still lies there.
         received = opened.received if opened.known else self.live.gradient_checksum()
-        notes = Notes(self._start, self._checksum, None if opened.stored else received, max(1, divisor))
+        notes = ReplayNotes(self._start, self._checksum, None if opened.stored else received, max(1, divisor))
         if opened.trial and not self._gives_back(step, notes):
             self.gave_up = True
             self._warn(
                 "step",
-                f"Step {step.index} of {self.trajectory.rule.name} does not come out again to the last bit",
+                f"Step {step.index} of {self.replay.run.rule.name} does not come out again to the last bit",
                 "A replay calls `optimizer.step()` on a copy of the optimizer, without a closure; so this step and "
                 "those after it are stored in full",
             )
@@ -295,7 +295,7 @@ class KeyframeKeeper:
         keyframe = opened.state if self._start == step.index else None
         return abridged(step, notes, keyframe=keyframe, gradient=opened.stored)
 
-    def _gives_back(self, step: Step, notes: Notes) -> bool:
+    def _gives_back(self, step: Step, notes: ReplayNotes) -> bool:
         opened = self._opened
         assert opened.state is not None
         self.replay.restore(step.before, opened.state)

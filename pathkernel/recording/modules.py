@@ -33,8 +33,9 @@ class WatchedModules:
         self._held: list[int] | None = None
         self._changed: dict[str, Tensor] = {}
 
-    def resume(self, changed: Mapping[str, Tensor]) -> None:
-        """Go on from buffers as they were seen last."""
+    def resume(self, constants: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> None:
+        """Go on from buffers as they were when recording began, and as they were seen last."""
+        self.constants = constants
         self._changed = dict(changed) if not isinstance(changed, dict) else changed
 
     def modes(self) -> Modes:

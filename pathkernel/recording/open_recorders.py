@@ -8,14 +8,29 @@ import time
 import warnings
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
+
+from torch.optim import Optimizer
 
 from pathkernel.errors import StoreError
+from pathkernel.trajectory.trajectory import Trajectory
 
-if TYPE_CHECKING:
-    from pathkernel.recording.recorder import KernelRecorder
 
-OPEN: weakref.WeakSet[KernelRecorder] = weakref.WeakSet()
+class Opened(Protocol):
+    """`pathkernel.KernelRecorder`, as far as another one has to know it."""
+
+    optimizer: Optimizer
+    _trajectory: Trajectory
+    _handles: list[Any]
+    _begun: str
+    _process: int
+    _in_with: bool
+    _told: bool
+
+    def close(self) -> Trajectory:
+        """End the recording."""
+
+OPEN: weakref.WeakSet[Opened] = weakref.WeakSet()
 """Those of this process; it keeps none of them alive."""
 PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 
@@ -28,14 +43,14 @@ def caller() -> str:
     return f"{time.strftime('%H:%M:%S')} at {frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-def described(recorder: KernelRecorder) -> str:
+def described(recorder: Opened) -> str:
     """Which recorder it is: when and where it was started, how much it has, and where."""
     path = _path(recorder)
     kept = "in memory" if path is None else f"in `{path}`"
     return f"a KernelRecorder that was started {recorder._begun} ({len(recorder._trajectory)} steps, {kept})"
 
 
-def make_way(new: KernelRecorder) -> None:
+def make_way(new: Opened) -> None:
     """Close recorders that were left open on the parameters or the store that another one is about to begin with.
 
     That is how a cell of a notebook that is run twice finds them, often when nothing names the old one any more. Within
@@ -77,7 +92,7 @@ def make_way(new: KernelRecorder) -> None:
             )
 
 
-def say_that_it_was_forked(recorder: KernelRecorder) -> None:
+def say_that_it_was_forked(recorder: Opened) -> None:
     """Warn once, in a forked child, that its parent alone records."""
     if recorder._process != os.getpid() and not recorder._told:
         recorder._told = True
@@ -90,11 +105,11 @@ def say_that_it_was_forked(recorder: KernelRecorder) -> None:
         )
 
 
-def _parameters(recorder: KernelRecorder) -> set[int]:
+def _parameters(recorder: Opened) -> set[int]:
     return {id(p) for group in recorder.optimizer.param_groups for p in group["params"]}
 
 
-def _path(recorder: KernelRecorder) -> Path | None:
+def _path(recorder: Opened) -> Path | None:
     """The folder that a recorder writes to."""
     store = recorder._trajectory.store
     path = getattr(getattr(store, "inner", store), "path", None)

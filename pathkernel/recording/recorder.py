@@ -43,6 +43,7 @@ from pathkernel.trajectory.frozen_state import FrozenOnReading, OptimizerState, 
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.replay import ReplayStore
+from pathkernel.trajectory.run import End, RecordedOptimizer, Run, Start
 from pathkernel.trajectory.samples import Samples, samples_of
 from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel, Schedule, Streaming, as_schedule
 from pathkernel.trajectory.step import MicroBatch, Step
@@ -196,24 +197,24 @@ class KernelRecorder:
         named = named_trainable(model, also=trained)
         layout = ParameterLayout.of(named)
         initial = layout.flatten({name: p.detach() for name, p in named.items()})
-        self._trajectory = Trajectory(
+        run = Run(
             model=model,
             objective=Objective(check_recorded_loss(loss), check_reduction(reduction), dict(regularizers or {})),
             data=Samples(data, initial.dtype),
-            layout=layout,
-            initial=initial,
-            constants=constants_of(model, layout),
             rule=rule,
-            store=store_at(store),
+            layout=layout,
+            start=Start(initial, constants_of(model, layout)),
             returns=check_returns(returns),
             task=check_task(task),
+            schedule=as_schedule(schedule),
         )
-        if self._trajectory.data.holds_integers:
-            self._trajectory.data.suit(self._trajectory.function(), initial)
+        if run.data.holds_integers:
+            run.data.suit(run.function(), initial)
         self._live = LiveParameters(named, optimizer)
         self._taken = 0
-        self._keyframes = self._follow(as_schedule(schedule), bool(averages))
-        self._modules = WatchedModules(model, self._trajectory.constants)
+        self._keyframes: KeyframeKeeper | None = None
+        self._trajectory = Trajectory(run, self._kept_in(store_at(store), run, bool(averages)))
+        self._modules = WatchedModules(model, run.constants)
         self._pending = PendingBatches(
             outer, self._live, rule.stages, self._modules, self._trajectory.returns, self._kept, self._forget_edits
         )
@@ -223,8 +224,8 @@ class KernelRecorder:
         self._handles: list[StepHooks] = []
         self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
         self._averages = dict(averages or {})
-        for name, source in self._averages.items():
-            self._trajectory.averages[name] = AverageRecord.begin(name, source, layout)
+        records = {name: AverageRecord.begin(name, source, layout) for name, source in self._averages.items()}
+        self._trajectory.stand(End(averages=records))
         self._changes: list[tuple[str, Tensor]] = []
         self._gradient_changes: dict[str, Tensor] = {}
         self._end_of_steps = initial
@@ -262,53 +263,49 @@ class KernelRecorder:
             raise
 
     def _start(self) -> None:
-        if not len(self._trajectory):
-            self._trajectory.initial = self._end_of_steps = self._live.vector()
-            self._trajectory.initial_memory = self._live.memory(self._trajectory.rule)
+        trajectory = self._trajectory
+        if not len(trajectory):
             self._begin()
-        elif not _equal(self._live.memory(self._trajectory.rule), self._memory_at_close):
+        elif not _equal(self._live.memory(trajectory.rule), self._memory_at_close):
             raise RecordingError(
                 "The optimizer stepped between `close()` and `start()`, which changed its momentum",
                 "What recorded samples left in the optimizer's memory must still be there when recording goes on",
                 "Keep recording without a break, or make a new KernelRecorder here",
             )
         else:
-            if self._trajectory.reference is not None:
-                self._trajectory.reference = replace(self._trajectory.reference, final=None)
-            self._trajectory.store.begin(self._trajectory)
+            trajectory.begin(trajectory.run, replace(trajectory.end, outputs=None))
+        if isinstance(trajectory.schedule, Streaming):
+            for observer in trajectory.schedule.observers:
+                observer.begin(trajectory, self._live.settings())
         self._handles = [StepHooks(self.optimizer, self._before_step, self._after_step)]
         self._pending.start()
         if self._keyframes is not None:
             self._keyframes.start()
         OPEN.add(self)
 
-    def _follow(self, schedule: RecordingLevel, averages: bool) -> KeyframeKeeper | None:
-        """Let the store keep what the schedule says."""
-        trajectory = self._trajectory
-        trajectory.schedule = schedule
+    def _kept_in(self, store: Store, run: Run, averages: bool) -> Store:
+        """The store that keeps what the schedule says."""
+        schedule = run.schedule
         if schedule == EVERY_STEP:
-            return None
+            return store
         if averages:
             raise RecordingError(
                 f"`averages` were given, and `schedule={schedule!r}`",
                 "How an average moved is seen from θ at every step",
                 "Leave out `schedule`, or leave out `averages`",
             )
-        if trajectory.store.exists:
+        if store.exists:
             raise RecordingError(
                 f"`store=` holds steps of an earlier run, and `schedule={schedule!r}`",
                 "A recording that goes on in a store keeps every step in full",
                 "Give `store=` another path, or leave out `schedule`",
             )
         if isinstance(schedule, Streaming):
-            trajectory.store = StreamingStore(schedule, self._live.settings())
-        elif isinstance(schedule, Schedule) and schedule.keyframes is not None:
-            keeper = KeyframeKeeper(trajectory, self._live, self.optimizer, schedule.keyframes)
-            trajectory.store = ReplayStore(trajectory.store, keeper.replay, torch.get_num_threads())
-            return keeper
-        elif isinstance(schedule, Schedule):
-            trajectory.store = ThinnedStore(trajectory.store, schedule.every)
-        return None
+            return StreamingStore(schedule)
+        if isinstance(schedule, Schedule) and schedule.keyframes is not None:
+            self._keyframes = KeyframeKeeper(run, self._live, self.optimizer, schedule.keyframes)
+            return ReplayStore(store, self._keyframes.replay, torch.get_num_threads())
+        return ThinnedStore(store, schedule.every) if isinstance(schedule, Schedule) else store
 
     def close(self) -> Trajectory:
         """Let go of the optimizer and return the trajectory; recording may be started again."""
@@ -341,9 +338,10 @@ class KernelRecorder:
 
     def _note_outputs(self) -> None:
         """Put on record what the network makes of a few samples at the end."""
-        trajectory = self._trajectory
-        if self._handles and trajectory.reference is not None and not trajectory.store.stopped:
-            trajectory.reference = trajectory.reference.ended(trajectory, self._live.vector())
+        trajectory, reference = self._trajectory, self._trajectory.run.reference
+        if self._handles and reference is not None and not trajectory.store.stopped:
+            function = trajectory.function().replaced(constants=trajectory.final_buffers)
+            trajectory.stand(replace(trajectory.end, outputs=reference.at(function, self._live.vector())))
 
     def _let_go(self) -> None:
         for handle in self._handles:
@@ -357,16 +355,26 @@ class KernelRecorder:
 
     def _begin(self) -> None:
         """Make the store, or go on with what is in it."""
-        trajectory = self._trajectory
+        trajectory, run = self._trajectory, self._trajectory.run
         if not trajectory.store.exists:
-            trajectory.reference = ReferenceOutputs.of(trajectory)
-            trajectory.store.begin(trajectory)
+            self._end_of_steps = initial = self._live.vector()
+            run = replace(run, start=Start(initial, run.constants, self._live.memory(run.rule)))
+            reference = ReferenceOutputs.of(run.data, run.function(), initial)
+            trajectory.begin(replace(run, reference=reference, optimizer=self._replayed()), trajectory.end)
             return
         from pathkernel.recording.resume import resume  # not before it is needed
 
-        place = resume(trajectory, self._live, self._averages)
+        place = resume(run, trajectory.store, self._live, self._averages)
         self._changes, self._end_of_steps = place.changes, place.end
-        self._modules.resume(place.buffers)
+        self._modules.resume(place.run.constants, place.buffers)
+        trajectory.begin(place.run, End(averages=place.averages))
+
+    def _replayed(self) -> RecordedOptimizer | None:
+        """The optimizer, where steps are trained again when they are read."""
+        store = self._trajectory.store
+        if not isinstance(store, ReplayStore):
+            return None
+        return RecordedOptimizer(store.replay.kind, store.replay.constants, store.threads)
 
     @property
     def trajectory(self) -> Trajectory:
@@ -537,8 +545,8 @@ class KernelRecorder:
         if self._handles and self._open is None and not self._trajectory.store.stopped:
             self._note_change("unexplained")
             self._observe_averages()
-            self._trajectory.tail = tuple(self._changes)
-            self._trajectory.final_buffers = self._modules.changed_buffers()
+            end, buffers = self._trajectory.end, self._modules.changed_buffers()
+            self._trajectory.stand(replace(end, tail=tuple(self._changes), final_buffers=buffers))
 
     def _observe_averages(self) -> None:
         """See how the averages moved after the last step."""
@@ -833,7 +841,7 @@ class KernelRecorder:
     def _try_out(self, step: Step) -> None:
         """Explain the first step of all, so that what cannot be explained is refused before training."""
         if not self._tried and self.audit_every != 0:
-            reference = self._trajectory.reference
+            reference = self._trajectory.run.reference
             if reference is not None:  # hooks may have been put on the network since recording began
                 reference.check("KernelRecorder", (self._trajectory.function(), self._trajectory.initial), None)
             try_out(self._trajectory, step)

@@ -18,8 +18,9 @@ from pathkernel.storage.header import FUNCTION, Header
 from pathkernel.storage.opening import constants_now, known_rule, mismatches, reference_outputs
 from pathkernel.trajectory.averages import AverageRecord, averaged_values
 from pathkernel.trajectory.frozen_state import FrozenOnReading
+from pathkernel.trajectory.run import End, Run, Start
 from pathkernel.trajectory.schedule import EVERY_STEP
-from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.trajectory.store import Store
 from pathkernel.update_rules.rule import UpdateRule
 
 WINDOW = 300
@@ -40,18 +41,34 @@ class Place:
         θ after the last of them, (P,).
     changes
         Changes made outside the optimizer since then; see `pathkernel.trajectory.step.Step.changes`.
-    buffers
-        Buffers that had changed, as last seen.
     """
 
     steps: int
     end: Tensor
     changes: list[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Resumed(Place):
+    """A recording that goes on there.
+
+    Attributes
+    ----------
+    run
+        The run as it was when its recording began.
+    buffers
+        Buffers that had changed, as last seen.
+    averages
+        How averages had moved by then.
+    """
+
+    run: Run
     buffers: Mapping[str, Tensor]
+    averages: dict[str, AverageRecord]
 
 
-def resume(trajectory: Trajectory, live: LiveParameters, averages: Mapping[str, Any]) -> Place:
-    """Join a trajectory that is about to begin with the record in its store; what overlaps is cut off there.
+def resume(run: Run, store: Store, live: LiveParameters, averages: Mapping[str, Any]) -> Resumed:
+    """Join a run whose recording is about to begin with the record in its store; what overlaps is cut off there.
 
     Raises
     ------
@@ -60,19 +77,16 @@ def resume(trajectory: Trajectory, live: LiveParameters, averages: Mapping[str, 
     StoreError
         Where somebody else is writing, or the record was finished and would be overwritten from its start.
     """
-    store = trajectory.store
     assert isinstance(store, DiskStore)
     store.lock()
     try:
-        return _joined(trajectory, store, live, averages)
+        return _joined(run, store, live, averages)
     except BaseException:
         store.unlock()
         raise
 
 
-def _joined(
-    trajectory: Trajectory, store: DiskStore, live: LiveParameters, averages: Mapping[str, Any]
-) -> Place:
+def _joined(run: Run, store: DiskStore, live: LiveParameters, averages: Mapping[str, Any]) -> Resumed:
     header = store.load()
     check(
         header.schedule == EVERY_STEP,
@@ -81,19 +95,19 @@ def _joined(
         "Only a recording that keeps every step in full goes on",
         "Give `store=` another path, or delete this folder",
     )
-    _check_identity(trajectory, header, averages, store)
+    _check_identity(run, header, averages, store)
     region = _region(header, live, store)
     layout = header.layouts[region]
     named = {name: live.named[name] for name in layout.names}
     live.named.clear()
     live.add(named)
     store.drop_regions(region)
-    store.device = trajectory.device
+    store.device = run.device
     start, end = (moved(values, store.device) for values in (store.start_values(), store.end_values()))
     initial = torch.cat([start["initial"], *moved(store.tails, store.device)])
     tail = end["tail"] if end is not None else ()
-    store.rule = trajectory.rule
-    place = _find(store, live, trajectory.rule, initial, tail, start["initial_memory"])
+    store.rule = run.rule
+    place = _find(store, live, run.rule, initial, tail, start["initial_memory"])
     check(
         place.steps > 0 or len(store) == 0 or end is None,
         StoreError,
@@ -102,28 +116,24 @@ def _joined(
         "Load a checkpoint of model and optimizer before `KernelRecorder(...)` starts, delete the folder, or give "
         "another path",
     )
-    buffers = moved(_buffers(trajectory.model, store, place.steps, start["constants"], end), store.device)
-    trajectory.layout, trajectory.initial = layout, initial
-    trajectory.initial_memory = start["initial_memory"]
+    buffers = moved(_buffers(run.model, store, place.steps, start["constants"], end), store.device)
     constants = constants_now(start["constants"], header.layouts[: region + 1])
-    trajectory.constants.clear()
-    trajectory.constants.update(constants)
-    trajectory.reference = reference_outputs(store, trajectory.data)
-    if trajectory.reference is not None:
-        trajectory.reference = replace(trajectory.reference, final=None)
-        trajectory.reference.check("KernelRecorder", (trajectory.function(), initial), None)
-    _resume_averages(trajectory, store, place.steps, averages, start["averages"], end)
-    store.resume(trajectory, place.steps, place.end, buffers)
-    return Place(place.steps, place.end, place.changes, buffers)
+    reference = reference_outputs(store, run.data)
+    run = replace(run, layout=layout, start=Start(initial, constants, start["initial_memory"]), reference=reference)
+    if reference is not None:
+        reference.check("KernelRecorder", (run.function(), initial), None)
+    records = _averages_then(store, place.steps, averages, start["averages"], end)
+    store.resume(run, End(averages=records), place.steps, place.end, buffers)
+    return Resumed(place.steps, place.end, place.changes, run, buffers, records)
 
 
-def _check_identity(trajectory: Trajectory, header: Header, averages: Mapping[str, Any], store: DiskStore) -> None:
-    objective = trajectory.objective
-    known_rule(header, trajectory.rule)
-    problems = mismatches(header, trajectory.model, objective.loss, trajectory.data, objective.regularizers)
+def _check_identity(run: Run, header: Header, averages: Mapping[str, Any], store: DiskStore) -> None:
+    objective = run.objective
+    known_rule(header, run.rule)
+    problems = mismatches(header, run.model, objective.loss, run.data, objective.regularizers)
     if objective.reduction != header.reduction:
         problems.append(f"reduction: {objective.reduction!r}, not {header.reduction!r}")
-    returns = FUNCTION if callable(trajectory.returns) else trajectory.returns
+    returns = FUNCTION if callable(run.returns) else run.returns
     if header.returns != returns:
         problems.append(f"returns: {returns!r}, not {header.returns!r}")
     if set(averages) != set(header.averages):
@@ -211,7 +221,7 @@ def _places(store: DiskStore, initial: Tensor, tail: tuple[tuple[str, Tensor], .
         changes = list(tail if steps == len(store) else store.read(steps).changes)
         end = store.read(steps - 1).after if steps else initial
         for count in range(len(changes), -1, -1):
-            yield Place(steps, end, changes[:count], {})
+            yield Place(steps, end, changes[:count])
 
 
 def _remembers(
@@ -294,15 +304,15 @@ def _buffers(
     return {name: buffer for name, buffer in seen.items() if name not in restored} if restored else seen
 
 
-def _resume_averages(
-    trajectory: Trajectory,
+def _averages_then(
     store: DiskStore,
     steps: int,
     averages: Mapping[str, Any],
     initial: Mapping[str, dict[str, Tensor]],
     end: dict[str, Any] | None,
-) -> None:
-    made = store.updates()
+) -> dict[str, AverageRecord]:
+    """How averages had moved after some steps."""
+    made, records = store.updates(), {}
     for name, source in averages.items():
         updates = list(end["averages"][name]["updates"]) if end is not None else made[name]
         check(
@@ -314,4 +324,5 @@ def _resume_averages(
             "Load an earlier checkpoint, or leave the average out of `averages=` and give `store=` another path",
         )
         now = {key: value.detach().clone() for key, value in averaged_values(source).items()}
-        trajectory.averages[name] = AverageRecord(name, initial[name], [tuple(u) for u in updates[:steps]], now)
+        records[name] = AverageRecord(name, initial[name], [tuple(u) for u in updates[:steps]], now)
+    return records

@@ -15,7 +15,6 @@ from pathkernel.runtime.interrupts import attempt
 from pathkernel.trajectory.batch_gradients import EngineReplaced, Passes, RecordedGradients
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.step import Step
-from pathkernel.trajectory.stretch import stretch
 from pathkernel.trajectory.trajectory import Trajectory
 
 FEW = 2
@@ -44,7 +43,7 @@ def try_out(trajectory: Trajectory, step: Step) -> None:
 
     def explained() -> None:
         with generators_untouched():
-            one = stretch(trajectory, step.before, step)
+            one = Trajectory.of_step(trajectory.run, step.before, step)
             gradients = RecordedGradients(one, one.function(), MEMORY, taken=False)
             if not getattr(trajectory.schedule, "weights_only", False):
                 _by_sample(gradients, step)

@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +21,20 @@ from pathkernel.storage.blocks import COLUMNS, Blocks, Recent, Region, read_pack
 from pathkernel.storage.decoding import StoredBlock
 from pathkernel.storage.encoding import BlockEncoder, Serials
 from pathkernel.storage.format import MAX_CHUNK_BYTES, Compression, Group, Lock, damaged, synchronise
-from pathkernel.storage.header import End, Header, checked_end, checked_start, end_values, region_array, start_values
+from pathkernel.storage.header import (
+    Header,
+    StoredEnd,
+    checked_end,
+    checked_start,
+    end_values,
+    region_array,
+    start_values,
+)
 from pathkernel.storage.writer_thread import UnwrittenBlock, Writer
-from pathkernel.trajectory.replay import ReplayStore
+from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.store import Store
-
-if TYPE_CHECKING:
-    from pathkernel.trajectory.trajectory import Trajectory
-    from pathkernel.update_rules.rule import UpdateRule
+from pathkernel.update_rules.rule import UpdateRule
 
 QUEUE = 4
 """Full blocks that may wait to be written before training waits for the disk."""
@@ -105,8 +110,9 @@ class DiskStore(Store):
         self._blocks: Blocks | None = None
         self._regions: list[Region] = []
         self._tails: list[Tensor] = []
-        self._trajectory: Trajectory | None = None
-        self.device: torch.device | None = None  # where steps are put before there is a trajectory
+        self.run: Run | None = None
+        self._standing = End()
+        self.device: torch.device | None = None  # where steps are put before there is a run
         self._lock: Lock | None = None
         self._writer: Writer | None = None
         self._end: tuple[int, Tensor] | None = None
@@ -128,7 +134,7 @@ class DiskStore(Store):
         options = {name: getattr(self, name) for name in ("flush_every", "durable", "on_error", "compression")}
         self.flush()
         last = self._last_commit()
-        belongs = {"rule": self.rule, "_trajectory": self._trajectory, "_pinned": self._pinned} if last else {}
+        belongs = {"rule": self.rule, "run": self.run, "_pinned": self._pinned} if last else {}
         return {"path": self.path.absolute(), "options": options, "last": last, "belongs": belongs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -151,7 +157,10 @@ class DiskStore(Store):
             "Put the folder back from a copy, or make the kernel anew from `Trajectory.open(path, ...)`",
         )
         del vars(self)["_travelled"]
-        vars(self).update({**vars(found), **state["belongs"]})
+        belongs = state["belongs"]
+        if "_trajectory" in belongs:  # saved by an earlier version
+            belongs = {**belongs, "run": belongs["_trajectory"].run}
+        vars(self).update({**vars(found), **belongs})
         return getattr(self, name)
 
     def _last_commit(self) -> tuple[int, ...] | None:
@@ -233,10 +242,6 @@ class DiskStore(Store):
             self.header = self.header.ended(None)  # it was written while recording went on, see `write_end`
         return steps
 
-    def attach(self, trajectory: Trajectory) -> None:
-        """Belong to a trajectory that was opened, and share its start with it."""
-        self._trajectory = trajectory
-
     @property
     def tails(self) -> list[Tensor]:
         """Values of the parameters that joined θ, in their order."""
@@ -270,8 +275,12 @@ class DiskStore(Store):
 
     # -- writing --------------------------------------------------------------------------------------------------
 
-    def begin(self, trajectory: Trajectory) -> None:
-        """Make the folder for a trajectory, or lock it again after `close`.
+    def note_end(self, end: End) -> None:
+        """Keep for `write_end`."""
+        self._standing = end
+
+    def begin(self, run: Run) -> None:
+        """Make the folder for a run, or lock it again after `close`.
 
         Raises
         ------
@@ -287,7 +296,7 @@ class DiskStore(Store):
             "A store has one writer, and its parent may have written further steps since",
             "Make a new KernelRecorder in this process, with another path",
         )
-        if self._trajectory is trajectory:
+        if self.run is not None and self.run.data is run.data:  # every recording has its own
             self.lock()
         else:
             check(
@@ -299,11 +308,11 @@ class DiskStore(Store):
             )
             self.lock()
             try:
-                self._create(trajectory)
+                self._create(run)
             except OSError as error:
                 self.unlock()
                 raise self._not_writable(error) from error
-        self._trajectory, self.rule = trajectory, trajectory.rule
+        self.run, self.rule = run, run.rule
         self._start_writing()
 
     def lock(self) -> None:
@@ -349,13 +358,13 @@ class DiskStore(Store):
         self.header = self.header.without_regions(last)
         self._clear()
 
-    def resume(self, trajectory: Trajectory, steps: int, end: Tensor, buffers: Mapping[str, Tensor]) -> None:
+    def resume(self, run: Run, standing: End, steps: int, end: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """Go on after the first steps of a store that was loaded and locked; later ones are cut off.
 
         Parameters
         ----------
-        trajectory
-            What will be recorded.
+        run, standing
+            What will be recorded, and where it stands.
         steps
             How many steps are kept.
         end
@@ -384,26 +393,25 @@ class DiskStore(Store):
         self._serials = Serials(max(following, 0 if serial is None else serial + 1))
         if serial is not None:
             self._serials.current = [(buffers, serial)]
-        self._noted = {name: len(record.updates) for name, record in trajectory.averages.items()}
+        self._noted = {name: len(record.updates) for name, record in standing.averages.items()}
         self._end = (steps, end)
-        self._trajectory, self.rule = trajectory, trajectory.rule
+        self.run, self.rule, self._standing = run, run.rule, standing
         self._start_writing()
 
-    def _create(self, trajectory: Trajectory) -> None:
+    def _create(self, run: Run) -> None:
         """Everything but the group's own zarr.json, and that last: before it, there is no store."""
-        group, size = Group(self.path, self.durable), max(1, trajectory.layout.size)
+        group, size = Group(self.path, self.durable), max(1, run.layout.size)
         in_chunk = MAX_CHUNK_BYTES // (8 * min(size, COLUMNS)) - 1
-        in_memory = BLOCK_BYTES // (trajectory.initial.itemsize * size)
+        in_memory = BLOCK_BYTES // (run.initial.itemsize * size)
         capacity = max(1, min(self.flush_every, in_chunk, in_memory))
-        self._blocks = Blocks(group, trajectory.dtype, capacity, self._compression)
+        self._blocks = Blocks(group, run.dtype, capacity, self._compression)
         self._blocks.create()
-        header = Header.of(trajectory, capacity)
-        start = write_packed(group, "start", start_values(trajectory, header))
+        averages = self._standing.averages
+        header = Header.of(run, averages, capacity)
+        start = write_packed(group, "start", start_values(run, averages, header))
         self._blocks.start = start[1]
-        self._regions = [Region(0, trajectory.layout)]
-        replayed, constants = trajectory.store, None
-        if isinstance(replayed, ReplayStore):
-            constants = write_packed(group, "optimizer", replayed.replay.constants)
+        self._regions = [Region(0, run.layout)]
+        constants = None if run.optimizer is None else write_packed(group, "optimizer", run.optimizer.constants)
         self._write_header(header.started(start, constants))
         if self.durable:
             synchronise(self.path.resolve().parent)
@@ -448,7 +456,7 @@ class DiskStore(Store):
             return self._end[1]
         if length:
             return self.read(length - 1).after
-        return self._trajectory.initial if self._trajectory is not None else None
+        return None if self.run is None else self.run.initial
 
     def _complete(self) -> None:
         """Let the steps that came last be written."""
@@ -468,8 +476,8 @@ class DiskStore(Store):
     def write_end(self) -> None:
         """See `Store.write_end`."""
         self.flush()
-        if self._lock is not None and not self.stopped and self._trajectory is not None:
-            self._write_end(self._trajectory)
+        if self._lock is not None and not self.stopped and self.run is not None:
+            self._write_end(self.run, self._standing)
 
     def close(self) -> None:
         """Write all steps and the end of the trajectory, end the thread, give the lock up.
@@ -484,21 +492,19 @@ class DiskStore(Store):
             self._stop_writing()
             self.unlock()
 
-    def _write_end(self, trajectory: Trajectory) -> None:
+    def _write_end(self, run: Run, standing: End) -> None:
         assert self._blocks is not None and self.header is not None
         group = self._blocks.group
         earlier = [int(n[4:]) for n in group.arrays() if n.startswith("end-") and n[4:].isdigit()]
         name = f"end-{1 + max(earlier, default=0)}"
         try:
-            length, checksum = write_packed(group, name, end_values(trajectory))
+            length, checksum = write_packed(group, name, end_values(run, standing))
             serials = {id(mapping): serial for mapping, serial in self._serials.current}
-            buffers = trajectory.final_buffers
-            serial = serials.get(id(buffers), -1)
+            serial = serials.get(id(standing.final_buffers), -1)
             if serial >= 0:
-                self._pinned[serial] = buffers
-            final = None if trajectory.reference is None else trajectory.reference.final
-            outputs = None if final is None else final.tolist()
-            end = End((name, length), len(self), identity.weights(trajectory.model), serial, outputs)
+                self._pinned[serial] = standing.final_buffers
+            outputs = None if standing.outputs is None else standing.outputs.tolist()
+            end = StoredEnd((name, length), len(self), identity.weights(run.model), serial, outputs)
             self._write_header(self.header.ended(end, checksum))
         except OSError as error:
             self._give_out(error)
@@ -516,7 +522,7 @@ class DiskStore(Store):
         def at_exit() -> None:
             store = me()
             if store is not None and os.getpid() == process:
-                outer = store if store._trajectory is None else store._trajectory.store
+                outer = store if store.outer is None else store.outer
                 outer.close()  # which may hold steps that it has not handed on yet
 
         self._at_exit = at_exit
@@ -559,9 +565,8 @@ class DiskStore(Store):
 
     def _new_moves(self, steps: int) -> dict[str, list[Any]]:
         """How averages moved up to a step, as far as that was not written before."""
-        records = self._trajectory.averages if self._trajectory is not None else {}
         moves = {}
-        for name, record in records.items():
+        for name, record in self._standing.averages.items():
             first = self._noted.get(name, 0)
             new = list(record.updates[first : max(first, steps)])
             moves[name] = [first, new]
@@ -644,7 +649,7 @@ class DiskStore(Store):
                     raise damaged(self.path / "zarr.json", f"lacks region {commit.region}")
             tails = self._tails[commit.region :]
             tail = torch.cat(tails) if tails else None
-            device = self.device if self._trajectory is None else self._trajectory.device
+            device = self.device if self.run is None else self.run.device
             region = self._regions[commit.region]
             thinned = self.header is not None and self.header.schedule.weights_only
             known = self._boundary, self._known_mapping
@@ -659,8 +664,8 @@ class DiskStore(Store):
         if number < blocks.count:
             if not blocks.commit(number).joined:
                 return None
-            if number == 0 and self._trajectory is not None and "initial" in vars(self._trajectory):
-                return self._trajectory.initial
+            if number == 0 and self.run is not None and self.run.has_read_start:
+                return self.run.initial
         else:
             steps = blocks.steps
             following = self._in_memory(steps) if steps < len(self) else None
@@ -724,11 +729,11 @@ class DiskStore(Store):
             return [step.before[where] for where in ranges]
         return self._block(self._find(index)).columns(index, ranges)
 
-    def extend(self, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> None:
+    def extend(self, tail: Tensor, pad: Extension) -> None:
         """Begin a new region of blocks with longer vectors; what is written stays, and is lengthened when read."""
         self.flush()
-        assert self._blocks is not None and self.header is not None and self._trajectory is not None
-        layout, header = self._trajectory.layout, self.header
+        assert self._blocks is not None and self.header is not None
+        layout, header = pad.run.layout, self.header
         try:
             length, checksum = write_packed(self._blocks.group, region_array(len(header.layouts)), tail)
             self._write_header(header.extended(layout, length, checksum))
@@ -736,6 +741,7 @@ class DiskStore(Store):
             self._give_out(error)
         self._regions.append(Region(len(self._regions), layout))
         self._tails.append(tail)
+        self.run = pad.run
         self._end = None if self._end is None else (self._end[0], pad(self._end[1]))
         self._clear()
 

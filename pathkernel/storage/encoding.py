@@ -17,7 +17,7 @@ from pathkernel.gradients.model_function import ForwardState
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.runtime.checksum import row_major
 from pathkernel.trajectory.frozen_state import FrozenOnReading, OptimizerState, frozen_in
-from pathkernel.trajectory.step import MicroBatch, Step, length_taken_out
+from pathkernel.trajectory.step import NOTES, MicroBatch, Step, length_taken_out, notes_taken_out
 
 if TYPE_CHECKING:
     from pathkernel.update_rules.rule import UpdateRule
@@ -258,6 +258,8 @@ class BlockEncoder:
                 else [key, self._stream(block, key, row, name, value)]
                 for key, value in values.items()
             ]
+        if step.replay is not None:
+            encoded[NOTES] = [[key, None, value] for key, value in vars(step.replay).items()]
         return {"parameters": encoded}
 
     def _keyframe(self, block: EncodedBlock, step: Step) -> dict[tuple[str, torch.dtype], int]:
@@ -363,7 +365,7 @@ def decode_step(
         captured = cotangents, sampled, slope, tuple(others), channel
         return MicroBatch(ids, weights, inputs, targets, first, tuple(later), *captured)
 
-    def frozen() -> Mapping[str, Mapping[str, Any]]:
+    def found() -> Mapping[str, Mapping[str, Any]]:
         encoded = entry["frozen"]
         if "parameters" in encoded:
             return {name: _frozen_of(name, pairs, rows) for name, pairs in encoded["parameters"].items()}
@@ -377,6 +379,9 @@ def decode_step(
         evaluate = partial(_evaluate, rule, rows.layout)
         return FrozenOnReading(kept, evaluate, rows.before, rows.gradient, rows.after, active, groups, settings)
 
+    frozen, replay = notes_taken_out(found())
+    if rows.layout.size and not after.numel() and replay is None:
+        raise ValueError("a step that neither has an end nor says how it is trained again")
     return Step(
         index=index,
         before=before,
@@ -386,12 +391,13 @@ def decode_step(
         batches=tuple(batch(one) for one in entry["batches"]),
         groups=groups,
         hyperparameters=settings,
-        frozen=frozen(),
+        frozen=frozen,
         changes=tuple((name, rows.point(place)) for name, place in entry["changes"]),
         gradient_changes={name: rows.edit(place) for name, place in entry["gradient_changes"].items()},
         buffers=rows.mapping(entry["buffers"]),
         length=length,
         differentiated=frozenset(entry.get("differentiated", ())),
+        replay=replay,
     )
 
 

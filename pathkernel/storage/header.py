@@ -10,9 +10,9 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +26,10 @@ from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.runtime.checksum import DTYPES
 from pathkernel.storage import fingerprints as identity
 from pathkernel.storage.format import Group, damaged
-from pathkernel.trajectory.replay import ReplayStore
+from pathkernel.trajectory.averages import AverageRecord
+from pathkernel.trajectory.reference_outputs import ReferenceOutputs
+from pathkernel.trajectory.run import End, Run
 from pathkernel.trajectory.schedule import EVERY_STEP, Schedule
-
-if TYPE_CHECKING:
-    from pathkernel.trajectory.reference_outputs import ReferenceOutputs
-    from pathkernel.trajectory.trajectory import Trajectory
 
 FORMAT, VERSION = "pathkernel trajectory", 3
 """Version 2 gives a step its length, which thinned paths need; version 3 keeps the slopes of the loss at the outputs of
@@ -45,7 +43,7 @@ END = re.compile(r"end-[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
-class End:
+class StoredEnd:
     """How a recording was left.
 
     Attributes
@@ -124,35 +122,35 @@ class Header:
     replay: Mapping[str, Any] | None = None
     outputs: Mapping[str, Any] | None = None
     checksums: Mapping[str, int] = field(default_factory=dict)
-    end: End | None = None
+    end: StoredEnd | None = None
     returns: str | int | None = None
     task: str | None = None
 
     @classmethod
-    def of(cls, trajectory: Trajectory, capacity: int) -> Header:
-        """The header of a trajectory that begins, of which nothing is packed yet; see `started`."""
-        store, schedule, replay = trajectory.store, trajectory.schedule, None
-        if isinstance(store, ReplayStore):
-            kind = identity.named(store.replay.kind)
-            replay = {"optimizer": kind, "constants": 0, "threads": store.threads or 0}
+    def of(cls, run: Run, averages: Iterable[str], capacity: int) -> Header:
+        """The header of a run that begins, of which nothing is packed yet; see `started`."""
+        schedule, replay = run.schedule, None
+        if run.optimizer is not None:
+            kind = identity.named(run.optimizer.kind)
+            replay = {"optimizer": kind, "constants": 0, "threads": run.optimizer.threads or 0}
         thinned = isinstance(schedule, Schedule) and schedule.weights_only
         return cls(
-            dtype=trajectory.dtype,
+            dtype=run.dtype,
             capacity=capacity,
-            layouts=(trajectory.layout,),
+            layouts=(run.layout,),
             tails=(),
             start=0,
-            rule=rule_identity(trajectory.rule),
-            reduction=trajectory.objective.reduction,
-            regularizers=tuple(trajectory.objective.regularizers),
-            averages=tuple(trajectory.averages),
+            rule=rule_identity(run.rule),
+            reduction=run.objective.reduction,
+            regularizers=tuple(run.objective.regularizers),
+            averages=tuple(averages),
             versions=versions(),
-            fingerprints=fingerprints(trajectory),
+            fingerprints=fingerprints(run),
             schedule=schedule if isinstance(schedule, Schedule) and (thinned or replay) else EVERY_STEP,
             replay=replay,
-            outputs=reference_identity(trajectory.reference),
-            returns=FUNCTION if callable(trajectory.returns) else trajectory.returns,
-            task=trajectory.task,
+            outputs=reference_identity(run.reference),
+            returns=FUNCTION if callable(run.returns) else run.returns,
+            task=run.task,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -225,7 +223,7 @@ class Header:
                 raise ValueError(f"{name[:40]!r} is no name of an array with an end")
             values = name, _count(length)
             final = None if end.get("outputs") is None else _matrix(end["outputs"])
-            end = End(values, _count(end["steps"]), _text(end["weights"]), int(end["buffers"]), final)
+            end = StoredEnd(values, _count(end["steps"]), _text(end["weights"]), int(end["buffers"]), final)
         layouts = tuple(_layout(table) for table in content["regions"])
         tails = tuple(_count(n) for n in content["tails"])
         if not layouts or len(tails) != len(layouts) - 1:
@@ -284,7 +282,7 @@ class Header:
             checksums["optimizer"], replay = constants[1], {**replay, "constants": constants[0]}
         return replace(self, start=start[0], replay=replay, checksums=checksums)
 
-    def ended(self, end: End | None, checksum: int | None = None) -> Header:
+    def ended(self, end: StoredEnd | None, checksum: int | None = None) -> Header:
         """The same header with another end, and the checksum of its values."""
         old = None if self.end is None else self.end.values[0]
         checksums = {name: value for name, value in self.checksums.items() if name != old}
@@ -329,12 +327,6 @@ def _schedule(content: dict[str, Any]) -> Schedule:
         return Schedule(**content)
     except InputError as error:
         raise ValueError(error.found) from None
-
-
-def _live_parameters(trajectory: Trajectory) -> Tensor:
-    """θ at the end, which would take a replay to be found from the record."""
-    live = dict(trajectory.model.named_parameters(remove_duplicate=False))
-    return trajectory.layout.flatten({name: live[name].detach() for name in trajectory.layout.names}, trajectory.dtype)
 
 
 def _rule(content: dict[str, Any]) -> dict[str, Any]:
@@ -393,12 +385,12 @@ def rule_identity(rule: Any) -> dict[str, Any]:
     return {"name": rule.name, "class": identity.named(type(rule)), "memory": list(rule.memory)}
 
 
-def fingerprints(trajectory: Trajectory) -> dict[str, Any]:
-    """Of model, loss and data."""
+def fingerprints(run: Run) -> dict[str, Any]:
+    """Fingerprints of model, loss and data."""
     return {
-        "model": identity.architecture(trajectory.model),
-        "loss": identity.loss_identity(trajectory.objective.loss),
-        "data": identity.data_identity(trajectory.data),
+        "model": identity.architecture(run.model),
+        "loss": identity.loss_identity(run.objective.loss),
+        "data": identity.data_identity(run.data),
     }
 
 
@@ -410,17 +402,17 @@ def reference_identity(reference: ReferenceOutputs | None) -> dict[str, Any] | N
     return {"samples": samples, "varying": reference.varying, "values": values}
 
 
-def start_values(trajectory: Trajectory, header: Header) -> dict[str, Any]:
-    """What is packed when a recording begins."""
+def start_values(run: Run, averages: Mapping[str, AverageRecord], header: Header) -> dict[str, Any]:
+    """Values that are packed when a recording begins."""
     return {
         "header": header.digest(),
-        "initial": trajectory.initial,
-        "constants": trajectory.constants,
-        "initial_memory": trajectory.initial_memory,
-        "averages": {name: record.initial for name, record in trajectory.averages.items()},
+        "initial": run.initial,
+        "constants": run.constants,
+        "initial_memory": run.initial_memory,
+        "averages": {name: record.initial for name, record in averages.items()},
         "reference_inputs": (
-            pytree.tree_leaves(trajectory.reference.inputs)
-            if trajectory.reference is not None and trajectory.reference.varying
+            pytree.tree_leaves(run.reference.inputs)
+            if run.reference is not None and run.reference.varying
             else None
         ),
     }
@@ -470,14 +462,13 @@ def _tensors(values: Mapping[Any, Any]) -> None:
         raise ValueError("something else than tensors")
 
 
-def end_values(trajectory: Trajectory) -> dict[str, Any]:
-    """What is packed when it ends."""
+def end_values(run: Run, end: End) -> dict[str, Any]:
+    """Values that are packed when it ends; θ where it would take a replay to be found from the record."""
     return {
-        "final": _live_parameters(trajectory) if isinstance(trajectory.store, ReplayStore) else None,
-        "tail": trajectory.tail,
-        "final_buffers": dict(trajectory.final_buffers),
+        "final": None if run.optimizer is None else run.live_parameters(),
+        "tail": end.tail,
+        "final_buffers": dict(end.final_buffers),
         "averages": {
-            name: {"updates": list(record.updates), "last": record.last}
-            for name, record in trajectory.averages.items()
+            name: {"updates": list(record.updates), "last": record.last} for name, record in end.averages.items()
         },
     }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import Loss, Parameters
 from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, brief, check, quoted
 from pathkernel.gradients.losses import Objective, check_recorded_loss
-from pathkernel.gradients.model_function import ModelFunction, generators_untouched
+from pathkernel.gradients.model_function import ModelFunction, device_of, generators_untouched
 from pathkernel.gradients.parameters import ParameterLayout, constants_of
 from pathkernel.gradients.pytrees import moved
 from pathkernel.gradients.returned import Returns, check_returns
@@ -28,9 +28,13 @@ from pathkernel.storage.known_classes import OPTIMIZERS, UPDATE_RULES, current_n
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.replay import Replay, ReplayStore
+from pathkernel.trajectory.run import End, RecordedOptimizer, Run, Start
 from pathkernel.trajectory.samples import Samples
+from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import UpdateRule
+
+T = TypeVar("T")
 
 
 def open_trajectory(
@@ -62,15 +66,31 @@ def open_trajectory(
     )
     store.rule = known_rule(header, rule)
     objective = Objective(loss, header.reduction, dict(regularizers or {}))
-    trajectory = assembled(store, model, objective, samples, known_returns(header, returns))
-    if samples.holds_integers:
-        samples.suit(trajectory.function(), trajectory.initial)
-        trajectory.reference = reference_outputs(store, samples)
-    check_outputs(f"Trajectory.open({str(path)!r})", trajectory, store)
+    replayed = None
     if header.replay is not None:
-        replay = Replay(trajectory, known_optimizer(header.replay["optimizer"], optimizer), store.optimizer_constants())
-        trajectory.store = ReplayStore(store, replay, header.replay["threads"] or None)
-    return trajectory
+        kind, threads = known_optimizer(header.replay["optimizer"], optimizer), header.replay["threads"]
+        replayed = RecordedOptimizer(kind, store.optimizer_constants(), threads or None)
+    run = Run(
+        model=model,
+        objective=objective,
+        data=samples,
+        rule=store.rule,
+        layout=header.layouts[-1],
+        start=cache(lambda: _sensible(store, lambda: start_of(store, model))),
+        returns=known_returns(header, returns),
+        task=header.task,
+        schedule=header.schedule,
+        optimizer=replayed,
+    )
+    if samples.holds_integers:
+        samples.suit(run.function(), run.initial)
+    run = replace(run, reference=reference_outputs(store, samples))
+    store.run = run
+    check_outputs(f"Trajectory.open({str(path)!r})", run, header)
+    kept: Store = store
+    if replayed is not None:
+        kept = ReplayStore(store, Replay(run, replayed.kind, replayed.constants), replayed.threads)
+    return Trajectory(run, kept, lambda: _sensible(store, lambda: end_of(store, run)))
 
 
 def mismatches(
@@ -91,26 +111,32 @@ def mismatches(
     return problems
 
 
-def check_outputs(asker: str, trajectory: Trajectory, store: DiskStore) -> None:
+def check_outputs(asker: str, run: Run, header: Header) -> None:
     """Compare what the network makes of a few samples with what it did at the end of the recording.
 
     The network stands there, so that nothing needs to be read; one that was cut off is compared at its start.
     """
-    header, reference = store.header, trajectory.reference
-    if header is None or reference is None:
+    reference = run.reference
+    if reference is None:
         return
     if header.end is None:
-        reference.check(asker, (trajectory.function(), trajectory.initial), None)
+        reference.check(asker, (run.function(), run.initial), None)
         return
-    model, layout = trajectory.model, trajectory.layout
-    live = dict(model.named_parameters(remove_duplicate=False))
-    theta = layout.flatten({name: live[name].detach() for name in layout.names}, header.dtype)
-    function = ModelFunction(model, layout, constants_of(model, layout), header.dtype, returns=trajectory.returns)
-    reference.check(asker, None, (function, theta))
+    constants = constants_of(run.model, run.layout)
+    function = ModelFunction(run.model, run.layout, constants, header.dtype, returns=run.returns)
+    reference = replace(reference, final=outputs_at_the_end(header))
+    reference.check(asker, None, (function, run.live_parameters(header.dtype)))
+
+
+def outputs_at_the_end(header: Header) -> Tensor | None:
+    """Outputs of the network at the end of the recording, of the samples of its reference outputs."""
+    if header.end is None or header.end.outputs is None:
+        return None
+    return torch.tensor(header.end.outputs, dtype=torch.float64)
 
 
 def reference_outputs(store: DiskStore, data: Samples) -> ReferenceOutputs | None:
-    """What the network made of a few samples, as far as the store tells."""
+    """Outputs of a few samples when recording began, as far as the store tells."""
     header = store.header
     if header is None or header.outputs is None:
         return None
@@ -126,9 +152,7 @@ def reference_outputs(store: DiskStore, data: Samples) -> ReferenceOutputs | Non
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(store.path / "start", f"its reference inputs make no sense ({str(error)[:100]})") from None
     initial = torch.tensor(header.outputs["values"], dtype=torch.float64)
-    ended = header.end is not None and header.end.outputs is not None
-    final = torch.tensor(header.end.outputs, dtype=torch.float64) if ended else None  # type: ignore[union-attr]
-    return ReferenceOutputs(tuple(samples), inputs, initial, final, header.outputs["varying"])
+    return ReferenceOutputs(tuple(samples), inputs, initial, None, header.outputs["varying"])
 
 
 def known_rule(header: Header, rule: UpdateRule | None) -> UpdateRule:
@@ -180,47 +204,23 @@ def known_returns(header: Header, returns: Returns) -> Returns:
     return returns if recorded == FUNCTION else recorded
 
 
-def assembled(
-    store: DiskStore, model: nn.Module, objective: Objective, data: Samples, returns: Returns = None
-) -> Trajectory:
-    """A trajectory whose parts are read when they are asked for."""
-    header = store.header
-    assert header is not None and store.rule is not None
-    trajectory = Trajectory.__new__(Trajectory)
-    trajectory.model, trajectory.objective, trajectory.data = model, objective, data
-    trajectory.layout, trajectory.rule, trajectory.store = header.layouts[-1], store.rule, store
-    trajectory.schedule, trajectory.lock = header.schedule, threading.RLock()
-    trajectory.returns, trajectory.task = returns, header.task
-    trajectory.reference = reference_outputs(store, data)
-    store.attach(trajectory)
-    start, end = cache(store.start_values), cache(store.end_values)
+def _sensible(store: DiskStore, read: Callable[[], T]) -> T:
+    """A value of a store, or an error that says where; a damaged one may hold anything."""
+    try:
+        return read()
+    except CorruptBlockError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
+        raise damaged(store.path, f"its start or end makes no sense ({str(error)[:100]})") from None
 
-    def guarded(read: Callable[[], Any]) -> Callable[[], Any]:
-        def checked() -> Any:
-            try:
-                return read()
-            except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-                if isinstance(error, CorruptBlockError):
-                    raise
-                raise damaged(store.path, f"its start or end makes no sense ({str(error)[:100]})") from None
 
-        return checked
-
-    def start_of(key: str) -> Any:
-        return moved(start()[key], trajectory.device)
-
-    def ending(key: str, without: Any) -> Callable[[], Any]:
-        return guarded(lambda: without if (values := end()) is None else moved(values[key], trajectory.device))
-
-    vars(trajectory)["_deferred"] = {
-        "initial": guarded(lambda: torch.cat([start()["initial"], *store.tails]).to(trajectory.device)),
-        "constants": guarded(lambda: constants_now(start_of("constants"), header.layouts)),
-        "initial_memory": guarded(lambda: start_of("initial_memory")),
-        "tail": ending("tail", ()),
-        "final_buffers": guarded(lambda: final_buffers(store, end())),
-        "averages": guarded(lambda: averages(store, start_of("averages"), moved(end(), trajectory.device))),
-    }
-    return trajectory
+def start_of(store: DiskStore, model: nn.Module) -> Start:
+    """Where the path begins, on the network's device."""
+    assert store.header is not None
+    device, values = device_of(model), store.start_values()
+    initial = torch.cat([values["initial"], *store.tails]).to(device)
+    constants = constants_now(moved(values["constants"], device), store.header.layouts)
+    return Start(initial, constants, moved(values["initial_memory"], device))
 
 
 def constants_now(constants: dict[str, Tensor], layouts: tuple[ParameterLayout, ...]) -> dict[str, Tensor]:
@@ -228,20 +228,19 @@ def constants_now(constants: dict[str, Tensor], layouts: tuple[ParameterLayout, 
     return {name: value for name, value in constants.items() if name not in layouts[-1].slices}
 
 
-def final_buffers(store: DiskStore, end: dict[str, Any] | None) -> Mapping[str, Tensor]:
-    """Buffers at the end; where recording was cut off, as the last step found them."""
-    if end is not None:
-        return end["final_buffers"]
-    return store.read(len(store) - 1).buffers if len(store) else {}
+def end_of(store: DiskStore, run: Run) -> End:
+    """Where the path ends; where recording was cut off, buffers are those that the last step found.
 
-
-def averages(
-    store: DiskStore, initial: dict[str, dict[str, Tensor]], end: dict[str, Any] | None
-) -> dict[str, AverageRecord]:
-    """How averages moved; none where recording was cut off, since their last values are not known then."""
-    if end is None:
-        return {}
-    return {
-        name: AverageRecord(name, initial[name], list(end["averages"][name]["updates"]), end["averages"][name]["last"])
-        for name in initial
+    Of averages nothing is known then, since their last values are not.
+    """
+    assert store.header is not None
+    values = store.end_values()
+    if values is None:
+        return End(final_buffers=store.read(len(store) - 1).buffers if len(store) else {})
+    ended = moved(values["averages"], run.device)
+    initial = moved(store.start_values()["averages"], run.device) if ended else {}
+    averages = {
+        name: AverageRecord(name, initial[name], list(own["updates"]), own["last"]) for name, own in ended.items()
     }
+    tail = moved(values["tail"], run.device)
+    return End(tail, values["final_buffers"], averages, outputs_at_the_end(store.header))

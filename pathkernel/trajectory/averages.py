@@ -6,7 +6,7 @@ An average is updated by :math:`\Theta^+ = \Theta + a\,(\theta - \Theta)`: a = 1
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pathkernel.errors import RecordingError, check
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.trajectory.step import Segment
-from pathkernel.trajectory.trajectory import Trajectory
 
 
 def averaged_values(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -61,9 +60,9 @@ class AverageRecord:
         )
         return cls(name, values, [], values)
 
-    def constants(self, trajectory: Trajectory) -> dict[str, Tensor]:
-        """What the averaged network holds besides θ: its own buffers, as they were at the end."""
-        return {name: value for name, value in self.last.items() if name in trajectory.constants}
+    def constants(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The averaged network's own buffers by these names, as they were at the end."""
+        return {name: self.last[name] for name in names if name in self.last}
 
     def observe(
         self,
@@ -113,12 +112,13 @@ class Update:
     segment: Segment
 
 
-def averaged_events(trajectory: Trajectory, record: AverageRecord) -> list[Segment | Update]:
+def averaged_events(
+    segments: Iterable[Segment], layout: ParameterLayout, record: AverageRecord
+) -> list[Segment | Update]:
     """Moves of the weights and of their average, in their order; the averaged path is made in float64.
 
     Memory: one vector of P numbers for each update, as the trajectory itself.
     """
-    layout = trajectory.layout
     events: list[Segment | Update] = []
     average = layout.flatten(record.initial, torch.float64)
     waiting: tuple[float, Tensor] | None = None
@@ -130,7 +130,7 @@ def averaged_events(trajectory: Trajectory, record: AverageRecord) -> list[Segme
             yield Update(a, Segment(average, after, None))
             average = after
 
-    for segment in trajectory.segments():
+    for segment in segments:
         if waiting is not None and segment.step is not None:
             events += update(*waiting)
             waiting = None

@@ -193,6 +193,8 @@ class RecordedGradients:
         How they are taken, see `pathkernel.gradients.gradient_source.GradientSource`.
     taken
         Whether the optimizer has taken the steps, so that they can be compared with their rule.
+    largest_gradient
+        Norm of the largest gradient of the run so far, where the record holds a part of the run.
 
     Attributes
     ----------
@@ -214,13 +216,14 @@ class RecordedGradients:
         engine: str = "auto",
         *,
         taken: bool = True,
+        largest_gradient: float = 0.0,
     ) -> None:
         self.trajectory, self.function, self.memory = trajectory, function, memory
         self.recorded = trajectory.function()
         self.source = GradientSource(function, engine, memory)
         # Mixed precision rounds every product; rows by torch.func round as the loop did.
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
-        self.largest, self.most = 0.0, 0
+        self.largest, self.most = largest_gradient, 0
         self.examples: dict[Any, tuple[int, int, int]] = {}
         self.discrepancies = Discrepancies(trajectory)
         met = self._met(trajectory.steps())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from pathkernel.errors import ModelMismatchError
 from pathkernel.gradients.model_function import ModelFunction, generators_untouched
 from pathkernel.runtime.checksum import DTYPES, condensed
 from pathkernel.runtime.interrupts import attempt
-
-if TYPE_CHECKING:
-    from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.trajectory.samples import Samples
 
 T = TypeVar("T")
 Point = tuple[ModelFunction, Tensor]
@@ -59,28 +57,25 @@ class ReferenceOutputs:
     varying: bool = False
 
     @classmethod
-    def of(cls, trajectory: Trajectory) -> ReferenceOutputs | None:
-        """The outputs at θ_0 of a recording that begins.
+    def of(cls, data: Samples, function: ModelFunction, initial: Tensor) -> ReferenceOutputs | None:
+        """The outputs of a network at θ_0, where a recording begins.
 
         None for a network that cannot be run on the samples as they stand in the data (the loop transforms them), or
         that gives other outputs every time: its outputs say nothing.
         """
-        data = trajectory.data
         samples = tuple(sorted({0, len(data) // 2, len(data) - 1}))[:SAMPLES]
         inputs = _unless_it_fails(lambda: [data[torch.tensor(samples)][0] for _ in range(2)])
         if inputs is None:
             return None
-        function = trajectory.function()
-        looks = _unless_it_fails(lambda: [_outputs(function, trajectory.initial, inputs[0]) for _ in range(2)])
+        looks = _unless_it_fails(lambda: [_outputs(function, initial, inputs[0]) for _ in range(2)])
         varying = isinstance(data.dataset, Dataset) and not _same(*inputs)
         if looks is None or not torch.equal(*looks) or (varying and not _storable(inputs[0])):
             return None
         return cls(samples, inputs[0], looks[0], None, varying)
 
-    def ended(self, trajectory: Trajectory, theta: Tensor) -> ReferenceOutputs:
-        """With the outputs at the end of a recording, θ_S."""
-        function = trajectory.function().replaced(constants=trajectory.final_buffers)
-        return replace(self, final=_unless_it_fails(lambda: _outputs(function, theta, self.inputs)))
+    def at(self, function: ModelFunction, theta: Tensor) -> Tensor | None:
+        """Outputs (n, K) of the same samples at another θ, such as θ_S; None where the network fails there."""
+        return _unless_it_fails(lambda: _outputs(function, theta, self.inputs))
 
     def check(self, asker: str, initial: Point | None, final: Point | None) -> None:
         """Compare with what the network makes of the samples now.

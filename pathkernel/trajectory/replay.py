@@ -11,8 +11,8 @@ gradient of every step and θ after it are compared with their checksums, and θ
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,49 +28,16 @@ from pathkernel.gradients.returned import returned_loss
 from pathkernel.runtime.checksum import checksum
 from pathkernel.runtime.interrupts import attempt, held
 from pathkernel.runtime.pickling import check_picklable
+from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.samples import samples_of
-from pathkernel.trajectory.step import MicroBatch, Step
+from pathkernel.trajectory.step import MicroBatch, ReplayNotes, Step
 from pathkernel.trajectory.store import Store
-from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Observation
 
-NOTES = ""
-"""Key of a replayed step's own notes in `Step.frozen`; no parameter has this name."""
 
-
-@dataclass(frozen=True)
-class Notes:
-    """What an abridged step says about its replay.
-
-    Attributes
-    ----------
-    keyframe
-        Index of the step with the keyframe that it is replayed from.
-    checksum
-        Of θ after the step.
-    gradient
-        Checksum of the gradient that the optimizer received; None where the gradient itself is kept.
-    divisor
-        By what the loop divided the loss of each micro-batch.
-    """
-
-    keyframe: int
-    checksum: int
-    gradient: int | None
-    divisor: int = 1
-
-    @classmethod
-    def of(cls, step: Step) -> Notes:
-        """Those of an abridged step."""
-        return cls(**step.frozen[NOTES])
-
-
-def is_abridged(step: Step) -> bool:
-    """Whether a step has to be replayed."""
-    return step.after.numel() == 0 and bool(step.active or step.groups)
-
-
-def abridged(step: Step, notes: Notes, *, keyframe: Mapping[str, Any] | None = None, gradient: bool = False) -> Step:
+def abridged(
+    step: Step, notes: ReplayNotes, *, keyframe: Mapping[str, Any] | None = None, gradient: bool = False
+) -> Step:
     """Leave out what a replay gives back.
 
     Parameters
@@ -78,7 +45,7 @@ def abridged(step: Step, notes: Notes, *, keyframe: Mapping[str, Any] | None = N
     step
         A step; its vectors may be missing already.
     notes
-        See `Notes`.
+        See `ReplayNotes`.
     keyframe
         The optimizer's state before the step by parameter name; with it θ is kept, too.
     gradient
@@ -90,7 +57,8 @@ def abridged(step: Step, notes: Notes, *, keyframe: Mapping[str, Any] | None = N
         before=step.before if keyframe is not None else nothing,
         after=nothing,
         gradient=step.gradient if gradient else nothing,
-        frozen={NOTES: vars(notes), **(keyframe or {})},
+        frozen=keyframe or {},
+        replay=notes,
     )
 
 
@@ -112,7 +80,7 @@ class Replay:
 
     Parameters
     ----------
-    trajectory
+    run
         Whose steps; its model, data and loss are used, none is changed.
     optimizer
         The optimizer of the run, or another one of its class; or the class.
@@ -127,11 +95,11 @@ class Replay:
 
     def __init__(
         self,
-        trajectory: Trajectory,
+        run: Run,
         optimizer: Optimizer | type[Optimizer],
         constants: Mapping[str, Any] | None = None,
     ) -> None:
-        self.trajectory = trajectory
+        self.run = run
         if isinstance(optimizer, type):
             known = constants or {"groups": [], "made_of": {"defaults": {}}}
             self.kind, self.groups, self._made_of = optimizer, known["groups"], known["made_of"]
@@ -142,7 +110,7 @@ class Replay:
         self._parameters: dict[str, nn.Parameter] = {}
         self._optimizer: Optimizer | None = None
         self._network: ModelFunction | None = None
-        self._at = trajectory.initial
+        self._at = run.initial
         self.received = 0
 
     @property
@@ -156,10 +124,11 @@ class Replay:
     def __getstate__(self) -> dict[str, Any]:
         constants = self.constants
         check_picklable(optimizer=(self.kind, constants))
-        return {"trajectory": self.trajectory, "kind": self.kind, **constants}
+        return {"run": self.run, "kind": self.kind, **constants}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.trajectory, self.kind = state["trajectory"], state["kind"]  # the trajectory has no parts yet
+        self.run = state["trajectory" if "trajectory" in state else "run"]  # the path, in earlier versions
+        self.kind = state["kind"]
         self.groups, self._made_of = state["groups"], state["made_of"]
         self._parameters, self._optimizer, self._network, self.received = {}, None, None, 0
         self._at = torch.empty(0)
@@ -169,9 +138,9 @@ class Replay:
     def restore(self, theta: Tensor, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Go to a point of the run: θ, (P,), and the optimizer's state by parameter name."""
         self._parameters = {
-            name: nn.Parameter(value.clone()) for name, value in self.trajectory.layout.unflatten(theta).items()
+            name: nn.Parameter(value.clone()) for name, value in self.run.layout.unflatten(theta).items()
         }
-        self._at, self._network = theta, self.trajectory.function()
+        self._at, self._network = theta, self.run.function()
         optimizer = self.kind.__new__(self.kind)
         copies = {self._parameters[name]: _copied(dict(own)) for name, own in state.items()}
         optimizer.__setstate__({**self._made_of, "state": defaultdict(dict, copies), "param_groups": []})
@@ -194,7 +163,7 @@ class Replay:
             gradient = step.gradient
             self._receive(gradient, step)
         else:
-            self.differentiate(step, Notes.of(step).divisor)
+            self.differentiate(step, 1 if step.replay is None else step.replay.divisor)
             self.received = checksum(self._gradients())  # before the optimizer may write on them
             gradient = self.gradient()
         return self.finish(step, gradient)
@@ -210,7 +179,7 @@ class Replay:
 
     def finish(self, step: Step, gradient: Tensor) -> Step:
         """Let the optimizer step, and write the step down in full."""
-        rule, layout, optimizer = self.trajectory.rule, self.trajectory.layout, self._stepping(step)
+        rule, layout, optimizer = self.run.rule, self.run.layout, self._stepping(step)
         before = self._at
         states = {name: self._state_before(name) for name in step.active}
         optimizer.step()
@@ -231,7 +200,7 @@ class Replay:
             if name in step.active
         }
         self._at = after
-        return replace(step, before=before, after=after, gradient=gradient, frozen=frozen)
+        return replace(step, before=before, after=after, gradient=gradient, frozen=frozen, replay=None)
 
     def gradient(self) -> Tensor:
         """The gradients at hand, (P,), zero where there is none."""
@@ -247,7 +216,7 @@ class Replay:
     def _move(self, theta: Tensor) -> None:
         """A change that was made outside the optimizer."""
         with held(), torch.no_grad():
-            for name, value in self.trajectory.layout.unflatten(theta).items():
+            for name, value in self.run.layout.unflatten(theta).items():
                 self._parameters[name].copy_(value)
         self._at = theta
 
@@ -257,16 +226,16 @@ class Replay:
             p.requires_grad_(name in step.active)
 
     def _receive(self, gradient: Tensor, step: Step) -> None:
-        for name, value in self.trajectory.layout.unflatten(gradient).items():
+        for name, value in self.run.layout.unflatten(gradient).items():
             if name in step.active:
                 self._parameters[name].grad = value.clone()
 
     def _backward(self, step: Step, batch: MicroBatch, divisor: int, last: bool) -> None:
-        objective, state = self.trajectory.objective, batch.state
+        objective, state = self.run.objective, batch.state
         buffers = step.buffers if state.buffers is None else state.buffers
         assert self._network is not None
         function = self._network.replaced(constants=buffers, state=state)
-        inputs, targets = samples_of(batch, self.trajectory.data)
+        inputs, targets = samples_of(batch, self.run.data)
         # As trained: `ModelFunction.running` otherwise chooses other kernels than the loop had.
         with function.running(gradients=True, as_trained=True), function.kept():
             roots, slopes = self._roots(function, batch, inputs, targets)
@@ -287,7 +256,7 @@ class Replay:
         self, function: ModelFunction, batch: MicroBatch, inputs: PyTree, targets: PyTree
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What a backward pass of a micro-batch begins with, and the slopes there."""
-        objective, parameters = self.trajectory.objective, dict(self._parameters)
+        objective, parameters = self.run.objective, dict(self._parameters)
         if batch.cotangents is not None:
             outputs = function.batch(parameters, inputs)
             return [outputs], [batch.cotangents.to(outputs)]
@@ -335,7 +304,7 @@ class Replay:
         for key, value in self._optimizer.state.get(self._parameters[name], {}).items():
             if not isinstance(value, Tensor):
                 seen[key] = value
-            elif key in self.trajectory.rule.keep_before:
+            elif key in self.run.rule.keep_before:
                 seen[key] = value.detach().clone()
             else:
                 seen[key] = True if value.numel() > 1 else value.item()
@@ -377,9 +346,14 @@ class ReplayStore(Store):
         """See `Store.stopped`."""
         return self.inner.stopped
 
-    def begin(self, trajectory: Trajectory) -> None:
+    def begin(self, run: Run) -> None:
         """See `Store.begin`."""
-        self.inner.begin(trajectory)
+        self.replay.run = run
+        self.inner.begin(run)
+
+    def note_end(self, end: End) -> None:
+        """Hand on."""
+        self.inner.note_end(end)
 
     def append(self, step: Step) -> None:
         """Put a step, abridged or full, behind the others."""
@@ -388,7 +362,7 @@ class ReplayStore(Store):
     def __len__(self) -> int:
         return len(self.inner)
 
-    def extend(self, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> None:
+    def extend(self, tail: Tensor, pad: Extension) -> None:
         """Refuse: checksums on record are of the parameters that there were.
 
         Raises
@@ -425,9 +399,9 @@ class ReplayStore(Store):
         """
         index = range(len(self.inner))[index]
         step = self.inner.read(index)
-        if not is_abridged(step):
+        if step.replay is None:
             return step
-        start = Notes.of(step).keyframe
+        start = step.replay.keyframe
         block = self._blocks.pop(start, [])
         if index - start >= len(block):
             block = self._replayed(start)
@@ -451,18 +425,18 @@ class ReplayStore(Store):
 
     def _taken_again(self, start: int) -> list[Step]:
         first = self.inner.read(start)
-        self.replay.restore(first.before, {name: own for name, own in first.frozen.items() if name != NOTES})
+        self.replay.restore(first.before, first.frozen)
         self._check_keyframe(start, first)
         block: list[Step] = []
         for index in range(start, len(self.inner)):
             record = self.inner.read(index)
-            if not is_abridged(record) or Notes.of(record).keyframe != start:
+            notes = record.replay
+            if notes is None or notes.keyframe != start:
                 if not record.changes and record.before.numel():
                     self._check(torch.equal(block[-1].after, record.before), index - 1)
                     block[-1] = replace(block[-1], after=record.before)  # one tensor for both, as in a full record
                 break
             block.append(self.replay.take(record))
-            notes = Notes.of(record)
             # A gradient that is another one by a few last bits may well lead to the same θ.
             self._check(notes.gradient is None or notes.gradient == self.replay.received, index)
             self._check(notes.checksum == self.replay.checksum(), index)
@@ -473,9 +447,9 @@ class ReplayStore(Store):
         if first.changes:
             return
         if start == 0:
-            self._check(torch.equal(first.before, self.replay.trajectory.initial), 0)
-        elif is_abridged(before := self.inner.read(start - 1)):
-            self._check(self.replay.checksum() == Notes.of(before).checksum, start)
+            self._check(torch.equal(first.before, self.replay.run.initial), 0)
+        elif (before := self.inner.read(start - 1).replay) is not None:
+            self._check(self.replay.checksum() == before.checksum, start)
 
     def _check(self, same: bool, index: int) -> None:
         threads = torch.get_num_threads()

@@ -83,6 +83,33 @@ def sampled_places(numbers: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class ReplayNotes:
+    """How a step is trained again that was not kept whole; see `pathkernel.trajectory.replay`.
+
+    Attributes
+    ----------
+    keyframe
+        Index of the step with the keyframe that it is replayed from.
+    checksum
+        Of θ after the step.
+    gradient
+        Checksum of the gradient that the optimizer received; None where the gradient itself is kept.
+    divisor
+        By what the loop divided the loss of each micro-batch.
+    """
+
+    keyframe: int
+    checksum: int
+    gradient: int | None
+    divisor: int = 1
+
+
+NOTES = ""
+"""Under this name, which no parameter has, the notes of a replay lie among what is frozen: in stores, and in pickles of
+steps from before there was `Step.replay`."""
+
+
+@dataclass(frozen=True)
 class Step:
     """One optimizer step θ_s → θ_{s+1} with everything that is frozen in it.
 
@@ -104,7 +131,7 @@ class Step:
         All numbers and flags of every parameter group.
     frozen
         Parameter name → what its update rule freezes (denominators, step counts …); a `FrozenOnReading` where that
-        follows from the optimizer's state.
+        follows from the optimizer's state. With a keyframe it is that state before the step.
     changes
         (name, θ) after each change that was made outside the optimizer since the step before, in their order.
     gradient_changes
@@ -117,6 +144,8 @@ class Step:
     differentiated
         Which of ``gradient_changes`` backward passes have made: they hold what the samples of these passes contributed,
         and what was done to all gradients afterwards, such as clipping, was done to them.
+    replay
+        How it is trained again; None where it was kept whole.
     """
 
     index: int
@@ -133,12 +162,15 @@ class Step:
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     length: int = 1
     differentiated: frozenset[str] = frozenset()
+    replay: ReplayNotes | None = None
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         known = dict(state)
         if "length" not in known:  # pickled before there was the field
             thinned = bool(known["after"].numel()) and not known["gradient"].numel()
             known["hyperparameters"], known["length"] = length_taken_out(known["hyperparameters"], thinned)
+        if "replay" not in known:
+            known["frozen"], known["replay"] = notes_taken_out(known["frozen"])
         vars(self).update(known)
 
     def hyperparameters_of(self, name: str) -> Mapping[str, Any]:
@@ -155,6 +187,15 @@ def length_taken_out(settings: Settings, thinned: bool) -> tuple[Settings, int]:
         return settings, 1
     own = tuple({key: value for key, value in group.items() if key != "steps"} for group in settings)
     return own, max((group.get("steps", 1) for group in settings), default=1)
+
+
+def notes_taken_out(
+    frozen: Mapping[str, Mapping[str, Any]],
+) -> tuple[Mapping[str, Mapping[str, Any]], ReplayNotes | None]:
+    """Split what lies under the names of parameters from the notes of a replay."""
+    if isinstance(frozen, dict) and NOTES in frozen:
+        return {name: own for name, own in frozen.items() if name != NOTES}, ReplayNotes(**frozen[NOTES])
+    return frozen, None
 
 
 @dataclass(frozen=True)

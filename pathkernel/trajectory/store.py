@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.step import Step
-
-if TYPE_CHECKING:
-    from pathkernel.trajectory.trajectory import Trajectory
 
 
 class Store(ABC):
@@ -30,8 +27,16 @@ class Store(ABC):
     exists: bool = False
     """Whether steps of an earlier run are there, to be gone on with."""
 
-    def begin(self, trajectory: Trajectory) -> None:  # noqa: B027 - most stores need nothing else than the steps
-        """Called before the first step with the trajectory that the steps belong to."""
+    outer: Store | None = None
+    """The store that steps come through, which may hold some back until it is closed."""
+
+    # Most stores need nothing else than the steps.
+
+    def begin(self, run: Run) -> None:  # noqa: B027
+        """Called before the first step with the run that the steps belong to."""
+
+    def note_end(self, end: End) -> None:  # noqa: B027
+        """Called before `begin`, and with each new `End` since, which `write_end` and `close` write down."""
 
     @abstractmethod
     def append(self, step: Step) -> None:
@@ -45,7 +50,7 @@ class Store(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def extend(self, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> None:
+    def extend(self, tail: Tensor, pad: Extension) -> None:
         """Lengthen every stored vector: points of the path by ``tail``, gradients by zeros.
 
         Parameters
@@ -53,7 +58,7 @@ class Store(ABC):
         tail
             Values of the parameters that join θ.
         pad
-            Lengthens a point; the same result for the same tensor, so that shared ends stay shared.
+            Lengthens a point, and knows the run with its longer θ.
         """
 
     def flush(self) -> None:  # noqa: B027 - a store that does not wait has nothing to write
@@ -77,7 +82,7 @@ class Store(ABC):
         return [vector[where] for where in ranges]
 
 
-def padded(step: Step, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> Step:
+def padded(step: Step, tail: Tensor, pad: Extension) -> Step:
     """A step with longer vectors; see `Store.extend`."""
     zeros = torch.zeros_like(tail)
     return replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pathkernel.errors import TrajectoryError, check
+from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.schedule import Streaming
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store, padded
-from pathkernel.trajectory.trajectory import Trajectory
 
 
 class ThinnedStore(Store):
@@ -39,9 +39,14 @@ class ThinnedStore(Store):
         """See `Store.stopped`."""
         return self.inner.stopped
 
-    def begin(self, trajectory: Trajectory) -> None:
+    def begin(self, run: Run) -> None:
         """See `Store.begin`."""
-        self.inner.begin(trajectory)
+        self.inner.outer = self
+        self.inner.begin(run)
+
+    def note_end(self, end: End) -> None:
+        """Hand on."""
+        self.inner.note_end(end)
 
     def append(self, step: Step) -> None:
         """Lengthen the open stretch by a step."""
@@ -62,7 +67,7 @@ class ThinnedStore(Store):
     def __len__(self) -> int:
         return len(self.inner) + (self._open is not None)
 
-    def extend(self, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> None:
+    def extend(self, tail: Tensor, pad: Extension) -> None:
         """Lengthen every stored vector."""
         self.inner.extend(tail, pad)
         if self._open is not None:
@@ -123,18 +128,11 @@ class StreamingStore(Store):
     ----------
     streaming
         Who looks on.
-    settings
-        The optimizer's, by parameter group.
     """
 
-    def __init__(self, streaming: Streaming, settings: tuple[Mapping[str, Any], ...]) -> None:
-        self.streaming, self.settings, self._seen = streaming, settings, 0
+    def __init__(self, streaming: Streaming) -> None:
+        self.streaming, self._seen = streaming, 0
         self._last: Step | None = None
-
-    def begin(self, trajectory: Trajectory) -> None:
-        """Tell the observers where training begins."""
-        for observer in self.streaming.observers:
-            observer.begin(trajectory, self.settings)
 
     def append(self, step: Step) -> None:
         """Show a step to the observers."""
@@ -164,7 +162,7 @@ class StreamingStore(Store):
     def __len__(self) -> int:
         return self._seen
 
-    def extend(self, tail: Tensor, pad: Callable[[Tensor], Tensor]) -> None:
+    def extend(self, tail: Tensor, pad: Extension) -> None:
         """Lengthen the vectors of the last step."""
         if self._last is not None:
             self._last = padded(self._last, tail, pad)

@@ -5,92 +5,131 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, replace
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.errors import InputError, ModelMismatchError, RecordingError, TrajectoryError, check
+from pathkernel.errors import InputError, ModelMismatchError, TrajectoryError, check
 from pathkernel.gradients.acceptance import check_finite, not_finite
 from pathkernel.gradients.losses import Objective
-from pathkernel.gradients.model_function import ModelFunction, device_of
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.returned import Returns
-from pathkernel.runtime.pickling import check_picklable
-from pathkernel.trajectory.memory import MemoryStore, with_memory_of_their_own
+from pathkernel.runtime.pickling import with_memory_of_their_own
+from pathkernel.trajectory.averages import AverageRecord
+from pathkernel.trajectory.memory import MemoryStore
+from pathkernel.trajectory.reference_outputs import ReferenceOutputs
+from pathkernel.trajectory.run import End, Extension, Run, Start
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.store import Store
-
-if TYPE_CHECKING:
-    from pathkernel.trajectory.averages import AverageRecord
-    from pathkernel.trajectory.reference_outputs import ReferenceOutputs
-    from pathkernel.update_rules.rule import UpdateRule
+from pathkernel.update_rules.rule import UpdateRule
 
 
-@dataclass
+def _part(where: str) -> Any:
+    """A property that is an attribute of a part."""
+    return property(attrgetter(where))
+
+
 class Trajectory:
     """The path of a training run, with the live objects that it was recorded with.
 
+    While it is recorded it grows: the recorder replaces its end. Nobody else changes it.
+
+    Parameters
+    ----------
+    run
+        What was fixed when recording began.
+    store
+        Where the steps are kept; memory by default.
+    end
+        Where the path stands after its last step, or what reads it from a store when it is first asked for.
+
     Attributes
     ----------
-    model
-        The network. Its parameters are read from the record, never from the module.
-    objective
-        What the loop differentiates: loss, reduction, regularisers.
-    data
-        Training samples by id.
-    layout
-        Where each parameter lies in θ.
-    initial
-        θ_0, (P,).
-    constants
-        Parameters outside θ and buffers, as they were when recording began.
-    rule
-        How the optimizer turns gradients into displacement.
-    initial_memory
-        The optimizer's memory before the first recorded step, by parameter name; empty for a fresh optimizer.
-    tail
-        Changes made outside the optimizer after its last step; see `Step.changes`.
-    final_buffers
-        Buffers at the end of the recording that have changed since its beginning.
-    averages
-        Averages of the weights kept beside training, by name.
-    schedule
-        What was kept of each step.
-    store
-        Where the steps are kept.
+    model, objective, data, rule, layout, initial, constants, initial_memory, returns, task, schedule
+        See `pathkernel.trajectory.run.Run`.
+    dtype, device, precision
+        Floating type of θ; where arithmetic runs; the coarsest floating type among the parameters.
+    tail, final_buffers, averages
+        See `pathkernel.trajectory.run.End`.
     lock
         Held by whoever reads the record, or computes with it, one thread at a time.
-    reference
-        What the network made of a few training samples while it was recorded; None where that is not known.
-    returns
-        What the network's outputs are among all that it returns; see `pathkernel.gradients.returned`.
-    task
-        ``"classification"`` or ``"regression"``; None where the loss or the targets tell.
     """
 
-    model: nn.Module
-    objective: Objective
-    data: Samples
-    layout: ParameterLayout
-    initial: Tensor
-    constants: dict[str, Tensor]
-    rule: UpdateRule
-    initial_memory: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
-    store: Store = field(default_factory=MemoryStore)
-    tail: tuple[tuple[str, Tensor], ...] = field(default_factory=tuple)
-    final_buffers: Mapping[str, Tensor] = field(default_factory=dict)
-    averages: dict[str, AverageRecord] = field(default_factory=dict)
-    schedule: RecordingLevel = EVERY_STEP
-    lock: Any = field(default_factory=threading.RLock, repr=False, compare=False)
-    reference: ReferenceOutputs | None = None
-    returns: Returns = None
-    task: str | None = None
+    model: nn.Module = _part("run.model")
+    objective: Objective = _part("run.objective")
+    data: Samples = _part("run.data")
+    rule: UpdateRule = _part("run.rule")
+    layout: ParameterLayout = _part("run.layout")
+    initial: Tensor = _part("run.initial")
+    constants: dict[str, Tensor] = _part("run.constants")
+    initial_memory: dict[str, tuple[Tensor, ...]] = _part("run.initial_memory")
+    returns: Returns = _part("run.returns")
+    task: str | None = _part("run.task")
+    schedule: RecordingLevel = _part("run.schedule")
+    dtype: torch.dtype = _part("run.dtype")
+    device: torch.device = _part("run.device")
+    precision: torch.dtype = _part("run.precision")
+    tail: tuple[tuple[str, Tensor], ...] = _part("end.tail")
+    final_buffers: Mapping[str, Tensor] = _part("end.final_buffers")
+    averages: dict[str, AverageRecord] = _part("end.averages")
+
+    def __init__(self, run: Run, store: Store | None = None, end: End | Callable[[], End] | None = None) -> None:
+        self._run = run
+        self._store = MemoryStore() if store is None else store
+        self._end = End() if end is None else end
+        self.lock = threading.RLock()
+
+    @property
+    def run(self) -> Run:
+        """The run as it was when recording began."""
+        return self._run
+
+    @property
+    def store(self) -> Store:
+        """Where the steps are kept."""
+        return self._store
+
+    @property
+    def end(self) -> End:
+        """Where the path stands after its last step."""
+        if not isinstance(self._end, End):
+            self._end = self._end()
+        return self._end
+
+    @property
+    def reference(self) -> ReferenceOutputs | None:
+        """Outputs of a few training samples while the run was recorded; None where they are not known."""
+        start = self.run.reference
+        return None if start is None else replace(start, final=self.end.outputs)
+
+    @classmethod
+    def of_step(cls, run: Run, start: Tensor, step: Step, end: End | None = None) -> Trajectory:
+        """One step as a path of its own, which is looked at while training goes on, or before it is taken.
+
+        Parameters
+        ----------
+        run
+            The run that it is a step of.
+        start
+            Where the step before ended, (P,).
+        step
+            The step. The running statistics that it found are the path's; the first begins with those of the untrained
+            network.
+        end
+            Where its path ends; with the step by default.
+        """
+        constants = {**run.constants, **(step.buffers if step.index else {})}
+        alone = replace(run, start=Start(start, constants), schedule=EVERY_STEP, reference=None, optimizer=None)
+        store = MemoryStore([replace(step, index=0)])
+        return cls(alone, store, replace(end or End(final_buffers=step.buffers), averages={}, is_live=False))
 
     @classmethod
     def open(
@@ -139,33 +178,15 @@ class Trajectory:
 
         return open_trajectory(path, model, loss, data, rule, regularizers, optimizer, returns)
 
-    def __getattr__(self, name: str) -> Any:
-        """Parts of an opened trajectory that were not read yet."""
-        deferred = vars(self).get("_deferred", {})
-        if name not in deferred:
-            raise AttributeError(f"'Trajectory' object has no attribute {name!r}")
-        value = deferred[name]()
-        setattr(self, name, value)
-        return value
-
     def __getstate__(self) -> dict[str, Any]:
         """All parts, those that were not read yet included, but the lock; a store on disk travels as its path."""
-        objective = self.objective
-        check_picklable(
-            model=self.model,
-            loss=objective.loss,
-            regularizers=objective.regularizers,
-            data=self.data,
-            rule=self.rule,
-            returns=self.returns,
-        )
-        for name in vars(self).get("_deferred", {}):
-            getattr(self, name)
-        state = {name: value for name, value in vars(self).items() if name not in ("_deferred", "lock")}
-        return state | with_memory_of_their_own({name: state[name] for name in ("initial", "initial_memory", "tail")})
+        end = replace(self.end, tail=with_memory_of_their_own(self.tail))
+        return {"run": self.run, "store": self.store, "end": end}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.RLock())
+        parts = state if "run" in state else _parts_of_earlier(state)
+        self._run, self._store, self._end = parts["run"], parts["store"], parts["end"]
+        self.lock = threading.RLock()
 
     def __len__(self) -> int:
         """S, the number of optimizer steps."""
@@ -176,22 +197,6 @@ class Trajectory:
             f"Trajectory({len(self)} steps of {self.rule.name}, P = {self.layout.size}, "
             f"N = {len(self.data)}, {str(self.dtype).removeprefix('torch.')})"
         )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating type of the parameters."""
-        return self.initial.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is, and arithmetic runs."""
-        return device_of(self.model)
-
-    @property
-    def precision(self) -> torch.dtype:
-        """The coarsest floating type among the parameters: θ has the finest."""
-        types = [p.dtype for p in self.model.parameters()] or [self.dtype]
-        return max(types, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
     def final(self) -> Tensor:
@@ -252,31 +257,26 @@ class Trajectory:
         s = s + length + 1 if s < 0 else s
         return self.store.vector(s) if s < length else self.final
 
+    def begin(self, run: Run, end: End) -> None:
+        """Begin to be recorded, or go on: the store takes the steps from now on."""
+        self._run = run
+        self.stand(end)
+        self.store.begin(run)
+
+    def stand(self, end: End) -> None:
+        """Note where the path stands now, after its last step."""
+        self._end = end
+        self.store.note_end(end)
+
     def extend(self, new: Mapping[str, Tensor]) -> None:
         """Take further parameters into θ, which so far have been constants.
 
         Earlier points of the path get their present values, earlier gradients get zeros.
         """
-        tail = ParameterLayout.of(new).flatten(new, self.dtype).detach()
-        padded: dict[int, Tensor] = {}  # one tensor for the end of a step and the start of the next, as before
-
-        def pad(vector: Tensor) -> Tensor:
-            if id(vector) not in padded:
-                padded[id(vector)] = torch.cat([vector, tail])
-            return padded[id(vector)]
-
-        before, self.layout = self.layout, ParameterLayout(
-            (*self.layout.names, *new), (*self.layout.shapes, *(value.shape for value in new.values()))
-        )  # which a store on disk writes down
-        try:
-            self.store.extend(tail, pad)
-        except RecordingError:  # not every record can be lengthened
-            self.layout = before
-            raise
-        self.initial = pad(self.initial)
-        self.tail = tuple((name, pad(point)) for name, point in self.tail)
-        for name in new:
-            self.constants.pop(name, None)
+        pad = Extension(self.run, new)
+        self.store.extend(pad.tail, pad)
+        self._run = pad.run
+        self.stand(replace(self.end, tail=tuple((name, pad(point)) for name, point in self.tail)))
 
     def parameters(self, s: int) -> dict[str, Tensor]:
         """θ_s by parameter name."""
@@ -284,7 +284,7 @@ class Trajectory:
 
     def function(self, dtype: torch.dtype | None = None) -> ModelFunction:
         """The recorded network as a pure function of θ."""
-        return ModelFunction(self.model, self.layout, self.constants, dtype or self.dtype, returns=self.returns)
+        return self.run.function(dtype)
 
     def queries(self, X: PyTree, asker: str) -> PyTree:
         """Query samples as tensors, shaped and typed as the training samples.
@@ -322,6 +322,8 @@ class Trajectory:
             a buffer or a parameter outside the record is no longer what it was when recording began; or when the
             outputs of a few training samples are no longer what they were at both ends of the record.
         """
+        if not self.end.is_live:
+            return
         live = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         problems = []
         for name, recorded in {**self.constants, **self.final_buffers, **self.layout.unflatten(self.final)}.items():
@@ -341,8 +343,18 @@ class Trajectory:
             "Put them back with `model.load_state_dict({**trajectory.constants, **trajectory.final_buffers, "
             "**trajectory.parameters(-1)}, strict=False)`, or record the further training too",
         )
-        if self.reference is not None:
+        if (reference := self.reference) is not None:
             function, final = self.function(), None
-            if self.reference.final is not None:
+            if reference.final is not None:
                 final = function.replaced(constants=self.final_buffers), self.final
-            self.reference.check(asker, (function, self.initial), final)
+            reference.check(asker, (function, self.initial), final)
+
+
+def _parts_of_earlier(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a trajectory that was saved by a version in which it held everything itself."""
+    reference = state.get("reference")
+    start = Start(state["initial"], state["constants"], state["initial_memory"])
+    known = {each.name: state[each.name] for each in fields(Run) if each.name in state}
+    known["reference"] = None if reference is None else replace(reference, final=None)
+    end = End(state["tail"], state["final_buffers"], state["averages"], None if reference is None else reference.final)
+    return {"run": Run(**known, start=start), "store": state["store"], "end": end}

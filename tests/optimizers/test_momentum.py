@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -145,7 +147,8 @@ def test_where_gradients_were_taken_matters(record) -> None:
             return (None,)
 
     trajectory, _, queries = record(lambda p: Momentum(p, lr=0.05))
-    trajectory.rule = AtTheParameters()
+    run = replace(trajectory.run, rule=AtTheParameters())
+    trajectory = pk.Trajectory(run, trajectory.store, trajectory.end)
     with pytest.raises(TrajectoryError, match="explain the gradient only up to"):
         pk.KernelMachine(trajectory).explain(queries)
 

@@ -392,7 +392,7 @@ def loss_that_is_returned_no_more_in_a_replay() -> None:
     vector = trajectory.initial
     step = Step(0, vector, vector, vector[:0], frozenset(), (batch,), {}, ())
     model.loss = False
-    replay = Replay(trajectory, optimizer)
+    replay = Replay(trajectory.run, optimizer)
     replay.restore(vector, {})
     replay.differentiate(step, 1)
 

@@ -341,3 +341,21 @@ def test_copies_take_what_cannot_be_saved() -> None:
         assert np.array_equal(way(kernel)(X), kernel(X))
     named = pk.PathKernel(train(loss=halved))
     assert np.array_equal(pickle.loads(pickle.dumps(named))(X), named(X))
+
+
+def test_a_trajectory_that_an_earlier_version_saved() -> None:
+    trajectory, (X, _) = train(), samples()
+    names = "model objective data layout initial constants rule initial_memory store tail final_buffers averages"
+    state = {name: getattr(trajectory, name) for name in (*names.split(), "schedule", "reference", "returns", "task")}
+    earlier = pk.Trajectory.__new__(pk.Trajectory)
+    earlier.__setstate__(state)
+    back = pickle.loads(pickle.dumps(earlier))
+    assert np.array_equal(pk.PathKernel(back)(X[:4]), pk.PathKernel(trajectory)(X[:4]))
+    assert torch.equal(back.reference.final, trajectory.reference.final)
+
+
+def test_nobody_writes_a_trajectory_from_outside() -> None:
+    trajectory = train()
+    for name in ("run", "store", "end", "initial", "layout", "rule", "tail", "final_buffers", "reference"):
+        with pytest.raises(AttributeError):
+            setattr(trajectory, name, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
@@ -91,9 +90,7 @@ def test_recorder_writes_what_it_would_remember(tmp_path: Path) -> None:
 def test_steps_can_be_read_while_they_wait(tmp_path: Path) -> None:
     run = record(optimizer="momentum")
     store = DiskStore(tmp_path / "run", flush_every=4)
-    again = copy.copy(run.trajectory)
-    again.store = store
-    store.begin(again)
+    store.begin(run.trajectory.run)
     for step in run.trajectory.steps():
         store.append(step)
         for index in range(len(store)):

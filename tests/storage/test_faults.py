@@ -245,13 +245,13 @@ def test_options(options: dict[str, Any], message: str) -> None:
 
 def test_a_store_that_is_there_is_not_overwritten(original: tuple[Recording, Path], store: Path) -> None:
     with pytest.raises(StoreError, match="holds a store already"):
-        DiskStore(store).begin(original[0].trajectory)
+        DiskStore(store).begin(original[0].trajectory.run)
 
 
 def test_folder_that_cannot_be_written(original: tuple[Recording, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
-        DiskStore(tmp_path / "file" / "run").begin(original[0].trajectory)
+        DiskStore(tmp_path / "file" / "run").begin(original[0].trajectory.run)
     with pytest.raises(StoreError, match="cannot be written"):
         Group.create(tmp_path / "file" / "run", {})
 
@@ -305,7 +305,7 @@ def test_what_the_writer_meets_surfaces(tmp_path: Path) -> None:
     run = record(optimizer="sgd")
     store = DiskStore(tmp_path / "run", flush_every=1)
     trajectory = run.trajectory
-    store.begin(trajectory)
+    store.begin(trajectory.run)
     store.append(trajectory.store.read(0))
     store.append(replace(trajectory.store.read(1), hyperparameters=({"lr": object()},)))
     with pytest.raises(RecordingError, match=r"A step holds a builtins\.object"):

@@ -26,7 +26,7 @@ from pathkernel.runtime.checksum import checksum
 from pathkernel.storage.disk import DiskStore
 from pathkernel.storage.encoding import BlockEncoder
 from pathkernel.storage.header import Header
-from pathkernel.trajectory.replay import NOTES, ReplayStore, is_abridged
+from pathkernel.trajectory.replay import ReplayStore
 from pathkernel.trajectory.schedule import Schedule
 from pathkernel.trajectory.step import Step
 
@@ -230,8 +230,8 @@ def test_steps_in_full_after_abridged_ones(tmp_path: Path, flush_every: int) -> 
     same_paths(*runs)
     same_paths(runs[0], again)
     stored = [again.store.inner.read(s) for s in range(STEPS)]  # type: ignore[attr-defined]
-    assert [is_abridged(step) for step in stored] == [s < 6 for s in range(STEPS)]
-    assert [s.index for s in stored if is_abridged(s) and s.before.numel()] == [0, EVERY]
+    assert [step.replay is not None for step in stored] == [s < 6 for s in range(STEPS)]
+    assert [s.index for s in stored if s.replay and s.before.numel()] == [0, EVERY]
 
 
 def test_a_recording_that_was_cut_off_is_replayed_as_far_as_it_was_written(tmp_path: Path) -> None:
@@ -348,12 +348,12 @@ def test_a_header_that_makes_no_sense(tmp_path: Path, wrong: dict[str, Any]) -> 
 
 def test_notes_survive(tmp_path: Path) -> None:
     run = train(tmp_path / "run", KEYFRAMES)
-    notes = [DiskStore.open(tmp_path / "run").read(s).frozen[NOTES] for s in range(STEPS)]
-    assert [note["keyframe"] for note in notes] == [EVERY * (s // EVERY) for s in range(STEPS)]
-    assert max(note["checksum"] for note in notes) >= 2**31 and len(run) == STEPS  # as unsigned numbers
+    notes = [DiskStore.open(tmp_path / "run").read(s).replay for s in range(STEPS)]
+    assert [note.keyframe for note in notes] == [EVERY * (s // EVERY) for s in range(STEPS)]
+    assert max(note.checksum for note in notes) >= 2**31 and len(run) == STEPS  # as unsigned numbers
     first = run.store.read(0)
-    assert notes[0]["gradient"] == checksum(run.layout.unflatten(first.gradient).values())
-    assert notes[0]["checksum"] == checksum(run.layout.unflatten(first.after).values())
+    assert notes[0].gradient == checksum(run.layout.unflatten(first.gradient).values())
+    assert notes[0].checksum == checksum(run.layout.unflatten(first.after).values())
 
 
 # -- the length of a step ----------------------------------------------------------------------------------------------

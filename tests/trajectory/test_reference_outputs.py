@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ def test_rounding_is_no_change(dtype: torch.dtype, tmp_path: Path) -> None:
     pk.PathKernel(trajectory)
     again = opened(model, tmp_path / "run")
     pk.PathKernel(again)
-    object.__setattr__(again, "reference", ReferenceOutputs(**{**vars(again.reference), "final": None}))
+    again = pk.Trajectory(again.run, again.store, replace(again.end, outputs=None))
     pk.PathKernel(again)  # with nothing but the start to compare with
 
 
@@ -235,7 +236,7 @@ def test_training_mode_and_generators_stay_as_they_are(tmp_path: Path) -> None:
         torch.manual_seed(5), np.random.seed(5), random.seed(5)
         model = made()
         if not audited:
-            ReferenceOutputs.of = classmethod(lambda cls, trajectory: None)  # type: ignore[method-assign]
+            ReferenceOutputs.of = classmethod(lambda cls, *_: None)  # type: ignore[method-assign]
         try:
             trajectory = recorded(model, tmp_path / f"run-{audited}").trajectory
         finally:

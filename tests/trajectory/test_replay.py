@@ -16,9 +16,9 @@ import pathkernel as pk
 from pathkernel import errors
 from pathkernel.recording.keyframes import GradientWatch, is_tried
 from pathkernel.recording.live import LiveParameters
-from pathkernel.runtime.checksum import checksum
+from pathkernel.runtime.checksum import _sums, checksum
 from pathkernel.trajectory.memory import MemoryStore
-from pathkernel.trajectory.replay import NOTES, Notes, Replay, ReplayStore, _sums, is_abridged
+from pathkernel.trajectory.replay import Replay, ReplayStore
 from pathkernel.trajectory.schedule import RunSize, Schedule
 from tests.cases import OPTIMIZERS, generator, make_inputs
 
@@ -141,7 +141,7 @@ REPLAYED = {
 @pytest.mark.parametrize("name", REPLAYED)
 def test_every_step_comes_out_again_to_the_last_bit(name: str) -> None:
     run, full = (train(schedule, **REPLAYED[name]) for schedule in (Schedule(keyframes=EVERY), None))
-    assert not run.warnings and all(is_abridged(step) for step in run.inner)
+    assert not run.warnings and all(step.replay for step in run.inner)
     for step, point in zip(run.trajectory.steps(), run.points, strict=True):
         assert torch.equal(step.after, point)
     assert_same_steps(run, full)
@@ -205,7 +205,7 @@ def test_between_keyframes_no_vector_is_kept() -> None:
 def test_clipped_gradients_are_stored_with_one_warning() -> None:
     run, full = (train(schedule, clip=0.05) for schedule in (Schedule(keyframes=EVERY), None))
     assert len(run.warnings) == 1 and "do not give its gradient again to the last bit" in run.warnings[0]
-    assert all(is_abridged(step) and step.gradient.numel() for step in run.inner)
+    assert all(step.replay and step.gradient.numel() for step in run.inner)
     assert_same_steps(run, full)
 
 
@@ -283,7 +283,7 @@ def test_an_optimizer_that_steps_otherwise_is_stored_in_full_with_one_warning() 
         train(schedule, make_optimizer=make, rule="elementwise") for schedule in (Schedule(keyframes=EVERY), None)
     )
     assert len(run.warnings) == 1 and "Step 0 of elementwise convention does not come out again" in run.warnings[0]
-    assert not any(is_abridged(step) for step in run.inner)
+    assert not any(step.replay for step in run.inner)
     for step, point in zip(run.trajectory.steps(), full.points, strict=True):
         assert torch.equal(step.after, point)
 
@@ -503,10 +503,10 @@ def test_hooks_of_others_that_write_on_gradients() -> None:
 
 def test_notes_are_plain_numbers() -> None:
     run = train(Schedule(keyframes=EVERY), parts=3)
-    notes = [Notes.of(step) for step in run.inner]
+    notes = [step.replay for step in run.inner]
     assert [n.keyframe for n in notes] == [EVERY * (i // EVERY) for i in range(STEPS)]
     assert {n.divisor for n in notes} == {1}  # the slopes of each part's loss are on record as they were
-    assert all(isinstance(value, int) for step in run.inner for value in step.frozen[NOTES].values())
+    assert all(isinstance(value, int) for step in run.inner for value in vars(step.replay).values())
 
 
 def test_steps_of_a_known_kind_are_tried_out_now_and_then() -> None:
