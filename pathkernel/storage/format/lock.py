@@ -6,23 +6,19 @@ import gc
 import os
 import socket
 import time
-import weakref
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from pathkernel.errors import StoreError
 from pathkernel.runtime.interrupts import held
 
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - elsewhere than on Unix the lock file only informs
-    fcntl = None  # type: ignore[assignment]
-
 
 class Lock:
-    """One writer for each store: a lock on the file ``lock``, which the operating system gives up with the process.
+    """Lock of a store, which has one writer: held on the file ``lock``, which names the holder.
 
-    A forked child (worker processes of a loader are such) inherits the open file, and with it the lock, for as long as
-    it lives. So it closes its copy at once, which leaves the lock with its parent, and the parent unlocks expressly.
+    The operating system gives it up with the process; a forked child (worker processes of a loader are such) does not
+    inherit it.
 
     Parameters
     ----------
@@ -30,11 +26,9 @@ class Lock:
         The store's folder.
     """
 
-    _descriptor = -1
-    _process = -1
-
     def __init__(self, path: Path) -> None:
         self.path = path / "lock"
+        self._lock = FileLock(self.path, timeout=0, mode=0o644, thread_local=False, preserve_lock_file=True)
 
     def acquire(self) -> None:
         """Take the lock.
@@ -52,64 +46,29 @@ class Lock:
             raise
 
     def _acquire(self) -> None:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             try:
-                self._take(descriptor)
-            except OSError:
+                self._lock.acquire()
+            except Timeout:
                 gc.collect()  # of this process, left behind by an error whose traceback refers to itself
-                self._take(descriptor)
-        except OSError:
-            holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").strip()
-            os.close(descriptor)
+                self._lock.acquire()
+        except Timeout:
+            holder = self.path.read_bytes()[:1000].decode("utf-8", "replace").strip()
             raise StoreError(
                 f"`{self.path.parent}` is being written by another recorder ({holder})",
                 "A store has one writer at a time",
                 "End the other one, or give this one another path; a lock is given up when its process ends",
             ) from None
-        os.ftruncate(descriptor, 0)
         began = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {began}\n".encode(), 0)
-        self._descriptor, self._process = descriptor, os.getpid()
-        _HELD.add(self)
-
-    @staticmethod
-    def _take(descriptor: int) -> None:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {began}\n")
 
     def release(self) -> None:
         """Give the lock up."""
         with held():
-            self._close()
-
-    def _close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor < 0:
-            return
-        if fcntl is not None and self._process == os.getpid():  # closing alone leaves it with whoever else has it open
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
-
-    def __del__(self) -> None:
-        self._close()
+            self._lock.release()
 
     def __enter__(self) -> None:
         self.acquire()
 
     def __exit__(self, *error: object) -> None:
         self.release()
-
-
-_HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
-"""Locks of this process."""
-
-
-def _leave_to_parent() -> None:
-    for lock in list(_HELD):
-        lock._close()
-    _HELD.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_to_parent)
