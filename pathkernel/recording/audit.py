@@ -137,7 +137,7 @@ def check_outputs(trajectory: Trajectory, step: Step, batch: MicroBatch, seen: S
     SampleIdError
         Where they are others.
     """
-    one = stretch(trajectory, step.before, step)
+    one = Trajectory.of_step(trajectory.run, step.before, step)
     function = RecordedGradients(one, one.function(), MEMORY, taken=False).replayed(step, batch)
     inputs, _ = samples_of(batch, trajectory.data)
     with generators_untouched(), function.running(gradients=False):
