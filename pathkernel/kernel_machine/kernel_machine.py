@@ -165,6 +165,9 @@ class KernelMachine:
     discrete gradient.
     """
 
+    largest_gradient: float = 0.0
+    """Norm of the largest gradient before this path, which is then part of a run; see `RecordedGradients`."""
+
     def __init__(
         self,
         trajectory: Trajectory,
@@ -528,7 +531,9 @@ class KernelMachine:
     @property
     def _recorded(self) -> RecordedGradients:
         if self._gradients is None or self._gradients.discrepancies.length != len(self.trajectory):
-            self._gradients = RecordedGradients(self.trajectory, self.function, self.memory // 4, self.engine)
+            self._gradients = RecordedGradients(
+                self.trajectory, self.function, self.memory // 4, self.engine, largest_gradient=self.largest_gradient
+            )
         return self._gradients
 
     def _curve(self, queries: Queries) -> Curve:

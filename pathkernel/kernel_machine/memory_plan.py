@@ -53,7 +53,6 @@ from pathkernel.runtime.allocations import Allocations, Footprint, footprint
 from pathkernel.trajectory.batch_gradients import WHOLE, Passes, RecordedGradients
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.step import MicroBatch, Step
-from pathkernel.trajectory.trajectory import Trajectory
 
 SHARE = 0.7
 """Part of a budget that is planned with: the rest is for gaps between tensors."""
@@ -175,7 +174,7 @@ class BatchSizes:
 def _kinds(gradients: RecordedGradients, pushed: int, total: bool) -> Iterator[tuple[int, _Batch]]:
     """The size of the largest batch of each kind of forward pass, and a few of its samples."""
     for size, index, place in gradients.examples.values():
-        step = gradients.trajectory.store.read(index)
+        step = gradients.trajectory.store.summary(index).record
         one = _Batch(gradients, step, step.batches[place], pushed)
         if not (one.coupled or total):
             one.source.prove(one.point, take(one.inputs, slice(0, 2)), one.function)
@@ -190,9 +189,11 @@ class _Batch:
         inputs, targets = (None if own is None else take(own, index) for own in (batch.inputs, batch.targets))
         few = MicroBatch(batch.ids[index], None, inputs, targets)
         self.inputs, _ = samples_of(few, gradients.trajectory.data)
-        self.point, self.pushed, self.function = step.before, pushed, gradients.replayed(step, batch)
+        # What a pass takes does not depend on θ, which is not on record for a step that is trained again.
+        self.point = step.before if step.before.numel() else gradients.trajectory.final
+        self.pushed, self.function = pushed, gradients.replayed(step, batch)
         self.source, self.random = gradients.source_of(batch), bool(batch.state.generators)
-        self.coupled = gradients.together(batch, step.before, self.inputs)
+        self.coupled = gradients.together(batch, self.point, self.inputs)
 
     @property
     def bytes(self) -> float:
@@ -296,7 +297,7 @@ class _Planner:
         self.row, self.itemsize = self.size * dtype.itemsize, dtype.itemsize if self.rule.elementwise else 8
         # Throughout, of each query sample: cotangents of the optimizer's memory, shares, sums over a step, and what
         # else is asked for.
-        slots = len(self.rule.memory) if keeps_memory(trajectory) else 0
+        slots = len(self.rule.memory) if gradients.keeps_memory else 0
         sums = 8 * len(trajectory.data) + (16 + 8 * self.rule.stages) * gradients.most
         self.throughout = float(self.k * ((slots + matrices) * self.size * self.itemsize + sums))
         # As many samples for all that is held of a batch while one block of columns after the other is contracted.
@@ -547,12 +548,13 @@ def plan_forward(
 def _channels(gradients: RecordedGradients) -> int:
     """How many channels a displacement is split into, with that of the samples."""
     trajectory = gradients.trajectory
-    step, names = trajectory.store.read(len(trajectory) - 1), {"samples", "rounding"}
-    names |= {*trajectory.objective.regularizers, *step.gradient_changes}
+    last = trajectory.store.summary(len(trajectory) - 1).record
+    names = {"samples", "rounding", *trajectory.objective.regularizers, *last.gradient_changes}
     if trajectory.initial_memory:
         names.add("memory")
     if gradients.discrepancies:
         names.add("unexplained")
+    step = trajectory.store.read(0)  # where a forward sweep begins
     for name in list(step.active)[:1]:
         parameter = trajectory.layout.unflatten(step.before)[name].double()
         for of in (trajectory.rule.gradient_sources, trajectory.rule.displacement_sources):
@@ -576,18 +578,3 @@ def refusal(least: float, memory: int) -> InputError:
         "A budget has to hold at least these; it is kept, not exceeded in silence",
         f'Write `memory="{enough:.{max(0, digits)}f}MB"` or more',
     )
-
-
-def keeps_memory(trajectory: Trajectory) -> bool:
-    """Whether any gradient of the run went into the optimizer's memory."""
-    rule, layout = trajectory.rule, trajectory.layout
-    if not rule.memory:
-        return False
-    shapes = dict(zip(layout.names, layout.shapes, strict=True))
-    for step in trajectory.steps():
-        adjoint = Adjoint(rule, step, shapes)
-        for name in {group: name for name, group in step.groups.items() if name in step.active}.values():
-            linear = adjoint.linear(name)
-            if linear is None or linear.rate is None:
-                return True
-    return False

@@ -112,7 +112,7 @@ class StreamingShares(StepObserver):
         if self._trajectory is not trajectory:  # else recording goes on after a break
             self._trajectory, self._at = trajectory, trajectory.initial
             self._last: Step | None = None
-            self._largest: Step | None = None
+            self._largest = 0.0
             self._sum: Attributions | None = None
             self._steps = 0
 
@@ -135,17 +135,16 @@ class StreamingShares(StepObserver):
             self._sum = self._with(self._explained(self._last))
             self._at = self._last.after
         self._last, self._steps = step, self._steps + 1
-        if self._largest is None or step.gradient.norm() > self._largest.gradient.norm():
-            self._largest = step
+        self._largest = max(self._largest, step.gradient.norm().item())
 
     def _explained(self, step: Step, *, last: bool = False) -> Attributions:
         """The account of one step; of the last, with the changes after it."""
         assert self._trajectory is not None
         piece = stretch(self._trajectory, self._at, step)
-        piece.largest = self._largest
         if last:
             piece.tail, piece.final_buffers = self._trajectory.tail, self._trajectory.final_buffers
         machine = KernelMachine(piece, quadrature=self.quadrature, memory=self.memory, unexplained=ANYTHING)
+        machine.largest_gradient = self._largest
         # One step moves outputs so little that its own certificate says nothing about the run's.
         return machine._explained(self.X, outputs=self.outputs)[0]
 

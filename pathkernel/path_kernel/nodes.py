@@ -61,6 +61,11 @@ class PathMeasure:
             "Write `preconditioner=None`",
         )
 
+    @property
+    def needs_points(self) -> bool:
+        """Whether w_s depends on θ at both ends of a step, beside its settings."""
+        return self.name == "arc_length"
+
     def weight(self, step: Step) -> float:
         """w_s."""
         if self.name == "arc_length":
@@ -172,16 +177,18 @@ def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: int | None =
 
     Notes
     -----
-    One pass over the record, one step in memory at a time.
+    One pass over the record, two steps in memory at a time. Steps are trained again for it only where `PathMeasure`
+    needs θ.
     """
     trajectory, times = measure.trajectory, quadrature.nodes
+    store = trajectory.store
     inside = sum(time < 1 for time, _ in times) or 1
     nodes: list[PathNode] = []
-    end: tuple[Tensor, Mapping[str, Tensor]] | None = None  # what the latest node was evaluated with, if a step's end
+    end: Step | None = None  # the step at whose end the latest node lies, if it lies at one
     for stretch in stretches(len(trajectory), steps):
         weight = 0.0
         for position in stretch:
-            step = trajectory.store.read(position)
+            step = store.read(position) if measure.needs_points else store.summary(position).record
             weight += measure.weight(step)
             if position == stretch[(len(stretch) - 1) // 2]:
                 middle, represented = step, position
@@ -189,13 +196,13 @@ def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: int | None =
             continue
         identity = measure.is_identity(middle)
         for place, (time, omega) in enumerate(times):
-            if time == 0 and identity and end is not None and end[0] is middle.before and end[1] is middle.buffers:
+            if time == 0 and identity and end is not None and _follows(middle, end):
                 weight_of_both = nodes[-1].weight + omega * weight
                 nodes[-1] = replace(nodes[-1], weight=weight_of_both, number=2 * middle.index * inside)
                 continue
             number = middle.index * inside + (place if time < 1 else inside)
             nodes.append(PathNode(measure, represented, time, omega * weight, 2 * number + (time == 1)))
-        end = (middle.after, middle.buffers) if identity and times[-1][0] == 1 else None
+        end = middle if identity and times[-1][0] == 1 else None
     check(
         len(nodes) > 0,
         InputError,
@@ -204,6 +211,16 @@ def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: int | None =
         'Write `measure="uniform"`, or record steps with a learning rate above 0',
     )
     return nodes
+
+
+def _follows(step: Step, before: Step) -> bool:
+    """Whether a step begins where another one ended, with the same running statistics."""
+    if step.buffers is not before.buffers:
+        return False
+    if before.after.numel():
+        return step.before is before.after
+    # Training again goes on from the end of the step before, unless θ was changed in between.
+    return step.index == before.index + 1 and not step.changes
 
 
 def stretches(length: int, steps: int | None) -> list[range]:

@@ -8,6 +8,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -186,13 +187,15 @@ class RecordedGradients:
         How they are taken, see `pathkernel.gradients.gradient_source.GradientSource`.
     taken
         Whether the optimizer has taken the steps, so that they can be compared with their rule.
+    largest_gradient
+        Norm of the largest gradient of the run so far, where the record holds a part of the run.
 
     Attributes
     ----------
-    largest
-        The largest norm of a recorded gradient.
     most
         Samples in the largest step.
+    keeps_memory
+        Whether any gradient of the run went into the optimizer's memory.
     examples
         The largest batch of each kind of forward pass: its samples, its step, and its place in it.
     discrepancies
@@ -207,37 +210,66 @@ class RecordedGradients:
         engine: str = "auto",
         *,
         taken: bool = True,
+        largest_gradient: float = 0.0,
     ) -> None:
         self.trajectory, self.function, self.memory = trajectory, function, memory
         self.recorded = trajectory.function()
         self.source = GradientSource(function, engine, memory)
         # Mixed precision rounds every product; rows by torch.func round as the loop did.
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
-        self.largest, self.most = 0.0, 0
+        self.most = 0
+        self.keeps_memory = False
         self.examples: dict[Any, tuple[int, int, int]] = {}
-        self.discrepancies = Discrepancies(trajectory)
-        met = self._met(trajectory.steps())
-        self.discrepancies.meet(met if taken else list(met)[:0])
+        self._largest_gradient = largest_gradient
+        self.discrepancies = self._discrepancies(taken)
         self.certificate = SplitCertificate()
         self._coupled = engine == "autograd"
         self._separate: dict[Any, bool] = {}
         self._measured: set[Any] = set()
 
+    def _discrepancies(self, taken: bool) -> Discrepancies:
+        """Go through the record once, and compare its steps with their rule.
+
+        Steps that are read by training them again are compared when a sweep comes to them; here, what is known of them
+        without training is enough.
+        """
+        store = self.trajectory.store
+        if store.replays:
+            keyframes = []
+            for index in range(len(store)):
+                summary = store.summary(index)
+                self._meet(summary.record)
+                if summary.state is not None:
+                    keyframes.append(index)
+            return Discrepancies(self.trajectory, sorted({0, *keyframes}) if taken else ())
+        found = Discrepancies(self.trajectory)
+        met = self._met(self.trajectory.steps())
+        found.meet(met if taken else list(met)[:0])
+        return found
+
     def _met(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """Steps as they are read, each taken note of: reading a record once may mean to train once more."""
+        """Steps as they are read, each taken note of."""
         for step in steps:
             self._meet(step)
             yield step
 
     def _meet(self, step: Step) -> None:
-        """Take note of the largest gradient, step, and batch of each kind: (samples, step, place in it)."""
-        self.largest = max(self.largest, step.gradient.norm().item())
+        """Take note of the largest step, of the largest batch of each kind (samples, step, place in it), of memory."""
+        rule = self.trajectory.rule
+        if rule.memory and not self.keeps_memory:
+            # A rule that mixes entries is differentiated, in its memory too, whatever its settings are.
+            self.keeps_memory = not rule.elementwise or any(map(rule.keeps_memory, step.hyperparameters))
         self.most = max(self.most, sum(len(batch.ids) for batch in step.batches))
         for place, batch in enumerate(step.batches):
             state, size = batch.state, len(batch.ids)
             kind = _hashable(state.modes), bool(state.generators), state.autocast
             if size > self.examples.get(kind, (0,))[0]:
                 self.examples[kind] = size, step.index, place
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest norm of a recorded gradient, which few comparisons depend on: all steps are read for it."""
+        return max([self._largest_gradient, *(step.gradient.norm().item() for step in self.trajectory.steps())])
 
     def stages(self, step: Step, rows: bool, passes: Passes = WHOLE) -> list[StageGradients]:
         """What the samples contributed to each gradient of a step, one by one (``rows``) or in total only."""
@@ -340,10 +372,11 @@ class RecordedGradients:
         # The loss was evaluated again: near interpolation its slopes cancel.
         tolerance = max(GRADIENT_TOLERANCE[dtype] for dtype in self._types(step))
         found = fit_gradient(layout, recorded, expected, tolerance)
+        if found.relative <= tolerance:
+            return ComparedGradient(recorded, expected, tolerance, found)
         # Gradients far below the largest of the run are differences of nearly equal numbers: judged by its scale.
         rounding = found.relative * recorded.norm().item() <= tolerance * 1e-2 * self.largest
-        fit = found if found.relative <= tolerance or rounding else None
-        return ComparedGradient(recorded, expected, tolerance, fit)
+        return ComparedGradient(recorded, expected, tolerance, found if rounding else None)
 
     def _summed_norms(self, step: Step, point: Tensor) -> float:
         """Σ_i ‖J_iᵀ λ_i‖ of a step, by one reverse sweep for each sample."""

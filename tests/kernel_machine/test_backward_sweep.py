@@ -20,7 +20,6 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.kernel_machine.adjoint import Adjoint
 from pathkernel.kernel_machine.backward_sweep import Cuts, _Backward
-from pathkernel.kernel_machine.memory_plan import keeps_memory
 from pathkernel.update_rules.rule import adjoint
 
 DOUBLE = TOLERANCES[torch.float64]
@@ -131,7 +130,7 @@ def test_coefficients_are_the_adjoint_by_differentiation(optimizer: str) -> None
     ("optimizer", "expected"), [("sgd", False), ("sgd_decay", False), ("momentum", True), ("adam", True)]
 )
 def test_only_steps_with_a_memory_keep_one(optimizer: str, expected: bool) -> None:
-    assert keeps_memory(record(optimizer=optimizer).trajectory) is expected
+    assert pk.KernelMachine(record(optimizer=optimizer).trajectory)._recorded.keeps_memory is expected
 
 
 # -- whole sweeps -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from torch import nn
 
 import pathkernel as pk
 from pathkernel import errors
-from pathkernel.kernel_machine.streaming import StreamingGram, StreamingShares
+from pathkernel.kernel_machine.streaming import StreamingShares
+from pathkernel.path_kernel.streaming import StreamingGram
 from pathkernel.recording.cost_table import as_bytes, format_plan, parse_size, plan_table, state_numbers
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.schedule import RunSize, Schedule, StepObserver, Streaming, as_schedule
