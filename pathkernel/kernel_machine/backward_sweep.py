@@ -107,7 +107,7 @@ class _Backward:
         self.shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
         # Rules that mix entries are differentiated, and add up rounding along the way.
         self.dtype = working(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
-        self.account = account = Account.opened(curve.initial())
+        self.account = account = Account.opened(curve.initial)
         # (N, Q), so that a batch adds to whole rows.
         device = trajectory.device
         self.shares = torch.zeros(len(trajectory.data), count, dtype=torch.float64, device=device)

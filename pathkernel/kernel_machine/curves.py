@@ -11,6 +11,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -48,15 +49,32 @@ class Curve(ABC):
         self.trajectory, self.queries, self.quadrature = trajectory, queries, quadrature
         if quadrature.relative:
             self.queries = copy.copy(queries)
-            self.queries.scale = (self.final() - self.initial()).abs() / max(1, len(trajectory))
+            self.queries.scale = (self.final - self.initial).abs() / max(1, len(trajectory))
 
-    @abstractmethod
+    def block(self, piece: slice | Tensor) -> Curve:
+        """The same curve for the queries of some of the samples."""
+        other = copy.copy(self)
+        other.queries = self.queries.block(piece)
+        if len(other.queries) != len(self.queries) or isinstance(piece, Tensor):
+            for name in ("initial", "final"):  # taken anew: a network rounds otherwise in another batch
+                vars(other).pop(name, None)
+        return other
+
+    @cached_property
     def initial(self) -> Tensor:
         """Values of the queries where the curve begins, (Q,)."""
+        return self._value_at_start()
 
-    @abstractmethod
+    @cached_property
     def final(self) -> Tensor:
         """Values of the queries where it ends, (Q,)."""
+        return self._value_at_end()
+
+    @abstractmethod
+    def _value_at_start(self) -> Tensor: ...
+
+    @abstractmethod
+    def _value_at_end(self) -> Tensor: ...
 
     @abstractmethod
     def backward(self, account: Account) -> Iterator[tuple[Segment, FactoredGradients]]:
@@ -92,12 +110,10 @@ class Curve(ABC):
 class PathCurve(Curve):
     """The recorded path: each displacement is weighted by the query's gradient along itself."""
 
-    def initial(self) -> Tensor:
-        """Values at its beginning."""
+    def _value_at_start(self) -> Tensor:
         return self.queries.values(self.trajectory.initial)
 
-    def final(self) -> Tensor:
-        """Values at its end."""
+    def _value_at_end(self) -> Tensor:
         return self.queries.under(self.trajectory.final_buffers).values(self.trajectory.final)
 
     def backward(self, account: Account) -> Iterator[tuple[Segment, FactoredGradients]]:
@@ -159,12 +175,10 @@ class AverageCurve(Curve):
         super().__init__(trajectory, queries.under(record.constants(trajectory)), quadrature)
         self.events = averaged_events(trajectory, record)
 
-    def initial(self) -> Tensor:
-        """Values at its beginning."""
+    def _value_at_start(self) -> Tensor:
         return self.queries.values(self.trajectory.layout.flatten(self.record.initial))
 
-    def final(self) -> Tensor:
-        """Values at its end."""
+    def _value_at_end(self) -> Tensor:
         return self.queries.values(self.trajectory.layout.flatten(self.record.last))
 
     @property
@@ -225,12 +239,10 @@ class ChordCurve(Curve):
 
     dense = 1
 
-    def initial(self) -> Tensor:
-        """Values at its beginning."""
+    def _value_at_start(self) -> Tensor:
         return self.queries.values(self.trajectory.initial)
 
-    def final(self) -> Tensor:
-        """Values at its end."""
+    def _value_at_end(self) -> Tensor:
         return self._trained.values(self.trajectory.final)
 
     @property

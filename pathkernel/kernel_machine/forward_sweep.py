@@ -52,7 +52,7 @@ def forward_sweep(
         give_back_freed_memory()
         return _displacements(trajectory, segment, segment.step, gradients, memory, passes)
 
-    account = Account.opened(curve.initial())
+    account = Account.opened(curve.initial)
     curve.forward(account, displacements)
     bar.close()
     return account.on_cpu()

@@ -50,7 +50,7 @@ ENGINES = ("auto", "layerwise", "jacobian", "autograd")
 
 T = TypeVar("T")
 
-MADE = ("function", "_gradients", "_plans", "_sources")
+MADE = ("function", "_gradients", "_plans", "_sources", "_at_once")
 """What a machine makes of the rest, and is not saved."""
 
 KEPT_QUERIES = 64
@@ -231,6 +231,7 @@ class KernelMachine:
         self._gradients: RecordedGradients | None = None
         self._plans: tuple[RecordedGradients | None, dict[Any, Any]] = None, {}
         self._sources: dict[str | None, GradientSource] = {}
+        self._at_once: dict[Any, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         check_picklable(quadrature=self.quadrature)
@@ -313,12 +314,12 @@ class KernelMachine:
     @one_at_a_time
     def _reconstruct(self, X: PyTree) -> np.ndarray:
         with FreedMemory(self.memory):
-            queries = self._all_outputs(self._samples(X))
-            account = self._settled(lambda: self._forward(queries))
-            output = self._curve(queries).final().cpu()
+            curve = self._curve(self._all_outputs(self._samples(X)))
+            account = self._settled(lambda: self._forward(curve))
+            output = curve.final.cpu()
             self._check_unexplained(account, output)
             self._check_end(account, output)
-        return sum(account.channels.values(), torch.zeros(())).reshape(-1, queries.components).numpy()
+        return sum(account.channels.values(), torch.zeros(())).reshape(-1, curve.queries.components).numpy()
 
     # -- why it says so ---------------------------------------------------------------------------------------
 
@@ -392,10 +393,11 @@ class KernelMachine:
         asked = Asked(by, verify is not None)
         with FreedMemory(self.memory):
             queries, samples, indices = self._queries(X, outputs)
+            curve = self._curve(queries)
             account = self._settled(
-                lambda: self._backward(queries, asked) if store is None else self._stored(store, queries, asked)
+                lambda: self._backward(curve, asked) if store is None else self._stored(store, curve, asked)
             )
-            output = self._curve(queries).final().cpu()
+            output = curve.final.cpu()
             self._check_unexplained(account, output)
         moved = (output - account.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
         assert account.shares is not None
@@ -443,20 +445,21 @@ class KernelMachine:
         if callable(outputs):
             queries = self._query(function, inputs, lambda z, _: outputs(z).reshape(()), torch.zeros(n, 0), None)
             return queries, np.arange(n), np.full(n, -1)
-        everything = self._all_outputs(inputs, function)
-        c = everything.components
-        everything_asked = isinstance(outputs, str) and outputs == "all"
-        if everything_asked or (outputs is None and not self.is_classifier):
+        if (isinstance(outputs, str) and outputs == "all") or (outputs is None and not self.is_classifier):
+            everything = self._all_outputs(inputs, function)
+            c = everything.components
             return everything, np.repeat(np.arange(n), c), np.tile(np.arange(c), n)
-        chosen = self._chosen(inputs, outputs, n, c)
+        chosen, c = self._chosen(function, inputs, outputs)
         context = one_hot_context(chosen, c)
         queries = self._query(function, inputs, lambda z, weight: z @ weight.to(z), context, None)
         return queries, np.arange(n), chosen.numpy()
 
-    def _chosen(self, inputs: PyTree, outputs: Any, n: int, c: int) -> Tensor:
-        """Index of the output to explain for each sample."""
+    def _chosen(self, function: ModelFunction, inputs: PyTree, outputs: Any) -> tuple[Tensor, int]:
+        """Index of the output to explain for each sample, and C."""
         if outputs is None:
-            return self._outputs(inputs).argmax(dim=1).cpu()
+            found = self._outputs(inputs, function)
+            return found.argmax(dim=1).cpu(), found.shape[1]
+        n, c = count(inputs), self._number_of_outputs(inputs, function)
         try:
             chosen = torch.as_tensor(outputs).cpu()
         except (TypeError, ValueError, RuntimeError):
@@ -469,7 +472,7 @@ class KernelMachine:
             'It must be None, an output index, one index for each sample, "all", "loss", or a callable of the outputs',
             "Write for example `machine.explain(X, outputs=0)`",
         )
-        return chosen.expand(n).remainder(c)
+        return chosen.expand(n).remainder(c), c
 
     def _tapped(self, outputs: Any) -> tuple[ModelFunction, Any]:
         """The network, or one of its modules in place of it, and what is asked of its output."""
@@ -491,14 +494,17 @@ class KernelMachine:
 
     def _all_outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Queries:
         function = function or self.function
-        c = self._outputs(take(inputs, slice(0, 1)), function).shape[1]
+        c = self._number_of_outputs(inputs, function)
         return self._query(function, inputs, lambda z, _: z, torch.zeros(count(inputs), 0), c)
+
+    def _number_of_outputs(self, inputs: PyTree, function: ModelFunction) -> int:
+        return self._outputs(take(inputs, slice(0, 1)), function, at_once=1).shape[1]
 
     def _query(
         self, function: ModelFunction, inputs: PyTree, functional: OutputFunctional, context: PyTree, k: int | None
     ) -> Queries:
         queries = Queries(self._source(function), inputs, functional, context, k)
-        at_once = outputs_at_once(function, self.trajectory.final, inputs, self.memory)
+        at_once = self._outputs_at_once(function, inputs)
         queries.forward = at_once if at_once < AT_ONCE else None
         return queries
 
@@ -508,16 +514,24 @@ class KernelMachine:
             self._sources[function.tap] = GradientSource(function, self.engine, self.memory // 4)
         return self._sources[function.tap]
 
-    def _outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Tensor:
+    def _outputs_at_once(self, function: ModelFunction, inputs: PyTree) -> int:
+        """Samples that go through the network at once, which takes passes to measure; asked for once."""
+        key = (function.tap, *_shapes(inputs))
+        if key not in self._at_once:
+            self._at_once[key] = outputs_at_once(function, self.trajectory.final, inputs, self.memory)
+        return self._at_once[key]
+
+    def _outputs(self, inputs: PyTree, function: ModelFunction, at_once: int | None = None) -> Tensor:
         """The explained network's own outputs, (n, C)."""
-        trajectory, function = self.trajectory, function or self.function
+        trajectory = self.trajectory
+        at_once = at_once or self._outputs_at_once(function, inputs)
         if self.weights is None:
             function, theta = function.replaced(constants=trajectory.final_buffers), trajectory.final
         else:
             record = trajectory.averages[self.weights]
             function = function.replaced(constants=record.constants(trajectory))
             theta = trajectory.layout.flatten(record.last)
-        return function.outputs(theta, inputs, outputs_at_once(function, theta, inputs, self.memory))
+        return function.outputs(theta, inputs, at_once)
 
     def _samples(self, X: PyTree) -> PyTree:
         inputs = self.trajectory.queries(X, "KernelMachine")
@@ -543,32 +557,31 @@ class KernelMachine:
         kind = ChordCurve if self.form == "chord" else PathCurve
         return kind(self.trajectory, queries, self.quadrature)
 
-    def _forward(self, queries: Queries) -> Account:
-        recorded = self._recorded
+    def _forward(self, curve: Curve) -> Account:
+        queries, recorded = curve.queries, self._recorded
         queries.forward, passes = self._planned(
             ("forward",), queries, lambda: plan_forward(queries, recorded, self.quadrature, self.memory)
         )
-        return forward_sweep(self._curve(queries), recorded, self.progress, passes)
+        return forward_sweep(curve, recorded, self.progress, passes)
 
-    def _backward(self, queries: Queries, asked: Asked) -> Account:
+    def _backward(self, curve: Curve, asked: Asked) -> Account:
         """Blocks of queries that fit the budget."""
-        plan = self._plan(queries, asked)
-        cut = blocks(count(queries.inputs), plan.queries)
-        return joined((self._swept(queries.block(piece), asked, plan) for piece in cut), len(queries))
+        plan = self._plan(curve, asked)
+        cut = blocks(count(curve.queries.inputs), plan.queries)
+        return joined((self._swept(curve.block(piece), asked, plan) for piece in cut), len(curve.queries))
 
-    def _plan(self, queries: Queries, asked: Asked) -> Plan:
+    def _plan(self, curve: Curve, asked: Asked) -> Plan:
         dense, matrices, recorded = self.form in BUILDERS, MATRICES * asked.verify, self._recorded
         return self._planned(
             ("backward", asked.by, asked.verify),
-            queries,
-            lambda: plan_backward(self._curve, queries, recorded, self.memory, asked.by, dense, matrices),
+            curve.queries,
+            lambda: plan_backward(curve, recorded, self.memory, asked.by, dense, matrices),
         )
 
     def _planned(self, kind: tuple[Any, ...], queries: Queries, measure: Callable[[], T]) -> T:
         """What was planned for queries of the same number and shapes, which took passes to measure; or is now."""
-        recorded, leaves = self._recorded, pytree.tree_leaves(queries.inputs)
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor))
-        key = (*kind, queries.components, queries.function.tap, recorded.coupled, shapes)
+        recorded = self._recorded
+        key = (*kind, queries.components, queries.function.tap, recorded.coupled, *_shapes(queries.inputs))
         known, plans = self._plans
         if known is not recorded:
             plans = {}
@@ -578,7 +591,7 @@ class KernelMachine:
         self._plans = recorded, plans
         return plans[key]
 
-    def _stored(self, store: str | os.PathLike[str], queries: Queries, asked: Asked) -> Account:
+    def _stored(self, store: str | os.PathLike[str], curve: Curve, asked: Asked) -> Account:
         """The same, block by block in a store."""
         from pathkernel.storage import (
             resumable as computations,
@@ -591,28 +604,30 @@ class KernelMachine:
             "What is kept are shares, channels and the certificate, of the forms folded and chord",
             'Write `KernelMachine(trajectory, form="folded")`, or leave `store` out',
         )
+        queries = curve.queries
         # The same blocks whatever the budget, which another call may give otherwise: it cuts them further.
         pieces = list(blocks(len(queries) // queries.components, KEPT_QUERIES))
         sizes = [(piece.stop - piece.start) * queries.components for piece in pieces]
         kept = computations.resumable_blocks(
             store,
-            self._identity(queries, asked),
+            self._identity(curve, asked),
             sizes,
-            lambda index: arrays_of(self._backward(queries.block(pieces[index]), asked)),
+            lambda index: arrays_of(self._backward(curve.block(pieces[index]), asked)),
         )
         named = {"missed": (), "short": (), "evaluations": (), "shares": (len(self.trajectory.data),)}
         computations.check_arrays(store, kept, len(queries), named, "an explanation")
         return account_of(kept)
 
-    def _identity(self, queries: Queries, wanted: Asked) -> dict[str, Any]:
+    def _identity(self, curve: Curve, wanted: Asked) -> dict[str, Any]:
         """Everything that an explanation depends on; not the budget, and not what is only checked afterwards."""
-        trajectory, function = self.trajectory, queries.function
+        trajectory, queries = self.trajectory, curve.queries
+        function = queries.function
         aside = question.nearby(trajectory)
         points = self._points(function, aside)
         asked = question.behaviour(queries.functional, points, queries.inputs, queries.context)
         if not question.is_ours(self.quadrature):
-            curve, segment = self._curve(queries.block(slice(0, 1))), next(trajectory.segments(reverse=True))
-            gradient = self.quadrature.average(GradientStep(curve.queries, segment)).gradient
+            segment = next(trajectory.segments(reverse=True))
+            gradient = self.quadrature.average(GradientStep(queries.block(slice(0, 1)), segment)).gradient
             directions = [torch.nn.functional.normalize(v.double(), dim=0) for v in (segment.displacement, aside)]
             average = torch.stack([gradient @ direction for direction in directions])
             asked["averages"] = question.numbers([average], question.NETWORK_ROUNDING[function.dtype])
@@ -717,10 +732,9 @@ class KernelMachine:
                 "not those of the loop; check a rule of your own with `pathkernel.testing.check_update_rule`",
             )
 
-    def _swept(self, queries: Queries, asked: Asked, plan: Plan) -> Account:
-        queries.passes = plan.passes
+    def _swept(self, curve: Curve, asked: Asked, plan: Plan) -> Account:
+        curve.queries.passes = plan.passes
         builder = BUILDERS[self.form](len(self.trajectory.data)) if self.form in BUILDERS else None
-        curve = self._curve(queries)
         noted = Noted(curve.quadrature)
         if asked.verify:
             curve.quadrature = noted
@@ -747,6 +761,11 @@ class KernelMachine:
             f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{weights}: exact "
             f"for every recorded step; {FORMS[self.form]}; not symmetric, so not a kernel for scikit-learn)"
         )
+
+
+def _shapes(inputs: PyTree) -> tuple[Any, ...]:
+    """What the memory of a pass depends on."""
+    return tuple((leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
 
 
 def _least(parts: Tensor | None) -> float:

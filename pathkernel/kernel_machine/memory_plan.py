@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -238,8 +238,7 @@ NOTHING = Footprint(np.zeros(1), np.zeros(1))
 
 
 def plan_backward(
-    curve_of: Callable[[Queries], Curve],
-    queries: Queries,
+    curve: Curve,
     gradients: RecordedGradients,
     memory: int,
     by: str | None,
@@ -250,10 +249,8 @@ def plan_backward(
 
     Parameters
     ----------
-    curve_of
-        Lays a curve through queries.
-    queries
-        All that are asked for.
+    curve
+        Of all queries that are asked for.
     gradients
         Of the recorded batches.
     memory
@@ -270,7 +267,7 @@ def plan_backward(
     InputError
         With both sizes, where the budget does not hold a single query and the least of a batch.
     """
-    return _Planner(curve_of, queries, gradients, memory, by, dense, matrices).plan()
+    return _Planner(curve, gradients, memory, by, dense, matrices).plan()
 
 
 class _Planner:
@@ -278,16 +275,18 @@ class _Planner:
 
     def __init__(
         self,
-        curve_of: Callable[[Queries], Curve],
-        queries: Queries,
+        curve: Curve,
         gradients: RecordedGradients,
         memory: int,
         by: str | None,
         dense: bool,
         matrices: int,
     ) -> None:
-        self.curve_of, self.queries, self.gradients = curve_of, queries, gradients
-        self.memory, self.samples = memory, count(queries.inputs)
+        self.curve = curve
+        self.queries = queries = curve.queries
+        self.gradients = gradients
+        self.memory = memory
+        self.samples = count(queries.inputs)
         self.trajectory = trajectory = gradients.trajectory
         self.rule, self.k, self.size = trajectory.rule, queries.components, trajectory.layout.size
         self.vector = 8.0 * self.size
@@ -334,12 +333,12 @@ class _Planner:
 
     def _swept(self, n: int, passes: int | None = None) -> Any:
         """Gradients of a few queries, on the curve's last segment."""
-        few = self.queries.block(torch.arange(n) % self.samples)
-        few.passes, few.forward = passes, None
-        few.source.tapes.forget(n)  # each new number of samples is proved, the sweep's own too
-        curve = self.curve_of(few)
+        curve = self.curve.block(torch.arange(n) % self.samples)
+        curve.queries.passes = passes
+        curve.queries.forward = None
+        curve.queries.source.tapes.forget(n)  # each new number of samples is proved, the sweep's own too
         curve.quadrature = _short(curve.quadrature)
-        account = Account.opened(curve.initial())
+        account = Account.opened(curve.initial)
         segments = curve.backward(account)
         return segments, account, next(segments, None)
 
@@ -404,14 +403,14 @@ class _Planner:
 
     def _ample(self, two: Queries, usable: float) -> bool:
         """Whether all fits at once even if all that two samples take grew with their number and came together."""
-        quadrature = self.curve_of(two).quadrature
+        quadrature = self.curve.quadrature
         if not (self.rule.elementwise and isinstance(quadrature, FixedQuadrature | DiscreteGradient)):
             return False
         two.source.tapes.forget(2)
         with Allocations() as query:
             _ = two.gradients(self.trajectory.final)
             nodes = 2 + (len(quadrature.nodes) if isinstance(quadrature, FixedQuadrature) else 0)
-            held = nodes * query.held + 2 * self.curve_of(two).dense * self.k * self.row
+            held = nodes * query.held + 2 * self.curve.dense * self.k * self.row
         one = self.gradients.most / 2 * sum(BatchSizes.of_two(self.gradients, self.pushed))
         columns = min(self.widest, BLOCK // (self.samples * self.k) + 1)
         vectors = (STAGE + HELD + 2 * (2 + len(self.rule.memory)) * self.rule.stages) * self.vector
