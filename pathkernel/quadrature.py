@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 
 
 class Gradients(Protocol):
@@ -189,13 +189,12 @@ class GaussLegendre(FixedQuadrature):
     n: int = 4
 
     def __post_init__(self) -> None:
-        check(
-            isinstance(self.n, int) and 1 <= self.n <= 64,
-            InputError,
-            f"`GaussLegendre({self.n!r})` was asked for",
-            "The number of nodes is an integer from 1 to 64",
-            "Write for example `GaussLegendre(4)`",
-        )
+        if not isinstance(self.n, int) or not 1 <= self.n <= 64:
+            raise InputError(
+                f"`GaussLegendre({self.n!r})` was asked for",
+                "The number of nodes is an integer from 1 to 64",
+                "Write for example `GaussLegendre(4)`",
+            )
 
     @property
     def nodes(self) -> tuple[tuple[float, float], ...]:
@@ -234,13 +233,12 @@ class Adaptive(Quadrature):
     relative = True
 
     def __post_init__(self) -> None:
-        check(
-            0 < self.tolerance < 1,
-            InputError,
-            f"`Adaptive({self.tolerance!r})` was asked for",
-            "The tolerance is a relative error between 0 and 1",
-            "Write for example `Adaptive(1e-9)`",
-        )
+        if not 0 < self.tolerance < 1:
+            raise InputError(
+                f"`Adaptive({self.tolerance!r})` was asked for",
+                "The tolerance is a relative error between 0 and 1",
+                "Write for example `Adaptive(1e-9)`",
+            )
 
     def finer(self) -> Adaptive:
         """The same with a tenth of the tolerance: on pieces alone it would stop at the same error."""
@@ -338,11 +336,10 @@ def as_quadrature(quadrature: str | Quadrature) -> Quadrature:
     if isinstance(quadrature, Quadrature):
         return quadrature
     named = {**SHORTHAND, "auto": DiscreteGradient()}
-    check(
-        quadrature in named,
-        InputError,
-        f"`quadrature={quadrature!r}` was given",
-        f"It must be a quadrature object or one of {', '.join(map(repr, named))}",
-        'Write for example `quadrature="trapezoid"` or `quadrature=GaussLegendre(4)`',
-    )
+    if quadrature not in named:
+        raise InputError(
+            f"`quadrature={quadrature!r}` was given",
+            f"It must be a quadrature object or one of {', '.join(map(repr, named))}",
+            'Write for example `quadrature="trapezoid"` or `quadrature=GaussLegendre(4)`',
+        )
     return named[quadrature]

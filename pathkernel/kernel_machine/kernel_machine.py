@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, TrajectoryError, check
+from pathkernel.errors import InputError, TrajectoryError
 from pathkernel.gradients.gradient_source import GradientSource
 from pathkernel.gradients.model_function import ModelFunction, OutputFunctional, load_transformations
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes, take
 from pathkernel.gradients.sample_wise import check_sample_wise
-from pathkernel.kernel_machine.accumulator import Account, account_of, arrays_of, joined
+from pathkernel.kernel_machine.accumulator import Accumulator, accumulator_of, arrays_of, concatenate
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
 from pathkernel.kernel_machine.averaging_error import AveragingError, Noted
 from pathkernel.kernel_machine.backward_sweep import backward_sweep
@@ -185,42 +185,37 @@ class KernelMachine:
         self.trajectory, self.quadrature = trajectory, as_quadrature(quadrature)
         self.memory, self.progress = memory_bytes(memory), progress
         self.form, self.weights, self.unexplained, self.engine = form, weights, unexplained, engine
-        check(
-            form in FORMS,
-            InputError,
-            f"`form={form!r}` was given",
-            f"Forms are {', '.join(map(repr, FORMS))}",
-            'Write `form="folded"`',
-        )
-        check(
-            engine in ENGINES,
-            InputError,
-            f"`engine={engine!r}` was given",
-            f"Engines are {', '.join(map(repr, ENGINES))}",
-            'Write `engine="auto"`',
-        )
-        check(
-            weights is None or weights in trajectory.averages,
-            InputError,
-            f"`weights={weights!r}` was given",
-            f"Averages on record are {', '.join(map(repr, trajectory.averages)) or 'none'}",
-            'Record them with `KernelRecorder(..., averages={"ema": averaged_model})`',
-        )
-        check(
-            weights is None or form != "chord",
-            InputError,
-            '`form="chord"` was asked of an averaged network',
-            "The chord joins the untrained network to the last weights",
-            'Leave out `form` or `weights`',
-        )
+        if form not in FORMS:
+            raise InputError(
+                f"`form={form!r}` was given",
+                f"Forms are {', '.join(map(repr, FORMS))}",
+                'Write `form="folded"`',
+            )
+        if engine not in ENGINES:
+            raise InputError(
+                f"`engine={engine!r}` was given",
+                f"Engines are {', '.join(map(repr, ENGINES))}",
+                'Write `engine="auto"`',
+            )
+        if weights is not None and weights not in trajectory.averages:
+            raise InputError(
+                f"`weights={weights!r}` was given",
+                f"Averages on record are {', '.join(map(repr, trajectory.averages)) or 'none'}",
+                'Record them with `KernelRecorder(..., averages={"ema": averaged_model})`',
+            )
+        if weights is not None and form == "chord":
+            raise InputError(
+                '`form="chord"` was asked of an averaged network',
+                "The chord joins the untrained network to the last weights",
+                'Leave out `form` or `weights`',
+            )
         needed = self.quadrature.arithmetic
-        check(
-            dtype is None or needed is None or dtype == needed,
-            InputError,
-            f"`{self.quadrature!r}` was asked to work in {dtype}",
-            f"It refines below that type's rounding and needs {needed}",
-            "Leave `dtype` out, or use `DiscreteGradient()`",
-        )
+        if dtype is not None and needed is not None and dtype != needed:
+            raise InputError(
+                f"`{self.quadrature!r}` was asked to work in {dtype}",
+                f"It refines below that type's rounding and needs {needed}",
+                "Leave `dtype` out, or use `DiscreteGradient()`",
+            )
         self._dtype = dtype or needed
         self._make()
 
@@ -315,11 +310,11 @@ class KernelMachine:
     def _reconstruct(self, X: PyTree) -> np.ndarray:
         with FreedMemory(self.memory):
             curve = self._curve(self._all_outputs(self._samples(X)))
-            account = self._settled(lambda: self._forward(curve))
+            accumulator = self._settled(lambda: self._forward(curve))
             output = curve.final.cpu()
-            self._check_unexplained(account, output)
-            self._check_end(account, output)
-        return sum(account.channels.values(), torch.zeros(())).reshape(-1, curve.queries.components).numpy()
+            self._check_unexplained(accumulator, output)
+            self._check_end(accumulator, output)
+        return sum(accumulator.channels.values(), torch.zeros(())).reshape(-1, curve.queries.components).numpy()
 
     # -- why it says so ---------------------------------------------------------------------------------------
 
@@ -377,13 +372,12 @@ class KernelMachine:
         verify: str | None = None,
     ) -> tuple[Attributions, np.ndarray]:
         """The explanation, and for each query whether its quadrature had to stop above its tolerance, (Q,)."""
-        check(
-            by in (None, "module", "step"),
-            InputError,
-            f"`by={by!r}` was given",
-            'Shares are split by "module" or by "step"',
-            'Write `machine.explain(X, by="module")`',
-        )
+        if by not in (None, "module", "step"):
+            raise InputError(
+                f"`by={by!r}` was given",
+                'Shares are split by "module" or by "step"',
+                'Write `machine.explain(X, by="module")`',
+            )
         if verify not in (None, "shares"):
             raise InputError(
                 f"`verify={verify!r}` was given",
@@ -394,34 +388,34 @@ class KernelMachine:
         with FreedMemory(self.memory):
             queries, samples, indices = self._queries(X, outputs)
             curve = self._curve(queries)
-            account = self._settled(
+            accumulator = self._settled(
                 lambda: self._backward(curve, asked) if store is None else self._stored(store, curve, asked)
             )
             output = curve.final.cpu()
-            self._check_unexplained(account, output)
-        moved = (output - account.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
-        assert account.shares is not None
+            self._check_unexplained(accumulator, output)
+        moved = (output - accumulator.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
+        assert accumulator.shares is not None
         why = Attributions(
-            shares=account.shares.numpy(),
-            channels={name: value.numpy() for name, value in account.channels.items()},
+            shares=accumulator.shares.numpy(),
+            channels={name: value.numpy() for name, value in accumulator.channels.items()},
             output=output.numpy(),
             samples=samples,
             outputs=indices,
-            quadrature_error=(account.missed / moved).numpy(),
-            shares_error=None if account.shares_error is None else (account.shares_error / moved).numpy(),
-            gradients_per_step=account.evaluations / len(self.trajectory),
-            modules={name: value.numpy() for name, value in account.modules.items()},
-            steps=None if account.steps is None else account.steps.numpy(),
-            form=account.form,
-            split_error=_largest(account.split_error),
-            samples_checked=_least(account.samples_checked),
+            quadrature_error=(accumulator.quadrature_error / moved).numpy(),
+            shares_error=None if accumulator.shares_error is None else (accumulator.shares_error / moved).numpy(),
+            gradients_per_step=accumulator.evaluations / len(self.trajectory),
+            modules={name: value.numpy() for name, value in accumulator.modules.items()},
+            steps=None if accumulator.steps is None else accumulator.steps.numpy(),
+            form=accumulator.form,
+            split_error=_largest(accumulator.split_error),
+            samples_checked=_least(accumulator.samples_checked),
             engine=", ".join(sorted(self._recorded.certificate.engines)),
         )
         tolerance = self.quadrature.tolerance if isinstance(self.quadrature, Adaptive) else 0.0
-        return why, (account.short > max(tolerance, SHORT) * moved).numpy()
+        return why, (accumulator.short > max(tolerance, SHORT) * moved).numpy()
 
-    def _settled(self, compute: Callable[[], Account]) -> Account:
-        """An account all of whose rows were formed in a way that was not found wrong at any batch."""
+    def _settled(self, compute: Callable[[], Accumulator]) -> Accumulator:
+        """An accumulator all of whose rows were formed in a way that was not found wrong at any batch."""
         while True:
             try:
                 return compute()
@@ -465,13 +459,13 @@ class KernelMachine:
         except (TypeError, ValueError, RuntimeError):
             chosen = torch.zeros(())
         fits = not chosen.is_floating_point() and chosen.dtype != torch.bool and chosen.shape in ((), (n,))
-        check(
-            fits and bool(((chosen >= -c) & (chosen < c)).all()),
-            InputError,
-            f"`outputs={outputs!r}` was given for {n} samples of a network with {c} outputs",
-            'It must be None, an output index, one index for each sample, "all", "loss", or a callable of the outputs',
-            "Write for example `machine.explain(X, outputs=0)`",
-        )
+        if not (fits and ((chosen >= -c) & (chosen < c)).all()):
+            raise InputError(
+                f"`outputs={outputs!r}` was given for {n} samples of a network with {c} outputs",
+                'It must be None, an output index, one index for each sample, "all", "loss", or a callable of the '
+                "outputs",
+                "Write for example `machine.explain(X, outputs=0)`",
+            )
         return chosen.expand(n).remainder(c), c
 
     def _tapped(self, outputs: Any) -> tuple[ModelFunction, Any]:
@@ -483,13 +477,12 @@ class KernelMachine:
         else:
             return self.function, outputs
         modules = [module for module, _ in self.trajectory.model.named_modules() if module]
-        check(
-            name in modules,
-            InputError,
-            f"`outputs` names the module {name!r}",
-            f"The network's modules are {', '.join(map(repr, modules[:20]))}{' …' if len(modules) > 20 else ''}",
-            'Write for example `machine.explain(X, outputs=("0", 3))` for unit 3 of module "0"',
-        )
+        if name not in modules:
+            raise InputError(
+                f"`outputs` names the module {name!r}",
+                f"The network's modules are {', '.join(map(repr, modules[:20]))}{' …' if len(modules) > 20 else ''}",
+                'Write for example `machine.explain(X, outputs=("0", 3))` for unit 3 of module "0"',
+            )
         return self.function.replaced(tap=name), outputs
 
     def _all_outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Queries:
@@ -557,18 +550,18 @@ class KernelMachine:
         kind = ChordCurve if self.form == "chord" else PathCurve
         return kind(self.trajectory, queries, self.quadrature)
 
-    def _forward(self, curve: Curve) -> Account:
+    def _forward(self, curve: Curve) -> Accumulator:
         queries, recorded = curve.queries, self._recorded
         queries.forward, passes = self._planned(
             ("forward",), queries, lambda: plan_forward(queries, recorded, self.quadrature, self.memory)
         )
         return forward_sweep(curve, recorded, self.progress, passes)
 
-    def _backward(self, curve: Curve, asked: Asked) -> Account:
+    def _backward(self, curve: Curve, asked: Asked) -> Accumulator:
         """Blocks of queries that fit the budget."""
         plan = self._plan(curve, asked)
         cut = blocks(count(curve.queries.inputs), plan.queries)
-        return joined((self._swept(curve.block(piece), asked, plan) for piece in cut), len(curve.queries))
+        return concatenate((self._swept(curve.block(piece), asked, plan) for piece in cut), len(curve.queries))
 
     def _plan(self, curve: Curve, asked: Asked) -> Plan:
         dense, matrices, recorded = self.form in BUILDERS, MATRICES * asked.verify, self._recorded
@@ -591,19 +584,18 @@ class KernelMachine:
         self._plans = recorded, plans
         return plans[key]
 
-    def _stored(self, store: str | os.PathLike[str], curve: Curve, asked: Asked) -> Account:
+    def _stored(self, store: str | os.PathLike[str], curve: Curve, asked: Asked) -> Accumulator:
         """The same, block by block in a store."""
         from pathkernel.storage import (
             resumable as computations,
         )  # not before it is needed: what writes to disk takes a second to load
 
-        check(
-            self.form not in BUILDERS,
-            InputError,
-            f'An explanation in the form "{self.form}" was to be kept in a store',
-            "What is kept are shares, channels and the certificate, of the forms folded and chord",
-            'Write `KernelMachine(trajectory, form="folded")`, or leave `store` out',
-        )
+        if self.form in BUILDERS:
+            raise InputError(
+                f'An explanation in the form "{self.form}" was to be kept in a store',
+                "What is kept are shares, channels and the certificate, of the forms folded and chord",
+                'Write `KernelMachine(trajectory, form="folded")`, or leave `store` out',
+            )
         queries = curve.queries
         # The same blocks whatever the budget, which another call may give otherwise: it cuts them further.
         pieces = list(blocks(len(queries) // queries.components, KEPT_QUERIES))
@@ -616,7 +608,7 @@ class KernelMachine:
         )
         named = {"missed": (), "short": (), "evaluations": (), "shares": (len(self.trajectory.data),)}
         computations.check_arrays(store, kept, len(queries), named, "an explanation")
-        return account_of(kept)
+        return accumulator_of(kept)
 
     def _identity(self, curve: Curve, wanted: Asked) -> dict[str, Any]:
         """Everything that an explanation depends on; not the budget, and not what is only checked afterwards."""
@@ -653,10 +645,10 @@ class KernelMachine:
         first, last = (trajectory.layout.flatten(values) for values in (record.initial, record.last))
         return [(averaged, first), (averaged, last), (averaged, aside)]
 
-    def _check_unexplained(self, account: Account, output: Tensor) -> None:
-        """Fail loudly where too much of the account has no name."""
-        moved = (output - account.channels["initial"]).norm().item()
-        rounding = account.channels["rounding"].norm().item() if "rounding" in account.channels else 0.0
+    def _check_unexplained(self, accumulator: Accumulator, output: Tensor) -> None:
+        """Fail loudly where too much of the accumulator has no name."""
+        moved = (output - accumulator.channels["initial"]).norm().item()
+        rounding = accumulator.channels["rounding"].norm().item() if "rounding" in accumulator.channels else 0.0
         if rounding > max(ROUNDING_LIMIT, self.unexplained) * moved:
             raise TrajectoryError(
                 f"{rounding / max(moved, 1e-300):.1%} of what moved these outputs are differences between the recorded "
@@ -665,7 +657,7 @@ class KernelMachine:
                 "Record with `KernelRecorder(..., audit_every=1)`, which tells at which step ids, inputs or loss "
                 "are not those of the loop, or in float64",
             )
-        size = account.channels["unexplained"].norm().item() if "unexplained" in account.channels else 0.0
+        size = accumulator.channels["unexplained"].norm().item() if "unexplained" in accumulator.channels else 0.0
         if size <= self.unexplained * moved:
             return
         where, write = self._most_unexplained()
@@ -702,16 +694,16 @@ class KernelMachine:
                 write = 'Make such changes inside `with recorder.channel("projection"):`'
         return where, write
 
-    def _check_end(self, account: Account, output: Tensor) -> None:
+    def _check_end(self, accumulator: Accumulator, output: Tensor) -> None:
         """Compare what was added up with the network at the end of the record."""
         trajectory = self.trajectory
         known = output.isfinite()  # a network may return −∞ for what cannot be
-        found, output = sum(account.channels.values(), torch.zeros(()))[known], output[known]
-        missed = account.missed[known]
+        found, output = sum(accumulator.channels.values(), torch.zeros(()))[known], output[known]
+        missed = accumulator.quadrature_error[known]
         if not len(output):
             return
         types = {trajectory.precision, self.function.dtype}
-        moved = (output - account.channels["initial"][known]).abs().max().item()
+        moved = (output - accumulator.channels["initial"][known]).abs().max().item()
         # What θ was rounded by in all its steps is on record, and moved the outputs about as far, in proportion.
         went = (trajectory.final.double() - trajectory.initial.double()).norm().item()
         rounded = self._recorded.discrepancies.rounding / max(went, torch.finfo(torch.float64).tiny)
@@ -732,28 +724,28 @@ class KernelMachine:
                 "not those of the loop; check a rule of your own with `pathkernel.testing.check_update_rule`",
             )
 
-    def _swept(self, curve: Curve, asked: Asked, plan: Plan) -> Account:
+    def _swept(self, curve: Curve, asked: Asked, plan: Plan) -> Accumulator:
         curve.queries.passes = plan.passes
         builder = BUILDERS[self.form](len(self.trajectory.data)) if self.form in BUILDERS else None
         noted = Noted(curve.quadrature)
         if asked.verify:
             curve.quadrature = noted
-        account = backward_sweep(curve, self._recorded, asked.by, builder, self.progress, plan.cuts)
-        account.form = None if builder is None else builder.finish()
+        accumulator = backward_sweep(curve, self._recorded, asked.by, builder, self.progress, plan.cuts)
+        accumulator.form = None if builder is None else builder.finish()
         certificate = self._recorded.certificate
-        account.split_error = torch.full_like(account.missed, certificate.error)
-        account.samples_checked = torch.full_like(account.missed, certificate.samples_checked)
+        accumulator.split_error = torch.full_like(accumulator.quadrature_error, certificate.error)
+        accumulator.samples_checked = torch.full_like(accumulator.quadrature_error, certificate.samples_checked)
         if asked.verify:
             curve.quadrature = AveragingError(noted)
-            account.shares_error = self._shares_error(curve, account, plan)
-        return account
+            accumulator.shares_error = self._shares_error(curve, accumulator, plan)
+        return accumulator
 
-    def _shares_error(self, curve: Curve, account: Account, plan: Plan) -> Tensor:
+    def _shares_error(self, curve: Curve, accumulator: Accumulator, plan: Plan) -> Tensor:
         """Σ_i of the sizes of the errors of the shares, (Q,): the sweep of what the averaged gradients are off by."""
         errors = backward_sweep(curve, self._recorded, progress=self.progress, cuts=plan.cuts)
-        assert errors.shares is not None and account.shares is not None
-        rounding = ROUNDINGS * torch.finfo(self.function.dtype).eps * account.shares.abs().sum(dim=1)
-        return SAFETY * errors.shares.abs().sum(dim=1) + errors.missed + rounding
+        assert errors.shares is not None and accumulator.shares is not None
+        rounding = ROUNDINGS * torch.finfo(self.function.dtype).eps * accumulator.shares.abs().sum(dim=1)
+        return SAFETY * errors.shares.abs().sum(dim=1) + errors.quadrature_error + rounding
 
     def __repr__(self) -> str:
         weights = "" if self.weights is None else f", weights={self.weights!r}"

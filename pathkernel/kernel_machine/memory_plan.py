@@ -43,8 +43,8 @@ from pathkernel.gradients.losses import coupled_row_blocks, weighted_gradient
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, take
 from pathkernel.gradients.returned import batch_outputs
-from pathkernel.kernel_machine.accumulator import Account
-from pathkernel.kernel_machine.adjoint import Adjoint
+from pathkernel.kernel_machine.accumulator import Accumulator
+from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.backward_sweep import BLOCK, FEW, Cuts
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.queries import ProductStep, Queries
@@ -338,9 +338,9 @@ class _Planner:
         curve.queries.forward = None
         curve.queries.source.tapes.forget(n)  # each new number of samples is proved, the sweep's own too
         curve.quadrature = _short(curve.quadrature)
-        account = Account.opened(curve.initial)
-        segments = curve.backward(account)
-        return segments, account, next(segments, None)
+        accumulator = Accumulator.start(curve.initial)
+        segments = curve.backward(accumulator)
+        return segments, accumulator, next(segments, None)
 
     @cached_property
     def query(self) -> Footprint:
@@ -376,7 +376,7 @@ class _Planner:
     def coefficients(self) -> tuple[float, float]:
         """Bytes of an optimizer step's coefficients, at most and while they are used."""
         with Allocations() as allocations:
-            adjoint = Adjoint(self.rule, self._last, self.shapes)
+            adjoint = StepAdjoint(self.rule, self._last, self.shapes)
             for name in self._last.active:
                 adjoint.linear(name)
             found = allocations.peak, allocations.held
@@ -387,7 +387,7 @@ class _Planner:
     def adjoint(self) -> float:
         """Bytes of a query in the adjoint of a rule that takes whole parameters."""
         name = max(self._last.active, key=lambda name: self.shapes[name].numel())
-        size, pull = self.shapes[name].numel(), Adjoint(self.rule, self._last, self.shapes).on(name, torch.float64)
+        size, pull = self.shapes[name].numel(), StepAdjoint(self.rule, self._last, self.shapes).of(name, torch.float64)
 
         def pulled(n: int) -> Any:
             ones = torch.ones(n, size, dtype=torch.float64, device=self.trajectory.device)

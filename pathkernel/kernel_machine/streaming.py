@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, TrajectoryError, check
+from pathkernel.errors import InputError, TrajectoryError
 from pathkernel.gradients.model_function import ROW_LIMIT
 from pathkernel.gradients.pytrees import copied_samples, memory_bytes
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
@@ -91,13 +91,12 @@ class StreamingShares(StepObserver):
     ) -> None:
         self.X, self.outputs = copied_samples(X), outputs
         self.quadrature, self.memory = as_quadrature(quadrature), memory_bytes(memory)
-        check(
-            not self.quadrature.relative,
-            InputError,
-            f"`{self.quadrature!r}` was asked to work while training runs",
-            "Its tolerance is relative to how far outputs move in all of training, which is not known yet",
-            "Write `quadrature=DiscreteGradient()` or `quadrature=GaussLegendre(4)`",
-        )
+        if self.quadrature.relative:
+            raise InputError(
+                f"`{self.quadrature!r}` was asked to work while training runs",
+                "Its tolerance is relative to how far outputs move in all of training, which is not known yet",
+                "Write `quadrature=DiscreteGradient()` or `quadrature=GaussLegendre(4)`",
+            )
         self._trajectory: Trajectory | None = None
 
     def begin(self, trajectory: Trajectory, settings: Settings) -> None:
@@ -118,14 +117,14 @@ class StreamingShares(StepObserver):
 
     @staticmethod
     def _check(trajectory: Trajectory, settings: Settings) -> None:
-        check(
-            not has_memory(trajectory, settings),
-            TrajectoryError,
-            f"`StreamingShares` was given to a recorder of {trajectory.rule.name}, which remembers earlier gradients",
-            "What a sample left in the optimizer's memory moves the outputs in later steps; only a sweep backward over "
-            "the record of all steps follows it",
-            "Record with `Schedule(keyframes=32)` and use `KernelMachine`, or train with plain SGD",
-        )
+        if has_memory(trajectory, settings):
+            raise TrajectoryError(
+                f"`StreamingShares` was given to a recorder of {trajectory.rule.name}, which remembers earlier "
+                "gradients",
+                "What a sample left in the optimizer's memory moves the outputs in later steps; only a sweep backward "
+                "over the record of all steps follows it",
+                "Record with `Schedule(keyframes=32)` and use `KernelMachine`, or train with plain SGD",
+            )
 
     def observe(self, step: Step) -> None:
         """Add the shares of the step before: what was changed after it is known now."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 from pathkernel.quadrature import Quadrature
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -38,28 +38,25 @@ class PathMeasure:
     preconditioner: str | None = None
 
     def __post_init__(self) -> None:
-        check(
-            self.name in MEASURES,
-            InputError,
-            f"`measure={self.name!r}` was given",
-            f"Measures are {', '.join(map(repr, MEASURES))}",
-            'Write `measure="learning_rate"`',
-        )
-        check(
-            self.preconditioner in (None, "optimizer"),
-            InputError,
-            f"`preconditioner={self.preconditioner!r}` was given",
-            'Preconditioners are None and "optimizer"',
-            'Write `preconditioner="optimizer"` for the scaling of the optimizer\'s own steps',
-        )
+        if self.name not in MEASURES:
+            raise InputError(
+                f"`measure={self.name!r}` was given",
+                f"Measures are {', '.join(map(repr, MEASURES))}",
+                'Write `measure="learning_rate"`',
+            )
+        if self.preconditioner not in (None, "optimizer"):
+            raise InputError(
+                f"`preconditioner={self.preconditioner!r}` was given",
+                'Preconditioners are None and "optimizer"',
+                'Write `preconditioner="optimizer"` for the scaling of the optimizer\'s own steps',
+            )
         rule = self.trajectory.rule
-        check(
-            self.preconditioner is None or rule.elementwise,
-            InputError,
-            f'`preconditioner="optimizer"` was asked of {rule.name}',
-            "The optimizer's scaling must be a positive diagonal",
-            "Write `preconditioner=None`",
-        )
+        if self.preconditioner is not None and not rule.elementwise:
+            raise InputError(
+                f'`preconditioner="optimizer"` was asked of {rule.name}',
+                "The optimizer's scaling must be a positive diagonal",
+                "Write `preconditioner=None`",
+            )
 
     @property
     def needs_points(self) -> bool:
@@ -203,13 +200,12 @@ def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: int | None =
             number = middle.index * inside + (place if time < 1 else inside)
             nodes.append(PathNode(measure, represented, time, omega * weight, 2 * number + (time == 1)))
         end = middle if identity and times[-1][0] == 1 else None
-    check(
-        len(nodes) > 0,
-        InputError,
-        f"The path has no length by `measure={measure.name!r}`",
-        "At least one step must have a positive weight",
-        'Write `measure="uniform"`, or record steps with a learning rate above 0',
-    )
+    if not nodes:
+        raise InputError(
+            f"The path has no length by `measure={measure.name!r}`",
+            "At least one step must have a positive weight",
+            'Write `measure="uniform"`, or record steps with a learning rate above 0',
+        )
     return nodes
 
 
@@ -225,13 +221,12 @@ def _follows(step: Step, before: Step) -> bool:
 
 def stretches(length: int, steps: int | None) -> list[range]:
     """Cut a path of that many steps into stretches of neighbouring steps."""
-    check(
-        steps is None or (isinstance(steps, int) and steps >= 1),
-        InputError,
-        f"`steps={steps!r}` was given",
-        f"The number of steps to use is an integer from 1 to {length}, or None for every step",
-        "Write for example `PathKernel(trajectory, steps=50)`",
-    )
+    if steps is not None and not (isinstance(steps, int) and steps >= 1):
+        raise InputError(
+            f"`steps={steps!r}` was given",
+            f"The number of steps to use is an integer from 1 to {length}, or None for every step",
+            "Write for example `PathKernel(trajectory, steps=50)`",
+        )
     edges = np.linspace(0, length, (length if steps is None else min(steps, length)) + 1).round().astype(int)
     return [range(first, last) for first, last in pairwise(edges.tolist())]
 
