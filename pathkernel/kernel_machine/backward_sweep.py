@@ -26,7 +26,8 @@ from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.forms import FormBuilder
 from pathkernel.runtime.workspace import give_back_freed_memory
-from pathkernel.trajectory.batch_gradients import WHOLE, Passes, RecordedGradients, StageGradients
+from pathkernel.trajectory.batch_gradients import RecordedGradients
+from pathkernel.trajectory.stage_gradients import WHOLE, Passes, StageGradients
 from pathkernel.trajectory.step import Segment, Step
 
 BLOCK = 2**19

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.runtime.workspace import give_back_freed_memory
-from pathkernel.trajectory.batch_gradients import WHOLE, Passes, RecordedGradients
+from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.discrepancies import Discrepancy
+from pathkernel.trajectory.stage_gradients import WHOLE, Passes
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Memory

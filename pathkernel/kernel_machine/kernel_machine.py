@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, TrajectoryError
-from pathkernel.gradients.gradient_source import GradientSource
-from pathkernel.gradients.model_function import ModelFunction, OutputFunctional, load_transformations
-from pathkernel.gradients.pytrees import blocks, count, memory_bytes, take
-from pathkernel.gradients.sample_wise import check_sample_wise
+from pathkernel.errors import InputError
+from pathkernel.gradients.model_function import load_transformations
+from pathkernel.gradients.pytrees import blocks, count, memory_bytes
 from pathkernel.kernel_machine.accumulator import Accumulator, accumulator_of, arrays_of, concatenate
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
 from pathkernel.kernel_machine.averaging_error import AveragingError, Noted
 from pathkernel.kernel_machine.backward_sweep import backward_sweep
+from pathkernel.kernel_machine.classification import is_classifier, probabilities
+from pathkernel.kernel_machine.completeness import check_end, check_unexplained
 from pathkernel.kernel_machine.curves import AverageCurve, ChordCurve, Curve, PathCurve
+from pathkernel.kernel_machine.explanation_identity import Asked, explanation_identity
 from pathkernel.kernel_machine.forms import BUILDERS
 from pathkernel.kernel_machine.forward_sweep import forward_sweep
-from pathkernel.kernel_machine.memory_plan import AT_ONCE, Plan, outputs_at_once, plan_backward, plan_forward
-from pathkernel.kernel_machine.queries import GradientStep, Queries, one_hot_context
-from pathkernel.quadrature import Adaptive, DiscreteGradient, Quadrature, as_quadrature
+from pathkernel.kernel_machine.memory_plan import Plan, plan_backward, plan_forward
+from pathkernel.kernel_machine.queries import Queries
+from pathkernel.kernel_machine.query_selection import QuerySelection, shapes_of
+from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.runtime.workspace import FreedMemory, give_back_freed_memory
-from pathkernel.storage import question
-from pathkernel.tangent_kernel.outputs import select_outputs
-from pathkernel.tangent_kernel.tangent_kernel import learn_structure, no_samples, split_samples
 from pathkernel.trajectory.batch_gradients import EngineReplaced, RecordedGradients
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -50,28 +47,11 @@ ENGINES = ("auto", "layerwise", "jacobian", "autograd")
 
 T = TypeVar("T")
 
-MADE = ("function", "_gradients", "_plans", "_sources", "_at_once")
+MADE = ("function", "_gradients", "_plans", "_selection")
 """What a machine makes of the rest, and is not saved."""
 
 KEPT_QUERIES = 64
 """Samples in a block of a computation that is kept in a store: what an interruption may cost."""
-
-ROUNDING_LIMIT = 0.1
-"""Part of the change of the outputs beyond which differences between recorded and recomputed gradients are no rounding.
-
-Each step's gradient is checked by itself, but the gradients of a step may be small beside the largest of the run and
-still move the outputs. A bias before BatchNorm under Adam in float32 takes a few per cent.
-"""
-
-END = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Part of the outputs by which what is added up may miss them, beside what the recorded θ were rounded by.
-
-Values of f telescope along the path. What is left are roundings of the optimizer's own arithmetic and of inner
-products: 84 roundings in float32, and in float64 what a network that amplifies them may make of as many.
-"""
-
-ROUNDED = 16.0
-"""How much further than in proportion to θ itself its rounding may have moved the outputs."""
 
 SAFETY = 2.0
 """Times the error that a finer rule finds."""
@@ -84,14 +64,6 @@ MATRICES = 8
 
 ROUNDINGS = 32
 """Roundings of all shares together that their error is not below."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What an explanation is to hold beside the shares."""
-
-    by: str | None = None
-    verify: bool = False
 
 
 class KernelMachine:
@@ -225,8 +197,7 @@ class KernelMachine:
         self.function = self.trajectory.function(self._dtype)
         self._gradients: RecordedGradients | None = None
         self._plans: tuple[RecordedGradients | None, dict[Any, Any]] = None, {}
-        self._sources: dict[str | None, GradientSource] = {}
-        self._at_once: dict[Any, int] = {}
+        self._selection = QuerySelection(self.trajectory, self.function, self.weights, self.engine, self.memory)
 
     def __getstate__(self) -> dict[str, Any]:
         check_picklable(quadrature=self.quadrature)
@@ -277,29 +248,12 @@ class KernelMachine:
         """
         loss = self.trajectory.objective.function("`predict_proba`")
         outputs = torch.from_numpy(self._reconstruct(X))
-        if isinstance(loss, nn.CrossEntropyLoss):
-            return outputs.softmax(dim=1).numpy()
-        if isinstance(loss, nn.NLLLoss):
-            return outputs.exp().numpy()
-        if isinstance(loss, nn.BCEWithLogitsLoss) and outputs.shape[1] == 1:
-            positive = outputs.sigmoid()
-            return torch.cat([1 - positive, positive], dim=1).numpy()
-        raise InputError(
-            f"Probabilities were asked of a network trained with {type(loss).__name__}",
-            "CrossEntropyLoss, NLLLoss and BCEWithLogitsLoss with one output define them",
-            "Use `decision_function(X)` and turn outputs into probabilities as your loss does",
-        )
+        return probabilities(loss, outputs).numpy()
 
     @property
     def is_classifier(self) -> bool:
         """Whether the training targets are classes."""
-        loss, task = self.trajectory.loss, self.trajectory.task
-        if task is not None:
-            return task == "classification"
-        if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss)):
-            return True
-        target = torch.utils._pytree.tree_leaves(self.trajectory.data.example[1])[0]
-        return not target.is_floating_point() and target.dim() == 1
+        return is_classifier(self.trajectory)
 
     @property
     def lock(self) -> Any:
@@ -309,11 +263,11 @@ class KernelMachine:
     @one_at_a_time
     def _reconstruct(self, X: PyTree) -> np.ndarray:
         with FreedMemory(self.memory):
-            curve = self._curve(self._all_outputs(self._samples(X)))
+            curve = self._curve(self._selection.every_output(X))
             accumulator = self._settled(lambda: self._forward(curve))
             output = curve.final.cpu()
             self._check_unexplained(accumulator, output)
-            self._check_end(accumulator, output)
+            check_end(accumulator, curve, output, self._recorded.discrepancies)
         return sum(accumulator.channels.values(), torch.zeros(())).reshape(-1, curve.queries.components).numpy()
 
     # -- why it says so ---------------------------------------------------------------------------------------
@@ -386,7 +340,7 @@ class KernelMachine:
             )
         asked = Asked(by, verify is not None)
         with FreedMemory(self.memory):
-            queries, samples, indices = self._queries(X, outputs)
+            queries, samples, indices = self._selection.select(X, outputs)
             curve = self._curve(queries)
             accumulator = self._settled(
                 lambda: self._backward(curve, asked) if store is None else self._stored(store, curve, asked)
@@ -421,117 +375,6 @@ class KernelMachine:
                 return compute()
             except EngineReplaced:  # at most once: rows of whole batches come next, and nothing after them
                 continue
-
-    def _queries(self, X: PyTree, outputs: Any) -> tuple[Queries, np.ndarray, np.ndarray]:
-        """The query functions, and which sample and output each of them is."""
-        if isinstance(outputs, str) and outputs == "loss":
-            objective = self.trajectory.objective
-            loss = objective.function('`outputs="loss"`')
-            selection = select_outputs("loss", loss, objective.reduction)
-            inputs, targets = split_samples(X, selection, self.trajectory.data.dtype, "KernelMachine")
-            inputs = self._samples(inputs)
-            learn_structure(selection, self.function, self.trajectory.initial, inputs)
-            queries = self._query(self.function, inputs, selection.function, targets, None)
-            return queries, np.arange(len(queries)), np.full(len(queries), -1)
-        inputs = self._samples(X)
-        n = count(inputs)
-        function, outputs = self._tapped(outputs)
-        if callable(outputs):
-            queries = self._query(function, inputs, lambda z, _: outputs(z).reshape(()), torch.zeros(n, 0), None)
-            return queries, np.arange(n), np.full(n, -1)
-        if (isinstance(outputs, str) and outputs == "all") or (outputs is None and not self.is_classifier):
-            everything = self._all_outputs(inputs, function)
-            c = everything.components
-            return everything, np.repeat(np.arange(n), c), np.tile(np.arange(c), n)
-        chosen, c = self._chosen(function, inputs, outputs)
-        context = one_hot_context(chosen, c)
-        queries = self._query(function, inputs, lambda z, weight: z @ weight.to(z), context, None)
-        return queries, np.arange(n), chosen.numpy()
-
-    def _chosen(self, function: ModelFunction, inputs: PyTree, outputs: Any) -> tuple[Tensor, int]:
-        """Index of the output to explain for each sample, and C."""
-        if outputs is None:
-            found = self._outputs(inputs, function)
-            return found.argmax(dim=1).cpu(), found.shape[1]
-        n, c = count(inputs), self._number_of_outputs(inputs, function)
-        try:
-            chosen = torch.as_tensor(outputs).cpu()
-        except (TypeError, ValueError, RuntimeError):
-            chosen = torch.zeros(())
-        fits = not chosen.is_floating_point() and chosen.dtype != torch.bool and chosen.shape in ((), (n,))
-        if not (fits and ((chosen >= -c) & (chosen < c)).all()):
-            raise InputError(
-                f"`outputs={outputs!r}` was given for {n} samples of a network with {c} outputs",
-                'It must be None, an output index, one index for each sample, "all", "loss", or a callable of the '
-                "outputs",
-                "Write for example `machine.explain(X, outputs=0)`",
-            )
-        return chosen.expand(n).remainder(c), c
-
-    def _tapped(self, outputs: Any) -> tuple[ModelFunction, Any]:
-        """The network, or one of its modules in place of it, and what is asked of its output."""
-        if isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[0], str):
-            name, outputs = outputs
-        elif isinstance(outputs, str) and outputs != "all":
-            name, outputs = outputs, "all"
-        else:
-            return self.function, outputs
-        modules = [module for module, _ in self.trajectory.model.named_modules() if module]
-        if name not in modules:
-            raise InputError(
-                f"`outputs` names the module {name!r}",
-                f"The network's modules are {', '.join(map(repr, modules[:20]))}{' …' if len(modules) > 20 else ''}",
-                'Write for example `machine.explain(X, outputs=("0", 3))` for unit 3 of module "0"',
-            )
-        return self.function.replaced(tap=name), outputs
-
-    def _all_outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Queries:
-        function = function or self.function
-        c = self._number_of_outputs(inputs, function)
-        return self._query(function, inputs, lambda z, _: z, torch.zeros(count(inputs), 0), c)
-
-    def _number_of_outputs(self, inputs: PyTree, function: ModelFunction) -> int:
-        return self._outputs(take(inputs, slice(0, 1)), function, at_once=1).shape[1]
-
-    def _query(
-        self, function: ModelFunction, inputs: PyTree, functional: OutputFunctional, context: PyTree, k: int | None
-    ) -> Queries:
-        queries = Queries(self._source(function), inputs, functional, context, k)
-        at_once = self._outputs_at_once(function, inputs)
-        queries.forward = at_once if at_once < AT_ONCE else None
-        return queries
-
-    def _source(self, function: ModelFunction) -> GradientSource:
-        """Of the network or of one of its modules; what was proved of it is kept."""
-        if function.tap not in self._sources:
-            self._sources[function.tap] = GradientSource(function, self.engine, self.memory // 4)
-        return self._sources[function.tap]
-
-    def _outputs_at_once(self, function: ModelFunction, inputs: PyTree) -> int:
-        """Samples that go through the network at once, which takes passes to measure; asked for once."""
-        key = (function.tap, *_shapes(inputs))
-        if key not in self._at_once:
-            self._at_once[key] = outputs_at_once(function, self.trajectory.final, inputs, self.memory)
-        return self._at_once[key]
-
-    def _outputs(self, inputs: PyTree, function: ModelFunction, at_once: int | None = None) -> Tensor:
-        """The explained network's own outputs, (n, C)."""
-        trajectory = self.trajectory
-        at_once = at_once or self._outputs_at_once(function, inputs)
-        if self.weights is None:
-            function, theta = function.replaced(constants=trajectory.final_buffers), trajectory.final
-        else:
-            record = trajectory.averages[self.weights]
-            function = function.replaced(constants=record.constants(trajectory))
-            theta = trajectory.layout.flatten(record.last)
-        return function.outputs(theta, inputs, at_once)
-
-    def _samples(self, X: PyTree) -> PyTree:
-        inputs = self.trajectory.queries(X, "KernelMachine")
-        if not count(inputs):
-            raise no_samples("KernelMachine")
-        check_sample_wise(self.function, self.trajectory.initial, inputs)
-        return inputs
 
     # -- the sweeps, in blocks of queries ---------------------------------------------------------------------
 
@@ -574,7 +417,7 @@ class KernelMachine:
     def _planned(self, kind: tuple[Any, ...], queries: Queries, measure: Callable[[], T]) -> T:
         """What was planned for queries of the same number and shapes, which took passes to measure; or is now."""
         recorded = self._recorded
-        key = (*kind, queries.components, queries.function.tap, recorded.coupled, *_shapes(queries.inputs))
+        key = (*kind, queries.components, queries.function.tap, recorded.coupled, *shapes_of(queries.inputs))
         known, plans = self._plans
         if known is not recorded:
             plans = {}
@@ -602,7 +445,7 @@ class KernelMachine:
         sizes = [(piece.stop - piece.start) * queries.components for piece in pieces]
         kept = computations.resumable_blocks(
             store,
-            self._identity(curve, asked),
+            explanation_identity(curve, self.quadrature, self.form, self.engine, self.weights, asked),
             sizes,
             lambda index: arrays_of(self._backward(curve.block(pieces[index]), asked)),
         )
@@ -610,119 +453,9 @@ class KernelMachine:
         computations.check_arrays(store, kept, len(queries), named, "an explanation")
         return accumulator_of(kept)
 
-    def _identity(self, curve: Curve, wanted: Asked) -> dict[str, Any]:
-        """Everything that an explanation depends on; not the budget, and not what is only checked afterwards."""
-        trajectory, queries = self.trajectory, curve.queries
-        function = queries.function
-        aside = question.nearby(trajectory)
-        points = self._points(function, aside)
-        asked = question.behaviour(queries.functional, points, queries.inputs, queries.context)
-        if not question.is_ours(self.quadrature):
-            segment = next(trajectory.segments(reverse=True))
-            gradient = self.quadrature.average(GradientStep(queries.block(slice(0, 1)), segment)).gradient
-            directions = [torch.nn.functional.normalize(v.double(), dim=0) for v in (segment.displacement, aside)]
-            average = torch.stack([gradient @ direction for direction in directions])
-            asked["averages"] = question.numbers([average], question.NETWORK_ROUNDING[function.dtype])
-        return question.identity_of(
-            trajectory,
-            machine=f"{self.form}, {self.engine}, {function.dtype}, {wanted!r}",
-            quadrature=question.described(self.quadrature, "quadrature"),
-            weights=question.described(self.weights and trajectory.averages[self.weights], "weights"),
-            module=function.tap,
-            components=None if queries.scalar else queries.components,
-            queries=question.samples_identity((queries.inputs, queries.context)),
-            **asked,
-        )
-
-    def _points(self, function: ModelFunction, aside: Tensor) -> list[tuple[ModelFunction, Tensor]]:
-        """The explained network at its start, at its end, and elsewhere."""
-        trajectory = self.trajectory
-        if self.weights is None:
-            trained = function.replaced(constants=trajectory.final_buffers)
-            return [(function, trajectory.initial), (trained, trajectory.final), (trained, aside)]
-        record = trajectory.averages[self.weights]
-        averaged = function.replaced(constants=record.constants(trajectory))
-        first, last = (trajectory.layout.flatten(values) for values in (record.initial, record.last))
-        return [(averaged, first), (averaged, last), (averaged, aside)]
-
     def _check_unexplained(self, accumulator: Accumulator, output: Tensor) -> None:
-        """Fail loudly where too much of the accumulator has no name."""
-        moved = (output - accumulator.channels["initial"]).norm().item()
-        rounding = accumulator.channels["rounding"].norm().item() if "rounding" in accumulator.channels else 0.0
-        if rounding > max(ROUNDING_LIMIT, self.unexplained) * moved:
-            raise TrajectoryError(
-                f"{rounding / max(moved, 1e-300):.1%} of what moved these outputs are differences between the recorded "
-                "gradients and those of the recorded samples",
-                f"They are rounding, and {ROUNDING_LIMIT:.0%} is more than rounding",
-                "Record with `KernelRecorder(..., audit_every=1)`, which tells at which step ids, inputs or loss "
-                "are not those of the loop, or in float64",
-            )
-        size = accumulator.channels["unexplained"].norm().item() if "unexplained" in accumulator.channels else 0.0
-        if size <= self.unexplained * moved:
-            return
-        where, write = self._most_unexplained()
-        raise TrajectoryError(
-            f"{size / max(moved, 1e-300):.1%} of what moved these outputs is unexplained; most of it is {where}",
-            f"No more than {self.unexplained:.1%} may come from changes that no sample and no named channel stands for",
-            f"{write}, or allow more with `KernelMachine(..., unexplained=1.0)`",
-        )
-
-    def _most_unexplained(self) -> tuple[str, str]:
-        """The largest change without a name, and how such changes get one."""
-        trajectory, layout = self.trajectory, self.trajectory.layout
-        size, step, name = self._recorded.discrepancies.largest()
-        where = "where the gradient is zero and the optimizer moved all the same"
-        write = 'Make such changes inside `with recorder.channel("projection"):`'
-        if size:
-            where = (
-                f"at step {step}, which moved `{name}` by {size:.2g} otherwise than {trajectory.rule.name} does with "
-                "the recorded gradients"
-            )
-            write = (
-                "Make a new KernelRecorder where the optimizer's state was edited, from which on it is the channel "
-                '"memory"; check a rule of your own with `pathkernel.testing.check_update_rule`'
-            )
-        changes = [s for s in trajectory.segments() if s.step is None and s.channel == "unexplained"]
-        if changes:
-            largest = max(changes, key=lambda change: change.displacement.norm().item())
-            by_name = layout.unflatten(largest.displacement)
-            worst = max(by_name, key=lambda name: by_name[name].norm().item())
-            if by_name[worst].norm().item() >= size:
-                following = [s.step.index for s in trajectory.segments() if s.step and s.start is largest.end]
-                before = f"before step {following[0]}" if following else "after the last step"
-                where = f"a change of `{worst}` by {by_name[worst].norm().item():.2g} {before}"
-                write = 'Make such changes inside `with recorder.channel("projection"):`'
-        return where, write
-
-    def _check_end(self, accumulator: Accumulator, output: Tensor) -> None:
-        """Compare what was added up with the network at the end of the record."""
-        trajectory = self.trajectory
-        known = output.isfinite()  # a network may return −∞ for what cannot be
-        found, output = sum(accumulator.channels.values(), torch.zeros(()))[known], output[known]
-        missed = accumulator.quadrature_error[known]
-        if not len(output):
-            return
-        types = {trajectory.precision, self.function.dtype}
-        moved = (output - accumulator.channels["initial"][known]).abs().max().item()
-        # What θ was rounded by in all its steps is on record, and moved the outputs about as far, in proportion.
-        went = (trajectory.final.double() - trajectory.initial.double()).norm().item()
-        rounded = self._recorded.discrepancies.rounding / max(went, torch.finfo(torch.float64).tiny)
-        allowed = max(END[dtype] for dtype in types) * max(moved, output.abs().max().item())
-        allowed += ROUNDED * rounded * moved
-        off = found.sub(output).abs()
-        if not isinstance(self.quadrature, DiscreteGradient):  # which makes up for what it missed
-            off = off - missed
-        worst = off.nan_to_num(nan=torch.inf).max().item()
-        if worst > allowed:
-            largest = output.abs().max().item()
-            raise TrajectoryError(
-                f"Samples and channels add up to outputs that are up to {worst:.2g} off those of the network at the "
-                f"end of the record, the largest of which is {largest:.2g}",
-                f"They are its outputs to rounding, here {allowed:.1g}: the steps on record are then what the update "
-                "rule makes of the recorded samples",
-                "Record with `KernelRecorder(..., audit_every=1)`, which tells at which step ids, inputs or loss are "
-                "not those of the loop; check a rule of your own with `pathkernel.testing.check_update_rule`",
-            )
+        discrepancies = self._recorded.discrepancies
+        check_unexplained(accumulator, self.trajectory, output, discrepancies, self.unexplained)
 
     def _swept(self, curve: Curve, asked: Asked, plan: Plan) -> Accumulator:
         curve.queries.passes = plan.passes
@@ -753,11 +486,6 @@ class KernelMachine:
             f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{weights}: exact "
             f"for every recorded step; {FORMS[self.form]}; not symmetric, so not a kernel for scikit-learn)"
         )
-
-
-def _shapes(inputs: PyTree) -> tuple[Any, ...]:
-    """What the memory of a pass depends on."""
-    return tuple((leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
 
 
 def _least(parts: Tensor | None) -> float:

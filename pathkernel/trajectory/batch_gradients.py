@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from pathkernel._typing import Float, PyTree
+from pathkernel._typing import PyTree
 from pathkernel.errors import TrajectoryError
 from pathkernel.gradients.factored import FactoredGradients, working
 from pathkernel.gradients.gradient_source import BY_ROWS, GradientSource, weighted_sum
@@ -47,12 +46,12 @@ from pathkernel.trajectory.discrepancies import Discrepancies
 from pathkernel.trajectory.gradient_fit import (
     CAPTURED_TOLERANCE,
     GRADIENT_TOLERANCE,
-    Fit,
     fit_captured,
     fit_gradient,
     left_over,
 )
 from pathkernel.trajectory.samples import samples_of
+from pathkernel.trajectory.stage_gradients import WHOLE, ComparedGradient, Passes, StageGradients, Streamed
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import UpdateRule
@@ -126,52 +125,6 @@ class SplitCertificate:
         if math.isfinite(error):
             self.error = error if math.isnan(self.error) else max(self.error, error)
             self.batches += 1
-
-
-@dataclass(frozen=True)
-class Passes:
-    """How the samples of a batch go through the network.
-
-    Attributes
-    ----------
-    samples
-        How many at once; more than a batch has for whole batches.
-    streamed
-        Whether the gradients of a pass are used and dropped before the next.
-    """
-
-    samples: int
-    streamed: bool = False
-
-    def cut(self, batch: int) -> bool:
-        """Whether so many samples are taken in several passes."""
-        return batch > self.samples
-
-
-WHOLE = Passes(sys.maxsize)
-"""Every batch in one pass, its gradients held at once."""
-
-
-@dataclass(frozen=True)
-class ComparedGradient:
-    """A recorded gradient beside what it should follow from.
-
-    Attributes
-    ----------
-    recorded
-        What the optimizer received, without edits that have a name, (P,) float64.
-    expected
-        What the samples, named backward passes and regularisers add up to, (P,) float64.
-    tolerance
-        Relative difference that is rounding.
-    fit
-        How the one follows from the other; None where it does not.
-    """
-
-    recorded: Tensor
-    expected: Tensor
-    tolerance: float
-    fit: Fit | None
 
 
 class RecordedGradients:
@@ -306,7 +259,7 @@ class RecordedGradients:
             parts = tuple(self._by_sample(step, point, passes))
             totals = (part.total() for part in parts)
         else:
-            parts = _Streamed(lambda: self._by_sample(step, point, passes)) if rows else ()
+            parts = Streamed(lambda: self._by_sample(step, point, passes)) if rows else ()
             totals = (self._in_total(step, batch, point, passes) for batch in step.batches)
         total = functools.reduce(operator.add, totals)
         self._silence(step, total)
@@ -644,56 +597,3 @@ def _separate(tape: Tape) -> bool:
     return not any(found.columns(where, torch.float64)[1:].any() for where in found.layout.slices.values())
 
 
-@dataclass(frozen=True)
-class StageGradients:
-    """Where one gradient of a step came from.
-
-    Attributes
-    ----------
-    samples
-        Σ_i c_i g_i, (P,) float64.
-    parts
-        The summands c_i g_i without ``factor``, where asked, in the order of the ids: of each micro-batch, or of each
-        pass; streamed ones are made anew each time they are gone through.
-    channels
-        What came from elsewhere, (P,) each: regularisers, named changes, and what the rounding of gradients left.
-    factor
-        What accumulation, clipping and loss scaling made of the samples' gradient; included in ``samples``.
-    point
-        θ where the gradient was taken, (P,).
-    batches
-        The micro-batches, each with the forward pass of this stage.
-    """
-
-    samples: Tensor
-    parts: Iterable[FactoredGradients]
-    channels: Mapping[str, Tensor]
-    factor: float | Tensor
-    point: Tensor
-    batches: tuple[MicroBatch, ...]
-
-    @property
-    def ids(self) -> Tensor:
-        """(B,) sample ids, repeated ones included."""
-        return torch.cat([batch.ids for batch in self.batches])
-
-    def columns(self, where: slice, dtype: torch.dtype) -> Float[Tensor, "B size"]:
-        """What the samples contributed to a part of θ."""
-        rows = [part.columns(where, dtype) for part in self.parts]
-        return self.scaled(rows[0] if len(rows) == 1 else torch.cat(rows), where)
-
-    def scaled(self, columns: Tensor, where: slice) -> Tensor:
-        """A part of the summands with the factor."""
-        if isinstance(self.factor, Tensor):
-            return columns * self.factor[where].to(columns.dtype)
-        return columns if self.factor == 1.0 else columns * self.factor
-
-
-class _Streamed:
-    """Gradients made while they are gone through."""
-
-    def __init__(self, begin: Callable[[], Iterator[FactoredGradients]]) -> None:
-        self._begin = begin
-
-    def __iter__(self) -> Iterator[FactoredGradients]:
-        return self._begin()

@@ -234,7 +234,7 @@ def test_a_memory_is_kept_in_the_working_type_and_only_where_there_is_one() -> N
     for optimizer, kept in (("sgd", False), ("momentum", True)):
         run = record(optimizer=optimizer, dtype=torch.float32)
         machine = pk.KernelMachine(run.trajectory)
-        queries, _, _ = machine._queries(run.queries, 0)
+        queries, _, _ = machine._selection.select(run.queries, 0)
         curve = machine._curve(queries)
         sweep = BackwardSweep(curve, machine._recorded, None, None, Cuts())
         segment, q = next(curve.backward(sweep.accumulator))
