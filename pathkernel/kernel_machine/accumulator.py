@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.kernel_machine.forms import Form, join_forms
 from pathkernel.quadrature import StepAverage
 
@@ -172,3 +173,52 @@ def accumulator_of(arrays: Mapping[str, np.ndarray]) -> Accumulator:
         split_error=tensors.get("split error"),
         samples_checked=tensors.get("samples checked"),
     )
+
+
+def attributions_of(
+    accumulator: Accumulator, output: Tensor, queries: tuple[np.ndarray, np.ndarray], steps: int, engines: Iterable[str]
+) -> Attributions:
+    """The result of an explanation.
+
+    Parameters
+    ----------
+    accumulator
+        The finished sum.
+    output
+        The explained network's own outputs, (Q,).
+    queries
+        Which sample and which output each query is, (Q,) both.
+    steps
+        Number of steps of the trajectory.
+    engines
+        How the gradients of the training samples were formed.
+    """
+    moved = (output - accumulator.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
+    assert accumulator.shares is not None
+    return Attributions(
+        shares=accumulator.shares.numpy(),
+        channels={name: value.numpy() for name, value in accumulator.channels.items()},
+        output=output.numpy(),
+        samples=queries[0],
+        outputs=queries[1],
+        quadrature_error=(accumulator.quadrature_error / moved).numpy(),
+        shares_error=None if accumulator.shares_error is None else (accumulator.shares_error / moved).numpy(),
+        gradients_per_step=accumulator.evaluations / steps,
+        modules={name: value.numpy() for name, value in accumulator.modules.items()},
+        steps=None if accumulator.steps is None else accumulator.steps.numpy(),
+        form=accumulator.form,
+        split_error=_largest(accumulator.split_error),
+        samples_checked=_least(accumulator.samples_checked),
+        engine=", ".join(sorted(engines)),
+    )
+
+
+def _least(parts: Tensor | None) -> float:
+    """Least of the known values; NaN where there is none."""
+    return float("nan") if parts is None else -_largest(-parts)
+
+
+def _largest(errors: Tensor | None) -> float:
+    """Largest of the measured values; NaN where there is none."""
+    known = torch.zeros(0) if errors is None else errors[~errors.isnan()]
+    return known.max().item() if len(known) else float("nan")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pathkernel.gradients.factored import FactoredGradients, working
+from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.queries import GradientStep
 from pathkernel.quadrature import Part, Quadrature, QueryStep, StepAverage
 
@@ -32,6 +33,12 @@ SETTLED = 0.5
 
 ROUNDINGS = 64
 """Roundings of f below which two rules cannot be told apart."""
+
+SAFETY = 2.0
+"""Times the error that a finer rule finds."""
+
+ROUNDINGS_OF_SHARES = 32
+"""Roundings of all shares together that their error is not below."""
 
 
 class Noted(Quadrature):
@@ -143,6 +150,23 @@ class AveragingError(Quadrature):
             missed += average.error
             evaluations += average.evaluations
         return total, missed, evaluations
+
+
+def shares_error(errors: Accumulator, found: Accumulator, dtype: torch.dtype) -> Tensor:
+    """Σ_i of the sizes of the errors of the shares, (Q,).
+
+    Parameters
+    ----------
+    errors
+        The sweep of what the averaged gradients are off by.
+    found
+        The sweep of the averaged gradients.
+    dtype
+        Floating type of the gradients.
+    """
+    assert errors.shares is not None and found.shares is not None
+    rounding = ROUNDINGS_OF_SHARES * torch.finfo(dtype).eps * found.shares.abs().sum(dim=1)
+    return SAFETY * errors.shares.abs().sum(dim=1) + errors.quadrature_error + rounding
 
 
 def _weights(missed: Tensor, start: float) -> Tensor:

@@ -30,6 +30,15 @@ from torch import Tensor
 
 from pathkernel.errors import InputError
 
+FORMS = {
+    "folded": "coefficients 1, the loss derivative inside the kernel",
+    "average": "coefficients averaged over the path; they depend on the query and are ill-conditioned where K is small",
+    "ensemble": "one kernel machine for each step; coefficients do not depend on the query",
+    "constant": "coefficients -1 and 1; needs losses whose slope keeps its sign",
+    "chord": "gradients along the straight line from start to end; nodes once, not for each step",
+}
+"""The forms of the same exact sum, and their properties."""
+
 
 @dataclass(frozen=True)
 class AverageForm:

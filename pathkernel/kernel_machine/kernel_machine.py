@@ -14,15 +14,15 @@ from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
 from pathkernel.gradients.model_function import load_transformations
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes
-from pathkernel.kernel_machine.accumulator import Accumulator, accumulator_of, arrays_of, concatenate
+from pathkernel.kernel_machine.accumulator import Accumulator, accumulator_of, arrays_of, attributions_of, concatenate
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
-from pathkernel.kernel_machine.averaging_error import AveragingError, Noted
+from pathkernel.kernel_machine.averaging_error import AveragingError, Noted, shares_error
 from pathkernel.kernel_machine.backward_sweep import backward_sweep
 from pathkernel.kernel_machine.classification import is_classifier, probabilities
 from pathkernel.kernel_machine.completeness import check_end, check_unexplained
 from pathkernel.kernel_machine.curves import AverageCurve, ChordCurve, Curve, PathCurve
 from pathkernel.kernel_machine.explanation_identity import Asked, explanation_identity
-from pathkernel.kernel_machine.forms import BUILDERS
+from pathkernel.kernel_machine.forms import BUILDERS, FORMS
 from pathkernel.kernel_machine.forward_sweep import forward_sweep
 from pathkernel.kernel_machine.memory_plan import Plan, plan_backward, plan_forward
 from pathkernel.kernel_machine.queries import Queries
@@ -34,15 +34,6 @@ from pathkernel.runtime.workspace import FreedMemory, give_back_freed_memory
 from pathkernel.trajectory.batch_gradients import EngineReplaced, RecordedGradients
 from pathkernel.trajectory.trajectory import Trajectory
 
-FORMS = {
-    "folded": "coefficients 1, the loss derivative inside the kernel",
-    "average": "coefficients averaged over the path; they depend on the query and are ill-conditioned where K is small",
-    "ensemble": "one kernel machine for each step; coefficients do not depend on the query",
-    "constant": "coefficients -1 and 1; needs losses whose slope keeps its sign",
-    "chord": "gradients along the straight line from start to end; nodes once, not for each step",
-}
-"""The forms of the same exact sum, and their properties."""
-
 ENGINES = ("auto", "layerwise", "jacobian", "autograd")
 
 T = TypeVar("T")
@@ -53,18 +44,11 @@ MADE = ("function", "_gradients", "_plans", "_selection")
 KEPT_QUERIES = 64
 """Samples in a block of a computation that is kept in a store: what an interruption may cost."""
 
-SAFETY = 2.0
-"""Times the error that a finer rule finds."""
-
 SHORT = 1e-10
 """Part of the change of an output below which a tolerance that was not met is rounding inside the network."""
 
 MATRICES = 8
 """Averages of the gradients of all queries, (Q, P), that are compared at once to find the error of one."""
-
-ROUNDINGS = 32
-"""Roundings of all shares together that their error is not below."""
-
 
 class KernelMachine:
     r"""The exact equivalent of a trained network, sample by sample.
@@ -347,25 +331,10 @@ class KernelMachine:
             )
             output = curve.final.cpu()
             self._check_unexplained(accumulator, output)
-        moved = (output - accumulator.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
-        assert accumulator.shares is not None
-        why = Attributions(
-            shares=accumulator.shares.numpy(),
-            channels={name: value.numpy() for name, value in accumulator.channels.items()},
-            output=output.numpy(),
-            samples=samples,
-            outputs=indices,
-            quadrature_error=(accumulator.quadrature_error / moved).numpy(),
-            shares_error=None if accumulator.shares_error is None else (accumulator.shares_error / moved).numpy(),
-            gradients_per_step=accumulator.evaluations / len(self.trajectory),
-            modules={name: value.numpy() for name, value in accumulator.modules.items()},
-            steps=None if accumulator.steps is None else accumulator.steps.numpy(),
-            form=accumulator.form,
-            split_error=_largest(accumulator.split_error),
-            samples_checked=_least(accumulator.samples_checked),
-            engine=", ".join(sorted(self._recorded.certificate.engines)),
-        )
+        engines = self._recorded.certificate.engines
+        why = attributions_of(accumulator, output, (samples, indices), len(self.trajectory), engines)
         tolerance = self.quadrature.tolerance if isinstance(self.quadrature, Adaptive) else 0.0
+        moved = torch.from_numpy(why._moved)
         return why, (accumulator.short > max(tolerance, SHORT) * moved).numpy()
 
     def _settled(self, compute: Callable[[], Accumulator]) -> Accumulator:
@@ -429,9 +398,7 @@ class KernelMachine:
 
     def _stored(self, store: str | os.PathLike[str], curve: Curve, asked: Asked) -> Accumulator:
         """The same, block by block in a store."""
-        from pathkernel.storage import (
-            resumable as computations,
-        )  # not before it is needed: what writes to disk takes a second to load
+        from pathkernel.storage import resumable  # not before it is needed: what writes to disk takes a second to load
 
         if self.form in BUILDERS:
             raise InputError(
@@ -443,14 +410,14 @@ class KernelMachine:
         # The same blocks whatever the budget, which another call may give otherwise: it cuts them further.
         pieces = list(blocks(len(queries) // queries.components, KEPT_QUERIES))
         sizes = [(piece.stop - piece.start) * queries.components for piece in pieces]
-        kept = computations.resumable_blocks(
+        kept = resumable.resumable_blocks(
             store,
             explanation_identity(curve, self.quadrature, self.form, self.engine, self.weights, asked),
             sizes,
             lambda index: arrays_of(self._backward(curve.block(pieces[index]), asked)),
         )
         named = {"missed": (), "short": (), "evaluations": (), "shares": (len(self.trajectory.data),)}
-        computations.check_arrays(store, kept, len(queries), named, "an explanation")
+        resumable.check_arrays(store, kept, len(queries), named, "an explanation")
         return accumulator_of(kept)
 
     def _check_unexplained(self, accumulator: Accumulator, output: Tensor) -> None:
@@ -470,15 +437,9 @@ class KernelMachine:
         accumulator.samples_checked = torch.full_like(accumulator.quadrature_error, certificate.samples_checked)
         if asked.verify:
             curve.quadrature = AveragingError(noted)
-            accumulator.shares_error = self._shares_error(curve, accumulator, plan)
+            errors = backward_sweep(curve, self._recorded, progress=self.progress, cuts=plan.cuts)
+            accumulator.shares_error = shares_error(errors, accumulator, self.function.dtype)
         return accumulator
-
-    def _shares_error(self, curve: Curve, accumulator: Accumulator, plan: Plan) -> Tensor:
-        """Σ_i of the sizes of the errors of the shares, (Q,): the sweep of what the averaged gradients are off by."""
-        errors = backward_sweep(curve, self._recorded, progress=self.progress, cuts=plan.cuts)
-        assert errors.shares is not None and accumulator.shares is not None
-        rounding = ROUNDINGS * torch.finfo(self.function.dtype).eps * accumulator.shares.abs().sum(dim=1)
-        return SAFETY * errors.shares.abs().sum(dim=1) + errors.quadrature_error + rounding
 
     def __repr__(self) -> str:
         weights = "" if self.weights is None else f", weights={self.weights!r}"
@@ -486,14 +447,3 @@ class KernelMachine:
             f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{weights}: exact "
             f"for every recorded step; {FORMS[self.form]}; not symmetric, so not a kernel for scikit-learn)"
         )
-
-
-def _least(parts: Tensor | None) -> float:
-    """The least of those that are known; NaN where none is."""
-    return float("nan") if parts is None else -_largest(-parts)
-
-
-def _largest(errors: Tensor | None) -> float:
-    """The largest of those that were measured; NaN where none was."""
-    known = torch.zeros(0) if errors is None else errors[~errors.isnan()]
-    return known.max().item() if len(known) else float("nan")

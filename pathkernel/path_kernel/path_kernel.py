@@ -263,9 +263,7 @@ class PathKernel:
         return (count(rows[0]), count((columns or rows)[0]), *(self._outputs, self._outputs) * self._is_full)
 
     def _stored_gram(self, store: str | os.PathLike[str], rows: Samples, columns: Samples | None) -> np.ndarray:
-        from pathkernel.storage import (
-            resumable as computations,
-        )  # not before it is needed: what writes to disk takes a second to load
+        from pathkernel.storage import resumable  # not before it is needed: what writes to disk takes a second to load
 
         def term(i: slice, j: slice, s: int) -> Tensor:
             node, one = self.nodes[s], take(rows, i)
@@ -279,7 +277,7 @@ class PathKernel:
             return engine.fix_engines(node.theta, *rows, sizes, settled) if isinstance(engine, AutomaticEngine) else {}
 
         identity, shape = self._identity(rows, columns), self._shape(rows, columns)
-        return computations.resumable_gram(
+        return resumable.resumable_gram(
             store, identity, shape, columns is None, len(self.nodes), term, fix_engines, self.progress
         )
 
