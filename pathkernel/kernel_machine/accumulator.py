@@ -1,4 +1,4 @@
-"""What a sweep through a trajectory adds up for its queries."""
+"""Sums of a sweep through a trajectory, for its queries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathkernel.quadrature import StepAverage
 
 @dataclass
 class Accumulator:
-    """What a sweep adds up, for Q queries.
+    """Sums of a sweep, for Q queries.
 
     Attributes
     ----------

@@ -22,7 +22,7 @@ from pathkernel.trajectory.step import Step
 from pathkernel.update_rules.rule import Frozen, Settings, UpdateRule, adjoint
 
 Coefficient = float | Tensor
-"""One number for all entries of a parameter, or one for each."""
+"""Number for all entries of a parameter, or a tensor with one for each."""
 
 Scaled = tuple[Tensor | None, float]
 """Cotangents as a matrix times a number; None where they are zero."""
@@ -30,7 +30,7 @@ Scaled = tuple[Tensor | None, float]
 
 @dataclass(frozen=True)
 class Linear:
-    """What an elementwise step makes of each of its inputs.
+    """Coefficients by which an elementwise step multiplies each of its inputs.
 
     Attributes
     ----------

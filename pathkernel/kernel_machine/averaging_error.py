@@ -1,4 +1,4 @@
-r"""What a quadrature's average of a query's gradient is off by, found by laying the same rule on ever more pieces.
+r"""Error of a quadrature's average of a query's gradient, found by laying the same rule on ever more pieces.
 
 .. math:: \delta q_s = \hat q_s - q_s ,\qquad
           \mathrm{share}_i(\hat q) - \mathrm{share}_i(q) = \mathrm{share}_i(\delta q)
@@ -55,7 +55,7 @@ class Noted(Quadrature):
         self.missed: list[Tensor] = []
 
     def average(self, step: QueryStep) -> StepAverage:
-        """As the quadrature says."""
+        """Average of the quadrature; its error is noted."""
         average = self.rule.average(step)
         self.missed.append(average.error)
         return average
@@ -170,7 +170,7 @@ def shares_error(errors: Accumulator, found: Accumulator, dtype: torch.dtype) ->
 
 
 def _weights(missed: Tensor, start: float) -> Tensor:
-    """One over the probability with which a piece is drawn for a query, or 0 where it is not, both (pieces, Q)."""
+    """Inverse of the probability with which a piece is drawn for a query, or 0 where it is not, both (pieces, Q)."""
     pieces = len(missed)
     if pieces <= PIECES_VERIFIED:
         return torch.ones_like(missed)

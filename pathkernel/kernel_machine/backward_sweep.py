@@ -39,7 +39,7 @@ FEW = 4
 
 @dataclass(frozen=True)
 class Cuts:
-    """How a sweep cuts what it does at once.
+    """Sizes of what a sweep does at once.
 
     Attributes
     ----------
@@ -100,7 +100,10 @@ class BackwardSweep:
         builder: FormBuilder | None,
         cuts: Cuts,
     ) -> None:
-        self.trajectory, self.gradients, self.by, self.builder = curve.trajectory, gradients, by, builder
+        self.trajectory = curve.trajectory
+        self.gradients = gradients
+        self.by = by
+        self.builder = builder
         self.cuts = cuts
         self._pushed = cuts.roomy and len(curve.queries) <= FEW
         trajectory, count = self.trajectory, len(curve.queries)
@@ -116,7 +119,7 @@ class BackwardSweep:
         self.modules = {module: torch.zeros_like(self.shares) for module in modules}
         accumulator.steps = self._zeros(count, len(trajectory)) if by == "step" else None
         self.memory: dict[int, list[Tensor | None]] = {}
-        """By where a block starts: one (Q, size) for each slot, None while it is zero."""
+        """Cotangents by where a block starts: one (Q, size) for each slot, None while it is zero."""
         self._cotangents: dict[int, Tensor] = {}
 
     # -- one step --------------------------------------------------------------------------------------------
@@ -175,7 +178,7 @@ class BackwardSweep:
                     self.memory[where.start] = [self._keep(0, where, cotangent * found.scale[name])]
 
     def _sources(self, segment: Segment, step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the optimizer added to the gradient and to the displacement, (P,) each."""
+        """Terms that the optimizer added to the gradient and to the displacement, (P,) each."""
         sources: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         asked = (self.rule.gradient_sources, self.rule.displacement_sources)
         for name, where in self.layout.slices.items():
@@ -304,7 +307,7 @@ class BackwardSweep:
         totals: list[Contributions],
         weights: list[Tensor],
     ) -> None:
-        """All columns first, (Q, P) of each stage, and then the passes of the batch one after the other."""
+        """Pull all columns back first, (Q, P) of each stage, then contract the passes of the batch one by one."""
         rates: dict[str, float] | None = None
         for stage, (one, total) in enumerate(zip(received, totals, strict=True)):
             parts, begin = iter(one.stage.parts), 0
@@ -358,7 +361,7 @@ class BackwardSweep:
 
 
 class StepGradients:
-    """One gradient of a step, as samples and named channels put it together."""
+    """Gradient of a step, as samples and named channels put it together."""
 
     def __init__(self, stage: StageGradients, channels: list[tuple[str, Tensor]]) -> None:
         self.stage, self.names = stage, [name for name, _ in channels]

@@ -27,7 +27,7 @@ NOTHING = Footprint(np.zeros(1), np.zeros(1))
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """What the batches of a run take.
+    """Memory that the batches of a run take.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class BatchSizes:
 
     @classmethod
     def of(cls, gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> BatchSizes:
-        """By a few samples of one batch of each kind.
+        """Measure a few samples of one batch of each kind.
 
         Parameters
         ----------
@@ -78,7 +78,7 @@ class BatchSizes:
 
     @staticmethod
     def of_two(gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> tuple[float, float]:
-        """What two samples take at most, and what is held of them and their inputs."""
+        """Peak bytes of two samples, and the bytes held of them and their inputs."""
         peaks, held = [0.0], [0.0]
         for _, one in kinds_of_batches(gradients, pushed, total):
             with Allocations() as allocations:
@@ -115,7 +115,7 @@ class SmallBatch:
 
     @property
     def bytes(self) -> float:
-        """Of a sample."""
+        """Bytes of a sample."""
         return sum(leaf.nbytes for leaf in pytree.tree_leaves(self.inputs)) / 4
 
     def taken(self, n: int) -> Any:

@@ -27,7 +27,7 @@ products: 84 roundings in float32, and in float64 what a network that amplifies 
 """
 
 ROUNDED = 16.0
-"""How much further than in proportion to θ itself its rounding may have moved the outputs."""
+"""Factor by which the rounding of θ may have moved the outputs further than in proportion to θ itself."""
 
 
 def check_unexplained(

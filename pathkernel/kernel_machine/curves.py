@@ -117,7 +117,7 @@ class PathCurve(Curve):
         return self.queries.under(self.trajectory.final_buffers).values(self.trajectory.final)
 
     def backward(self, accumulator: Accumulator) -> Iterator[tuple[Segment, FactoredGradients]]:
-        """See `Curve.backward`."""
+        """Walk back from the end of the curve; as of `Curve.backward`."""
         view: GradientStep | None = None
         for segment in self.trajectory.segments(reverse=True):
             later, view = view, GradientStep(self.queries, segment, view)
@@ -127,7 +127,7 @@ class PathCurve(Curve):
         self._book_first_buffers(accumulator, view)
 
     def forward(self, accumulator: Accumulator, displacements: Displacements) -> None:
-        """See `Curve.forward`."""
+        """Walk forward along the curve; as of `Curve.forward`."""
         view: ProductStep | None = None
         for segment in self.trajectory.segments():
             directions = displacements(segment)
@@ -143,7 +143,7 @@ class PathCurve(Curve):
             self._book_buffers(accumulator, view, None)
 
     def _book_buffers(self, accumulator: Accumulator, view: GradientStep, later: GradientStep | None) -> None:
-        """What a change of buffers (running statistics) did to f between a segment and the one after it."""
+        """Book the effect of a change of buffers (running statistics) on f between a segment and the one after it."""
         buffers = self.trajectory.final_buffers if later is None else later.segment.buffers
         if buffers is not view.segment.buffers:
             after = self.queries.under(buffers).values(view.segment.end) if later is None else later.start_value
@@ -187,7 +187,7 @@ class AverageCurve(Curve):
         return self.trajectory.initial.double() - start
 
     def backward(self, accumulator: Accumulator) -> Iterator[tuple[Segment, FactoredGradients]]:
-        """See `Curve.backward`."""
+        """Walk back from the end of the curve; as of `Curve.backward`."""
         weight, layout = self._no_weight(), self.trajectory.layout
         view: GradientStep | None = None
         for event in reversed(self.events):
@@ -205,7 +205,7 @@ class AverageCurve(Curve):
             accumulator.channels["average"] += FactoredGradients.dense(weight, layout) @ self._first_gap
 
     def forward(self, accumulator: Accumulator, displacements: Displacements) -> None:
-        """See `Curve.forward`."""
+        """Walk forward along the curve; as of `Curve.forward`."""
         size = self.trajectory.layout.size
         zeros = torch.zeros(size, dtype=torch.float64, device=self.trajectory.device)
         gaps: dict[str, Tensor] = defaultdict(lambda: zeros)
@@ -263,7 +263,7 @@ class ChordCurve(Curve):
             accumulator.channels["buffers"] += changed - accumulator.channels["initial"]
 
     def backward(self, accumulator: Accumulator) -> Iterator[tuple[Segment, FactoredGradients]]:
-        """See `Curve.backward`."""
+        """Walk back from the end of the curve; as of `Curve.backward`."""
         self._book_buffers(accumulator)
         view: GradientStep | None = None
         weight = self._no_weight()
@@ -274,7 +274,7 @@ class ChordCurve(Curve):
             yield segment, FactoredGradients.dense(weight, self.trajectory.layout)
 
     def forward(self, accumulator: Accumulator, displacements: Displacements) -> None:
-        """See `Curve.forward`."""
+        """Walk forward along the curve; as of `Curve.forward`."""
         self._book_buffers(accumulator)
         size = self.trajectory.layout.size
         zeros = torch.zeros(size, dtype=torch.float64, device=self.trajectory.device)

@@ -18,7 +18,7 @@ from pathkernel.trajectory.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class Asked:
-    """What an explanation is to hold beside the shares."""
+    """Requests of an explanation beside the shares."""
 
     by: str | None = None
     verify: bool = False

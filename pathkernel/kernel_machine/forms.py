@@ -169,7 +169,7 @@ class _Dense(FormBuilder):
 
 
 class AverageBuilder(_Dense):
-    """For `AverageForm`."""
+    """Builder of `AverageForm`."""
 
     def add(self, step: int, ids: Tensor, slopes: Tensor, kernel: Tensor) -> None:
         """Numerator and denominator."""
@@ -181,7 +181,7 @@ class AverageBuilder(_Dense):
 
 
 class ConstantBuilder(_Dense):
-    """For `ConstantForm`."""
+    """Builder of `ConstantForm`."""
 
     def __init__(self, samples: int) -> None:
         super().__init__(samples)
@@ -211,7 +211,7 @@ class ConstantBuilder(_Dense):
 
 
 class EnsembleBuilder(FormBuilder):
-    """For `EnsembleForm`."""
+    """Builder of `EnsembleForm`."""
 
     def __init__(self, samples: int) -> None:
         super().__init__(samples)

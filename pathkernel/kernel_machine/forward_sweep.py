@@ -32,7 +32,7 @@ def forward_sweep(
     progress: bool = False,
     passes: Passes = WHOLE,
 ) -> Accumulator:
-    """What all samples together, and every channel, added to each query: a prediction without shares.
+    """Sum over all samples, and of every channel, for each query: a prediction without shares.
 
     Time per step: one batch gradient and as many directional derivatives as there are channels. Memory O(P).
     """

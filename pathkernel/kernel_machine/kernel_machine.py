@@ -39,7 +39,7 @@ ENGINES = ("auto", "layerwise", "jacobian", "autograd")
 T = TypeVar("T")
 
 MADE = ("function", "_gradients", "_plans", "_selection")
-"""What a machine makes of the rest, and is not saved."""
+"""Attributes that a machine makes of the others, and does not save."""
 
 KEPT_QUERIES = 64
 """Samples in a block of a computation that is kept in a store: what an interruption may cost."""
@@ -138,9 +138,14 @@ class KernelMachine:
         progress: bool = False,
     ) -> None:
         trajectory.require_steps("KernelMachine")
-        self.trajectory, self.quadrature = trajectory, as_quadrature(quadrature)
-        self.memory, self.progress = memory_bytes(memory), progress
-        self.form, self.weights, self.unexplained, self.engine = form, weights, unexplained, engine
+        self.trajectory = trajectory
+        self.quadrature = as_quadrature(quadrature)
+        self.memory = memory_bytes(memory)
+        self.progress = progress
+        self.form = form
+        self.weights = weights
+        self.unexplained = unexplained
+        self.engine = engine
         if form not in FORMS:
             raise InputError(
                 f"`form={form!r}` was given",
@@ -176,7 +181,7 @@ class KernelMachine:
         self._make()
 
     def _make(self) -> None:
-        """What is made of the rest, and is not saved."""
+        """Make the attributes that are not saved."""
         load_transformations()  # is not a call's, whose memory has a budget
         self.function = self.trajectory.function(self._dtype)
         self._gradients: RecordedGradients | None = None
@@ -265,7 +270,7 @@ class KernelMachine:
         store: str | os.PathLike[str] | None = None,
         verify: str | None = None,
     ) -> Attributions:
-        """How much each training sample moved each query output.
+        """Shares: by how much each training sample moved each query output.
 
         Parameters
         ----------
@@ -384,7 +389,7 @@ class KernelMachine:
         )
 
     def _planned(self, kind: tuple[Any, ...], queries: Queries, measure: Callable[[], T]) -> T:
-        """What was planned for queries of the same number and shapes, which took passes to measure; or is now."""
+        """Plan for queries of this number and these shapes: measured by a few passes once, and kept."""
         recorded = self._recorded
         key = (*kind, queries.components, queries.function.tap, recorded.coupled, *shapes_of(queries.inputs))
         known, plans = self._plans

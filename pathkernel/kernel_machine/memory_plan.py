@@ -1,4 +1,4 @@
-r"""How sweeps are cut so that what they hold fits a memory budget.
+r"""Cutting of sweeps, so that what they hold fits a memory budget.
 
 A backward sweep holds, beside the trajectory and the result,
 
@@ -55,7 +55,7 @@ SHARE = 0.7
 """Part of a budget that is planned with: the rest is for gaps between tensors."""
 
 PASSING = 1.6
-"""What a process grows by in a pass through a network, over what its tensors take at once: operations need memory
+"""Growth of a process in a pass through a network, over what its tensors take at once: operations need memory
 inside, and many results of many sizes leave gaps. Measured on convolutional networks, where it is largest."""
 
 RUNTIME = 24 << 20
@@ -63,7 +63,7 @@ RUNTIME = 24 << 20
 tests/kernel_machine/test_memory_budget.py."""
 
 OF_SMALL = 0.6
-"""Of a small budget they take this part at most."""
+"""Part of a small budget that they take at most."""
 
 STAGE = 6
 """Vectors of P numbers in float64 by which a recorded gradient is compared with its recomputation."""
@@ -86,7 +86,7 @@ PASS, BLOCK_OF_COLUMNS = 1e6, 5e4
 
 @dataclass(frozen=True)
 class Plan:
-    """How a backward sweep is cut.
+    """Cut of a backward sweep.
 
     Attributes
     ----------
@@ -105,7 +105,7 @@ class Plan:
 
 
 def _short(quadrature: Quadrature) -> Quadrature:
-    """One that takes the same memory in less time: every level of halving takes the same."""
+    """Quadrature that takes the same memory in less time: every level of halving takes the same."""
     return replace(quadrature, max_depth=1) if isinstance(quadrature, Adaptive) else quadrature
 
 
@@ -143,7 +143,7 @@ def plan_backward(
 
 
 class _Planner:
-    """What a backward sweep would take, cut in one way or another."""
+    """Memory that a backward sweep would take, cut in one way or another."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class _Planner:
         self.pushed = FEW if self.samples * self.k <= FEW else 1
 
     def plan(self) -> Plan:
-        """All at once where there is ample room, else the cheapest way that fits."""
+        """Choose everything at once where there is ample room, else the cheapest way that fits."""
         usable, n = usable_bytes(self.memory), self.samples
         whole = Plan(n, None, Cuts(scratch=int(usable) // 4))
         few = self.queries.block(torch.arange(2) % n)
@@ -216,17 +216,17 @@ class _Planner:
 
     @cached_property
     def query(self) -> Footprint:
-        """Of queries whose gradients are kept in pieces, with the displacement of the segment before."""
+        """Footprint of queries whose gradients are kept in pieces, with the displacement of the segment before."""
         return footprint(self._swept).plus(self.vector)
 
     @cached_property
     def rows(self) -> Footprint:
-        """Of queries whose gradients are kept as rows."""
+        """Footprint of queries whose gradients are kept as rows."""
         return footprint(lambda n: self._swept(n, passes=n)).plus(self.vector)
 
     @cached_property
     def batches(self) -> BatchSizes:
-        """Of the batches."""
+        """Memory that the batches take."""
         return BatchSizes.of(self.gradients, self.pushed)
 
     @cached_property
@@ -338,7 +338,7 @@ class _Planner:
         return max(fits(self.samples), min(fits(1), BLOCK // (self.k * min(self.widest, way.cuts.columns))))
 
     def _ways(self, scratch: int) -> Iterator[Plan]:
-        """All that may be tried, without the size of a block."""
+        """Candidates, without the size of a block."""
         most, largest = self.batches.most, self.batches.largest
         for columns in COLUMNS:
             yield Plan(1, None, Cuts(columns=columns, scratch=max(1, scratch)))
@@ -349,7 +349,7 @@ class _Planner:
                 yield Plan(1, passes, Cuts(batch, columns, max(1, scratch), roomy=False))
 
     def _cost(self, block: int, way: Plan) -> float:
-        """Of a step, in entries of a sample's gradient."""
+        """Cost of a step, in entries of a sample's gradient."""
         most, columns = self.batches.most, math.ceil(self.size / way.cuts.columns)
         passes = math.ceil(most / min(most, way.cuts.batch.samples))
         portions = passes if way.cuts.batch.streamed else 1
@@ -417,7 +417,7 @@ def plan_forward(
 
 
 def _channels(gradients: RecordedGradients) -> int:
-    """How many channels a displacement is split into, with that of the samples."""
+    """Number of channels a displacement is split into, with that of the samples."""
     trajectory = gradients.trajectory
     last = trajectory.store.summary(len(trajectory) - 1).record
     names = {"samples", "rounding", *trajectory.objective.regularizers, *last.gradient_changes}
@@ -434,12 +434,12 @@ def _channels(gradients: RecordedGradients) -> int:
 
 
 def usable_bytes(memory: float) -> float:
-    """What tensors may take of a budget."""
+    """Part of a budget that tensors may take."""
     return SHARE * (memory - min(OF_SMALL * memory, RUNTIME))
 
 
 def refusal(least: float, memory: int) -> InputError:
-    """That a budget is too small, with one that is not."""
+    """Error that names a budget which is too small, and one that is not."""
     needed = least / SHARE + min(least / SHARE * OF_SMALL / (1 - OF_SMALL), RUNTIME)
     digits = max(0, 1 - math.floor(math.log10(needed / 1e6)))
     enough = math.ceil(needed / 1e6 * 10**digits) / 10**digits

@@ -111,7 +111,7 @@ class QuerySelection:
         return self.function.replaced(tap=name), outputs
 
     def every_output(self, X: PyTree) -> Queries:
-        """All outputs of all samples."""
+        """Queries for all outputs of all samples."""
         return self._all_outputs(self._samples(X), self.function)
 
     def _all_outputs(self, inputs: PyTree, function: ModelFunction) -> Queries:
@@ -130,7 +130,7 @@ class QuerySelection:
         return queries
 
     def _source(self, function: ModelFunction) -> GradientSource:
-        """Of the network or of one of its modules; what was proved of it is kept."""
+        """Source of gradients of the network or of one of its modules; proofs are kept."""
         if function.tap not in self._sources:
             self._sources[function.tap] = GradientSource(function, self.engine, self.memory // 4)
         return self._sources[function.tap]
@@ -163,5 +163,5 @@ class QuerySelection:
 
 
 def shapes_of(inputs: PyTree) -> tuple[Any, ...]:
-    """What the memory of a pass depends on."""
+    """Shapes and types on which the memory of a pass depends."""
     return tuple((leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))

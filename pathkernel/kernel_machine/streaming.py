@@ -32,7 +32,7 @@ from pathkernel.trajectory.trajectory import Trajectory
 Settings = tuple[Mapping[str, Any], ...]
 
 ANYTHING = 1e300
-"""What may be unexplained of one step: it is the whole run that counts."""
+"""Part of one step that may be unexplained: it is the whole run that counts."""
 
 
 def has_memory(trajectory: Trajectory, settings: Settings) -> bool:
@@ -174,7 +174,7 @@ class StreamingShares(StepObserver):
 
     @property
     def attributions(self) -> Attributions:
-        """What `KernelMachine.explain` would say of the path so far.
+        """Attributions as of `KernelMachine.explain`, for the path so far.
 
         Raises
         ------
@@ -195,6 +195,6 @@ class StreamingShares(StepObserver):
 
 
 def _missed(account: Attributions) -> np.ndarray:
-    """What the quadrature missed in absolute value, (Q,)."""
+    """Quadrature error in absolute value, (Q,)."""
     moved = np.abs(account.output - account.initial)
     return account.quadrature_error * np.maximum(moved, np.finfo(float).tiny)

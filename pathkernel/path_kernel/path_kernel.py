@@ -206,7 +206,7 @@ class PathKernel:
 
     @cached_property
     def error(self) -> MeasuredError:
-        """How far this kernel is from that of every step, all outputs and exact products.
+        """Distance of this kernel from that of every step, all outputs and exact products.
 
         Measured on up to 48 training samples when it is first asked for (by a kernel with a tolerance when its nodes
         are chosen); takes a small kernel at every step.
@@ -379,7 +379,7 @@ class PathKernel:
 
     @one_at_a_time
     def check(self, X: PyTree) -> float:
-        """How far the tangent kernels of some samples are from autograd's: the worst of first, middle and last node.
+        """Distance of the tangent kernels of some samples from autograd's: the worst of first, middle and last node.
 
         Parameters
         ----------

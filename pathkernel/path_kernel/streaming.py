@@ -106,7 +106,7 @@ class StreamingGram(StepObserver):
 
 
 class StreamingFeatures(StepObserver):
-    """What `pathkernel.PathKernel.features` gives of a recorded path, without the record.
+    """Features as of `pathkernel.PathKernel.features`, without a record.
 
     Parameters
     ----------

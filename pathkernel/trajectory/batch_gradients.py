@@ -83,7 +83,7 @@ class EngineReplaced(Exception):
 
 @dataclass
 class SplitCertificate:
-    r"""How well the rows of a run's batches belong to their samples, measured on some of them.
+    r"""Measure of how well the rows of a run's batches belong to their samples, measured on some of them.
 
     .. math:: \max_i \lvert \langle row_i, v\rangle - \lambda_i \cdot (J v)_i \rvert
               \,/\, \max_i \lvert \lambda_i \cdot (J v)_i \rvert
@@ -116,7 +116,7 @@ class SplitCertificate:
 
     @property
     def samples_checked(self) -> float:
-        """In what part of the gradients a wrong sample would have been seen; NaN where none was compared."""
+        """Part of the gradients in which a wrong sample would have been seen; NaN where none was compared."""
         return self.told / self.steps if self.steps else math.nan
 
     def note(self, error: float, limit: float) -> None:
@@ -225,7 +225,7 @@ class RecordedGradients:
         return max([self._largest_gradient, *(step.gradient.norm().item() for step in self.trajectory.steps())])
 
     def stages(self, step: Step, rows: bool, passes: Passes = WHOLE) -> list[StageGradients]:
-        """What the samples contributed to each gradient of a step, one by one (``rows``) or in total only."""
+        """Contributions of the samples to each gradient of a step, one by one (``rows``) or in total only."""
         trajectory, stages = self.trajectory, []
         for index, offset in enumerate(self._offsets(step)):
             point = step.before if offset is None else step.before.double() + offset
@@ -234,7 +234,7 @@ class RecordedGradients:
         return stages
 
     def _offsets(self, step: Step) -> list[Tensor | None]:
-        """Where the gradients of a step were taken, relative to θ_s, (P,) or None for θ_s itself."""
+        """Points at which the gradients of a step were taken, relative to θ_s, (P,) or None for θ_s itself."""
         layout, rule = self.trajectory.layout, self.trajectory.rule
         offsets: list[Tensor | None] = [None] * rule.stages
         if type(rule).stage_offsets is UpdateRule.stage_offsets:
@@ -284,7 +284,7 @@ class RecordedGradients:
         return StageGradients(total * fit.factor, parts, channels, fit.factor, point, step.batches)
 
     def _round_outputs(self, step: Step, point: Tensor, passes: Passes) -> dict[str, Tensor]:
-        """What named backward passes added that did not come through the outputs of samples, by name, (P,) each."""
+        """Parts of named backward passes that did not come through the outputs of samples, by name, (P,) each."""
         found = {}
         for name in sorted(step.differentiated & step.gradient_changes.keys()):
             found[name] = step.gradient_changes[name].double()
@@ -514,7 +514,7 @@ class RecordedGradients:
         return self._slopes(batch, function, point, map_outputs(joined, returned[0]), inputs, targets)
 
     def source_of(self, batch: MicroBatch) -> GradientSource:
-        """Where the gradients of a batch come from."""
+        """Source of the gradients of a batch."""
         return self.rounded if batch.state.autocast else self.source
 
     def inseparable(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:

@@ -1,4 +1,4 @@
-r"""Where steps on record are not what their update rule makes of the recorded gradients, and what was done instead.
+r"""Steps on record that are not what their update rule makes of the recorded gradients, and what was done instead.
 
 The rule carries the optimizer's memory m from gradient to gradient. Whoever edits that memory between two steps
 (sets momentum to zero, loads an older state), or moves the weights inside a step, leaves a difference
@@ -52,7 +52,7 @@ ROUNDINGS_OF_PARAMETERS = 2.0
 """Roundings of the parameters: of θ once when the displacement is added, and once more where decay multiplies it."""
 
 FORGOTTEN = 0.999
-"""By how much, from one step to the next, the size that displacements had is forgotten: as slowly as any memory."""
+"""Rate at which the size of earlier displacements is forgotten from step to step: as slowly as any memory."""
 
 PLAUSIBLE = 1e6
 """Sizes of the memory beyond which what was added to it is not found from the displacement.
@@ -64,7 +64,7 @@ huge, and would cancel in the next step at the cost of all digits.
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """What a step did beyond its rule, by parameter name.
+    """Difference between a step and its rule, by parameter name.
 
     Attributes
     ----------
@@ -86,7 +86,7 @@ class Discrepancy:
 
 @dataclass(frozen=True)
 class _Move:
-    """One parameter in one step, as its rule has it and as it was."""
+    """Parameter in one step, as its rule has it and as it was."""
 
     rule: UpdateRule
     frozen: Frozen
@@ -104,7 +104,7 @@ class _Move:
         return self.moved - delta - self.sources, after
 
     def of_memory(self, memory: Tensor) -> Tensor:
-        """What memory in the one slot does to the displacement: step(0, m)."""
+        """Effect of memory in the one slot on the displacement: step(0, m)."""
         return self.rule.step(torch.zeros_like(self.gradient), (memory,), self.frozen, self.settings)[0]
 
 
@@ -208,7 +208,7 @@ class Discrepancies:
         }
 
     def of(self, step: Step) -> Discrepancy:
-        """What a step did beyond its rule: nothing, as a rule."""
+        """Difference between a step and its rule: usually none."""
         place = bisect_right(self._starts, step.index) - 1
         for stretch in (place, place - 1):
             if stretch >= 0 and self._starts[stretch] in self._ends and self._ends[self._starts[stretch]] >= step.index:
@@ -222,7 +222,7 @@ class Discrepancies:
         return Discrepancy(self._scales.get(step.index, {}), **found)
 
     def largest(self) -> tuple[float, int, str]:
-        """How far the step that did most without a name moved a parameter beyond its rule, the step, the parameter."""
+        """Largest displacement of a parameter beyond the rule that has no name, its step, and the parameter."""
         sizes = [(size, s, name) for s, own in self._sizes.items() for name, size in own.items() if s in self._places]
         return max(sizes, default=(0.0, -1, ""))
 
@@ -337,7 +337,7 @@ def _common_scale(
     excess = sum((acted[name] * differences[name]).sum().item() for name in beyond) / squared
 
     def rest(name: str, excess: float) -> float:
-        """What is left of a difference beyond what the memory's own roundings leave."""
+        """Remainder of a difference beyond what the memory's own roundings leave."""
         left = (differences[name] - excess * acted[name]).norm().item()
         return left - ROUNDINGS * moves[name].epsilon * acted[name].norm().item()
 
@@ -354,7 +354,7 @@ def _common_scale(
 
 
 def _added(move: _Move, difference: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """What was added to the memory, and what is left of the difference where the step does not depend on it."""
+    """Addition to the memory, and the rest of the difference where the step does not depend on it."""
     rate = move.of_memory(torch.ones_like(difference))
     added = torch.where(rate == 0, 0.0, difference / torch.where(rate == 0, 1.0, rate))
     after = move.rule.step(move.gradient, move.memory, move.frozen, move.settings)[1]

@@ -17,7 +17,7 @@ from pathkernel.trajectory.step import MicroBatch
 
 @dataclass(frozen=True)
 class Passes:
-    """How the samples of a batch go through the network.
+    """Cut of a batch into passes through the network.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class ComparedGradient:
 
 @dataclass(frozen=True)
 class StageGradients:
-    """Where one gradient of a step came from.
+    """Origin of one gradient of a step.
 
     Attributes
     ----------
@@ -95,7 +95,7 @@ class StageGradients:
         return torch.cat([batch.ids for batch in self.batches])
 
     def columns(self, where: slice, dtype: torch.dtype) -> Float[Tensor, "B size"]:
-        """What the samples contributed to a part of θ."""
+        """Contributions of the samples to a part of θ."""
         rows = [part.columns(where, dtype) for part in self.parts]
         return self.scaled(rows[0] if len(rows) == 1 else torch.cat(rows), where)
 
