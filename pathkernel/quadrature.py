@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 
 
 class Gradients(Protocol):
@@ -35,7 +35,7 @@ class Gradients(Protocol):
 
 
 class QueryStep(Protocol):
-    """What a quadrature may ask about one step, for Q query outputs at once.
+    """Interface of one step to a quadrature, for Q query outputs at once.
 
     Gradients are in factored form, or D numbers a query (all P entries, or products with a few directions where only
     those are needed). In each case ``gradient @ change`` is ∇f·Δ_s.
@@ -50,7 +50,7 @@ class QueryStep(Protocol):
     end_value: Tensor
     """f(θ_s + Δ_s), (Q,) float64."""
     scale: Tensor
-    """What errors of this step are relative to: how far f moved in all of training, over the number of steps, (Q,)."""
+    """Scale of the errors of this step: how far f moved in all of training, over the number of steps, (Q,)."""
     rounding: float
     """Machine epsilon of the arithmetic in which f is evaluated."""
 
@@ -103,7 +103,7 @@ class StepAverage:
     gradient: Any
     """q_s, as `Gradients`."""
     error: Tensor
-    """What the rule misses of f(θ_{s+1}) − f(θ_s) before any correction, in absolute value, (Q,)."""
+    """Part that the rule misses of f(θ_{s+1}) − f(θ_s) before any correction, in absolute value, (Q,)."""
     evaluations: float
     """Gradients taken per query."""
     short: Tensor | None = None
@@ -111,12 +111,12 @@ class StepAverage:
 
 
 def missed(step: QueryStep, gradient: Gradients) -> Tensor:
-    """What q·Δ leaves of the exact change of f, (Q,)."""
+    """Exact change of f less q·Δ, (Q,)."""
     return step.end_value - step.start_value - gradient @ step.change
 
 
 class Quadrature(ABC):
-    """How to average a query's gradient over one step."""
+    """Rule to average a query's gradient over one step."""
 
     arithmetic: torch.dtype | None = None
     """Floating type that the quadrature needs, or None for whatever was recorded."""
@@ -128,7 +128,7 @@ class Quadrature(ABC):
         """q_s for all queries of a step."""
 
     def finer(self) -> Quadrature:
-        """What parts of a step are averaged with when this quadrature is checked: itself, on shorter pieces."""
+        """Quadrature for the parts of a step when this one is checked: itself, on shorter pieces."""
         return self
 
     @property
@@ -189,13 +189,12 @@ class GaussLegendre(FixedQuadrature):
     n: int = 4
 
     def __post_init__(self) -> None:
-        check(
-            isinstance(self.n, int) and 1 <= self.n <= 64,
-            InputError,
-            f"`GaussLegendre({self.n!r})` was asked for",
-            "The number of nodes is an integer from 1 to 64",
-            "Write for example `GaussLegendre(4)`",
-        )
+        if not isinstance(self.n, int) or not 1 <= self.n <= 64:
+            raise InputError(
+                f"`GaussLegendre({self.n!r})` was asked for",
+                "The number of nodes is an integer from 1 to 64",
+                "Write for example `GaussLegendre(4)`",
+            )
 
     @property
     def nodes(self) -> tuple[tuple[float, float], ...]:
@@ -234,13 +233,12 @@ class Adaptive(Quadrature):
     relative = True
 
     def __post_init__(self) -> None:
-        check(
-            0 < self.tolerance < 1,
-            InputError,
-            f"`Adaptive({self.tolerance!r})` was asked for",
-            "The tolerance is a relative error between 0 and 1",
-            "Write for example `Adaptive(1e-9)`",
-        )
+        if not 0 < self.tolerance < 1:
+            raise InputError(
+                f"`Adaptive({self.tolerance!r})` was asked for",
+                "The tolerance is a relative error between 0 and 1",
+                "Write for example `Adaptive(1e-9)`",
+            )
 
     def finer(self) -> Adaptive:
         """The same with a tenth of the tolerance: on pieces alone it would stop at the same error."""
@@ -259,6 +257,8 @@ class Adaptive(Quadrature):
         count = len(queries)
         gradient = torch.zeros(count, len(step.change), dtype=torch.float64, device=queries.device)
         error, short, evaluations = torch.zeros_like(step.start_value), torch.zeros_like(step.start_value), 0
+        # One list of intervals for all queries, each with its own query: a query whose intervals were all met costs
+        # nothing more, while another one is still halved around its kink.
         for depth in range(self.max_depth + 1):
             last = depth == self.max_depth or len(queries) > self.max_intervals * count
             width, halved = upper - lower, torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
@@ -275,8 +275,10 @@ class Adaptive(Quadrature):
             evaluations += 2 * len(queries)
             if not halved.any():
                 break
+            # f at the centre makes the change over each half exactly known again, which is what a half has to meet.
             queries, lower, upper = queries[halved], lower[halved], upper[halved]
-            lower_value, upper_value, centre = lower_value[halved], upper_value[halved], lower + (upper - lower) / 2
+            lower_value, upper_value = lower_value[halved], upper_value[halved]
+            centre = lower + (upper - lower) / 2
             centre_value = torch.cat(
                 [
                     step.value_and_gradient_at(centre[start : start + count], queries[start : start + count])[0]
@@ -338,11 +340,10 @@ def as_quadrature(quadrature: str | Quadrature) -> Quadrature:
     if isinstance(quadrature, Quadrature):
         return quadrature
     named = {**SHORTHAND, "auto": DiscreteGradient()}
-    check(
-        quadrature in named,
-        InputError,
-        f"`quadrature={quadrature!r}` was given",
-        f"It must be a quadrature object or one of {', '.join(map(repr, named))}",
-        'Write for example `quadrature="trapezoid"` or `quadrature=GaussLegendre(4)`',
-    )
+    if quadrature not in named:
+        raise InputError(
+            f"`quadrature={quadrature!r}` was given",
+            f"It must be a quadrature object or one of {', '.join(map(repr, named))}",
+            'Write for example `quadrature="trapezoid"` or `quadrature=GaussLegendre(4)`',
+        )
     return named[quadrature]

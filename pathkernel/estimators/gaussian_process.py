@@ -67,7 +67,7 @@ class GaussianProcessKernel(GenericKernelMixin, Kernel):
         return {name: value for name, value in vars(self).items() if name != "_held"}
 
     def is_stationary(self) -> bool:
-        """No: it depends on where in input space two samples lie."""
+        """False: it depends on where in input space two samples lie."""
         return False
 
     def clone_with_theta(self, theta: np.ndarray) -> GaussianProcessKernel:

@@ -1,4 +1,4 @@
-"""What a sweep through a trajectory adds up for its queries."""
+"""Sums of a sweep through a trajectory, for its queries."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.kernel_machine.forms import Form, join_forms
 from pathkernel.quadrature import StepAverage
 
 
 @dataclass
-class Account:
-    """What a sweep adds up, for Q queries.
+class Accumulator:
+    """Sums of a sweep, for Q queries.
 
     Attributes
     ----------
     channels
         (Q,) by name; a forward sweep puts the sum over samples under ``"samples"``.
-    missed
-        What the quadrature missed, in absolute value and summed over the pieces, (Q,).
+    quadrature_error
+        Change of the queries that the quadrature missed, in absolute value and summed over the pieces, (Q,).
     short
         The part of it that a quadrature with a tolerance accepted above its tolerance, (Q,).
     evaluations
@@ -45,7 +46,7 @@ class Account:
     """
 
     channels: dict[str, Tensor]
-    missed: Tensor
+    quadrature_error: Tensor
     short: Tensor
     evaluations: float = 0.0
     shares: Tensor | None = None
@@ -57,111 +58,112 @@ class Account:
     samples_checked: Tensor | None = None
 
     @classmethod
-    def opened(cls, initial: Tensor) -> Account:
-        """An account that holds the untrained network's outputs alone."""
+    def start(cls, initial: Tensor) -> Accumulator:
+        """An accumulator that holds the untrained network's outputs alone."""
         channels: dict[str, Tensor] = defaultdict(lambda: torch.zeros_like(initial))
         channels["initial"] = initial
-        return cls(channels, missed=torch.zeros_like(initial), short=torch.zeros_like(initial))
+        return cls(channels, quadrature_error=torch.zeros_like(initial), short=torch.zeros_like(initial))
 
-    def on_cpu(self) -> Account:
+    def on_cpu(self) -> Accumulator:
         """The same, finished: where results are."""
         for held in (self.channels, self.modules):
             held |= {name: value.cpu() for name, value in held.items()}
-        for name in ("missed", "short", "shares", "steps", "shares_error", "split_error", "samples_checked"):
+        for name in ("quadrature_error", "short", "shares", "steps", "shares_error", "split_error", "samples_checked"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value.cpu())
         return self
 
-    def book(self, average: StepAverage) -> Any:
+    def add(self, average: StepAverage) -> Any:
         """Note error and cost of a quadrature; returns its gradient."""
-        self.missed += average.error
+        self.quadrature_error += average.error
         if average.short is not None:
             self.short += average.short
         self.evaluations += average.evaluations
         return average.gradient
 
 
-def joined(accounts: Iterable[Account], queries: int) -> Account:
+def concatenate(accumulators: Iterable[Accumulator], queries: int) -> Accumulator:
     """Accounts of blocks of queries as one; what has a number for each training sample is never there twice.
 
     Parameters
     ----------
-    accounts
+    accumulators
         Of the blocks, made one after the other.
     queries
         Q of all.
     """
     wide: dict[str, Tensor] = {}
-    found: list[Account] = []
+    found: list[Accumulator] = []
     begin = 0
-    for account in accounts:
-        end = begin + len(account.missed)
+    for accumulator in accumulators:
+        end = begin + len(accumulator.quadrature_error)
         if end == queries and not found:
-            return account
-        assert account.shares is not None
-        for name, rows in {"": account.shares, **account.modules}.items():
+            return accumulator
+        assert accumulator.shares is not None
+        for name, rows in {"": accumulator.shares, **accumulator.modules}.items():
             if name not in wide:
                 wide[name] = rows.new_empty(queries, rows.shape[1])
             wide[name][begin:end] = rows
-        account.shares, account.modules, begin = None, {}, end
+        accumulator.shares, accumulator.modules, begin = None, {}, end
         del rows
-        found.append(account)
-        del account
+        found.append(accumulator)
+        del accumulator
     shares = wide.pop("")
-    names = list(dict.fromkeys(name for account in found for name in account.channels))
-    return Account(
+    names = list(dict.fromkeys(name for accumulator in found for name in accumulator.channels))
+    return Accumulator(
         channels={
-            name: torch.cat([a.channels.get(name, torch.zeros_like(a.missed)) for a in found]) for name in names
+            name: torch.cat([a.channels.get(name, torch.zeros_like(a.quadrature_error)) for a in found])
+            for name in names
         },
-        missed=torch.cat([a.missed for a in found]),
+        quadrature_error=torch.cat([a.quadrature_error for a in found]),
         short=torch.cat([a.short for a in found]),
-        evaluations=sum(a.evaluations * len(a.missed) for a in found) / queries,
+        evaluations=sum(a.evaluations * len(a.quadrature_error) for a in found) / queries,
         shares=shares,
         modules=wide,
-        steps=_joined([a.steps for a in found]),
+        steps=_concatenated([a.steps for a in found]),
         form=None if found[0].form is None else join_forms([a.form for a in found if a.form is not None]),
-        shares_error=_joined([a.shares_error for a in found]),
-        split_error=_joined([a.split_error for a in found]),
-        samples_checked=_joined([a.samples_checked for a in found]),
+        shares_error=_concatenated([a.shares_error for a in found]),
+        split_error=_concatenated([a.split_error for a in found]),
+        samples_checked=_concatenated([a.samples_checked for a in found]),
     )
 
 
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
+def _concatenated(parts: list[Tensor | None]) -> Tensor | None:
     """Rows of blocks of queries, or None where they were not asked for."""
     found = [part for part in parts if part is not None]
     return torch.cat(found) if found else None
 
 
-def arrays_of(account: Account) -> dict[str, np.ndarray]:
-    """An account as arrays with one row for each query, by name."""
-    assert account.shares is not None
+def arrays_of(accumulator: Accumulator) -> dict[str, np.ndarray]:
+    """An accumulator as arrays with one row for each query, by name."""
+    assert accumulator.shares is not None
     arrays = {
-        "shares": account.shares,
-        "missed": account.missed,
-        "short": account.short,
-        "evaluations": torch.full_like(account.missed, account.evaluations),
-        **{f"channel {name}": value for name, value in account.channels.items()},
-        **{f"module {name}": value for name, value in account.modules.items()},
+        "shares": accumulator.shares,
+        "missed": accumulator.quadrature_error,
+        "short": accumulator.short,
+        "evaluations": torch.full_like(accumulator.quadrature_error, accumulator.evaluations),
+        **{f"channel {name}": value for name, value in accumulator.channels.items()},
+        **{f"module {name}": value for name, value in accumulator.modules.items()},
     }
     optional = {
-        "steps": account.steps,
-        "shares error": account.shares_error,
-        "split error": account.split_error,
-        "samples checked": account.samples_checked,
+        "steps": accumulator.steps,
+        "shares error": accumulator.shares_error,
+        "split error": accumulator.split_error,
+        "samples checked": accumulator.samples_checked,
     }
     arrays |= {name: value for name, value in optional.items() if value is not None}
     return {name: value.numpy() for name, value in arrays.items()}
 
 
-def account_of(arrays: Mapping[str, np.ndarray]) -> Account:
-    """The account that `arrays_of` took apart."""
+def accumulator_of(arrays: Mapping[str, np.ndarray]) -> Accumulator:
+    """The accumulator that `arrays_of` took apart."""
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
     under = lambda kind: {  # noqa: E731
         name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)
     }
-    return Account(
+    return Accumulator(
         channels=under("channel "),
-        missed=tensors["missed"],
+        quadrature_error=tensors["missed"],
         short=tensors["short"],
         evaluations=tensors["evaluations"].mean().item(),
         shares=tensors["shares"],
@@ -171,3 +173,52 @@ def account_of(arrays: Mapping[str, np.ndarray]) -> Account:
         split_error=tensors.get("split error"),
         samples_checked=tensors.get("samples checked"),
     )
+
+
+def attributions_of(
+    accumulator: Accumulator, output: Tensor, queries: tuple[np.ndarray, np.ndarray], steps: int, engines: Iterable[str]
+) -> Attributions:
+    """The result of an explanation.
+
+    Parameters
+    ----------
+    accumulator
+        The finished sum.
+    output
+        The explained network's own outputs, (Q,).
+    queries
+        Which sample and which output each query is, (Q,) both.
+    steps
+        Number of steps of the trajectory.
+    engines
+        How the gradients of the training samples were formed.
+    """
+    moved = (output - accumulator.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
+    assert accumulator.shares is not None
+    return Attributions(
+        shares=accumulator.shares.numpy(),
+        channels={name: value.numpy() for name, value in accumulator.channels.items()},
+        output=output.numpy(),
+        samples=queries[0],
+        outputs=queries[1],
+        quadrature_error=(accumulator.quadrature_error / moved).numpy(),
+        shares_error=None if accumulator.shares_error is None else (accumulator.shares_error / moved).numpy(),
+        gradients_per_step=accumulator.evaluations / steps,
+        modules={name: value.numpy() for name, value in accumulator.modules.items()},
+        steps=None if accumulator.steps is None else accumulator.steps.numpy(),
+        form=accumulator.form,
+        split_error=_largest(accumulator.split_error),
+        samples_checked=_least(accumulator.samples_checked),
+        engine=", ".join(sorted(engines)),
+    )
+
+
+def _least(parts: Tensor | None) -> float:
+    """Least of the known values; NaN where there is none."""
+    return float("nan") if parts is None else -_largest(-parts)
+
+
+def _largest(errors: Tensor | None) -> float:
+    """Largest of the measured values; NaN where there is none."""
+    known = torch.zeros(0) if errors is None else errors[~errors.isnan()]
+    return known.max().item() if len(known) else float("nan")

@@ -22,7 +22,7 @@ from pathkernel.trajectory.step import Step
 from pathkernel.update_rules.rule import Frozen, Settings, UpdateRule, adjoint
 
 Coefficient = float | Tensor
-"""One number for all entries of a parameter, or one for each."""
+"""Number for all entries of a parameter, or a tensor with one for each."""
 
 Scaled = tuple[Tensor | None, float]
 """Cotangents as a matrix times a number; None where they are zero."""
@@ -30,7 +30,7 @@ Scaled = tuple[Tensor | None, float]
 
 @dataclass(frozen=True)
 class Linear:
-    """What an elementwise step makes of each of its inputs.
+    """Coefficients by which an elementwise step multiplies each of its inputs.
 
     Attributes
     ----------
@@ -93,7 +93,7 @@ def _coefficient(values: Tensor) -> Coefficient:
     return first if len(flat) == 1 or bool((flat == first).all()) else flat
 
 
-class Adjoint:
+class StepAdjoint:
     """The adjoint of one step, parameter by parameter.
 
     Parameters
@@ -120,7 +120,7 @@ class Adjoint:
             self._linear[key] = linear(self.rule, frozen, settings, self.shapes[name])
         return self._linear[key]
 
-    def on(self, name: str, dtype: torch.dtype) -> Callable[[slice, Tensor, list[Tensor | None]], list[Scaled]]:
+    def of(self, name: str, dtype: torch.dtype) -> Callable[[slice, Tensor, list[Tensor | None]], list[Scaled]]:
         """A function that pulls blocks of columns of a parameter back.
 
         It takes the block (within the parameter), q (Q, size) and the memory's cotangents (None for zero), which it

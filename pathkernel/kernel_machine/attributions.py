@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pathkernel.errors import CertificateWarning, InputError, check
+from pathkernel.errors import CertificateWarning, InputError
 from pathkernel.kernel_machine.forms import Form
 
 if TYPE_CHECKING:
@@ -169,13 +169,12 @@ class Attributions:
             Proponents (raised the output) and opponents (lowered it).
         """
         n = self.shares.shape[1]
-        check(
-            1 <= k <= n,
-            InputError,
-            f"`top({k})` was asked of {n} training samples",
-            f"k lies between 1 and {n}",
-            f"Write `top({min(5, n)})`",
-        )
+        if not 1 <= k <= n:
+            raise InputError(
+                f"`top({k})` was asked of {n} training samples",
+                f"k lies between 1 and {n}",
+                f"Write `top({min(5, n)})`",
+            )
         order = np.argsort(self.shares, axis=1, kind="stable")
         # Copies: torch refuses views with negative strides as indices.
         opponents, proponents = order[:, :k].copy(), order[:, ::-1][:, :k].copy()
@@ -189,13 +188,12 @@ class Attributions:
     def by_class(self, y: np.ndarray) -> dict[object, np.ndarray]:
         """Sum the shares over the training samples of each class: ``{label: (Q,)}``."""
         y = np.asarray(y)
-        check(
-            y.shape == (self.shares.shape[1],),
-            InputError,
-            f"Labels of shape {y.shape} were given",
-            f"One label for each of the {self.shares.shape[1]} training samples is needed, in id order",
-            "Write `why.by_class(y_train)`",
-        )
+        if y.shape != (self.shares.shape[1],):
+            raise InputError(
+                f"Labels of shape {y.shape} were given",
+                f"One label for each of the {self.shares.shape[1]} training samples is needed, in id order",
+                "Write `why.by_class(y_train)`",
+            )
         return {label: self.shares[:, y == label].sum(axis=1) for label in np.unique(y)}
 
     def to_frame(self) -> pandas.DataFrame:

@@ -1,4 +1,4 @@
-r"""What a quadrature's average of a query's gradient is off by, found by laying the same rule on ever more pieces.
+r"""Error of a quadrature's average of a query's gradient, found by laying the same rule on ever more pieces.
 
 .. math:: \delta q_s = \hat q_s - q_s ,\qquad
           \mathrm{share}_i(\hat q) - \mathrm{share}_i(q) = \mathrm{share}_i(\delta q)
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pathkernel.gradients.factored import FactoredGradients, working
+from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.queries import GradientStep
 from pathkernel.quadrature import Part, Quadrature, QueryStep, StepAverage
 
@@ -33,6 +34,12 @@ SETTLED = 0.5
 ROUNDINGS = 64
 """Roundings of f below which two rules cannot be told apart."""
 
+SAFETY = 2.0
+"""Times the error that a finer rule finds."""
+
+ROUNDINGS_OF_SHARES = 32
+"""Roundings of all shares together that their error is not below."""
+
 
 class Noted(Quadrature):
     """A quadrature, and what it missed of f on each piece of a path.
@@ -48,7 +55,7 @@ class Noted(Quadrature):
         self.missed: list[Tensor] = []
 
     def average(self, step: QueryStep) -> StepAverage:
-        """As the quadrature says."""
+        """Average of the quadrature; its error is noted."""
         average = self.rule.average(step)
         self.missed.append(average.error)
         return average
@@ -145,8 +152,25 @@ class AveragingError(Quadrature):
         return total, missed, evaluations
 
 
+def shares_error(errors: Accumulator, found: Accumulator, dtype: torch.dtype) -> Tensor:
+    """Σ_i of the sizes of the errors of the shares, (Q,).
+
+    Parameters
+    ----------
+    errors
+        The sweep of what the averaged gradients are off by.
+    found
+        The sweep of the averaged gradients.
+    dtype
+        Floating type of the gradients.
+    """
+    assert errors.shares is not None and found.shares is not None
+    rounding = ROUNDINGS_OF_SHARES * torch.finfo(dtype).eps * found.shares.abs().sum(dim=1)
+    return SAFETY * errors.shares.abs().sum(dim=1) + errors.quadrature_error + rounding
+
+
 def _weights(missed: Tensor, start: float) -> Tensor:
-    """One over the probability with which a piece is drawn for a query, or 0 where it is not, both (pieces, Q)."""
+    """Inverse of the probability with which a piece is drawn for a query, or 0 where it is not, both (pieces, Q)."""
     pieces = len(missed)
     if pieces <= PIECES_VERIFIED:
         return torch.ones_like(missed)

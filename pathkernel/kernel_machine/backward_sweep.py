@@ -21,12 +21,13 @@ from pathkernel.gradients.factored import FactoredGradients, working
 from pathkernel.gradients.inner_products import contracted, paired_names
 from pathkernel.gradients.matmul import product
 from pathkernel.gradients.pytrees import blocks
-from pathkernel.kernel_machine.accumulator import Account
-from pathkernel.kernel_machine.adjoint import Adjoint
+from pathkernel.kernel_machine.accumulator import Accumulator
+from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.forms import FormBuilder
 from pathkernel.runtime.workspace import give_back_freed_memory
-from pathkernel.trajectory.batch_gradients import WHOLE, Passes, RecordedGradients, StageGradients
+from pathkernel.trajectory.batch_gradients import RecordedGradients
+from pathkernel.trajectory.stage_gradients import WHOLE, Passes, StageGradients
 from pathkernel.trajectory.step import Segment, Step
 
 BLOCK = 2**19
@@ -38,7 +39,7 @@ FEW = 4
 
 @dataclass(frozen=True)
 class Cuts:
-    """How a sweep cuts what it does at once.
+    """Sizes of what a sweep does at once.
 
     Attributes
     ----------
@@ -66,7 +67,7 @@ def backward_sweep(
     builder: FormBuilder | None = None,
     progress: bool = False,
     cuts: Cuts | None = None,
-) -> Account:
+) -> Accumulator:
     """Shares of all training samples in all queries.
 
     Time per step: the quadrature's query gradients and those of one batch, and their inner products: Q · B · (p + q)
@@ -74,22 +75,22 @@ def backward_sweep(
     cotangents. Memory O(Q · P · memory slots) where the optimizer has a memory, independent of N; see
     `pathkernel.kernel_machine.memory_plan`.
     """
-    sweep = _Backward(curve, gradients, by, builder, cuts or Cuts())
+    sweep = BackwardSweep(curve, gradients, by, builder, cuts or Cuts())
     bar = tqdm(total=len(curve.trajectory), desc="backward sweep", unit="step", disable=not progress)
-    for segment, q in curve.backward(sweep.account):
+    for segment, q in curve.backward(sweep.accumulator):
         if segment.step is None:
-            sweep.account.channels[segment.channel] += q @ segment.displacement
+            sweep.accumulator.channels[segment.channel] += q @ segment.displacement
         else:
             sweep.step(segment, segment.step, q)
             bar.update()
         del q  # not beside the gradients of the next segment
     bar.close()
     sweep.finish()
-    return sweep.account.on_cpu()
+    return sweep.accumulator.on_cpu()
 
 
-class _Backward:
-    """A backward sweep: the account, and the memory's cotangents in blocks of columns."""
+class BackwardSweep:
+    """A backward sweep: the accumulator, and the memory's cotangents in blocks of columns."""
 
     def __init__(
         self,
@@ -99,7 +100,10 @@ class _Backward:
         builder: FormBuilder | None,
         cuts: Cuts,
     ) -> None:
-        self.trajectory, self.gradients, self.by, self.builder = curve.trajectory, gradients, by, builder
+        self.trajectory = curve.trajectory
+        self.gradients = gradients
+        self.by = by
+        self.builder = builder
         self.cuts = cuts
         self._pushed = cuts.roomy and len(curve.queries) <= FEW
         trajectory, count = self.trajectory, len(curve.queries)
@@ -107,15 +111,15 @@ class _Backward:
         self.shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
         # Rules that mix entries are differentiated, and add up rounding along the way.
         self.dtype = working(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
-        self.account = account = Account.opened(curve.initial())
+        self.accumulator = accumulator = Accumulator.start(curve.initial)
         # (N, Q), so that a batch adds to whole rows.
         device = trajectory.device
         self.shares = torch.zeros(len(trajectory.data), count, dtype=torch.float64, device=device)
         modules = dict.fromkeys(_module(name) for name in self.layout.names) if by == "module" else ()
         self.modules = {module: torch.zeros_like(self.shares) for module in modules}
-        account.steps = self._zeros(count, len(trajectory)) if by == "step" else None
+        accumulator.steps = self._zeros(count, len(trajectory)) if by == "step" else None
         self.memory: dict[int, list[Tensor | None]] = {}
-        """By where a block starts: one (Q, size) for each slot, None while it is zero."""
+        """Cotangents by where a block starts: one (Q, size) for each slot, None while it is zero."""
         self._cotangents: dict[int, Tensor] = {}
 
     # -- one step --------------------------------------------------------------------------------------------
@@ -125,29 +129,29 @@ class _Backward:
         if q.zero and not self.memory:
             return
         give_back_freed_memory()
-        adjoint = Adjoint(self.rule, step, self.shapes)
+        adjoint = StepAdjoint(self.rule, step, self.shapes)
         stages = self.gradients.stages(step, rows=True, passes=self.cuts.batch)
         give_back_freed_memory()
         in_gradient, in_displacement = self._sources(segment, step)
         if in_displacement:
             products = q @ torch.stack(list(in_displacement.values()), dim=1)
             for column, name in enumerate(in_displacement):
-                self.account.channels[name] += products[:, column]
-        received = [_Received(stage, [*stage.channels.items(), *in_gradient.items()]) for stage in stages]
-        totals = [_Total(self, step, one) for one in received]
+                self.accumulator.channels[name] += products[:, column]
+        received = [StepGradients(stage, [*stage.channels.items(), *in_gradient.items()]) for stage in stages]
+        totals = [Contributions(self, step, one) for one in received]
         weights = [self._zeros(self.count, self.layout.size) for _ in stages if self.builder]
         if self.cuts.batch.streamed:
             self._streamed(step, adjoint, q, received, totals, weights)
         else:
-            rates = self._rates(adjoint, step, q, received[0], stages[0].parts)
+            rates = self._scalar_rates(adjoint, step, q, received[0], stages[0].parts)
             if rates:
-                self._scaled(q, rates, received[0], totals[0])
-            for name, where, pulled in self._pulled(step, adjoint, q, rates, weights):
+                self._contract_scaled(q, rates, received[0], totals[0])
+            for name, where, pulled in self._pull_back_memory(step, adjoint, q, rates, weights):
                 for place, u, scale in pulled:
                     totals[place].add(name, received[place].products(where, u, self._pushed), scale)
         self._beyond_the_rule(step, q)
         for total in totals:
-            total.book()
+            total.add_to_accumulator()
         for stage, weight in zip(stages, weights, strict=False):
             assert self.builder is not None
             for ids, slopes, kernel in self.gradients.kernel(step, stage, weight, self.cuts.batch):
@@ -160,7 +164,7 @@ class _Backward:
             vector = self._zeros(self.layout.size)
             for name, shift in found.displacement.items():
                 vector[self.layout.slices[name]] = shift.reshape(-1)
-            self.account.channels["unexplained"] += q @ vector
+            self.accumulator.channels["unexplained"] += q @ vector
         for name in {**found.memory, **found.scale}:
             own = self.layout.slices[name]
             for where in self._blocks(name):
@@ -169,12 +173,12 @@ class _Backward:
                     continue
                 if name in found.memory:
                     added = found.memory[name].reshape(-1)[where.start - own.start : where.stop - own.start]
-                    self.account.channels["unexplained"] += cotangent.double() @ added
+                    self.accumulator.channels["unexplained"] += cotangent.double() @ added
                 if name in found.scale:
                     self.memory[where.start] = [self._keep(0, where, cotangent * found.scale[name])]
 
     def _sources(self, segment: Segment, step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the optimizer added to the gradient and to the displacement, (P,) each."""
+        """Terms that the optimizer added to the gradient and to the displacement, (P,) each."""
         sources: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         asked = (self.rule.gradient_sources, self.rule.displacement_sources)
         for name, where in self.layout.slices.items():
@@ -190,12 +194,12 @@ class _Backward:
 
     # -- steps that only scale the gradient: no P numbers a query ---------------------------------------------
 
-    def _rates(
+    def _scalar_rates(
         self,
-        adjoint: Adjoint,
+        adjoint: StepAdjoint,
         step: Step,
         q: FactoredGradients,
-        received: _Received,
+        received: StepGradients,
         parts: Iterable[FactoredGradients],
     ) -> dict[str, float]:
         """The rate of each parameter that is only scaled, where pieces are best met in pairs; often all or none."""
@@ -211,15 +215,15 @@ class _Backward:
         rates |= {name: 0.0 for name in self.layout.names if name not in step.active}
         return {name: rates[name] for name in paired_names(q, tuple(parts)) if name in rates}
 
-    def _scaled(
-        self, q: FactoredGradients, rates: dict[str, float], received: _Received, total: _Total
+    def _contract_scaled(
+        self, q: FactoredGradients, rates: dict[str, float], received: StepGradients, total: Contributions
     ) -> None:
         """u = a q: pieces of queries and batch meet directly."""
         begin, scale = 0, self._scale(rates)
         for part in received.stage.parts:
-            self._scaled_part(q, rates, scale, received, total, begin, part)
+            self._contract_scaled_part(q, rates, scale, received, total, begin, part)
             begin += len(part)
-        self._scaled_channels(q, scale, received, total)
+        self._contract_scaled_channels(q, scale, received, total)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.shares.device)
@@ -230,13 +234,13 @@ class _Backward:
             scale[self.layout.slices[name]] = rate
         return scale
 
-    def _scaled_part(
+    def _contract_scaled_part(
         self,
         q: FactoredGradients,
         rates: dict[str, float],
         scale: Tensor,
-        received: _Received,
-        total: _Total,
+        received: StepGradients,
+        total: Contributions,
         begin: int,
         part: FactoredGradients,
     ) -> None:
@@ -247,20 +251,22 @@ class _Backward:
             products.addr_(q.multiples, part @ (scale * q.direction))
         total.add_rows(begin, products.T, factor)
 
-    def _scaled_channels(self, q: FactoredGradients, scale: Tensor, received: _Received, total: _Total) -> None:
+    def _contract_scaled_channels(
+        self, q: FactoredGradients, scale: Tensor, received: StepGradients, total: Contributions
+    ) -> None:
         if received.vectors:
             total.add_rows(len(received.ids), (q @ (torch.stack(received.vectors, dim=1) * scale[:, None])).T)
 
     # -- all other steps: columns of the queries' cotangents, block by block ----------------------------------
 
-    def _pulled(
-        self, step: Step, adjoint: Adjoint, q: FactoredGradients, rates: dict[str, float], weights: list[Tensor]
+    def _pull_back_memory(
+        self, step: Step, adjoint: StepAdjoint, q: FactoredGradients, rates: dict[str, float], weights: list[Tensor]
     ) -> Iterator[tuple[str, slice, list[tuple[int, Tensor, float]]]]:
         """Pull the columns of all parameters but the scaled ones back; (stage, u, scale) while they are in cache."""
         for name in self.layout.names:
             if name not in step.active or name in rates:
                 continue
-            pull, own = adjoint.on(name, self.dtype), self.layout.slices[name]
+            pull, own = adjoint.of(name, self.dtype), self.layout.slices[name]
             for where in self._blocks(name):
                 held = self.memory.get(where.start, [None] * len(self.rule.memory))
                 inside = slice(where.start - own.start, where.stop - own.start)
@@ -295,24 +301,24 @@ class _Backward:
     def _streamed(
         self,
         step: Step,
-        adjoint: Adjoint,
+        adjoint: StepAdjoint,
         q: FactoredGradients,
-        received: list[_Received],
-        totals: list[_Total],
+        received: list[StepGradients],
+        totals: list[Contributions],
         weights: list[Tensor],
     ) -> None:
-        """All columns first, (Q, P) of each stage, and then the passes of the batch one after the other."""
+        """Pull all columns back first, (Q, P) of each stage, then contract the passes of the batch one by one."""
         rates: dict[str, float] | None = None
         for stage, (one, total) in enumerate(zip(received, totals, strict=True)):
             parts, begin = iter(one.stage.parts), 0
             part = next(parts, None)
             while part is not None:
                 if rates is None:
-                    rates = self._rates(adjoint, step, q, one, [part])
-                    columns = list(self._pulled(step, adjoint, q, rates, weights))
+                    rates = self._scalar_rates(adjoint, step, q, one, [part])
+                    columns = list(self._pull_back_memory(step, adjoint, q, rates, weights))
                     rate = self._scale(rates)
                 if rates:
-                    self._scaled_part(q, rates, rate, one, total, begin, part)
+                    self._contract_scaled_part(q, rates, rate, one, total, begin, part)
                 for name, where, pulled in columns:
                     for u, scale in ((u, scale) for own, u, scale in pulled if own == stage):
                         total.add_samples(name, begin, one.part_products(part, where, u, self._pushed), scale)
@@ -321,7 +327,7 @@ class _Backward:
                 give_back_freed_memory()
                 part = next(parts, None)
             if rates:
-                self._scaled_channels(q, rate, one, total)
+                self._contract_scaled_channels(q, rate, one, total)
             for _, where, pulled in columns:
                 for u, scale in ((u, scale) for own, u, scale in pulled if own == stage):
                     total.add_rows(begin, one.channel_products(where, u), scale)
@@ -339,11 +345,11 @@ class _Backward:
             yield slice(own.start + block.start, own.start + block.stop)
 
     def finish(self) -> None:
-        """Book what was in the optimizer's memory before the first recorded step, and close the account."""
-        self.account.shares = self.shares.T.contiguous()
+        """Book what was in the optimizer's memory before the first recorded step, and close the accumulator."""
+        self.accumulator.shares = self.shares.T.contiguous()
         del self.shares
         for module in list(self.modules):  # one at a time, so that only one is there twice
-            self.account.modules[module] = self.modules.pop(module).T.contiguous()
+            self.accumulator.modules[module] = self.modules.pop(module).T.contiguous()
         for name, start in self.trajectory.initial_memory.items():
             own = self.layout.slices[name]
             for where in self._blocks(name):
@@ -351,11 +357,11 @@ class _Backward:
                 for cotangent, slot in zip(held, start, strict=True):
                     if cotangent is not None:
                         values = slot.reshape(-1)[where.start - own.start : where.stop - own.start]
-                        self.account.channels["memory"] += cotangent.double() @ values.to(cotangent.device).double()
+                        self.accumulator.channels["memory"] += cotangent.double() @ values.to(cotangent.device).double()
 
 
-class _Received:
-    """One gradient of a step: what samples and named channels put into it."""
+class StepGradients:
+    """Gradient of a step, as samples and named channels put it together."""
 
     def __init__(self, stage: StageGradients, channels: list[tuple[str, Tensor]]) -> None:
         self.stage, self.names = stage, [name for name, _ in channels]
@@ -384,10 +390,10 @@ class _Received:
         return [vector[where].to(u.dtype).unsqueeze(0) for vector in self.vectors]
 
 
-class _Total:
-    """Inner products of what was received with a gradient's weights, (B + channels, Q), on their way to the account."""
+class Contributions:
+    """Inner products of a step's gradients with their weights, (B + channels, Q), on their way to the accumulator."""
 
-    def __init__(self, sweep: _Backward, step: Step, received: _Received) -> None:
+    def __init__(self, sweep: BackwardSweep, step: Step, received: StepGradients) -> None:
         self.sweep, self.step, self.received = sweep, step, received
         width = len(received.ids) + len(received.names)
         self.sum = torch.zeros(width, sweep.count, dtype=torch.float64, device=sweep.shares.device)
@@ -411,15 +417,15 @@ class _Total:
         """Products with some of what was received."""
         self.sum[begin : begin + len(products)].add_(products, alpha=scale)
 
-    def book(self) -> None:
+    def add_to_accumulator(self) -> None:
         """Put everything where it belongs."""
-        account, count = self.sweep.account, len(self.received.ids)
+        accumulator, count = self.sweep.accumulator, len(self.received.ids)
         samples = self.sum[:count]
         self.sweep.shares.index_add_(0, self.received.ids, samples)
         for row, name in enumerate(self.received.names, start=count):
-            account.channels[name] += self.sum[row]
-        if account.steps is not None:
-            account.steps[:, self.step.index] += samples.sum(dim=0)
+            accumulator.channels[name] += self.sum[row]
+        if accumulator.steps is not None:
+            accumulator.steps[:, self.step.index] += samples.sum(dim=0)
 
 
 def _module(name: str) -> str:

@@ -11,13 +11,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pathkernel.gradients.factored import FactoredGradients, working
-from pathkernel.kernel_machine.accumulator import Account
+from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.queries import GradientStep, ProductStep, Queries
 from pathkernel.quadrature import Quadrature
 from pathkernel.trajectory.averages import AverageRecord, Update, averaged_events
@@ -48,30 +49,47 @@ class Curve(ABC):
         self.trajectory, self.queries, self.quadrature = trajectory, queries, quadrature
         if quadrature.relative:
             self.queries = copy.copy(queries)
-            self.queries.scale = (self.final() - self.initial()).abs() / max(1, len(trajectory))
+            self.queries.scale = (self.final - self.initial).abs() / max(1, len(trajectory))
 
-    @abstractmethod
+    def block(self, piece: slice | Tensor) -> Curve:
+        """The same curve for the queries of some of the samples."""
+        other = copy.copy(self)
+        other.queries = self.queries.block(piece)
+        if len(other.queries) != len(self.queries) or isinstance(piece, Tensor):
+            for name in ("initial", "final"):  # taken anew: a network rounds otherwise in another batch
+                vars(other).pop(name, None)
+        return other
+
+    @cached_property
     def initial(self) -> Tensor:
         """Values of the queries where the curve begins, (Q,)."""
+        return self._value_at_start()
 
-    @abstractmethod
+    @cached_property
     def final(self) -> Tensor:
         """Values of the queries where it ends, (Q,)."""
+        return self._value_at_end()
 
     @abstractmethod
-    def backward(self, account: Account) -> Iterator[tuple[Segment, FactoredGradients]]:
+    def _value_at_start(self) -> Tensor: ...
+
+    @abstractmethod
+    def _value_at_end(self) -> Tensor: ...
+
+    @abstractmethod
+    def backward(self, accumulator: Accumulator) -> Iterator[tuple[Segment, FactoredGradients]]:
         """Segments of the recorded path from its end, each with its weight q."""
 
     dense: ClassVar[int] = 0
     """Matrices (Q, P) that a backward sweep of the curve holds."""
 
     @abstractmethod
-    def forward(self, account: Account, displacements: Displacements) -> None:
+    def forward(self, accumulator: Accumulator, displacements: Displacements) -> None:
         """Add what each channel's displacements did to the queries."""
 
-    def _average(self, account: Account, view: GradientStep) -> FactoredGradients:
+    def _average(self, accumulator: Accumulator, view: GradientStep) -> FactoredGradients:
         """The query gradients averaged over a segment, with error and cost booked."""
-        gradient = account.book(self.quadrature.average(view))
+        gradient = accumulator.add(self.quadrature.average(view))
         if isinstance(gradient, Tensor):  # a quadrature that treats each query by itself
             return FactoredGradients.dense(gradient, self.trajectory.layout)
         assert isinstance(gradient, FactoredGradients)
@@ -92,50 +110,48 @@ class Curve(ABC):
 class PathCurve(Curve):
     """The recorded path: each displacement is weighted by the query's gradient along itself."""
 
-    def initial(self) -> Tensor:
-        """Values at its beginning."""
+    def _value_at_start(self) -> Tensor:
         return self.queries.values(self.trajectory.initial)
 
-    def final(self) -> Tensor:
-        """Values at its end."""
+    def _value_at_end(self) -> Tensor:
         return self.queries.under(self.trajectory.final_buffers).values(self.trajectory.final)
 
-    def backward(self, account: Account) -> Iterator[tuple[Segment, FactoredGradients]]:
-        """See `Curve.backward`."""
+    def backward(self, accumulator: Accumulator) -> Iterator[tuple[Segment, FactoredGradients]]:
+        """Walk back from the end of the curve; as of `Curve.backward`."""
         view: GradientStep | None = None
         for segment in self.trajectory.segments(reverse=True):
             later, view = view, GradientStep(self.queries, segment, view)
-            self._book_buffers(account, view, later)
+            self._book_buffers(accumulator, view, later)
             del later  # not beside its neighbour while that is used
-            yield segment, self._average(account, view)
-        self._book_first_buffers(account, view)
+            yield segment, self._average(accumulator, view)
+        self._book_first_buffers(accumulator, view)
 
-    def forward(self, account: Account, displacements: Displacements) -> None:
-        """See `Curve.forward`."""
+    def forward(self, accumulator: Accumulator, displacements: Displacements) -> None:
+        """Walk forward along the curve; as of `Curve.forward`."""
         view: ProductStep | None = None
         for segment in self.trajectory.segments():
             directions = displacements(segment)
             earlier, view = view, ProductStep(self.queries, segment, torch.stack(list(directions.values())), view)
             if earlier is None:
-                self._book_first_buffers(account, view)
+                self._book_first_buffers(accumulator, view)
             else:
-                self._book_buffers(account, earlier, view)
-            products = account.book(self.quadrature.average(view))
+                self._book_buffers(accumulator, earlier, view)
+            products = accumulator.add(self.quadrature.average(view))
             for column, name in enumerate(directions, start=1):
-                account.channels[name] += products[:, column]
+                accumulator.channels[name] += products[:, column]
         if view is not None:
-            self._book_buffers(account, view, None)
+            self._book_buffers(accumulator, view, None)
 
-    def _book_buffers(self, account: Account, view: GradientStep, later: GradientStep | None) -> None:
-        """What a change of buffers (running statistics) did to f between a segment and the one after it."""
+    def _book_buffers(self, accumulator: Accumulator, view: GradientStep, later: GradientStep | None) -> None:
+        """Book the effect of a change of buffers (running statistics) on f between a segment and the one after it."""
         buffers = self.trajectory.final_buffers if later is None else later.segment.buffers
         if buffers is not view.segment.buffers:
             after = self.queries.under(buffers).values(view.segment.end) if later is None else later.start_value
-            account.channels["buffers"] += after - view.end_value
+            accumulator.channels["buffers"] += after - view.end_value
 
-    def _book_first_buffers(self, account: Account, first: GradientStep | None) -> None:
+    def _book_first_buffers(self, accumulator: Accumulator, first: GradientStep | None) -> None:
         if first is not None and first.segment.buffers:
-            account.channels["buffers"] += first.start_value - account.channels["initial"]
+            accumulator.channels["buffers"] += first.start_value - accumulator.channels["initial"]
 
 
 class AverageCurve(Curve):
@@ -159,12 +175,10 @@ class AverageCurve(Curve):
         super().__init__(trajectory, queries.under(record.constants(trajectory.constants)), quadrature)
         self.events = averaged_events(trajectory.segments(), trajectory.layout, record)
 
-    def initial(self) -> Tensor:
-        """Values at its beginning."""
+    def _value_at_start(self) -> Tensor:
         return self.queries.values(self.trajectory.layout.flatten(self.record.initial))
 
-    def final(self) -> Tensor:
-        """Values at its end."""
+    def _value_at_end(self) -> Tensor:
         return self.queries.values(self.trajectory.layout.flatten(self.record.last))
 
     @property
@@ -172,8 +186,8 @@ class AverageCurve(Curve):
         start = self.trajectory.layout.flatten(self.record.initial, torch.float64)
         return self.trajectory.initial.double() - start
 
-    def backward(self, account: Account) -> Iterator[tuple[Segment, FactoredGradients]]:
-        """See `Curve.backward`."""
+    def backward(self, accumulator: Accumulator) -> Iterator[tuple[Segment, FactoredGradients]]:
+        """Walk back from the end of the curve; as of `Curve.backward`."""
         weight, layout = self._no_weight(), self.trajectory.layout
         view: GradientStep | None = None
         for event in reversed(self.events):
@@ -181,17 +195,17 @@ class AverageCurve(Curve):
                 yield event, FactoredGradients.dense(weight, layout)
                 continue
             view = GradientStep(self.queries, event.segment, view)
-            average = self._average(account, view)
+            average = self._average(accumulator, view)
             if event.segment.channel:
-                account.channels[event.segment.channel] += average @ event.segment.displacement
+                accumulator.channels[event.segment.channel] += average @ event.segment.displacement
             else:
                 weight.mul_(1 - event.a)
                 self._add(weight, average, event.a)
         if self._first_gap.any():
-            account.channels["average"] += FactoredGradients.dense(weight, layout) @ self._first_gap
+            accumulator.channels["average"] += FactoredGradients.dense(weight, layout) @ self._first_gap
 
-    def forward(self, account: Account, displacements: Displacements) -> None:
-        """See `Curve.forward`."""
+    def forward(self, accumulator: Accumulator, displacements: Displacements) -> None:
+        """Walk forward along the curve; as of `Curve.forward`."""
         size = self.trajectory.layout.size
         zeros = torch.zeros(size, dtype=torch.float64, device=self.trajectory.device)
         gaps: dict[str, Tensor] = defaultdict(lambda: zeros)
@@ -203,18 +217,18 @@ class AverageCurve(Curve):
                 for name, displacement in displacements(event).items():
                     gaps[name] = gaps[name] + displacement
                 continue
-            view = self._move(account, event, gaps, view)
+            view = self._move(accumulator, event, gaps, view)
 
     def _move(
-        self, account: Account, event: Update, gaps: dict[str, Tensor], view: ProductStep | None
+        self, accumulator: Accumulator, event: Update, gaps: dict[str, Tensor], view: ProductStep | None
     ) -> ProductStep:
         directions = {name: event.a * gap for name, gap in gaps.items()}
         if event.segment.channel:
             directions = {event.segment.channel: event.segment.displacement}
         view = ProductStep(self.queries, event.segment, torch.stack(list(directions.values())), view)
-        products = account.book(self.quadrature.average(view))
+        products = accumulator.add(self.quadrature.average(view))
         for column, name in enumerate(directions, start=1):
-            account.channels[name] += products[:, column]
+            accumulator.channels[name] += products[:, column]
         for name in gaps:
             gaps[name] = (1 - event.a) * gaps[name]
         return view
@@ -225,12 +239,10 @@ class ChordCurve(Curve):
 
     dense = 1
 
-    def initial(self) -> Tensor:
-        """Values at its beginning."""
+    def _value_at_start(self) -> Tensor:
         return self.queries.values(self.trajectory.initial)
 
-    def final(self) -> Tensor:
-        """Values at its end."""
+    def _value_at_end(self) -> Tensor:
         return self._trained.values(self.trajectory.final)
 
     @property
@@ -245,25 +257,25 @@ class ChordCurve(Curve):
             yield Segment(here, there, None)
             here = there
 
-    def _book_buffers(self, account: Account) -> None:
+    def _book_buffers(self, accumulator: Accumulator) -> None:
         if self.trajectory.final_buffers:
             changed = self._trained.values(self.trajectory.initial)
-            account.channels["buffers"] += changed - account.channels["initial"]
+            accumulator.channels["buffers"] += changed - accumulator.channels["initial"]
 
-    def backward(self, account: Account) -> Iterator[tuple[Segment, FactoredGradients]]:
-        """See `Curve.backward`."""
-        self._book_buffers(account)
+    def backward(self, accumulator: Accumulator) -> Iterator[tuple[Segment, FactoredGradients]]:
+        """Walk back from the end of the curve; as of `Curve.backward`."""
+        self._book_buffers(accumulator)
         view: GradientStep | None = None
         weight = self._no_weight()
         for piece in self._pieces():
             view = GradientStep(self._trained, piece, view)
-            self._add(weight, self._average(account, view), 1 / CHORD_PIECES)
+            self._add(weight, self._average(accumulator, view), 1 / CHORD_PIECES)
         for segment in self.trajectory.segments(reverse=True):
             yield segment, FactoredGradients.dense(weight, self.trajectory.layout)
 
-    def forward(self, account: Account, displacements: Displacements) -> None:
-        """See `Curve.forward`."""
-        self._book_buffers(account)
+    def forward(self, accumulator: Accumulator, displacements: Displacements) -> None:
+        """Walk forward along the curve; as of `Curve.forward`."""
+        self._book_buffers(accumulator)
         size = self.trajectory.layout.size
         zeros = torch.zeros(size, dtype=torch.float64, device=self.trajectory.device)
         moved: dict[str, Tensor] = defaultdict(lambda: zeros)
@@ -274,6 +286,6 @@ class ChordCurve(Curve):
         view: ProductStep | None = None
         for piece in self._pieces():
             view = ProductStep(self._trained, piece, directions, view)
-            products = account.book(self.quadrature.average(view)) / CHORD_PIECES
+            products = accumulator.add(self.quadrature.average(view)) / CHORD_PIECES
             for column, name in enumerate(moved, start=1):
-                account.channels[name] += products[:, column]
+                accumulator.channels[name] += products[:, column]

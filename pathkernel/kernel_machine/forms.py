@@ -30,6 +30,15 @@ from torch import Tensor
 
 from pathkernel.errors import InputError
 
+FORMS = {
+    "folded": "coefficients 1, the loss derivative inside the kernel",
+    "average": "coefficients averaged over the path; they depend on the query and are ill-conditioned where K is small",
+    "ensemble": "one kernel machine for each step; coefficients do not depend on the query",
+    "constant": "coefficients -1 and 1; needs losses whose slope keeps its sign",
+    "chord": "gradients along the straight line from start to end; nodes once, not for each step",
+}
+"""The forms of the same exact sum, and their properties."""
+
 
 @dataclass(frozen=True)
 class AverageForm:
@@ -160,7 +169,7 @@ class _Dense(FormBuilder):
 
 
 class AverageBuilder(_Dense):
-    """For `AverageForm`."""
+    """Builder of `AverageForm`."""
 
     def add(self, step: int, ids: Tensor, slopes: Tensor, kernel: Tensor) -> None:
         """Numerator and denominator."""
@@ -172,7 +181,7 @@ class AverageBuilder(_Dense):
 
 
 class ConstantBuilder(_Dense):
-    """For `ConstantForm`."""
+    """Builder of `ConstantForm`."""
 
     def __init__(self, samples: int) -> None:
         super().__init__(samples)
@@ -202,7 +211,7 @@ class ConstantBuilder(_Dense):
 
 
 class EnsembleBuilder(FormBuilder):
-    """For `EnsembleForm`."""
+    """Builder of `EnsembleForm`."""
 
     def __init__(self, samples: int) -> None:
         super().__init__(samples)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pathkernel.kernel_machine.accumulator import Account
+from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.runtime.workspace import give_back_freed_memory
-from pathkernel.trajectory.batch_gradients import WHOLE, Passes, RecordedGradients
+from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.discrepancies import Discrepancy
+from pathkernel.trajectory.stage_gradients import WHOLE, Passes
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Memory
@@ -30,8 +31,8 @@ def forward_sweep(
     gradients: RecordedGradients,
     progress: bool = False,
     passes: Passes = WHOLE,
-) -> Account:
-    """What all samples together, and every channel, added to each query: a prediction without shares.
+) -> Accumulator:
+    """Sum over all samples, and of every channel, for each query: a prediction without shares.
 
     Time per step: one batch gradient and as many directional derivatives as there are channels. Memory O(P).
     """
@@ -52,10 +53,10 @@ def forward_sweep(
         give_back_freed_memory()
         return _displacements(trajectory, segment, segment.step, gradients, memory, passes)
 
-    account = Account.opened(curve.initial())
-    curve.forward(account, displacements)
+    accumulator = Accumulator.start(curve.initial)
+    curve.forward(accumulator, displacements)
     bar.close()
-    return account.on_cpu()
+    return accumulator.on_cpu()
 
 
 def _displacements(

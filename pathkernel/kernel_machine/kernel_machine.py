@@ -4,95 +4,51 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, TrajectoryError, check
-from pathkernel.gradients.gradient_source import GradientSource
-from pathkernel.gradients.model_function import ModelFunction, OutputFunctional, load_transformations
-from pathkernel.gradients.pytrees import blocks, count, memory_bytes, take
-from pathkernel.gradients.sample_wise import check_sample_wise
-from pathkernel.kernel_machine.accumulator import Account, account_of, arrays_of, joined
+from pathkernel.errors import InputError
+from pathkernel.gradients.model_function import load_transformations
+from pathkernel.gradients.pytrees import blocks, count, memory_bytes
+from pathkernel.kernel_machine.accumulator import Accumulator, accumulator_of, arrays_of, attributions_of, concatenate
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
-from pathkernel.kernel_machine.averaging_error import AveragingError, Noted
+from pathkernel.kernel_machine.averaging_error import AveragingError, Noted, shares_error
 from pathkernel.kernel_machine.backward_sweep import backward_sweep
+from pathkernel.kernel_machine.classification import is_classifier, probabilities
+from pathkernel.kernel_machine.completeness import check_end, check_unexplained
 from pathkernel.kernel_machine.curves import AverageCurve, ChordCurve, Curve, PathCurve
-from pathkernel.kernel_machine.forms import BUILDERS
+from pathkernel.kernel_machine.explanation_identity import Asked, explanation_identity
+from pathkernel.kernel_machine.forms import BUILDERS, FORMS
 from pathkernel.kernel_machine.forward_sweep import forward_sweep
-from pathkernel.kernel_machine.memory_plan import AT_ONCE, Plan, outputs_at_once, plan_backward, plan_forward
-from pathkernel.kernel_machine.queries import GradientStep, Queries, one_hot_context
-from pathkernel.quadrature import Adaptive, DiscreteGradient, Quadrature, as_quadrature
+from pathkernel.kernel_machine.memory_plan import Plan, plan_backward, plan_forward
+from pathkernel.kernel_machine.queries import Queries
+from pathkernel.kernel_machine.query_selection import QuerySelection, shapes_of
+from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.runtime.workspace import FreedMemory, give_back_freed_memory
-from pathkernel.storage import question
-from pathkernel.tangent_kernel.outputs import select_outputs
-from pathkernel.tangent_kernel.tangent_kernel import learn_structure, no_samples, split_samples
 from pathkernel.trajectory.batch_gradients import EngineReplaced, RecordedGradients
 from pathkernel.trajectory.trajectory import Trajectory
-
-FORMS = {
-    "folded": "coefficients 1, the loss derivative inside the kernel",
-    "average": "coefficients averaged over the path; they depend on the query and are ill-conditioned where K is small",
-    "ensemble": "one kernel machine for each step; coefficients do not depend on the query",
-    "constant": "coefficients -1 and 1; needs losses whose slope keeps its sign",
-    "chord": "gradients along the straight line from start to end; nodes once, not for each step",
-}
-"""The forms of the same exact sum, and their properties."""
 
 ENGINES = ("auto", "layerwise", "jacobian", "autograd")
 
 T = TypeVar("T")
 
-MADE = ("function", "_gradients", "_plans", "_sources")
-"""What a machine makes of the rest, and is not saved."""
+MADE = ("function", "_gradients", "_plans", "_selection")
+"""Attributes that a machine makes of the others, and does not save."""
 
 KEPT_QUERIES = 64
 """Samples in a block of a computation that is kept in a store: what an interruption may cost."""
-
-ROUNDING_LIMIT = 0.1
-"""Part of the change of the outputs beyond which differences between recorded and recomputed gradients are no rounding.
-
-Each step's gradient is checked by itself, but the gradients of a step may be small beside the largest of the run and
-still move the outputs. A bias before BatchNorm under Adam in float32 takes a few per cent.
-"""
-
-END = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Part of the outputs by which what is added up may miss them, beside what the recorded θ were rounded by.
-
-Values of f telescope along the path. What is left are roundings of the optimizer's own arithmetic and of inner
-products: 84 roundings in float32, and in float64 what a network that amplifies them may make of as many.
-"""
-
-ROUNDED = 16.0
-"""How much further than in proportion to θ itself its rounding may have moved the outputs."""
-
-SAFETY = 2.0
-"""Times the error that a finer rule finds."""
 
 SHORT = 1e-10
 """Part of the change of an output below which a tolerance that was not met is rounding inside the network."""
 
 MATRICES = 8
 """Averages of the gradients of all queries, (Q, P), that are compared at once to find the error of one."""
-
-ROUNDINGS = 32
-"""Roundings of all shares together that their error is not below."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What an explanation is to hold beside the shares."""
-
-    by: str | None = None
-    verify: bool = False
-
 
 class KernelMachine:
     r"""The exact equivalent of a trained network, sample by sample.
@@ -182,55 +138,55 @@ class KernelMachine:
         progress: bool = False,
     ) -> None:
         trajectory.require_steps("KernelMachine")
-        self.trajectory, self.quadrature = trajectory, as_quadrature(quadrature)
-        self.memory, self.progress = memory_bytes(memory), progress
-        self.form, self.weights, self.unexplained, self.engine = form, weights, unexplained, engine
-        check(
-            form in FORMS,
-            InputError,
-            f"`form={form!r}` was given",
-            f"Forms are {', '.join(map(repr, FORMS))}",
-            'Write `form="folded"`',
-        )
-        check(
-            engine in ENGINES,
-            InputError,
-            f"`engine={engine!r}` was given",
-            f"Engines are {', '.join(map(repr, ENGINES))}",
-            'Write `engine="auto"`',
-        )
-        check(
-            weights is None or weights in trajectory.averages,
-            InputError,
-            f"`weights={weights!r}` was given",
-            f"Averages on record are {', '.join(map(repr, trajectory.averages)) or 'none'}",
-            'Record them with `KernelRecorder(..., averages={"ema": averaged_model})`',
-        )
-        check(
-            weights is None or form != "chord",
-            InputError,
-            '`form="chord"` was asked of an averaged network',
-            "The chord joins the untrained network to the last weights",
-            'Leave out `form` or `weights`',
-        )
+        self.trajectory = trajectory
+        self.quadrature = as_quadrature(quadrature)
+        self.memory = memory_bytes(memory)
+        self.progress = progress
+        self.form = form
+        self.weights = weights
+        self.unexplained = unexplained
+        self.engine = engine
+        if form not in FORMS:
+            raise InputError(
+                f"`form={form!r}` was given",
+                f"Forms are {', '.join(map(repr, FORMS))}",
+                'Write `form="folded"`',
+            )
+        if engine not in ENGINES:
+            raise InputError(
+                f"`engine={engine!r}` was given",
+                f"Engines are {', '.join(map(repr, ENGINES))}",
+                'Write `engine="auto"`',
+            )
+        if weights is not None and weights not in trajectory.averages:
+            raise InputError(
+                f"`weights={weights!r}` was given",
+                f"Averages on record are {', '.join(map(repr, trajectory.averages)) or 'none'}",
+                'Record them with `KernelRecorder(..., averages={"ema": averaged_model})`',
+            )
+        if weights is not None and form == "chord":
+            raise InputError(
+                '`form="chord"` was asked of an averaged network',
+                "The chord joins the untrained network to the last weights",
+                'Leave out `form` or `weights`',
+            )
         needed = self.quadrature.arithmetic
-        check(
-            dtype is None or needed is None or dtype == needed,
-            InputError,
-            f"`{self.quadrature!r}` was asked to work in {dtype}",
-            f"It refines below that type's rounding and needs {needed}",
-            "Leave `dtype` out, or use `DiscreteGradient()`",
-        )
+        if dtype is not None and needed is not None and dtype != needed:
+            raise InputError(
+                f"`{self.quadrature!r}` was asked to work in {dtype}",
+                f"It refines below that type's rounding and needs {needed}",
+                "Leave `dtype` out, or use `DiscreteGradient()`",
+            )
         self._dtype = dtype or needed
         self._make()
 
     def _make(self) -> None:
-        """What is made of the rest, and is not saved."""
+        """Make the attributes that are not saved."""
         load_transformations()  # is not a call's, whose memory has a budget
         self.function = self.trajectory.function(self._dtype)
         self._gradients: RecordedGradients | None = None
         self._plans: tuple[RecordedGradients | None, dict[Any, Any]] = None, {}
-        self._sources: dict[str | None, GradientSource] = {}
+        self._selection = QuerySelection(self.trajectory, self.function, self.weights, self.engine, self.memory)
 
     def __getstate__(self) -> dict[str, Any]:
         check_picklable(quadrature=self.quadrature)
@@ -281,29 +237,12 @@ class KernelMachine:
         """
         loss = self.trajectory.objective.function("`predict_proba`")
         outputs = torch.from_numpy(self._reconstruct(X))
-        if isinstance(loss, nn.CrossEntropyLoss):
-            return outputs.softmax(dim=1).numpy()
-        if isinstance(loss, nn.NLLLoss):
-            return outputs.exp().numpy()
-        if isinstance(loss, nn.BCEWithLogitsLoss) and outputs.shape[1] == 1:
-            positive = outputs.sigmoid()
-            return torch.cat([1 - positive, positive], dim=1).numpy()
-        raise InputError(
-            f"Probabilities were asked of a network trained with {type(loss).__name__}",
-            "CrossEntropyLoss, NLLLoss and BCEWithLogitsLoss with one output define them",
-            "Use `decision_function(X)` and turn outputs into probabilities as your loss does",
-        )
+        return probabilities(loss, outputs).numpy()
 
     @property
     def is_classifier(self) -> bool:
         """Whether the training targets are classes."""
-        loss, task = self.trajectory.loss, self.trajectory.task
-        if task is not None:
-            return task == "classification"
-        if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss)):
-            return True
-        target = torch.utils._pytree.tree_leaves(self.trajectory.data.example[1])[0]
-        return not target.is_floating_point() and target.dim() == 1
+        return is_classifier(self.trajectory)
 
     @property
     def lock(self) -> Any:
@@ -313,12 +252,12 @@ class KernelMachine:
     @one_at_a_time
     def _reconstruct(self, X: PyTree) -> np.ndarray:
         with FreedMemory(self.memory):
-            queries = self._all_outputs(self._samples(X))
-            account = self._settled(lambda: self._forward(queries))
-            output = self._curve(queries).final().cpu()
-            self._check_unexplained(account, output)
-            self._check_end(account, output)
-        return sum(account.channels.values(), torch.zeros(())).reshape(-1, queries.components).numpy()
+            curve = self._curve(self._selection.every_output(X))
+            accumulator = self._settled(lambda: self._forward(curve))
+            output = curve.final.cpu()
+            self._check_unexplained(accumulator, output)
+            check_end(accumulator, curve, output, self._recorded.discrepancies)
+        return sum(accumulator.channels.values(), torch.zeros(())).reshape(-1, curve.queries.components).numpy()
 
     # -- why it says so ---------------------------------------------------------------------------------------
 
@@ -331,7 +270,7 @@ class KernelMachine:
         store: str | os.PathLike[str] | None = None,
         verify: str | None = None,
     ) -> Attributions:
-        """How much each training sample moved each query output.
+        """Shares: by how much each training sample moved each query output.
 
         Parameters
         ----------
@@ -376,13 +315,12 @@ class KernelMachine:
         verify: str | None = None,
     ) -> tuple[Attributions, np.ndarray]:
         """The explanation, and for each query whether its quadrature had to stop above its tolerance, (Q,)."""
-        check(
-            by in (None, "module", "step"),
-            InputError,
-            f"`by={by!r}` was given",
-            'Shares are split by "module" or by "step"',
-            'Write `machine.explain(X, by="module")`',
-        )
+        if by not in (None, "module", "step"):
+            raise InputError(
+                f"`by={by!r}` was given",
+                'Shares are split by "module" or by "step"',
+                'Write `machine.explain(X, by="module")`',
+            )
         if verify not in (None, "shares"):
             raise InputError(
                 f"`verify={verify!r}` was given",
@@ -391,140 +329,26 @@ class KernelMachine:
             )
         asked = Asked(by, verify is not None)
         with FreedMemory(self.memory):
-            queries, samples, indices = self._queries(X, outputs)
-            account = self._settled(
-                lambda: self._backward(queries, asked) if store is None else self._stored(store, queries, asked)
+            queries, samples, indices = self._selection.select(X, outputs)
+            curve = self._curve(queries)
+            accumulator = self._settled(
+                lambda: self._backward(curve, asked) if store is None else self._stored(store, curve, asked)
             )
-            output = self._curve(queries).final().cpu()
-            self._check_unexplained(account, output)
-        moved = (output - account.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
-        assert account.shares is not None
-        why = Attributions(
-            shares=account.shares.numpy(),
-            channels={name: value.numpy() for name, value in account.channels.items()},
-            output=output.numpy(),
-            samples=samples,
-            outputs=indices,
-            quadrature_error=(account.missed / moved).numpy(),
-            shares_error=None if account.shares_error is None else (account.shares_error / moved).numpy(),
-            gradients_per_step=account.evaluations / len(self.trajectory),
-            modules={name: value.numpy() for name, value in account.modules.items()},
-            steps=None if account.steps is None else account.steps.numpy(),
-            form=account.form,
-            split_error=_largest(account.split_error),
-            samples_checked=_least(account.samples_checked),
-            engine=", ".join(sorted(self._recorded.certificate.engines)),
-        )
+            output = curve.final.cpu()
+            self._check_unexplained(accumulator, output)
+        engines = self._recorded.certificate.engines
+        why = attributions_of(accumulator, output, (samples, indices), len(self.trajectory), engines)
         tolerance = self.quadrature.tolerance if isinstance(self.quadrature, Adaptive) else 0.0
-        return why, (account.short > max(tolerance, SHORT) * moved).numpy()
+        moved = torch.from_numpy(why._moved)
+        return why, (accumulator.short > max(tolerance, SHORT) * moved).numpy()
 
-    def _settled(self, compute: Callable[[], Account]) -> Account:
-        """An account all of whose rows were formed in a way that was not found wrong at any batch."""
+    def _settled(self, compute: Callable[[], Accumulator]) -> Accumulator:
+        """An accumulator all of whose rows were formed in a way that was not found wrong at any batch."""
         while True:
             try:
                 return compute()
             except EngineReplaced:  # at most once: rows of whole batches come next, and nothing after them
                 continue
-
-    def _queries(self, X: PyTree, outputs: Any) -> tuple[Queries, np.ndarray, np.ndarray]:
-        """The query functions, and which sample and output each of them is."""
-        if isinstance(outputs, str) and outputs == "loss":
-            objective = self.trajectory.objective
-            loss = objective.function('`outputs="loss"`')
-            selection = select_outputs("loss", loss, objective.reduction)
-            inputs, targets = split_samples(X, selection, self.trajectory.data.dtype, "KernelMachine")
-            inputs = self._samples(inputs)
-            learn_structure(selection, self.function, self.trajectory.initial, inputs)
-            queries = self._query(self.function, inputs, selection.function, targets, None)
-            return queries, np.arange(len(queries)), np.full(len(queries), -1)
-        inputs = self._samples(X)
-        n = count(inputs)
-        function, outputs = self._tapped(outputs)
-        if callable(outputs):
-            queries = self._query(function, inputs, lambda z, _: outputs(z).reshape(()), torch.zeros(n, 0), None)
-            return queries, np.arange(n), np.full(n, -1)
-        everything = self._all_outputs(inputs, function)
-        c = everything.components
-        everything_asked = isinstance(outputs, str) and outputs == "all"
-        if everything_asked or (outputs is None and not self.is_classifier):
-            return everything, np.repeat(np.arange(n), c), np.tile(np.arange(c), n)
-        chosen = self._chosen(inputs, outputs, n, c)
-        context = one_hot_context(chosen, c)
-        queries = self._query(function, inputs, lambda z, weight: z @ weight.to(z), context, None)
-        return queries, np.arange(n), chosen.numpy()
-
-    def _chosen(self, inputs: PyTree, outputs: Any, n: int, c: int) -> Tensor:
-        """Index of the output to explain for each sample."""
-        if outputs is None:
-            return self._outputs(inputs).argmax(dim=1).cpu()
-        try:
-            chosen = torch.as_tensor(outputs).cpu()
-        except (TypeError, ValueError, RuntimeError):
-            chosen = torch.zeros(())
-        fits = not chosen.is_floating_point() and chosen.dtype != torch.bool and chosen.shape in ((), (n,))
-        check(
-            fits and bool(((chosen >= -c) & (chosen < c)).all()),
-            InputError,
-            f"`outputs={outputs!r}` was given for {n} samples of a network with {c} outputs",
-            'It must be None, an output index, one index for each sample, "all", "loss", or a callable of the outputs',
-            "Write for example `machine.explain(X, outputs=0)`",
-        )
-        return chosen.expand(n).remainder(c)
-
-    def _tapped(self, outputs: Any) -> tuple[ModelFunction, Any]:
-        """The network, or one of its modules in place of it, and what is asked of its output."""
-        if isinstance(outputs, tuple) and len(outputs) == 2 and isinstance(outputs[0], str):
-            name, outputs = outputs
-        elif isinstance(outputs, str) and outputs != "all":
-            name, outputs = outputs, "all"
-        else:
-            return self.function, outputs
-        modules = [module for module, _ in self.trajectory.model.named_modules() if module]
-        check(
-            name in modules,
-            InputError,
-            f"`outputs` names the module {name!r}",
-            f"The network's modules are {', '.join(map(repr, modules[:20]))}{' …' if len(modules) > 20 else ''}",
-            'Write for example `machine.explain(X, outputs=("0", 3))` for unit 3 of module "0"',
-        )
-        return self.function.replaced(tap=name), outputs
-
-    def _all_outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Queries:
-        function = function or self.function
-        c = self._outputs(take(inputs, slice(0, 1)), function).shape[1]
-        return self._query(function, inputs, lambda z, _: z, torch.zeros(count(inputs), 0), c)
-
-    def _query(
-        self, function: ModelFunction, inputs: PyTree, functional: OutputFunctional, context: PyTree, k: int | None
-    ) -> Queries:
-        queries = Queries(self._source(function), inputs, functional, context, k)
-        at_once = outputs_at_once(function, self.trajectory.final, inputs, self.memory)
-        queries.forward = at_once if at_once < AT_ONCE else None
-        return queries
-
-    def _source(self, function: ModelFunction) -> GradientSource:
-        """Of the network or of one of its modules; what was proved of it is kept."""
-        if function.tap not in self._sources:
-            self._sources[function.tap] = GradientSource(function, self.engine, self.memory // 4)
-        return self._sources[function.tap]
-
-    def _outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Tensor:
-        """The explained network's own outputs, (n, C)."""
-        trajectory, function = self.trajectory, function or self.function
-        if self.weights is None:
-            function, theta = function.replaced(constants=trajectory.final_buffers), trajectory.final
-        else:
-            record = trajectory.averages[self.weights]
-            function = function.replaced(constants=record.constants(trajectory.constants))
-            theta = trajectory.layout.flatten(record.last)
-        return function.outputs(theta, inputs, outputs_at_once(function, theta, inputs, self.memory))
-
-    def _samples(self, X: PyTree) -> PyTree:
-        inputs = self.trajectory.queries(X, "KernelMachine")
-        if not count(inputs):
-            raise no_samples("KernelMachine")
-        check_sample_wise(self.function, self.trajectory.initial, inputs)
-        return inputs
 
     # -- the sweeps, in blocks of queries ---------------------------------------------------------------------
 
@@ -543,32 +367,31 @@ class KernelMachine:
         kind = ChordCurve if self.form == "chord" else PathCurve
         return kind(self.trajectory, queries, self.quadrature)
 
-    def _forward(self, queries: Queries) -> Account:
-        recorded = self._recorded
+    def _forward(self, curve: Curve) -> Accumulator:
+        queries, recorded = curve.queries, self._recorded
         queries.forward, passes = self._planned(
             ("forward",), queries, lambda: plan_forward(queries, recorded, self.quadrature, self.memory)
         )
-        return forward_sweep(self._curve(queries), recorded, self.progress, passes)
+        return forward_sweep(curve, recorded, self.progress, passes)
 
-    def _backward(self, queries: Queries, asked: Asked) -> Account:
+    def _backward(self, curve: Curve, asked: Asked) -> Accumulator:
         """Blocks of queries that fit the budget."""
-        plan = self._plan(queries, asked)
-        cut = blocks(count(queries.inputs), plan.queries)
-        return joined((self._swept(queries.block(piece), asked, plan) for piece in cut), len(queries))
+        plan = self._plan(curve, asked)
+        cut = blocks(count(curve.queries.inputs), plan.queries)
+        return concatenate((self._swept(curve.block(piece), asked, plan) for piece in cut), len(curve.queries))
 
-    def _plan(self, queries: Queries, asked: Asked) -> Plan:
+    def _plan(self, curve: Curve, asked: Asked) -> Plan:
         dense, matrices, recorded = self.form in BUILDERS, MATRICES * asked.verify, self._recorded
         return self._planned(
             ("backward", asked.by, asked.verify),
-            queries,
-            lambda: plan_backward(self._curve, queries, recorded, self.memory, asked.by, dense, matrices),
+            curve.queries,
+            lambda: plan_backward(curve, recorded, self.memory, asked.by, dense, matrices),
         )
 
     def _planned(self, kind: tuple[Any, ...], queries: Queries, measure: Callable[[], T]) -> T:
-        """What was planned for queries of the same number and shapes, which took passes to measure; or is now."""
-        recorded, leaves = self._recorded, pytree.tree_leaves(queries.inputs)
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor))
-        key = (*kind, queries.components, queries.function.tap, recorded.coupled, shapes)
+        """Plan for queries of this number and these shapes: measured by a few passes once, and kept."""
+        recorded = self._recorded
+        key = (*kind, queries.components, queries.function.tap, recorded.coupled, *shapes_of(queries.inputs))
         known, plans = self._plans
         if known is not recorded:
             plans = {}
@@ -578,168 +401,50 @@ class KernelMachine:
         self._plans = recorded, plans
         return plans[key]
 
-    def _stored(self, store: str | os.PathLike[str], queries: Queries, asked: Asked) -> Account:
+    def _stored(self, store: str | os.PathLike[str], curve: Curve, asked: Asked) -> Accumulator:
         """The same, block by block in a store."""
-        from pathkernel.storage import (
-            resumable as computations,
-        )  # not before it is needed: what writes to disk takes a second to load
+        from pathkernel.storage import resumable  # not before it is needed: what writes to disk takes a second to load
 
-        check(
-            self.form not in BUILDERS,
-            InputError,
-            f'An explanation in the form "{self.form}" was to be kept in a store',
-            "What is kept are shares, channels and the certificate, of the forms folded and chord",
-            'Write `KernelMachine(trajectory, form="folded")`, or leave `store` out',
-        )
+        if self.form in BUILDERS:
+            raise InputError(
+                f'An explanation in the form "{self.form}" was to be kept in a store',
+                "What is kept are shares, channels and the certificate, of the forms folded and chord",
+                'Write `KernelMachine(trajectory, form="folded")`, or leave `store` out',
+            )
+        queries = curve.queries
         # The same blocks whatever the budget, which another call may give otherwise: it cuts them further.
         pieces = list(blocks(len(queries) // queries.components, KEPT_QUERIES))
         sizes = [(piece.stop - piece.start) * queries.components for piece in pieces]
-        kept = computations.resumable_blocks(
+        kept = resumable.resumable_blocks(
             store,
-            self._identity(queries, asked),
+            explanation_identity(curve, self.quadrature, self.form, self.engine, self.weights, asked),
             sizes,
-            lambda index: arrays_of(self._backward(queries.block(pieces[index]), asked)),
+            lambda index: arrays_of(self._backward(curve.block(pieces[index]), asked)),
         )
         named = {"missed": (), "short": (), "evaluations": (), "shares": (len(self.trajectory.data),)}
-        computations.check_arrays(store, kept, len(queries), named, "an explanation")
-        return account_of(kept)
+        resumable.check_arrays(store, kept, len(queries), named, "an explanation")
+        return accumulator_of(kept)
 
-    def _identity(self, queries: Queries, wanted: Asked) -> dict[str, Any]:
-        """Everything that an explanation depends on; not the budget, and not what is only checked afterwards."""
-        trajectory, function = self.trajectory, queries.function
-        aside = question.nearby(trajectory)
-        points = self._points(function, aside)
-        asked = question.behaviour(queries.functional, points, queries.inputs, queries.context)
-        if not question.is_ours(self.quadrature):
-            curve, segment = self._curve(queries.block(slice(0, 1))), next(trajectory.segments(reverse=True))
-            gradient = self.quadrature.average(GradientStep(curve.queries, segment)).gradient
-            directions = [torch.nn.functional.normalize(v.double(), dim=0) for v in (segment.displacement, aside)]
-            average = torch.stack([gradient @ direction for direction in directions])
-            asked["averages"] = question.numbers([average], question.NETWORK_ROUNDING[function.dtype])
-        return question.identity_of(
-            trajectory,
-            machine=f"{self.form}, {self.engine}, {function.dtype}, {wanted!r}",
-            quadrature=question.described(self.quadrature, "quadrature"),
-            weights=question.described(self.weights and trajectory.averages[self.weights], "weights"),
-            module=function.tap,
-            components=None if queries.scalar else queries.components,
-            queries=question.samples_identity((queries.inputs, queries.context)),
-            **asked,
-        )
+    def _check_unexplained(self, accumulator: Accumulator, output: Tensor) -> None:
+        discrepancies = self._recorded.discrepancies
+        check_unexplained(accumulator, self.trajectory, output, discrepancies, self.unexplained)
 
-    def _points(self, function: ModelFunction, aside: Tensor) -> list[tuple[ModelFunction, Tensor]]:
-        """The explained network at its start, at its end, and elsewhere."""
-        trajectory = self.trajectory
-        if self.weights is None:
-            trained = function.replaced(constants=trajectory.final_buffers)
-            return [(function, trajectory.initial), (trained, trajectory.final), (trained, aside)]
-        record = trajectory.averages[self.weights]
-        averaged = function.replaced(constants=record.constants(trajectory.constants))
-        first, last = (trajectory.layout.flatten(values) for values in (record.initial, record.last))
-        return [(averaged, first), (averaged, last), (averaged, aside)]
-
-    def _check_unexplained(self, account: Account, output: Tensor) -> None:
-        """Fail loudly where too much of the account has no name."""
-        moved = (output - account.channels["initial"]).norm().item()
-        rounding = account.channels["rounding"].norm().item() if "rounding" in account.channels else 0.0
-        if rounding > max(ROUNDING_LIMIT, self.unexplained) * moved:
-            raise TrajectoryError(
-                f"{rounding / max(moved, 1e-300):.1%} of what moved these outputs are differences between the recorded "
-                "gradients and those of the recorded samples",
-                f"They are rounding, and {ROUNDING_LIMIT:.0%} is more than rounding",
-                "Record with `KernelRecorder(..., audit_every=1)`, which tells at which step ids, inputs or loss "
-                "are not those of the loop, or in float64",
-            )
-        size = account.channels["unexplained"].norm().item() if "unexplained" in account.channels else 0.0
-        if size <= self.unexplained * moved:
-            return
-        where, write = self._most_unexplained()
-        raise TrajectoryError(
-            f"{size / max(moved, 1e-300):.1%} of what moved these outputs is unexplained; most of it is {where}",
-            f"No more than {self.unexplained:.1%} may come from changes that no sample and no named channel stands for",
-            f"{write}, or allow more with `KernelMachine(..., unexplained=1.0)`",
-        )
-
-    def _most_unexplained(self) -> tuple[str, str]:
-        """The largest change without a name, and how such changes get one."""
-        trajectory, layout = self.trajectory, self.trajectory.layout
-        size, step, name = self._recorded.discrepancies.largest()
-        where = "where the gradient is zero and the optimizer moved all the same"
-        write = 'Make such changes inside `with recorder.channel("projection"):`'
-        if size:
-            where = (
-                f"at step {step}, which moved `{name}` by {size:.2g} otherwise than {trajectory.rule.name} does with "
-                "the recorded gradients"
-            )
-            write = (
-                "Make a new KernelRecorder where the optimizer's state was edited, from which on it is the channel "
-                '"memory"; check a rule of your own with `pathkernel.testing.check_update_rule`'
-            )
-        changes = [s for s in trajectory.segments() if s.step is None and s.channel == "unexplained"]
-        if changes:
-            largest = max(changes, key=lambda change: change.displacement.norm().item())
-            by_name = layout.unflatten(largest.displacement)
-            worst = max(by_name, key=lambda name: by_name[name].norm().item())
-            if by_name[worst].norm().item() >= size:
-                following = [s.step.index for s in trajectory.segments() if s.step and s.start is largest.end]
-                before = f"before step {following[0]}" if following else "after the last step"
-                where = f"a change of `{worst}` by {by_name[worst].norm().item():.2g} {before}"
-                write = 'Make such changes inside `with recorder.channel("projection"):`'
-        return where, write
-
-    def _check_end(self, account: Account, output: Tensor) -> None:
-        """Compare what was added up with the network at the end of the record."""
-        trajectory = self.trajectory
-        known = output.isfinite()  # a network may return −∞ for what cannot be
-        found, output = sum(account.channels.values(), torch.zeros(()))[known], output[known]
-        missed = account.missed[known]
-        if not len(output):
-            return
-        types = {trajectory.precision, self.function.dtype}
-        moved = (output - account.channels["initial"][known]).abs().max().item()
-        # What θ was rounded by in all its steps is on record, and moved the outputs about as far, in proportion.
-        went = (trajectory.final.double() - trajectory.initial.double()).norm().item()
-        rounded = self._recorded.discrepancies.rounding / max(went, torch.finfo(torch.float64).tiny)
-        allowed = max(END[dtype] for dtype in types) * max(moved, output.abs().max().item())
-        allowed += ROUNDED * rounded * moved
-        off = found.sub(output).abs()
-        if not isinstance(self.quadrature, DiscreteGradient):  # which makes up for what it missed
-            off = off - missed
-        worst = off.nan_to_num(nan=torch.inf).max().item()
-        if worst > allowed:
-            largest = output.abs().max().item()
-            raise TrajectoryError(
-                f"Samples and channels add up to outputs that are up to {worst:.2g} off those of the network at the "
-                f"end of the record, the largest of which is {largest:.2g}",
-                f"They are its outputs to rounding, here {allowed:.1g}: the steps on record are then what the update "
-                "rule makes of the recorded samples",
-                "Record with `KernelRecorder(..., audit_every=1)`, which tells at which step ids, inputs or loss are "
-                "not those of the loop; check a rule of your own with `pathkernel.testing.check_update_rule`",
-            )
-
-    def _swept(self, queries: Queries, asked: Asked, plan: Plan) -> Account:
-        queries.passes = plan.passes
+    def _swept(self, curve: Curve, asked: Asked, plan: Plan) -> Accumulator:
+        curve.queries.passes = plan.passes
         builder = BUILDERS[self.form](len(self.trajectory.data)) if self.form in BUILDERS else None
-        curve = self._curve(queries)
         noted = Noted(curve.quadrature)
         if asked.verify:
             curve.quadrature = noted
-        account = backward_sweep(curve, self._recorded, asked.by, builder, self.progress, plan.cuts)
-        account.form = None if builder is None else builder.finish()
+        accumulator = backward_sweep(curve, self._recorded, asked.by, builder, self.progress, plan.cuts)
+        accumulator.form = None if builder is None else builder.finish()
         certificate = self._recorded.certificate
-        account.split_error = torch.full_like(account.missed, certificate.error)
-        account.samples_checked = torch.full_like(account.missed, certificate.samples_checked)
+        accumulator.split_error = torch.full_like(accumulator.quadrature_error, certificate.error)
+        accumulator.samples_checked = torch.full_like(accumulator.quadrature_error, certificate.samples_checked)
         if asked.verify:
             curve.quadrature = AveragingError(noted)
-            account.shares_error = self._shares_error(curve, account, plan)
-        return account
-
-    def _shares_error(self, curve: Curve, account: Account, plan: Plan) -> Tensor:
-        """Σ_i of the sizes of the errors of the shares, (Q,): the sweep of what the averaged gradients are off by."""
-        errors = backward_sweep(curve, self._recorded, progress=self.progress, cuts=plan.cuts)
-        assert errors.shares is not None and account.shares is not None
-        rounding = ROUNDINGS * torch.finfo(self.function.dtype).eps * account.shares.abs().sum(dim=1)
-        return SAFETY * errors.shares.abs().sum(dim=1) + errors.missed + rounding
+            errors = backward_sweep(curve, self._recorded, progress=self.progress, cuts=plan.cuts)
+            accumulator.shares_error = shares_error(errors, accumulator, self.function.dtype)
+        return accumulator
 
     def __repr__(self) -> str:
         weights = "" if self.weights is None else f", weights={self.weights!r}"
@@ -747,14 +452,3 @@ class KernelMachine:
             f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{weights}: exact "
             f"for every recorded step; {FORMS[self.form]}; not symmetric, so not a kernel for scikit-learn)"
         )
-
-
-def _least(parts: Tensor | None) -> float:
-    """The least of those that are known; NaN where none is."""
-    return float("nan") if parts is None else -_largest(-parts)
-
-
-def _largest(errors: Tensor | None) -> float:
-    """The largest of those that were measured; NaN where none was."""
-    known = torch.zeros(0) if errors is None else errors[~errors.isnan()]
-    return known.max().item() if len(known) else float("nan")

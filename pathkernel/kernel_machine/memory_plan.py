@@ -1,4 +1,4 @@
-r"""How sweeps are cut so that what they hold fits a memory budget.
+r"""Cutting of sweeps, so that what they hold fits a memory budget.
 
 A backward sweep holds, beside the trajectory and the result,
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -33,33 +33,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
-from pathkernel.gradients.factored import piece_dtype, working
-from pathkernel.gradients.layers.factors import device_of_factor
-from pathkernel.gradients.losses import coupled_row_blocks, weighted_gradient
+from pathkernel.gradients.factored import working
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, take
-from pathkernel.gradients.returned import batch_outputs
-from pathkernel.kernel_machine.accumulator import Account
-from pathkernel.kernel_machine.adjoint import Adjoint
+from pathkernel.kernel_machine.accumulator import Accumulator
+from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.backward_sweep import BLOCK, FEW, Cuts
+from pathkernel.kernel_machine.batch_sizes import BatchSizes, kinds_of_batches
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.queries import ProductStep, Queries
 from pathkernel.quadrature import Adaptive, DiscreteGradient, FixedQuadrature, Quadrature
 from pathkernel.runtime.allocations import Allocations, Footprint, footprint
-from pathkernel.trajectory.batch_gradients import WHOLE, Passes, RecordedGradients
-from pathkernel.trajectory.samples import samples_of
-from pathkernel.trajectory.step import MicroBatch, Step
-from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.trajectory.batch_gradients import RecordedGradients
+from pathkernel.trajectory.stage_gradients import WHOLE, Passes
+from pathkernel.trajectory.step import Step
 
 SHARE = 0.7
 """Part of a budget that is planned with: the rest is for gaps between tensors."""
 
 PASSING = 1.6
-"""What a process grows by in a pass through a network, over what its tensors take at once: operations need memory
+"""Growth of a process in a pass through a network, over what its tensors take at once: operations need memory
 inside, and many results of many sizes leave gaps. Measured on convolutional networks, where it is largest."""
 
 RUNTIME = 24 << 20
@@ -67,7 +63,7 @@ RUNTIME = 24 << 20
 tests/kernel_machine/test_memory_budget.py."""
 
 OF_SMALL = 0.6
-"""Of a small budget they take this part at most."""
+"""Part of a small budget that they take at most."""
 
 STAGE = 6
 """Vectors of P numbers in float64 by which a recorded gradient is compared with its recomputation."""
@@ -90,7 +86,7 @@ PASS, BLOCK_OF_COLUMNS = 1e6, 5e4
 
 @dataclass(frozen=True)
 class Plan:
-    """How a backward sweep is cut.
+    """Cut of a backward sweep.
 
     Attributes
     ----------
@@ -108,137 +104,13 @@ class Plan:
     cuts: Cuts
 
 
-@dataclass(frozen=True)
-class BatchSizes:
-    """What the batches of a run take.
-
-    Attributes
-    ----------
-    most, largest
-        Samples in the largest step, and in the largest batch.
-    separate
-        Samples that may go through the network a few at a time.
-    whole, held
-        Bytes of the largest batch that goes through it whole, during the pass and afterwards; 0 where there is none.
-    rows
-        Whether the gradients of such a batch are rows that are made one by one.
-    inputs
-        Bytes of a sample.
-    """
-
-    most: int
-    largest: int
-    separate: Footprint
-    whole: float
-    held: float
-    rows: bool
-    inputs: float
-
-    @classmethod
-    def of(cls, gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> BatchSizes:
-        """By a few samples of one batch of each kind.
-
-        Parameters
-        ----------
-        gradients
-            Of the recorded batches.
-        pushed
-            Directions along which a batch is pushed at once.
-        total
-            Whether only the sum of the gradients is wanted.
-        """
-        separate, whole, held, rows, inputs = [NOTHING], 0.0, 0.0, False, 0.0
-        for size, one in _kinds(gradients, pushed, total):
-            inputs = max(inputs, one.bytes)
-            found = footprint(one.total if total else one.taken)
-            if one.coupled or one.random:
-                whole, held = max(whole, found.peak(size)), max(held, found.held(size))
-            else:
-                separate.append(found)
-            rows = rows or one.coupled
-        largest = max(size for size, _, _ in gradients.examples.values())
-        return cls(gradients.most, largest, max(separate, key=lambda found: found.peak(64)), whole, held, rows, inputs)
-
-    @staticmethod
-    def of_two(gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> tuple[float, float]:
-        """What two samples take at most, and what is held of them and their inputs."""
-        peaks, held = [0.0], [0.0]
-        for _, one in _kinds(gradients, pushed, total):
-            with Allocations() as allocations:
-                _ = one.total(2) if total else one.taken(2)
-                peaks.append(allocations.peak)
-            rows = 8.0 * 2 * one.function.layout.size if one.coupled else 0.0
-            held.append(allocations.held + rows + 2 * one.bytes)
-        return max(peaks), max(held)
-
-
-def _kinds(gradients: RecordedGradients, pushed: int, total: bool) -> Iterator[tuple[int, _Batch]]:
-    """The size of the largest batch of each kind of forward pass, and a few of its samples."""
-    for size, index, place in gradients.examples.values():
-        step = gradients.trajectory.store.read(index)
-        one = _Batch(gradients, step, step.batches[place], pushed)
-        if not (one.coupled or total):
-            one.source.prove(one.point, take(one.inputs, slice(0, 2)), one.function)
-        yield size, one
-
-
-class _Batch:
-    """A few samples of a batch, to be tried out."""
-
-    def __init__(self, gradients: RecordedGradients, step: Step, batch: MicroBatch, pushed: int) -> None:
-        index = torch.arange(4) % len(batch.ids)
-        inputs, targets = (None if own is None else take(own, index) for own in (batch.inputs, batch.targets))
-        few = MicroBatch(batch.ids[index], None, inputs, targets)
-        self.inputs, _ = samples_of(few, gradients.trajectory.data)
-        self.point, self.pushed, self.function = step.before, pushed, gradients.replayed(step, batch)
-        self.source, self.random = gradients.source_of(batch), bool(batch.state.generators)
-        self.coupled = gradients.together(batch, step.before, self.inputs)
-
-    @property
-    def bytes(self) -> float:
-        """Of a sample."""
-        return sum(leaf.nbytes for leaf in pytree.tree_leaves(self.inputs)) / 4
-
-    def taken(self, n: int) -> Any:
-        """Gradients of n samples, and a product with each of a few directions; coupled ones are rows, one by one.
-
-        With the proof of rows that each new number of samples has: the sweep's own is one.
-        """
-        if self.coupled:
-            for _ in coupled_row_blocks(self.function, self.point, *self._weighted(n), 1):
-                pass
-            return None
-        self.source.tapes.forget(n)
-        ones = lambda outputs: torch.ones_like(batch_outputs(outputs, n))  # noqa: E731
-        part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
-        for piece in part.pieces:
-            piece.factor.products(torch.zeros(
-                self.pushed, piece.factor.size, dtype=piece_dtype(piece), device=device_of_factor(piece.factor)
-            ))
-        return part
-
-    def total(self, n: int) -> Tensor:
-        """The sum of the gradients of n samples."""
-        return weighted_gradient(self.function, self.point, *self._weighted(n)).double()
-
-    def _weighted(self, n: int) -> tuple[PyTree, Tensor]:
-        inputs = self.function.cast(take(self.inputs, slice(0, n)))
-        with self.function.running(gradients=False):
-            outputs = self.function.batch(self.function.parameters(self.point), inputs)
-        return inputs, torch.ones_like(outputs)
-
-
 def _short(quadrature: Quadrature) -> Quadrature:
-    """One that takes the same memory in less time: every level of halving takes the same."""
+    """Quadrature that takes the same memory in less time: every level of halving takes the same."""
     return replace(quadrature, max_depth=1) if isinstance(quadrature, Adaptive) else quadrature
 
 
-NOTHING = Footprint(np.zeros(1), np.zeros(1))
-
-
 def plan_backward(
-    curve_of: Callable[[Queries], Curve],
-    queries: Queries,
+    curve: Curve,
     gradients: RecordedGradients,
     memory: int,
     by: str | None,
@@ -249,10 +121,8 @@ def plan_backward(
 
     Parameters
     ----------
-    curve_of
-        Lays a curve through queries.
-    queries
-        All that are asked for.
+    curve
+        Of all queries that are asked for.
     gradients
         Of the recorded batches.
     memory
@@ -269,24 +139,26 @@ def plan_backward(
     InputError
         With both sizes, where the budget does not hold a single query and the least of a batch.
     """
-    return _Planner(curve_of, queries, gradients, memory, by, dense, matrices).plan()
+    return _Planner(curve, gradients, memory, by, dense, matrices).plan()
 
 
 class _Planner:
-    """What a backward sweep would take, cut in one way or another."""
+    """Memory that a backward sweep would take, cut in one way or another."""
 
     def __init__(
         self,
-        curve_of: Callable[[Queries], Curve],
-        queries: Queries,
+        curve: Curve,
         gradients: RecordedGradients,
         memory: int,
         by: str | None,
         dense: bool,
         matrices: int,
     ) -> None:
-        self.curve_of, self.queries, self.gradients = curve_of, queries, gradients
-        self.memory, self.samples = memory, count(queries.inputs)
+        self.curve = curve
+        self.queries = queries = curve.queries
+        self.gradients = gradients
+        self.memory = memory
+        self.samples = count(queries.inputs)
         self.trajectory = trajectory = gradients.trajectory
         self.rule, self.k, self.size = trajectory.rule, queries.components, trajectory.layout.size
         self.vector = 8.0 * self.size
@@ -296,7 +168,7 @@ class _Planner:
         self.row, self.itemsize = self.size * dtype.itemsize, dtype.itemsize if self.rule.elementwise else 8
         # Throughout, of each query sample: cotangents of the optimizer's memory, shares, sums over a step, and what
         # else is asked for.
-        slots = len(self.rule.memory) if keeps_memory(trajectory) else 0
+        slots = len(self.rule.memory) if gradients.keeps_memory else 0
         sums = 8 * len(trajectory.data) + (16 + 8 * self.rule.stages) * gradients.most
         self.throughout = float(self.k * ((slots + matrices) * self.size * self.itemsize + sums))
         # As many samples for all that is held of a batch while one block of columns after the other is contracted.
@@ -307,7 +179,7 @@ class _Planner:
         self.pushed = FEW if self.samples * self.k <= FEW else 1
 
     def plan(self) -> Plan:
-        """All at once where there is ample room, else the cheapest way that fits."""
+        """Choose everything at once where there is ample room, else the cheapest way that fits."""
         usable, n = usable_bytes(self.memory), self.samples
         whole = Plan(n, None, Cuts(scratch=int(usable) // 4))
         few = self.queries.block(torch.arange(2) % n)
@@ -333,28 +205,28 @@ class _Planner:
 
     def _swept(self, n: int, passes: int | None = None) -> Any:
         """Gradients of a few queries, on the curve's last segment."""
-        few = self.queries.block(torch.arange(n) % self.samples)
-        few.passes, few.forward = passes, None
-        few.source.tapes.forget(n)  # each new number of samples is proved, the sweep's own too
-        curve = self.curve_of(few)
+        curve = self.curve.block(torch.arange(n) % self.samples)
+        curve.queries.passes = passes
+        curve.queries.forward = None
+        curve.queries.source.tapes.forget(n)  # each new number of samples is proved, the sweep's own too
         curve.quadrature = _short(curve.quadrature)
-        account = Account.opened(curve.initial())
-        segments = curve.backward(account)
-        return segments, account, next(segments, None)
+        accumulator = Accumulator.start(curve.initial)
+        segments = curve.backward(accumulator)
+        return segments, accumulator, next(segments, None)
 
     @cached_property
     def query(self) -> Footprint:
-        """Of queries whose gradients are kept in pieces, with the displacement of the segment before."""
+        """Footprint of queries whose gradients are kept in pieces, with the displacement of the segment before."""
         return footprint(self._swept).plus(self.vector)
 
     @cached_property
     def rows(self) -> Footprint:
-        """Of queries whose gradients are kept as rows."""
+        """Footprint of queries whose gradients are kept as rows."""
         return footprint(lambda n: self._swept(n, passes=n)).plus(self.vector)
 
     @cached_property
     def batches(self) -> BatchSizes:
-        """Of the batches."""
+        """Memory that the batches take."""
         return BatchSizes.of(self.gradients, self.pushed)
 
     @cached_property
@@ -362,7 +234,7 @@ class _Planner:
         """Bytes in which it is proved how gradients are taken, whether that is still to come or not."""
         few = self.queries.block(torch.arange(2) % self.samples)
         met = [(few.source, self.trajectory.final, few.inputs, few.function)]
-        for _, one in _kinds(self.gradients, self.pushed, total=False):
+        for _, one in kinds_of_batches(self.gradients, self.pushed, total=False):
             if not one.coupled:
                 met.append((one.source, one.point, take(one.inputs, slice(0, 2)), one.function))
         peaks = []
@@ -376,7 +248,7 @@ class _Planner:
     def coefficients(self) -> tuple[float, float]:
         """Bytes of an optimizer step's coefficients, at most and while they are used."""
         with Allocations() as allocations:
-            adjoint = Adjoint(self.rule, self._last, self.shapes)
+            adjoint = StepAdjoint(self.rule, self._last, self.shapes)
             for name in self._last.active:
                 adjoint.linear(name)
             found = allocations.peak, allocations.held
@@ -387,7 +259,7 @@ class _Planner:
     def adjoint(self) -> float:
         """Bytes of a query in the adjoint of a rule that takes whole parameters."""
         name = max(self._last.active, key=lambda name: self.shapes[name].numel())
-        size, pull = self.shapes[name].numel(), Adjoint(self.rule, self._last, self.shapes).on(name, torch.float64)
+        size, pull = self.shapes[name].numel(), StepAdjoint(self.rule, self._last, self.shapes).of(name, torch.float64)
 
         def pulled(n: int) -> Any:
             ones = torch.ones(n, size, dtype=torch.float64, device=self.trajectory.device)
@@ -403,14 +275,14 @@ class _Planner:
 
     def _ample(self, two: Queries, usable: float) -> bool:
         """Whether all fits at once even if all that two samples take grew with their number and came together."""
-        quadrature = self.curve_of(two).quadrature
+        quadrature = self.curve.quadrature
         if not (self.rule.elementwise and isinstance(quadrature, FixedQuadrature | DiscreteGradient)):
             return False
         two.source.tapes.forget(2)
         with Allocations() as query:
             _ = two.gradients(self.trajectory.final)
             nodes = 2 + (len(quadrature.nodes) if isinstance(quadrature, FixedQuadrature) else 0)
-            held = nodes * query.held + 2 * self.curve_of(two).dense * self.k * self.row
+            held = nodes * query.held + 2 * self.curve.dense * self.k * self.row
         one = self.gradients.most / 2 * sum(BatchSizes.of_two(self.gradients, self.pushed))
         columns = min(self.widest, BLOCK // (self.samples * self.k) + 1)
         vectors = (STAGE + HELD + 2 * (2 + len(self.rule.memory)) * self.rule.stages) * self.vector
@@ -466,7 +338,7 @@ class _Planner:
         return max(fits(self.samples), min(fits(1), BLOCK // (self.k * min(self.widest, way.cuts.columns))))
 
     def _ways(self, scratch: int) -> Iterator[Plan]:
-        """All that may be tried, without the size of a block."""
+        """Candidates, without the size of a block."""
         most, largest = self.batches.most, self.batches.largest
         for columns in COLUMNS:
             yield Plan(1, None, Cuts(columns=columns, scratch=max(1, scratch)))
@@ -477,7 +349,7 @@ class _Planner:
                 yield Plan(1, passes, Cuts(batch, columns, max(1, scratch), roomy=False))
 
     def _cost(self, block: int, way: Plan) -> float:
-        """Of a step, in entries of a sample's gradient."""
+        """Cost of a step, in entries of a sample's gradient."""
         most, columns = self.batches.most, math.ceil(self.size / way.cuts.columns)
         passes = math.ceil(most / min(most, way.cuts.batch.samples))
         portions = passes if way.cuts.batch.streamed else 1
@@ -545,14 +417,15 @@ def plan_forward(
 
 
 def _channels(gradients: RecordedGradients) -> int:
-    """How many channels a displacement is split into, with that of the samples."""
+    """Number of channels a displacement is split into, with that of the samples."""
     trajectory = gradients.trajectory
-    step, names = trajectory.store.read(len(trajectory) - 1), {"samples", "rounding"}
-    names |= {*trajectory.objective.regularizers, *step.gradient_changes}
+    last = trajectory.store.summary(len(trajectory) - 1).record
+    names = {"samples", "rounding", *trajectory.objective.regularizers, *last.gradient_changes}
     if trajectory.initial_memory:
         names.add("memory")
     if gradients.discrepancies:
         names.add("unexplained")
+    step = trajectory.store.read(0)  # where a forward sweep begins
     for name in list(step.active)[:1]:
         parameter = trajectory.layout.unflatten(step.before)[name].double()
         for of in (trajectory.rule.gradient_sources, trajectory.rule.displacement_sources):
@@ -561,12 +434,12 @@ def _channels(gradients: RecordedGradients) -> int:
 
 
 def usable_bytes(memory: float) -> float:
-    """What tensors may take of a budget."""
+    """Part of a budget that tensors may take."""
     return SHARE * (memory - min(OF_SMALL * memory, RUNTIME))
 
 
 def refusal(least: float, memory: int) -> InputError:
-    """That a budget is too small, with one that is not."""
+    """Error that names a budget which is too small, and one that is not."""
     needed = least / SHARE + min(least / SHARE * OF_SMALL / (1 - OF_SMALL), RUNTIME)
     digits = max(0, 1 - math.floor(math.log10(needed / 1e6)))
     enough = math.ceil(needed / 1e6 * 10**digits) / 10**digits
@@ -576,18 +449,3 @@ def refusal(least: float, memory: int) -> InputError:
         "A budget has to hold at least these; it is kept, not exceeded in silence",
         f'Write `memory="{enough:.{max(0, digits)}f}MB"` or more',
     )
-
-
-def keeps_memory(trajectory: Trajectory) -> bool:
-    """Whether any gradient of the run went into the optimizer's memory."""
-    rule, layout = trajectory.rule, trajectory.layout
-    if not rule.memory:
-        return False
-    shapes = dict(zip(layout.names, layout.shapes, strict=True))
-    for step in trajectory.steps():
-        adjoint = Adjoint(rule, step, shapes)
-        for name in {group: name for name, group in step.groups.items() if name in step.active}.values():
-            linear = adjoint.linear(name)
-            if linear is None or linear.rate is None:
-                return True
-    return False

@@ -185,7 +185,7 @@ class Queries:
 
 
 class GradientStep:
-    """One segment with gradients in factored form; see `pathkernel.quadrature.QueryStep`.
+    """Segment with gradients in factored form; see `pathkernel.quadrature.QueryStep`.
 
     Parameters
     ----------
@@ -255,7 +255,7 @@ class GradientStep:
 
 
 class ProductStep(GradientStep):
-    """One segment with gradients as their products with D directions.
+    """Segment with gradients as their products with D directions.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, TrajectoryError, check
+from pathkernel.errors import InputError, TrajectoryError
 from pathkernel.gradients.model_function import ROW_LIMIT
 from pathkernel.gradients.pytrees import copied_samples, memory_bytes
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
@@ -31,7 +31,7 @@ from pathkernel.trajectory.trajectory import Trajectory
 Settings = tuple[Mapping[str, Any], ...]
 
 ANYTHING = 1e300
-"""What may be unexplained of one step: it is the whole run that counts."""
+"""Part of one step that may be unexplained: it is the whole run that counts."""
 
 
 def has_memory(trajectory: Trajectory, settings: Settings) -> bool:
@@ -90,13 +90,12 @@ class StreamingShares(StepObserver):
     ) -> None:
         self.X, self.outputs = copied_samples(X), outputs
         self.quadrature, self.memory = as_quadrature(quadrature), memory_bytes(memory)
-        check(
-            not self.quadrature.relative,
-            InputError,
-            f"`{self.quadrature!r}` was asked to work while training runs",
-            "Its tolerance is relative to how far outputs move in all of training, which is not known yet",
-            "Write `quadrature=DiscreteGradient()` or `quadrature=GaussLegendre(4)`",
-        )
+        if self.quadrature.relative:
+            raise InputError(
+                f"`{self.quadrature!r}` was asked to work while training runs",
+                "Its tolerance is relative to how far outputs move in all of training, which is not known yet",
+                "Write `quadrature=DiscreteGradient()` or `quadrature=GaussLegendre(4)`",
+            )
         self._trajectory: Trajectory | None = None
 
     def begin(self, trajectory: Trajectory, settings: Settings) -> None:
@@ -117,14 +116,14 @@ class StreamingShares(StepObserver):
 
     @staticmethod
     def _check(trajectory: Trajectory, settings: Settings) -> None:
-        check(
-            not has_memory(trajectory, settings),
-            TrajectoryError,
-            f"`StreamingShares` was given to a recorder of {trajectory.rule.name}, which remembers earlier gradients",
-            "What a sample left in the optimizer's memory moves the outputs in later steps; only a sweep backward over "
-            "the record of all steps follows it",
-            "Record with `Schedule(keyframes=32)` and use `KernelMachine`, or train with plain SGD",
-        )
+        if has_memory(trajectory, settings):
+            raise TrajectoryError(
+                f"`StreamingShares` was given to a recorder of {trajectory.rule.name}, which remembers earlier "
+                "gradients",
+                "What a sample left in the optimizer's memory moves the outputs in later steps; only a sweep backward "
+                "over the record of all steps follows it",
+                "Record with `Schedule(keyframes=32)` and use `KernelMachine`, or train with plain SGD",
+            )
 
     def observe(self, step: Step) -> None:
         """Add the shares of the step before: what was changed after it is known now."""
@@ -173,7 +172,7 @@ class StreamingShares(StepObserver):
 
     @property
     def attributions(self) -> Attributions:
-        """What `KernelMachine.explain` would say of the path so far.
+        """Attributions as of `KernelMachine.explain`, for the path so far.
 
         Raises
         ------
@@ -194,6 +193,6 @@ class StreamingShares(StepObserver):
 
 
 def _missed(account: Attributions) -> np.ndarray:
-    """What the quadrature missed in absolute value, (Q,)."""
+    """Quadrature error in absolute value, (Q,)."""
     moved = np.abs(account.output - account.initial)
     return account.quadrature_error * np.maximum(moved, np.finfo(float).tiny)

@@ -30,11 +30,11 @@ from pathkernel.tangent_kernel.measured_error import MeasuredError
 SAMPLES = 48
 """To choose nodes by; as many again are held out. More lowers the number of nodes by little."""
 ROWS = 160
-"""Of a probe kernel: fewer samples where each has a large block of its own."""
+"""Rows of a probe kernel: fewer samples where each has a large block of its own."""
 WINDOW = 512
 """Nodes whose probe kernels are held at once; on longer paths, what was chosen among them goes on to the next."""
 WINDOW_BYTES = 2**27
-"""For a window of large probe kernels."""
+"""Bytes of a window of large probe kernels."""
 DEPENDENT = 1e-12
 """Part of a kernel that the chosen ones leave, squared and relative, below which it is rounding."""
 
@@ -255,7 +255,7 @@ def _nonnegative_weights(
 
 
 class _Orthogonal:
-    """What the chosen vectors leave of the others, by Gram–Schmidt in the matrix of inner products."""
+    """Remainder of all vectors after projection on the chosen ones, by Gram–Schmidt in the matrix of inner products."""
 
     def __init__(self, inner: np.ndarray, places: Sequence[int] = ()) -> None:
         self.inner = inner

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 from pathkernel.quadrature import Quadrature
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -38,28 +38,30 @@ class PathMeasure:
     preconditioner: str | None = None
 
     def __post_init__(self) -> None:
-        check(
-            self.name in MEASURES,
-            InputError,
-            f"`measure={self.name!r}` was given",
-            f"Measures are {', '.join(map(repr, MEASURES))}",
-            'Write `measure="learning_rate"`',
-        )
-        check(
-            self.preconditioner in (None, "optimizer"),
-            InputError,
-            f"`preconditioner={self.preconditioner!r}` was given",
-            'Preconditioners are None and "optimizer"',
-            'Write `preconditioner="optimizer"` for the scaling of the optimizer\'s own steps',
-        )
+        if self.name not in MEASURES:
+            raise InputError(
+                f"`measure={self.name!r}` was given",
+                f"Measures are {', '.join(map(repr, MEASURES))}",
+                'Write `measure="learning_rate"`',
+            )
+        if self.preconditioner not in (None, "optimizer"):
+            raise InputError(
+                f"`preconditioner={self.preconditioner!r}` was given",
+                'Preconditioners are None and "optimizer"',
+                'Write `preconditioner="optimizer"` for the scaling of the optimizer\'s own steps',
+            )
         rule = self.trajectory.rule
-        check(
-            self.preconditioner is None or rule.elementwise,
-            InputError,
-            f'`preconditioner="optimizer"` was asked of {rule.name}',
-            "The optimizer's scaling must be a positive diagonal",
-            "Write `preconditioner=None`",
-        )
+        if self.preconditioner is not None and not rule.elementwise:
+            raise InputError(
+                f'`preconditioner="optimizer"` was asked of {rule.name}',
+                "The optimizer's scaling must be a positive diagonal",
+                "Write `preconditioner=None`",
+            )
+
+    @property
+    def needs_points(self) -> bool:
+        """Whether w_s depends on θ at both ends of a step, beside its settings."""
+        return self.name == "arc_length"
 
     def weight(self, step: Step) -> float:
         """w_s."""
@@ -172,16 +174,18 @@ def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: int | None =
 
     Notes
     -----
-    One pass over the record, one step in memory at a time.
+    One pass over the record, two steps in memory at a time. Steps are trained again for it only where `PathMeasure`
+    needs θ.
     """
     trajectory, times = measure.trajectory, quadrature.nodes
+    store = trajectory.store
     inside = sum(time < 1 for time, _ in times) or 1
     nodes: list[PathNode] = []
-    end: tuple[Tensor, Mapping[str, Tensor]] | None = None  # what the latest node was evaluated with, if a step's end
+    end: Step | None = None  # the step at whose end the latest node lies, if it lies at one
     for stretch in stretches(len(trajectory), steps):
         weight = 0.0
         for position in stretch:
-            step = trajectory.store.read(position)
+            step = store.read(position) if measure.needs_points else store.summary(position).record
             weight += measure.weight(step)
             if position == stretch[(len(stretch) - 1) // 2]:
                 middle, represented = step, position
@@ -189,32 +193,40 @@ def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: int | None =
             continue
         identity = measure.is_identity(middle)
         for place, (time, omega) in enumerate(times):
-            if time == 0 and identity and end is not None and end[0] is middle.before and end[1] is middle.buffers:
+            if time == 0 and identity and end is not None and _follows(middle, end):
                 weight_of_both = nodes[-1].weight + omega * weight
                 nodes[-1] = replace(nodes[-1], weight=weight_of_both, number=2 * middle.index * inside)
                 continue
             number = middle.index * inside + (place if time < 1 else inside)
             nodes.append(PathNode(measure, represented, time, omega * weight, 2 * number + (time == 1)))
-        end = (middle.after, middle.buffers) if identity and times[-1][0] == 1 else None
-    check(
-        len(nodes) > 0,
-        InputError,
-        f"The path has no length by `measure={measure.name!r}`",
-        "At least one step must have a positive weight",
-        'Write `measure="uniform"`, or record steps with a learning rate above 0',
-    )
+        end = middle if identity and times[-1][0] == 1 else None
+    if not nodes:
+        raise InputError(
+            f"The path has no length by `measure={measure.name!r}`",
+            "At least one step must have a positive weight",
+            'Write `measure="uniform"`, or record steps with a learning rate above 0',
+        )
     return nodes
+
+
+def _follows(step: Step, before: Step) -> bool:
+    """Whether a step begins where another one ended, with the same running statistics."""
+    if step.buffers is not before.buffers:
+        return False
+    if before.after.numel():
+        return step.before is before.after
+    # Training again goes on from the end of the step before, unless θ was changed in between.
+    return step.index == before.index + 1 and not step.changes
 
 
 def stretches(length: int, steps: int | None) -> list[range]:
     """Cut a path of that many steps into stretches of neighbouring steps."""
-    check(
-        steps is None or (isinstance(steps, int) and steps >= 1),
-        InputError,
-        f"`steps={steps!r}` was given",
-        f"The number of steps to use is an integer from 1 to {length}, or None for every step",
-        "Write for example `PathKernel(trajectory, steps=50)`",
-    )
+    if steps is not None and not (isinstance(steps, int) and steps >= 1):
+        raise InputError(
+            f"`steps={steps!r}` was given",
+            f"The number of steps to use is an integer from 1 to {length}, or None for every step",
+            "Write for example `PathKernel(trajectory, steps=50)`",
+        )
     edges = np.linspace(0, length, (length if steps is None else min(steps, length)) + 1).round().astype(int)
     return [range(first, last) for first, last in pairwise(edges.tolist())]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 from pathkernel.gradients.pytrees import copied_samples, count, memory_bytes, take
 from pathkernel.gradients.sample_wise import check_sample_wise
 from pathkernel.path_kernel.features import E, Features, at_node, features_of, samples_of_path
@@ -169,27 +169,25 @@ class PathKernel:
 
     def _chosen(self, tolerance: float) -> tuple[list[PathNode], MeasuredError]:
         """Fewer nodes, and the error that this makes."""
-        check(
-            self.steps is None and self.probes is None,
-            InputError,
-            f"`tolerance={tolerance!r}` was given together with {'`steps`' if self.steps else '`OutputProbes`'}",
-            "A tolerance chooses the steps itself, and over few steps the errors of random outputs do not average out",
-            f"Write `PathKernel(trajectory, tolerance={tolerance!r})`",
-        )
-        check(
-            isinstance(tolerance, float) and 0 < tolerance < 1,
-            InputError,
-            f"`tolerance={tolerance!r}` was given",
-            "The tolerance is a relative error between 0 and 1",
-            "Write for example `PathKernel(trajectory, tolerance=1e-3)`",
-        )
-        check(
-            len(self.trajectory.data) > 1,
-            InputError,
-            f"`tolerance={tolerance!r}` was given for a trajectory with one training sample",
-            "Nodes are chosen by some of the training samples, and the error is measured on others",
-            "Leave out `tolerance`",
-        )
+        if self.steps is not None or self.probes is not None:
+            raise InputError(
+                f"`tolerance={tolerance!r}` was given together with {'`steps`' if self.steps else '`OutputProbes`'}",
+                "A tolerance chooses the steps itself, and over few steps the errors of random outputs do not average "
+                "out",
+                f"Write `PathKernel(trajectory, tolerance={tolerance!r})`",
+            )
+        if not isinstance(tolerance, float) or not 0 < tolerance < 1:
+            raise InputError(
+                f"`tolerance={tolerance!r}` was given",
+                "The tolerance is a relative error between 0 and 1",
+                "Write for example `PathKernel(trajectory, tolerance=1e-3)`",
+            )
+        if len(self.trajectory.data) < 2:
+            raise InputError(
+                f"`tolerance={tolerance!r}` was given for a trajectory with one training sample",
+                "Nodes are chosen by some of the training samples, and the error is measured on others",
+                "Leave out `tolerance`",
+            )
         chosen_by, held_out = self._probe_ids
         samples = self._training_samples(torch.cat([chosen_by, held_out]))
         with tqdm(self.nodes, desc="choosing nodes", unit="node", disable=not self.progress) as bar:
@@ -208,7 +206,7 @@ class PathKernel:
 
     @cached_property
     def error(self) -> MeasuredError:
-        """How far this kernel is from that of every step, all outputs and exact products.
+        """Distance of this kernel from that of every step, all outputs and exact products.
 
         Measured on up to 48 training samples when it is first asked for (by a kernel with a tolerance when its nodes
         are chosen); takes a small kernel at every step.
@@ -265,9 +263,7 @@ class PathKernel:
         return (count(rows[0]), count((columns or rows)[0]), *(self._outputs, self._outputs) * self._is_full)
 
     def _stored_gram(self, store: str | os.PathLike[str], rows: Samples, columns: Samples | None) -> np.ndarray:
-        from pathkernel.storage import (
-            resumable as computations,
-        )  # not before it is needed: what writes to disk takes a second to load
+        from pathkernel.storage import resumable  # not before it is needed: what writes to disk takes a second to load
 
         def term(i: slice, j: slice, s: int) -> Tensor:
             node, one = self.nodes[s], take(rows, i)
@@ -276,13 +272,13 @@ class PathKernel:
             tile = self._engine_at(node).gram(node.theta, x, y, context, context_y, node.diagonal)
             return tile.mul_(node.weight).cpu()
 
-        def settle(sizes: Iterable[tuple[int, int | None]], settled: Mapping[str, str]) -> dict[str, str]:
+        def fix_engines(sizes: Iterable[tuple[int, int | None]], settled: Mapping[str, str]) -> dict[str, str]:
             engine, node = self._engine_at(self.nodes[0]), self.nodes[0]
-            return engine.settle(node.theta, *rows, sizes, settled) if isinstance(engine, AutomaticEngine) else {}
+            return engine.fix_engines(node.theta, *rows, sizes, settled) if isinstance(engine, AutomaticEngine) else {}
 
         identity, shape = self._identity(rows, columns), self._shape(rows, columns)
-        return computations.resumable_gram(
-            store, identity, shape, columns is None, len(self.nodes), term, settle, self.progress
+        return resumable.resumable_gram(
+            store, identity, shape, columns is None, len(self.nodes), term, fix_engines, self.progress
         )
 
     def _identity(self, rows: Samples, columns: Samples | None) -> dict[str, Any]:
@@ -335,13 +331,12 @@ class PathKernel:
         KernelOperator
             float64 (n, m), or (n C, m C) for ``outputs="full"``; symmetric for Y None.
         """
-        check(
-            not isinstance(self.engine, ProjectionEngine),
-            InputError,
-            "`operator` was asked of a kernel of sketched gradients",
-            "Products with K = φφᵀ need no more than φ",
-            "Write `phi = PathKernel(trajectory).features(X, dim)` and `phi @ (phi.T @ v)`",
-        )
+        if isinstance(self.engine, ProjectionEngine):
+            raise InputError(
+                "`operator` was asked of a kernel of sketched gradients",
+                "Products with K = φφᵀ need no more than φ",
+                "Write `phi = PathKernel(trajectory).features(X, dim)` and `phi @ (phi.T @ v)`",
+            )
         same = Y is None or Y is X
         rows, columns = copied_samples((self._some_samples(X), None if same else self._some_samples(Y)))
         return KernelOperator(self.nodes, self._engine_at, rows, columns, lock=self.lock)
@@ -384,7 +379,7 @@ class PathKernel:
 
     @one_at_a_time
     def check(self, X: PyTree) -> float:
-        """How far the tangent kernels of some samples are from autograd's: the worst of first, middle and last node.
+        """Distance of the tangent kernels of some samples from autograd's: the worst of first, middle and last node.
 
         Parameters
         ----------

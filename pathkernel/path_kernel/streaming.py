@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.errors import InputError, TrajectoryError, check
+from pathkernel.errors import InputError, TrajectoryError
 from pathkernel.gradients.pytrees import copied_samples, count, memory_bytes
 from pathkernel.path_kernel.features import at_node, samples_of_path
 from pathkernel.path_kernel.nodes import PathMeasure, PathNode, path_nodes
@@ -53,21 +53,19 @@ class StreamingGram(StepObserver):
         self.X, self.Y = copied_samples(X), None if Y is X else copied_samples(Y)
         self.options = options
         chosen = [name for name in ("steps", "tolerance") if name in options]
-        check(
-            not chosen,
-            InputError,
-            f"`StreamingGram({chosen[0] if chosen else ''}=...)` was given",
-            "How many steps there will be is not known while training runs, so every step is used",
-            "Leave it out, or record with `Schedule(every=10)` and use `PathKernel`",
-        )
+        if chosen:
+            raise InputError(
+                f"`StreamingGram({chosen[0]}=...)` was given",
+                "How many steps there will be is not known while training runs, so every step is used",
+                "Leave it out, or record with `Schedule(every=10)` and use `PathKernel`",
+            )
         drawn = [value for value in options.values() if isinstance(value, (OutputProbes, Projection))]
-        check(
-            not drawn,
-            InputError,
-            f"`StreamingGram` was given {drawn[0] if drawn else ''}",
-            "Each step's kernel is computed by itself here, so nothing can be drawn afresh at every step",
-            "Leave it out, stream `StreamingFeatures(X, dim)`, or use `PathKernel` on a recorded path",
-        )
+        if drawn:
+            raise InputError(
+                f"`StreamingGram` was given {drawn[0]}",
+                "Each step's kernel is computed by itself here, so nothing can be drawn afresh at every step",
+                "Leave it out, stream `StreamingFeatures(X, dim)`, or use `PathKernel` on a recorded path",
+            )
         self._trajectory: Trajectory | None = None
         self._sum: np.ndarray | None = None
 
@@ -106,7 +104,7 @@ class StreamingGram(StepObserver):
 
 
 class StreamingFeatures(StepObserver):
-    """What `pathkernel.PathKernel.features` gives of a recorded path, without the record.
+    """Features as of `pathkernel.PathKernel.features`, without a record.
 
     Parameters
     ----------
@@ -195,12 +193,11 @@ class StreamingFeatures(StepObserver):
         TrajectoryError
             Before a step with a positive weight.
         """
-        check(
-            self._sum is not None or self._end is not None,
-            TrajectoryError,
-            "`StreamingFeatures` was asked for its result and has seen no step with a positive weight",
-            "It looks on while training is recorded",
-            "Write `KernelRecorder(..., schedule=Streaming(features))` and train first",
-        )
+        if self._sum is None and self._end is None:
+            raise TrajectoryError(
+                "`StreamingFeatures` was asked for its result and has seen no step with a positive weight",
+                "It looks on while training is recorded",
+                "Write `KernelRecorder(..., schedule=Streaming(features))` and train first",
+            )
         parts = [part for part in (self._sum, None if self._end is None else self._at(self._end)) if part is not None]
         return torch.stack(parts).sum(dim=0).cpu().numpy()

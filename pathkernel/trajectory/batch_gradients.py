@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import operator
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from pathkernel._typing import Float, PyTree
+from pathkernel._typing import PyTree
 from pathkernel.errors import TrajectoryError
 from pathkernel.gradients.factored import FactoredGradients, working
 from pathkernel.gradients.gradient_source import BY_ROWS, GradientSource, weighted_sum
@@ -46,12 +46,12 @@ from pathkernel.trajectory.discrepancies import Discrepancies
 from pathkernel.trajectory.gradient_fit import (
     CAPTURED_TOLERANCE,
     GRADIENT_TOLERANCE,
-    Fit,
     fit_captured,
     fit_gradient,
     left_over,
 )
 from pathkernel.trajectory.samples import samples_of
+from pathkernel.trajectory.stage_gradients import WHOLE, ComparedGradient, Passes, StageGradients, Streamed
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import UpdateRule
@@ -90,7 +90,7 @@ class EngineReplaced(Exception):
 
 @dataclass
 class SplitCertificate:
-    r"""How well the rows of a run's batches belong to their samples, measured on some of them.
+    r"""Measure of how well the rows of a run's batches belong to their samples, measured on some of them.
 
     .. math:: \max_i \lvert \langle row_i, v\rangle - \lambda_i \cdot (J v)_i \rvert
               \,/\, \max_i \lvert \lambda_i \cdot (J v)_i \rvert
@@ -123,7 +123,7 @@ class SplitCertificate:
 
     @property
     def samples_checked(self) -> float:
-        """In what part of the gradients a wrong sample would have been seen; NaN where none was compared."""
+        """Part of the gradients in which a wrong sample would have been seen; NaN where none was compared."""
         return self.told / self.steps if self.steps else math.nan
 
     def note(self, error: float, limit: float) -> None:
@@ -132,52 +132,6 @@ class SplitCertificate:
         if math.isfinite(error):
             self.error = error if math.isnan(self.error) else max(self.error, error)
             self.batches += 1
-
-
-@dataclass(frozen=True)
-class Passes:
-    """How the samples of a batch go through the network.
-
-    Attributes
-    ----------
-    samples
-        How many at once; more than a batch has for whole batches.
-    streamed
-        Whether the gradients of a pass are used and dropped before the next.
-    """
-
-    samples: int
-    streamed: bool = False
-
-    def cut(self, batch: int) -> bool:
-        """Whether so many samples are taken in several passes."""
-        return batch > self.samples
-
-
-WHOLE = Passes(sys.maxsize)
-"""Every batch in one pass, its gradients held at once."""
-
-
-@dataclass(frozen=True)
-class ComparedGradient:
-    """A recorded gradient beside what it should follow from.
-
-    Attributes
-    ----------
-    recorded
-        What the optimizer received, without edits that have a name, (P,) float64.
-    expected
-        What the samples, named backward passes and regularisers add up to, (P,) float64.
-    tolerance
-        Relative difference that is rounding.
-    fit
-        How the one follows from the other; None where it does not.
-    """
-
-    recorded: Tensor
-    expected: Tensor
-    tolerance: float
-    fit: Fit | None
 
 
 class RecordedGradients:
@@ -198,10 +152,10 @@ class RecordedGradients:
 
     Attributes
     ----------
-    largest
-        The largest norm of a recorded gradient.
     most
         Samples in the largest step.
+    keeps_memory
+        Whether any gradient of the run went into the optimizer's memory.
     examples
         The largest batch of each kind of forward pass: its samples, its step, and its place in it.
     discrepancies
@@ -223,25 +177,48 @@ class RecordedGradients:
         self.source = GradientSource(function, engine, memory)
         # Mixed precision rounds every product; rows by torch.func round as the loop did.
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
-        self.largest, self.most = largest_gradient, 0
+        self.most = 0
+        self.keeps_memory = False
         self.examples: dict[Any, tuple[int, int, int]] = {}
-        self.discrepancies = Discrepancies(trajectory)
-        met = self._met(trajectory.steps())
-        self.discrepancies.meet(met if taken else list(met)[:0])
+        self._largest_gradient = largest_gradient
+        self.discrepancies = self._discrepancies(taken)
         self.certificate = SplitCertificate()
         self._coupled = engine == "autograd"
         self._separate: dict[Any, bool] = {}
         self._measured: set[Any] = set()
 
+    def _discrepancies(self, taken: bool) -> Discrepancies:
+        """Go through the record once, and compare its steps with their rule.
+
+        Steps that are read by training them again are compared when a sweep comes to them; here, what is known of them
+        without training is enough.
+        """
+        store = self.trajectory.store
+        if store.replays:
+            keyframes = []
+            for index in range(len(store)):
+                summary = store.summary(index)
+                self._meet(summary.record)
+                if summary.state is not None:
+                    keyframes.append(index)
+            return Discrepancies(self.trajectory, sorted({0, *keyframes}) if taken else ())
+        found = Discrepancies(self.trajectory)
+        met = self._met(self.trajectory.steps())
+        found.meet(met if taken else list(met)[:0])
+        return found
+
     def _met(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """Steps as they are read, each taken note of: reading a record once may mean to train once more."""
+        """Steps as they are read, each taken note of."""
         for step in steps:
             self._meet(step)
             yield step
 
     def _meet(self, step: Step) -> None:
-        """Take note of the largest gradient, step, and batch of each kind: (samples, step, place in it)."""
-        self.largest = max(self.largest, step.gradient.norm().item())
+        """Take note of the largest step, of the largest batch of each kind (samples, step, place in it), of memory."""
+        rule = self.trajectory.rule
+        if rule.memory and not self.keeps_memory:
+            # A rule that mixes entries is differentiated, in its memory too, whatever its settings are.
+            self.keeps_memory = not rule.elementwise or any(map(rule.keeps_memory, step.hyperparameters))
         self.most = max(self.most, sum(len(batch.ids) for batch in step.batches))
         for place, batch in enumerate(step.batches):
             state, size = batch.state, len(batch.ids)
@@ -249,8 +226,13 @@ class RecordedGradients:
             if size > self.examples.get(kind, (0,))[0]:
                 self.examples[kind] = size, step.index, place
 
+    @cached_property
+    def largest(self) -> float:
+        """The largest norm of a recorded gradient, which few comparisons depend on: all steps are read for it."""
+        return max([self._largest_gradient, *(step.gradient.norm().item() for step in self.trajectory.steps())])
+
     def stages(self, step: Step, rows: bool, passes: Passes = WHOLE) -> list[StageGradients]:
-        """What the samples contributed to each gradient of a step, one by one (``rows``) or in total only."""
+        """Contributions of the samples to each gradient of a step, one by one (``rows``) or in total only."""
         trajectory, stages = self.trajectory, []
         for index, offset in enumerate(self._offsets(step)):
             point = step.before if offset is None else step.before.double() + offset
@@ -259,7 +241,7 @@ class RecordedGradients:
         return stages
 
     def _offsets(self, step: Step) -> list[Tensor | None]:
-        """Where the gradients of a step were taken, relative to θ_s, (P,) or None for θ_s itself."""
+        """Points at which the gradients of a step were taken, relative to θ_s, (P,) or None for θ_s itself."""
         layout, rule = self.trajectory.layout, self.trajectory.rule
         offsets: list[Tensor | None] = [None] * rule.stages
         if type(rule).stage_offsets is UpdateRule.stage_offsets:
@@ -284,7 +266,7 @@ class RecordedGradients:
             parts = tuple(self._by_sample(step, point, passes))
             totals = (part.total() for part in parts)
         else:
-            parts = _Streamed(lambda: self._by_sample(step, point, passes)) if rows else ()
+            parts = Streamed(lambda: self._by_sample(step, point, passes)) if rows else ()
             totals = (self._in_total(step, batch, point, passes) for batch in step.batches)
         total = functools.reduce(operator.add, totals)
         self._silence(step, total)
@@ -309,7 +291,7 @@ class RecordedGradients:
         return StageGradients(total * fit.factor, parts, channels, fit.factor, point, step.batches)
 
     def _round_outputs(self, step: Step, point: Tensor, passes: Passes) -> dict[str, Tensor]:
-        """What named backward passes added that did not come through the outputs of samples, by name, (P,) each."""
+        """Parts of named backward passes that did not come through the outputs of samples, by name, (P,) each."""
         found = {}
         for name in sorted(step.differentiated & step.gradient_changes.keys()):
             found[name] = step.gradient_changes[name].double()
@@ -350,10 +332,11 @@ class RecordedGradients:
         # The loss was evaluated again: near interpolation its slopes cancel.
         tolerance = max(GRADIENT_TOLERANCE[dtype] for dtype in self._types(step))
         found = fit_gradient(layout, recorded, expected, tolerance)
+        if found.relative <= tolerance:
+            return ComparedGradient(recorded, expected, tolerance, found)
         # Gradients far below the largest of the run are differences of nearly equal numbers: judged by its scale.
         rounding = found.relative * recorded.norm().item() <= tolerance * 1e-2 * self.largest
-        fit = found if found.relative <= tolerance or rounding else None
-        return ComparedGradient(recorded, expected, tolerance, fit)
+        return ComparedGradient(recorded, expected, tolerance, found if rounding else None)
 
     def _summed_norms(self, step: Step, point: Tensor) -> float:
         """Σ_i ‖J_iᵀ λ_i‖ of a step, by one reverse sweep for each sample."""
@@ -538,7 +521,7 @@ class RecordedGradients:
         return self._slopes(batch, function, point, map_outputs(joined, returned[0]), inputs, targets)
 
     def source_of(self, batch: MicroBatch) -> GradientSource:
-        """Where the gradients of a batch come from."""
+        """Source of the gradients of a batch."""
         return self.rounded if batch.state.autocast else self.source
 
     def inseparable(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
@@ -621,56 +604,3 @@ def _separate(tape: Tape) -> bool:
     return not any(found.columns(where, torch.float64)[1:].any() for where in found.layout.slices.values())
 
 
-@dataclass(frozen=True)
-class StageGradients:
-    """Where one gradient of a step came from.
-
-    Attributes
-    ----------
-    samples
-        Σ_i c_i g_i, (P,) float64.
-    parts
-        The summands c_i g_i without ``factor``, where asked, in the order of the ids: of each micro-batch, or of each
-        pass; streamed ones are made anew each time they are gone through.
-    channels
-        What came from elsewhere, (P,) each: regularisers, named changes, and what the rounding of gradients left.
-    factor
-        What accumulation, clipping and loss scaling made of the samples' gradient; included in ``samples``.
-    point
-        θ where the gradient was taken, (P,).
-    batches
-        The micro-batches, each with the forward pass of this stage.
-    """
-
-    samples: Tensor
-    parts: Iterable[FactoredGradients]
-    channels: Mapping[str, Tensor]
-    factor: float | Tensor
-    point: Tensor
-    batches: tuple[MicroBatch, ...]
-
-    @property
-    def ids(self) -> Tensor:
-        """(B,) sample ids, repeated ones included."""
-        return torch.cat([batch.ids for batch in self.batches])
-
-    def columns(self, where: slice, dtype: torch.dtype) -> Float[Tensor, "B size"]:
-        """What the samples contributed to a part of θ."""
-        rows = [part.columns(where, dtype) for part in self.parts]
-        return self.scaled(rows[0] if len(rows) == 1 else torch.cat(rows), where)
-
-    def scaled(self, columns: Tensor, where: slice) -> Tensor:
-        """A part of the summands with the factor."""
-        if isinstance(self.factor, Tensor):
-            return columns * self.factor[where].to(columns.dtype)
-        return columns if self.factor == 1.0 else columns * self.factor
-
-
-class _Streamed:
-    """Gradients made while they are gone through."""
-
-    def __init__(self, begin: Callable[[], Iterator[FactoredGradients]]) -> None:
-        self._begin = begin
-
-    def __iter__(self) -> Iterator[FactoredGradients]:
-        return self._begin()

@@ -1,4 +1,4 @@
-r"""Where steps on record are not what their update rule makes of the recorded gradients, and what was done instead.
+r"""Steps on record that are not what their update rule makes of the recorded gradients, and what was done instead.
 
 The rule carries the optimizer's memory m from gradient to gradient. Whoever edits that memory between two steps
 (sets momentum to zero, loads an older state), or moves the weights inside a step, leaves a difference
@@ -15,13 +15,19 @@ between the recorded displacement and the rule's. Beyond rounding it is found he
   entries), e_s itself is ``"unexplained"``.
 
 Gradients are those on record, not recomputed ones: what samples add up to is still to be compared with Δ_s.
+
+Where steps are trained again from keyframes, m is on record at each of these. So the path falls into stretches that are
+followed one by one, each when a sweep asks for its steps, which are trained once for both; the first step of a stretch
+is compared with the m that the stretch before it ends with.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from tempfile import SpooledTemporaryFile
 from typing import IO
 
@@ -46,7 +52,7 @@ ROUNDINGS_OF_PARAMETERS = 2.0
 """Roundings of the parameters: of θ once when the displacement is added, and once more where decay multiplies it."""
 
 FORGOTTEN = 0.999
-"""By how much, from one step to the next, the size that displacements had is forgotten: as slowly as any memory."""
+"""Rate at which the size of earlier displacements is forgotten from step to step: as slowly as any memory."""
 
 PLAUSIBLE = 1e6
 """Sizes of the memory beyond which what was added to it is not found from the displacement.
@@ -58,7 +64,7 @@ huge, and would cancel in the next step at the cost of all digits.
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """What a step did beyond its rule, by parameter name.
+    """Difference between a step and its rule, by parameter name.
 
     Attributes
     ----------
@@ -80,7 +86,7 @@ class Discrepancy:
 
 @dataclass(frozen=True)
 class _Move:
-    """One parameter in one step, as its rule has it and as it was."""
+    """Parameter in one step, as its rule has it and as it was."""
 
     rule: UpdateRule
     frozen: Frozen
@@ -98,17 +104,28 @@ class _Move:
         return self.moved - delta - self.sources, after
 
     def of_memory(self, memory: Tensor) -> Tensor:
-        """What memory in the one slot does to the displacement: step(0, m)."""
+        """Effect of memory in the one slot on the displacement: step(0, m)."""
         return self.rule.step(torch.zeros_like(self.gradient), (memory,), self.frozen, self.settings)[0]
 
 
+@dataclass
+class _Followed:
+    """The optimizer's memory along a stretch, and the size that displacements had lately, by parameter name."""
+
+    memory: dict[str, Memory]
+    lately: dict[str, float] = field(default_factory=dict)
+
+
 class Discrepancies:
-    """Compares the steps of a record with their rule, in their order.
+    """Compares the steps of a record with their rule.
 
     Parameters
     ----------
     trajectory
         The record.
+    starts
+        Steps before which the optimizer's memory is on record, step 0 among them: the stretches that begin there are
+        followed when they are asked for. Empty where `meet` is called instead, or nothing is to be found.
 
     Attributes
     ----------
@@ -122,39 +139,80 @@ class Discrepancies:
     Time per step: one evaluation of the rule. Memory: that of the optimizer, and θ once more, while steps are met.
     """
 
-    def __init__(self, trajectory: Trajectory) -> None:
-        self.trajectory, self.length, self.rounding = trajectory, len(trajectory), 0.0
+    def __init__(self, trajectory: Trajectory, starts: Sequence[int] = ()) -> None:
+        self.trajectory = trajectory
+        self.length = len(trajectory)
+        self.rounding = 0.0
+        self._comparable = trajectory.rule.stages == 1  # gradients at further stages are not on record
+        self._starts = starts if self._comparable else ()
+        self._ends = dict(pairwise((*self._starts, self.length)))
         layout = trajectory.layout
         self._shapes = dict(zip(layout.names, layout.shapes, strict=True))
         self._epsilon = torch.finfo(trajectory.precision).eps
         self._scales: dict[int, Mapping[str, float]] = {}
         self._places: dict[int, dict[str, list[tuple[str, int]]]] = {}
         self._file: IO[bytes] | None = None
-        self._memory: dict[str, Memory] = {}
-        self._lately: dict[str, float] = {}
-        self._left = torch.zeros(0, dtype=torch.float64)
+        self._left: Tensor | None = None
         self._sizes: dict[int, dict[str, float]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._sizes)
+        """Whether there are any; True while that is not known."""
+        return bool(self._sizes or self._ends)
 
     def meet(self, steps: Iterable[Step]) -> None:
-        """Compare all steps of the record; what comes after them is read and left alone."""
+        """Compare all steps of the record, in their order."""
+        followed = _Followed(self._tensors(self.trajectory.initial_memory))
+        for step in steps:
+            if self._comparable:
+                self._compare(step, followed)
+        self._sum_up()
+
+    def _follow(self, first: int) -> None:
+        """Compare the steps of a stretch with their rule, and the first of the next one, with the memory that it has.
+
+        The first of this one is passed: it is compared when the stretch before is followed.
+        """
+        store, end = self.trajectory.store, self._ends.pop(first)
+        followed = _Followed(self._memory_before(first))
+        for index in range(first, min(end + 1, self.length)):
+            step = store.read(index)
+            if first == index > 0:
+                for name, move in self._moves(step, followed).items():
+                    followed.memory[name] = move.difference(move.memory)[1]
+            else:
+                self._compare(step, followed)
+        self._sum_up()
+
+    def _sum_up(self) -> None:
+        if self._left is not None:
+            self.rounding = self._left.norm().item()
+        if not self._ends:  # a vector of P numbers is not held for longer than it is needed
+            self._left = None
+
+    def _memory_before(self, first: int) -> dict[str, Memory]:
+        if first == 0:
+            return self._tensors(self.trajectory.initial_memory)
+        found: dict[str, Memory] = {}
+        for name, own in (self.trajectory.store.summary(first).state or {}).items():
+            slots = [own.get(key) for key in self.trajectory.rule.memory]
+            if any(isinstance(slot, Tensor) for slot in slots):
+                like = torch.zeros(self._shapes[name])
+                found[name] = tuple(slot if isinstance(slot, Tensor) else like for slot in slots)
+        return self._tensors(found)
+
+    def _tensors(self, memory: Mapping[str, Memory]) -> dict[str, Memory]:
         device = self.trajectory.device
-        self._memory = {
+        return {
             name: tuple(slot.double().to(device).reshape(self._shapes[name]) for slot in held)
-            for name, held in self.trajectory.initial_memory.items()
+            for name, held in memory.items()
         }
-        self._left = torch.zeros(self.trajectory.layout.size, dtype=torch.float64, device=device)
-        comparable = self.trajectory.rule.stages == 1  # gradients at further stages are not on record
-        for index, step in enumerate(steps):
-            if comparable and index < self.length:
-                self._compare(step)
-        self.rounding = self._left.norm().item()
-        self._memory, self._lately, self._left = {}, {}, self._left[:0].clone()
 
     def of(self, step: Step) -> Discrepancy:
-        """What a step did beyond its rule: nothing, as a rule."""
+        """Difference between a step and its rule: usually none."""
+        place = bisect_right(self._starts, step.index) - 1
+        for stretch in (place, place - 1):
+            if stretch >= 0 and self._starts[stretch] in self._ends and self._ends[self._starts[stretch]] >= step.index:
+                self._follow(self._starts[stretch])
         if step.index not in self._sizes:
             return Discrepancy()
         found = {
@@ -164,14 +222,17 @@ class Discrepancies:
         return Discrepancy(self._scales.get(step.index, {}), **found)
 
     def largest(self) -> tuple[float, int, str]:
-        """How far the step that did most without a name moved a parameter beyond its rule, the step, the parameter."""
+        """Largest displacement of a parameter beyond the rule that has no name, its step, and the parameter."""
         sizes = [(size, s, name) for s, own in self._sizes.items() for name, size in own.items() if s in self._places]
         return max(sizes, default=(0.0, -1, ""))
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def _compare(self, step: Step) -> None:
-        moves = {name: self._move(name, step) for name in self._shapes if name in step.active}
+    def _moves(self, step: Step, followed: _Followed) -> dict[str, _Move]:
+        return {name: self._move(name, step, followed) for name in self._shapes if name in step.active}
+
+    def _compare(self, step: Step, followed: _Followed) -> None:
+        moves = self._moves(step, followed)
         differences, carried, beyond = {}, {}, {}
         for name, move in moves.items():
             differences[name], carried[name] = move.difference(move.memory)
@@ -186,21 +247,24 @@ class Discrepancies:
             differences |= {name: differences[name] - shift for name, shift in found.displacement.items()}
         still = self._moved_without_gradient(step)
         found = Discrepancy(found.scale, found.memory, {**found.displacement, **still})
-        self._memory |= carried
+        followed.memory |= carried
+        if self._left is None:
+            size, device = self.trajectory.layout.size, self.trajectory.device
+            self._left = torch.zeros(size, dtype=torch.float64, device=device)
         for name, difference in differences.items():
             self._left[self.trajectory.layout.slices[name]] += difference.reshape(-1)
         if found:
             self._keep(step.index, found, beyond | {name: shift.norm().item() for name, shift in still.items()})
 
-    def _move(self, name: str, step: Step) -> _Move:
+    def _move(self, name: str, step: Step, followed: _Followed) -> _Move:
         rule, where, shape = self.trajectory.rule, self.trajectory.layout.slices[name], self._shapes[name]
         settings, frozen = step.hyperparameters_of(name), step.frozen[name]
         theta = step.before[where].double().reshape(shape)
         moved = step.after[where].double().reshape(shape) - theta
         gradient = step.gradient[where].double().reshape(shape)
         gradient, sources = rule.sourced(gradient, theta, frozen, settings)
-        memory = self._memory.get(name) or tuple(torch.zeros_like(theta) for _ in rule.memory)
-        self._lately[name] = lately = max(FORGOTTEN * self._lately.get(name, 0.0), moved.norm().item())
+        memory = followed.memory.get(name) or tuple(torch.zeros_like(theta) for _ in rule.memory)
+        followed.lately[name] = lately = max(FORGOTTEN * followed.lately.get(name, 0.0), moved.norm().item())
         rounding = self._epsilon * (ROUNDINGS_OF_PARAMETERS * theta.norm().item() + ROUNDINGS * lately)
         return _Move(rule, frozen, settings, gradient, sources, moved, memory, rounding, self._epsilon)
 
@@ -273,7 +337,7 @@ def _common_scale(
     excess = sum((acted[name] * differences[name]).sum().item() for name in beyond) / squared
 
     def rest(name: str, excess: float) -> float:
-        """What is left of a difference beyond what the memory's own roundings leave."""
+        """Remainder of a difference beyond what the memory's own roundings leave."""
         left = (differences[name] - excess * acted[name]).norm().item()
         return left - ROUNDINGS * moves[name].epsilon * acted[name].norm().item()
 
@@ -290,7 +354,7 @@ def _common_scale(
 
 
 def _added(move: _Move, difference: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """What was added to the memory, and what is left of the difference where the step does not depend on it."""
+    """Addition to the memory, and the rest of the difference where the step does not depend on it."""
     rate = move.of_memory(torch.ones_like(difference))
     added = torch.where(rate == 0, 0.0, difference / torch.where(rate == 0, 1.0, rate))
     after = move.rule.step(move.gradient, move.memory, move.frozen, move.settings)[1]

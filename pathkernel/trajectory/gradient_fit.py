@@ -1,4 +1,4 @@
-"""How the gradient that the optimizer received follows from those of the samples: what happened to it in between."""
+"""Fit of the gradient that the optimizer received by those of the samples: clipping, scaling, accumulation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ rounded to eight or eleven bits."""
 
 @dataclass(frozen=True)
 class Fit:
-    """How a recorded gradient follows from its recomputation.
+    """Relation of a recorded gradient to its recomputation.
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ def _multiple(found: Tensor, expected: Tensor) -> float:
 
 
 def left_over(layout: ParameterLayout, found: Tensor, expected: Tensor) -> Fit:
-    """What one factor between 0 and 1 leaves: how far a gradient that nothing explains is off, for messages.
+    """Remainder after one factor between 0 and 1: how far a gradient that nothing explains is off, for messages.
 
     More and larger factors would make the difference look small where they are what is refused.
     """

@@ -31,7 +31,7 @@ from pathkernel.runtime.pickling import check_picklable
 from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.step import MicroBatch, ReplayNotes, Step
-from pathkernel.trajectory.store import Store
+from pathkernel.trajectory.store import StepSummary, Store
 from pathkernel.update_rules.rule import Observation
 
 
@@ -334,12 +334,15 @@ class ReplayStore(Store):
     Time: one forward and backward pass and one optimizer step for each step of the block. Memory: two blocks.
     """
 
+    replays = True
+    _end: tuple[int, Tensor] | None = None  # for how many steps, and where they end
+
     def __init__(self, inner: Store, replay: Replay, threads: int | None = None) -> None:
         self.inner, self.replay, self.threads = inner, replay, threads
         self._blocks: OrderedDict[int, list[Step]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_blocks": OrderedDict()}
+        return {**vars(self), "_blocks": OrderedDict(), "_end": None}
 
     @property
     def stopped(self) -> bool:  # type: ignore[override]
@@ -410,6 +413,30 @@ class ReplayStore(Store):
             self._blocks.popitem(last=False)
         return block[index - start]
 
+    def end_of_steps(self) -> Tensor:
+        """θ after the last step: that of the live network, where it has the checksum on record, as after training."""
+        length = len(self.inner)
+        if self._end is None or self._end[0] != length:
+            self._end = length, self._live_end(self.inner.read(length - 1))
+        return self._end[1]
+
+    def _live_end(self, last: Step) -> Tensor:
+        run = self.replay.run
+        live = dict(run.model.named_parameters(remove_duplicate=False))
+        if last.replay is not None and all(name in live for name in run.layout.names):
+            parameters = {name: live[name].detach() for name in run.layout.names}
+            if checksum(parameters.values()) == last.replay.checksum:
+                return run.layout.flatten(parameters, run.initial.dtype).clone()
+        return self.read(len(self.inner) - 1).after
+
+    def summary(self, index: int) -> StepSummary:
+        """What is on record of a step; nothing is trained."""
+        index = range(len(self.inner))[index]
+        step = self.inner.read(index)
+        if step.replay is None or step.replay.keyframe != index:
+            return StepSummary(step)
+        return StepSummary(step, step.frozen)
+
     def _replayed(self, start: int) -> list[Step]:
         """All steps of the block that begins with a keyframe."""
         taken = attempt(lambda: self._taken_again(start), (*SENSELESS, NotImplementedError))
@@ -425,7 +452,7 @@ class ReplayStore(Store):
 
     def _taken_again(self, start: int) -> list[Step]:
         first = self.inner.read(start)
-        self.replay.restore(first.before, first.frozen)
+        self.replay.restore(first.before, self.summary(start).state or {})
         self._check_keyframe(start, first)
         block: list[Step] = []
         for index in range(start, len(self.inner)):

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.step import Step
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """A step as far as it is known without training it again.
+
+    Attributes
+    ----------
+    record
+        The step; θ and the gradient of one that is trained again are empty, unless it is a keyframe.
+    state
+        The optimizer's state before the step by parameter name, where that is on record; else None.
+    """
+
+    record: Step
+    state: Mapping[str, Mapping[str, Any]] | None = None
 
 
 class Store(ABC):
@@ -23,6 +40,9 @@ class Store(ABC):
 
     stopped: bool = False
     """Whether steps are no longer taken, because the disk gave out and training was to go on."""
+
+    replays: bool = False
+    """Whether reading a step may mean to train it again."""
 
     exists: bool = False
     """Whether steps of an earlier run are there, to be gone on with."""
@@ -45,6 +65,10 @@ class Store(ABC):
     @abstractmethod
     def read(self, index: int) -> Step:
         """The step with this index, 0 … len − 1."""
+
+    def summary(self, index: int) -> StepSummary:
+        """The step with this index, without what has to be trained again."""
+        return StepSummary(self.read(index))
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -75,6 +99,10 @@ class Store(ABC):
     def vector(self, index: int) -> Tensor:
         """θ before the step with this index, (P,)."""
         return self.read(index).before
+
+    def end_of_steps(self) -> Tensor:
+        """θ after the last step, (P,)."""
+        return self.read(len(self) - 1).after
 
     def columns(self, index: int, ranges: Sequence[slice]) -> list[Tensor]:
         """Ranges of θ before the step with this index: what a few parameters were, without the others."""

@@ -206,7 +206,7 @@ class Trajectory:
     @property
     def end_of_steps(self) -> Tensor:
         """θ after the last optimizer step, (P,)."""
-        return self.store.read(len(self) - 1).after if len(self) else self.initial
+        return self.store.end_of_steps() if len(self) else self.initial
 
     @property
     def loss(self) -> Loss | str | None:

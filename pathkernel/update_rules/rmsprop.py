@@ -29,6 +29,10 @@ class RMSprop(UpdateRule):
         """The average of g², and that of g if it is subtracted."""
         return ("square_avg", "grad_avg") if settings["centered"] else ("square_avg",)
 
+    def keeps_memory(self, settings: Settings) -> bool:
+        """Whether there is momentum."""
+        return float(settings.get("momentum", 1.0)) != 0
+
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The denominator √v + ε."""
         v = observed.after["square_avg"]

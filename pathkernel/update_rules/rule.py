@@ -119,6 +119,10 @@ class UpdateRule(ABC):
         """
         return None
 
+    def keeps_memory(self, settings: Settings) -> bool:
+        """Whether gradients go into the optimizer's memory under these settings."""
+        return bool(self.memory)
+
     def gradient_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
         """Named terms that the optimizer adds to the gradient, such as coupled weight decay."""
         return {}

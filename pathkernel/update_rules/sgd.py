@@ -36,6 +36,10 @@ class SGD(UpdateRule):
         """Nothing."""
         return ()
 
+    def keeps_memory(self, settings: Settings) -> bool:
+        """Whether there is momentum."""
+        return float(settings.get("momentum", 1.0)) != 0
+
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """Whether this step makes the momentum buffer."""
         return {"first": observed.before.get("momentum_buffer") is None}

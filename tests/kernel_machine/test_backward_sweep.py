@@ -18,9 +18,8 @@ from pathkernel.gradients.inner_products import contracted, paired_names
 from pathkernel.gradients.layers.factors import Dense, Lookup, Outer, Piece
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
-from pathkernel.kernel_machine.adjoint import Adjoint
-from pathkernel.kernel_machine.backward_sweep import Cuts, _Backward
-from pathkernel.kernel_machine.memory_plan import keeps_memory
+from pathkernel.kernel_machine.adjoint import StepAdjoint
+from pathkernel.kernel_machine.backward_sweep import BackwardSweep, Cuts
 from pathkernel.update_rules.rule import adjoint
 
 DOUBLE = TOLERANCES[torch.float64]
@@ -114,12 +113,12 @@ def test_coefficients_are_the_adjoint_by_differentiation(optimizer: str) -> None
     trajectory = record(optimizer=optimizer).trajectory
     rule, shapes = trajectory.rule, dict(zip(trajectory.layout.names, trajectory.layout.shapes, strict=True))
     for step in trajectory.steps():
-        mine = Adjoint(rule, step, shapes)
+        mine = StepAdjoint(rule, step, shapes)
         for name, shape in shapes.items():
             q, held = make_inputs(5, shape, seed=1), [make_inputs(5, shape, seed=2) for _ in rule.memory]
             pulled, before = adjoint(rule, step.frozen[name], step.hyperparameters_of(name), q, tuple(held))
             own = [cotangent.reshape(5, -1).clone() for cotangent in held]
-            found = mine.on(name, torch.float64)(slice(0, shape.numel()), q.reshape(5, -1), own)
+            found = mine.of(name, torch.float64)(slice(0, shape.numel()), q.reshape(5, -1), own)
             for (u, scale), expected in zip(found, pulled, strict=True):
                 close(u * scale, expected.reshape(5, -1), 1e-14)
             for cotangent, expected in zip(own, before, strict=True):
@@ -131,7 +130,7 @@ def test_coefficients_are_the_adjoint_by_differentiation(optimizer: str) -> None
     ("optimizer", "expected"), [("sgd", False), ("sgd_decay", False), ("momentum", True), ("adam", True)]
 )
 def test_only_steps_with_a_memory_keep_one(optimizer: str, expected: bool) -> None:
-    assert keeps_memory(record(optimizer=optimizer).trajectory) is expected
+    assert pk.KernelMachine(record(optimizer=optimizer).trajectory)._recorded.keeps_memory is expected
 
 
 # -- whole sweeps -----------------------------------------------------------------------------------------------------
@@ -235,10 +234,10 @@ def test_a_memory_is_kept_in_the_working_type_and_only_where_there_is_one() -> N
     for optimizer, kept in (("sgd", False), ("momentum", True)):
         run = record(optimizer=optimizer, dtype=torch.float32)
         machine = pk.KernelMachine(run.trajectory)
-        queries, _, _ = machine._queries(run.queries, 0)
+        queries, _, _ = machine._selection.select(run.queries, 0)
         curve = machine._curve(queries)
-        sweep = _Backward(curve, machine._recorded, None, None, Cuts())
-        segment, q = next(curve.backward(sweep.account))
+        sweep = BackwardSweep(curve, machine._recorded, None, None, Cuts())
+        segment, q = next(curve.backward(sweep.accumulator))
         sweep.step(segment, segment.step, q)
         held = [cotangent for slots in sweep.memory.values() for cotangent in slots if cotangent is not None]
         assert bool(held) is kept

@@ -551,7 +551,8 @@ def test_outputs_are_summed_from_the_samples(monkeypatch: pytest.MonkeyPatch) ->
     )
     np.testing.assert_allclose(machine.decision_function(run.queries), expected, rtol=0, atol=1e-9)
     swapped(run, 0, 4)
-    found = sum(machine._forward(machine._all_outputs(run.queries)).channels.values()).reshape(-1, 3)
+    curve = machine._curve(machine._selection.every_output(run.queries))
+    found = sum(machine._forward(curve).channels.values()).reshape(-1, 3)
     assert np.abs(found.numpy() - expected).max() > 1e-3 * np.abs(expected).max()
     with pytest.raises(TrajectoryError, match=r"up to .* off those of the network at the end of the record"):
         machine.decision_function(run.queries)

@@ -311,6 +311,60 @@ def test_recording_goes_on_after_a_break() -> None:
         assert torch.equal(step.after, end) and torch.equal(following.before, moved)
 
 
+# -- every step is trained once for all that is computed ---------------------------------------------------------------
+
+LONG = 7 * EVERY  # more blocks than a store keeps
+
+COMPUTATIONS: dict[str, Any] = {
+    "explain": lambda run, X: pk.KernelMachine(run).explain(X),
+    "explain by module": lambda run, X: pk.KernelMachine(run).explain(X, by="module"),
+    "explain, adaptive": lambda run, X: pk.KernelMachine(run, quadrature="adaptive").explain(X),
+    "ensemble": lambda run, X: pk.KernelMachine(run, form="ensemble").explain(X),
+    "decision function": lambda run, X: pk.KernelMachine(run).decision_function(X),
+    "path kernel": lambda run, X: pk.PathKernel(run)(X),
+    "preconditioned path kernel": lambda run, X: pk.PathKernel(run, preconditioner="optimizer")(X),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize("what", COMPUTATIONS)
+def test_each_step_is_trained_once(what: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(Schedule(keyframes=EVERY), optimizer, steps=LONG)
+    taken, take = [], Replay.take
+    monkeypatch.setattr(Replay, "take", lambda self, step: taken.append(step.index) or take(self, step))
+    COMPUTATIONS[what](run.trajectory, make_inputs(3, dtype=torch.float32))
+    assert sorted(taken) == list(range(LONG))
+
+
+@pytest.mark.parametrize("what", ["explain", "decision function"])
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_memory_that_was_edited_at_a_keyframe_is_followed(what: str, factor: float) -> None:
+    """The same as of a full record, in which memory is carried from step to step."""
+
+    def run(schedule: Schedule | None) -> Run:
+        kept: list[torch.optim.Optimizer] = []
+
+        def make(parameters: Any) -> torch.optim.Optimizer:
+            kept.append(torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+            return kept[0]
+
+        def between(step: int, model: nn.Module, recorder: Any) -> None:
+            if step + 1 in (EVERY, 5 * EVERY):
+                for state in kept[0].state.values():
+                    state["momentum_buffer"].mul_(factor)
+
+        return train(schedule, make_optimizer=make, between=between, steps=LONG)
+
+    X = make_inputs(3, dtype=torch.float32)
+    runs = [run(schedule) for schedule in (Schedule(keyframes=EVERY), None)]
+    found, expected = (COMPUTATIONS[what](one.trajectory, X) for one in runs)
+    if what == "decision function":
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        return
+    np.testing.assert_allclose(found.shares, expected.shares, rtol=1e-4, atol=1e-6)
+    assert found.channels.keys() == expected.channels.keys() and "unexplained" not in found.channels
+
+
 # -- a replay that differs is an error, never a number ---------------------------------------------------------------
 
 

@@ -44,7 +44,7 @@ class AutomaticEngine(LayerwiseEngine):
             self._chosen[n, m] = self._choose(theta, X, context, n, m)
         return self._chosen[n, m]
 
-    def settle(
+    def fix_engines(
         self,
         theta: Tensor,
         X: PyTree,

@@ -1,0 +1,147 @@
+"""Memory that the batches of a run take, measured on a few samples of one batch of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pathkernel._typing import PyTree
+from pathkernel.gradients.factored import piece_dtype
+from pathkernel.gradients.layers.factors import device_of_factor
+from pathkernel.gradients.losses import coupled_row_blocks, weighted_gradient
+from pathkernel.gradients.pytrees import take
+from pathkernel.gradients.returned import batch_outputs
+from pathkernel.runtime.allocations import Allocations, Footprint, footprint
+from pathkernel.trajectory.batch_gradients import RecordedGradients
+from pathkernel.trajectory.samples import samples_of
+from pathkernel.trajectory.step import MicroBatch, Step
+
+NOTHING = Footprint(np.zeros(1), np.zeros(1))
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Memory that the batches of a run take.
+
+    Attributes
+    ----------
+    most, largest
+        Samples in the largest step, and in the largest batch.
+    separate
+        Samples that may go through the network a few at a time.
+    whole, held
+        Bytes of the largest batch that goes through it whole, during the pass and afterwards; 0 where there is none.
+    rows
+        Whether the gradients of such a batch are rows that are made one by one.
+    inputs
+        Bytes of a sample.
+    """
+
+    most: int
+    largest: int
+    separate: Footprint
+    whole: float
+    held: float
+    rows: bool
+    inputs: float
+
+    @classmethod
+    def of(cls, gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> BatchSizes:
+        """Measure a few samples of one batch of each kind.
+
+        Parameters
+        ----------
+        gradients
+            Of the recorded batches.
+        pushed
+            Directions along which a batch is pushed at once.
+        total
+            Whether only the sum of the gradients is wanted.
+        """
+        separate, whole, held, rows, inputs = [NOTHING], 0.0, 0.0, False, 0.0
+        for size, one in kinds_of_batches(gradients, pushed, total):
+            inputs = max(inputs, one.bytes)
+            found = footprint(one.total if total else one.taken)
+            if one.coupled or one.random:
+                whole, held = max(whole, found.peak(size)), max(held, found.held(size))
+            else:
+                separate.append(found)
+            rows = rows or one.coupled
+        largest = max(size for size, _, _ in gradients.examples.values())
+        return cls(gradients.most, largest, max(separate, key=lambda found: found.peak(64)), whole, held, rows, inputs)
+
+    @staticmethod
+    def of_two(gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> tuple[float, float]:
+        """Peak bytes of two samples, and the bytes held of them and their inputs."""
+        peaks, held = [0.0], [0.0]
+        for _, one in kinds_of_batches(gradients, pushed, total):
+            with Allocations() as allocations:
+                _ = one.total(2) if total else one.taken(2)
+                peaks.append(allocations.peak)
+            rows = 8.0 * 2 * one.function.layout.size if one.coupled else 0.0
+            held.append(allocations.held + rows + 2 * one.bytes)
+        return max(peaks), max(held)
+
+
+def kinds_of_batches(gradients: RecordedGradients, pushed: int, total: bool) -> Iterator[tuple[int, SmallBatch]]:
+    """The size of the largest batch of each kind of forward pass, and a few of its samples."""
+    for size, index, place in gradients.examples.values():
+        step = gradients.trajectory.store.summary(index).record
+        one = SmallBatch(gradients, step, step.batches[place], pushed)
+        if not (one.coupled or total):
+            one.source.prove(one.point, take(one.inputs, slice(0, 2)), one.function)
+        yield size, one
+
+
+class SmallBatch:
+    """A few samples of a batch, to be tried out."""
+
+    def __init__(self, gradients: RecordedGradients, step: Step, batch: MicroBatch, pushed: int) -> None:
+        index = torch.arange(4) % len(batch.ids)
+        inputs, targets = (None if own is None else take(own, index) for own in (batch.inputs, batch.targets))
+        few = MicroBatch(batch.ids[index], None, inputs, targets)
+        self.inputs, _ = samples_of(few, gradients.trajectory.data)
+        # What a pass takes does not depend on θ, which is not on record for a step that is trained again.
+        self.point = step.before if step.before.numel() else gradients.trajectory.final
+        self.pushed, self.function = pushed, gradients.replayed(step, batch)
+        self.source, self.random = gradients.source_of(batch), bool(batch.state.generators)
+        self.coupled = gradients.together(batch, self.point, self.inputs)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of a sample."""
+        return sum(leaf.nbytes for leaf in pytree.tree_leaves(self.inputs)) / 4
+
+    def taken(self, n: int) -> Any:
+        """Gradients of n samples, and a product with each of a few directions; coupled ones are rows, one by one.
+
+        With the proof of rows that each new number of samples has: the sweep's own is one.
+        """
+        if self.coupled:
+            for _ in coupled_row_blocks(self.function, self.point, *self._weighted(n), 1):
+                pass
+            return None
+        self.source.tapes.forget(n)
+        ones = lambda outputs: torch.ones_like(batch_outputs(outputs, n))  # noqa: E731
+        part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
+        for piece in part.pieces:
+            piece.factor.products(torch.zeros(
+                self.pushed, piece.factor.size, dtype=piece_dtype(piece), device=device_of_factor(piece.factor)
+            ))
+        return part
+
+    def total(self, n: int) -> Tensor:
+        """The sum of the gradients of n samples."""
+        return weighted_gradient(self.function, self.point, *self._weighted(n)).double()
+
+    def _weighted(self, n: int) -> tuple[PyTree, Tensor]:
+        inputs = self.function.cast(take(self.inputs, slice(0, n)))
+        with self.function.running(gradients=False):
+            outputs = self.function.batch(self.function.parameters(self.point), inputs)
+        return inputs, torch.ones_like(outputs)

@@ -1,0 +1,44 @@
+"""Classifiers among the networks: which they are, and what their outputs are as probabilities."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pathkernel._typing import Loss
+from pathkernel.errors import InputError
+from pathkernel.trajectory.trajectory import Trajectory
+
+
+def is_classifier(trajectory: Trajectory) -> bool:
+    """Whether the training targets are classes."""
+    loss, task = trajectory.loss, trajectory.task
+    if task is not None:
+        return task == "classification"
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss)):
+        return True
+    target = pytree.tree_leaves(trajectory.data.example[1])[0]
+    return not target.is_floating_point() and target.dim() == 1
+
+
+def probabilities(loss: Loss, outputs: Tensor) -> Tensor:
+    """Class probabilities (n, C) of outputs under the loss that a network was trained with.
+
+    Raises
+    ------
+    InputError
+        For losses that define none.
+    """
+    if isinstance(loss, nn.CrossEntropyLoss):
+        return outputs.softmax(dim=1)
+    if isinstance(loss, nn.NLLLoss):
+        return outputs.exp()
+    if isinstance(loss, nn.BCEWithLogitsLoss) and outputs.shape[1] == 1:
+        positive = outputs.sigmoid()
+        return torch.cat([1 - positive, positive], dim=1)
+    raise InputError(
+        f"Probabilities were asked of a network trained with {type(loss).__name__}",
+        "CrossEntropyLoss, NLLLoss and BCEWithLogitsLoss with one output define them",
+        "Use `decision_function(X)` and turn outputs into probabilities as your loss does",
+    )

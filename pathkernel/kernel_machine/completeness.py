@@ -1,0 +1,137 @@
+"""Whether an explanation is complete: what has no name is little, and the sum is what the network returns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pathkernel.errors import TrajectoryError
+from pathkernel.kernel_machine.accumulator import Accumulator
+from pathkernel.kernel_machine.curves import Curve
+from pathkernel.quadrature import DiscreteGradient
+from pathkernel.trajectory.discrepancies import Discrepancies
+from pathkernel.trajectory.trajectory import Trajectory
+
+ROUNDING_LIMIT = 0.1
+"""Part of the change of the outputs beyond which differences between recorded and recomputed gradients are no rounding.
+
+Each step's gradient is checked by itself, but the gradients of a step may be small beside the largest of the run and
+still move the outputs. A bias before BatchNorm under Adam in float32 takes a few per cent.
+"""
+
+END = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+"""Part of the outputs by which what is added up may miss them, beside what the recorded θ were rounded by.
+
+Values of f telescope along the path. What is left are roundings of the optimizer's own arithmetic and of inner
+products: 84 roundings in float32, and in float64 what a network that amplifies them may make of as many.
+"""
+
+ROUNDED = 16.0
+"""Factor by which the rounding of θ may have moved the outputs further than in proportion to θ itself."""
+
+
+def check_unexplained(
+    accumulator: Accumulator, trajectory: Trajectory, output: Tensor, discrepancies: Discrepancies, allowed: float
+) -> None:
+    """Fail loudly where too much of the sum has no name.
+
+    Parameters
+    ----------
+    accumulator, trajectory
+        The sum, and the record that it is of.
+    output
+        What the network returns at the end, (Q,).
+    discrepancies
+        Of the steps.
+    allowed
+        Part of the change of the outputs that may be unexplained.
+
+    Raises
+    ------
+    TrajectoryError
+        Naming the largest change without a name.
+    """
+    moved = (output - accumulator.channels["initial"]).norm().item()
+    rounding = accumulator.channels["rounding"].norm().item() if "rounding" in accumulator.channels else 0.0
+    if rounding > max(ROUNDING_LIMIT, allowed) * moved:
+        raise TrajectoryError(
+            f"{rounding / max(moved, 1e-300):.1%} of what moved these outputs are differences between the recorded "
+            "gradients and those of the recorded samples",
+            f"They are rounding, and {ROUNDING_LIMIT:.0%} is more than rounding",
+            "Record with `KernelRecorder(..., audit_every=1)`, which tells at which step ids, inputs or loss "
+            "are not those of the loop, or in float64",
+        )
+    size = accumulator.channels["unexplained"].norm().item() if "unexplained" in accumulator.channels else 0.0
+    if size <= allowed * moved:
+        return
+    where, write = _most_unexplained(trajectory, discrepancies)
+    raise TrajectoryError(
+        f"{size / max(moved, 1e-300):.1%} of what moved these outputs is unexplained; most of it is {where}",
+        f"No more than {allowed:.1%} may come from changes that no sample and no named channel stands for",
+        f"{write}, or allow more with `KernelMachine(..., unexplained=1.0)`",
+    )
+
+
+def _most_unexplained(trajectory: Trajectory, discrepancies: Discrepancies) -> tuple[str, str]:
+    """The largest change without a name, and how such changes get one."""
+    layout = trajectory.layout
+    size, step, name = discrepancies.largest()
+    where = "where the gradient is zero and the optimizer moved all the same"
+    write = 'Make such changes inside `with recorder.channel("projection"):`'
+    if size:
+        where = (
+            f"at step {step}, which moved `{name}` by {size:.2g} otherwise than {trajectory.rule.name} does with "
+            "the recorded gradients"
+        )
+        write = (
+            "Make a new KernelRecorder where the optimizer's state was edited, from which on it is the channel "
+            '"memory"; check a rule of your own with `pathkernel.testing.check_update_rule`'
+        )
+    changes = [s for s in trajectory.segments() if s.step is None and s.channel == "unexplained"]
+    if changes:
+        largest = max(changes, key=lambda change: change.displacement.norm().item())
+        by_name = layout.unflatten(largest.displacement)
+        worst = max(by_name, key=lambda name: by_name[name].norm().item())
+        if by_name[worst].norm().item() >= size:
+            following = [s.step.index for s in trajectory.segments() if s.step and s.start is largest.end]
+            before = f"before step {following[0]}" if following else "after the last step"
+            where = f"a change of `{worst}` by {by_name[worst].norm().item():.2g} {before}"
+            write = 'Make such changes inside `with recorder.channel("projection"):`'
+    return where, write
+
+
+def check_end(accumulator: Accumulator, curve: Curve, output: Tensor, discrepancies: Discrepancies) -> None:
+    """Compare the sum of a forward sweep along a curve with the network at the end of the record.
+
+    Raises
+    ------
+    TrajectoryError
+        Where they differ by more than rounding, and more than the quadrature missed.
+    """
+    trajectory = curve.trajectory
+    known = output.isfinite()  # a network may return −∞ for what cannot be
+    found, output = sum(accumulator.channels.values(), torch.zeros(()))[known], output[known]
+    missed = accumulator.quadrature_error[known]
+    if not len(output):
+        return
+    types = {trajectory.precision, curve.queries.function.dtype}
+    moved = (output - accumulator.channels["initial"][known]).abs().max().item()
+    # What θ was rounded by in all its steps is on record, and moved the outputs about as far, in proportion.
+    went = (trajectory.final.double() - trajectory.initial.double()).norm().item()
+    rounded = discrepancies.rounding / max(went, torch.finfo(torch.float64).tiny)
+    allowed = max(END[dtype] for dtype in types) * max(moved, output.abs().max().item())
+    allowed += ROUNDED * rounded * moved
+    off = found.sub(output).abs()
+    if not isinstance(curve.quadrature, DiscreteGradient):  # which makes up for what it missed
+        off = off - missed
+    worst = off.nan_to_num(nan=torch.inf).max().item()
+    if worst > allowed:
+        largest = output.abs().max().item()
+        raise TrajectoryError(
+            f"Samples and channels add up to outputs that are up to {worst:.2g} off those of the network at the "
+            f"end of the record, the largest of which is {largest:.2g}",
+            f"They are its outputs to rounding, here {allowed:.1g}: the steps on record are then what the update "
+            "rule makes of the recorded samples",
+            "Record with `KernelRecorder(..., audit_every=1)`, which tells at which step ids, inputs or loss are "
+            "not those of the loop; check a rule of your own with `pathkernel.testing.check_update_rule`",
+        )

@@ -1,0 +1,64 @@
+"""Everything that an explanation depends on, by which one that is kept in a store is known again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.kernel_machine.curves import Curve
+from pathkernel.kernel_machine.queries import GradientStep
+from pathkernel.quadrature import Quadrature
+from pathkernel.storage import question
+from pathkernel.trajectory.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Requests of an explanation beside the shares."""
+
+    by: str | None = None
+    verify: bool = False
+
+
+def explanation_identity(
+    curve: Curve, quadrature: Quadrature, form: str, engine: str, weights: str | None, wanted: Asked
+) -> dict[str, Any]:
+    """Everything that an explanation depends on; not the budget, and not what is only checked afterwards."""
+    trajectory, queries = curve.trajectory, curve.queries
+    function = queries.function
+    aside = question.nearby(trajectory)
+    points = _points(trajectory, weights, function, aside)
+    asked = question.behaviour(queries.functional, points, queries.inputs, queries.context)
+    if not question.is_ours(quadrature):
+        segment = next(trajectory.segments(reverse=True))
+        gradient = quadrature.average(GradientStep(queries.block(slice(0, 1)), segment)).gradient
+        directions = [torch.nn.functional.normalize(v.double(), dim=0) for v in (segment.displacement, aside)]
+        average = torch.stack([gradient @ direction for direction in directions])
+        asked["averages"] = question.numbers([average], question.NETWORK_ROUNDING[function.dtype])
+    return question.identity_of(
+        trajectory,
+        machine=f"{form}, {engine}, {function.dtype}, {wanted!r}",
+        quadrature=question.described(quadrature, "quadrature"),
+        weights=question.described(weights and trajectory.averages[weights], "weights"),
+        module=function.tap,
+        components=None if queries.scalar else queries.components,
+        queries=question.samples_identity((queries.inputs, queries.context)),
+        **asked,
+    )
+
+
+def _points(
+    trajectory: Trajectory, weights: str | None, function: ModelFunction, aside: Tensor
+) -> list[tuple[ModelFunction, Tensor]]:
+    """The explained network at its start, at its end, and elsewhere."""
+    if weights is None:
+        trained = function.replaced(constants=trajectory.final_buffers)
+        return [(function, trajectory.initial), (trained, trajectory.final), (trained, aside)]
+    record = trajectory.averages[weights]
+    averaged = function.replaced(constants=record.constants(trajectory.constants))
+    first, last = (trajectory.layout.flatten(values) for values in (record.initial, record.last))
+    return [(averaged, first), (averaged, last), (averaged, aside)]

@@ -1,0 +1,116 @@
+"""Gradients of one step, as the samples and the named channels put them together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pathkernel._typing import Float
+from pathkernel.gradients.factored import FactoredGradients
+from pathkernel.trajectory.gradient_fit import Fit
+from pathkernel.trajectory.step import MicroBatch
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Cut of a batch into passes through the network.
+
+    Attributes
+    ----------
+    samples
+        How many at once; more than a batch has for whole batches.
+    streamed
+        Whether the gradients of a pass are used and dropped before the next.
+    """
+
+    samples: int
+    streamed: bool = False
+
+    def cut(self, batch: int) -> bool:
+        """Whether so many samples are taken in several passes."""
+        return batch > self.samples
+
+
+WHOLE = Passes(sys.maxsize)
+"""Every batch in one pass, its gradients held at once."""
+
+
+@dataclass(frozen=True)
+class ComparedGradient:
+    """A recorded gradient beside what it should follow from.
+
+    Attributes
+    ----------
+    recorded
+        What the optimizer received, without edits that have a name, (P,) float64.
+    expected
+        What the samples, named backward passes and regularisers add up to, (P,) float64.
+    tolerance
+        Relative difference that is rounding.
+    fit
+        How the one follows from the other; None where it does not.
+    """
+
+    recorded: Tensor
+    expected: Tensor
+    tolerance: float
+    fit: Fit | None
+
+
+@dataclass(frozen=True)
+class StageGradients:
+    """Origin of one gradient of a step.
+
+    Attributes
+    ----------
+    samples
+        Σ_i c_i g_i, (P,) float64.
+    parts
+        The summands c_i g_i without ``factor``, where asked, in the order of the ids: of each micro-batch, or of each
+        pass; streamed ones are made anew each time they are gone through.
+    channels
+        What came from elsewhere, (P,) each: regularisers, named changes, and what the rounding of gradients left.
+    factor
+        What accumulation, clipping and loss scaling made of the samples' gradient; included in ``samples``.
+    point
+        θ where the gradient was taken, (P,).
+    batches
+        The micro-batches, each with the forward pass of this stage.
+    """
+
+    samples: Tensor
+    parts: Iterable[FactoredGradients]
+    channels: Mapping[str, Tensor]
+    factor: float | Tensor
+    point: Tensor
+    batches: tuple[MicroBatch, ...]
+
+    @property
+    def ids(self) -> Tensor:
+        """(B,) sample ids, repeated ones included."""
+        return torch.cat([batch.ids for batch in self.batches])
+
+    def columns(self, where: slice, dtype: torch.dtype) -> Float[Tensor, "B size"]:
+        """Contributions of the samples to a part of θ."""
+        rows = [part.columns(where, dtype) for part in self.parts]
+        return self.scaled(rows[0] if len(rows) == 1 else torch.cat(rows), where)
+
+    def scaled(self, columns: Tensor, where: slice) -> Tensor:
+        """A part of the summands with the factor."""
+        if isinstance(self.factor, Tensor):
+            return columns * self.factor[where].to(columns.dtype)
+        return columns if self.factor == 1.0 else columns * self.factor
+
+
+class Streamed:
+    """Gradients made while they are gone through."""
+
+    def __init__(self, begin: Callable[[], Iterator[FactoredGradients]]) -> None:
+        self._begin = begin
+
+    def __iter__(self) -> Iterator[FactoredGradients]:
+        return self._begin()
