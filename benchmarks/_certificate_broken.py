@@ -117,10 +117,11 @@ def _broken_pieces(fault: Fault) -> Callable[..., list[Piece]]:
                 components = torch.stack([(tape.outputs * slope).sum(1) for slope in slopes], 1)
             return right(tape, components)
         first = tape.function.layout.slices[tape.function.layout.names[0]]
-        parts = [part for piece in right(tape, components, identity) for part in piece.dense()]
+        parts = [part for piece in right(tape, components, identity) for part in piece.separated()]
+        spared = first.stop if fault.first_only else tape.function.layout.size
         return [
-            Piece(where, Dense(values if fault.first_only and where.start >= first.stop else mixed(fault, values)))
-            for where, values in parts
+            Piece(where, factor if where.start >= spared else Dense(mixed(fault, factor.rows())))
+            for where, factor in parts
         ]
 
     return pieces

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.gradients.factored import FactoredGradients, in_working_type, working
+from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.tape import Tape
@@ -83,7 +83,7 @@ class GradientSource:
         weights = cotangents(tape.returned)
         with torch.enable_grad():
             weighted = (tape.outputs * weights).sum(dim=1, keepdim=True)
-        pieces = tuple(in_working_type(piece) for piece in tape.pieces(weighted))
+        pieces = accumulated(tape.pieces(weighted))
         if self.plain:
             rows = self._rows(function, self.plain, theta, inputs, weighted_sum, weights, None)
             pieces += FactoredGradients.of_rows(rows, function.layout).pieces
@@ -129,7 +129,7 @@ class GradientSource:
         own = ParameterLayout.of({name: values[name] for name in names})
         part, route = function.restricted(own, values), "autograd" if self.engine == "autograd" else None
         k, point = components or 1, own.flatten(values)
-        n, dtype = count(inputs), working(function.dtype)
+        n, dtype = count(inputs), accumulation_dtype(function.dtype)
         rows = {
             name: torch.empty(n * k, where.stop - where.start, dtype=dtype, device=function.device)
             for name, where in own.slices.items()
@@ -161,4 +161,9 @@ def tape_pieces(tape: Tape, functional: OutputFunctional, context: PyTree) -> tu
     """Pieces of ∇h on a tape, in a type of at least float32."""
     with torch.enable_grad():
         h = values_of(functional, tape.outputs, context)
-    return tuple(in_working_type(piece) for piece in tape.pieces(h))
+    return accumulated(tape.pieces(h))
+
+
+def accumulated(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """Pieces in the type in which their products are formed."""
+    return tuple(piece.to(accumulation_dtype(piece.factor.dtype)) for piece in pieces)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pathkernel.gradients.factored import FactoredGradients, working
+from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.inner_products import contracted, paired_names
 from pathkernel.gradients.matmul import product
 from pathkernel.gradients.pytrees import blocks
@@ -106,7 +106,7 @@ class _Backward:
         self.layout, self.rule, self.count = trajectory.layout, trajectory.rule, count
         self.shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
         # Rules that mix entries are differentiated, and add up rounding along the way.
-        self.dtype = working(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
+        self.dtype = accumulation_dtype(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
         self.account = account = Account.opened(curve.initial())
         # (N, Q), so that a batch adds to whole rows.
         device = trajectory.device

@@ -37,8 +37,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
-from pathkernel.gradients.factored import piece_dtype, working
-from pathkernel.gradients.layers.factors import device_of_factor
+from pathkernel.gradients.factored import accumulation_dtype
 from pathkernel.gradients.losses import coupled_row_blocks, weighted_gradient
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, take
@@ -213,7 +212,7 @@ class _Batch:
         part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
         for piece in part.pieces:
             piece.factor.products(torch.zeros(
-                self.pushed, piece.factor.size, dtype=piece_dtype(piece), device=device_of_factor(piece.factor)
+                self.pushed, piece.factor.size, dtype=piece.factor.dtype, device=piece.factor.device
             ))
         return part
 
@@ -292,7 +291,7 @@ class _Planner:
         self.vector = 8.0 * self.size
         self.shapes = dict(zip(trajectory.layout.names, trajectory.layout.shapes, strict=True))
         self.widest = max(shape.numel() for shape in trajectory.layout.shapes)
-        dtype = working(queries.function.dtype)
+        dtype = accumulation_dtype(queries.function.dtype)
         self.row, self.itemsize = self.size * dtype.itemsize, dtype.itemsize if self.rule.elementwise else 8
         # Throughout, of each query sample: cotangents of the optimizer's memory, shares, sums over a step, and what
         # else is asked for.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, Int, PyTree
-from pathkernel.gradients.factored import FactoredGradients, working
+from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.gradient_source import ROWS, GradientSource
 from pathkernel.gradients.model_function import REFUSALS, OutputFunctional, gradients_along, push_forward, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
@@ -112,7 +112,8 @@ class Queries:
             return self.source.gradients(
                 theta, self.inputs, self.functional, self._context, self._components, function
             )
-        rows, begin = torch.empty(len(self), layout.size, dtype=working(function.dtype), device=function.device), 0
+        dtype = accumulation_dtype(function.dtype)
+        rows, begin = torch.empty(len(self), layout.size, dtype=dtype, device=function.device), 0
         for own in self._cut(self.passes):
             found = self.source.gradients(
                 theta, own.inputs, self.functional, own._context, self._components, function

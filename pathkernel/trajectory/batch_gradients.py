@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import TrajectoryError
-from pathkernel.gradients.factored import FactoredGradients, working
+from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.gradient_source import BY_ROWS, GradientSource, weighted_sum
 from pathkernel.gradients.layers.tape import Tape
 from pathkernel.gradients.losses import (
@@ -414,7 +414,8 @@ class RecordedGradients:
             self.certificate.engines.add("autograd")
             cotangents = cotangents_of(batch, function, point, objective, inputs, targets)
             for rows in coupled_row_blocks(function, point, inputs, cotangents, min(n, passes.samples)):
-                yield FactoredGradients.dense(rows.to(working(function.dtype)), function.layout), None, cotangents
+                rows = rows.to(accumulation_dtype(function.dtype))
+                yield FactoredGradients.dense(rows, function.layout), None, cotangents
         elif not passes.cut(n) or self.inseparable(batch, point, inputs):
             slopes: list[Tensor] = []
 

@@ -13,7 +13,7 @@ from tolerances import TOLERANCES
 from torch import Tensor, nn
 
 import pathkernel as pk
-from pathkernel.tangent_kernel.engines.layer_products import LayerJacobianProducts, along_directions, weighted_sum
+from pathkernel.tangent_kernel.engines.layer_products import LayerJacobianProducts
 from pathkernel.tangent_kernel.engines.projection import Projection
 from pathkernel.tangent_kernel.operators import KernelOperator, Point
 
@@ -104,9 +104,9 @@ def test_both_maps_of_a_factor_against_its_rows(name: str) -> None:
     for piece in pieces:
         rows = piece.factor.rows()
         weights = torch.randn(len(X), k, 2, dtype=torch.float64, generator=generator(0))
-        close(weighted_sum(piece.factor, weights), torch.einsum("nkd,nkp->dp", weights, rows))
+        close(piece.factor.weighted_sum(weights), torch.einsum("nkd,nkp->dp", weights, rows))
         directions = torch.randn(2, rows.shape[2], dtype=torch.float64, generator=generator(1))
-        close(along_directions(piece.factor, directions), torch.einsum("dp,nkp->nkd", directions, rows))
+        close(piece.factor.products_in_turn(directions), torch.einsum("dp,nkp->nkd", directions, rows))
 
 
 @pytest.mark.parametrize("outputs", ["trace", "mean", "full", "1"])

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.layers.batch_axis import Arrangement
-from pathkernel.gradients.layers.factors import Piece, device_of_factor
+from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.losses import coupled_rows
 from pathkernel.gradients.model_function import ROW_LIMIT, ModelFunction, error_of_rows, random_directions
@@ -144,11 +144,11 @@ def _compare(
 
 def assembled(pieces: Sequence[Piece], layout: ParameterLayout, samples: int) -> Tensor:
     """Pieces of one component as rows (n, P)."""
-    device = device_of_factor(pieces[0].factor) if pieces else None
+    device = pieces[0].factor.device if pieces else None
     rows = torch.zeros(samples, layout.size, dtype=torch.float64, device=device)
     for piece in pieces:
-        for where, values in piece.dense():
-            rows[:, where] += values[:, 0].double()
+        for where, factor in piece.separated():
+            rows[:, where] += factor.rows()[:, 0].double()
     return rows
 
 

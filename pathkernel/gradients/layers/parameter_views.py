@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from pathkernel.gradients.layers.factors import Dense, Factor, Outer
+from pathkernel.gradients.layers.factor import Factor
+from pathkernel.gradients.layers.factors import Dense
 
 Contribution = tuple[str, slice, Factor]
 """Parameter, the part of it, and the gradients."""
@@ -113,10 +114,9 @@ class View(Handle):
     def pull(self, gradients: Factor) -> Iterator[Contribution]:
         """Unchanged for the parameter itself or a part of it; otherwise entries are added where they belong."""
         where = self.where
-        if where is not None and not self.transposed:
-            yield self.name, where, gradients
-        elif where is not None and isinstance(gradients, Outer):
-            yield self.name, where, replace(gradients, transposed=not gradients.transposed)
+        own = gradients.turned() if self.transposed else gradients
+        if where is not None and own is not None:
+            yield self.name, where, own
         else:
             rows = gradients.rows()
             whole = rows.new_zeros(*rows.shape[:2], self.shape.numel())

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.layers.batch_axis import Arrangement
-from pathkernel.gradients.layers.factors import Dense, Factor, Outer, Piece, joined
+from pathkernel.gradients.layers.factor import Factor
+from pathkernel.gradients.layers.factors import Dense, Piece, joined
 from pathkernel.gradients.layers.parameter_views import Handle, View
 from pathkernel.gradients.layers.rules import NoRule, SumOfSignals
 from pathkernel.gradients.layers.tracing import Recording, Use, module_rules
@@ -159,8 +160,8 @@ class Tape:
 
         def pull() -> None:
             factor = use.gradients[key](signal)
-            if isinstance(factor, Outer) and self._is_head(use, identity):
-                factor = replace(factor, head=True)
+            if self._is_head(use, identity):
+                factor = factor.as_head()
             for name, where, own in handle.pull(factor):
                 contributions[name].append((where, own))
 
@@ -182,7 +183,7 @@ class Tape:
         found = {}
         for name, own in pieces.items():
             (bias,) = partners[name] if len(partners[name]) == 1 else ("",)
-            whole = len(own) == 1 and isinstance(own[0].factor, Outer) and not own[0].factor.transposed
+            whole = len(own) == 1 and own[0].factor.takes_bias
             if bias and whole and partners[bias] == {f"of {name}"}:
                 found[name] = bias
         return found

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.gradients.layers.factors import Lookup, Outer, Piece
+from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.tangent_kernel.cost.hardware import machine
 from pathkernel.tangent_kernel.cost.operations import operations_of
@@ -115,12 +115,8 @@ class Shape:
             name for name, where in slices.items() if any(p.start < where.stop and where.start < p.stop for p in parts)
         )
         factor = piece.factor
-        if isinstance(factor, Outer):
-            kind = "head" if factor.head else "outer"
-            return cls(layer, piece, factor.positions, factor.signal.shape[3], factor.activation.shape[2], kind)
-        if isinstance(factor, Lookup):
-            return cls(layer, piece, factor.signal.shape[2], factor.signal.shape[3], 1, "lookup")
-        return cls(layer, piece, 1, factor.size, 1, "dense")
+        kind = "head" if factor.head else factor.form
+        return cls(layer, piece, factor.positions, factor.width, factor.comparing, kind)
 
     @property
     def size(self) -> int:

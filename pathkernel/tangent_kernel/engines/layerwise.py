@@ -28,9 +28,7 @@ from pathkernel.tangent_kernel.engines.tiles import (
     Metric,
     contract,
     mirror,
-    numbers,
     own_products,
-    row_numbers,
 )
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
@@ -114,10 +112,10 @@ class LayerwiseEngine(Engine):
         graph += 2 * item * sum(shape.numel() for shape in tape.shapes)
         signals, others, kept_signals, kept_others, rows = 0, 0, 0, 0, 0
         for piece in pieces:
-            of_components, alike = numbers(piece.factor)
+            of_components, alike = piece.factor.numbers
             signals, others = signals + of_components, others + alike
             if not form.by_pairs(piece) and form.by_kept_rows(piece):
-                rows += row_numbers(piece.factor)
+                rows += piece.factor.row_numbers
             else:
                 kept_signals, kept_others = kept_signals + of_components, kept_others + alike
         k = self._values(tape, context).shape[1]

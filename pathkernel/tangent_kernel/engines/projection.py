@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import InputError, check
-from pathkernel.gradients.layers.factors import Dense, Factor, Lookup, Outer, Piece, device_of_factor
+from pathkernel.gradients.layers.factor import Factor
+from pathkernel.gradients.layers.factors import Dense, Lookup, Outer, Piece
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.tangent_kernel.engines.engine import Engine
@@ -79,40 +80,38 @@ class Projection:
 
     def apply(self, factor: Factor, key: tuple[int, ...]) -> Float[Tensor, "n K dim"]:
         """S g of each gradient, float64; ``key`` says which S."""
-        if isinstance(factor, (Outer, Lookup)) and self.convolves(factor):
+        if self.convolves(factor):
             return self._convolved(factor, key)
         draw = self._sparse if self.kind in ("tensor", "sparse") else self._dense
-        total = torch.zeros(
-            factor.samples, factor.components, self.dim, dtype=torch.float64, device=device_of_factor(factor)
-        )
+        shape = factor.samples, factor.components, self.dim
+        total = torch.zeros(shape, dtype=torch.float64, device=factor.device)
         for number, part in enumerate(_parts(factor)):
             generator = np.random.default_rng([self.seed, *key, number])
             rows = part.rows()
             total += draw(rows.reshape(-1, rows.shape[2]), generator).reshape(total.shape)
         return total
 
-    def convolves(self, factor: Outer | Lookup) -> bool:
+    def convolves(self, factor: Factor) -> bool:
         """Whether sketches of δ and a are convolved: where that costs less than forming the gradients."""
-        if self.kind != "tensor":
+        if self.kind != "tensor" or factor.formed:
             return False
-        p, t = factor.signal.shape[3], factor.signal.shape[2]
+        p, q, t = factor.width, factor.reading_size, factor.positions
         if isinstance(factor, Lookup) or t == 1:
             return True
-        q = factor.activation.shape[2]
         transforms = 3 * self.dim * max(1, (self.dim - 1).bit_length())
         return t * (NONZEROS * (p + q) + transforms) <= NONZEROS * p * q
 
-    def _convolved(self, factor: Outer | Lookup, key: tuple[int, ...]) -> Tensor:
+    def _convolved(self, factor: Factor, key: tuple[int, ...]) -> Tensor:
         """Σ_t (S₁ δ_t) ∗ (S₂ a_t): circular convolution, a product in the frequencies."""
         generator = np.random.default_rng([self.seed, *key])
-        n, k, t, p = factor.signal.shape
-        signal = self._sparse(factor.signal.reshape(-1, p), generator)
+        n, k, t, p = factor.signals.shape
+        signal = self._sparse(factor.signals.reshape(-1, p), generator)
         if isinstance(factor, Lookup):
             table = self._sparse_map(factor.vocabulary, generator).tocsc()
             read = table[:, factor.indices.reshape(-1).cpu().numpy()].toarray().T.copy()
             activation = torch.from_numpy(read).to(signal.device)
         else:
-            activation = self._sparse(factor.activation.reshape(n * t, -1), generator)
+            activation = self._sparse(factor.readings.reshape(n * t, -1), generator)
         frequencies = torch.fft.rfft(signal).reshape(n, k, t, -1) * torch.fft.rfft(activation).reshape(n, 1, t, -1)
         return torch.fft.irfft(frequencies.sum(dim=2), n=self.dim).double()
 
@@ -188,13 +187,12 @@ class ProjectionEngine(Engine):
 
     def _numbers(self, factor: Factor) -> int:
         """Numbers that a factor and its sketch take."""
-        if isinstance(factor, Dense):
-            return 2 * factor.values.numel()
-        assert isinstance(factor, (Outer, Lookup))
-        n, k, t, p = factor.signal.shape
-        convolved = 4 * t * self.projection.dim
-        work = n * k * (convolved if self.projection.convolves(factor) else 3 * max(COLUMNS, factor.size // p))
-        return factor.signal.numel() + work
+        own = factor.numbers[0]
+        if factor.formed:
+            return 2 * own
+        convolved = 4 * factor.positions * self.projection.dim
+        each = convolved if self.projection.convolves(factor) else 3 * max(COLUMNS, factor.reading_size)
+        return own + factor.samples * factor.components * each
 
     def _block(
         self, layers: LayerwiseEngine, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None
@@ -207,14 +205,14 @@ class ProjectionEngine(Engine):
         )
         for piece in pieces:
             for where, factor in _weighted(piece, diagonal):
-                total += self.projection.apply(factor if full else _stacked(factor), (self.number, where))
+                total += self.projection.apply(factor if full else factor.stacked(), (self.number, where))
         rest = layers._plain_engine(theta)
         if rest is not None:
             engine, own, left_out = rest
             rows = engine.rows(own, X, context)
             factor = Dense(rows if diagonal is None else rows * diagonal[left_out].sqrt().to(rows))
             key = self.number, self.function.layout.size
-            total += self.projection.apply(factor if full else _stacked(factor), key)
+            total += self.projection.apply(factor if full else factor.stacked(), key)
         return total / k**0.5 if self.selection.combine == "mean" else total
 
     def gram(
@@ -249,7 +247,8 @@ def _weighted(piece: Piece, diagonal: Tensor | None) -> Iterator[tuple[int, Fact
         for where in (piece.where, *(() if bias is None else (bias,)))
     ]
     if diagonal is not None and any(len(own) > 1 for own in weights):
-        for where, rows in piece.dense():
+        for where, part in piece.separated():
+            rows = part.rows()
             yield where.start, Dense(rows * diagonal[where].sqrt().to(rows))
         return
     roots = [float(own[0]) ** 0.5 for own in weights]
@@ -262,27 +261,7 @@ def _weighted(piece: Piece, diagonal: Tensor | None) -> Iterator[tuple[int, Fact
     yield piece.where.start, replace(factor, activation=activation, head=False)
 
 
-def _stacked(factor: Factor) -> Factor:
-    """The gradients of all components behind each other, as one: the trace kernel is their inner product."""
-    if isinstance(factor, Dense):
-        return Dense(factor.values.flatten(1).unsqueeze(1))
-    assert isinstance(factor, (Outer, Lookup))
-    n, k, t, p = factor.signal.shape
-    signal = factor.signal.transpose(1, 2).reshape(n, 1, t, k * p)
-    return _with_signal(factor, signal)
-
-
 def _parts(factor: Factor) -> Iterator[Factor]:
     """A factor in parts of at most so many columns, or of one row of outer products."""
-    if isinstance(factor, Dense):
-        for columns in blocks(factor.size, COLUMNS):
-            yield Dense(factor.values[:, :, columns])
-        return
-    assert isinstance(factor, (Outer, Lookup))
-    p = factor.signal.shape[3]
-    for own in blocks(p, COLUMNS * p // factor.size):
-        yield _with_signal(factor, factor.signal[:, :, :, own])
-
-
-def _with_signal(factor: Outer | Lookup, signal: Tensor) -> Outer | Lookup:
-    return replace(factor, signal=signal, head=False) if isinstance(factor, Outer) else replace(factor, signal=signal)
+    for own in blocks(factor.width, COLUMNS // factor.reading_size):
+        yield factor.with_signals(factor.signals[:, :, :, own])

@@ -56,8 +56,8 @@ def test_pieces_are_the_gradients_of_each_sample(name: str) -> None:
     found, seen = torch.zeros_like(expected), torch.zeros(theta.shape, dtype=torch.int64)
     pieces = tape.pieces((tape.outputs * cotangents).sum(dim=1, keepdim=True))
     for piece in pieces:
-        for where, rows in piece.dense():
-            found[:, where] = rows[:, 0]
+        for where, factor in piece.separated():
+            found[:, where] = factor.rows()[:, 0]
             seen[where] += 1
     assert seen.max() <= 1, "pieces are disjoint"
     for left_out in PLAIN.get(name, set()):
