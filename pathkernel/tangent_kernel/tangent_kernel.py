@@ -20,7 +20,7 @@ from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.tangent_kernel.cost.model import CostRow
 from pathkernel.tangent_kernel.cost.table import cost_rows, describe, precision
-from pathkernel.tangent_kernel.engines.auto import EngineValue, choices_of, keep_choices, make_engine
+from pathkernel.tangent_kernel.engines.auto import EngineValue, make_engine
 from pathkernel.tangent_kernel.engines.engine import Engine
 from pathkernel.tangent_kernel.engines.products import error_of_engine
 from pathkernel.tangent_kernel.filters import ParameterFilter, chosen_parameters
@@ -85,7 +85,8 @@ class TangentKernel:
         `pathkernel.tangent_kernel.outputs.select_outputs`.
     engine
         ``"auto"`` (default), ``"layerwise"``, ``"jacobian"`` (rows of gradients by `torch.func`), ``"products"`` (one
-        column at a time), or a value that makes an engine, such as a projection; see `explain`.
+        column at a time), a subclass of `pathkernel.tangent_kernel.engines.Engine`, or a value that makes an engine,
+        such as a projection; see `explain`.
     memory
         Budget for what is held at once beside inputs and result, as bytes or text. Up to three quarters of it are kept
         for the next call, for as long as this object lives.
@@ -114,7 +115,7 @@ class TangentKernel:
         parameters: Parameters | ParameterFilter | None = None,
         *,
         outputs: Any = "trace",
-        engine: str | EngineValue = "auto",
+        engine: str | EngineValue | type[Engine] = "auto",
         memory: int | str = "1GB",
         dtype: torch.dtype | None = None,
         loss: Loss | None = None,
@@ -154,13 +155,13 @@ class TangentKernel:
     def __getstate__(self) -> dict[str, Any]:
         made_of = self._made_of
         check_picklable(model=made_of["model"], outputs=self.selection, engine=made_of["engine"])
-        return {**made_of, "chosen": choices_of(self.engine)}
+        return {**made_of, "chosen": dict(self.engine.choices)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         made_of = dict(state)
         chosen = made_of.pop("chosen")
         self._make(made_of)
-        keep_choices(self.engine, chosen)
+        self.engine.choices.update(chosen)
 
     def _samples(self, X: PyTree) -> tuple[PyTree, PyTree]:
         """Inputs and context; a loss is told in what form the network returns its outputs."""

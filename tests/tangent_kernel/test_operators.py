@@ -209,6 +209,6 @@ def test_weights_and_diagonals_of_a_sum() -> None:
     terms = [Point(kernel.theta, 0.5), Point(kernel.theta + 0.1, 2.0, d)]
     context = torch.zeros(len(X), 0)
     expected = sum(
-        term.weight * kernel.engine.gram(term.theta, X, None, context, None, term.diagonal) for term in terms
+        term.weight * kernel.engine.gram(term.theta, X, None, context, None, term.preconditioner) for term in terms
     )
     close(KernelOperator(terms, lambda _: kernel.engine, (X, context)) @ np.eye(len(X)), expected)

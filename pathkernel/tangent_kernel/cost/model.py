@@ -23,7 +23,8 @@ from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.tangent_kernel.cost.hardware import machine
 from pathkernel.tangent_kernel.cost.operations import operations_of
-from pathkernel.tangent_kernel.engines.layerwise import BLOCKS, LayerwiseEngine, Plan, Sizes
+from pathkernel.tangent_kernel.engines.blocking import BLOCKS, Plan, Sizes
+from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.engines.tiles import TILE, Form, Metric
 
 ENGINES = ("layerwise", "jacobian", "products")

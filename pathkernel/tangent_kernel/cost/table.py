@@ -14,10 +14,7 @@ from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 
 def cost_model(engine: Engine, theta: Tensor, X: PyTree, context: PyTree) -> CostModel:
     """The cost model of the kernel that an engine computes."""
-    layers = engine
-    if not isinstance(layers, LayerwiseEngine):
-        layers = LayerwiseEngine(engine.function, engine.selection, engine.memory)
-    return CostModel(layers, theta, X, context)
+    return CostModel(LayerwiseEngine.of(engine), theta, X, context)
 
 
 def cost_rows(

@@ -7,18 +7,18 @@ and the same activations and signals serve every vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
-from pathkernel._typing import Float, PyTree
+from pathkernel._typing import PyTree
 from pathkernel.gradients.layers.factor import Factor
 from pathkernel.gradients.layers.factors import Piece
-from pathkernel.gradients.pytrees import blocks, count, moved, take
-from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
-from pathkernel.tangent_kernel.engines.products import JacobianProducts
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.pytrees import blocks, count, take
+from pathkernel.tangent_kernel.engines.engine import Samples
+from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts
 
 Part = tuple[slice, Factor]
 """A part of θ, and gradients in it."""
@@ -32,36 +32,45 @@ class LayerJacobianProducts(JacobianProducts):
 
     Parameters
     ----------
-    engine
-        The layer-wise engine of the kernel: its tapes, h, and budget. Parameters that its tapes do not cover are left
-        out here.
-    theta
-        θ.
-    X, context
+    function
+        The network. Parameters that its tapes do not cover are left out here.
+    pieces
+        Gradients of some components of h for samples with their contexts, as pieces of a tape.
+    samples
         n samples and what h needs of each.
+    full
+        Blocks of all pairs of components rather than their trace.
+    budget
+        Bytes for what is in hand at once.
     memory
         Bytes that may be held between products.
     """
 
     def __init__(
-        self, engine: LayerwiseEngine, theta: Float[Tensor, " P"], X: PyTree, context: PyTree, memory: int
+        self,
+        function: ModelFunction,
+        pieces: Callable[[PyTree, PyTree, slice], list[Piece]],
+        samples: Samples,
+        full: bool,
+        budget: int,
+        memory: int,
     ) -> None:
-        self.engine, self.theta, self.X, self.context = engine, theta, X, context
-        self.full = engine.full
-        parts = next(iter(self._recorded([slice(0, min(2, count(X)))], None)))[1]
-        per_sample = max(1, sum(factor.nbytes for _, factor in parts) // min(2, count(X)))
-        self.size = max(1, min(LARGEST_BLOCK, engine.memory // (4 * per_sample)))
-        self.holds = per_sample * count(X) <= memory
+        self.function, self.pieces, self.samples, self.full = function, pieces, samples, full
+        self.n = count(samples[0])
+        few = min(2, self.n)
+        parts = self._recorded(slice(0, few), slice(None))
+        per_sample = max(1, sum(factor.nbytes for _, factor in parts) // few)
+        self.size = max(1, min(LARGEST_BLOCK, budget // (4 * per_sample)))
+        self.holds = per_sample * self.n <= memory
         self._held: dict[tuple[int, int], list[tuple[slice, list[Part]]]] = {}
 
     def pull(self, weights: Tensor, components: slice) -> Tensor:
-        """See `JacobianProducts.pull`."""
+        """Gradients added up, layer by layer."""
         own, d = 1 if self.full else components.stop - components.start, weights.shape[-1]
-        result = torch.zeros(
-            own, d, self.engine.function.layout.size, dtype=torch.float64, device=self.engine.function.device
-        )
+        shape = own, d, self.function.layout.size
+        result = torch.zeros(shape, dtype=torch.float64, device=self.function.device)
         for where, parts in self._parts(components):
-            v = self.engine.function.cast(weights[where])
+            v = self.function.cast(weights[where])
             for place, factor in parts:
                 for c in range(own):
                     if self.full:
@@ -71,13 +80,11 @@ class LayerJacobianProducts(JacobianProducts):
         return result
 
     def push(self, directions: Tensor, components: slice) -> Tensor:
-        """See `JacobianProducts.push`."""
-        directions, results = self.engine.function.cast(directions), []
+        """Derivatives along directions, layer by layer."""
+        directions, results = self.function.cast(directions), []
         for where, parts in self._parts(components):
-            total = torch.zeros(
-                where.stop - where.start, *(components.stop,) * self.full, directions.shape[1], dtype=torch.float64,
-                device=directions.device,
-            )
+            shape = where.stop - where.start, *(components.stop,) * self.full, directions.shape[1]
+            total = torch.zeros(shape, dtype=torch.float64, device=directions.device)
             for place, factor in parts:
                 for c, along in enumerate(directions[:, :, place]):
                     if self.full:
@@ -95,26 +102,43 @@ class LayerJacobianProducts(JacobianProducts):
             yield from self._held[key]
             return
         kept: list[tuple[slice, list[Part]]] = []
-        for block in self._recorded(list(blocks(count(self.X), self.size)), components):
+        for where in blocks(self.n, self.size):
+            block = where, self._recorded(where, components)
             if self.holds:
                 kept.append(block)
             yield block
         if self.holds:
             self._held = {key: kept}
 
-    def _recorded(self, where: list[slice], components: slice | None) -> Iterator[tuple[slice, list[Part]]]:
-        selection = self.engine.selection
-        for block in where:
-            tape = self.engine.tapes.record(self.theta, take(self.X, block), self.engine.function)
-            if selection.identity:
-                chosen = components or slice(0, tape.outputs.shape[1])
-                yield block, _separated(tape.pieces(tape.outputs[:, chosen], chosen))
-                continue
-            with torch.enable_grad():
-                context = moved(take(self.context, block), tape.outputs.device)
-                h = vmap(selection.function)(tape.outputs, context).reshape(tape.n, -1)
-            yield block, _separated(tape.pieces(h if components is None else h[:, components]))
+    def _recorded(self, where: slice, components: slice) -> list[Part]:
+        X, context = self.samples
+        pieces = self.pieces(take(X, where), take(context, where), components)
+        return [part for piece in pieces for part in piece.separated()]
 
 
-def _separated(pieces: Iterable[Piece]) -> list[Part]:
-    return [part for piece in pieces for part in piece.separated()]
+class DividedJacobianProducts(JacobianProducts):
+    """A Jacobian whose columns are divided between two ways.
+
+    Parameters
+    ----------
+    most
+        J, with zeros in the columns of ``rest``.
+    rest
+        J of some of the parameters.
+    where
+        Their places in θ.
+    """
+
+    def __init__(self, most: JacobianProducts, rest: JacobianProducts, where: Tensor) -> None:
+        self.most, self.rest, self.where, self.holds = most, rest, where, most.holds
+
+    def pull(self, weights: Tensor, components: slice) -> Tensor:
+        """Gradients added up, each way in its columns."""
+        result = self.most.pull(weights, components)
+        result[..., self.where] = self.rest.pull(weights, components)
+        return result
+
+    def push(self, directions: Tensor, components: slice) -> Tensor:
+        """Derivatives along directions, the sum of both ways."""
+        found = self.most.push(directions, components)
+        return found + self.rest.push(directions[..., self.where], components)

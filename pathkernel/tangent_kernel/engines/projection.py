@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from pathkernel.gradients.layers.factor import Factor
 from pathkernel.gradients.layers.factors import Dense, Lookup, Outer, Piece
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import blocks, count, take
-from pathkernel.tangent_kernel.engines.engine import Engine
+from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Node, Samples, number_of_components
+from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
@@ -157,6 +159,7 @@ class ProjectionEngine(Engine):
     """
 
     name = "projection"
+    exact = False
 
     def __init__(
         self,
@@ -171,7 +174,7 @@ class ProjectionEngine(Engine):
         self.layers = LayerwiseEngine(function, selection, memory)
 
     def features(
-        self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None
+        self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal
     ) -> Float[Tensor, "n ... dim"]:
         """φ(x), float64 (n, dim); (n, K, dim) for full blocks."""
         layers = copy.copy(self.layers)
@@ -181,8 +184,8 @@ class ProjectionEngine(Engine):
         activations = sum(shape.numel() for shape in tape.shapes) * 4
         held = sum(self._numbers(piece.factor) for piece in pieces) + activations + self.projection.dim
         size = max(1, self.memory * (first.stop or 1) // (8 * held))
-        found = [self._block(layers, theta, take(X, b), take(context, b), diagonal) for b in blocks(count(X), size)]
-        features = torch.cat(found)
+        cuts = ((take(X, block), take(context, block)) for block in blocks(count(X), size))
+        features = torch.cat([self._block(layers, theta, *own, preconditioner) for own in cuts])
         return features if self.selection.combine == "full" else features.squeeze(1)
 
     def _numbers(self, factor: Factor) -> int:
@@ -195,7 +198,7 @@ class ProjectionEngine(Engine):
         return own + factor.samples * factor.components * each
 
     def _block(
-        self, layers: LayerwiseEngine, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None
+        self, layers: LayerwiseEngine, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal
     ) -> Tensor:
         pieces, tape = layers.pieces(theta, X, context)
         full = self.selection.combine == "full"
@@ -204,30 +207,79 @@ class ProjectionEngine(Engine):
             tape.n, k if full else 1, self.projection.dim, dtype=torch.float64, device=tape.outputs.device
         )
         for piece in pieces:
-            for where, factor in _weighted(piece, diagonal):
+            for where, factor in _weighted(piece, preconditioner):
                 total += self.projection.apply(factor if full else factor.stacked(), (self.number, where))
-        rest = layers._plain_engine(theta)
+        rest = layers.uncovered(theta)
         if rest is not None:
             engine, own, left_out = rest
             rows = engine.rows(own, X, context)
-            factor = Dense(rows if diagonal is None else rows * diagonal[left_out].sqrt().to(rows))
+            factor = Dense(rows if preconditioner is None else rows * preconditioner[left_out].sqrt().to(rows))
             key = self.number, self.function.layout.size
             total += self.projection.apply(factor if full else factor.stacked(), key)
         return total / k**0.5 if self.selection.combine == "mean" else total
 
     def gram(
-        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, diagonal: Tensor | None
+        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
         """φ(X) φ(Y)ᵀ."""
-        left = self.features(theta, X, context_X, diagonal)
-        return products(left, left if Y is None else self.features(theta, Y, context_Y, diagonal))
+        left = self.features(theta, X, context_X, preconditioner)
+        return products(left, left if Y is None else self.features(theta, Y, context_Y, preconditioner))
 
-    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> Tensor:
+    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> Tensor:
         """|φ(x)|²."""
-        features = self.features(theta, X, context, diagonal)
+        features = self.features(theta, X, context, preconditioner)
         if self.selection.combine == "full":
             return torch.einsum("nkd,njd->nkj", features, features)
         return (features**2).sum(dim=1)
+
+    def jacobian(self, theta: Tensor, samples: Samples, memory: int) -> FeatureProducts:
+        """φ in place of gradients."""
+        return FeatureProducts(self, theta, samples, memory)
+
+    def at(self, node: Node, selection: OutputSelection | None = None) -> Self:
+        """The same engine at a node of a path, with a random map of its own."""
+        engine = copy.copy(super().at(node, selection))
+        engine.number = node.number
+        return engine
+
+
+class FeatureProducts(JacobianProducts):
+    """Sketched gradients in place of gradients: φ in ``dim`` dimensions in place of P.
+
+    Parameters
+    ----------
+    engine, theta
+        The engine of sketches, and θ.
+    samples
+        n samples and what h needs of each.
+    memory
+        Bytes that may be held between products.
+    """
+
+    def __init__(self, engine: ProjectionEngine, theta: Tensor, samples: Samples, memory: int) -> None:
+        self.engine, self.theta, self.samples = engine, theta, samples
+        self.sketched = engine.projection.dim
+        self.holds = count(samples[0]) * self.sketched * 8 <= memory
+        self._held: Tensor | None = None
+
+    def _features(self) -> Tensor:
+        if self._held is not None:
+            return self._held
+        features = self.engine.features(self.theta, *self.samples, None)
+        if self.engine.selection.combine == "mean":  # φ has the mean in it already, and is asked for the sum
+            components = number_of_components(self.engine, self.theta, *self.samples)
+            features = features * features.new_tensor(components).sqrt()
+        self._held = features if self.holds else None
+        return features
+
+    def pull(self, weights: Tensor, components: slice) -> Tensor:
+        """Σ_i v_id φ(x_i), (1, D, dim): a sketch is of all components at once."""
+        features = self._features()
+        return (weights.flatten(0, -2).T @ features.flatten(0, -2)).unsqueeze(0)
+
+    def push(self, directions: Tensor, components: slice) -> Tensor:
+        """φ(x_i) · u_d."""
+        return self._features() @ directions[0].T
 
 
 def products(left: Float[Tensor, "n ... dim"], right: Float[Tensor, "m ... dim"]) -> Float[Tensor, "n m ..."]:
@@ -239,21 +291,21 @@ def products(left: Float[Tensor, "n ... dim"], right: Float[Tensor, "m ... dim"]
     return (found + found.T) / 2 if left is right else found
 
 
-def _weighted(piece: Piece, diagonal: Tensor | None) -> Iterator[tuple[int, Factor]]:
+def _weighted(piece: Piece, preconditioner: Diagonal) -> Iterator[tuple[int, Factor]]:
     """√d G, weight and bias as one sum of outer products where d is constant on each; each with its place in θ."""
     factor, bias = piece.factor, piece.bias
     weights = [
-        torch.ones(1) if diagonal is None else diagonal[where].unique()
+        torch.ones(1) if preconditioner is None else preconditioner[where].unique()
         for where in (piece.where, *(() if bias is None else (bias,)))
     ]
-    if diagonal is not None and any(len(own) > 1 for own in weights):
+    if preconditioner is not None and any(len(own) > 1 for own in weights):
         for where, part in piece.separated():
             rows = part.rows()
-            yield where.start, Dense(rows * diagonal[where].sqrt().to(rows))
+            yield where.start, Dense(rows * preconditioner[where].sqrt().to(rows))
         return
     roots = [float(own[0]) ** 0.5 for own in weights]
     if bias is None:
-        yield piece.where.start, factor if diagonal is None else factor.scaled(roots[0])
+        yield piece.where.start, factor if preconditioner is None else factor.scaled(roots[0])
         return
     assert isinstance(factor, Outer)
     ones = torch.full_like(factor.activation[..., :1], roots[1])

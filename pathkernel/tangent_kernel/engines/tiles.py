@@ -36,17 +36,17 @@ PART = 32 << 20
 class Metric:
     """d of the preconditioner diag(d), or the identity."""
 
-    def __init__(self, diagonal: Float[Tensor, " P"] | None) -> None:
-        self.diagonal = diagonal
+    def __init__(self, preconditioner: Float[Tensor, " P"] | None) -> None:
+        self.preconditioner = preconditioner
         self._constants: dict[tuple[int, int], float | None] = {}
 
     def constant(self, where: slice) -> float | None:
         """d on a part of θ where it is one number, else None."""
-        if self.diagonal is None:
+        if self.preconditioner is None:
             return 1.0
         key = where.start, where.stop
         if key not in self._constants:
-            own = self.diagonal[where]
+            own = self.preconditioner[where]
             self._constants[key] = float(own[0]) if bool((own == own[0]).all()) else None
         return self._constants[key]
 
@@ -57,7 +57,7 @@ class Metric:
 
     def applied(self, rows: Float[Tensor, "n K size"], where: slice) -> Tensor:
         """√d · rows: on both sides, so that every tile is a product of a matrix with its own transpose."""
-        return rows if self.diagonal is None else rows * self.diagonal[where].sqrt().to(rows)
+        return rows if self.preconditioner is None else rows * self.preconditioner[where].sqrt().to(rows)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Form:
 
     def plain(self, factor: Factor) -> bool:
         """Whether nothing is to be done to rows."""
-        return self.metric.diagonal is None and factor.dtype == self.dtype
+        return self.metric.preconditioner is None and factor.dtype == self.dtype
 
     def rows(self, rows: Float[Tensor, "n K size"], where: slice) -> Float[Tensor, "J n w"]:
         """Rows in the layout of products; see `Pairs`."""
