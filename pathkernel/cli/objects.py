@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pathkernel.errors import InputError, StoreError, check, quoted
-from pathkernel.gradients.model_function import generators_untouched
+from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.runtime.interrupts import attempt
 from pathkernel.storage.disk import DiskStore
 from pathkernel.storage.header import Header

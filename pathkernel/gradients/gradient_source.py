@@ -12,8 +12,9 @@ from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.tape import Tape
-from pathkernel.gradients.model_function import ModelFunction, OutputFunctional, sample_gradients, values_of
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.gradients.per_sample import OutputFunctional, sample_gradients, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.runtime.workspace import Workspace
 

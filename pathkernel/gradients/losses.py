@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pathkernel._typing import Float, Loss, Parameters, PyTree
 from pathkernel.errors import InputError, SampleIdError
-from pathkernel.gradients.model_function import ModelFunction, leaf_parameters, output_products, pulled_back
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import leaf_parameters, output_products, pulled_back
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
 from pathkernel.runtime.interrupts import deliver

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, TrajectoryError, check
 from pathkernel.gradients.gradient_source import GradientSource
-from pathkernel.gradients.model_function import ModelFunction, OutputFunctional, load_transformations
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import OutputFunctional, load_transformations
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes, take
 from pathkernel.gradients.sample_wise import check_sample_wise
 from pathkernel.kernel_machine.accumulator import Account, account_of, arrays_of, joined

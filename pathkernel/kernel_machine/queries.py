@@ -12,7 +12,7 @@ from torch import Tensor
 from pathkernel._typing import Float, Int, PyTree
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.gradient_source import ROWS, GradientSource
-from pathkernel.gradients.model_function import REFUSALS, OutputFunctional, gradients_along, push_forward, values_of
+from pathkernel.gradients.per_sample import REFUSALS, OutputFunctional, gradients_along, push_forward, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.runtime.interrupts import attempt, deliver
 from pathkernel.runtime.workspace import give_back_freed_memory

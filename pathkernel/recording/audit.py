@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pathkernel.errors import SampleIdError, UnsupportedModelError
-from pathkernel.gradients.model_function import generators_untouched
+from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.runtime.interrupts import attempt
 from pathkernel.trajectory.batch_gradients import ComparedGradient, RecordedGradients
 from pathkernel.trajectory.gradient_fit import fit_gradient, left_over

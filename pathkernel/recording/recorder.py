@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.errors import InputError, NonFiniteStepError, PathKernelError, RecordingError, SampleIdError
+from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.losses import Objective, check_recorded_loss, check_reduction, check_task
-from pathkernel.gradients.model_function import generators_untouched
 from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.gradients.pytrees import as_tensors, copied_samples, count, spread
 from pathkernel.gradients.returned import Returns, check_returns

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from pathkernel.errors import PathKernelError, RecordingError, UnsupportedModelError
+from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.gradient_source import weighted_sum
-from pathkernel.gradients.model_function import generators_untouched
 from pathkernel.gradients.pytrees import take
 from pathkernel.recording.audit import MEMORY
 from pathkernel.runtime.interrupts import attempt

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import TrajectoryError
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
+from pathkernel.gradients.forward_state import Modes, takes_tensor_floats
 from pathkernel.gradients.gradient_source import BY_ROWS, GradientSource, weighted_sum
 from pathkernel.gradients.layers.tape import Tape
 from pathkernel.gradients.losses import (
@@ -29,14 +30,8 @@ from pathkernel.gradients.losses import (
     loss_slopes,
     weighted_gradient,
 )
-from pathkernel.gradients.model_function import (
-    ROW_LIMIT,
-    ModelFunction,
-    Modes,
-    error_of_rows,
-    random_directions,
-    takes_tensor_floats,
-)
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import ROW_LIMIT, error_of_rows, random_directions
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
 from pathkernel.runtime.interrupts import deliver

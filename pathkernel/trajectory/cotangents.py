@@ -8,7 +8,8 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.errors import RecordingError, TrajectoryError
 from pathkernel.gradients.losses import RETURNED, Objective, output_cotangents
-from pathkernel.gradients.model_function import ModelFunction, leaf_parameters
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import leaf_parameters
 from pathkernel.gradients.pytrees import count
 from pathkernel.gradients.returned import batch_outputs, output_leaves, returned_loss, selected
 from pathkernel.trajectory.step import MicroBatch, sampled_places

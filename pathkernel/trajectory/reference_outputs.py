@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import ModelMismatchError
-from pathkernel.gradients.model_function import ModelFunction, generators_untouched
+from pathkernel.gradients.forward_state import generators_untouched
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.runtime.checksum import DTYPES, condensed
 from pathkernel.runtime.interrupts import attempt
 

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.errors import InputError, ModelMismatchError, RecordingError, TrajectoryError, check
 from pathkernel.gradients.acceptance import check_finite, not_finite
+from pathkernel.gradients.forward_state import device_of
 from pathkernel.gradients.losses import Objective
-from pathkernel.gradients.model_function import ModelFunction, device_of
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.returned import Returns
 from pathkernel.runtime.pickling import check_picklable

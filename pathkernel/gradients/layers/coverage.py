@@ -26,8 +26,9 @@ from pathkernel.gradients.layers.batch_axis import Arrangement
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.losses import coupled_rows
-from pathkernel.gradients.model_function import ROW_LIMIT, ModelFunction, error_of_rows, random_directions
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.gradients.per_sample import ROW_LIMIT, error_of_rows, random_directions
 from pathkernel.gradients.pytrees import count
 from pathkernel.runtime.interrupts import attempt
 from pathkernel.runtime.workspace import Workspace

@@ -19,7 +19,8 @@ from pathkernel.gradients.layers.factors import Dense, Piece, joined
 from pathkernel.gradients.layers.parameter_views import Handle, View
 from pathkernel.gradients.layers.rules import NoRule, SumOfSignals
 from pathkernel.gradients.layers.tracing import Recording, Use, module_rules
-from pathkernel.gradients.model_function import REFUSALS, ModelFunction
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import count
 from pathkernel.gradients.returned import batch_outputs, output_leaves
 from pathkernel.runtime.interrupts import attempt, deliver, held

@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.gradients.matmul import product
-from pathkernel.gradients.model_function import ModelFunction, sample_gradients
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import sample_gradients
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, check_budget
 from pathkernel.tangent_kernel.outputs import OutputSelection
@@ -24,7 +25,7 @@ class JacobianEngine(Engine):
 
     name = "jacobian"
     route: ClassVar[str | None] = None
-    """As of `pathkernel.gradients.model_function.sample_gradients`."""
+    """As of `pathkernel.gradients.per_sample.sample_gradients`."""
 
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
         super().__init__(function, selection, memory)

@@ -10,13 +10,8 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.gradients.model_function import (
-    ModelFunction,
-    leaf_parameters,
-    pulled_back,
-    push_forward,
-    values_of,
-)
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import leaf_parameters, pulled_back, push_forward, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.runtime.interrupts import deliver
 from pathkernel.tangent_kernel.outputs import OutputSelection

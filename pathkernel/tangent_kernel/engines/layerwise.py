@@ -14,8 +14,9 @@ from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.tape import Tape
-from pathkernel.gradients.model_function import REFUSALS, ModelFunction, values_of
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.gradients.per_sample import REFUSALS, values_of
 from pathkernel.gradients.pytrees import blocks, count, spread, take
 from pathkernel.runtime.interrupts import attempt
 from pathkernel.runtime.workspace import Workspace, keep_freed_memory
