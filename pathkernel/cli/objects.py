@@ -137,7 +137,7 @@ def _check_loss_of_store(trajectory: Trajectory, header: Header) -> None:
     def values() -> None:
         for size in (2, 3):  # as many samples as outputs may look like targets of another shape
             inputs, targets = trajectory.data[torch.arange(min(size, len(trajectory.data)))]
-            with function.running(gradients=False):
+            with function.evaluating(gradients=False):
                 outputs = function.call(function.parameters(trajectory.initial), function.cast(inputs))
             if trajectory.objective.known is not None:
                 trajectory.objective.known(outputs, function.cast(targets))

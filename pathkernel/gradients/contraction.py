@@ -20,7 +20,7 @@ from pathkernel.gradients.matmul import product
 
 
 def by_pairs(factor: Factor, n: int, m: int, full: bool = False) -> bool:
-    """Whether all pairs of positions are cheaper than rows, for n × m pairs of samples."""
+    """Test that all pairs of positions are cheaper than rows, for n × m pairs of samples."""
     if factor.formed:
         return False
     k, t = factor.components, factor.positions
@@ -72,7 +72,7 @@ class Pairs:
 
     @classmethod
     def of(cls, piece: Piece, full: bool, weight: float = 1.0, bias: float = 1.0, unit: bool = False) -> Pairs:
-        """From a piece of a tape; ``unit`` where δ is the identity on both sides."""
+        """Pairs of a piece of a tape; ``unit`` where δ is the identity on both sides."""
         own = piece.factor.signals
         n, k, t, p = own.shape
         signal: Tensor | None = None

@@ -54,7 +54,7 @@ class FactoredGradients:
 
     @property
     def device(self) -> torch.device:
-        """Where they are: with their pieces."""
+        """Device of the pieces."""
         if self.pieces:
             return self.pieces[0].factor.device
         return self.place or torch.device("cpu") if self.direction is None else self.direction.device
@@ -75,7 +75,7 @@ class FactoredGradients:
 
     @property
     def zero(self) -> bool:
-        """Whether there is nothing in them at all."""
+        """True where there is nothing in them at all."""
         return not self.pieces and self.multiples is None
 
     def rows(self, out: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class FactoredGradients:
         return out
 
     def as_rows(self) -> FactoredGradients:
-        """The same as rows, where these take less memory than the pieces."""
+        """Rows in place of pieces, where these take less memory."""
         dtype = self.pieces[0].factor.dtype if self.pieces else torch.float32
         if self.count * self.layout.size >= sum(sum(piece.factor.numbers) for piece in self.pieces):
             return self
@@ -145,7 +145,7 @@ class FactoredGradients:
             total.addcmul_(self.multiples.to(dtype).unsqueeze(1), self.direction[where].to(dtype))
         return total
 
-    def pushed(self, where: slice, directions: Tensor) -> Float[Tensor, "D Q"]:
+    def directional_products(self, where: slice, directions: Tensor) -> Float[Tensor, "D Q"]:
         """Inner products over a part of θ with a few directions (D, size) in it."""
         covering = list(self._covering(where))
         if len(covering) == 1 and self.multiples is None:

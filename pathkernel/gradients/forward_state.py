@@ -1,4 +1,4 @@
-"""How a forward pass runs: modes, buffers and random generators, and settings of torch that a pass changes."""
+"""State of a forward pass: modes, buffers and random generators, and settings of torch that a pass changes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Modes = bool | Mapping[str, bool]
 
 @dataclass(frozen=True)
 class ForwardState:
-    """How a forward pass ran, as far as its outputs depend on it.
+    """State in which a forward pass ran, as far as its outputs depend on it.
 
     Attributes
     ----------
@@ -150,7 +150,7 @@ def _without_fused_recurrence() -> Iterator[None]:
 
 
 def _tensor_float_settings() -> list[tuple[Any, str, Any]]:
-    """Where torch keeps whether products are rounded to TensorFloat-32: object, attribute, and what says no.
+    """Switches of TensorFloat-32: object, attribute, and the value that says no.
 
     Of matrix products, convolutions and recurrent layers. The older names refuse once somebody has used the newer ones,
     and the other way round they refuse until these are put back.
@@ -180,7 +180,7 @@ def _without_tensor_floats() -> Iterator[None]:
 
 
 def takes_tensor_floats(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether passes of a loop round products to TensorFloat-32, as far as the settings now and the layers tell."""
+    """Test that a loop's passes round products to TensorFloat-32, as far as present settings and layers tell."""
     if dtype != torch.float32 or device_of(module).type != "cuda":
         return False
     matmul, convolution, recurrence = (
@@ -214,11 +214,11 @@ PLAIN_RECURRENCE = _Switch(_without_fused_recurrence)
 # formed in two ways could not be compared.
 FULL_PRECISION = _Switch(_without_tensor_floats)
 RANDOM = threading.RLock()
-"""Held by passes that draw random numbers: torch's generators belong to the process."""
+"""Lock of passes that draw random numbers: torch's generators belong to the process."""
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: on the device of its first parameter, or of its first buffer."""
+    """Device on which a module computes: that of its first parameter, or of its first buffer."""
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         return tensor.device
     return torch.device("cpu")

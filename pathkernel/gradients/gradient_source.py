@@ -1,4 +1,4 @@
-"""Where gradients in factored form come from: tapes of the network, and rows for what these do not cover."""
+"""Sources of gradients in factored form: tapes of the network, and rows for what these do not cover."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class GradientSource:
     ) -> FactoredGradients:
         """J_iᵀ λ_i of n samples, with λ (n, C) made of what the network returned for all of them."""
         if self.engine in BY_ROWS:
-            with function.running(gradients=False):
+            with function.evaluating(gradients=False):
                 weights = cotangents(function.call(function.parameters(theta), function.cast(inputs)))
             return self.gradients(theta, inputs, weighted_sum, weights, None, function)
         tape = self.tapes.record(theta, inputs, function)
@@ -96,7 +96,7 @@ class GradientSource:
             self.tapes.record(theta, inputs, function)
 
     def anew(self) -> GradientSource:
-        """The same of which nothing is proved."""
+        """A source for the same network of which nothing is proved."""
         return GradientSource(self.function, self.engine, 0)
 
     @property
@@ -109,7 +109,7 @@ class GradientSource:
 
     @property
     def engines(self) -> set[str]:
-        """How gradients were formed so far."""
+        """Engines by which gradients were formed so far."""
         routes = set(self.function.row_routes.values()) & {"vmap", "autograd"}
         by_rows = {"autograd"} if self.engine == "autograd" else {{"vmap": "jacobian"}.get(r, r) for r in routes}
         plain = self.plain

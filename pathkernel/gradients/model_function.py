@@ -56,7 +56,7 @@ class ModelFunction:
         Floating type of the arithmetic; inputs and constants are converted to it.
     state
         How to run: by default in eval mode, since a kernel at fixed θ must be a function of its two samples alone.
-    tap
+    submodule
         Name of the submodule whose output stands for f; the module's own output by default.
     returns
         What of the module's own output is f; see `pathkernel.gradients.returned`.
@@ -69,10 +69,11 @@ class ModelFunction:
         constants: Parameters | None = None,
         dtype: torch.dtype = torch.float32,
         state: ForwardState = EVALUATION,
-        tap: str | None = None,
+        submodule: str | None = None,
         returns: Returns = None,
     ) -> None:
-        self.layout, self.dtype, self.state, self.tap, self.returns = layout, dtype, state, tap, returns
+        self.layout, self.dtype, self.returns = layout, dtype, returns
+        self.state, self.submodule = state, submodule
         self.structure = StructuralCopy(module)
         self.device = device_of(module)
         self.constants = self.cast({**constants_of(module, layout), **(constants or {})})
@@ -86,42 +87,42 @@ class ModelFunction:
         """The copy of the module that passes run on."""
         return self.structure.module
 
-    def replaced(
+    def with_(
         self,
         *,
         constants: Parameters | None = None,
         state: ForwardState | None = None,
-        tap: str | None = None,
+        submodule: str | None = None,
     ) -> ModelFunction:
-        """The same function with some constants, its way of running, or its output replaced."""
+        """Copy with other constants, another way of running, or the output of a submodule."""
         other = copy.copy(self)  # what was found out about the module holds for all of them
         if constants:
             other.constants = {**self.constants, **self.cast(dict(constants))}
         other.state = self.state if state is None else state
-        other.tap = self.tap if tap is None else tap
+        other.submodule = self.submodule if submodule is None else submodule
         return other
 
     def whole(self) -> ModelFunction:
-        """The same function with all that the network returns."""
+        """Function of all that the network returns."""
         other = copy.copy(self)
         other.returns = None
         return other
 
     def restricted(self, layout: ParameterLayout, theta: Parameters) -> ModelFunction:
-        """The same function of some of its parameters; the others are constants, with their values in ``theta``."""
+        """Function of some of the parameters; the others are constants, with their values in ``theta``."""
         other = copy.copy(self)
         rest = {name: value for name, value in theta.items() if name not in layout.slices}
         other.layout, other.constants = layout, {**self.constants, **self.cast(rest)}
         return other
 
     def converted(self, dtype: torch.dtype) -> ModelFunction:
-        """The same function in another floating type."""
+        """Function in another floating type."""
         other = copy.copy(self)
         other.dtype, other.constants, other.row_routes = dtype, cast_floating(dict(self.constants), dtype), {}
         return other
 
     @contextmanager
-    def running(self, gradients: bool | None = None, *, as_trained: bool = False) -> Iterator[None]:
+    def evaluating(self, gradients: bool | None = None, *, as_trained: bool = False) -> Iterator[None]:
         """Evaluate inside, once where the pass draws random numbers, with kernels that can be differentiated.
 
         With or without autograd's graph; None leaves it as it is. ``as_trained`` leaves the choice of kernels to torch,
@@ -172,12 +173,12 @@ class ModelFunction:
         # Layers in train mode write to their buffers, and some networks do so in evaluation.
         written = structure.written if evaluation and structure.written is not None else structure.buffers
         copies = {name: self.constants[name].clone() for name in written}
-        tapped: list[Any] = []
+        found: list[Any] = []
         with self.lock:
             handle = None
-            if self.tap is not None:
-                tapping = self.module.get_submodule(self.tap)
-                handle = tapping.register_forward_hook(lambda _, __, out: tapped.append(out))
+            if self.submodule is not None:
+                inner = self.module.get_submodule(self.submodule)
+                handle = inner.register_forward_hook(lambda _, __, out: found.append(out))
             structure.fill({**self.constants, **copies, **parameters})
             try:
                 returned = self.module(*arguments)
@@ -190,7 +191,7 @@ class ModelFunction:
                     handle.remove()
                 if not self._kept:
                     structure.clear()
-        return selected(returned, self.returns) if self.tap is None else tapped[-1]
+        return selected(returned, self.returns) if self.submodule is None else found[-1]
 
     def batch(self, parameters: Parameters, inputs: PyTree) -> Tensor:
         """Outputs (B, C) of a batch, flattened sample by sample."""
@@ -205,7 +206,7 @@ class ModelFunction:
         parameters = self.parameters(vector)
         inputs = self.cast(inputs)
         found = []
-        with self.running(gradients=False):
+        with self.evaluating(gradients=False):
             for piece in blocks(count(inputs), block):
                 found.append(self.batch(parameters, take(inputs, piece)))
                 deliver()

@@ -22,7 +22,7 @@ from pathkernel.gradients.pytrees import cast_floating, count, moved, take
 from pathkernel.runtime.interrupts import attempt, deliver
 
 REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError)
-"""What torch raises in a call that a transformation does not cover."""
+"""Exceptions that torch raises in a call that a transformation does not cover."""
 
 OutputFunctional = Callable[[Tensor, Any], Tensor]
 """h(z, context) of one sample's outputs z (C,): a scalar, or a vector (K,)."""
@@ -120,11 +120,11 @@ def _route_key(
 ) -> tuple[Any, ...]:
     leaves = [leaf for leaf in pytree.tree_leaves((inputs, context)) if isinstance(leaf, Tensor)]
     shapes = ((leaf.shape, leaf.dtype) for leaf in leaves)
-    return (function.layout.names, function.tap, scalar, _known_again(functional), *shapes)
+    return (function.layout.names, function.submodule, scalar, _known_again(functional), *shapes)
 
 
 def _known_again(functional: Any) -> Any:
-    """What a function does as far as its code and the functions that it closes over say; equal for equal ones."""
+    """Identity of a function as far as its code and the functions that it closes over say; equal for equal ones."""
     code = getattr(functional, "__code__", None)
     if code is None:
         return functional if isinstance(functional, Hashable) else object()
@@ -143,7 +143,7 @@ def _gradients_at_once(
     if function.recurrent:  # its cells add to the hidden state in place, which vmap allows only with θ batched as well
         n = count(inputs)
         parameters = {name: value.expand(n, *value.shape) for name, value in parameters.items()}
-    with function.running(), QUIET_FALLBACKS:
+    with function.evaluating(), QUIET_FALLBACKS:
         rows = vmap(differentiate, in_dims=(0 if function.recurrent else None, 0, 0))(parameters, inputs, context)
     return {name: gradient.detach() for name, gradient in rows.items()}
 
@@ -152,7 +152,7 @@ def _gradients_in_turn(
     function: ModelFunction, vector: Tensor, inputs: PyTree, functional: OutputFunctional, context: PyTree, scalar: bool
 ) -> dict[str, Tensor]:
     rows = []
-    with function.running(gradients=True), function.kept():
+    with function.evaluating(gradients=True), function.kept():
         for i in range(count(inputs)):
             leaves = leaf_parameters(function, vector)
             z = function.batch(leaves, take(inputs, slice(i, i + 1)))
@@ -199,14 +199,14 @@ def _are_own_rows(
     context: PyTree,
     scalar: bool,
 ) -> bool:
-    """Whether rows belong to their samples, by one pass forward; decided in float64 where rounding might have a say."""
+    """Test that rows are their samples' own, by one pass forward; in float64 where rounding might have a say."""
     v = random_directions(function.layout.size, 1)
     error = _error_of_gradients(function, rows, v, vector, inputs, functional, context, scalar)
     if error <= ROW_LIMIT.get(function.dtype, 0.0) and not function.state.autocast:
         return True
     if error == math.inf:
         return False
-    exact = function.converted(torch.float64).replaced(state=dataclasses.replace(function.state, autocast=None))
+    exact = function.converted(torch.float64).with_(state=dataclasses.replace(function.state, autocast=None))
     arguments = vector.double(), cast_floating(inputs, torch.float64), functional, cast_floating(context, torch.float64)
     again = attempt(lambda: _gradients_at_once(exact, *arguments, scalar), REFUSALS)
     if isinstance(again, Exception):
@@ -224,7 +224,7 @@ def _error_of_gradients(
     context: PyTree,
     scalar: bool,
 ) -> float:
-    with function.running(gradients=False):
+    with function.evaluating(gradients=False):
         weights = slopes_of(functional, function.batch(function.parameters(vector), inputs), context)
     flat = function.layout.flatten(rows)
     found = flat.reshape(len(flat), -1, flat.shape[-1]) @ v.T.to(flat)
@@ -256,20 +256,20 @@ def output_products(
     load_transformations()
 
     def at_once() -> Tensor:
-        with function.running(gradients=False), QUIET_FALLBACKS:
+        with function.evaluating(gradients=False), QUIET_FALLBACKS:
             return vmap(lambda direction: jvp(outputs, (point,), (direction,))[1])(along).double()
 
     def one_by_one() -> Tensor:
         found = []
         # Random layers draw the same numbers every time; without any, all directions share one setting up.
         for some in along.split(1 if function.state.generators else len(along)):
-            with function.running(gradients=False), function.kept():
+            with function.evaluating(gradients=False), function.kept():
                 for direction in some:
                     found.append((push or push_forward)(outputs, point, direction).double())
                     deliver()
         return torch.stack(found)
 
-    together = ("directions", function.tap, function.layout.names)
+    together = ("directions", function.submodule, function.layout.names)
     small = sum(leaf.numel() for leaf in pytree.tree_leaves(inputs)) * len(along) <= SMALL_BATCH
     several = len(along) > 1 and small and not function.state.generators
     if several and push in (None, push_forward) and together not in function.row_routes:
@@ -289,7 +289,7 @@ def error_of_rows(
     found: Float[Tensor, "n K D"],
     weights: Float[Tensor, "n K C"],
 ) -> float:
-    r"""By how much rows differ from what belongs to their samples.
+    r"""Largest difference of rows from what belongs to their samples.
 
     .. math:: \max_{i,k,d} \lvert \langle row_{ik}, v_d\rangle - \lambda_{ik} \cdot (J v_d)_i \rvert
               \,/\, \max_{i,k,d} \lvert \lambda_{ik} \cdot (J v_d)_i \rvert ,
@@ -347,7 +347,7 @@ def gradients_along(
         return grad(h, has_aux=True)(start + time * displacement, sample, sample_context)
 
     def together(moments: Tensor) -> tuple[Tensor, Tensor]:
-        with function.running(), QUIET_FALLBACKS:
+        with function.evaluating(), QUIET_FALLBACKS:
             rows, values = vmap(at)(moments.to(function.dtype), inputs, context)
         return values.detach(), rows.detach()
 

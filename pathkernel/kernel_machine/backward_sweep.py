@@ -366,14 +366,14 @@ class _Received:
         """g · u of every sample, then of every channel, over a block of columns: (B + channels, Q)."""
         rest = self._rest(where, u)
         if push and not isinstance(self.stage.factor, Tensor):
-            pushed = [part.pushed(where, u).T * self.stage.factor for part in self.stage.parts]
+            pushed = [part.directional_products(where, u).T * self.stage.factor for part in self.stage.parts]
             return torch.cat([*pushed, *(row @ u.T for row in rest)])
         return product(torch.cat([self.stage.columns(where, u.dtype), *rest]), u)
 
     def part_products(self, part: FactoredGradients, where: slice, u: Tensor, push: bool) -> Tensor:
         """g · u of the samples of one pass, (B, Q)."""
         if push and not isinstance(self.stage.factor, Tensor):
-            return part.pushed(where, u).T * self.stage.factor
+            return part.directional_products(where, u).T * self.stage.factor
         return product(self.stage.scaled(part.columns(where, u.dtype), where), u)
 
     def channel_products(self, where: slice, u: Tensor) -> Tensor:

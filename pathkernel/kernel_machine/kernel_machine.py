@@ -485,7 +485,7 @@ class KernelMachine:
             f"The network's modules are {', '.join(map(repr, modules[:20]))}{' …' if len(modules) > 20 else ''}",
             'Write for example `machine.explain(X, outputs=("0", 3))` for unit 3 of module "0"',
         )
-        return self.function.replaced(tap=name), outputs
+        return self.function.with_(submodule=name), outputs
 
     def _all_outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Queries:
         function = function or self.function
@@ -502,18 +502,18 @@ class KernelMachine:
 
     def _source(self, function: ModelFunction) -> GradientSource:
         """Of the network or of one of its modules; what was proved of it is kept."""
-        if function.tap not in self._sources:
-            self._sources[function.tap] = GradientSource(function, self.engine, self.memory // 4)
-        return self._sources[function.tap]
+        if function.submodule not in self._sources:
+            self._sources[function.submodule] = GradientSource(function, self.engine, self.memory // 4)
+        return self._sources[function.submodule]
 
     def _outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Tensor:
         """The explained network's own outputs, (n, C)."""
         trajectory, function = self.trajectory, function or self.function
         if self.weights is None:
-            function, theta = function.replaced(constants=trajectory.final_buffers), trajectory.final
+            function, theta = function.with_(constants=trajectory.final_buffers), trajectory.final
         else:
             record = trajectory.averages[self.weights]
-            function = function.replaced(constants=record.constants(trajectory))
+            function = function.with_(constants=record.constants(trajectory))
             theta = trajectory.layout.flatten(record.last)
         return function.outputs(theta, inputs, outputs_at_once(function, theta, inputs, self.memory))
 
@@ -564,7 +564,7 @@ class KernelMachine:
         """What was planned for queries of the same number and shapes, which took passes to measure; or is now."""
         recorded, leaves = self._recorded, pytree.tree_leaves(queries.inputs)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor))
-        key = (*kind, queries.components, queries.function.tap, recorded.coupled, shapes)
+        key = (*kind, queries.components, queries.function.submodule, recorded.coupled, shapes)
         known, plans = self._plans
         if known is not recorded:
             plans = {}
@@ -617,7 +617,7 @@ class KernelMachine:
             machine=f"{self.form}, {self.engine}, {function.dtype}, {wanted!r}",
             quadrature=question.described(self.quadrature, "quadrature"),
             weights=question.described(self.weights and trajectory.averages[self.weights], "weights"),
-            module=function.tap,
+            module=function.submodule,
             components=None if queries.scalar else queries.components,
             queries=question.samples_identity((queries.inputs, queries.context)),
             **asked,
@@ -627,10 +627,10 @@ class KernelMachine:
         """The explained network at its start, at its end, and elsewhere."""
         trajectory = self.trajectory
         if self.weights is None:
-            trained = function.replaced(constants=trajectory.final_buffers)
+            trained = function.with_(constants=trajectory.final_buffers)
             return [(function, trajectory.initial), (trained, trajectory.final), (trained, aside)]
         record = trajectory.averages[self.weights]
-        averaged = function.replaced(constants=record.constants(trajectory))
+        averaged = function.with_(constants=record.constants(trajectory))
         first, last = (trajectory.layout.flatten(values) for values in (record.initial, record.last))
         return [(averaged, first), (averaged, last), (averaged, aside)]
 

@@ -222,7 +222,7 @@ class _Batch:
 
     def _weighted(self, n: int) -> tuple[PyTree, Tensor]:
         inputs = self.function.cast(take(self.inputs, slice(0, n)))
-        with self.function.running(gradients=False):
+        with self.function.evaluating(gradients=False):
             outputs = self.function.batch(self.function.parameters(self.point), inputs)
         return inputs, torch.ones_like(outputs)
 

@@ -65,7 +65,7 @@ class Queries:
         if not buffers:
             return self
         other = copy.copy(self)
-        other.function = self.function.replaced(constants=buffers)
+        other.function = self.function.with_(constants=buffers)
         return other
 
     def block(self, piece: slice | Tensor) -> Queries:
@@ -79,7 +79,7 @@ class Queries:
     def values(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " Q"]:
         """h at θ."""
         point = self.function.cast(theta)
-        with self.function.running(gradients=False):
+        with self.function.evaluating(gradients=False):
             values = (self._values(point, own.inputs, own.context) for own in self._cut(self.forward))
             return _joined([own.double().reshape(-1) for own in values])
 
@@ -165,7 +165,7 @@ class Queries:
             return push_forward(lambda t: self._values(t, self.inputs, self.context), point, direction)
 
         def all_along() -> list[Tensor]:
-            with self.function.running(gradients=False), self.function.kept():
+            with self.function.evaluating(gradients=False), self.function.kept():
                 return [along(direction.to(point)).double().reshape(-1) for direction in directions]
 
         columns = attempt(all_along, REFUSALS)

@@ -288,7 +288,7 @@ class PathKernel:
     def _identity(self, rows: Samples, columns: Samples | None) -> dict[str, Any]:
         """Everything that a matrix depends on; not the budget. How its nodes were chosen, they say themselves."""
         ends, selection, function = (self.nodes[0], self.nodes[-1]), self.selection, self.engine.function
-        points = [(function.replaced(constants=node.buffers), node.theta) for node in ends]
+        points = [(function.with_(constants=node.buffers), node.theta) for node in ends]
         points.append((points[1][0], question.nearby(self.trajectory)))
         asked = question.behaviour(selection.function, points, *rows)
         if not question.is_ours(self._given_engine):

@@ -192,11 +192,11 @@ def _cause(trajectory: Trajectory, step: Step, gradients: RecordedGradients, see
 def _has_a_state(trajectory: Trajectory, batch: MicroBatch, again: int = 1) -> bool:
     """Whether a copy of the network returns something else the second time, or at one of several more."""
     inputs, _ = samples_of(batch, trajectory.data)
-    function = trajectory.function().replaced(constants=batch.state.buffers, state=batch.state)
+    function = trajectory.function().with_(constants=batch.state.buffers, state=batch.state)
     parameters = function.parameters(trajectory.initial)
 
     def outputs() -> Tensor:
-        with function.running(gradients=False):
+        with function.evaluating(gradients=False):
             return function.batch(parameters, function.cast(inputs))
 
     with generators_untouched():

@@ -81,7 +81,7 @@ def _by_sample(gradients: RecordedGradients, step: Step) -> None:
 
 
 def _queries(gradients: RecordedGradients, step: Step) -> None:
-    function = gradients.function.replaced(constants=step.buffers)
+    function = gradients.function.with_(constants=step.buffers)
     inputs, _ = samples_of(step.batches[0], gradients.trajectory.data)
     few = function.cast(take(inputs, slice(0, FEW)))
     outputs = function.outputs(step.before, few)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples, number_of_components
 
 
+@runtime_checkable
 class Term(Protocol):
     r"""One tangent kernel of a sum, :math:`w\, J(\theta)\, \mathrm{diag}(d)\, J(\theta)^\top`."""
 
@@ -85,7 +86,7 @@ class KernelProducts:
 
     @property
     def holds(self) -> bool:
-        """Whether activations and signals, or features, are kept from one product to the next."""
+        """True where activations and signals, or features, are kept from one product to the next."""
         return self.rows.holds
 
     def __call__(self, V: Tensor, transposed: bool = False) -> Tensor:

@@ -51,7 +51,7 @@ def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype, ask
 def learn_structure(selection: OutputSelection, function: ModelFunction, theta: Tensor, inputs: PyTree) -> None:
     """Tell a loss in what form the network returns its outputs, from one sample."""
     if selection.structure is not None and selection.structure.returned is None and count(inputs):
-        with function.running(gradients=False):
+        with function.evaluating(gradients=False):
             one = function.cast(take(inputs, slice(0, 1)))
             selection.structure.learn(function.call(function.parameters(theta), one))
 
@@ -174,7 +174,7 @@ class TangentKernel:
         return x, context
 
     def _some_samples(self, X: PyTree) -> tuple[PyTree, PyTree]:
-        """The same, one or more."""
+        """Inputs and context of one sample or more."""
         x, context = self._samples(X)
         if not count(x):
             raise no_samples("TangentKernel")
@@ -255,7 +255,7 @@ class TangentKernel:
 
     @one_at_a_time
     def cost(self, X: PyTree, n: int | None = None, m: int | None = None) -> list[CostRow]:
-        """What an (n, m) matrix costs on every engine, layer by layer, before it is computed.
+        """Costs of an (n, m) matrix on every engine, layer by layer, before it is computed.
 
         Parameters
         ----------
@@ -274,7 +274,7 @@ class TangentKernel:
         return cost_rows(self.engine, self.theta, x, context, count(x) if n is None else n, m)
 
     def explain(self, X: PyTree | None = None, n: int | None = None, m: int | None = None) -> str:
-        """Which engine computes this kernel, in which precision, under which budget; given samples, at what cost.
+        """Description of the engine, precision and budget of this kernel; given samples, of its cost.
 
         Parameters
         ----------
@@ -294,7 +294,7 @@ class TangentKernel:
 
     @one_at_a_time
     def check(self, X: PyTree) -> float:
-        r"""How far the kernel matrix of some samples is from autograd's, in a random direction.
+        r"""Distance of the kernel matrix of some samples from autograd's, in a random direction.
 
         .. math:: \max_i \lvert (K u)_i - (J J^\top u)_i \rvert / \max_i \lvert (J J^\top u)_i \rvert
 
@@ -315,7 +315,7 @@ class TangentKernel:
 
     @property
     def lock(self) -> Any:
-        """Held by one thread at a time."""
+        """Lock that one thread holds at a time."""
         return self.function.lock
 
     def __repr__(self) -> str:

@@ -510,7 +510,7 @@ class RecordedGradients:
         if batch.cotangents is not None or self.trajectory.objective.loss == RETURNED:
             return self._slopes(batch, function, point, None, inputs, targets)
         returned, parameters = [], function.parameters(point)
-        with function.running(gradients=False):
+        with function.evaluating(gradients=False):
             for piece in blocks(count(inputs), passes.samples):
                 returned.append(function.call(parameters, function.cast(take(inputs, piece))))
                 deliver()
@@ -544,7 +544,7 @@ class RecordedGradients:
         key = _hashable(batch.state.modes)
         if key not in self._separate:
             self.source.tapes.record(point, inputs, self.function)
-            tape = self.source.tapes.record(point, inputs, self.function.replaced(state=batch.state))
+            tape = self.source.tapes.record(point, inputs, self.function.with_(state=batch.state))
             self._separate[key] = not self.source.plain and _separate(tape)
         return not self._separate[key]
 
@@ -578,7 +578,7 @@ class RecordedGradients:
         # Mixed precision is entered again from the recorded type: other types would not be rounded alike.
         function = self.recorded if batch.state.autocast else self.function
         buffers = step.buffers if batch.state.buffers is None else batch.state.buffers
-        return function.replaced(constants=buffers, state=batch.state)
+        return function.with_(constants=buffers, state=batch.state)
 
     def _types(self, step: Step) -> set[torch.dtype]:
         """Floating types in which the gradients of a step have been rounded."""

@@ -106,7 +106,7 @@ def returned_cotangents(batch: MicroBatch, function: ModelFunction, point: Tenso
     """λ of a network that returns its own loss, by its slope on record, (B, C)."""
     whole = function.whole()
     leaves_of_theta = leaf_parameters(whole, point)
-    with whole.running(gradients=True), whole.kept():
+    with whole.evaluating(gradients=True), whole.kept():
         returned = whole.call(leaves_of_theta, whole.cast(inputs))
         loss = returned_loss(returned)
         every = output_leaves(selected(returned, function.returns))

@@ -80,7 +80,7 @@ class ReferenceOutputs:
 
     def ended(self, trajectory: Trajectory, theta: Tensor) -> ReferenceOutputs:
         """With the outputs at the end of a recording, θ_S."""
-        function = trajectory.function().replaced(constants=trajectory.final_buffers)
+        function = trajectory.function().with_(constants=trajectory.final_buffers)
         return replace(self, final=_unless_it_fails(lambda: _outputs(function, theta, self.inputs)))
 
     def check(self, asker: str, initial: Point | None, final: Point | None) -> None:
@@ -157,7 +157,7 @@ def _outputs(function: ModelFunction, theta: Tensor, inputs: PyTree) -> Tensor:
     copies = {name: value.clone() for name, value in function.constants.items() if name in buffers}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the network has to say, it says in the loop
-        outputs = function.replaced(constants=copies).outputs(theta, inputs)
+        outputs = function.with_(constants=copies).outputs(theta, inputs)
     rows = (torch.nan_to_num(row[None].double(), 0.0, 0.0, 0.0).cpu() for row in outputs)  # in turn: they may be large
     return torch.cat([condensed(row, NUMBERS) for row in rows])
 

@@ -345,5 +345,5 @@ class Trajectory:
         if self.reference is not None:
             function, final = self.function(), None
             if self.reference.final is not None:
-                final = function.replaced(constants=self.final_buffers), self.final
+                final = function.with_(constants=self.final_buffers), self.final
             self.reference.check(asker, (function, self.initial), final)

@@ -89,7 +89,7 @@ def test_factored_gradients_are_their_rows(k: int) -> None:
                 part = slice(where.start + start, where.stop if stop is None else where.start + stop % 7)
                 part = slice(part.start, min(max(part.stop, part.start), where.stop))
                 close(found.columns(part, torch.float64), plain[:, part]), name
-            close(found.pushed(where, plain[:2, where]), plain[:2, where] @ plain[:, where].T)
+            close(found.directional_products(where, plain[:2, where]), plain[:2, where] @ plain[:, where].T)
     close((2.0 * combined) @ direction, 2 * expected @ direction)
     close(FactoredGradients.dense(rows, gradients.layout) @ direction, rows @ direction)
 

@@ -37,8 +37,8 @@ TOLERANCE = 1e-9
 """Relative difference between a parameter's gradients on the tape and by autograd that is rounding in float64."""
 
 SAMPLES = (5, 4, 3, 6, 7, 8, 9, 10, 11, 12, 13)
-"""How many samples are compared, and how many a second pass has, to see along which axis they lie: the first two of
-these that are no lengths in the network."""
+"""Numbers of samples that are compared, and that a second pass has, to see along which axis they lie: the first two
+that are no lengths in the network."""
 
 JITTER = 0.01
 """Relative size of the noise on floating inputs, which makes repeated samples distinct and leaves zeros alone."""
@@ -46,12 +46,12 @@ JITTER = 0.01
 
 @dataclass(frozen=True)
 class Coverage:
-    """What was proved of one sequence of calls.
+    """Result of the proof for one sequence of calls.
 
     Attributes
     ----------
     arrangements
-        Where the samples are in the result of each use.
+        Place of the samples in the result of each call.
     plain
         Parameters that the tape does not cover, and why.
     largest
@@ -77,7 +77,7 @@ def prove(
     inputs
         Samples, some of which are used.
     lengths
-        Of axes in the network, which the numbers of samples are to differ from.
+        Lengths of axes in the network, which the numbers of samples are to differ from.
     """
     known = set(lengths)
     sizes = [n for n in SAMPLES if n not in known][:2] or list(SAMPLES[:2])
@@ -176,7 +176,7 @@ def _arrangements(tape: Tape, other: Tape) -> list[Arrangement]:
     """Along which axis the samples of each use and of its arguments lie: the one whose length follows their number."""
     n, m = tape.n, other.n
     arrangements = []
-    for one, two in zip(tape.uses, other.uses, strict=True):
+    for one, two in zip(tape.calls, other.calls, strict=True):
         shape = one.output.shape
         pairs = enumerate(zip(shape, two.output.shape, strict=True))
         axes = [axis for axis, (s, t) in pairs if s != t and s * m == t * n]
@@ -238,7 +238,7 @@ class ProvedTapes:
             self._latest = self.proved.setdefault(None, uncovered(function, tape))
             return Tape(function, theta, inputs, (), self._latest.plain, self.workspace)
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        calls = (tape.signature, function.tap, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
+        calls = (tape.signature, function.submodule, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
         coverage = self.proved.get(calls) or prove(function, theta, inputs, tape.lengths)
         if coverage is not latest:
             tape = Tape(function, theta, inputs, coverage.arrangements, coverage.plain, self.workspace)
@@ -259,12 +259,12 @@ class ProvedTapes:
 
     @property
     def coverage(self) -> Coverage | None:
-        """Of the latest tape."""
+        """`Coverage` of the tape recorded last; None before the first."""
         return self._latest
 
 
 def _are_own_rows(tape: Tape, theta: Tensor, inputs: PyTree) -> bool:
-    """Whether the rows of a tape are those of its samples; decided in float64 where rounding might have a say."""
+    """Test that the rows of a tape are those of its samples; decided in float64 where rounding might have a say."""
     limit = ROW_LIMIT.get(tape.function.dtype, 0.0) if tape.function.state.autocast is None else 0.0
     error = _error(tape, theta, inputs)
     if error <= limit or error == float("inf"):

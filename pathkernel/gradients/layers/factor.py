@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,38 +25,36 @@ class Factor(ABC):
     """
 
     fields: ClassVar[tuple[str, ...]]
-    """Its tensors by name, samples on the first axis of each: first that with the components, then what they share."""
+    """Names of the tensors, samples on the first axis of each: first that with the components, then what they share."""
 
     form: ClassVar[str]
     """Name of the form in the table of costs."""
 
     formed: ClassVar[bool] = False
-    """Whether rows are what is stored."""
+    """True where rows are what is stored."""
 
     head: bool = False
-    """Whether δ is the identity, component by component."""
+    """True where δ is the identity, component by component."""
+
+    transposed: bool = False
+    """True where the parameter is laid out as (q, p) in place of (p, q)."""
 
     # -- sizes -----------------------------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def signals(self) -> Float[Tensor, "n K T p"]:
         """δ."""
+        return self.tensors[0]
 
     @property
-    @abstractmethod
     def readings(self) -> Float[Tensor, "n T q"] | Int[Tensor, "n T"]:
         """a, or the places of the ones where a is a unit vector."""
+        return self.tensors[1]
 
     @property
     @abstractmethod
     def reading_size(self) -> int:
         """q, entries of a."""
-
-    @property
-    @abstractmethod
-    def length(self) -> int:
-        """Entries of the parameter's first axis."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -89,6 +87,11 @@ class Factor(ABC):
         return self.width * self.reading_size
 
     @property
+    def length(self) -> int:
+        """Entries of the parameter's first axis."""
+        return self.reading_size if self.transposed else self.width
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating type."""
         return self.tensors[0].dtype
@@ -116,36 +119,36 @@ class Factor(ABC):
 
     @property
     def takes_bias(self) -> bool:
-        """Whether δ are the signals of the layer's output, so that the gradient of its bias is Σ_t δ_t."""
-        return False
+        """True where δ are the signals of the layer's output, so that the gradient of its bias is Σ_t δ_t."""
+        return not self.transposed and not self.formed
 
     @property
     def comparing(self) -> int:
-        """Multiplications for the inner product of two readings."""
-        return 1
+        """Multiplications for the inner product of two readings; those of unit vectors are compared."""
+        return self.readings.shape[2:].numel()
 
     @property
     def forming(self) -> int:
         """Multiplications for the row of one sample and component."""
-        return self.size
+        return self.positions * self.size
 
     # -- the same in another form ----------------------------------------------------------------------------
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Factor:
         """Apply a function to every tensor; samples are on the first axis."""
         return replace(self, **{name: function(getattr(self, name)) for name in self.fields})  # type: ignore[type-var]
 
-    def to(self, dtype: torch.dtype) -> Self:
+    def to(self, dtype: torch.dtype) -> Factor:
         """Convert to another floating type."""
         if dtype == self.dtype:
             return self
         return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
-    def take(self, piece: slice) -> Self:
+    def take(self, piece: slice) -> Factor:
         """Restrict to a slice of the samples."""
         return self.map(lambda tensor: tensor[piece])
 
-    def component(self, c: int) -> Self:
+    def component(self, c: int) -> Factor:
         """Restrict to one component."""
         own = self.fields[0]
         return replace(self, **{own: getattr(self, own)[:, c : c + 1]})  # type: ignore[type-var]
@@ -160,9 +163,9 @@ class Factor(ABC):
         n, k, t, p = self.signals.shape
         return self.with_signals(self.signals.transpose(1, 2).reshape(n, 1, t, k * p))
 
-    @abstractmethod
     def with_signals(self, signals: Float[Tensor, "n K T p"]) -> Factor:
         """Replace δ."""
+        return replace(self, **{self.fields[0]: signals})  # type: ignore[type-var]
 
     @abstractmethod
     def rows_between(self, begin: int, end: int) -> Factor:

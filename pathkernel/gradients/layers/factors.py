@@ -43,11 +43,6 @@ class Dense(Factor):
         """1."""
         return 1
 
-    @property
-    def length(self) -> int:
-        """Every entry is a row of its own."""
-        return self.size
-
     def with_signals(self, signals: Tensor) -> Dense:
         """Replace the rows."""
         return Dense(signals.squeeze(2))
@@ -98,44 +93,14 @@ class Outer(Factor):
     head: bool = False
 
     @property
-    def signals(self) -> Tensor:
-        """δ."""
-        return self.signal
-
-    @property
-    def readings(self) -> Tensor:
-        """a."""
-        return self.activation
-
-    @property
     def reading_size(self) -> int:
         """q."""
         return self.activation.shape[2]
 
     @property
-    def length(self) -> int:
-        """Entries of the parameter's first axis, p or q."""
-        return self.reading_size if self.transposed else self.width
-
-    @property
-    def takes_bias(self) -> bool:
-        """Whether δ are the signals of the layer's output."""
-        return not self.transposed
-
-    @property
     def nbytes(self) -> int:
         """Bytes stored; an identity is stored once for all samples."""
         return self.activation.numel() * self.dtype.itemsize if self.head else super().nbytes
-
-    @property
-    def comparing(self) -> int:
-        """Multiplications for the inner product of two readings."""
-        return self.reading_size
-
-    @property
-    def forming(self) -> int:
-        """Multiplications for the row of one sample and component."""
-        return self.positions * self.size
 
     def with_signals(self, signals: Tensor) -> Outer:
         """Replace δ."""
@@ -268,20 +233,11 @@ class Lookup(Factor):
 
     fields = ("signal", "indices")
     form = "lookup"
+    transposed = True
 
     signal: Tensor
     indices: Int[Tensor, "n T"]
     vocabulary: int
-
-    @property
-    def signals(self) -> Tensor:
-        """δ."""
-        return self.signal
-
-    @property
-    def readings(self) -> Tensor:
-        """Rows read."""
-        return self.indices
 
     @property
     def reading_size(self) -> int:
@@ -289,13 +245,9 @@ class Lookup(Factor):
         return self.vocabulary
 
     @property
-    def length(self) -> int:
-        """Rows of the table."""
-        return self.vocabulary
-
-    def with_signals(self, signals: Tensor) -> Lookup:
-        """Replace δ."""
-        return replace(self, signal=signals)
+    def forming(self) -> int:
+        """Entries of the row, of which most are zeros that are written."""
+        return self.size
 
     def rows_between(self, begin: int, end: int) -> Lookup:
         """Restrict to a range of the table's rows."""

@@ -68,7 +68,7 @@ class View(Handle):
 
     @property
     def whole(self) -> bool:
-        """Whether it is the parameter itself."""
+        """True of the parameter itself."""
         return self.moved is None
 
     @cached_property
@@ -78,11 +78,11 @@ class View(Handle):
 
     @property
     def places(self) -> Tensor:
-        """Which entry of the parameter each entry of the tensor is: what the same views make of 0, 1, 2, …."""
+        """Entry of the parameter that each entry of the tensor is: what the same views make of 0, 1, 2, …."""
         return self.origin if self.moved is None else self.moved
 
     def viewed(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """The same function of the places."""
+        """Places of a view of the tensor."""
         return function(self.places, *arguments, **options)
 
     def at(self, places: Tensor) -> View:
@@ -107,7 +107,7 @@ class View(Handle):
 
     @property
     def transposed(self) -> bool:
-        """Whether rows and columns have changed places."""
+        """True where rows and columns have changed places."""
         places = self.moved
         return places is not None and places.dim() == 2 and not places.is_contiguous() and places.t().is_contiguous()
 
@@ -126,7 +126,7 @@ class View(Handle):
 
 @dataclass(frozen=True)
 class Composed(Handle):
-    """What a function made of such tensors (weight normalisation, a merged adapter).
+    """Result of a function of such tensors (weight normalisation, a merged adapter).
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-r"""What a kernel matrix costs on each engine, layer by layer, before it is computed.
+r"""Costs of a kernel matrix on each engine, layer by layer, before it is computed.
 
 Floating-point operations and bytes follow from the shapes on a tape of a few samples; seconds from those and four
 numbers measured on the machine at hand. For a layer with T positions, q readings, p signals and K components:
@@ -43,7 +43,7 @@ EFFICIENCY = {
     "plain passes": 0.35,
     "plain rows": 0.1,
 }
-"""What share of the machine's rates each kind of work reached, measured on networks of linear, convolutional and
+"""Share of the machine's rates that each kind of work reached, measured on networks of linear, convolutional and
 attention layers: the one place where the model is fitted to anything."""
 
 RECORDING = 10.0
@@ -53,7 +53,7 @@ JVP = 1.5
 """A forward-mode sweep for each component, in units of the forward and backward passes of a tape."""
 
 MARGIN = 2.0
-"""How much faster plain rows must be predicted to be: predictions are good to about this factor, and rows take more
+"""Factor by which plain rows must be predicted to be faster: predictions are good to about as much, and rows take more
 memory."""
 
 
@@ -110,7 +110,7 @@ class Shape:
 
     @classmethod
     def of(cls, piece: Piece, slices: Mapping[str, slice]) -> Shape:
-        """From a piece of a tape."""
+        """Shape of a piece of a tape."""
         parts = [piece.where] if piece.bias is None else [piece.where, piece.bias]
         layer = " + ".join(
             name for name, where in slices.items() if any(p.start < where.stop and where.start < p.stop for p in parts)
@@ -132,7 +132,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked: a matrix of n rows and m columns, or half of n × n.
+    """Size of the task: a matrix of n rows and m columns, or half of n × n.
 
     Attributes
     ----------

@@ -55,7 +55,7 @@ class AutomaticEngine(LayerwiseEngine):
         return {_size(n, m): self.chosen(theta, *samples, n, m) for n, m in sizes}
 
     def _uncovered(self, theta: Tensor, X: PyTree) -> bool:
-        """Whether no parameter is accounted for by a layer."""
+        """Test that no parameter is accounted for by a layer."""
         if count(X):
             self.tapes.record(theta, take(X, spread(count(X), PROBED)), self.function)
         coverage = self.tapes.coverage
@@ -100,7 +100,7 @@ ENGINES: dict[str, type[Engine]] = {
 
 @runtime_checkable
 class EngineValue(Protocol):
-    """What can be given as ``engine=`` beside a name: a value that makes an engine."""
+    """Value that makes an engine, given as ``engine=`` in place of a name."""
 
     def engine(self, function: ModelFunction, selection: OutputSelection, memory: int) -> Engine:
         """The engine for a network and a function of its outputs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ Samples = tuple[PyTree, PyTree]
 """Inputs, and what h needs of each of them."""
 
 
+@runtime_checkable
 class Node(Protocol):
     """A point of a path, as far as engines differ from point to point."""
 
@@ -55,7 +56,7 @@ class Engine(ABC):
     name: ClassVar[str]
 
     exact: ClassVar[bool] = True
-    """Whether matrices are the kernel's to rounding."""
+    """True where matrices are the kernel's to rounding."""
 
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
         check(
@@ -90,13 +91,13 @@ class Engine(ABC):
         """
         return PlainJacobianProducts(self.function, self.selection, theta, *samples)
 
-    def at(self, node: Node, selection: OutputSelection | None = None) -> Self:
-        """The same engine at a node of a path: with the running statistics there, or with other outputs."""
+    def at(self, node: Node, selection: OutputSelection | None = None) -> Engine:
+        """Engine at a node of a path: with the running statistics there, or with other outputs."""
         if not node.buffers and selection is None:
             return self
         engine = copy.copy(self)
         if node.buffers:
-            engine.function = self.function.replaced(constants=node.buffers)
+            engine.function = self.function.with_(constants=node.buffers)
         if selection is not None:
             engine.selection = selection
         return engine

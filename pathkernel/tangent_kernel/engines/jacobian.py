@@ -25,7 +25,7 @@ class JacobianEngine(Engine):
 
     name = "jacobian"
     route: ClassVar[str | None] = None
-    """As of `pathkernel.gradients.per_sample.sample_gradients`."""
+    """Route of `pathkernel.gradients.per_sample.sample_gradients`."""
 
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
         super().__init__(function, selection, memory)

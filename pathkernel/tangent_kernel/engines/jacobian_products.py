@@ -25,7 +25,7 @@ class JacobianProducts(ABC):
     """
 
     holds: bool = False
-    """Whether something is kept from one product to the next."""
+    """True where something is kept from one product to the next."""
 
     sketched: int | None = None
     """Length of a direction where gradients are sketched, all components at once; None where it is P."""
@@ -79,7 +79,7 @@ class PlainJacobianProducts(JacobianProducts):
         result = torch.zeros(
             len(chosen), weights.shape[-1], len(self.point), dtype=torch.float64, device=self.point.device
         )
-        with self.function.running(gradients=True), self.function.kept():
+        with self.function.evaluating(gradients=True), self.function.kept():
             for piece in self.pieces:
                 leaves = leaf_parameters(self.function, self.point)
                 outputs = self.function.batch(leaves, take(self.X, piece))
@@ -100,7 +100,7 @@ class PlainJacobianProducts(JacobianProducts):
     def _pushed(self, directions: Tensor, components: slice, piece: slice) -> Tensor:
         function: Callable[[Tensor], Tensor] = partial(self._components, piece=piece)
         along = directions.to(self.point)
-        with self.function.running(), self.function.kept():
+        with self.function.evaluating(), self.function.kept():
             if self.full:
                 return torch.stack([push_forward(function, self.point, u).double() for u in along[0]], dim=-1)
             chosen = range(components.start, components.stop)

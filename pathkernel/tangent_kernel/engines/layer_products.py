@@ -1,4 +1,4 @@
-r"""The same products layer by layer, as matrix products of activations and back-propagated signals.
+r"""Products with a Jacobian layer by layer, as matrix products of activations and back-propagated signals.
 
 For :math:`G_{ik} = \sum_t \delta_{ikt} a_{it}^\top` both maps are two matrix products over all samples and positions,
 :math:`\sum_i v_i G_i = (v \odot \Delta)^\top A` and :math:`\langle G_i, U \rangle = \sum_t \delta_{it}^\top U a_{it}`,
@@ -28,7 +28,7 @@ LARGEST_BLOCK = 1024
 
 
 class LayerJacobianProducts(JacobianProducts):
-    """From activations and signals, kept between products where they fit into the budget.
+    """Products from activations and signals, kept between products where they fit into the budget.
 
     Parameters
     ----------

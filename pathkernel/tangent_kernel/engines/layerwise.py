@@ -67,7 +67,7 @@ class LayerwiseEngine(Engine):
 
     @property
     def full(self) -> bool:
-        """Whether blocks of all pairs of components are asked for."""
+        """True for blocks of all pairs of components."""
         return self.selection.combine == "full"
 
     # -- gradients of some samples ---------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class LayerwiseEngine(Engine):
         return values_of(self.selection.function, tape.outputs, context)
 
     def sizes(self, theta: Tensor, X: PyTree, context: PyTree, form: Form) -> Sizes:
-        """What a sample takes, from passes of a few; once for each shape of samples."""
+        """Bytes that a sample takes, from passes of a few; once for each shape of samples."""
         leaves = [leaf for leaf in pytree.tree_leaves((X, context)) if isinstance(leaf, Tensor)]
         key = (*((leaf.shape[1:], leaf.dtype) for leaf in leaves), form.metric.preconditioner is None)
         if key not in self._sizes:

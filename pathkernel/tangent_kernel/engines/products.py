@@ -74,7 +74,7 @@ class ProductsEngine(Engine):
 
 
 def error_of_engine(engine: Engine, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> float:
-    r"""How far an engine's matrix K is from :math:`J M J^\top`, applied to a random vector: the largest difference.
+    r"""Largest difference of an engine's matrix K from :math:`J M J^\top`, applied to a random vector.
 
     Relative to the largest entry of the product by one reverse and one forward pass of the batch, for each component;
     NaN where torch has no way to J v.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Self
 
 import numpy as np
 import torch
@@ -94,7 +93,7 @@ class Projection:
         return total
 
     def convolves(self, factor: Factor) -> bool:
-        """Whether sketches of δ and a are convolved: where that costs less than forming the gradients."""
+        """Test that sketches of δ and a are convolved: where that costs less than forming the gradients."""
         if self.kind != "tensor" or factor.formed:
             return False
         p, q, t = factor.width, factor.reading_size, factor.positions
@@ -236,10 +235,10 @@ class ProjectionEngine(Engine):
         """φ in place of gradients."""
         return FeatureProducts(self, theta, samples, memory)
 
-    def at(self, node: Node, selection: OutputSelection | None = None) -> Self:
-        """The same engine at a node of a path, with a random map of its own."""
-        engine = copy.copy(super().at(node, selection))
-        engine.number = node.number
+    def at(self, node: Node, selection: OutputSelection | None = None) -> ProjectionEngine:
+        """Engine at a node of a path, with a random map of its own."""
+        engine, there = copy.copy(self), super().at(node, selection)
+        engine.function, engine.selection, engine.number = there.function, there.selection, node.number
         return engine
 
 

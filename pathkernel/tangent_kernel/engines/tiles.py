@@ -62,7 +62,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Form:
-    """How gradients are to be contracted.
+    """Form in which gradients are contracted.
 
     Attributes
     ----------
@@ -85,15 +85,15 @@ class Form:
     workspace: Workspace
 
     def by_pairs(self, piece: Piece) -> bool:
-        """Whether by all pairs of positions."""
+        """Test that all pairs of positions are contracted."""
         return self.metric.constants(piece) is not None and by_pairs(piece.factor, *self.pairs, self.full)
 
     def by_kept_rows(self, piece: Piece) -> bool:
-        """Whether rows take no more memory than δ and a (by 5 %), and so are formed at once and kept."""
+        """Test that rows take no more memory than δ and a (by 5 %), and so are formed at once and kept."""
         return piece.factor.formed or piece.factor.row_numbers <= 1.05 * sum(piece.factor.numbers)
 
     def plain(self, factor: Factor) -> bool:
-        """Whether nothing is to be done to rows."""
+        """Test that nothing is to be done to rows."""
         return self.metric.preconditioner is None and factor.dtype == self.dtype
 
     def rows(self, rows: Float[Tensor, "n K size"], where: slice) -> Float[Tensor, "J n w"]:
@@ -121,7 +121,7 @@ class Rows:
 
     @classmethod
     def of(cls, factor: Factor, where: slice, form: Form) -> Rows:
-        """Of a part of θ."""
+        """Rows of a part of θ."""
         n, k, size = factor.samples, factor.components, factor.size
         shape = (k, n, size) if form.full else (1, n, k * size)
         if form.plain(factor):
@@ -129,7 +129,7 @@ class Rows:
         return cls(shape, lambda into: into.copy_(form.rows(factor.rows(), where)), factor.device)
 
     def formed(self, form: Form) -> Float[Tensor, "J n w"]:
-        """In memory of their own."""
+        """Form them in memory of their own."""
         into = form.workspace.empty(self.shape, form.dtype, self.device)
         self.write(into)
         return into
@@ -197,7 +197,7 @@ class Group:
         return found
 
     def _mapped(self, function: Callable[[Tensor, int], Tensor]) -> Group:
-        """The same with something done to δ and a, rows aside."""
+        """Apply a function to δ and a, rows aside."""
         pairs = [
             replace(
                 own,
@@ -354,7 +354,7 @@ def _steps(
 
 
 def _row_bytes(values: Tensor | None) -> int:
-    """Of one sample and component."""
+    """Bytes of one sample and component."""
     return 1 if values is None else max(1, values.element_size() * values.shape[2:].numel())
 
 
