@@ -14,7 +14,8 @@ from torch import nn
 
 import pathkernel as pk
 from pathkernel import errors
-from pathkernel.path_kernel.features import Features, StreamingFeatures
+from pathkernel.path_kernel.features import Features
+from pathkernel.path_kernel.streaming import StreamingFeatures
 from pathkernel.tangent_kernel.engines.projection import Projection
 
 TARGETS = torch.tensor([0, 2, 1, 1])
