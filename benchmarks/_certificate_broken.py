@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pathkernel.gradients.losses
-import pathkernel.gradients.model_function
+import pathkernel.gradients.per_sample
 import pathkernel.trajectory.batch_gradients
 from pathkernel.gradients.layers.factors import Dense, Piece
 from pathkernel.gradients.layers.tape import Tape
@@ -117,10 +117,11 @@ def _broken_pieces(fault: Fault) -> Callable[..., list[Piece]]:
                 components = torch.stack([(tape.outputs * slope).sum(1) for slope in slopes], 1)
             return right(tape, components)
         first = tape.function.layout.slices[tape.function.layout.names[0]]
-        parts = [part for piece in right(tape, components, identity) for part in piece.dense()]
+        parts = [part for piece in right(tape, components, identity) for part in piece.separated()]
+        spared = first.stop if fault.first_only else tape.function.layout.size
         return [
-            Piece(where, Dense(values if fault.first_only and where.start >= first.stop else mixed(fault, values)))
-            for where, values in parts
+            Piece(where, factor if where.start >= spared else Dense(mixed(fault, factor.rows())))
+            for where, factor in parts
         ]
 
     return pieces
@@ -166,8 +167,8 @@ def broken(fault: Fault, everywhere: bool) -> Iterator[None]:
         stack.enter_context(mock.patch.object(Tape, "pieces", _broken_pieces(fault)))
         if everywhere:
             for name in ("_gradients_at_once", "_gradients_in_turn"):
-                rows = _broken_rows(fault, getattr(pathkernel.gradients.model_function, name))
-                stack.enter_context(mock.patch.object(pathkernel.gradients.model_function, name, rows))
+                rows = _broken_rows(fault, getattr(pathkernel.gradients.per_sample, name))
+                stack.enter_context(mock.patch.object(pathkernel.gradients.per_sample, name, rows))
             coupled = _broken_coupled_rows(fault)
             stack.enter_context(mock.patch.object(pathkernel.trajectory.batch_gradients, "coupled_row_blocks", coupled))
         yield

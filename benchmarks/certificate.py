@@ -55,7 +55,7 @@ from zoo import COUPLED, COUPLED_IN_TRAINING, ZOO, Specimen
 
 import pathkernel as pk
 import pathkernel.gradients.layers.coverage
-import pathkernel.gradients.model_function
+import pathkernel.gradients.per_sample
 import pathkernel.kernel_machine.kernel_machine
 import pathkernel.trajectory.batch_gradients
 from pathkernel.errors import PathKernelError
@@ -382,7 +382,7 @@ def bars(quick: bool, chosen: Callable[[str], bool]) -> Iterator[Row]:
 UNCHECKED = {
     (pathkernel.trajectory.batch_gradients.RecordedGradients, "_is_measured"): False,
     (pathkernel.gradients.layers.coverage, "_are_own_rows"): True,
-    (pathkernel.gradients.model_function, "_are_own_rows"): True,
+    (pathkernel.gradients.per_sample, "_are_own_rows"): True,
     (pathkernel.kernel_machine.kernel_machine, "check_sample_wise"): None,
 }
 """What is measured or proved of rows, and what it says where it is left out."""

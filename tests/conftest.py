@@ -9,9 +9,28 @@ from jaxtyping import install_import_hook
 # Before the package is imported. These are the modules that write shapes; gradients/test_model_function.py sees that
 # it works.
 SHAPED = [
+    "pathkernel.gradients.acceptance",
+    "pathkernel.gradients.contraction",
+    "pathkernel.gradients.factored",
+    "pathkernel.gradients.gradient_source",
+    "pathkernel.gradients.layers.coverage",
+    "pathkernel.gradients.layers.factor",
+    "pathkernel.gradients.layers.factors",
+    "pathkernel.gradients.layers.tape",
     "pathkernel.gradients.losses",
+    "pathkernel.gradients.matmul",
     "pathkernel.gradients.model_function",
+    "pathkernel.gradients.parameters",
+    "pathkernel.gradients.per_sample",
+    "pathkernel.gradients.sample_wise",
     "pathkernel.kernel_machine.queries",
+    "pathkernel.tangent_kernel.engines.jacobian_products",
+    "pathkernel.tangent_kernel.engines.layerwise",
+    "pathkernel.tangent_kernel.engines.projection",
+    "pathkernel.tangent_kernel.engines.tiles",
+    "pathkernel.tangent_kernel.measured_error",
+    "pathkernel.tangent_kernel.operators",
+    "pathkernel.tangent_kernel.output_probes",
     "pathkernel.trajectory.batch_gradients",
 ]
 install_import_hook(SHAPED, "beartype.beartype")

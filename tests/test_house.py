@@ -139,5 +139,5 @@ def test_constraints_pin_every_declared_package() -> None:
 
 def test_version_is_stated_once_everywhere() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
-    assert f'__version__ = "{version}"' in (PACKAGE / "__init__.py").read_text("utf-8")
+    assert f'__version__ = "{version}"' in (PACKAGE / "_version.py").read_text("utf-8")
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pathkernel.errors import InputError, StoreError, check, quoted
-from pathkernel.gradients.model_function import generators_untouched
+from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.runtime.interrupts import attempt
 from pathkernel.storage.disk import DiskStore
 from pathkernel.storage.header import Header
@@ -137,7 +137,7 @@ def _check_loss_of_store(trajectory: Trajectory, header: Header) -> None:
     def values() -> None:
         for size in (2, 3):  # as many samples as outputs may look like targets of another shape
             inputs, targets = trajectory.data[torch.arange(min(size, len(trajectory.data)))]
-            with function.running(gradients=False):
+            with function.evaluating(gradients=False):
                 outputs = function.call(function.parameters(trajectory.initial), function.cast(inputs))
             if trajectory.objective.known is not None:
                 trajectory.objective.known(outputs, function.cast(targets))

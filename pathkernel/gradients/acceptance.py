@@ -1,4 +1,4 @@
-"""What samples a network takes, found out by giving it one."""
+"""Samples that a network takes, found out by giving it one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Int, PyTree
 from pathkernel.errors import InputError, PathKernelError
-from pathkernel.gradients.model_function import REFUSALS, ModelFunction, generators_untouched
+from pathkernel.gradients.forward_state import generators_untouched
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import check_rows, count, take
 
 SHAPES = {
@@ -105,7 +107,7 @@ class Acceptance:
         raise self._refused(inputs, error)
 
     def _refusal(self, inputs: PyTree) -> Exception | None:
-        """What the network raises."""
+        """Exception that the network raises."""
         try:
             self.function.outputs(self.theta, inputs)
         except PathKernelError:
@@ -115,7 +117,7 @@ class Acceptance:
         return None
 
     def _takes_scalars(self, one: PyTree) -> bool:
-        """Whether n numbers are n samples to the network, not one: it gives as many answers, for any n."""
+        """Test that n numbers are n samples to the network, not one: it gives as many answers, for any n."""
         return all(self._answers(one, n) == n for n in (2, 3))
 
     def _answers(self, one: PyTree, n: int) -> int:
@@ -184,10 +186,10 @@ def named_rows(asker: str, rows: Sequence[Tensor], what: str) -> InputError:
 
 
 def _is_finite(function: ModelFunction, theta: Float[Tensor, " P"], inputs: PyTree) -> bool:
-    """Whether the sum of all outputs and its gradient are finite."""
+    """Test that the sum of all outputs and its gradient are finite."""
     point = function.cast(theta).detach().requires_grad_(True)
     try:
-        with function.running(gradients=True):
+        with function.evaluating(gradients=True):
             outputs = function.batch(function.layout.unflatten(point), function.cast(inputs))
             (gradient,) = torch.autograd.grad(outputs.sum(), point)
     except REFUSALS:

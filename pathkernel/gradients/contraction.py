@@ -8,28 +8,26 @@ one is taken, layer by layer: all pairs of positions, :math:`\sum_{ts} (a_{it} \
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pathkernel._typing import Float
-from pathkernel.gradients.layers.factors import Dense, Factor, Lookup, Outer, Piece
+from pathkernel.gradients.layers.factor import Factor
+from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.matmul import product
 
 
 def by_pairs(factor: Factor, n: int, m: int, full: bool = False) -> bool:
-    """Whether all pairs of positions are cheaper than rows, for n × m pairs of samples."""
-    if not isinstance(factor, (Outer, Lookup)):
+    """Test that all pairs of positions are cheaper than rows, for n × m pairs of samples."""
+    if factor.formed:
         return False
-    k, t = factor.components, factor.signal.shape[2]
-    width = factor.signal.shape[3]
-    other = factor.activation.shape[2] if isinstance(factor, Outer) else 1
+    k, t = factor.components, factor.positions
     products = k * k if full else k
-    signals = 0 if isinstance(factor, Outer) and factor.head else width * products
-    pairs = n * m * t * t * (signals + other + products)
-    forming = t * width * other if isinstance(factor, Outer) else factor.size
-    rows = (n + m) * k * forming + n * m * products * factor.size
+    signals = 0 if factor.head else factor.width * products
+    pairs = n * m * t * t * (signals + factor.comparing + products)
+    rows = (n + m) * k * factor.forming + n * m * products * factor.size
     return pairs <= rows
 
 
@@ -38,7 +36,7 @@ def pair_products(left: Piece, right: Piece, full: bool, weight: float = 1.0, bi
 
     ``weight`` and ``bias`` scale the parts of θ.
     """
-    units = all(isinstance(piece.factor, Outer) and piece.factor.head for piece in (left, right))
+    units = left.factor.head and right.factor.head
     one, two = (Pairs.of(piece, full, weight, bias, units) for piece in (left, right))
     everything = slice(None), slice(None)
     products = one.added(None, two, one.readings(two, *everything), everything, everything)
@@ -74,17 +72,15 @@ class Pairs:
 
     @classmethod
     def of(cls, piece: Piece, full: bool, weight: float = 1.0, bias: float = 1.0, unit: bool = False) -> Pairs:
-        """From a piece of a tape; ``unit`` where δ is the identity on both sides."""
-        factor = piece.factor
-        assert isinstance(factor, (Outer, Lookup))
-        n, k, t, p = factor.signal.shape
+        """Pairs of a piece of a tape; ``unit`` where δ is the identity on both sides."""
+        own = piece.factor.signals
+        n, k, t, p = own.shape
         signal: Tensor | None = None
         if not unit:
-            own = factor.signal
             signal = own.transpose(0, 1).contiguous() if full else own.transpose(1, 2).reshape(1, n, t, k * p)
-        activation = factor.activation if isinstance(factor, Outer) else factor.indices
         count, alike = (k, 1) if full else (1, k)
-        return cls(signal, activation.contiguous(), weight, bias if piece.bias is not None else 0.0, count, alike)
+        readings = piece.factor.readings.contiguous()
+        return cls(signal, readings, weight, bias if piece.bias is not None else 0.0, count, alike)
 
     def readings(self, other: Pairs, rows: slice, columns: slice) -> Float[Tensor, "nT mT"]:
         """The metric's a_it · a_js for some samples of each side."""
@@ -144,31 +140,11 @@ class Pairs:
 def parts(piece: Piece, bytes_per_sample: int) -> Iterator[tuple[slice, Piece]]:
     """A piece in parts along the first axis of its parameter whose rows take at most so many bytes a sample."""
     factor = piece.factor
-    assert isinstance(factor, (Dense, Outer, Lookup))
-    itemsize = factor.values.element_size() if isinstance(factor, Dense) else factor.signal.element_size()
-    row = factor.components * factor.size * itemsize
-    if isinstance(factor, Dense):
-        length, unit = factor.size, 1
-    elif isinstance(factor, Outer):
-        length = factor.activation.shape[2] if factor.transposed else factor.signal.shape[3]
-        unit = factor.size // length
-    else:
-        length, unit = factor.vocabulary, factor.signal.shape[3]
+    row = factor.components * factor.size * factor.dtype.itemsize
+    length = factor.length
+    unit = factor.size // length
     step = max(1, min(length, length * bytes_per_sample // max(1, row)))
     for begin in range(0, length, step):
         end = min(length, begin + step)
         where = slice(piece.where.start + begin * unit, piece.where.start + end * unit)
-        yield where, Piece(where, factor if step == length else _part(factor, begin, end))
-
-
-def _part(factor: Factor, begin: int, end: int) -> Factor:
-    if isinstance(factor, Dense):
-        return Dense(factor.values[:, :, begin:end])
-    if isinstance(factor, Outer) and factor.transposed:
-        return replace(factor, activation=factor.activation[:, :, begin:end])
-    if isinstance(factor, Outer):
-        return replace(factor, signal=factor.signal[:, :, :, begin:end], head=False)
-    assert isinstance(factor, Lookup)
-    inside = (factor.indices >= begin) & (factor.indices < end)
-    indices = torch.where(inside, factor.indices - begin, 0)
-    return Lookup(factor.signal * inside[:, None, :, None], indices, end - begin)
+        yield where, Piece(where, factor if step == length else factor.rows_between(begin, end))

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float
-from pathkernel.gradients.layers.factors import Dense, Factor, Lookup, Outer, Piece, device_of_factor
+from pathkernel.gradients.layers.factors import Dense, Piece
 from pathkernel.gradients.parameters import ParameterLayout
 
 
-def working(dtype: torch.dtype) -> torch.dtype:
-    """In which products of gradients of a floating type are formed: float32 for types of half precision."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Floating type in which products of gradients are formed: float32 for types of half precision."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -54,9 +54,9 @@ class FactoredGradients:
 
     @property
     def device(self) -> torch.device:
-        """Where they are: with their pieces."""
+        """Device of the pieces."""
         if self.pieces:
-            return device_of_factor(self.pieces[0].factor)
+            return self.pieces[0].factor.device
         return self.place or torch.device("cpu") if self.direction is None else self.direction.device
 
     @classmethod
@@ -75,7 +75,7 @@ class FactoredGradients:
 
     @property
     def zero(self) -> bool:
-        """Whether there is nothing in them at all."""
+        """True where there is nothing in them at all."""
         return not self.pieces and self.multiples is None
 
     def rows(self, out: Tensor) -> Tensor:
@@ -85,9 +85,9 @@ class FactoredGradients:
         return out
 
     def as_rows(self) -> FactoredGradients:
-        """The same as rows, where these take less memory than the pieces."""
-        dtype = _dtype(self.pieces[0].factor) if self.pieces else torch.float32
-        if self.count * self.layout.size >= sum(numel(piece.factor) for piece in self.pieces):
+        """Rows in place of pieces, where these take less memory."""
+        dtype = self.pieces[0].factor.dtype if self.pieces else torch.float32
+        if self.count * self.layout.size >= sum(sum(piece.factor.numbers) for piece in self.pieces):
             return self
         rows = torch.empty(self.count, self.layout.size, dtype=dtype, device=self.device)
         return FactoredGradients.dense(self.rows(rows), self.layout)
@@ -109,15 +109,6 @@ class FactoredGradients:
         assert self.multiples is None
         return replace(self, multiples=multiples, direction=direction)
 
-    def separated(self) -> FactoredGradients:
-        """The same with biases as pieces of their own."""
-        pieces: list[Piece] = []
-        for piece in self.pieces:
-            pieces.append(replace(piece, bias=None))
-            if piece.bias is not None:
-                pieces.append(Piece(piece.bias, Dense(piece.bias_rows())))
-        return replace(self, pieces=tuple(pieces))
-
     # -- what is asked of them -------------------------------------------------------------------------------
 
     def __matmul__(self, directions: Tensor) -> Tensor:
@@ -127,7 +118,7 @@ class FactoredGradients:
         result = torch.zeros(self.count, several.shape[1], dtype=torch.float64, device=self.device)
         cast: dict[torch.dtype, Tensor] = {}
         for piece in self.pieces:
-            dtype = _dtype(piece.factor)
+            dtype = piece.factor.dtype
             own = cast.setdefault(dtype, several.T.to(dtype))
             result += piece.products(own).reshape(self.count, -1)
         if self.multiples is not None and self.direction is not None:
@@ -140,9 +131,9 @@ class FactoredGradients:
         total: Tensor | None = None
         own = False  # whether the entries are not those of a piece itself
         for piece, begin, end, offset in self._covering(where):
-            found = _columns(piece, begin, end).reshape(self.count, -1).to(dtype)
+            found = piece.factor.columns(begin, end).reshape(self.count, -1).to(dtype)
             if total is None and found.shape[1] == size:
-                total, own = found, not isinstance(piece.factor, Dense)
+                total, own = found, not piece.factor.formed
                 continue
             if total is None or not own:
                 total, own = found.new_zeros(self.count, size) if total is None else total.clone(), True
@@ -154,13 +145,13 @@ class FactoredGradients:
             total.addcmul_(self.multiples.to(dtype).unsqueeze(1), self.direction[where].to(dtype))
         return total
 
-    def pushed(self, where: slice, directions: Tensor) -> Float[Tensor, "D Q"]:
+    def directional_products(self, where: slice, directions: Tensor) -> Float[Tensor, "D Q"]:
         """Inner products over a part of θ with a few directions (D, size) in it."""
         covering = list(self._covering(where))
         if len(covering) == 1 and self.multiples is None:
             ((piece, begin, end, _),) = covering
             whole = begin == 0 and end == piece.factor.size == directions.shape[1]
-            if whole and _dtype(piece.factor) == directions.dtype:
+            if whole and piece.factor.dtype == directions.dtype:
                 return piece.factor.products(directions).reshape(self.count, -1).T
         return directions @ self.columns(where, directions.dtype).T
 
@@ -168,9 +159,8 @@ class FactoredGradients:
         """The sum of all gradients, float64."""
         result = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
         for piece in self.pieces:
-            result[piece.where] += _total(piece.factor)
-            if piece.bias is not None:
-                result[piece.bias] += piece.bias_rows().sum(dim=(0, 1))
+            for where, factor in piece.separated():
+                result[where] += factor.total()
         if self.multiples is not None and self.direction is not None:
             result += self.multiples.sum() * self.direction
         return result
@@ -202,73 +192,3 @@ class FactoredGradients:
             if start < stop:
                 part = piece if own == piece.where else Piece(own, Dense(piece.bias_rows()))
                 yield part, start - own.start, stop - own.start, start - where.start
-
-
-def piece_dtype(piece: Piece) -> torch.dtype:
-    """Floating type of a piece."""
-    return _dtype(piece.factor)
-
-
-def _dtype(factor: Factor) -> torch.dtype:
-    return factor.values.dtype if isinstance(factor, Dense) else factor.signal.dtype  # type: ignore[attr-defined]
-
-
-def _columns(piece: Piece, begin: int, end: int) -> Tensor:
-    """Some of the entries of a piece, (n, K, end − begin)."""
-    factor = piece.factor
-    if isinstance(factor, Dense):
-        return factor.values[:, :, begin:end]
-    if isinstance(factor, Lookup):
-        unit = factor.signal.shape[3]
-        first, last = begin // unit, -(-end // unit)
-        inside = (factor.indices >= first) & (factor.indices < last)
-        signal = factor.signal * inside[:, None, :, None]
-        rows = Lookup(signal, torch.where(inside, factor.indices - first, 0), last - first).rows()
-    else:
-        assert isinstance(factor, Outer)
-        unit = factor.signal.shape[3] if factor.transposed else factor.activation.shape[2]
-        first, last = begin // unit, -(-end // unit)
-        if factor.transposed:
-            rows = replace(factor, activation=factor.activation[:, :, first:last]).rows()
-        elif factor.positions == 1:  # an outer product by broadcasting: three times as fast as a batched product
-            left = factor.signal[:, :, 0, first:last].unsqueeze(3)
-            rows = (left * factor.activation.unsqueeze(1)).flatten(2)
-        else:
-            rows = replace(factor, signal=factor.signal[:, :, :, first:last], head=False).rows()
-    return rows[:, :, begin - first * unit : end - first * unit]
-
-
-def _total(factor: Factor) -> Tensor:
-    """Σ over samples and components, (size,)."""
-    if isinstance(factor, Dense):
-        return factor.values.sum(dim=(0, 1))
-    if isinstance(factor, Outer):
-        signal = factor.signal.sum(dim=1).flatten(0, 1)
-        activation = factor.activation.flatten(0, 1)
-        product = activation.T @ signal if factor.transposed else signal.T @ activation
-        return product.reshape(-1)
-    assert isinstance(factor, Lookup)
-    table = factor.signal.new_zeros(factor.vocabulary, factor.signal.shape[3])
-    return table.index_add_(0, factor.indices.reshape(-1), factor.signal.sum(dim=1).flatten(0, 1)).reshape(-1)
-
-
-def in_working_type(piece: Piece) -> Piece:
-    """A piece in a type of at least float32."""
-    factor = piece.factor
-    dtype = working(_dtype(factor))
-    if dtype == _dtype(factor):
-        return piece
-    if isinstance(factor, Dense):
-        return replace(piece, factor=Dense(factor.values.to(dtype)))
-    if isinstance(factor, Outer):
-        outer = replace(factor, signal=factor.signal.to(dtype), activation=factor.activation.to(dtype))
-        return replace(piece, factor=outer)
-    assert isinstance(factor, Lookup)
-    return replace(piece, factor=replace(factor, signal=factor.signal.to(dtype)))
-
-
-def numel(factor: Factor) -> int:
-    """Numbers that a factor holds."""
-    if isinstance(factor, Dense):
-        return factor.values.numel()
-    return factor.signal.numel() + (factor.activation.numel() if isinstance(factor, Outer) else 0)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Where gradients in factored form come from: tapes of the network, and rows for what these do not cover."""
+"""Sources of gradients in factored form: tapes of the network, and rows for what these do not cover."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.gradients.factored import FactoredGradients, in_working_type, working
+from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.tape import Tape
-from pathkernel.gradients.model_function import ModelFunction, OutputFunctional, sample_gradients, values_of
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.gradients.per_sample import OutputFunctional, sample_gradients, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.runtime.workspace import Workspace
 
@@ -76,14 +77,14 @@ class GradientSource:
     ) -> FactoredGradients:
         """J_iᵀ λ_i of n samples, with λ (n, C) made of what the network returned for all of them."""
         if self.engine in BY_ROWS:
-            with function.running(gradients=False):
+            with function.evaluating(gradients=False):
                 weights = cotangents(function.call(function.parameters(theta), function.cast(inputs)))
             return self.gradients(theta, inputs, weighted_sum, weights, None, function)
         tape = self.tapes.record(theta, inputs, function)
         weights = cotangents(tape.returned)
         with torch.enable_grad():
             weighted = (tape.outputs * weights).sum(dim=1, keepdim=True)
-        pieces = tuple(in_working_type(piece) for piece in tape.pieces(weighted))
+        pieces = accumulated(tape.pieces(weighted))
         if self.plain:
             rows = self._rows(function, self.plain, theta, inputs, weighted_sum, weights, None)
             pieces += FactoredGradients.of_rows(rows, function.layout).pieces
@@ -95,7 +96,7 @@ class GradientSource:
             self.tapes.record(theta, inputs, function)
 
     def anew(self) -> GradientSource:
-        """The same of which nothing is proved."""
+        """A source for the same network of which nothing is proved."""
         return GradientSource(self.function, self.engine, 0)
 
     @property
@@ -108,7 +109,7 @@ class GradientSource:
 
     @property
     def engines(self) -> set[str]:
-        """How gradients were formed so far."""
+        """Engines by which gradients were formed so far."""
         routes = set(self.function.row_routes.values()) & {"vmap", "autograd"}
         by_rows = {"autograd"} if self.engine == "autograd" else {{"vmap": "jacobian"}.get(r, r) for r in routes}
         plain = self.plain
@@ -129,7 +130,7 @@ class GradientSource:
         own = ParameterLayout.of({name: values[name] for name in names})
         part, route = function.restricted(own, values), "autograd" if self.engine == "autograd" else None
         k, point = components or 1, own.flatten(values)
-        n, dtype = count(inputs), working(function.dtype)
+        n, dtype = count(inputs), accumulation_dtype(function.dtype)
         rows = {
             name: torch.empty(n * k, where.stop - where.start, dtype=dtype, device=function.device)
             for name, where in own.slices.items()
@@ -161,4 +162,9 @@ def tape_pieces(tape: Tape, functional: OutputFunctional, context: PyTree) -> tu
     """Pieces of ∇h on a tape, in a type of at least float32."""
     with torch.enable_grad():
         h = values_of(functional, tape.outputs, context)
-    return tuple(in_working_type(piece) for piece in tape.pieces(h))
+    return accumulated(tape.pieces(h))
+
+
+def accumulated(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """Pieces in the type in which their products are formed."""
+    return tuple(piece.to(accumulation_dtype(piece.factor.dtype)) for piece in pieces)

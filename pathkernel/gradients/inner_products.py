@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pathkernel.gradients.contraction import by_pairs, pair_products
 from pathkernel.gradients.factored import FactoredGradients
-from pathkernel.gradients.layers.factors import Dense, Lookup, Outer, Piece
+from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.pytrees import blocks
 
 TILE = 256
@@ -84,20 +84,9 @@ def contracted(
 
 def _tiled(left: Piece, right: Piece, weight: float, bias: float, memory: int) -> Tensor:
     n, k, m = left.factor.samples, left.factor.components, right.factor.samples
-    per_sample = 4 * _positions(left) * m * _positions(right) * k * _itemsize(left)
+    per_sample = 4 * left.factor.positions * m * right.factor.positions * k * left.factor.dtype.itemsize
     tiles = []
-    for own in blocks(n, min(TILE, memory // per_sample) if _positions(left) > 1 else n):
+    for own in blocks(n, min(TILE, memory // per_sample) if left.factor.positions > 1 else n):
         tile = pair_products(left.take(own) if own != slice(0, n) else left, right, k > 1, weight, bias)
         tiles.append(tile.reshape(-1, m))
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
-
-
-def _positions(piece: Piece) -> int:
-    factor = piece.factor
-    assert isinstance(factor, (Outer, Lookup))
-    return factor.signal.shape[2]
-
-
-def _itemsize(piece: Piece) -> int:
-    assert not isinstance(piece.factor, Dense)
-    return piece.factor.signal.element_size()  # type: ignore[attr-defined]

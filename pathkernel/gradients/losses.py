@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pathkernel._typing import Float, Loss, Parameters, PyTree
 from pathkernel.errors import InputError, SampleIdError
-from pathkernel.gradients.model_function import ModelFunction, leaf_parameters, output_products, pulled_back
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import leaf_parameters, output_products, pulled_back
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
 from pathkernel.runtime.interrupts import deliver
@@ -57,7 +58,7 @@ def batch_loss(loss: Loss, outputs: PyTree, targets: PyTree, weights: Tensor | N
 
 @dataclass(frozen=True)
 class Objective:
-    """What the training loop differentiates.
+    """Objective that the training loop differentiates.
 
     Attributes
     ----------
@@ -119,7 +120,7 @@ def batch_gradient(
 ) -> Float[Tensor, " P"]:
     """∇L of a whole batch at θ, (P,), by one reverse sweep; regularisers are left out."""
     leaves = leaf_parameters(function, vector)
-    with function.running(gradients=True), function.kept():
+    with function.evaluating(gradients=True), function.kept():
         outputs = function.call(leaves, function.cast(inputs))
         targets = function.cast(targets)
         loss = objective.function("The gradient of a batch")
@@ -137,7 +138,7 @@ def output_cotangents(
     weights: Tensor | None = None,
 ) -> Tensor:
     """λ = ∂L/∂z for the outputs of a batch, (B, C) in the order of `batch_outputs`."""
-    with function.running(gradients=False):
+    with function.evaluating(gradients=False):
         outputs = function.call(function.parameters(vector), function.cast(inputs))
     return loss_slopes(function, objective, outputs, targets, weights, count(inputs))
 
@@ -154,7 +155,7 @@ def loss_slopes(
     floating = lambda leaf: isinstance(leaf, Tensor) and leaf.is_floating_point()  # noqa: E731
     outputs = map_outputs(lambda z: z.detach().requires_grad_(True) if floating(z) else z, outputs)
     leaves = [leaf for leaf in output_leaves(outputs) if floating(leaf)]
-    with function.running(gradients=True):
+    with function.evaluating(gradients=True):
         targets = function.cast(targets)
         loss = objective.function("The slope of a batch")
         value = batch_loss(loss, outputs, targets, weights, objective.reduction)
@@ -198,7 +199,7 @@ def coupled_row_blocks(
     """The rows of `coupled_rows`, a few samples at a time, each few by a forward pass of the whole batch."""
     leaves = leaf_parameters(function, vector)
     for block in blocks(len(cotangents), size):
-        with function.running(gradients=True), function.kept():
+        with function.evaluating(gradients=True), function.kept():
             outputs = function.batch(leaves, function.cast(inputs))
             check_slopes(outputs, cotangents)
             dtype = torch.promote_types(outputs.dtype, function.dtype)  # that of the outputs may be coarser
@@ -221,9 +222,9 @@ def weighted_gradient(
     *,
     as_trained: bool = False,
 ) -> Float[Tensor, " P"]:
-    """Σ_i J_iᵀ λ_i by one reverse sweep; ``as_trained`` as for `ModelFunction.running`."""
+    """Σ_i J_iᵀ λ_i by one reverse sweep; ``as_trained`` as for `ModelFunction.evaluating`."""
     leaves = leaf_parameters(function, vector)
-    with function.running(gradients=True, as_trained=as_trained), function.kept():
+    with function.evaluating(gradients=True, as_trained=as_trained), function.kept():
         outputs = function.batch(leaves, function.cast(inputs))
         check_slopes(outputs, cotangents)
         return function.layout.flatten(pulled_back(leaves, outputs, cotangents.to(outputs), retain=False))
@@ -253,7 +254,7 @@ def batch_products(
 
 
 TASKS = ("classification", "regression")
-"""What a network may have been trained for."""
+"""Tasks that a network may have been trained for."""
 
 
 def check_task(task: Any) -> str | None:

@@ -26,7 +26,7 @@ def product(left: Float[Tensor, "n k"], right: Float[Tensor, "m k"]) -> Float[Te
 
 @cache
 def _has_onednn() -> bool:
-    """Whether oneDNN's product can be called (torch exposes it to its compiler), and is right."""
+    """Test that oneDNN's product can be called (torch exposes it to its compiler), and is right."""
     if not torch.backends.mkldnn.is_available():
         return False
     x = torch.arange(12.0).reshape(3, 4)

@@ -1,4 +1,4 @@
-"""Which parameters make up θ, and where each lies in it."""
+"""Parameters that make up θ, and their places in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathkernel._typing import Float, Parameters
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """Where each parameter lies in the flat vector θ.
+    """Places of the parameters in the flat vector θ.
 
     Parameters
     ----------

@@ -78,7 +78,7 @@ def _as_array(leaf: Any) -> np.ndarray:
 
 
 def _has_columns_of_numbers(leaf: Any) -> bool:
-    """Whether it is a table of pandas with columns of different types, or of types that may be missing."""
+    """Test for a table of pandas with columns of different types, or of types that may be missing."""
     types = getattr(leaf, "dtypes", ())
     kinds = [getattr(each, "kind", "") for each in (types if hasattr(types, "__iter__") else [types])]
     return bool(kinds) and set(kinds) <= set("fiub")
@@ -119,7 +119,7 @@ def copied_samples(tree: PyTree) -> PyTree:
 
 
 def same_samples(one: PyTree, other: PyTree) -> bool:
-    """Whether two sets of samples hold the same numbers of the same types."""
+    """Test that two sets of samples hold the same numbers of the same types."""
     (leaves, tree), (others, other_tree) = (pytree.tree_flatten(t, is_leaf=_is_array_like) for t in (one, other))
     return tree == other_tree and all(map(_same, leaves, others))
 

@@ -1,4 +1,4 @@
-"""What a network returns: its outputs, sample by sample, and what else is among it (``returns=``, a loss)."""
+"""Results of a network: its outputs, sample by sample, and what else is among it (``returns=``, a loss)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def batch_outputs(outputs: PyTree, n: int) -> Tensor:
 
 
 def output_leaves(outputs: PyTree) -> list[Any]:
-    """What is in the nested tuples, lists, dicts and dataclasses that a module returned."""
+    """Leaves of the nested tuples, lists, dicts and dataclasses that a module returned."""
     leaves = []
     for leaf in pytree.tree_leaves(outputs):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
@@ -64,7 +64,7 @@ def output_leaves(outputs: PyTree) -> list[Any]:
 
 
 def map_outputs(change: Callable[[Any], Any], outputs: PyTree) -> PyTree:
-    """What a module returned with every leaf changed."""
+    """Result of a module with every leaf changed."""
 
     def changed(leaf: Any) -> Any:
         if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):

@@ -1,4 +1,4 @@
-"""What a network must be for its outputs to have a kernel: differentiable, and a function of one sample at a time."""
+"""Tests that a network's outputs have a kernel: differentiable, and a function of one sample at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import UnsupportedModelError
-from pathkernel.gradients.model_function import REFUSALS, ModelFunction, generator_states, generators_untouched
+from pathkernel.gradients.forward_state import generator_states, generators_untouched
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import count, spread, take
 from pathkernel.gradients.returned import batch_outputs
 from pathkernel.runtime.interrupts import attempt
@@ -94,7 +96,7 @@ def check_sample_wise(function: ModelFunction, theta: Float[Tensor, " P"], input
         or loses the axis of a single sample; or that reads parameters which it keeps where no copy can replace them.
     """
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    key = (function.tap, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
+    key = (function.submodule, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
     if key in function.sample_wise or count(inputs) == 0:
         return
     # At a generic point near θ: a head that begins with zeros hides everything.
@@ -110,7 +112,7 @@ def check_sample_wise(function: ModelFunction, theta: Float[Tensor, " P"], input
 def _check(function: ModelFunction, theta: Tensor, few: PyTree) -> None:
     parameters, n = function.parameters(theta), count(few)
     device = function.device
-    with generators_untouched(), function.running(gradients=False):
+    with generators_untouched(), function.evaluating(gradients=False):
         before = generator_states(device)
         live = function.structure.read_live(lambda: function.batch(parameters, few))
         drew = any(not torch.equal(state, before[name]) for name, state in generator_states(device).items())
@@ -155,7 +157,7 @@ def _check_halves(function: ModelFunction, theta: Tensor, inputs: PyTree) -> Non
     if n <= SAMPLES:
         return
     parameters, middle = function.parameters(theta), n // 2
-    with generators_untouched(), function.running(gradients=False):
+    with generators_untouched(), function.evaluating(gradients=False):
         whole = function.batch(parameters, inputs)
         halves = [function.batch(parameters, take(inputs, piece)) for piece in (slice(0, middle), slice(middle, n))]
     apart = torch.cat(halves)
@@ -185,7 +187,7 @@ def _difference(one: Tensor, other: Tensor, scale: Tensor) -> float:
 
 
 def _agree(one: Tensor, other: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> bool:
-    """To half the digits of the coarser type, its own or its parameters'; what is not finite is for others to see."""
+    """Comparison to half the digits of the coarser type, its own or its parameters'; infinity is for others to see."""
     rounding = max(torch.finfo(each).eps for each in (dtype, one.dtype))
     difference: Any = _difference(one.double(), other.double(), (one if scale is None else scale).double())
     return not math.isfinite(difference) or difference <= math.sqrt(rounding)

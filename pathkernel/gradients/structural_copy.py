@@ -208,7 +208,7 @@ class _Copier:
         return copy.deepcopy(value, self.memo)
 
     def _concerns(self, value: Any) -> bool:
-        """Whether something is, or holds, a module or one of the parameters."""
+        """Test that something is, or holds, a module or one of the parameters."""
         if isinstance(value, nn.Module) or id(value) in self.names or id(value) in self.memo:
             return True
         if isinstance(value, types.MethodType):
@@ -219,7 +219,7 @@ class _Copier:
 
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
-    """What a module's class says is copied of it (a Lightning module leaves its trainer out); else all attributes."""
+    """Attributes that a module's class says are copied (a Lightning module leaves its trainer out); else all."""
     try:
         state = module.__getstate__()
     except RuntimeError:  # parametrised modules refuse
@@ -235,7 +235,7 @@ def _content(cell: Any) -> Any:
 
 
 def _of_training(hook: Any) -> bool:
-    """Whether a hook belongs to a recorder, which watches the module and none of its copies."""
+    """Test that a hook belongs to a recorder, which watches the module and none of its copies."""
     return getattr(hook, "of_training", False) is True
 
 
@@ -244,7 +244,7 @@ Slot = tuple[Any, Any, str]
 
 
 def _slots(value: Any, names: Mapping[int, str], seen: set[int]) -> Iterator[Slot]:
-    """Where the tensors of these identities are in modules, and in the lists and dicts that these hold."""
+    """Places of the tensors of these identities in modules, and in the lists and dicts that these hold."""
     if id(value) in seen:
         return
     seen.add(id(value))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pathkernel.gradients.factored import FactoredGradients, working
+from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.queries import GradientStep
 from pathkernel.quadrature import Part, Quadrature, QueryStep, StepAverage
@@ -186,7 +186,7 @@ def _weights(missed: Tensor, start: float) -> Tensor:
 def _matrix(step: GradientStep) -> Tensor:
     """Zeros (Q, P)."""
     function = step.queries.function
-    dtype = working(function.dtype)
+    dtype = accumulation_dtype(function.dtype)
     return torch.zeros(len(step.start_value), function.layout.size, dtype=dtype, device=step.start_value.device)
 
 

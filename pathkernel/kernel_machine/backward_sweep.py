@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pathkernel.gradients.factored import FactoredGradients, working
+from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.inner_products import contracted, paired_names
 from pathkernel.gradients.matmul import product
 from pathkernel.gradients.pytrees import blocks
@@ -110,7 +110,7 @@ class BackwardSweep:
         self.layout, self.rule, self.count = trajectory.layout, trajectory.rule, count
         self.shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
         # Rules that mix entries are differentiated, and add up rounding along the way.
-        self.dtype = working(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
+        self.dtype = accumulation_dtype(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
         self.accumulator = accumulator = Accumulator.start(curve.initial)
         # (N, Q), so that a batch adds to whole rows.
         device = trajectory.device
@@ -372,14 +372,14 @@ class StepGradients:
         """g · u of every sample, then of every channel, over a block of columns: (B + channels, Q)."""
         rest = self._rest(where, u)
         if push and not isinstance(self.stage.factor, Tensor):
-            pushed = [part.pushed(where, u).T * self.stage.factor for part in self.stage.parts]
+            pushed = [part.directional_products(where, u).T * self.stage.factor for part in self.stage.parts]
             return torch.cat([*pushed, *(row @ u.T for row in rest)])
         return product(torch.cat([self.stage.columns(where, u.dtype), *rest]), u)
 
     def part_products(self, part: FactoredGradients, where: slice, u: Tensor, push: bool) -> Tensor:
         """g · u of the samples of one pass, (B, Q)."""
         if push and not isinstance(self.stage.factor, Tensor):
-            return part.pushed(where, u).T * self.stage.factor
+            return part.directional_products(where, u).T * self.stage.factor
         return product(self.stage.scaled(part.columns(where, u.dtype), where), u)
 
     def channel_products(self, where: slice, u: Tensor) -> Tensor:

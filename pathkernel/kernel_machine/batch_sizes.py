@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
-from pathkernel.gradients.factored import piece_dtype
-from pathkernel.gradients.layers.factors import device_of_factor
 from pathkernel.gradients.losses import coupled_row_blocks, weighted_gradient
 from pathkernel.gradients.pytrees import take
 from pathkernel.gradients.returned import batch_outputs
@@ -132,7 +130,7 @@ class SmallBatch:
         part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
         for piece in part.pieces:
             piece.factor.products(torch.zeros(
-                self.pushed, piece.factor.size, dtype=piece_dtype(piece), device=device_of_factor(piece.factor)
+                self.pushed, piece.factor.size, dtype=piece.factor.dtype, device=piece.factor.device
             ))
         return part
 
@@ -142,6 +140,6 @@ class SmallBatch:
 
     def _weighted(self, n: int) -> tuple[PyTree, Tensor]:
         inputs = self.function.cast(take(self.inputs, slice(0, n)))
-        with self.function.running(gradients=False):
+        with self.function.evaluating(gradients=False):
             outputs = self.function.batch(self.function.parameters(self.point), inputs)
         return inputs, torch.ones_like(outputs)

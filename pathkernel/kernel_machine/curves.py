@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pathkernel.gradients.factored import FactoredGradients, working
+from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.queries import GradientStep, ProductStep, Queries
 from pathkernel.quadrature import Quadrature
@@ -96,7 +96,7 @@ class Curve(ABC):
         return gradient
 
     def _no_weight(self) -> Tensor:
-        dtype = working(self.queries.function.dtype)
+        dtype = accumulation_dtype(self.queries.function.dtype)
         return torch.zeros(
             len(self.queries), self.trajectory.layout.size, dtype=dtype, device=self.queries.function.device
         )

@@ -44,7 +44,7 @@ def explanation_identity(
         machine=f"{form}, {engine}, {function.dtype}, {wanted!r}",
         quadrature=question.described(quadrature, "quadrature"),
         weights=question.described(weights and trajectory.averages[weights], "weights"),
-        module=function.tap,
+        module=function.submodule,
         components=None if queries.scalar else queries.components,
         queries=question.samples_identity((queries.inputs, queries.context)),
         **asked,
@@ -56,9 +56,9 @@ def _points(
 ) -> list[tuple[ModelFunction, Tensor]]:
     """The explained network at its start, at its end, and elsewhere."""
     if weights is None:
-        trained = function.replaced(constants=trajectory.final_buffers)
+        trained = function.with_(constants=trajectory.final_buffers)
         return [(function, trajectory.initial), (trained, trajectory.final), (trained, aside)]
     record = trajectory.averages[weights]
-    averaged = function.replaced(constants=record.constants(trajectory.constants))
+    averaged = function.with_(constants=record.constants(trajectory.constants))
     first, last = (trajectory.layout.flatten(values) for values in (record.initial, record.last))
     return [(averaged, first), (averaged, last), (averaged, aside)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
-from pathkernel.gradients.model_function import load_transformations
+from pathkernel.gradients.per_sample import load_transformations
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes
 from pathkernel.kernel_machine.accumulator import Accumulator, accumulator_of, arrays_of, attributions_of, concatenate
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
@@ -391,7 +391,7 @@ class KernelMachine:
     def _planned(self, kind: tuple[Any, ...], queries: Queries, measure: Callable[[], T]) -> T:
         """Plan for queries of this number and these shapes: measured by a few passes once, and kept."""
         recorded = self._recorded
-        key = (*kind, queries.components, queries.function.tap, recorded.coupled, *shapes_of(queries.inputs))
+        key = (*kind, queries.components, queries.function.submodule, recorded.coupled, *shapes_of(queries.inputs))
         known, plans = self._plans
         if known is not recorded:
             plans = {}

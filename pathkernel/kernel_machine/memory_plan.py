@@ -36,7 +36,7 @@ from torch import Tensor
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
-from pathkernel.gradients.factored import working
+from pathkernel.gradients.factored import accumulation_dtype
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, take
 from pathkernel.kernel_machine.accumulator import Accumulator
@@ -164,7 +164,7 @@ class _Planner:
         self.vector = 8.0 * self.size
         self.shapes = dict(zip(trajectory.layout.names, trajectory.layout.shapes, strict=True))
         self.widest = max(shape.numel() for shape in trajectory.layout.shapes)
-        dtype = working(queries.function.dtype)
+        dtype = accumulation_dtype(queries.function.dtype)
         self.row, self.itemsize = self.size * dtype.itemsize, dtype.itemsize if self.rule.elementwise else 8
         # Throughout, of each query sample: cotangents of the optimizer's memory, shares, sums over a step, and what
         # else is asked for.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, Int, PyTree
-from pathkernel.gradients.factored import FactoredGradients, working
+from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.gradient_source import ROWS, GradientSource
-from pathkernel.gradients.model_function import REFUSALS, OutputFunctional, gradients_along, push_forward, values_of
+from pathkernel.gradients.per_sample import REFUSALS, OutputFunctional, gradients_along, push_forward, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.runtime.interrupts import attempt, deliver
 from pathkernel.runtime.workspace import give_back_freed_memory
@@ -65,7 +65,7 @@ class Queries:
         if not buffers:
             return self
         other = copy.copy(self)
-        other.function = self.function.replaced(constants=buffers)
+        other.function = self.function.with_(constants=buffers)
         return other
 
     def block(self, piece: slice | Tensor) -> Queries:
@@ -79,7 +79,7 @@ class Queries:
     def values(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " Q"]:
         """h at θ."""
         point = self.function.cast(theta)
-        with self.function.running(gradients=False):
+        with self.function.evaluating(gradients=False):
             values = (self._values(point, own.inputs, own.context) for own in self._cut(self.forward))
             return _joined([own.double().reshape(-1) for own in values])
 
@@ -112,7 +112,8 @@ class Queries:
             return self.source.gradients(
                 theta, self.inputs, self.functional, self._context, self._components, function
             )
-        rows, begin = torch.empty(len(self), layout.size, dtype=working(function.dtype), device=function.device), 0
+        dtype = accumulation_dtype(function.dtype)
+        rows, begin = torch.empty(len(self), layout.size, dtype=dtype, device=function.device), 0
         for own in self._cut(self.passes):
             found = self.source.gradients(
                 theta, own.inputs, self.functional, own._context, self._components, function
@@ -164,7 +165,7 @@ class Queries:
             return push_forward(lambda t: self._values(t, self.inputs, self.context), point, direction)
 
         def all_along() -> list[Tensor]:
-            with self.function.running(gradients=False), self.function.kept():
+            with self.function.evaluating(gradients=False), self.function.kept():
                 return [along(direction.to(point)).double().reshape(-1) for direction in directions]
 
         columns = attempt(all_along, REFUSALS)

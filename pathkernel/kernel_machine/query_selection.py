@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
 from pathkernel.gradients.gradient_source import GradientSource
-from pathkernel.gradients.model_function import ModelFunction, OutputFunctional
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import OutputFunctional
 from pathkernel.gradients.pytrees import count, take
 from pathkernel.gradients.sample_wise import check_sample_wise
 from pathkernel.kernel_machine.classification import is_classifier
@@ -108,7 +109,7 @@ class QuerySelection:
                 f"The network's modules are {', '.join(map(repr, modules[:20]))}{' …' if len(modules) > 20 else ''}",
                 'Write for example `machine.explain(X, outputs=("0", 3))` for unit 3 of module "0"',
             )
-        return self.function.replaced(tap=name), outputs
+        return self.function.with_(submodule=name), outputs
 
     def every_output(self, X: PyTree) -> Queries:
         """Queries for all outputs of all samples."""
@@ -131,13 +132,13 @@ class QuerySelection:
 
     def _source(self, function: ModelFunction) -> GradientSource:
         """Source of gradients of the network or of one of its modules; proofs are kept."""
-        if function.tap not in self._sources:
-            self._sources[function.tap] = GradientSource(function, self.engine, self.memory // 4)
-        return self._sources[function.tap]
+        if function.submodule not in self._sources:
+            self._sources[function.submodule] = GradientSource(function, self.engine, self.memory // 4)
+        return self._sources[function.submodule]
 
     def _outputs_at_once(self, function: ModelFunction, inputs: PyTree) -> int:
         """Samples that go through the network at once, which takes passes to measure; asked for once."""
-        key = (function.tap, *shapes_of(inputs))
+        key = (function.submodule, *shapes_of(inputs))
         if key not in self._at_once:
             self._at_once[key] = outputs_at_once(function, self.trajectory.final, inputs, self.memory)
         return self._at_once[key]
@@ -147,10 +148,10 @@ class QuerySelection:
         trajectory = self.trajectory
         at_once = at_once or self._outputs_at_once(function, inputs)
         if self.weights is None:
-            function, theta = function.replaced(constants=trajectory.final_buffers), trajectory.final
+            function, theta = function.with_(constants=trajectory.final_buffers), trajectory.final
         else:
             record = trajectory.averages[self.weights]
-            function = function.replaced(constants=record.constants(trajectory.constants))
+            function = function.with_(constants=record.constants(trajectory.constants))
             theta = trajectory.layout.flatten(record.last)
         return function.outputs(theta, inputs, at_once)
 

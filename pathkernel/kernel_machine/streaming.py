@@ -19,7 +19,7 @@ import torch
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, TrajectoryError
-from pathkernel.gradients.model_function import ROW_LIMIT
+from pathkernel.gradients.per_sample import ROW_LIMIT
 from pathkernel.gradients.pytrees import copied_samples, memory_bytes
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
 from pathkernel.kernel_machine.kernel_machine import KernelMachine

@@ -8,9 +8,8 @@ with an independent random map S_s at every node, so that what different nodes h
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.path_kernel.nodes import PathNode
-from pathkernel.tangent_kernel.engines.engine import Engine
 from pathkernel.tangent_kernel.engines.projection import ProjectionEngine
 from pathkernel.tangent_kernel.measured_error import MeasuredError
 from pathkernel.tangent_kernel.outputs import OutputSelection
@@ -54,31 +52,13 @@ class Features(np.ndarray):
         return Features.of(np.array(self), self.error)
 
 
-E = TypeVar("E", bound=Engine)
-
-
-def at_node(engine: E, node: PathNode, selection: OutputSelection | None = None) -> E:
-    """An engine as it is at a node: with the running statistics of then, a random map of its own, other outputs."""
-    buffers = node.buffers
-    if not buffers and selection is None and not isinstance(engine, ProjectionEngine):
-        return engine
-    engine = copy.copy(engine)
-    if buffers:
-        engine.function = engine.function.replaced(constants=buffers)
-    if selection is not None:
-        engine.selection = selection
-    if isinstance(engine, ProjectionEngine):
-        engine.number = node.number
-    return engine
-
-
 def features_of(
     nodes: Iterable[tuple[ProjectionEngine, PathNode]], X: PyTree, context: PyTree
 ) -> Float[Tensor, "n ... dim"]:
     """Σ_s √ω_s φ_s(X), float64."""
     total: Tensor | None = None
     for engine, node in nodes:
-        own = engine.features(node.theta, X, context, node.diagonal) * node.weight**0.5
+        own = engine.features(node.theta, X, context, node.preconditioner) * node.weight**0.5
         total = own if total is None else total.add_(own)
     assert total is not None
     return total

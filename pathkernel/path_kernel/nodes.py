@@ -75,19 +75,19 @@ class PathMeasure:
         """Whether M_s is the identity."""
         return self.preconditioner is None and (self.name != "learning_rate" or len(set(_rates(step))) == 1)
 
-    def diagonal(self, step: Step) -> Float[Tensor, " P"] | None:
+    def preconditioner_of(self, step: Step) -> Float[Tensor, " P"] | None:
         """Diagonal of M_s, or None for the identity.
 
         Under several learning rates, each parameter's own relative to the largest.
         """
         if self.is_identity(step):
             return None
-        diagonal = self._preconditioner(step) if self.preconditioner == "optimizer" else None
+        found = self._scaling(step) if self.preconditioner == "optimizer" else None
         rates = _rates(step)
         if self.name == "learning_rate" and len(set(rates)) > 1:
             own = self._per_parameter(step, lambda name: float(step.hyperparameters_of(name)["lr"]) / max(rates))
-            diagonal = own if diagonal is None else own * diagonal
-        return diagonal
+            found = own if found is None else own * found
+        return found
 
     def _per_parameter(self, step: Step, value: Callable[[str], Tensor | float]) -> Tensor:
         layout = self.trajectory.layout
@@ -97,18 +97,19 @@ class PathMeasure:
                 vector[where] = value(name)
         return vector
 
-    def _preconditioner(self, step: Step) -> Tensor:
+    def _scaling(self, step: Step) -> Tensor:
+        """Diagonal by which the optimizer scaled its gradients."""
         rule, layout = self.trajectory.rule, self.trajectory.layout
         shapes = dict(zip(layout.names, layout.shapes, strict=True))
         like = torch.zeros((), dtype=torch.float64, device=self.trajectory.device)
 
-        def diagonal(name: str) -> Tensor:
+        def own(name: str) -> Tensor:
             if name not in step.active:
                 return like
             settings = step.hyperparameters_of(name)
             return rule.preconditioner(shapes[name], step.frozen[name], settings, like).abs().reshape(-1)
 
-        return self._per_parameter(step, diagonal)
+        return self._per_parameter(step, own)
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,9 @@ class PathNode:
         return (step.before.double() + self.time * (step.after.double() - step.before.double())).to(step.before.dtype)
 
     @property
-    def diagonal(self) -> Float[Tensor, " P"] | None:
+    def preconditioner(self) -> Float[Tensor, " P"] | None:
         """d of the preconditioner M = diag(d), or None for the identity."""
-        return self.measure.diagonal(self.step)
+        return self.measure.preconditioner_of(self.step)
 
     @property
     def buffers(self) -> Mapping[str, Tensor]:

@@ -16,21 +16,21 @@ from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
 from pathkernel.gradients.pytrees import copied_samples, count, memory_bytes, take
 from pathkernel.gradients.sample_wise import check_sample_wise
-from pathkernel.path_kernel.features import E, Features, at_node, features_of, samples_of_path
+from pathkernel.path_kernel.features import Features, features_of, samples_of_path
 from pathkernel.path_kernel.node_selection import probe_samples, select_nodes
 from pathkernel.path_kernel.nodes import PathMeasure, PathNode, path_nodes
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.storage import question
-from pathkernel.tangent_kernel.engines.auto import AutomaticEngine, EngineValue, choices_of, keep_choices, make_engine
-from pathkernel.tangent_kernel.engines.engine import Engine
+from pathkernel.tangent_kernel.engines.auto import EngineValue, make_engine
+from pathkernel.tangent_kernel.engines.engine import Engine, Samples
 from pathkernel.tangent_kernel.engines.products import error_of_engine
 from pathkernel.tangent_kernel.engines.projection import Projection, ProjectionEngine, products
 from pathkernel.tangent_kernel.measured_error import MeasuredError
-from pathkernel.tangent_kernel.operators import KernelOperator, Samples
+from pathkernel.tangent_kernel.operators import KernelOperator
 from pathkernel.tangent_kernel.output_probes import OutputProbes
-from pathkernel.tangent_kernel.outputs import OneOutput, select_outputs
+from pathkernel.tangent_kernel.outputs import OneOutput, OutputSelection, select_outputs
 from pathkernel.tangent_kernel.tangent_kernel import no_samples
 from pathkernel.trajectory.schedule import PRECONDITIONED
 from pathkernel.trajectory.trajectory import Trajectory
@@ -114,7 +114,7 @@ class PathKernel:
         preconditioner: str | None = None,
         steps: int | None = None,
         tolerance: float | None = None,
-        engine: str | EngineValue = "auto",
+        engine: str | EngineValue | type[Engine] = "auto",
         memory: int | str = "1GB",
         dtype: torch.dtype | None = None,
         progress: bool = False,
@@ -151,21 +151,21 @@ class PathKernel:
         self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
         self._given_engine = engine
         self.engine = make_engine(engine, self.function, self.selection, self.memory)
-        approximate = self.probes is not None or isinstance(engine, Projection)
-        self._exact = make_engine("auto", self.function, exact, self.memory) if approximate else self.engine
+        itself = self.probes is None and self.engine.exact
+        self._exact = self.engine if itself else make_engine("auto", self.function, exact, self.memory)
 
     def __getstate__(self) -> dict[str, Any]:
         made_of = self._made_of
         check_picklable(outputs=made_of["outputs"], quadrature=made_of["quadrature"], engine=made_of["engine"])
         known = {name: vars(self)[name] for name in ("error", "_outputs") if name in vars(self)}
-        return {**made_of, "nodes": self.nodes, "known": known, "chosen": choices_of(self.engine)}
+        return {**made_of, "nodes": self.nodes, "known": known, "chosen": dict(self.engine.choices)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         made_of = dict(state)
         self.nodes, known, chosen = (made_of.pop(name) for name in ("nodes", "known", "chosen"))
         vars(self).update(known)
         self._make(made_of)
-        keep_choices(self.engine, chosen)
+        self.engine.choices.update(chosen)
 
     def _chosen(self, tolerance: float) -> tuple[list[PathNode], MeasuredError]:
         """Fewer nodes, and the error that this makes."""
@@ -253,7 +253,7 @@ class PathKernel:
         (x, context_x), (y, context_y) = rows, columns or (None, None)
         total: Tensor | None = None
         for node in self._progress(self.nodes):
-            tile = self._engine_at(node).gram(node.theta, x, y, context_x, context_y, node.diagonal)
+            tile = self._engine_at(node).gram(node.theta, x, y, context_x, context_y, node.preconditioner)
             tile.mul_(node.weight)
             total = tile if total is None else total.add_(tile)
         assert total is not None
@@ -269,12 +269,12 @@ class PathKernel:
             node, one = self.nodes[s], take(rows, i)
             x, context = one
             y, context_y = (None, None) if columns is None and i == j else take(columns or rows, j)
-            tile = self._engine_at(node).gram(node.theta, x, y, context, context_y, node.diagonal)
+            tile = self._engine_at(node).gram(node.theta, x, y, context, context_y, node.preconditioner)
             return tile.mul_(node.weight).cpu()
 
-        def fix_engines(sizes: Iterable[tuple[int, int | None]], settled: Mapping[str, str]) -> dict[str, str]:
-            engine, node = self._engine_at(self.nodes[0]), self.nodes[0]
-            return engine.fix_engines(node.theta, *rows, sizes, settled) if isinstance(engine, AutomaticEngine) else {}
+        def fix_engines(sizes: Iterable[tuple[int, int | None]], before: Mapping[str, str]) -> dict[str, str]:
+            node = self.nodes[0]
+            return self._engine_at(node).fix_choices(node.theta, rows, sizes, before)
 
         identity, shape = self._identity(rows, columns), self._shape(rows, columns)
         return resumable.resumable_gram(
@@ -284,13 +284,13 @@ class PathKernel:
     def _identity(self, rows: Samples, columns: Samples | None) -> dict[str, Any]:
         """Everything that a matrix depends on; not the budget. How its nodes were chosen, they say themselves."""
         ends, selection, function = (self.nodes[0], self.nodes[-1]), self.selection, self.engine.function
-        points = [(function.replaced(constants=node.buffers), node.theta) for node in ends]
+        points = [(function.with_(constants=node.buffers), node.theta) for node in ends]
         points.append((points[1][0], question.nearby(self.trajectory)))
         asked = question.behaviour(selection.function, points, *rows)
         if not question.is_ours(self._given_engine):
             first, context = take(rows, slice(0, 2))
             entries = [
-                self._engine_at(node).gram(node.theta, first, None, context, None, node.diagonal) for node in ends
+                self._engine_at(node).gram(node.theta, first, None, context, None, node.preconditioner) for node in ends
             ]
             asked["entries"] = question.numbers(entries, question.NETWORK_ROUNDING[self.function.dtype])
         weights = torch.tensor([(node.time, node.weight) for node in self.nodes], dtype=torch.float64)
@@ -313,10 +313,11 @@ class PathKernel:
         x, context = self._samples(X)
         if not count(x):
             return np.zeros((0, *(self._outputs, self._outputs) * self._is_full))
-        pieces = [
-            node.weight * self._engine_at(node).diagonal(node.theta, x, context, node.diagonal) for node in self.nodes
-        ]
-        return torch.stack(pieces).sum(dim=0).cpu().numpy()
+
+        def at(node: PathNode) -> Tensor:
+            return node.weight * self._engine_at(node).diagonal(node.theta, x, context, node.preconditioner)
+
+        return torch.stack([at(node) for node in self.nodes]).sum(dim=0).cpu().numpy()
 
     def operator(self, X: PyTree, Y: PyTree | None = None) -> KernelOperator:
         """K(X, Y) as a linear operator that is never formed, for `scipy.sparse.linalg`.
@@ -370,7 +371,8 @@ class PathKernel:
         engine = ProjectionEngine(self.function, self.selection, self.memory, Projection(dim, kind, seed))
 
         def of(samples: Samples) -> Tensor:
-            return features_of(((self._at(engine, node), node) for node in self._progress(self.nodes)), *samples)
+            nodes = self._progress(self.nodes)
+            return features_of(((engine.at(node, self._selection_at(node)), node) for node in nodes), *samples)
 
         probe = of(self._training_samples(self._probe_ids[1]))
         found = products(probe, probe).cpu().numpy()
@@ -393,22 +395,21 @@ class PathKernel:
         """
         samples, last = self._samples(X), len(self.nodes) - 1
         nodes = [self.nodes[place] for place in sorted({0, last // 2, last})]
-        return max(error_of_engine(self._engine_at(n), n.theta, *samples, n.diagonal) for n in nodes)
+        return max(error_of_engine(self._engine_at(n), n.theta, *samples, n.preconditioner) for n in nodes)
 
     # -- engines and samples ---------------------------------------------------------------------------------
 
     def _engine_at(self, node: Any) -> Engine:
         """The engine at a node: with its running statistics, random outputs and random map."""
-        return self._at(self.engine, node)
+        return self.engine.at(node, self._selection_at(node))
 
-    def _at(self, engine: E, node: PathNode) -> E:
+    def _selection_at(self, node: PathNode) -> OutputSelection | None:
         # Half the number: consecutive nodes take consecutive rows of the Hadamard matrix.
-        selection = None if self.probes is None else self.probes.selection(node.number // 2, self._outputs)
-        return at_node(engine, node, selection)
+        return None if self.probes is None else self.probes.selection(node.number // 2, self._outputs)
 
     def _exact_gram(self, node: PathNode, x: PyTree, context: PyTree) -> Tensor:
         """The tangent kernel of all outputs at a node, symmetric."""
-        return at_node(self._exact, node).gram(node.theta, x, None, context, None, node.diagonal)
+        return self._exact.at(node).gram(node.theta, x, None, context, None, node.preconditioner)
 
     @cached_property
     def _outputs(self) -> int:

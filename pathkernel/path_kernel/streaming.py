@@ -16,7 +16,7 @@ from torch import Tensor
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import InputError, TrajectoryError
 from pathkernel.gradients.pytrees import copied_samples, count, memory_bytes
-from pathkernel.path_kernel.features import at_node, samples_of_path
+from pathkernel.path_kernel.features import samples_of_path
 from pathkernel.path_kernel.nodes import PathMeasure, PathNode, path_nodes
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.quadrature import Quadrature, as_quadrature
@@ -182,7 +182,7 @@ class StreamingFeatures(StepObserver):
         self._sum = own if self._sum is None else self._sum.add_(own)
 
     def _at(self, node: PathNode) -> Tensor:
-        return at_node(self._engine, node).features(node.theta, *self._samples, node.diagonal) * node.weight**0.5
+        return self._engine.at(node).features(node.theta, *self._samples, node.preconditioner) * node.weight**0.5
 
     @property
     def values(self) -> Float[np.ndarray, "n ... dim"]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pathkernel.errors import SampleIdError, UnsupportedModelError
-from pathkernel.gradients.model_function import generators_untouched
+from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.returned import batch_outputs
 from pathkernel.runtime.interrupts import attempt
 from pathkernel.trajectory.batch_gradients import ComparedGradient, RecordedGradients
@@ -140,7 +140,7 @@ def check_outputs(trajectory: Trajectory, step: Step, batch: MicroBatch, seen: S
     one = Trajectory.of_step(trajectory.run, step.before, step)
     function = RecordedGradients(one, one.function(), MEMORY, taken=False).replayed(step, batch)
     inputs, _ = samples_of(batch, trajectory.data)
-    with generators_untouched(), function.running(gradients=False):
+    with generators_untouched(), function.evaluating(gradients=False):
         found = function.batch(function.parameters(step.before), function.cast(inputs)).double()
     expected = batch_outputs(list(seen), len(batch.ids)).to(found)
     low = {leaf.dtype for leaf in seen} | ({batch.state.autocast[1]} if batch.state.autocast else set())
@@ -232,11 +232,11 @@ def _cause(trajectory: Trajectory, step: Step, gradients: RecordedGradients, see
 def _has_a_state(trajectory: Trajectory, batch: MicroBatch, again: int = 1) -> bool:
     """Whether a copy of the network returns something else the second time, or at one of several more."""
     inputs, _ = samples_of(batch, trajectory.data)
-    function = trajectory.function().replaced(constants=batch.state.buffers, state=batch.state)
+    function = trajectory.function().with_(constants=batch.state.buffers, state=batch.state)
     parameters = function.parameters(trajectory.initial)
 
     def outputs() -> Tensor:
-        with function.running(gradients=False):
+        with function.evaluating(gradients=False):
             return function.batch(parameters, function.cast(inputs))
 
     with generators_untouched():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel.errors import InputError
-from pathkernel.gradients.model_function import ForwardState, generator_states
+from pathkernel.gradients.forward_state import ForwardState, generator_states
 from pathkernel.gradients.returned import Returns, batch_outputs, output_leaves, returned_loss, selected
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.runtime.interrupts import held

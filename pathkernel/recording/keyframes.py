@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel.errors import InputError
-from pathkernel.gradients.model_function import generators_untouched
+from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.recording.audit import is_due
 from pathkernel.recording.forward import others_listen
 from pathkernel.recording.live import LiveParameters

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel.errors import InputError, SampleIdError
-from pathkernel.gradients.model_function import ForwardState
+from pathkernel.gradients.forward_state import ForwardState
 from pathkernel.gradients.returned import Returns
 from pathkernel.recording.forward import ForwardPass, ForwardWatcher, Shapes, zero_outputs
 from pathkernel.recording.live import LiveParameters

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pathkernel.gradients.model_function import Modes
+from pathkernel.gradients.forward_state import Modes
 
 
 class WatchedModules:

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.errors import InputError, NonFiniteStepError, PathKernelError, RecordingError, SampleIdError
+from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.losses import Objective, check_recorded_loss, check_reduction, check_task
-from pathkernel.gradients.model_function import generators_untouched
 from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.gradients.pytrees import as_tensors, copied_samples, count, spread
 from pathkernel.gradients.returned import Returns, check_returns
@@ -340,7 +340,7 @@ class KernelRecorder:
         """Put on record what the network makes of a few samples at the end."""
         trajectory, reference = self._trajectory, self._trajectory.run.reference
         if self._handles and reference is not None and not trajectory.store.stopped:
-            function = trajectory.function().replaced(constants=trajectory.final_buffers)
+            function = trajectory.function().with_(constants=trajectory.final_buffers)
             trajectory.stand(replace(trajectory.end, outputs=reference.at(function, self._live.vector())))
 
     def _let_go(self) -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from pathkernel.errors import PathKernelError, RecordingError, UnsupportedModelError
+from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.gradient_source import weighted_sum
-from pathkernel.gradients.model_function import generators_untouched
 from pathkernel.gradients.pytrees import take
 from pathkernel.recording.audit import MEMORY
 from pathkernel.runtime.interrupts import attempt
@@ -80,7 +80,7 @@ def _by_sample(gradients: RecordedGradients, step: Step) -> None:
 
 
 def _queries(gradients: RecordedGradients, step: Step) -> None:
-    function = gradients.function.replaced(constants=step.buffers)
+    function = gradients.function.with_(constants=step.buffers)
     inputs, _ = samples_of(step.batches[0], gradients.trajectory.data)
     few = function.cast(take(inputs, slice(0, FEW)))
     outputs = function.outputs(step.before, few)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pathkernel.errors import TrajectoryError
-from pathkernel.gradients.model_function import ForwardState
+from pathkernel.gradients.forward_state import ForwardState
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.runtime.checksum import row_major
 from pathkernel.trajectory.frozen_state import FrozenOnReading, OptimizerState, frozen_in

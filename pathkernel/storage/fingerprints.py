@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss
 from pathkernel.errors import brief
-from pathkernel.gradients.model_function import generators_untouched
+from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.storage.packing import as_bytes
 from pathkernel.trajectory.samples import Samples
 

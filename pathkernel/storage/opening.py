@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, Parameters
 from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, brief, check, quoted
+from pathkernel.gradients.forward_state import device_of, generators_untouched
 from pathkernel.gradients.losses import Objective, check_recorded_loss
-from pathkernel.gradients.model_function import ModelFunction, device_of, generators_untouched
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout, constants_of
 from pathkernel.gradients.pytrees import moved
 from pathkernel.gradients.returned import Returns, check_returns

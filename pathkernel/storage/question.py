@@ -19,7 +19,9 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
-from pathkernel.gradients.model_function import ModelFunction, OutputFunctional, generators_untouched
+from pathkernel.gradients.forward_state import generators_untouched
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import OutputFunctional
 from pathkernel.gradients.pytrees import count, take
 from pathkernel.runtime.checksum import condensed
 from pathkernel.storage.fingerprints import compared, data_identity, digest, loss_identity, named

@@ -1,4 +1,4 @@
-"""Which parameters make up θ."""
+"""Filters of the parameters that make up θ."""
 
 from __future__ import annotations
 

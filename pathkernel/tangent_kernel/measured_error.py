@@ -1,4 +1,4 @@
-"""How far an approximate kernel is from the exact one, as it was measured."""
+"""Measured error of an approximate kernel."""
 
 from __future__ import annotations
 

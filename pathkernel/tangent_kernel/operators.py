@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from pathkernel._typing import Float, PyTree
+from pathkernel._typing import Float
 from pathkernel.gradients.pytrees import count
 from pathkernel.runtime.threads import one_at_a_time
-from pathkernel.tangent_kernel.engines.engine import Engine
-from pathkernel.tangent_kernel.engines.layer_products import LayerJacobianProducts
-from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
-from pathkernel.tangent_kernel.engines.products import JacobianProducts, PlainJacobianProducts, number_of_components
-from pathkernel.tangent_kernel.engines.projection import ProjectionEngine
-
-Samples = tuple[PyTree, PyTree]
-"""Inputs, and what h needs of each of them."""
+from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples, number_of_components
 
 
+@runtime_checkable
 class Term(Protocol):
     r"""One tangent kernel of a sum, :math:`w\, J(\theta)\, \mathrm{diag}(d)\, J(\theta)^\top`."""
 
@@ -36,7 +30,7 @@ class Term(Protocol):
         """w."""
 
     @property
-    def diagonal(self) -> Tensor | None:
+    def preconditioner(self) -> Diagonal:
         """d, (P,), or None for the identity."""
 
 
@@ -46,60 +40,17 @@ class Point:
 
     Attributes
     ----------
-    theta, weight, diagonal
-        See `Term`.
+    theta, weight, preconditioner
+        As of `Term`.
     """
 
     theta: Tensor
     weight: float = 1.0
-    diagonal: Tensor | None = None
-
-
-class FeatureProducts(JacobianProducts):
-    """Sketched gradients in place of gradients: φ, with M inside, in ``dim`` dimensions in place of P.
-
-    Parameters
-    ----------
-    engine, term
-        The engine of sketches; θ and d.
-    samples
-        n samples and what h needs of each.
-    memory
-        Bytes that may be held between products.
-    """
-
-    def __init__(self, engine: ProjectionEngine, term: Term, samples: Samples, memory: int) -> None:
-        self.engine, self.term, self.samples = engine, term, samples
-        self.holds = count(samples[0]) * engine.projection.dim * 8 <= memory
-        self._held: Tensor | None = None
-
-    def _features(self) -> Tensor:
-        if self._held is not None:
-            return self._held
-        features = self.engine.features(self.term.theta, *self.samples, self.term.diagonal)
-        if self.engine.selection.combine == "mean":  # φ has the mean in it already, and is asked for the sum
-            features = features * features.new_tensor(self._components()).sqrt()
-        self._held = features if self.holds else None
-        return features
-
-    def _components(self) -> int:
-        return number_of_components(self.engine, self.term.theta, *self.samples)
-
-    def pull(self, weights: Tensor, components: slice) -> Tensor:
-        """Σ_i v_id φ(x_i), (1, D, dim): a sketch is of all components at once."""
-        features = self._features()
-        return (weights.flatten(0, -2).T @ features.flatten(0, -2)).unsqueeze(0)
-
-    def push(self, directions: Tensor, components: slice) -> Tensor:
-        """φ(x_i) · u_d."""
-        return self._features() @ directions[0].T
+    preconditioner: Diagonal = None
 
 
 class KernelProducts:
     r"""Products of one tangent kernel with vectors, :math:`J_X\, \mathrm{diag}(d)\, J_Y^\top V`.
-
-    Layer by layer under the layer-wise engine, with the parameters that it does not cover by `torch.func`; by features
-    under a projection; wholly by `torch.func` under any other.
 
     Parameters
     ----------
@@ -123,63 +74,45 @@ class KernelProducts:
     def __init__(
         self, engine: Engine, term: Term, X: Samples, Y: Samples | None, components: int, memory: int
     ) -> None:
-        self.term, self.components = term, components
+        self.term, self.components, self.memory = term, components, engine.memory
         self.full, self.mean = engine.selection.combine == "full", engine.selection.combine == "mean"
-        self.parts: list[tuple[JacobianProducts, JacobianProducts, Tensor | None, int]] = []
         self.device = engine.function.device
-        self.memory, theta, share = engine.memory, term.theta, memory if Y is None else memory // 2
-        if isinstance(engine, ProjectionEngine):
-            features = [FeatureProducts(engine, term, s, share) for s in (X, Y) if s is not None]
-            self.parts.append((features[0], features[-1], None, engine.projection.dim))
-            return
-        if not isinstance(engine, LayerwiseEngine):
-            everything = torch.arange(len(theta))
-            self._add(everything, *(_plain(engine, theta, samples) for samples in (X, Y) if samples is not None))
-            return
-        layers = [LayerJacobianProducts(engine, theta, *s, share) for s in (X, Y) if s is not None]
-        self._add(torch.arange(len(theta)), *layers)
-        rest = engine._plain_engine(theta)
-        if rest is not None:
-            own, values, where = rest
-            self._add(where, *(_plain(own, values, samples) for samples in (X, Y) if samples is not None))
-
-    def _add(self, where: Tensor, rows: JacobianProducts, columns: JacobianProducts | None = None) -> None:
-        """The Jacobians of some of the parameters."""
-        diagonal = None if self.term.diagonal is None else self.term.diagonal[where].double()
-        self.parts.append((rows, columns or rows, diagonal, len(where)))
+        share = memory if Y is None else memory // 2
+        self.rows = engine.jacobian(term.theta, X, share)
+        self.columns = self.rows if Y is None else engine.jacobian(term.theta, Y, share)
+        self.preconditioner = None if term.preconditioner is None else term.preconditioner.double()
+        # A sketch has M inside; path kernels, which have one, refuse operators of sketches.
+        assert self.rows.sketched is None or self.preconditioner is None
 
     @property
     def holds(self) -> bool:
-        """Whether activations and signals, or features, are kept from one product to the next."""
-        return any(getattr(rows, "holds", False) for rows, *_ in self.parts)
+        """True where activations and signals, or features, are kept from one product to the next."""
+        return self.rows.holds
 
     def __call__(self, V: Tensor, transposed: bool = False) -> Tensor:
         """K V, or Kᵀ V, float64: V (m, D) → (n, D), for full blocks (m, K, D) → (n, K, D)."""
         total: Tensor | None = None
         V = V.to(self.device)
-        for rows, columns, diagonal, size in self.parts:
-            left, right = (columns, rows) if transposed else (rows, columns)
-            # Directions are numbers of P × components × vectors in float64 and once more in the working precision.
-            at_once = max(1, self.memory // (48 * size))
-            for c in self._components_at_once(at_once):
-                results = []
-                width = max(1, at_once // (1 if self.full else c.stop - c.start))
-                for vectors in V.split(width, dim=-1):
-                    directions = right.pull(vectors, c)
-                    results.append(left.push(directions if diagonal is None else directions * diagonal, c))
-                own = torch.cat(results, dim=-1)
-                total = own if total is None else total.add_(own)
+        left, right = (self.columns, self.rows) if transposed else (self.rows, self.columns)
+        # Directions are numbers of P × components × vectors in float64 and once more in the working precision.
+        at_once = max(1, self.memory // (48 * (self.rows.sketched or len(self.term.theta))))
+        for c in self._components_at_once(at_once):
+            results = []
+            width = max(1, at_once // (1 if self.full else c.stop - c.start))
+            for vectors in V.split(width, dim=-1):
+                directions = right.pull(vectors, c)
+                if self.preconditioner is not None:
+                    directions = directions * self.preconditioner
+                results.append(left.push(directions, c))
+            own = torch.cat(results, dim=-1)
+            total = own if total is None else total.add_(own)
         assert total is not None
         return total * (self.term.weight / (self.components if self.mean else 1))
 
     def _components_at_once(self, at_once: int) -> list[slice]:
-        together = self.full or any(isinstance(rows, FeatureProducts) for rows, *_ in self.parts)
+        together = self.full or self.rows.sketched is not None
         step = self.components if together else min(self.components, at_once)
         return [slice(c, min(self.components, c + step)) for c in range(0, self.components, step)]
-
-
-def _plain(engine: Engine, theta: Tensor, samples: Samples) -> PlainJacobianProducts:
-    return PlainJacobianProducts(engine.function, engine.selection, theta, *samples)
 
 
 class KernelOperator(LinearOperator):

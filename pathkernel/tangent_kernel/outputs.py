@@ -1,4 +1,4 @@
-"""Of which function of the outputs a tangent kernel is."""
+"""Functions of the outputs whose tangent kernel is taken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathkernel.gradients.returned import map_outputs
 
 
 class OutputStructure:
-    """How the network returns what kernels see as one vector for each sample; the vector itself until that is known."""
+    """Form in which the network returns what kernels see as one vector a sample; a vector until that is known."""
 
     def __init__(self) -> None:
         self.returned: Any = None
@@ -26,7 +26,7 @@ class OutputStructure:
         return OutputStructure, ()  # it is learnt again from the next samples
 
     def learn(self, returned: PyTree) -> None:
-        """From what the network returned for a batch of one sample."""
+        """Learn the form from what the network returned for a batch of one sample."""
         self.returned = map_outputs(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, returned)
 
     def restore(self, outputs: Tensor) -> PyTree:

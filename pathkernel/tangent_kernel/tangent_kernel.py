@@ -20,7 +20,7 @@ from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.tangent_kernel.cost.model import CostRow
 from pathkernel.tangent_kernel.cost.table import cost_rows, describe, precision
-from pathkernel.tangent_kernel.engines.auto import EngineValue, choices_of, keep_choices, make_engine
+from pathkernel.tangent_kernel.engines.auto import EngineValue, make_engine
 from pathkernel.tangent_kernel.engines.engine import Engine
 from pathkernel.tangent_kernel.engines.products import error_of_engine
 from pathkernel.tangent_kernel.filters import ParameterFilter, chosen_parameters
@@ -51,7 +51,7 @@ def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype, ask
 def learn_structure(selection: OutputSelection, function: ModelFunction, theta: Tensor, inputs: PyTree) -> None:
     """Tell a loss in what form the network returns its outputs, from one sample."""
     if selection.structure is not None and selection.structure.returned is None and count(inputs):
-        with function.running(gradients=False):
+        with function.evaluating(gradients=False):
             one = function.cast(take(inputs, slice(0, 1)))
             selection.structure.learn(function.call(function.parameters(theta), one))
 
@@ -85,7 +85,8 @@ class TangentKernel:
         `pathkernel.tangent_kernel.outputs.select_outputs`.
     engine
         ``"auto"`` (default), ``"layerwise"``, ``"jacobian"`` (rows of gradients by `torch.func`), ``"products"`` (one
-        column at a time), or a value that makes an engine, such as a projection; see `explain`.
+        column at a time), a subclass of `pathkernel.tangent_kernel.engines.Engine`, or a value that makes an engine,
+        such as a projection; see `explain`.
     memory
         Budget for what is held at once beside inputs and result, as bytes or text. Up to three quarters of it are kept
         for the next call, for as long as this object lives.
@@ -114,7 +115,7 @@ class TangentKernel:
         parameters: Parameters | ParameterFilter | None = None,
         *,
         outputs: Any = "trace",
-        engine: str | EngineValue = "auto",
+        engine: str | EngineValue | type[Engine] = "auto",
         memory: int | str = "1GB",
         dtype: torch.dtype | None = None,
         loss: Loss | None = None,
@@ -154,13 +155,13 @@ class TangentKernel:
     def __getstate__(self) -> dict[str, Any]:
         made_of = self._made_of
         check_picklable(model=made_of["model"], outputs=self.selection, engine=made_of["engine"])
-        return {**made_of, "chosen": choices_of(self.engine)}
+        return {**made_of, "chosen": dict(self.engine.choices)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         made_of = dict(state)
         chosen = made_of.pop("chosen")
         self._make(made_of)
-        keep_choices(self.engine, chosen)
+        self.engine.choices.update(chosen)
 
     def _samples(self, X: PyTree) -> tuple[PyTree, PyTree]:
         """Inputs and context; a loss is told in what form the network returns its outputs."""
@@ -173,7 +174,7 @@ class TangentKernel:
         return x, context
 
     def _some_samples(self, X: PyTree) -> tuple[PyTree, PyTree]:
-        """The same, one or more."""
+        """Inputs and context of one sample or more."""
         x, context = self._samples(X)
         if not count(x):
             raise no_samples("TangentKernel")
@@ -254,7 +255,7 @@ class TangentKernel:
 
     @one_at_a_time
     def cost(self, X: PyTree, n: int | None = None, m: int | None = None) -> list[CostRow]:
-        """What an (n, m) matrix costs on every engine, layer by layer, before it is computed.
+        """Costs of an (n, m) matrix on every engine, layer by layer, before it is computed.
 
         Parameters
         ----------
@@ -273,7 +274,7 @@ class TangentKernel:
         return cost_rows(self.engine, self.theta, x, context, count(x) if n is None else n, m)
 
     def explain(self, X: PyTree | None = None, n: int | None = None, m: int | None = None) -> str:
-        """Which engine computes this kernel, in which precision, under which budget; given samples, at what cost.
+        """Description of the engine, precision and budget of this kernel; given samples, of its cost.
 
         Parameters
         ----------
@@ -293,7 +294,7 @@ class TangentKernel:
 
     @one_at_a_time
     def check(self, X: PyTree) -> float:
-        r"""How far the kernel matrix of some samples is from autograd's, in a random direction.
+        r"""Distance of the kernel matrix of some samples from autograd's, in a random direction.
 
         .. math:: \max_i \lvert (K u)_i - (J J^\top u)_i \rvert / \max_i \lvert (J J^\top u)_i \rvert
 
@@ -314,7 +315,7 @@ class TangentKernel:
 
     @property
     def lock(self) -> Any:
-        """Held by one thread at a time."""
+        """Lock that one thread holds at a time."""
         return self.function.lock
 
     def __repr__(self) -> str:

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import TrajectoryError
-from pathkernel.gradients.factored import FactoredGradients, working
+from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
+from pathkernel.gradients.forward_state import Modes, takes_tensor_floats
 from pathkernel.gradients.gradient_source import BY_ROWS, GradientSource, weighted_sum
 from pathkernel.gradients.layers.tape import Tape
 from pathkernel.gradients.losses import (
@@ -29,14 +30,8 @@ from pathkernel.gradients.losses import (
     loss_slopes,
     weighted_gradient,
 )
-from pathkernel.gradients.model_function import (
-    ROW_LIMIT,
-    ModelFunction,
-    Modes,
-    error_of_rows,
-    random_directions,
-    takes_tensor_floats,
-)
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import ROW_LIMIT, error_of_rows, random_directions
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
 from pathkernel.runtime.interrupts import deliver
@@ -407,7 +402,8 @@ class RecordedGradients:
             self.certificate.engines.add("autograd")
             cotangents = cotangents_of(batch, function, point, objective, inputs, targets)
             for rows in coupled_row_blocks(function, point, inputs, cotangents, min(n, passes.samples)):
-                yield FactoredGradients.dense(rows.to(working(function.dtype)), function.layout), None, cotangents
+                rows = rows.to(accumulation_dtype(function.dtype))
+                yield FactoredGradients.dense(rows, function.layout), None, cotangents
         elif not passes.cut(n) or self.inseparable(batch, point, inputs):
             slopes: list[Tensor] = []
 
@@ -507,7 +503,7 @@ class RecordedGradients:
         if batch.cotangents is not None or self.trajectory.objective.loss == RETURNED:
             return self._slopes(batch, function, point, None, inputs, targets)
         returned, parameters = [], function.parameters(point)
-        with function.running(gradients=False):
+        with function.evaluating(gradients=False):
             for piece in blocks(count(inputs), passes.samples):
                 returned.append(function.call(parameters, function.cast(take(inputs, piece))))
                 deliver()
@@ -541,7 +537,7 @@ class RecordedGradients:
         key = _hashable(batch.state.modes)
         if key not in self._separate:
             self.source.tapes.record(point, inputs, self.function)
-            tape = self.source.tapes.record(point, inputs, self.function.replaced(state=batch.state))
+            tape = self.source.tapes.record(point, inputs, self.function.with_(state=batch.state))
             self._separate[key] = not self.source.plain and _separate(tape)
         return not self._separate[key]
 
@@ -575,7 +571,7 @@ class RecordedGradients:
         # Mixed precision is entered again from the recorded type: other types would not be rounded alike.
         function = self.recorded if batch.state.autocast else self.function
         buffers = step.buffers if batch.state.buffers is None else batch.state.buffers
-        return function.replaced(constants=buffers, state=batch.state)
+        return function.with_(constants=buffers, state=batch.state)
 
     def _types(self, step: Step) -> set[torch.dtype]:
         """Floating types in which the gradients of a step have been rounded."""

@@ -8,7 +8,8 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.errors import RecordingError, TrajectoryError
 from pathkernel.gradients.losses import RETURNED, Objective, output_cotangents
-from pathkernel.gradients.model_function import ModelFunction, leaf_parameters
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import leaf_parameters
 from pathkernel.gradients.pytrees import count
 from pathkernel.gradients.returned import batch_outputs, output_leaves, returned_loss, selected
 from pathkernel.trajectory.step import MicroBatch, sampled_places
@@ -105,7 +106,7 @@ def returned_cotangents(batch: MicroBatch, function: ModelFunction, point: Tenso
     """λ of a network that returns its own loss, by its slope on record, (B, C)."""
     whole = function.whole()
     leaves_of_theta = leaf_parameters(whole, point)
-    with whole.running(gradients=True), whole.kept():
+    with whole.evaluating(gradients=True), whole.kept():
         returned = whole.call(leaves_of_theta, whole.cast(inputs))
         loss = returned_loss(returned)
         every = output_leaves(selected(returned, function.returns))

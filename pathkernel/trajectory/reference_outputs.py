@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import ModelMismatchError
-from pathkernel.gradients.model_function import ModelFunction, generators_untouched
+from pathkernel.gradients.forward_state import generators_untouched
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.runtime.checksum import DTYPES, condensed
 from pathkernel.runtime.interrupts import attempt
 from pathkernel.trajectory.samples import Samples
@@ -151,7 +152,7 @@ def _outputs(function: ModelFunction, theta: Tensor, inputs: PyTree) -> Tensor:
     copies = {name: value.clone() for name, value in function.constants.items() if name in buffers}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the network has to say, it says in the loop
-        outputs = function.replaced(constants=copies).outputs(theta, inputs)
+        outputs = function.with_(constants=copies).outputs(theta, inputs)
     rows = (torch.nan_to_num(row[None].double(), 0.0, 0.0, 0.0).cpu() for row in outputs)  # in turn: they may be large
     return torch.cat([condensed(row, NUMBERS) for row in rows])
 

@@ -234,10 +234,10 @@ class Replay:
         objective, state = self.run.objective, batch.state
         buffers = step.buffers if state.buffers is None else state.buffers
         assert self._network is not None
-        function = self._network.replaced(constants=buffers, state=state)
+        function = self._network.with_(constants=buffers, state=state)
         inputs, targets = samples_of(batch, self.run.data)
-        # As trained: `ModelFunction.running` otherwise chooses other kernels than the loop had.
-        with function.running(gradients=True, as_trained=True), function.kept():
+        # As trained: `ModelFunction.evaluating` otherwise chooses other kernels than the loop had.
+        with function.evaluating(gradients=True, as_trained=True), function.kept():
             roots, slopes = self._roots(function, batch, inputs, targets)
             evaluated = batch.cotangents is None and objective.loss != RETURNED
             # A loop adds its regularisers to each divided loss, or once.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pathkernel.gradients.forward_state import device_of
 from pathkernel.gradients.losses import Objective
-from pathkernel.gradients.model_function import ModelFunction, device_of
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.returned import Returns
 from pathkernel.runtime.pickling import check_picklable, with_memory_of_their_own

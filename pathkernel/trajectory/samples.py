@@ -14,7 +14,8 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
 from pathkernel.gradients.acceptance import Acceptance, single_sample, with_floats, with_integers
-from pathkernel.gradients.model_function import ModelFunction, generators_untouched
+from pathkernel.gradients.forward_state import generators_untouched
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import as_tensors, check_rows, take
 from pathkernel.trajectory.step import MicroBatch
 

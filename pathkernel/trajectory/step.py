@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.gradients.model_function import EVALUATION, ForwardState
+from pathkernel.gradients.forward_state import EVALUATION, ForwardState
 
 Settings = tuple[Mapping[str, Any], ...]
 """Numbers and flags of every parameter group."""

@@ -346,7 +346,7 @@ class Trajectory:
         if (reference := self.reference) is not None:
             function, final = self.function(), None
             if reference.final is not None:
-                final = function.replaced(constants=self.final_buffers), self.final
+                final = function.with_(constants=self.final_buffers), self.final
             reference.check(asker, (function, self.initial), final)
 
 

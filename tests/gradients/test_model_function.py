@@ -15,8 +15,9 @@ from tolerances import TOLERANCES
 from torch import nn
 
 from pathkernel import reference
-from pathkernel.gradients.model_function import ModelFunction, gradients_along, sample_gradients
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
+from pathkernel.gradients.per_sample import gradients_along, sample_gradients
 from pathkernel.gradients.pytrees import as_tensors, blocks, memory_bytes, take
 
 DOUBLE = TOLERANCES[torch.float64]
@@ -78,7 +79,7 @@ def test_gradients_at_a_time_of_their_own_are_proved_once(monkeypatch: pytest.Mo
         calls.append(arguments)
         return sample_gradients(*arguments, **options)
 
-    monkeypatch.setattr("pathkernel.gradients.model_function.sample_gradients", counted)
+    monkeypatch.setattr("pathkernel.gradients.per_sample.sample_gradients", counted)
     X = make_inputs(3)
     function, theta = function_of(make_model())
     for _ in range(3):
@@ -121,7 +122,7 @@ def test_gradients_at_times_are_compared_with_those_at_one(monkeypatch: pytest.M
 
         return at
 
-    monkeypatch.setattr("pathkernel.gradients.model_function.vmap", broken)
+    monkeypatch.setattr("pathkernel.gradients.per_sample.vmap", broken)
     function, theta = function_of(make_model())
     found = gradients_along(function, theta, theta, times, X, lambda z, _: z[1], context)
     for one, other in zip(found, right, strict=True):

@@ -189,7 +189,7 @@ def test_the_function_in_use_is_the_one_that_was_put_in() -> None:
     before = kernel(X)
     buffers = {"1.running_var": torch.full((5,), 4.0, dtype=torch.float64)}
     engine = copy.copy(kernel.engine)
-    engine.function = kernel.engine.function.replaced(constants=buffers)
+    engine.function = kernel.engine.function.with_(constants=buffers)
     found = engine.gram(kernel.theta, X, None, torch.zeros(len(X), 0), None, None)
     model.load_state_dict({**model.state_dict(), **buffers})
     assert off(found, pk.TangentKernel(model, engine="jacobian")(X)) < ACCEPTED
@@ -251,7 +251,7 @@ def test_a_tape_goes_with_its_last_reference() -> None:
     gc.disable()
     try:
         pieces, tape = kernel.engine.pieces(kernel.theta, X, torch.zeros(len(X), 0))
-        output = weakref.ref(tape.uses[0].output)
+        output = weakref.ref(tape.calls[0].output)
         del pieces, tape
         assert output() is None, "passes would pile up until the garbage collector runs"
     finally:

@@ -13,7 +13,7 @@ from pathkernel import reference
 from pathkernel.gradients.layers.factors import Lookup, Outer
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout, constants_of
-from pathkernel.tangent_kernel.engines.projection import COLUMNS, KINDS, Projection, ProjectionEngine, _stacked
+from pathkernel.tangent_kernel.engines.projection import COLUMNS, KINDS, Projection, ProjectionEngine
 from pathkernel.tangent_kernel.outputs import select_outputs
 
 
@@ -121,7 +121,7 @@ def test_draws_do_not_depend_on_how_a_large_layer_is_cut() -> None:
     # More columns than are drawn for at once: each part has a map of its own, whatever the samples in hand.
     width = 2 * COLUMNS // 10
     factor = Outer(*(torch.randn(*s, generator=generator(5)) for s in ((3, 2, 4, 20), (3, 4, width))))
-    for own in (factor, _stacked(factor)):
+    for own in (factor, factor.stacked()):
         sketched = Projection(2000, "sparse").apply(own, (0, 0))
         torch.testing.assert_close(Projection(2000, "sparse").apply(own.take(slice(1, 2)), (0, 0)), sketched[1:2])
         exact = own.rows().double().flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Where the samples of a batch lie in the tensors of a network."""
+"""Axis of the samples of a batch in the tensors of a network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Where the samples are in a tensor.
+    """Place of the samples in a tensor.
 
     Attributes
     ----------

@@ -23,11 +23,12 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.layers.batch_axis import Arrangement
-from pathkernel.gradients.layers.factors import Piece, device_of_factor
+from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.losses import coupled_rows
-from pathkernel.gradients.model_function import ROW_LIMIT, ModelFunction, error_of_rows, random_directions
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.gradients.per_sample import ROW_LIMIT, error_of_rows, random_directions
 from pathkernel.gradients.pytrees import count
 from pathkernel.runtime.interrupts import attempt
 from pathkernel.runtime.workspace import Workspace
@@ -36,8 +37,8 @@ TOLERANCE = 1e-9
 """Relative difference between a parameter's gradients on the tape and by autograd that is rounding in float64."""
 
 SAMPLES = (5, 4, 3, 6, 7, 8, 9, 10, 11, 12, 13)
-"""How many samples are compared, and how many a second pass has, to see along which axis they lie: the first two of
-these that are no lengths in the network."""
+"""Numbers of samples that are compared, and that a second pass has, to see along which axis they lie: the first two
+that are no lengths in the network."""
 
 JITTER = 0.01
 """Relative size of the noise on floating inputs, which makes repeated samples distinct and leaves zeros alone."""
@@ -45,12 +46,12 @@ JITTER = 0.01
 
 @dataclass(frozen=True)
 class Coverage:
-    """What was proved of one sequence of calls.
+    """Result of the proof for one sequence of calls.
 
     Attributes
     ----------
     arrangements
-        Where the samples are in the result of each use.
+        Place of the samples in the result of each call.
     plain
         Parameters that the tape does not cover, and why.
     largest
@@ -76,7 +77,7 @@ def prove(
     inputs
         Samples, some of which are used.
     lengths
-        Of axes in the network, which the numbers of samples are to differ from.
+        Lengths of axes in the network, which the numbers of samples are to differ from.
     """
     known = set(lengths)
     sizes = [n for n in SAMPLES if n not in known][:2] or list(SAMPLES[:2])
@@ -144,11 +145,11 @@ def _compare(
 
 def assembled(pieces: Sequence[Piece], layout: ParameterLayout, samples: int) -> Tensor:
     """Pieces of one component as rows (n, P)."""
-    device = device_of_factor(pieces[0].factor) if pieces else None
+    device = pieces[0].factor.device if pieces else None
     rows = torch.zeros(samples, layout.size, dtype=torch.float64, device=device)
     for piece in pieces:
-        for where, values in piece.dense():
-            rows[:, where] += values[:, 0].double()
+        for where, factor in piece.separated():
+            rows[:, where] += factor.rows()[:, 0].double()
     return rows
 
 
@@ -175,7 +176,7 @@ def _arrangements(tape: Tape, other: Tape) -> list[Arrangement]:
     """Along which axis the samples of each use and of its arguments lie: the one whose length follows their number."""
     n, m = tape.n, other.n
     arrangements = []
-    for one, two in zip(tape.uses, other.uses, strict=True):
+    for one, two in zip(tape.calls, other.calls, strict=True):
         shape = one.output.shape
         pairs = enumerate(zip(shape, two.output.shape, strict=True))
         axes = [axis for axis, (s, t) in pairs if s != t and s * m == t * n]
@@ -237,7 +238,7 @@ class ProvedTapes:
             self._latest = self.proved.setdefault(None, uncovered(function, tape))
             return Tape(function, theta, inputs, (), self._latest.plain, self.workspace)
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        calls = (tape.signature, function.tap, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
+        calls = (tape.signature, function.submodule, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
         coverage = self.proved.get(calls) or prove(function, theta, inputs, tape.lengths)
         if coverage is not latest:
             tape = Tape(function, theta, inputs, coverage.arrangements, coverage.plain, self.workspace)
@@ -258,12 +259,12 @@ class ProvedTapes:
 
     @property
     def coverage(self) -> Coverage | None:
-        """Of the latest tape."""
+        """`Coverage` of the tape recorded last; None before the first."""
         return self._latest
 
 
 def _are_own_rows(tape: Tape, theta: Tensor, inputs: PyTree) -> bool:
-    """Whether the rows of a tape are those of its samples; decided in float64 where rounding might have a say."""
+    """Test that the rows of a tape are those of its samples; decided in float64 where rounding might have a say."""
     limit = ROW_LIMIT.get(tape.function.dtype, 0.0) if tape.function.state.autocast is None else 0.0
     error = _error(tape, theta, inputs)
     if error <= limit or error == float("inf"):

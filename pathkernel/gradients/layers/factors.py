@@ -1,53 +1,15 @@
-r"""Per-sample gradients of one parameter in the form in which back-propagation leaves them.
-
-For :math:`y_t = W a_t` at positions t (time steps, pixels) the gradient of sample i and component k is a sum of outer
-products, :math:`G_{ik} = \sum_t \delta_{ikt} a_{it}^\top`: T(p + q) numbers in place of p·q.
-"""
+"""The forms that gradients of one parameter have: rows, outer products, and rows of a table that were read."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, Int
-
-
-class Factor(ABC):
-    """Gradients of one parameter (or a contiguous part of it) for n samples and K components."""
-
-    @property
-    @abstractmethod
-    def samples(self) -> int:
-        """n."""
-
-    @property
-    @abstractmethod
-    def components(self) -> int:
-        """K."""
-
-    @property
-    @abstractmethod
-    def size(self) -> int:
-        """Entries of the parameter."""
-
-    @abstractmethod
-    def rows(self) -> Float[Tensor, "n K size"]:
-        """The gradients themselves."""
-
-    @abstractmethod
-    def products(self, directions: Float[Tensor, "D size"]) -> Float[Tensor, "n K D"]:
-        """Inner products with a few directions, rows never formed where that is cheaper."""
-
-    @abstractmethod
-    def take(self, piece: slice) -> Factor:
-        """Those of some of the samples."""
-
-    @abstractmethod
-    def scaled(self, weights: Float[Tensor, " n"] | float) -> Factor:
-        """Each sample's gradient times a number."""
+from pathkernel.gradients.layers.factor import Factor
 
 
 @dataclass(frozen=True)
@@ -60,38 +22,50 @@ class Dense(Factor):
         (n, K, size).
     """
 
+    fields = ("values",)
+    form = "dense"
+    formed = True
+
     values: Tensor
 
     @property
-    def samples(self) -> int:
-        """n."""
-        return self.values.shape[0]
+    def signals(self) -> Tensor:
+        """The rows."""
+        return self.values.unsqueeze(2)
 
     @property
-    def components(self) -> int:
-        """K."""
-        return self.values.shape[1]
+    def readings(self) -> Tensor:
+        """Ones."""
+        return self.values.new_ones(()).expand(self.samples, 1, 1)
 
     @property
-    def size(self) -> int:
-        """Entries of the parameter."""
-        return self.values.shape[2]
+    def reading_size(self) -> int:
+        """1."""
+        return 1
+
+    def with_signals(self, signals: Tensor) -> Dense:
+        """Replace the rows."""
+        return Dense(signals.squeeze(2))
+
+    def rows_between(self, begin: int, end: int) -> Dense:
+        """Restrict to a range of entries."""
+        return Dense(self.values[:, :, begin:end])
 
     def rows(self) -> Tensor:
-        """The gradients themselves."""
+        """Gradients as they are stored."""
         return self.values
 
     def products(self, directions: Tensor) -> Tensor:
         """One matrix product."""
         return self.values @ directions.T
 
-    def take(self, piece: slice) -> Dense:
-        """Those of some of the samples."""
-        return Dense(self.values[piece])
+    def total(self) -> Tensor:
+        """Sum over samples and components."""
+        return self.values.sum(dim=(0, 1))
 
-    def scaled(self, weights: Tensor | float) -> Dense:
-        """Each sample's gradient times a number."""
-        return Dense(self.values * _column(weights, 3))
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """One matrix product."""
+        return weights.flatten(0, 1).T @ self.values.flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -110,30 +84,55 @@ class Outer(Factor):
         Whether δ is the identity (K = p, T = 1): the weight's output is the network's own, component by component.
     """
 
+    fields = ("signal", "activation")
+    form = "outer"
+
     signal: Tensor
     activation: Tensor
     transposed: bool = False
     head: bool = False
 
     @property
-    def samples(self) -> int:
-        """n."""
-        return self.activation.shape[0]
+    def reading_size(self) -> int:
+        """q."""
+        return self.activation.shape[2]
 
     @property
-    def components(self) -> int:
-        """K."""
-        return self.signal.shape[1]
+    def nbytes(self) -> int:
+        """Bytes stored; an identity is stored once for all samples."""
+        return self.activation.numel() * self.dtype.itemsize if self.head else super().nbytes
+
+    def with_signals(self, signals: Tensor) -> Outer:
+        """Replace δ."""
+        return replace(self, signal=signals, head=False)
+
+    def rows_between(self, begin: int, end: int) -> Outer:
+        """Restrict to a range of the parameter's first axis."""
+        if self.transposed:
+            return replace(self, activation=self.activation[:, :, begin:end])
+        return self.with_signals(self.signal[:, :, :, begin:end])
+
+    def turned(self) -> Outer:
+        """Gradients of the transposed parameter."""
+        return replace(self, transposed=not self.transposed)
+
+    def as_head(self) -> Outer:
+        """Mark δ as the identity."""
+        return replace(self, head=True)
+
+    def joined(self, others: Sequence[Factor]) -> Outer | None:
+        """Outer products put behind each other along T."""
+        outers = [other for other in others if isinstance(other, Outer) and other._layout == self._layout]
+        if len(outers) < len(others):
+            return None
+        every = (self, *outers)
+        k = max(outer.components for outer in every)
+        signals = torch.cat([outer.signal.expand(-1, k, -1, -1) for outer in every], 2)
+        return Outer(signals, torch.cat([outer.activation for outer in every], 1), self.transposed)
 
     @property
-    def positions(self) -> int:
-        """T."""
-        return self.activation.shape[1]
-
-    @property
-    def size(self) -> int:
-        """Entries of the parameter."""
-        return self.signal.shape[3] * self.activation.shape[2]
+    def _layout(self) -> tuple[bool, int, int]:
+        return self.transposed, self.width, self.reading_size
 
     def rows(self) -> Tensor:
         """Σ_t δ_t a_tᵀ, one small matrix product a sample."""
@@ -144,25 +143,78 @@ class Outer(Factor):
         left = self.signal.permute(0, 1, 3, 2).reshape(n, k * p, t)
         return (left @ self.activation).reshape(n, k, -1)
 
+    def _whole_rows(self, first: int, last: int) -> Tensor:
+        if self.positions > 1 or self.transposed:
+            return super()._whole_rows(first, last)
+        # An outer product by broadcasting: three times as fast as a batched product.
+        return (self.signal[:, :, 0, first:last].unsqueeze(3) * self.activation.unsqueeze(1)).flatten(2)
+
+    def write(self, into: Tensor, full: bool) -> None:
+        """Form the rows in given memory, without a copy in between where the parameter lies as (p, q)."""
+        if self.transposed:
+            super().write(into, full)
+            return
+        n, k, _, p = self.signal.shape
+        q = self.reading_size
+        left = self.signal.transpose(2, 3)
+        if full:
+            for j in range(k):
+                torch.bmm(left[:, j], self.activation, out=into[j].view(n, p, q))
+        else:
+            torch.bmm(left.reshape(n, k * p, -1), self.activation, out=into[0].view(n, k * p, q))
+
     def products(self, directions: Tensor) -> Tensor:
         """Σ_t δ_tᵀ V a_t for each direction V."""
         n, k, t, p = self.signal.shape
-        d, q = len(directions), self.activation.shape[2]
-        matrices = directions.reshape(d, q, p).transpose(1, 2) if self.transposed else directions.reshape(d, p, q)
+        d, q = len(directions), self.reading_size
+        matrices = self._matrices(directions)
         if d == t == 1:  # matrices of one row are multiplied slowly
-            pushed = self.activation[:, 0] @ matrices[0].T
-            return torch.linalg.vecdot(self.signal[:, :, 0], pushed.unsqueeze(1)).unsqueeze(2)
-        pushed = self.activation.reshape(n * t, q) @ matrices.permute(2, 0, 1).reshape(q, d * p)
-        pushed = pushed.reshape(n, t, d, p).permute(0, 1, 3, 2).reshape(n, t * p, d)
-        return self.signal.reshape(n, k, t * p) @ pushed
+            along = self.activation[:, 0] @ matrices[0].T
+            return torch.linalg.vecdot(self.signal[:, :, 0], along.unsqueeze(1)).unsqueeze(2)
+        along = self.activation.reshape(n * t, q) @ matrices.permute(2, 0, 1).reshape(q, d * p)
+        along = along.reshape(n, t, d, p).permute(0, 1, 3, 2).reshape(n, t * p, d)
+        return self.signal.reshape(n, k, t * p) @ along
 
-    def take(self, piece: slice) -> Outer:
-        """Those of some of the samples."""
-        return replace(self, signal=self.signal[piece], activation=self.activation[piece])
+    def products_in_turn(self, directions: Tensor) -> Tensor:
+        """Inner products one direction at a time; for a head, of a_i with the rows of V that its components are."""
+        if not self.head:
+            return torch.cat([self.products(direction.unsqueeze(0)) for direction in directions], dim=2)
+        rows = self._matrices(directions)[:, self._head_rows]  # (D, K, q)
+        products = self.activation.squeeze(1) @ rows.reshape(-1, self.reading_size).T
+        return products.reshape(self.samples, len(directions), -1).transpose(1, 2)
 
-    def scaled(self, weights: Tensor | float) -> Outer:
-        """Each sample's gradient times a number."""
-        return replace(self, signal=self.signal * _column(weights, 4), head=False)
+    def total(self) -> Tensor:
+        """Sum over samples and components."""
+        return self._contracted(self.signal.sum(dim=1).flatten(0, 1))
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Σ_ik v_ikd G_ik, one product of signals and activations for each d."""
+        n, k, d = weights.shape
+        if self.head:
+            # δ is the identity: component k adds to row k alone.
+            sums = self.activation.new_zeros(d, self.width, self.reading_size)
+            weighted = weights.permute(2, 1, 0).reshape(d * k, n) @ self.activation.flatten(0, 1)
+            sums[:, self._head_rows] = weighted.reshape(d, k, -1)
+            return (sums.transpose(1, 2) if self.transposed else sums).reshape(d, -1)
+        own = []
+        for v in weights.unbind(dim=2):
+            signals = self.signal[:, 0] * v[:, :, None] if k == 1 else torch.einsum("nktp,nk->ntp", self.signal, v)
+            own.append(self._contracted(signals.flatten(0, 1)))
+        return torch.stack(own)
+
+    def _contracted(self, signals: Float[Tensor, "nT p"]) -> Float[Tensor, " size"]:
+        """Σ_it δ_it a_itᵀ for signals of one component."""
+        activations = self.activation.flatten(0, 1)
+        return (activations.T @ signals if self.transposed else signals.T @ activations).reshape(-1)
+
+    def _matrices(self, directions: Tensor) -> Float[Tensor, "D p q"]:
+        d, p, q = len(directions), self.width, self.reading_size
+        return directions.reshape(d, q, p).transpose(1, 2) if self.transposed else directions.reshape(d, p, q)
+
+    @property
+    def _head_rows(self) -> Tensor:
+        """Row of the weight that each component is."""
+        return self.signal[0, :, 0].argmax(dim=1)
 
 
 @dataclass(frozen=True)
@@ -179,32 +231,52 @@ class Lookup(Factor):
         Rows of the table.
     """
 
+    fields = ("signal", "indices")
+    form = "lookup"
+    transposed = True
+
     signal: Tensor
     indices: Int[Tensor, "n T"]
     vocabulary: int
 
     @property
-    def samples(self) -> int:
-        """n."""
-        return self.indices.shape[0]
+    def reading_size(self) -> int:
+        """Rows of the table: a reading is a unit vector."""
+        return self.vocabulary
 
     @property
-    def components(self) -> int:
-        """K."""
-        return self.signal.shape[1]
+    def forming(self) -> int:
+        """Entries of the row, of which most are zeros that are written."""
+        return self.size
 
-    @property
-    def size(self) -> int:
-        """Entries of the parameter."""
-        return self.vocabulary * self.signal.shape[3]
+    def rows_between(self, begin: int, end: int) -> Lookup:
+        """Restrict to a range of the table's rows."""
+        inside = (self.indices >= begin) & (self.indices < end)
+        indices = torch.where(inside, self.indices - begin, 0)
+        return Lookup(self.signal * inside[:, None, :, None], indices, end - begin)
+
+    def joined(self, others: Sequence[Factor]) -> Lookup | None:
+        """Positions put behind each other along T."""
+        lookups = [other for other in others if isinstance(other, Lookup)]
+        if len(lookups) < len(others):
+            return None
+        every = (self, *lookups)
+        signals = torch.cat([lookup.signal for lookup in every], 2)
+        return Lookup(signals, torch.cat([lookup.indices for lookup in every], 1), self.vocabulary)
 
     def rows(self) -> Tensor:
         """Signals added into the rows that were read."""
         n, k, _, q = self.signal.shape
-        return self.add_to(self.signal.new_zeros(n, k, self.vocabulary * q))
+        return self._add_to(self.signal.new_zeros(n, k, self.vocabulary * q))
 
-    def add_to(self, rows: Float[Tensor, "n ..."]) -> Tensor:
-        """The gradients added to what is there."""
+    def write(self, into: Tensor, full: bool) -> None:
+        """Form the rows in given memory, without a copy in between for a trace."""
+        if full:
+            super().write(into, full)
+        else:
+            self._add_to(into[0].zero_())
+
+    def _add_to(self, rows: Tensor) -> Tensor:
         n, k, t, q = self.signal.shape
         index = self.indices[:, None, :, None].expand(n, k, t, q)
         rows.view(n, k, self.vocabulary, q).scatter_add_(2, index, self.signal)
@@ -215,13 +287,17 @@ class Lookup(Factor):
         read = directions.reshape(len(directions), self.vocabulary, -1)[:, self.indices]  # (D, n, T, q)
         return torch.einsum("nktq,dntq->nkd", self.signal, read)
 
-    def take(self, piece: slice) -> Lookup:
-        """Those of some of the samples."""
-        return replace(self, signal=self.signal[piece], indices=self.indices[piece])
+    def total(self) -> Tensor:
+        """Sum over samples and components."""
+        table = self.signal.new_zeros(self.vocabulary, self.width)
+        return table.index_add_(0, self.indices.reshape(-1), self.signal.sum(dim=1).flatten(0, 1)).reshape(-1)
 
-    def scaled(self, weights: Tensor | float) -> Lookup:
-        """Each sample's gradient times a number."""
-        return replace(self, signal=self.signal * _column(weights, 4))
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Weighted signals added into the rows that were read."""
+        n, _, d = weights.shape
+        signals = torch.einsum("nkd,nktq->dntq", weights, self.signal).reshape(d, n * self.positions, self.width)
+        table = signals.new_zeros(d, self.vocabulary, self.width)
+        return table.index_add_(1, self.indices.reshape(-1), signals).reshape(d, -1)
 
 
 @dataclass(frozen=True)
@@ -235,7 +311,7 @@ class Piece:
     factor
         Its gradients.
     bias
-        The part of θ that is the bias of the same layer, whose gradient is Σ_t δ_t of an `Outer`; or None.
+        The part of θ that is the bias of the same layer, whose gradient is Σ_t δ_t; or None.
     """
 
     where: slice
@@ -244,17 +320,20 @@ class Piece:
 
     def bias_rows(self) -> Float[Tensor, "n K p"]:
         """Gradients of the bias."""
-        assert isinstance(self.factor, Outer)
-        return self.factor.signal.sum(dim=2)
+        return self.factor.signals.sum(dim=2)
 
     def take(self, piece: slice) -> Piece:
-        """Those of some of the samples."""
+        """Restrict to a slice of the samples."""
         return replace(self, factor=self.factor.take(piece))
 
-    def dense(self) -> list[tuple[slice, Tensor]]:
-        """Where in θ, and rows (n, K, size), of weight and bias."""
-        parts = [(self.where, self.factor.rows())]
-        return parts if self.bias is None else [*parts, (self.bias, self.bias_rows())]
+    def to(self, dtype: torch.dtype) -> Piece:
+        """Convert to another floating type."""
+        return replace(self, factor=self.factor.to(dtype))
+
+    def separated(self) -> list[tuple[slice, Factor]]:
+        """Weight and bias, each with its part of θ."""
+        weight = (self.where, self.factor)
+        return [weight] if self.bias is None else [weight, (self.bias, Dense(self.bias_rows()))]
 
     def products(self, directions: Float[Tensor, "D P"]) -> Float[Tensor, "n K D"]:
         """Inner products with directions in the space of θ."""
@@ -264,32 +343,10 @@ class Piece:
         return result
 
 
-def device_of_factor(factor: Factor) -> torch.device:
-    """Where the numbers of a factor are."""
-    return factor.values.device if isinstance(factor, Dense) else factor.signal.device  # type: ignore[attr-defined]
-
-
-def joined(factors: list[Factor]) -> Factor:
-    """The sum of gradients from several uses of one weight: outer products are put behind each other along T."""
-    first = factors[0]
-    if len(factors) == 1:
+def joined(factors: Sequence[Factor]) -> Factor:
+    """Sum of gradients from several uses of one parameter, in their common form or as rows."""
+    first, *others = factors
+    if not others:
         return first
-    if isinstance(first, Outer) and all(
-        isinstance(f, Outer) and f.transposed == first.transposed and f.signal.shape[3] == first.signal.shape[3]
-        and f.activation.shape[2] == first.activation.shape[2]
-        for f in factors
-    ):
-        outers = [f for f in factors if isinstance(f, Outer)]
-        k = max(f.components for f in outers)
-        signals = [f.signal.expand(-1, k, -1, -1) for f in outers]
-        return Outer(torch.cat(signals, 2), torch.cat([f.activation for f in outers], 1), first.transposed)
-    if isinstance(first, Lookup) and all(isinstance(f, Lookup) for f in factors):
-        lookups = [f for f in factors if isinstance(f, Lookup)]
-        return Lookup(
-            torch.cat([f.signal for f in lookups], 2), torch.cat([f.indices for f in lookups], 1), first.vocabulary
-        )
-    return Dense(torch.stack([f.rows() for f in factors]).sum(dim=0))
-
-
-def _column(weights: Tensor | float, dimensions: int) -> Tensor | float:
-    return weights.reshape(-1, *(1,) * (dimensions - 1)) if isinstance(weights, Tensor) else weights
+    found = first.joined(others)
+    return Dense(torch.stack([factor.rows() for factor in factors]).sum(dim=0)) if found is None else found

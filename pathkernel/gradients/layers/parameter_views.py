@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from pathkernel.gradients.layers.factors import Dense, Factor, Outer
+from pathkernel.gradients.layers.factor import Factor
+from pathkernel.gradients.layers.factors import Dense
 
 Contribution = tuple[str, slice, Factor]
 """Parameter, the part of it, and the gradients."""
@@ -67,7 +68,7 @@ class View(Handle):
 
     @property
     def whole(self) -> bool:
-        """Whether it is the parameter itself."""
+        """True of the parameter itself."""
         return self.moved is None
 
     @cached_property
@@ -77,11 +78,11 @@ class View(Handle):
 
     @property
     def places(self) -> Tensor:
-        """Which entry of the parameter each entry of the tensor is: what the same views make of 0, 1, 2, …."""
+        """Entry of the parameter that each entry of the tensor is: what the same views make of 0, 1, 2, …."""
         return self.origin if self.moved is None else self.moved
 
     def viewed(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """The same function of the places."""
+        """Places of a view of the tensor."""
         return function(self.places, *arguments, **options)
 
     def at(self, places: Tensor) -> View:
@@ -106,17 +107,16 @@ class View(Handle):
 
     @property
     def transposed(self) -> bool:
-        """Whether rows and columns have changed places."""
+        """True where rows and columns have changed places."""
         places = self.moved
         return places is not None and places.dim() == 2 and not places.is_contiguous() and places.t().is_contiguous()
 
     def pull(self, gradients: Factor) -> Iterator[Contribution]:
         """Unchanged for the parameter itself or a part of it; otherwise entries are added where they belong."""
         where = self.where
-        if where is not None and not self.transposed:
-            yield self.name, where, gradients
-        elif where is not None and isinstance(gradients, Outer):
-            yield self.name, where, replace(gradients, transposed=not gradients.transposed)
+        own = gradients.turned() if self.transposed else gradients
+        if where is not None and own is not None:
+            yield self.name, where, own
         else:
             rows = gradients.rows()
             whole = rows.new_zeros(*rows.shape[:2], self.shape.numel())
@@ -126,7 +126,7 @@ class View(Handle):
 
 @dataclass(frozen=True)
 class Composed(Handle):
-    """What a function made of such tensors (weight normalisation, a merged adapter).
+    """Result of a function of such tensors (weight normalisation, a merged adapter).
 
     Attributes
     ----------

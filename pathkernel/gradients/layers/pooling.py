@@ -55,5 +55,5 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-FASTER: dict[Any, Callable[..., Any]] = {F.avg_pool2d: average_pooling}
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {F.avg_pool2d: average_pooling}
 """Functions without parameters → functions with the same values and signals, whose backward passes are faster."""

@@ -1,4 +1,4 @@
-"""Functions that are opened rather than given a rule: the layers inside them are met one by one."""
+"""Functions that are decomposed rather than given a rule: the layers inside them are met one by one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathkernel.gradients.layers.rules import NoRule
 DISPATCH = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
-def opened(function: Any) -> Callable[..., Any] | None:
+def decomposed(function: Any) -> Callable[..., Any] | None:
     """The function in pieces that are themselves torch functions, or None where it is one operation."""
     if function in RECURRENT:
         return RECURRENT[function]

@@ -1,4 +1,4 @@
-r"""How each layer's parameters get their gradients: one function for each torch function that takes parameters.
+r"""Rules for the gradients of layers: one function for each torch function that takes parameters.
 
 A rule has the signature of its function and says, for each argument that may be a parameter, how the gradient of every
 sample follows from the back-propagated signal δ (n, K, \*output): ``{"weight": signal -> Factor}``. The bias of a layer
@@ -18,7 +18,7 @@ from torch import Tensor
 from pathkernel.gradients.layers.factors import Dense, Factor, Lookup, Outer
 
 Gradient = Callable[[Tensor], Factor]
-"""From the signals of all samples, (n, K, *output), to the gradients of one argument."""
+"""Function of the signals of all samples, (n, K, *output): the gradients of one argument."""
 
 Rule = Callable[..., Mapping[str, Gradient]]
 
@@ -199,7 +199,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> dict[str, Gradient]:
-    """By running statistics; in train mode the samples of a batch are coupled."""
+    """Normalisation by running statistics; in train mode the samples of a batch are coupled."""
     if training or running_mean is None:
         raise NoRule
     normalized = lambda: F.batch_norm(input, running_mean, running_var, None, None, False, 0.0, eps)  # noqa: E731
@@ -271,7 +271,7 @@ def transposed_convolution(
 
 
 def _grouped(delta: Tensor, patches: Tensor, groups: int) -> Factor:
-    """Of a convolution's weight (out, in / groups · taps), from δ (n, K, T, out) and patches (n, T, in · taps)."""
+    """Gradients of a weight (out, in / groups · taps), from δ (n, K, T, out) and patches (n, T, in · taps)."""
     if groups == 1:
         return Outer(delta, patches)
     n, k, t, out = delta.shape
@@ -303,7 +303,7 @@ def _patches(
     dilation: tuple[int, ...],
     positions: torch.Size | None = None,
 ) -> Tensor:
-    """What the kernel sees at each of its positions, (n, T, channels · taps)."""
+    """Patches that the kernel sees at each of its positions, (n, T, channels · taps)."""
     n, channels = input.shape[:2]
     size, step = input.shape[2:], input.stride()
     if positions is None:

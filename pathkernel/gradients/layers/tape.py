@@ -14,18 +14,20 @@ from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.layers.batch_axis import Arrangement
-from pathkernel.gradients.layers.factors import Dense, Factor, Outer, Piece, joined
+from pathkernel.gradients.layers.factor import Factor
+from pathkernel.gradients.layers.factors import Dense, Piece, joined
 from pathkernel.gradients.layers.parameter_views import Handle, View
 from pathkernel.gradients.layers.rules import NoRule, SumOfSignals
-from pathkernel.gradients.layers.tracing import Recording, Use, module_rules
-from pathkernel.gradients.model_function import REFUSALS, ModelFunction
+from pathkernel.gradients.layers.tracing import LayerCall, ParameterTracer, module_rules
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import count
 from pathkernel.gradients.returned import batch_outputs, output_leaves
 from pathkernel.runtime.interrupts import attempt, deliver, held
 from pathkernel.runtime.workspace import Workspace, give_back_freed_memory
 
 FAILURES = (NoRule, *REFUSALS)
-"""What a rule raises in a call that it does not cover."""
+"""Exceptions that a rule raises in a call that it does not cover."""
 
 
 class Tape:
@@ -39,15 +41,15 @@ class Tape:
         The same as the network returned it.
     rearranges
         Whether a function was called that may put samples in another order.
-    without
-        Parameters that something was done to which no rule covers, and what.
+    unsupported
+        Parameters that went into something that no rule covers, and into what.
 
     Parameters
     ----------
     function, theta, inputs
         The network, θ, and n samples.
     arrangements
-        Where the samples are in the result of each use; in front by default.
+        Place of the samples in the result of each call; in front by default.
     plain
         Parameters to leave out, and why; None while this is being found out.
     workspace
@@ -68,43 +70,43 @@ class Tape:
         self.arrangements = tuple(arrangements)
         arrangement = lambda i: arrangements[i] if i < len(arrangements) else Arrangement()  # noqa: E731
         parameters = {name: value.detach() for name, value in function.parameters(theta).items()}
-        recording = Recording(parameters, self.n, arrangement, function.constants.values())
+        tracer = ParameterTracer(parameters, self.n, arrangement, function.constants.values())
         inputs = function.cast(inputs)
         covered = plain is None or not plain.keys() >= set(function.layout.names)
-        watching = (module_rules(function.module, recording), recording) if covered else ()
-        with function.running(gradients=True), ExitStack() as stack:
+        watching = (module_rules(function.module, tracer), tracer) if covered else ()
+        with function.evaluating(gradients=True), ExitStack() as stack:
             for watch in watching:
                 stack.enter_context(watch)
             returned = function.call(parameters, inputs)
-        self.returned, self.rearranges = returned, recording.rearranges
+        self.returned, self.rearranges = returned, tracer.rearranges
         self.outputs = batch_outputs(returned, self.n)
         leaves = [leaf for leaf in output_leaves(returned) if isinstance(leaf, Tensor)]
         alone = len(leaves) == 1 and leaves[0].shape == self.outputs.shape
-        self._head = recording.clones.get(id(leaves[0])) if alone else None
-        self.uses, self.without = recording.uses, recording.without
-        recording.uses = []  # rules know the recording: a cycle would keep every pass until the garbage collector runs
-        if recording.overwritten:  # activations are gone
-            self.without |= dict.fromkeys(function.layout.names, "an input of a layer is overwritten in place")
+        self._head = tracer.outputs.get(id(leaves[0])) if alone else None
+        self.calls, self.unsupported = tracer.calls, tracer.unsupported
+        tracer.calls = []  # rules know the tracer: a cycle would keep every pass until the garbage collector runs
+        if tracer.overwritten:  # activations are gone
+            self.unsupported |= dict.fromkeys(function.layout.names, "an input of a layer is overwritten in place")
         self.proving = plain is None
         self.plain: dict[str, str] = dict(plain or {})
         if self.proving:
-            self.plain |= self.without
+            self.plain |= self.unsupported
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """The uses in their order, and what has no rule."""
-        return (*(use.signature for use in self.uses), tuple(sorted(self.without)))
+        """Calls in their order, and what has no rule."""
+        return (*(call.signature for call in self.calls), tuple(sorted(self.unsupported)))
 
     @property
     def lengths(self) -> set[int]:
-        """Of the axes of all results, and of all arguments of functions without a rule."""
-        arguments = (shape for use in self.uses for shape in use.arguments if shape is not None)
+        """Lengths of the axes of all results, and of all arguments of functions without a rule."""
+        arguments = (shape for call in self.calls for shape in call.arguments if shape is not None)
         return {length for shape in (*self.shapes, *arguments) for length in shape}
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """Of the results of all uses."""
-        return [use.output.shape for use in self.uses]
+        """Shapes of the results of all calls."""
+        return [call.output.shape for call in self.calls]
 
     def pieces(self, components: Float[Tensor, "n K"], identity: slice | None = None) -> list[Piece]:
         """Gradients of K scalars of each sample, one piece for each part of θ that has any.
@@ -123,50 +125,50 @@ class Tape:
     def _pieces(self, signals: list[Tensor | None], identity: slice | None) -> list[Piece]:
         contributions: dict[str, list[tuple[slice, Factor]]] = defaultdict(list)
         partners: dict[str, set[str]] = defaultdict(set)
-        biases: dict[str, list[tuple[Use, str, Tensor]]] = defaultdict(list)
-        for use, signal in zip(self.uses, signals, strict=True):
-            for key, handle in use.handles.items():
+        biases: dict[str, list[tuple[LayerCall, str, Tensor]]] = defaultdict(list)
+        for call, signal in zip(self.calls, signals, strict=True):
+            for key, handle in call.handles.items():
                 if signal is None or handle.names() <= self.plain.keys():
                     continue
-                partner = _partner(use, key)
+                partner = _partner(call, key)
                 for name in handle.names():
                     partners[name].add(partner)
                 if partner.startswith("of "):
-                    biases[next(iter(handle.names()))].append((use, key, signal))
+                    biases[next(iter(handle.names()))].append((call, key, signal))
                     continue
-                self._pull(use, key, signal, identity, contributions)
+                self._pull(call, key, signal, identity, contributions)
         own = {name: self._pieces_of(name, parts) for name, parts in contributions.items()}
         for name, bias in self._with_weights(own, partners).items():
             own[name] = [replace(own[name][0], bias=self.function.layout.slices[bias])]
             biases.pop(bias)
         alone: dict[str, list[tuple[slice, Factor]]] = {name: contributions[name] for name in biases}
         for name, uses in biases.items():
-            for use, key, signal in uses:
-                self._pull(use, key, signal, identity, alone)
+            for call, key, signal in uses:
+                self._pull(call, key, signal, identity, alone)
             own[name] = self._pieces_of(name, alone[name])
         return [piece for pieces in own.values() for piece in pieces]
 
     def _pull(
         self,
-        use: Use,
+        call: LayerCall,
         key: str,
         signal: Tensor,
         identity: slice | None,
         contributions: dict[str, list[tuple[slice, Factor]]],
     ) -> None:
-        """Add the gradients of one argument of a use."""
-        handle = use.handles[key]
+        """Add the gradients of one argument of a call."""
+        handle = call.handles[key]
 
         def pull() -> None:
-            factor = use.gradients[key](signal)
-            if isinstance(factor, Outer) and self._is_head(use, identity):
-                factor = replace(factor, head=True)
+            factor = call.gradients[key](signal)
+            if self._is_head(call, identity):
+                factor = factor.as_head()
             for name, where, own in handle.pull(factor):
                 contributions[name].append((where, own))
 
         error = attempt(pull, FAILURES if self.proving else ())
         if error is not None:
-            reason = f"{use.function} could not be taken apart ({type(error).__name__})"
+            reason = f"{call.function} could not be taken apart ({type(error).__name__})"
             self.plain |= dict.fromkeys(handle.names(), reason)
         deliver()
 
@@ -182,19 +184,19 @@ class Tape:
         found = {}
         for name, own in pieces.items():
             (bias,) = partners[name] if len(partners[name]) == 1 else ("",)
-            whole = len(own) == 1 and isinstance(own[0].factor, Outer) and not own[0].factor.transposed
+            whole = len(own) == 1 and own[0].factor.takes_bias
             if bias and whole and partners[bias] == {f"of {name}"}:
                 found[name] = bias
         return found
 
-    def _is_head(self, use: Use, identity: slice | None) -> bool:
-        return identity is not None and self._head is not None and use is self.uses[self._head]
+    def _is_head(self, call: LayerCall, identity: slice | None) -> bool:
+        return identity is not None and self._head is not None and call is self.calls[self._head]
 
     def _signals(self, components: Tensor, identity: slice | None) -> list[Tensor | None]:
-        """δ of every use, (n, K, *output with the samples first)."""
-        outputs, k = [use.output for use in self.uses], components.shape[1]
+        """δ of every call, (n, K, *output with the samples first)."""
+        outputs, k = [call.output for call in self.calls], components.shape[1]
         signals: list[Tensor | None] = [None] * len(outputs)
-        wanted = [i for i, use in enumerate(self.uses) if not self._is_head(use, identity)]
+        wanted = [i for i, call in enumerate(self.calls) if not self._is_head(call, identity)]
         for c in range(k if wanted and components.requires_grad else 0):
             cotangent = torch.zeros_like(components)
             cotangent[:, c] = 1
@@ -202,7 +204,7 @@ class Tape:
                 components, [outputs[i] for i in wanted], cotangent, retain_graph=True, allow_unused=True
             )
             for i, part in zip(wanted, column, strict=True):
-                signals[i] = _with_column(signals[i], part, self.uses[i].arrangement, (self.n, k, c), self.workspace)
+                signals[i] = _with_column(signals[i], part, self.calls[i].arrangement, (self.n, k, c), self.workspace)
         if identity is not None and self._head is not None:
             width = self.outputs.shape[1]
             unit = torch.eye(width, dtype=components.dtype, device=components.device)[identity]
@@ -233,10 +235,10 @@ def _with_column(
     return signal
 
 
-def _partner(use: Use, key: str) -> str:
+def _partner(call: LayerCall, key: str) -> str:
     """The bias whose gradient is the sum of this weight's signals; for the bias, of which weight it is."""
-    weight, bias = use.handles.get("weight"), use.handles.get("bias")
-    if not isinstance(use.gradients.get("bias"), SumOfSignals) or not (_is_whole(weight) and _is_whole(bias)):
+    weight, bias = call.handles.get("weight"), call.handles.get("bias")
+    if not isinstance(call.gradients.get("bias"), SumOfSignals) or not (_is_whole(weight) and _is_whole(bias)):
         return ""
     assert isinstance(weight, View) and isinstance(bias, View)
     return {"weight": bias.name, "bias": f"of {weight.name}"}.get(key, "")

@@ -1,4 +1,4 @@
-"""Which calls of a forward pass have parameters among their arguments."""
+"""Calls of a forward pass that have parameters among their arguments."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch.utils import _pytree as pytree
 from pathkernel.gradients.layers.batch_axis import Arrangement
 from pathkernel.gradients.layers.factors import Dense, Factor
 from pathkernel.gradients.layers.parameter_views import VIEWS, Composed, Handle, View
-from pathkernel.gradients.layers.pooling import FASTER
-from pathkernel.gradients.layers.recurrent import opened
+from pathkernel.gradients.layers.pooling import REPLACEMENTS
+from pathkernel.gradients.layers.recurrent import decomposed
 from pathkernel.gradients.layers.rules import RULES, Gradient, NoRule, Rule
 from pathkernel.runtime.interrupts import held
 
 
 @dataclass
-class Use:
+class LayerCall:
     """One call with parameters among its arguments.
 
     Attributes
@@ -53,11 +53,11 @@ class Use:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What must be the same for what was proved of one pass to hold for another."""
+        """Function and parameters: the same where what was proved of one pass holds for another."""
         return (self.function, tuple((key, tuple(sorted(h.names()))) for key, h in self.handles.items()))
 
 
-class Recording(TorchFunctionMode):
+class ParameterTracer(TorchFunctionMode):
     """Sees every torch function that is called, and notes those with parameters among their arguments.
 
     Parameters
@@ -67,18 +67,18 @@ class Recording(TorchFunctionMode):
     n
         Samples in the pass.
     arrangement
-        Of the result of each use, by its number.
+        Arrangement of the result of each call, by its number.
     fixed
         Tensors that are the same for all samples.
 
     Attributes
     ----------
-    uses
+    calls
         In the order of the pass.
-    clones
-        What the network went on with after each use, by identity.
-    without
-        Parameters that something was done to which no rule covers, and what.
+    outputs
+        Number of each call by the identity of the tensor that the network went on with.
+    unsupported
+        Parameters that went into something that no rule covers, and into what.
     rearranges
         Whether a function was called that may put samples in another order, as those of the batch at hand have it.
     """
@@ -94,9 +94,9 @@ class Recording(TorchFunctionMode):
         self.known: dict[int, tuple[Tensor, Handle]] = {}
         self.fixed = {id(value) for value in fixed}
         self.n, self.arrangement = n, arrangement
-        self.uses: list[Use] = []
-        self.clones: dict[int, int] = {}
-        self.without: dict[str, str] = {}
+        self.calls: list[LayerCall] = []
+        self.outputs: dict[int, int] = {}
+        self.unsupported: dict[str, str] = {}
         self.rearranges = False
         self._inputs: list[tuple[Tensor, int]] = []
         self._kept: list[Tensor] = []  # an identity is only good for as long as its tensor lives
@@ -104,7 +104,7 @@ class Recording(TorchFunctionMode):
             self.known[id(value)] = (value, View(name, value.shape))
 
     def handle(self, value: Any) -> Handle | None:
-        """What a tensor is made of, if of parameters alone."""
+        """Handle of a tensor made of parameters alone; None of others."""
         known = self.known.get(id(value)) if isinstance(value, Tensor) else None
         return known[1] if known is not None else None
 
@@ -114,13 +114,13 @@ class Recording(TorchFunctionMode):
         leaves = [leaf for leaf in tensors if id(leaf) in self.known]
         self.rearranges |= function in REARRANGING or (function is GETITEM and _picks(args))
         if not leaves or not torch.is_grad_enabled():
-            return FASTER.get(function, function)(*args, **kwargs)
+            return REPLACEMENTS.get(function, function)(*args, **kwargs)
         others = [leaf for leaf in tensors if id(leaf) not in self.known]
         if function in VIEWS and not others and len(leaves) == 1:
             return self._viewed(function, args, kwargs)
-        body = None if function in RULES else opened(function)
+        body = None if function in RULES else decomposed(function)
         if body is not None:
-            # A function that cannot be opened in this call (packed sequences) is one operation after all.
+            # A function that cannot be decomposed in this call (packed sequences) is one operation after all.
             try:
                 with self:
                     return body(*args, **kwargs)
@@ -152,7 +152,7 @@ class Recording(TorchFunctionMode):
             return self._composed(function, args, kwargs)
         name, arguments = _name(function), ()  # type: tuple[str, tuple[torch.Size | None, ...]]
         if not isinstance(result, Tensor) or any(leaf is result or leaf._version != v for leaf, v in before):
-            self._without((args, kwargs), f"changed or returned together with others by {name}")
+            self._leave_out((args, kwargs), f"changed or returned together with others by {name}")
             return result
         try:
             bound = _bound(function, args, kwargs)
@@ -167,9 +167,9 @@ class Recording(TorchFunctionMode):
         handles = {key: self.handle(value) for key, value in bound.items()}
         own = {key: handle for key, handle in handles.items() if handle is not None}
         self._inputs += before
-        return self.use(name, result, own, gradients, arguments)
+        return self.note(name, result, own, gradients, arguments)
 
-    def use(
+    def note(
         self,
         name: str,
         result: Tensor,
@@ -177,17 +177,17 @@ class Recording(TorchFunctionMode):
         gradients: Mapping[str, Gradient],
         arguments: tuple[torch.Size | None, ...] = (),
     ) -> Tensor:
-        """Note a use; what the network goes on with is a copy, so that in-place operations leave the result alone."""
+        """Note a call; what the network goes on with is a copy, so that in-place operations leave the result alone."""
         if not result.requires_grad:
             result = result.detach().requires_grad_(True)
-        self.uses.append(Use(name, result, handles, gradients, self.arrangement(len(self.uses)), arguments))
+        self.calls.append(LayerCall(name, result, handles, gradients, self.arrangement(len(self.calls)), arguments))
         copy = result.clone()
-        self.clones[id(copy)] = len(self.uses) - 1
+        self.outputs[id(copy)] = len(self.calls) - 1
         self._kept.append(copy)
         return copy
 
     def _detached(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What a rule reads: the graph stays out of it."""
+        """Arguments as a rule reads them: the graph stays out of it."""
         return {
             key: value.detach() if isinstance(value, Tensor) and self.handle(value) is None else value
             for key, value in arguments.items()
@@ -195,11 +195,11 @@ class Recording(TorchFunctionMode):
 
     @property
     def overwritten(self) -> bool:
-        """Whether something that a layer read was changed in place afterwards."""
+        """True where something that a layer read was changed in place afterwards."""
         return any(leaf._version != version for leaf, version in self._inputs)
 
-    def module_use(self, module: nn.Module, rule: Rule, inputs: tuple[Any, ...]) -> Any:
-        """A module whose class has a rule of its own is one use."""
+    def module_call(self, module: nn.Module, rule: Rule, inputs: tuple[Any, ...]) -> Any:
+        """Run a module whose class has a rule of its own as one call."""
         own = {name: self.handle(value) for name, value in module._parameters.items() if value is not None}
         handles = {name: handle for name, handle in own.items() if handle is not None}
         with torch._C.DisableTorchFunction():
@@ -207,20 +207,20 @@ class Recording(TorchFunctionMode):
         gradients = rule(self._samples(), module, *(i.detach() if isinstance(i, Tensor) else i for i in inputs))
         if not isinstance(result, Tensor) or not handles.keys() <= gradients.keys():
             for handle in handles.values():
-                self.without |= dict.fromkeys(handle.names(), f"the rule of {type(module).__name__} leaves it out")
+                self.unsupported |= dict.fromkeys(handle.names(), f"the rule of {type(module).__name__} leaves it out")
             return result
         self._inputs += [(leaf, leaf._version) for leaf in tensors_of(inputs)]
         within = {key: _at(module, dict(module._parameters), gradient) for key, gradient in gradients.items()}
-        return self.use(type(module).__name__, result, handles, within)
+        return self.note(type(module).__name__, result, handles, within)
 
     def _samples(self) -> Callable[[Tensor], Tensor]:
-        index = len(self.uses)
+        index = len(self.calls)
         return lambda tensor: self.arrangement(index).front(tensor, self.n)
 
     def _local(self, function: Any, args: Any, kwargs: Any) -> tuple[dict[str, Any], dict[str, Gradient]]:
         """The rule of a function that has none: its own derivative, sample by sample."""
         leaves, tree = pytree.tree_flatten((args, kwargs))
-        index, own = len(self.uses), [i for i, leaf in enumerate(leaves) if self.handle(leaf) is not None]
+        index, own = len(self.calls), [i for i, leaf in enumerate(leaves) if self.handle(leaf) is not None]
 
         def gradient(place: int) -> Gradient:
             def pull(signal: Tensor) -> Dense:
@@ -235,7 +235,7 @@ class Recording(TorchFunctionMode):
         own = [i for i, leaf in enumerate(leaves) if self.handle(leaf) is not None]
         result = function(*args, **kwargs)
         if not isinstance(result, Tensor):
-            self._without((args, kwargs), f"{resolve_name(function)} of parameters alone")
+            self._leave_out((args, kwargs), f"{resolve_name(function)} of parameters alone")
             return result
 
         def of_parameters(*values: Tensor) -> Tensor:
@@ -251,14 +251,14 @@ class Recording(TorchFunctionMode):
         return result
 
     def _give_up(self, function: Any, args: Any, kwargs: Any) -> Any:
-        self._without((args, kwargs), f"{resolve_name(function)} has no rule for this call")
+        self._leave_out((args, kwargs), f"{resolve_name(function)} has no rule for this call")
         return function(*args, **kwargs)
 
-    def _without(self, arguments: Any, reason: str) -> None:
+    def _leave_out(self, arguments: Any, reason: str) -> None:
         for leaf in tensors_of(arguments):
             handle = self.handle(leaf)
             for name in handle.names() if handle is not None else ():
-                self.without[name] = reason
+                self.unsupported[name] = reason
 
 
 def _shapes(args: Any, kwargs: Any) -> tuple[torch.Size | None, ...]:
@@ -284,14 +284,14 @@ GETITEM = Tensor.__getitem__
 
 
 def _picks(args: Any) -> bool:
-    """Whether an index picks from the first axis by a tensor."""
+    """Test that an index picks from the first axis by a tensor."""
     index = args[1] if len(args) > 1 else None
     first = index[0] if isinstance(index, tuple) and index else index
     return isinstance(first, Tensor) and first.dim() > 0
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """What is in nested tuples, lists and dicts; every call of a pass comes by here, so it is not a generator."""
+    """Tensors in nested tuples, lists and dicts; every call of a pass comes by here, so it is not a generator."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, dict):
@@ -340,12 +340,12 @@ def _at(module: nn.Module, parameters: dict[str, Any], gradient: Gradient) -> Gr
 
 
 @contextmanager
-def module_rules(module: nn.Module, recording: Recording) -> Iterator[None]:
-    """Let the modules whose class has a rule of its own be one use each."""
+def module_rules(module: nn.Module, tracer: ParameterTracer) -> Iterator[None]:
+    """Let the modules whose class has a rule of its own be one call each."""
     patched = [child for child in module.modules() if type(child) in RULES and "forward" not in vars(child)]
     for child in patched:
         rule = RULES[type(child)]
-        child.forward = lambda *inputs, m=child, r=rule: recording.module_use(m, r, inputs)
+        child.forward = lambda *inputs, m=child, r=rule: tracer.module_call(m, r, inputs)
     try:
         yield
     finally:
@@ -358,8 +358,8 @@ def local_gradients(
     leaves: list[Any],
     tree: Any,
     place: int,
-    recording: Recording,
-    use: int,
+    tracer: ParameterTracer,
+    call: int,
     signal: Tensor,
 ) -> Dense:
     """Gradients of one argument of a function, (n, K, size), by its derivative at each sample.
@@ -367,13 +367,13 @@ def local_gradients(
     The function is called with one sample at a time that keeps its sample axis; parameters that were expanded over
     the samples before are treated alike.
     """
-    arrangement, n = recording.arrangement(use), recording.n
+    arrangement, n = tracer.arrangement(call), tracer.n
     axis = arrangement.axis
     if arrangement.merged:
         raise NoRule
 
     def batched(leaf: int) -> bool:
-        handle = recording.handle(leaves[leaf])
+        handle = tracer.handle(leaves[leaf])
         # A parameter that was repeated for every sample is that sample's own.
         places = handle.moved if isinstance(handle, View) else None
         own = handle is None or (places is not None and places.stride(axis) == 0 and n > 1)

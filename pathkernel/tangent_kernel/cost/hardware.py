@@ -1,4 +1,4 @@
-"""How fast the machine at hand is: four numbers, measured once in a few hundredths of a second."""
+"""Speed of the machine at hand: four numbers, measured once in a few hundredths of a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""What a kernel matrix costs on each engine, layer by layer, before it is computed.
+r"""Costs of a kernel matrix on each engine, layer by layer, before it is computed.
 
 Floating-point operations and bytes follow from the shapes on a tape of a few samples; seconds from those and four
 numbers measured on the machine at hand. For a layer with T positions, q readings, p signals and K components:
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.gradients.layers.factors import Lookup, Outer, Piece
+from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.tangent_kernel.cost.hardware import machine
 from pathkernel.tangent_kernel.cost.operations import operations_of
-from pathkernel.tangent_kernel.engines.layerwise import BLOCKS, LayerwiseEngine, Plan, Sizes
+from pathkernel.tangent_kernel.engines.blocking import BLOCKS, Plan, Sizes
+from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.engines.tiles import TILE, Form, Metric
 
 ENGINES = ("layerwise", "jacobian", "products")
@@ -42,7 +43,7 @@ EFFICIENCY = {
     "plain passes": 0.35,
     "plain rows": 0.1,
 }
-"""What share of the machine's rates each kind of work reached, measured on networks of linear, convolutional and
+"""Share of the machine's rates that each kind of work reached, measured on networks of linear, convolutional and
 attention layers: the one place where the model is fitted to anything."""
 
 RECORDING = 10.0
@@ -52,7 +53,7 @@ JVP = 1.5
 """A forward-mode sweep for each component, in units of the forward and backward passes of a tape."""
 
 MARGIN = 2.0
-"""How much faster plain rows must be predicted to be: predictions are good to about this factor, and rows take more
+"""Factor by which plain rows must be predicted to be faster: predictions are good to about as much, and rows take more
 memory."""
 
 
@@ -109,18 +110,14 @@ class Shape:
 
     @classmethod
     def of(cls, piece: Piece, slices: Mapping[str, slice]) -> Shape:
-        """From a piece of a tape."""
+        """Shape of a piece of a tape."""
         parts = [piece.where] if piece.bias is None else [piece.where, piece.bias]
         layer = " + ".join(
             name for name, where in slices.items() if any(p.start < where.stop and where.start < p.stop for p in parts)
         )
         factor = piece.factor
-        if isinstance(factor, Outer):
-            kind = "head" if factor.head else "outer"
-            return cls(layer, piece, factor.positions, factor.signal.shape[3], factor.activation.shape[2], kind)
-        if isinstance(factor, Lookup):
-            return cls(layer, piece, factor.signal.shape[2], factor.signal.shape[3], 1, "lookup")
-        return cls(layer, piece, 1, factor.size, 1, "dense")
+        kind = "head" if factor.head else factor.form
+        return cls(layer, piece, factor.positions, factor.width, factor.comparing, kind)
 
     @property
     def size(self) -> int:
@@ -135,7 +132,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked: a matrix of n rows and m columns, or half of n × n.
+    """Size of the task: a matrix of n rows and m columns, or half of n × n.
 
     Attributes
     ----------

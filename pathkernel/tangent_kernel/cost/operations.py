@@ -1,4 +1,4 @@
-"""What a computation does, operation by operation: floating-point operations, bytes and calls, as functions of n."""
+"""Work of a computation, operation by operation: floating-point operations, bytes and calls, as functions of n."""
 
 from __future__ import annotations
 

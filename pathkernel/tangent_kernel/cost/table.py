@@ -14,10 +14,7 @@ from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 
 def cost_model(engine: Engine, theta: Tensor, X: PyTree, context: PyTree) -> CostModel:
     """The cost model of the kernel that an engine computes."""
-    layers = engine
-    if not isinstance(layers, LayerwiseEngine):
-        layers = LayerwiseEngine(engine.function, engine.selection, engine.memory)
-    return CostModel(layers, theta, X, context)
+    return CostModel(LayerwiseEngine.of(engine), theta, X, context)
 
 
 def cost_rows(
@@ -37,7 +34,7 @@ def describe(
     m: int | None = None,
     left_out: Mapping[str, str] | None = None,
 ) -> str:
-    """How an (n, m) matrix is computed, as text: the choice and its reason, and the cost of every layer.
+    """Description of how an (n, m) matrix is computed, as text: the choice and its reason, and the cost of every layer.
 
     Parameters
     ----------
@@ -70,7 +67,7 @@ def describe(
 
 
 def precision(engine: Engine) -> str:
-    """In which floating types an engine computes."""
+    """Floating types in which an engine computes."""
     passes, products = (str(dtype).removeprefix("torch.") for dtype in (engine.function.dtype, engine.products))
     return f"passes in {passes}, products in {products}, sums in {passes}, matrix in float64"
 

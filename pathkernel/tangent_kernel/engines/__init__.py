@@ -7,6 +7,7 @@ from pathkernel.runtime.lazy import lazy_names
 
 _HOMES = {
     "Engine": "tangent_kernel.engines.engine",
+    "JacobianProducts": "tangent_kernel.engines.jacobian_products",
     "Projection": "tangent_kernel.engines.projection",
 }
 

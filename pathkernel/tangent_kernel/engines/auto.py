@@ -12,7 +12,7 @@ from pathkernel.errors import InputError, check
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, memory_bytes, spread, take
 from pathkernel.tangent_kernel.cost.model import CostModel, choose
-from pathkernel.tangent_kernel.engines.engine import Engine
+from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples
 from pathkernel.tangent_kernel.engines.jacobian import AutogradEngine, JacobianEngine
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.engines.products import ProductsEngine
@@ -34,46 +34,28 @@ class AutomaticEngine(LayerwiseEngine):
 
     name = "auto"
 
-    def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
-        super().__init__(function, selection, memory)
-        self._chosen: dict[tuple[int, int | None], str] = {}
-
     def chosen(self, theta: Tensor, X: PyTree, context: PyTree, n: int, m: int | None) -> str:
         """The engine for an (n, m) matrix of such samples, m None for the symmetric one."""
-        if (n, m) not in self._chosen:
-            self._chosen[n, m] = self._choose(theta, X, context, n, m)
-        return self._chosen[n, m]
+        if (n, m) not in self.choices:
+            self.choices[n, m] = self._choose(theta, X, context, n, m)
+        return self.choices[n, m]
 
     def fix_engines(
         self,
         theta: Tensor,
-        X: PyTree,
-        context: PyTree,
+        samples: Samples,
         sizes: Iterable[tuple[int, int | None]],
-        settled: Mapping[str, str],
+        fixed: Mapping[str, str],
     ) -> dict[str, str]:
-        """The engines for matrices of some sizes, once and for all, by names that a file can hold.
-
-        Choices follow the measured speed of the machine, and engines differ by rounding: who is to get the same bits
-        another time has to keep to them.
-
-        Parameters
-        ----------
-        theta, X, context
-            As for `chosen`.
-        sizes
-            (n, m).
-        settled
-            What was settled another time.
-        """
+        """Fix the engine for matrices of each size."""
         for n, m in sizes:
-            known = settled.get(_size(n, m))
+            known = fixed.get(_size(n, m))
             if known in ENGINES:
-                self._chosen[n, m] = known
-        return {_size(n, m): self.chosen(theta, X, context, n, m) for n, m in sizes}
+                self.choices[n, m] = known
+        return {_size(n, m): self.chosen(theta, *samples, n, m) for n, m in sizes}
 
     def _uncovered(self, theta: Tensor, X: PyTree) -> bool:
-        """Whether no parameter is accounted for by a layer."""
+        """Test that no parameter is accounted for by a layer."""
         if count(X):
             self.tapes.record(theta, take(X, spread(count(X), PROBED)), self.function)
         coverage = self.tapes.coverage
@@ -87,30 +69,20 @@ class AutomaticEngine(LayerwiseEngine):
         return choose(CostModel(self, theta, X, context), n, m)[0]
 
     def gram(
-        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, diagonal: Tensor | None
+        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
         """K(X, Y) by the engine chosen for its size."""
         if self.chosen(theta, X, context_X, count(X), None if Y is None else count(Y)) == "jacobian":
             plain = JacobianEngine(self.function, self.selection, self.memory)
-            return plain.gram(theta, X, Y, context_X, context_Y, diagonal)
-        return super().gram(theta, X, Y, context_X, context_Y, diagonal)
+            return plain.gram(theta, X, Y, context_X, context_Y, preconditioner)
+        return super().gram(theta, X, Y, context_X, context_Y, preconditioner)
 
-    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> Tensor:
+    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> Tensor:
         """K(x, x), layer by layer if there is any."""
         if self._uncovered(theta, X):
-            return JacobianEngine(self.function, self.selection, self.memory).diagonal(theta, X, context, diagonal)
-        return super().diagonal(theta, X, context, diagonal)
-
-
-def choices_of(engine: Engine) -> dict[tuple[int, int | None], str]:
-    """What an engine has chosen so far, by size: engines differ by rounding, and a saved kernel keeps its own."""
-    return dict(engine._chosen) if isinstance(engine, AutomaticEngine) else {}
-
-
-def keep_choices(engine: Engine, chosen: Mapping[tuple[int, int | None], str]) -> None:
-    """Choose for these sizes as another time."""
-    if isinstance(engine, AutomaticEngine):
-        engine._chosen.update(chosen)
+            plain = JacobianEngine(self.function, self.selection, self.memory)
+            return plain.diagonal(theta, X, context, preconditioner)
+        return super().diagonal(theta, X, context, preconditioner)
 
 
 def _size(n: int, m: int | None) -> str:
@@ -128,23 +100,25 @@ ENGINES: dict[str, type[Engine]] = {
 
 @runtime_checkable
 class EngineValue(Protocol):
-    """What can be given as ``engine=`` beside a name: a value that makes an engine."""
+    """Value that makes an engine, given as ``engine=`` in place of a name."""
 
     def engine(self, function: ModelFunction, selection: OutputSelection, memory: int) -> Engine:
         """The engine for a network and a function of its outputs."""
 
 
 def make_engine(
-    engine: str | EngineValue, function: ModelFunction, selection: OutputSelection, memory: int | str
+    engine: str | EngineValue | type[Engine], function: ModelFunction, selection: OutputSelection, memory: int | str
 ) -> Engine:
-    """The engine of that name, or the one that a value makes."""
-    if not isinstance(engine, str) and isinstance(engine, EngineValue):
+    """The engine of that name or class, or the one that a value makes."""
+    if isinstance(engine, type) and issubclass(engine, Engine):
+        return engine(function, selection, memory_bytes(memory))
+    if not isinstance(engine, str | type) and isinstance(engine, EngineValue):
         return engine.engine(function, selection, memory_bytes(memory))
     check(
         isinstance(engine, str) and engine in ENGINES,
         InputError,
         f"`engine={engine!r}` was given",
-        f"Engines are {', '.join(map(repr, ENGINES))}, or a value with a method `engine`",
+        f"Engines are {', '.join(map(repr, ENGINES))}, a subclass of `Engine`, or a value with a method `engine`",
         'Write `engine="auto"`',
     )
     return ENGINES[str(engine)](function, selection, memory_bytes(memory))

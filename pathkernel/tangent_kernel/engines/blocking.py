@@ -1,4 +1,4 @@
-"""How a kernel matrix is cut up so that everything in hand fits into a memory budget."""
+"""Cuts of a kernel matrix such that everything in hand fits into a memory budget."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a kernel matrix is cut up so that it fits into a budget.
+    """Cut of a kernel matrix that fits into a budget.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ class Plan:
 
     @classmethod
     def of(cls, sizes: Sizes, memory: int, n: int, m: int | None, full: bool) -> Plan:
-        """For n × m samples, m None for a symmetric matrix: half of the budget is held, the rest is in motion."""
+        """Plan for n × m samples, m None for a symmetric matrix: half of the budget is held, the rest is in motion."""
         memory -= min(memory // 4, ALLOCATOR)
         held, passing, scratch = memory // 2, memory // 4, memory // 8
         samples, chosen = n + (m or 0), sizes.components

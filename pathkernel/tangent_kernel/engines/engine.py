@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,11 +13,32 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, check
 from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.pytrees import moved, take
+from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts, PlainJacobianProducts
 from pathkernel.tangent_kernel.outputs import OutputSelection
+
+Diagonal = Tensor | None
+"""d of the preconditioner diag(d), (P,), or None for the identity."""
+
+Samples = tuple[PyTree, PyTree]
+"""Inputs, and what h needs of each of them."""
+
+
+@runtime_checkable
+class Node(Protocol):
+    """A point of a path, as far as engines differ from point to point."""
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """Running statistics, as far as they have changed in training."""
+
+    @property
+    def number(self) -> int:
+        """Number that differs between nodes, for what is drawn at random."""
 
 
 class Engine(ABC):
-    r"""Contracts per-sample gradients at one θ.
+    r"""Contraction of per-sample gradients at one θ; `gram` and `diagonal` are all that an engine has to write.
 
     .. math:: K(x, x') = \langle M \nabla h(x), \nabla h(x') \rangle,\qquad M = \mathrm{diag}(d) \succeq 0
 
@@ -32,6 +55,9 @@ class Engine(ABC):
 
     name: ClassVar[str]
 
+    exact: ClassVar[bool] = True
+    """True where matrices are the kernel's to rounding."""
+
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
         check(
             function.dtype in (torch.float64, torch.float32, torch.bfloat16),
@@ -41,21 +67,68 @@ class Engine(ABC):
             "Write `dtype=torch.float32`",
         )
         self.products, self.selection, self.memory = function.dtype, selection, memory
+        self.choices: dict[tuple[int, int | None], str] = {}
         # Gradients rounded to 8 bits on their way back would be of no use; their inner products average errors out.
         self.function = function.converted(torch.float32) if function.dtype == torch.bfloat16 else function
 
     @abstractmethod
     def gram(
-        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, diagonal: Tensor | None
+        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
         """K(X, Y) at θ, float64, (n, m) or (n, m, K, K); exactly symmetric for Y None.
 
-        ``diagonal`` is d, (P,), or None for the identity; ``context`` is what h needs of each sample.
+        ``preconditioner`` is d, (P,), or None for the identity; ``context`` is what h needs of each sample.
         """
 
     @abstractmethod
-    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> Tensor:
+    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> Tensor:
         """K(x, x) for every sample, float64, (n,) or (n, K, K)."""
+
+    def jacobian(self, theta: Tensor, samples: Samples, memory: int) -> JacobianProducts:
+        """J of h at θ for some samples, as two linear maps; by default with a pass of the batch for each vector.
+
+        ``memory`` is how many bytes may be kept from one product to the next.
+        """
+        return PlainJacobianProducts(self.function, self.selection, theta, *samples)
+
+    def at(self, node: Node, selection: OutputSelection | None = None) -> Engine:
+        """Engine at a node of a path: with the running statistics there, or with other outputs."""
+        if not node.buffers and selection is None:
+            return self
+        engine = copy.copy(self)
+        if node.buffers:
+            engine.function = self.function.with_(constants=node.buffers)
+        if selection is not None:
+            engine.selection = selection
+        return engine
+
+    def fix_choices(
+        self,
+        theta: Tensor,
+        samples: Samples,
+        sizes: Iterable[tuple[int, int | None]],
+        fixed: Mapping[str, str],
+    ) -> dict[str, str]:
+        """Fix, once and for all, what depends on the machine in how matrices of some sizes are computed.
+
+        Choices follow the measured speed of the machine, and ways differ by rounding: a computation that goes on
+        another time has to keep to them. By default there is nothing to choose.
+
+        Parameters
+        ----------
+        theta, samples
+            θ, and samples like those of the matrices.
+        sizes
+            (n, m), or (n, None) for a symmetric matrix.
+        fixed
+            The result of another time.
+
+        Returns
+        -------
+        dict
+            Choices by names that a file can hold.
+        """
+        return {}
 
 
 def check_budget(needed: float, memory: int, of: str) -> None:
@@ -73,3 +146,9 @@ def check_budget(needed: float, memory: int, of: str) -> None:
         "A budget has to hold at least one sample; it is kept, not exceeded in silence",
         f'Write `memory="{max(1, round(4 * needed / 1e6))}MB"` or more',
     )
+
+
+def number_of_components(engine: Engine, theta: Tensor, X: PyTree, context: PyTree) -> int:
+    """K, the numbers that h has of one sample."""
+    z = engine.function.outputs(theta, take(X, slice(0, 1)))[0]
+    return engine.selection.function(z, moved(take(context, 0), z.device)).numel()

@@ -10,9 +10,10 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.gradients.matmul import product
-from pathkernel.gradients.model_function import ModelFunction, sample_gradients
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import sample_gradients
 from pathkernel.gradients.pytrees import blocks, count, take
-from pathkernel.tangent_kernel.engines.engine import Engine, check_budget
+from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, check_budget
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
 
@@ -24,7 +25,7 @@ class JacobianEngine(Engine):
 
     name = "jacobian"
     route: ClassVar[str | None] = None
-    """As of `pathkernel.gradients.model_function.sample_gradients`."""
+    """Route of `pathkernel.gradients.per_sample.sample_gradients`."""
 
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
         super().__init__(function, selection, memory)
@@ -59,16 +60,16 @@ class JacobianEngine(Engine):
         return products / k if self.selection.combine == "mean" else products
 
     def gram(
-        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, diagonal: Tensor | None
+        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
         """K(X, Y); with Y None only the upper triangle of blocks is computed."""
         size = self.block_size(theta, X, context_X)
         if Y is None:
-            return self._symmetric(theta, X, context_X, diagonal, size)
+            return self._symmetric(theta, X, context_X, preconditioner, size)
         result = None
         for i in blocks(count(X), size):
             left = self.rows(theta, take(X, i), take(context_X, i))
-            left = left if diagonal is None else left * diagonal.to(left)
+            left = left if preconditioner is None else left * preconditioner.to(left)
             for j in blocks(count(Y), size):
                 tile = self.contract(left, self.rows(theta, take(Y, j), take(context_Y, j)))
                 if result is None:
@@ -79,10 +80,10 @@ class JacobianEngine(Engine):
         assert result is not None
         return result
 
-    def _symmetric(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None, size: int) -> Tensor:
+    def _symmetric(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal, size: int) -> Tensor:
         n, result = count(X), None
         # √d on both sides keeps every tile a product of a matrix with its own transpose.
-        root = None if diagonal is None else diagonal.sqrt()
+        root = None if preconditioner is None else preconditioner.sqrt()
 
         def scaled(piece: slice) -> Tensor:
             rows = self.rows(theta, take(X, piece), take(context, piece))
@@ -103,12 +104,12 @@ class JacobianEngine(Engine):
         assert result is not None
         return result
 
-    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> Tensor:
+    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> Tensor:
         """K(x, x), one block of rows at a time."""
         pieces = []
         for i in blocks(count(X), self.block_size(theta, X, context)):
             rows = self.rows(theta, take(X, i), take(context, i)).double()
-            weighted = rows if diagonal is None else rows * diagonal.double()
+            weighted = rows if preconditioner is None else rows * preconditioner.double()
             if self.selection.combine == "full":
                 pieces.append(torch.einsum("nkp,njp->nkj", weighted, rows))
             else:

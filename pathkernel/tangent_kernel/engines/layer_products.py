@@ -1,4 +1,4 @@
-r"""The same products layer by layer, as matrix products of activations and back-propagated signals.
+r"""Products with a Jacobian layer by layer, as matrix products of activations and back-propagated signals.
 
 For :math:`G_{ik} = \sum_t \delta_{ikt} a_{it}^\top` both maps are two matrix products over all samples and positions,
 :math:`\sum_i v_i G_i = (v \odot \Delta)^\top A` and :math:`\langle G_i, U \rangle = \sum_t \delta_{it}^\top U a_{it}`,
@@ -7,18 +7,18 @@ and the same activations and signals serve every vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
-from pathkernel._typing import Float, PyTree
-from pathkernel.gradients.layers.factors import Dense, Factor, Lookup, Outer, Piece
-from pathkernel.gradients.pytrees import blocks, count, moved, take
-from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
-from pathkernel.tangent_kernel.engines.products import JacobianProducts
+from pathkernel._typing import PyTree
+from pathkernel.gradients.layers.factor import Factor
+from pathkernel.gradients.layers.factors import Piece
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.pytrees import blocks, count, take
+from pathkernel.tangent_kernel.engines.engine import Samples
+from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts
 
 Part = tuple[slice, Factor]
 """A part of θ, and gradients in it."""
@@ -28,62 +28,69 @@ LARGEST_BLOCK = 1024
 
 
 class LayerJacobianProducts(JacobianProducts):
-    """From activations and signals, kept between products where they fit into the budget.
+    """Products from activations and signals, kept between products where they fit into the budget.
 
     Parameters
     ----------
-    engine
-        The layer-wise engine of the kernel: its tapes, h, and budget. Parameters that its tapes do not cover are left
-        out here.
-    theta
-        θ.
-    X, context
+    function
+        The network. Parameters that its tapes do not cover are left out here.
+    pieces
+        Gradients of some components of h for samples with their contexts, as pieces of a tape.
+    samples
         n samples and what h needs of each.
+    full
+        Blocks of all pairs of components rather than their trace.
+    budget
+        Bytes for what is in hand at once.
     memory
         Bytes that may be held between products.
     """
 
     def __init__(
-        self, engine: LayerwiseEngine, theta: Float[Tensor, " P"], X: PyTree, context: PyTree, memory: int
+        self,
+        function: ModelFunction,
+        pieces: Callable[[PyTree, PyTree, slice], list[Piece]],
+        samples: Samples,
+        full: bool,
+        budget: int,
+        memory: int,
     ) -> None:
-        self.engine, self.theta, self.X, self.context = engine, theta, X, context
-        self.full = engine.full
-        parts = next(iter(self._recorded([slice(0, min(2, count(X)))], None)))[1]
-        per_sample = max(1, sum(_bytes(factor) for _, factor in parts) // min(2, count(X)))
-        self.size = max(1, min(LARGEST_BLOCK, engine.memory // (4 * per_sample)))
-        self.holds = per_sample * count(X) <= memory
+        self.function, self.pieces, self.samples, self.full = function, pieces, samples, full
+        self.n = count(samples[0])
+        few = min(2, self.n)
+        parts = self._recorded(slice(0, few), slice(None))
+        per_sample = max(1, sum(factor.nbytes for _, factor in parts) // few)
+        self.size = max(1, min(LARGEST_BLOCK, budget // (4 * per_sample)))
+        self.holds = per_sample * self.n <= memory
         self._held: dict[tuple[int, int], list[tuple[slice, list[Part]]]] = {}
 
     def pull(self, weights: Tensor, components: slice) -> Tensor:
-        """See `JacobianProducts.pull`."""
+        """Gradients added up, layer by layer."""
         own, d = 1 if self.full else components.stop - components.start, weights.shape[-1]
-        result = torch.zeros(
-            own, d, self.engine.function.layout.size, dtype=torch.float64, device=self.engine.function.device
-        )
+        shape = own, d, self.function.layout.size
+        result = torch.zeros(shape, dtype=torch.float64, device=self.function.device)
         for where, parts in self._parts(components):
-            v = self.engine.function.cast(weights[where])
+            v = self.function.cast(weights[where])
             for place, factor in parts:
                 for c in range(own):
                     if self.full:
-                        result[c, :, place] += weighted_sum(factor, v)
+                        result[c, :, place] += factor.weighted_sum(v)
                     else:
-                        result[c, :, place] += weighted_sum(_component(factor, c), v.unsqueeze(1))
+                        result[c, :, place] += factor.component(c).weighted_sum(v.unsqueeze(1))
         return result
 
     def push(self, directions: Tensor, components: slice) -> Tensor:
-        """See `JacobianProducts.push`."""
-        directions, results = self.engine.function.cast(directions), []
+        """Derivatives along directions, layer by layer."""
+        directions, results = self.function.cast(directions), []
         for where, parts in self._parts(components):
-            total = torch.zeros(
-                where.stop - where.start, *(components.stop,) * self.full, directions.shape[1], dtype=torch.float64,
-                device=directions.device,
-            )
+            shape = where.stop - where.start, *(components.stop,) * self.full, directions.shape[1]
+            total = torch.zeros(shape, dtype=torch.float64, device=directions.device)
             for place, factor in parts:
                 for c, along in enumerate(directions[:, :, place]):
                     if self.full:
-                        total += along_directions(factor, along)
+                        total += factor.products_in_turn(along)
                     else:
-                        total += along_directions(_component(factor, c), along).squeeze(1)
+                        total += factor.component(c).products_in_turn(along).squeeze(1)
             results.append(total)
         return torch.cat(results)
 
@@ -95,93 +102,43 @@ class LayerJacobianProducts(JacobianProducts):
             yield from self._held[key]
             return
         kept: list[tuple[slice, list[Part]]] = []
-        for block in self._recorded(list(blocks(count(self.X), self.size)), components):
+        for where in blocks(self.n, self.size):
+            block = where, self._recorded(where, components)
             if self.holds:
                 kept.append(block)
             yield block
         if self.holds:
             self._held = {key: kept}
 
-    def _recorded(self, where: list[slice], components: slice | None) -> Iterator[tuple[slice, list[Part]]]:
-        selection = self.engine.selection
-        for block in where:
-            tape = self.engine.tapes.record(self.theta, take(self.X, block), self.engine.function)
-            if selection.identity:
-                chosen = components or slice(0, tape.outputs.shape[1])
-                yield block, _split(tape.pieces(tape.outputs[:, chosen], chosen))
-                continue
-            with torch.enable_grad():
-                context = moved(take(self.context, block), tape.outputs.device)
-                h = vmap(selection.function)(tape.outputs, context).reshape(tape.n, -1)
-            yield block, _split(tape.pieces(h if components is None else h[:, components]))
+    def _recorded(self, where: slice, components: slice) -> list[Part]:
+        X, context = self.samples
+        pieces = self.pieces(take(X, where), take(context, where), components)
+        return [part for piece in pieces for part in piece.separated()]
 
 
-def weighted_sum(factor: Factor, weights: Float[Tensor, "n K D"]) -> Float[Tensor, "D size"]:
-    """Σ_ik v_ikd G_ik: the adjoint of inner products with directions."""
-    d = weights.shape[2]
-    if isinstance(factor, Dense):
-        return weights.flatten(0, 1).T @ factor.values.flatten(0, 1)
-    if isinstance(factor, Lookup):
-        n, _, t, q = factor.signal.shape
-        signals = torch.einsum("nkd,nktq->dntq", weights, factor.signal).reshape(d, n * t, q)
-        table = signals.new_zeros(d, factor.vocabulary, q)
-        return table.index_add_(1, factor.indices.reshape(-1), signals).reshape(d, -1)
-    assert isinstance(factor, Outer)
-    n, k, t, p = factor.signal.shape
-    activations, own = factor.activation.reshape(n * t, -1), []
-    if factor.head:
-        # δ is the identity: component k adds to row k alone.
-        sums = activations.new_zeros(d, p, activations.shape[1])
-        sums[:, _heads(factor)] = (weights.permute(2, 1, 0).reshape(d * k, n) @ activations).reshape(d, k, -1)
-        return (sums.transpose(1, 2) if factor.transposed else sums).reshape(d, -1)
-    for v in weights.unbind(dim=2):
-        signals = factor.signal[:, 0] * v[:, :, None] if k == 1 else torch.einsum("nktp,nk->ntp", factor.signal, v)
-        signals = signals.reshape(n * t, p)
-        product = activations.T @ signals if factor.transposed else signals.T @ activations
-        own.append(product.reshape(-1))
-    return torch.stack(own)
+class DividedJacobianProducts(JacobianProducts):
+    """A Jacobian whose columns are divided between two ways.
 
+    Parameters
+    ----------
+    most
+        J, with zeros in the columns of ``rest``.
+    rest
+        J of some of the parameters.
+    where
+        Their places in θ.
+    """
 
-def along_directions(factor: Factor, directions: Float[Tensor, "D size"]) -> Float[Tensor, "n K D"]:
-    """⟨G_ik, u_d⟩, one direction at a time where positions would multiply the memory."""
-    if isinstance(factor, Outer) and factor.head:
-        d, p, q = len(directions), factor.signal.shape[3], factor.activation.shape[2]
-        matrices = directions.reshape(d, q, p).transpose(1, 2) if factor.transposed else directions.reshape(d, p, q)
-        rows = matrices[:, _heads(factor)]  # (D, K, q)
-        products = factor.activation.squeeze(1) @ rows.reshape(-1, q).T
-        return products.reshape(factor.samples, d, -1).transpose(1, 2)
-    if isinstance(factor, Outer):
-        return torch.cat([factor.products(u.unsqueeze(0)) for u in directions], dim=2)
-    return factor.products(directions)
+    def __init__(self, most: JacobianProducts, rest: JacobianProducts, where: Tensor) -> None:
+        self.most, self.rest, self.where, self.holds = most, rest, where, most.holds
 
+    def pull(self, weights: Tensor, components: slice) -> Tensor:
+        """Gradients added up, each way in its columns."""
+        result = self.most.pull(weights, components)
+        result[..., self.where] = self.rest.pull(weights, components)
+        return result
 
-def _heads(factor: Outer) -> Tensor:
-    """Which row of the weight each component is."""
-    return factor.signal[0, :, 0].argmax(dim=1)
-
-
-def _split(pieces: list[Piece]) -> list[Part]:
-    """Weights and biases, each by itself."""
-    parts: list[Part] = []
-    for piece in pieces:
-        parts.append((piece.where, piece.factor))
-        if piece.bias is not None:
-            parts.append((piece.bias, Dense(piece.bias_rows())))
-    return parts
-
-
-def _component(factor: Factor, c: int) -> Factor:
-    """The gradients of one component."""
-    if isinstance(factor, Dense):
-        return Dense(factor.values[:, c : c + 1])
-    assert isinstance(factor, (Outer, Lookup))
-    return replace(factor, signal=factor.signal[:, c : c + 1])
-
-
-def _bytes(factor: Factor) -> int:
-    if isinstance(factor, Dense):
-        return factor.values.numel() * factor.values.element_size()
-    assert isinstance(factor, (Outer, Lookup))
-    signal = 0 if isinstance(factor, Outer) and factor.head else factor.signal.numel()
-    other = factor.activation.numel() if isinstance(factor, Outer) else 2 * factor.indices.numel()
-    return (signal + other) * factor.signal.element_size()
+    def push(self, directions: Tensor, components: slice) -> Tensor:
+        """Derivatives along directions, the sum of both ways."""
+        found = self.most.push(directions, components)
+        return found + self.rest.push(directions[..., self.where], components)

@@ -14,28 +14,26 @@ from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.tape import Tape
-from pathkernel.gradients.model_function import REFUSALS, ModelFunction, values_of
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.gradients.per_sample import REFUSALS, values_of
 from pathkernel.gradients.pytrees import blocks, count, spread, take
 from pathkernel.runtime.interrupts import attempt
 from pathkernel.runtime.workspace import Workspace, keep_freed_memory
-from pathkernel.tangent_kernel.engines.blocking import BLOCKS, Plan, Sizes, cuts
-from pathkernel.tangent_kernel.engines.engine import Engine, check_budget
+from pathkernel.tangent_kernel.engines.blocking import Plan, Sizes, cuts
+from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples, check_budget
 from pathkernel.tangent_kernel.engines.jacobian import JacobianEngine
+from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts
+from pathkernel.tangent_kernel.engines.layer_products import DividedJacobianProducts, LayerJacobianProducts
 from pathkernel.tangent_kernel.engines.tiles import (
     Form,
     Group,
     Metric,
     contract,
     mirror,
-    numbers,
     own_products,
-    row_numbers,
 )
 from pathkernel.tangent_kernel.outputs import OutputSelection
-
-__all__ = ["BLOCKS", "LayerwiseEngine", "Plan", "Sizes"]
-
 
 FEW = 4
 """Samples of the passes in which is measured what one takes."""
@@ -62,9 +60,14 @@ class LayerwiseEngine(Engine):
         self._sizes: dict[Any, Sizes] = {}
         self._plain_components: dict[Any, int] = {}
 
+    @classmethod
+    def of(cls, engine: Engine) -> LayerwiseEngine:
+        """The engine itself where it goes layer by layer, else one for the same kernel."""
+        return engine if isinstance(engine, cls) else cls(engine.function, engine.selection, engine.memory)
+
     @property
     def full(self) -> bool:
-        """Whether blocks of all pairs of components are asked for."""
+        """True for blocks of all pairs of components."""
         return self.selection.combine == "full"
 
     # -- gradients of some samples ---------------------------------------------------------------------------
@@ -87,9 +90,9 @@ class LayerwiseEngine(Engine):
         return values_of(self.selection.function, tape.outputs, context)
 
     def sizes(self, theta: Tensor, X: PyTree, context: PyTree, form: Form) -> Sizes:
-        """What a sample takes, from passes of a few; once for each shape of samples."""
+        """Bytes that a sample takes, from passes of a few; once for each shape of samples."""
         leaves = [leaf for leaf in pytree.tree_leaves((X, context)) if isinstance(leaf, Tensor)]
-        key = (*((leaf.shape[1:], leaf.dtype) for leaf in leaves), form.metric.diagonal is None)
+        key = (*((leaf.shape[1:], leaf.dtype) for leaf in leaves), form.metric.preconditioner is None)
         if key not in self._sizes:
             few = spread(count(X), FEW)
             self._sizes[key] = self._measured(theta, take(X, few), take(context, few), form)
@@ -114,10 +117,10 @@ class LayerwiseEngine(Engine):
         graph += 2 * item * sum(shape.numel() for shape in tape.shapes)
         signals, others, kept_signals, kept_others, rows = 0, 0, 0, 0, 0
         for piece in pieces:
-            of_components, alike = numbers(piece.factor)
+            of_components, alike = piece.factor.numbers
             signals, others = signals + of_components, others + alike
             if not form.by_pairs(piece) and form.by_kept_rows(piece):
-                rows += row_numbers(piece.factor)
+                rows += piece.factor.row_numbers
             else:
                 kept_signals, kept_others = kept_signals + of_components, kept_others + alike
         k = self._values(tape, context).shape[1]
@@ -128,17 +131,17 @@ class LayerwiseEngine(Engine):
             held=(kept_others * each, (kept_signals + rows) * each / k),
         )
 
-    def _form(self, diagonal: Tensor | None, n: int, m: int) -> Form:
-        return Form((n, m), self.full, Metric(diagonal), self.products, self.workspace)
+    def _form(self, preconditioner: Diagonal, n: int, m: int) -> Form:
+        return Form((n, m), self.full, Metric(preconditioner), self.products, self.workspace)
 
     # -- the contract ----------------------------------------------------------------------------------------
 
     def gram(
-        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, diagonal: Tensor | None
+        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
         """K(X, Y); with Y None only entries on and above the diagonal are computed."""
         n, m = count(X), count(X if Y is None else Y)
-        form = self._form(diagonal, n, m)
+        form = self._form(preconditioner, n, m)
         sizes = self.sizes(theta, X, context_X, form)
         check_budget(sizes.least(self.full), self.memory, "activations and signals")
         plan = Plan.of(sizes, self.memory, n, None if Y is None else m, self.full)
@@ -154,15 +157,16 @@ class LayerwiseEngine(Engine):
         if self.selection.combine == "mean":
             result /= sizes.components
         found = result.permute(1, 3, 0, 2) if self.full else result[0, :, 0]
-        plain = self._plain_engine(theta)
-        if plain is not None:
-            engine, own, where = plain
-            found += engine.gram(own, X, Y, context_X, context_Y, None if diagonal is None else diagonal[where])
+        rest = self.uncovered(theta)
+        if rest is not None:
+            engine, own, where = rest
+            weights = None if preconditioner is None else preconditioner[where]
+            found += engine.gram(own, X, Y, context_X, context_Y, weights)
         return found
 
-    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> Tensor:
+    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> Tensor:
         """K(x, x), sample by sample."""
-        form = self._form(diagonal, 1, 1)
+        form = self._form(preconditioner, 1, 1)
         sizes = self.sizes(theta, X, context, form)
         check_budget(sizes.least(True), self.memory, "activations and signals")
         k, passing = sizes.components, Plan.of(sizes, self.memory, count(X), None, True).passing
@@ -174,13 +178,26 @@ class LayerwiseEngine(Engine):
                 total += own_products(piece, form, self.memory // (16 * n))
             found.append(total / k if self.selection.combine == "mean" else total)
         result = torch.cat(found)
-        plain = self._plain_engine(theta)
-        if plain is not None:
-            engine, own, where = plain
-            result += engine.diagonal(own, X, context, None if diagonal is None else diagonal[where])
+        rest = self.uncovered(theta)
+        if rest is not None:
+            engine, own, where = rest
+            result += engine.diagonal(own, X, context, None if preconditioner is None else preconditioner[where])
         return result
 
-    def _plain_engine(self, theta: Tensor) -> tuple[JacobianEngine, Tensor, Tensor] | None:
+    def jacobian(self, theta: Tensor, samples: Samples, memory: int) -> JacobianProducts:
+        """Activations and signals of the layers, and passes of the batch for what these do not cover."""
+
+        def pieces(X: PyTree, context: PyTree, components: slice) -> list[Piece]:
+            return self.pieces(theta, X, context, components)[0]
+
+        layers = LayerJacobianProducts(self.function, pieces, samples, self.full, self.memory, memory)
+        rest = self.uncovered(theta)
+        if rest is None:
+            return layers
+        engine, own, where = rest
+        return DividedJacobianProducts(layers, engine.jacobian(own, samples, 0), where)
+
+    def uncovered(self, theta: Tensor) -> tuple[JacobianEngine, Tensor, Tensor] | None:
         """The plain engine for the parameters that the tape does not cover, their values, and where they are."""
         coverage, layout = self.tapes.coverage, self.function.layout
         names = [name for name in layout.names if coverage is not None and name in coverage.plain]

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import InputError, check
-from pathkernel.gradients.layers.factors import Dense, Factor, Lookup, Outer, Piece, device_of_factor
+from pathkernel.gradients.layers.factor import Factor
+from pathkernel.gradients.layers.factors import Dense, Lookup, Outer, Piece
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import blocks, count, take
-from pathkernel.tangent_kernel.engines.engine import Engine
+from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Node, Samples, number_of_components
+from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
@@ -79,40 +81,38 @@ class Projection:
 
     def apply(self, factor: Factor, key: tuple[int, ...]) -> Float[Tensor, "n K dim"]:
         """S g of each gradient, float64; ``key`` says which S."""
-        if isinstance(factor, (Outer, Lookup)) and self.convolves(factor):
+        if self.convolves(factor):
             return self._convolved(factor, key)
         draw = self._sparse if self.kind in ("tensor", "sparse") else self._dense
-        total = torch.zeros(
-            factor.samples, factor.components, self.dim, dtype=torch.float64, device=device_of_factor(factor)
-        )
+        shape = factor.samples, factor.components, self.dim
+        total = torch.zeros(shape, dtype=torch.float64, device=factor.device)
         for number, part in enumerate(_parts(factor)):
             generator = np.random.default_rng([self.seed, *key, number])
             rows = part.rows()
             total += draw(rows.reshape(-1, rows.shape[2]), generator).reshape(total.shape)
         return total
 
-    def convolves(self, factor: Outer | Lookup) -> bool:
-        """Whether sketches of δ and a are convolved: where that costs less than forming the gradients."""
-        if self.kind != "tensor":
+    def convolves(self, factor: Factor) -> bool:
+        """Test that sketches of δ and a are convolved: where that costs less than forming the gradients."""
+        if self.kind != "tensor" or factor.formed:
             return False
-        p, t = factor.signal.shape[3], factor.signal.shape[2]
+        p, q, t = factor.width, factor.reading_size, factor.positions
         if isinstance(factor, Lookup) or t == 1:
             return True
-        q = factor.activation.shape[2]
         transforms = 3 * self.dim * max(1, (self.dim - 1).bit_length())
         return t * (NONZEROS * (p + q) + transforms) <= NONZEROS * p * q
 
-    def _convolved(self, factor: Outer | Lookup, key: tuple[int, ...]) -> Tensor:
+    def _convolved(self, factor: Factor, key: tuple[int, ...]) -> Tensor:
         """Σ_t (S₁ δ_t) ∗ (S₂ a_t): circular convolution, a product in the frequencies."""
         generator = np.random.default_rng([self.seed, *key])
-        n, k, t, p = factor.signal.shape
-        signal = self._sparse(factor.signal.reshape(-1, p), generator)
+        n, k, t, p = factor.signals.shape
+        signal = self._sparse(factor.signals.reshape(-1, p), generator)
         if isinstance(factor, Lookup):
             table = self._sparse_map(factor.vocabulary, generator).tocsc()
             read = table[:, factor.indices.reshape(-1).cpu().numpy()].toarray().T.copy()
             activation = torch.from_numpy(read).to(signal.device)
         else:
-            activation = self._sparse(factor.activation.reshape(n * t, -1), generator)
+            activation = self._sparse(factor.readings.reshape(n * t, -1), generator)
         frequencies = torch.fft.rfft(signal).reshape(n, k, t, -1) * torch.fft.rfft(activation).reshape(n, 1, t, -1)
         return torch.fft.irfft(frequencies.sum(dim=2), n=self.dim).double()
 
@@ -158,6 +158,7 @@ class ProjectionEngine(Engine):
     """
 
     name = "projection"
+    exact = False
 
     def __init__(
         self,
@@ -172,7 +173,7 @@ class ProjectionEngine(Engine):
         self.layers = LayerwiseEngine(function, selection, memory)
 
     def features(
-        self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None
+        self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal
     ) -> Float[Tensor, "n ... dim"]:
         """φ(x), float64 (n, dim); (n, K, dim) for full blocks."""
         layers = copy.copy(self.layers)
@@ -182,22 +183,21 @@ class ProjectionEngine(Engine):
         activations = sum(shape.numel() for shape in tape.shapes) * 4
         held = sum(self._numbers(piece.factor) for piece in pieces) + activations + self.projection.dim
         size = max(1, self.memory * (first.stop or 1) // (8 * held))
-        found = [self._block(layers, theta, take(X, b), take(context, b), diagonal) for b in blocks(count(X), size)]
-        features = torch.cat(found)
+        cuts = ((take(X, block), take(context, block)) for block in blocks(count(X), size))
+        features = torch.cat([self._block(layers, theta, *own, preconditioner) for own in cuts])
         return features if self.selection.combine == "full" else features.squeeze(1)
 
     def _numbers(self, factor: Factor) -> int:
         """Numbers that a factor and its sketch take."""
-        if isinstance(factor, Dense):
-            return 2 * factor.values.numel()
-        assert isinstance(factor, (Outer, Lookup))
-        n, k, t, p = factor.signal.shape
-        convolved = 4 * t * self.projection.dim
-        work = n * k * (convolved if self.projection.convolves(factor) else 3 * max(COLUMNS, factor.size // p))
-        return factor.signal.numel() + work
+        own = factor.numbers[0]
+        if factor.formed:
+            return 2 * own
+        convolved = 4 * factor.positions * self.projection.dim
+        each = convolved if self.projection.convolves(factor) else 3 * max(COLUMNS, factor.reading_size)
+        return own + factor.samples * factor.components * each
 
     def _block(
-        self, layers: LayerwiseEngine, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None
+        self, layers: LayerwiseEngine, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal
     ) -> Tensor:
         pieces, tape = layers.pieces(theta, X, context)
         full = self.selection.combine == "full"
@@ -206,30 +206,79 @@ class ProjectionEngine(Engine):
             tape.n, k if full else 1, self.projection.dim, dtype=torch.float64, device=tape.outputs.device
         )
         for piece in pieces:
-            for where, factor in _weighted(piece, diagonal):
-                total += self.projection.apply(factor if full else _stacked(factor), (self.number, where))
-        rest = layers._plain_engine(theta)
+            for where, factor in _weighted(piece, preconditioner):
+                total += self.projection.apply(factor if full else factor.stacked(), (self.number, where))
+        rest = layers.uncovered(theta)
         if rest is not None:
             engine, own, left_out = rest
             rows = engine.rows(own, X, context)
-            factor = Dense(rows if diagonal is None else rows * diagonal[left_out].sqrt().to(rows))
+            factor = Dense(rows if preconditioner is None else rows * preconditioner[left_out].sqrt().to(rows))
             key = self.number, self.function.layout.size
-            total += self.projection.apply(factor if full else _stacked(factor), key)
+            total += self.projection.apply(factor if full else factor.stacked(), key)
         return total / k**0.5 if self.selection.combine == "mean" else total
 
     def gram(
-        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, diagonal: Tensor | None
+        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
         """φ(X) φ(Y)ᵀ."""
-        left = self.features(theta, X, context_X, diagonal)
-        return products(left, left if Y is None else self.features(theta, Y, context_Y, diagonal))
+        left = self.features(theta, X, context_X, preconditioner)
+        return products(left, left if Y is None else self.features(theta, Y, context_Y, preconditioner))
 
-    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, diagonal: Tensor | None) -> Tensor:
+    def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> Tensor:
         """|φ(x)|²."""
-        features = self.features(theta, X, context, diagonal)
+        features = self.features(theta, X, context, preconditioner)
         if self.selection.combine == "full":
             return torch.einsum("nkd,njd->nkj", features, features)
         return (features**2).sum(dim=1)
+
+    def jacobian(self, theta: Tensor, samples: Samples, memory: int) -> FeatureProducts:
+        """φ in place of gradients."""
+        return FeatureProducts(self, theta, samples, memory)
+
+    def at(self, node: Node, selection: OutputSelection | None = None) -> ProjectionEngine:
+        """Engine at a node of a path, with a random map of its own."""
+        engine, there = copy.copy(self), super().at(node, selection)
+        engine.function, engine.selection, engine.number = there.function, there.selection, node.number
+        return engine
+
+
+class FeatureProducts(JacobianProducts):
+    """Sketched gradients in place of gradients: φ in ``dim`` dimensions in place of P.
+
+    Parameters
+    ----------
+    engine, theta
+        The engine of sketches, and θ.
+    samples
+        n samples and what h needs of each.
+    memory
+        Bytes that may be held between products.
+    """
+
+    def __init__(self, engine: ProjectionEngine, theta: Tensor, samples: Samples, memory: int) -> None:
+        self.engine, self.theta, self.samples = engine, theta, samples
+        self.sketched = engine.projection.dim
+        self.holds = count(samples[0]) * self.sketched * 8 <= memory
+        self._held: Tensor | None = None
+
+    def _features(self) -> Tensor:
+        if self._held is not None:
+            return self._held
+        features = self.engine.features(self.theta, *self.samples, None)
+        if self.engine.selection.combine == "mean":  # φ has the mean in it already, and is asked for the sum
+            components = number_of_components(self.engine, self.theta, *self.samples)
+            features = features * features.new_tensor(components).sqrt()
+        self._held = features if self.holds else None
+        return features
+
+    def pull(self, weights: Tensor, components: slice) -> Tensor:
+        """Σ_i v_id φ(x_i), (1, D, dim): a sketch is of all components at once."""
+        features = self._features()
+        return (weights.flatten(0, -2).T @ features.flatten(0, -2)).unsqueeze(0)
+
+    def push(self, directions: Tensor, components: slice) -> Tensor:
+        """φ(x_i) · u_d."""
+        return self._features() @ directions[0].T
 
 
 def products(left: Float[Tensor, "n ... dim"], right: Float[Tensor, "m ... dim"]) -> Float[Tensor, "n m ..."]:
@@ -241,20 +290,21 @@ def products(left: Float[Tensor, "n ... dim"], right: Float[Tensor, "m ... dim"]
     return (found + found.T) / 2 if left is right else found
 
 
-def _weighted(piece: Piece, diagonal: Tensor | None) -> Iterator[tuple[int, Factor]]:
+def _weighted(piece: Piece, preconditioner: Diagonal) -> Iterator[tuple[int, Factor]]:
     """√d G, weight and bias as one sum of outer products where d is constant on each; each with its place in θ."""
     factor, bias = piece.factor, piece.bias
     weights = [
-        torch.ones(1) if diagonal is None else diagonal[where].unique()
+        torch.ones(1) if preconditioner is None else preconditioner[where].unique()
         for where in (piece.where, *(() if bias is None else (bias,)))
     ]
-    if diagonal is not None and any(len(own) > 1 for own in weights):
-        for where, rows in piece.dense():
-            yield where.start, Dense(rows * diagonal[where].sqrt().to(rows))
+    if preconditioner is not None and any(len(own) > 1 for own in weights):
+        for where, part in piece.separated():
+            rows = part.rows()
+            yield where.start, Dense(rows * preconditioner[where].sqrt().to(rows))
         return
     roots = [float(own[0]) ** 0.5 for own in weights]
     if bias is None:
-        yield piece.where.start, factor if diagonal is None else factor.scaled(roots[0])
+        yield piece.where.start, factor if preconditioner is None else factor.scaled(roots[0])
         return
     assert isinstance(factor, Outer)
     ones = torch.full_like(factor.activation[..., :1], roots[1])
@@ -262,27 +312,7 @@ def _weighted(piece: Piece, diagonal: Tensor | None) -> Iterator[tuple[int, Fact
     yield piece.where.start, replace(factor, activation=activation, head=False)
 
 
-def _stacked(factor: Factor) -> Factor:
-    """The gradients of all components behind each other, as one: the trace kernel is their inner product."""
-    if isinstance(factor, Dense):
-        return Dense(factor.values.flatten(1).unsqueeze(1))
-    assert isinstance(factor, (Outer, Lookup))
-    n, k, t, p = factor.signal.shape
-    signal = factor.signal.transpose(1, 2).reshape(n, 1, t, k * p)
-    return _with_signal(factor, signal)
-
-
 def _parts(factor: Factor) -> Iterator[Factor]:
     """A factor in parts of at most so many columns, or of one row of outer products."""
-    if isinstance(factor, Dense):
-        for columns in blocks(factor.size, COLUMNS):
-            yield Dense(factor.values[:, :, columns])
-        return
-    assert isinstance(factor, (Outer, Lookup))
-    p = factor.signal.shape[3]
-    for own in blocks(p, COLUMNS * p // factor.size):
-        yield _with_signal(factor, factor.signal[:, :, :, own])
-
-
-def _with_signal(factor: Outer | Lookup, signal: Tensor) -> Outer | Lookup:
-    return replace(factor, signal=signal, head=False) if isinstance(factor, Outer) else replace(factor, signal=signal)
+    for own in blocks(factor.width, COLUMNS // factor.reading_size):
+        yield factor.with_signals(factor.signals[:, :, :, own])

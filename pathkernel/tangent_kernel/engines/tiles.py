@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pathkernel._typing import Float
 from pathkernel.gradients.contraction import Pairs, by_pairs, parts
-from pathkernel.gradients.layers.factors import Dense, Factor, Lookup, Outer, Piece, device_of_factor
+from pathkernel.gradients.layers.factor import Factor, side_by_side
+from pathkernel.gradients.layers.factors import Dense, Piece
 from pathkernel.gradients.matmul import product
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.runtime.workspace import Workspace
@@ -35,17 +36,17 @@ PART = 32 << 20
 class Metric:
     """d of the preconditioner diag(d), or the identity."""
 
-    def __init__(self, diagonal: Float[Tensor, " P"] | None) -> None:
-        self.diagonal = diagonal
+    def __init__(self, preconditioner: Float[Tensor, " P"] | None) -> None:
+        self.preconditioner = preconditioner
         self._constants: dict[tuple[int, int], float | None] = {}
 
     def constant(self, where: slice) -> float | None:
         """d on a part of θ where it is one number, else None."""
-        if self.diagonal is None:
+        if self.preconditioner is None:
             return 1.0
         key = where.start, where.stop
         if key not in self._constants:
-            own = self.diagonal[where]
+            own = self.preconditioner[where]
             self._constants[key] = float(own[0]) if bool((own == own[0]).all()) else None
         return self._constants[key]
 
@@ -56,12 +57,12 @@ class Metric:
 
     def applied(self, rows: Float[Tensor, "n K size"], where: slice) -> Tensor:
         """√d · rows: on both sides, so that every tile is a product of a matrix with its own transpose."""
-        return rows if self.diagonal is None else rows * self.diagonal[where].sqrt().to(rows)
+        return rows if self.preconditioner is None else rows * self.preconditioner[where].sqrt().to(rows)
 
 
 @dataclass(frozen=True)
 class Form:
-    """How gradients are to be contracted.
+    """Form in which gradients are contracted.
 
     Attributes
     ----------
@@ -84,21 +85,20 @@ class Form:
     workspace: Workspace
 
     def by_pairs(self, piece: Piece) -> bool:
-        """Whether by all pairs of positions."""
+        """Test that all pairs of positions are contracted."""
         return self.metric.constants(piece) is not None and by_pairs(piece.factor, *self.pairs, self.full)
 
     def by_kept_rows(self, piece: Piece) -> bool:
-        """Whether rows take no more memory than δ and a (by 5 %), and so are formed at once and kept."""
-        return isinstance(piece.factor, Dense) or row_numbers(piece.factor) <= 1.05 * sum(numbers(piece.factor))
+        """Test that rows take no more memory than δ and a (by 5 %), and so are formed at once and kept."""
+        return piece.factor.formed or piece.factor.row_numbers <= 1.05 * sum(piece.factor.numbers)
 
-    def plain(self, factor: Outer | Lookup) -> bool:
-        """Whether nothing is to be done to rows."""
-        return self.metric.diagonal is None and factor.signal.dtype == self.dtype
+    def plain(self, factor: Factor) -> bool:
+        """Test that nothing is to be done to rows."""
+        return self.metric.preconditioner is None and factor.dtype == self.dtype
 
     def rows(self, rows: Float[Tensor, "n K size"], where: slice) -> Float[Tensor, "J n w"]:
         """Rows in the layout of products; see `Pairs`."""
-        rows = self.metric.applied(rows, where).to(self.dtype)
-        return rows.transpose(0, 1) if self.full else rows.flatten(1).unsqueeze(0)
+        return side_by_side(self.metric.applied(rows, where).to(self.dtype), self.full)
 
 
 @dataclass(frozen=True)
@@ -121,17 +121,15 @@ class Rows:
 
     @classmethod
     def of(cls, factor: Factor, where: slice, form: Form) -> Rows:
-        """Of a part of θ."""
+        """Rows of a part of θ."""
         n, k, size = factor.samples, factor.components, factor.size
-        shape, device = (k, n, size) if form.full else (1, n, k * size), device_of_factor(factor)
-        if isinstance(factor, Outer) and not factor.transposed and form.plain(factor):
-            return cls(shape, lambda into: _outer_products(factor, into, form.full), device)
-        if isinstance(factor, Lookup) and form.plain(factor) and not form.full:
-            return cls(shape, lambda into: factor.add_to(into[0].zero_()), device)
-        return cls(shape, lambda into: into.copy_(form.rows(factor.rows(), where)), device)
+        shape = (k, n, size) if form.full else (1, n, k * size)
+        if form.plain(factor):
+            return cls(shape, lambda into: factor.write(into, form.full), factor.device)
+        return cls(shape, lambda into: into.copy_(form.rows(factor.rows(), where)), factor.device)
 
     def formed(self, form: Form) -> Float[Tensor, "J n w"]:
-        """In memory of their own."""
+        """Form them in memory of their own."""
         into = form.workspace.empty(self.shape, form.dtype, self.device)
         self.write(into)
         return into
@@ -146,17 +144,6 @@ class Rows:
                 own.write(part)
 
         return cls((*rows[0].shape[:2], sum(widths)), write, rows[0].device)
-
-
-def _outer_products(factor: Outer, into: Float[Tensor, "J n w"], full: bool) -> None:
-    """Σ_t δ_t a_tᵀ."""
-    (n, k, _, p), q = factor.signal.shape, factor.activation.shape[2]
-    left = factor.signal.transpose(2, 3)
-    if full:
-        for j in range(k):
-            torch.bmm(left[:, j], factor.activation, out=into[j].view(n, p, q))
-    else:
-        torch.bmm(left.reshape(n, k * p, -1), factor.activation, out=into[0].view(n, k * p, q))
 
 
 @dataclass(frozen=True)
@@ -210,7 +197,7 @@ class Group:
         return found
 
     def _mapped(self, function: Callable[[Tensor, int], Tensor]) -> Group:
-        """The same with something done to δ and a, rows aside."""
+        """Apply a function to δ and a, rows aside."""
         pairs = [
             replace(
                 own,
@@ -219,7 +206,7 @@ class Group:
             )
             for own in self.pairs
         ]
-        unformed = [replace(piece, factor=_mapped_factor(piece.factor, function)) for piece in self.unformed]
+        unformed = [replace(piece, factor=piece.factor.map(lambda own: function(own, 0))) for piece in self.unformed]
         return Group(pairs, [], unformed)
 
 
@@ -233,7 +220,7 @@ def _sorted(pieces: list[Piece], form: Form) -> tuple[list[Pairs], list[Rows], l
         if form.by_pairs(piece):
             constants = form.metric.constants(piece)
             assert constants is not None
-            pairs.append(Pairs.of(_cast(piece, form.dtype), form.full, *constants, unit=_is_head(factor)))
+            pairs.append(Pairs.of(piece.to(form.dtype), form.full, *constants, unit=factor.head))
             continue
         if form.by_kept_rows(piece):
             rows.append(Rows.of(factor, piece.where, form))
@@ -304,11 +291,11 @@ def own_products(piece: Piece, form: Form, limit: int) -> Tensor:
     if form.by_pairs(piece):
         constants = form.metric.constants(piece)
         assert constants is not None
-        found = Pairs.of(_cast(piece, torch.float64), form.full, *constants).own()
+        found = Pairs.of(piece.to(torch.float64), form.full, *constants).own()
         return found if form.full else found[:, 0, 0]
     factor = piece.factor
     shape = (factor.samples, *(factor.components,) * 2 * form.full)
-    total = torch.zeros(shape, dtype=torch.float64, device=device_of_factor(factor))
+    total = torch.zeros(shape, dtype=torch.float64, device=factor.device)
     rows = ((where, part.factor.rows()) for where, part in parts(piece, limit))
     for where, own in chain(rows, () if piece.bias is None else ((piece.bias, piece.bias_rows()),)):
         weighted = form.metric.applied(own.double(), where)
@@ -332,21 +319,6 @@ def mirror(result: Float[Tensor, "J n J n"], groups: list[slice]) -> None:
                 for b in blocks(i.stop - i.start, tile):
                     if b.start > a.start:
                         result[k, i, k, i][b, a] = result[k, i, k, i][a, b].T
-
-
-def numbers(factor: Factor) -> tuple[int, int]:
-    """How many numbers δ and a are."""
-    if isinstance(factor, Outer):
-        return factor.signal.numel(), factor.activation.numel()
-    if isinstance(factor, Lookup):
-        return factor.signal.numel(), factor.indices.numel()
-    assert isinstance(factor, Dense)
-    return factor.values.numel(), 0
-
-
-def row_numbers(factor: Factor) -> int:
-    """How many numbers the rows are."""
-    return factor.samples * factor.components * factor.size
 
 
 def _panels(
@@ -382,7 +354,7 @@ def _steps(
 
 
 def _row_bytes(values: Tensor | None) -> int:
-    """Of one sample and component."""
+    """Bytes of one sample and component."""
     return 1 if values is None else max(1, values.element_size() * values.shape[2:].numel())
 
 
@@ -407,25 +379,6 @@ def _formed(left: Piece, right: Piece, same: bool, form: Form, scratch: int) -> 
     for (where, one), (_, two) in zip(parts(left, limit), parts(right, limit), strict=True):
         mine = Rows.of(one.factor, where, form).formed(form)
         yield mine, mine if same else Rows.of(two.factor, where, form).formed(form)
-
-
-def _is_head(factor: Factor) -> bool:
-    return isinstance(factor, Outer) and factor.head
-
-
-def _cast(piece: Piece, dtype: torch.dtype) -> Piece:
-    cast = _mapped_factor(piece.factor, lambda tensor, _: tensor.to(dtype) if tensor.is_floating_point() else tensor)
-    return replace(piece, factor=cast)
-
-
-def _mapped_factor(factor: Factor, function: Callable[[Tensor, int], Tensor]) -> Factor:
-    """The same with something done to each tensor and its sample axis."""
-    if isinstance(factor, Outer):
-        return replace(factor, signal=function(factor.signal, 0), activation=function(factor.activation, 0))
-    if isinstance(factor, Lookup):
-        return replace(factor, signal=function(factor.signal, 0), indices=function(factor.indices, 0))
-    assert isinstance(factor, Dense)
-    return Dense(function(factor.values, 0))
 
 
 def _longer(tensor: Tensor, axis: int, n: int, form: Form) -> Tensor:

@@ -32,7 +32,7 @@ def autograd_rows(function: ModelFunction, theta: Tensor, inputs: Tensor, cotang
     rows = []
     for i in range(len(inputs)):
         point = theta.clone().requires_grad_(True)
-        with function.running():
+        with function.evaluating():
             value = (function.batch(function.layout.unflatten(point), inputs[i : i + 1])[0] * cotangents[i]).sum()
         rows.append(torch.autograd.grad(value + 0 * point.sum(), point)[0])
     return torch.stack(rows)
@@ -56,8 +56,8 @@ def test_pieces_are_the_gradients_of_each_sample(name: str) -> None:
     found, seen = torch.zeros_like(expected), torch.zeros(theta.shape, dtype=torch.int64)
     pieces = tape.pieces((tape.outputs * cotangents).sum(dim=1, keepdim=True))
     for piece in pieces:
-        for where, rows in piece.dense():
-            found[:, where] = rows[:, 0]
+        for where, factor in piece.separated():
+            found[:, where] = factor.rows()[:, 0]
             seen[where] += 1
     assert seen.max() <= 1, "pieces are disjoint"
     for left_out in PLAIN.get(name, set()):
@@ -179,7 +179,7 @@ def test_another_sequence_of_calls_is_proved_again() -> None:
     function.module.chosen = 2  # of the copy that passes run on
     tape = tapes.record(theta, inputs)
     assert len(tapes.proved) == 2
-    used = {name for use in tape.uses for handle in use.handles.values() for name in handle.names()}
+    used = {name for call in tape.calls for handle in call.handles.values() for name in handle.names()}
     assert used == {"branches.2.weight", "branches.2.bias", "head.weight", "head.bias"}
 
 
@@ -193,5 +193,5 @@ def test_a_network_that_cannot_run_under_a_tape_goes_to_the_plain_engine() -> No
     function, theta = function_of(Fussy(6, 3).double())
     tapes = ProvedTapes(function)
     tape = tapes.record(theta, torch.randn(4, 6, dtype=torch.float64))
-    assert tape.outputs.shape == (4, 3) and not tape.uses
+    assert tape.outputs.shape == (4, 3) and not tape.calls
     assert tapes.coverage is not None and set(tapes.coverage.plain) == {"weight", "bias"}

@@ -1,0 +1,236 @@
+"""State of a forward pass: modes, buffers and random generators, and settings of torch that a pass changes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvNd
+
+from pathkernel.errors import InputError
+
+
+@contextmanager
+def module_mode(module: nn.Module, training: Mapping[str, bool] | bool) -> Iterator[None]:
+    """Set train or eval mode submodule by submodule and put it back afterwards."""
+    before = []
+    for name, child in module.named_modules():
+        wanted = training if isinstance(training, bool) else training[name]
+        if child.training != wanted:
+            before.append(child)
+            child.training = wanted
+    try:
+        yield
+    finally:
+        for child in before:
+            child.training = not child.training
+
+
+Modes = bool | Mapping[str, bool]
+"""Train mode of a whole module, or of each submodule by name."""
+
+
+@dataclass(frozen=True)
+class ForwardState:
+    """State in which a forward pass ran, as far as its outputs depend on it.
+
+    Attributes
+    ----------
+    modes
+        Train or eval mode of the submodules.
+    generators
+        States of the random generators right before the pass, by device; empty where it drew no random numbers.
+    autocast
+        (device type, floating type) of automatic mixed precision, or None.
+    buffers
+        Buffers that had changed since recording began, as the pass found them; None where that is not known.
+    """
+
+    modes: Modes = False
+    generators: Mapping[str, Tensor] = field(default_factory=dict)
+    autocast: tuple[str, torch.dtype] | None = None
+    buffers: Mapping[str, Tensor] | None = None
+
+
+EVALUATION = ForwardState()
+
+
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """States of torch's random generators on the CPU and on a device."""
+    states = {"cpu": torch.random.get_rng_state()}
+    if device.type == "cuda":
+        states[str(device)] = torch.cuda.get_rng_state(device)
+    return states
+
+
+@contextmanager
+def generators_untouched() -> Iterator[None]:
+    """Leave the random generators of Python, numpy and torch as they are."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def generators_at(states: Mapping[str, Tensor]) -> Iterator[None]:
+    """Draw random numbers from the given states inside, and leave torch's generators as they were."""
+    if not states:
+        yield
+        return
+    devices = [name for name in states if name != "cpu"]
+    with torch.random.fork_rng(devices=devices):
+        torch.random.set_rng_state(states["cpu"])
+        for name in devices:
+            torch.cuda.set_rng_state(states[name], name)
+        yield
+
+
+class _Switch:
+    """A setting of the whole process that is changed while anybody needs it, and put back when nobody does any more.
+
+    Context managers that put back what they found are not enough: with two threads, the second one finds what the first
+    one set, and puts that back after the first one has left.
+
+    Parameters
+    ----------
+    change
+        Makes a context manager that changes the setting.
+    """
+
+    def __init__(self, change: Callable[[], Any]) -> None:
+        self._change, self._lock, self._inside = change, threading.Lock(), 0
+        self._manager: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._manager = self._change()
+                self._manager.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                manager, self._manager = self._manager, None
+                manager.__exit__(None, None, None)
+
+
+@contextmanager
+def _without_fused_encoders() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _without_fused_recurrence() -> Iterator[None]:
+    flags, cudnn = torch.backends.mkldnn.set_flags(_enabled=False), torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False  # whose `flags` would set its precision as well
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=flags[0])
+        torch.backends.cudnn.enabled = cudnn
+
+
+def _tensor_float_settings() -> list[tuple[Any, str, Any]]:
+    """Switches of TensorFloat-32: object, attribute, and the value that says no.
+
+    Of matrix products, convolutions and recurrent layers. The older names refuse once somebody has used the newer ones,
+    and the other way round they refuse until these are put back.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    older = [(holder, "allow_tf32", False) for holder in (matmul, cudnn, cudnn)]
+    try:
+        for holder, name, _ in older:
+            getattr(holder, name)
+    except RuntimeError:
+        newer: Any = cudnn
+        return [(holder, "fp32_precision", "ieee") for holder in (matmul, newer.conv, newer.rnn)]
+    return older
+
+
+@contextmanager
+def _without_tensor_floats() -> Iterator[None]:
+    settings = _tensor_float_settings()
+    before = [getattr(holder, name) for holder, name, _ in settings]
+    try:
+        for holder, name, no in settings:
+            setattr(holder, name, no)
+        yield
+    finally:
+        for (holder, name, _), value in zip(settings, before, strict=True):
+            setattr(holder, name, value)
+
+
+def takes_tensor_floats(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Test that a loop's passes round products to TensorFloat-32, as far as present settings and layers tell."""
+    if dtype != torch.float32 or device_of(module).type != "cuda":
+        return False
+    matmul, convolution, recurrence = (
+        getattr(holder, name) in (True, "tf32") for holder, name, _ in _tensor_float_settings()
+    )
+    kinds = ((_ConvNd,) if convolution else ()) + ((nn.RNNBase,) if recurrence else ())
+    return matmul or any(isinstance(child, kinds) for child in module.modules())
+
+
+@contextmanager
+def _without_fallback_warnings() -> Iterator[None]:
+    switches: Any = torch._C  # neither has a public name
+    enabled = switches._debug_only_are_vmap_fallback_warnings_enabled()
+    switches._debug_only_display_vmap_fallback_warnings(False)
+    try:
+        yield
+    finally:
+        switches._debug_only_display_vmap_fallback_warnings(enabled)
+
+
+QUIET_FALLBACKS = _Switch(_without_fallback_warnings)
+"""`vmap` warns of operations that it treats one sample after the other, which is no fault of the user's."""
+
+# Forward differentiation has no rule for fused attention, fused encoder layers and the recurrent layers of oneDNN and
+# cuDNN, the last of which cannot be differentiated in evaluation at all.
+PLAIN_ATTENTION = _Switch(lambda: sdpa_kernel(SDPBackend.MATH))
+PLAIN_ENCODERS = _Switch(_without_fused_encoders)
+PLAIN_RECURRENCE = _Switch(_without_fused_recurrence)
+
+# TensorFloat-32, which cuDNN takes for convolutions unless it is told not to, rounds to eleven bits: rows that are
+# formed in two ways could not be compared.
+FULL_PRECISION = _Switch(_without_tensor_floats)
+RANDOM = threading.RLock()
+"""Lock of passes that draw random numbers: torch's generators belong to the process."""
+
+
+def check_gradients_are_possible() -> None:
+    """Refuse to compute where torch makes tensors that no gradient can be taken of."""
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "A kernel or an explanation was asked for inside `torch.inference_mode()`",
+            "Both are made of gradients, which tensors made in inference mode cannot have",
+            "Ask outside of it; inside `torch.no_grad()` is all right",
+        )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Device on which a module computes: that of its first parameter, or of its first buffer."""
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        return tensor.device
+    return torch.device("cpu")
