@@ -31,9 +31,13 @@ if TYPE_CHECKING:
     from pathkernel.tangent_kernel.engines.projection import Projection as Projection
     from pathkernel.tangent_kernel.output_probes import OutputProbes as OutputProbes
     from pathkernel.tangent_kernel.tangent_kernel import TangentKernel as TangentKernel
+    from pathkernel.trajectory.schedule import Every as Every
+    from pathkernel.trajectory.schedule import Keyframes as Keyframes
+    from pathkernel.trajectory.schedule import Nothing as Nothing
     from pathkernel.trajectory.schedule import Schedule as Schedule
     from pathkernel.trajectory.schedule import StepObserver as StepObserver
     from pathkernel.trajectory.schedule import Streaming as Streaming
+    from pathkernel.trajectory.schedule import WeightsOnly as WeightsOnly
     from pathkernel.trajectory.trajectory import Trajectory as Trajectory
     from pathkernel.update_rules.rule import UpdateRule as UpdateRule
 
@@ -42,13 +46,16 @@ _HOMES = {
     "Attributions": "kernel_machine.attributions",
     "DiscreteGradient": "quadrature",
     "DiskStore": "storage.disk",
+    "Every": "trajectory.schedule",
     "GaussLegendre": "quadrature",
     "GaussianProcessKernel": "estimators.gaussian_process",
     "IndexedDataset": "recording.indexed",
     "KernelMachine": "kernel_machine.kernel_machine",
     "KernelRecorder": "recording.recorder",
+    "Keyframes": "trajectory.schedule",
     "LeftEndpoint": "quadrature",
     "Midpoint": "quadrature",
+    "Nothing": "trajectory.schedule",
     "OutputProbes": "tangent_kernel.output_probes",
     "PathKernel": "path_kernel.path_kernel",
     "PathKernelTransformer": "estimators.transformer",
@@ -63,6 +70,7 @@ _HOMES = {
     "Trajectory": "trajectory.trajectory",
     "Trapezoid": "quadrature",
     "UpdateRule": "update_rules.rule",
+    "WeightsOnly": "trajectory.schedule",
     "layer_rule": "gradients.layers.rules",
 }
 

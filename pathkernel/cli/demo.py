@@ -223,7 +223,7 @@ def write(
     images, queries = digits.X_train.reshape(-1, 8, 8), digits.X_test.reshape(-1, 8, 8)
     predictions = []
     for i in shown:
-        said, truth = int(why.outputs[i]), int(digits.y_test[i])
+        said, truth = int(why.output_index[i]), int(digits.y_test[i])
         verdict = f"rightly called {said}" if said == truth else f"a {truth} mistaken for {said}"
         display = AttributionDisplay.from_attributions(
             why, int(i), images, labels=digits.y_train, query_image=queries[i], title=f"test digit {i}: {verdict}"

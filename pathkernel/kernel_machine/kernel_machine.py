@@ -115,8 +115,8 @@ class KernelMachine:
     form
         How the sum is written: ``"folded"`` (default), ``"average"``, ``"ensemble"``, ``"constant"``, ``"chord"``; see
         `pathkernel.kernel_machine.forms`. All are exact; the certificate and the shares come with each.
-    weights
-        Name of a recorded average (EMA, SWA): explains the averaged network.
+    average
+        Name of a recorded average (EMA, SWA): explains the averaged network. ``weights=`` is its older name.
     unexplained
         Largest part of the change of the outputs that may come from unnamed changes before it is an error.
     engine
@@ -171,17 +171,19 @@ class KernelMachine:
         *,
         quadrature: str | Quadrature = "auto",
         form: str = "folded",
-        weights: str | None = None,
+        average: str | None = None,
         unexplained: float = 0.01,
         engine: str = "auto",
         memory: int | str = "1GB",
         dtype: torch.dtype | None = None,
         progress: bool = False,
+        weights: str | None = None,
     ) -> None:
         trajectory.require_steps("KernelMachine")
+        average = weights if average is None else average
         self.trajectory, self.quadrature = trajectory, as_quadrature(quadrature)
         self.memory, self.progress = memory_bytes(memory), progress
-        self.form, self.weights, self.unexplained, self.engine = form, weights, unexplained, engine
+        self.form, self.average, self.unexplained, self.engine = form, average, unexplained, engine
         check(
             form in FORMS,
             InputError,
@@ -197,18 +199,18 @@ class KernelMachine:
             'Write `engine="auto"`',
         )
         check(
-            weights is None or weights in trajectory.averages,
+            average is None or average in trajectory.averages,
             InputError,
-            f"`weights={weights!r}` was given",
+            f"`average={average!r}` was given",
             f"Averages on record are {', '.join(map(repr, trajectory.averages)) or 'none'}",
             'Record them with `KernelRecorder(..., averages={"ema": averaged_model})`',
         )
         check(
-            weights is None or form != "chord",
+            average is None or form != "chord",
             InputError,
             '`form="chord"` was asked of an averaged network',
             "The chord joins the untrained network to the last weights",
-            'Leave out `form` or `weights`',
+            'Leave out `form` or `average`',
         )
         needed = self.quadrature.arithmetic
         check(
@@ -400,8 +402,8 @@ class KernelMachine:
             shares=account.shares.numpy(),
             channels={name: value.numpy() for name, value in account.channels.items()},
             output=output.numpy(),
-            samples=samples,
-            outputs=indices,
+            query_index=samples,
+            output_index=indices,
             quadrature_error=(account.missed / moved).numpy(),
             shares_error=None if account.shares_error is None else (account.shares_error / moved).numpy(),
             gradients_per_step=account.evaluations / len(self.trajectory),
@@ -508,10 +510,10 @@ class KernelMachine:
     def _outputs(self, inputs: PyTree, function: ModelFunction | None = None) -> Tensor:
         """The explained network's own outputs, (n, C)."""
         trajectory, function = self.trajectory, function or self.function
-        if self.weights is None:
+        if self.average is None:
             function, theta = function.replaced(constants=trajectory.final_buffers), trajectory.final
         else:
-            record = trajectory.averages[self.weights]
+            record = trajectory.averages[self.average]
             function = function.replaced(constants=record.constants(trajectory))
             theta = trajectory.layout.flatten(record.last)
         return function.outputs(theta, inputs, outputs_at_once(function, theta, inputs, self.memory))
@@ -532,8 +534,8 @@ class KernelMachine:
         return self._gradients
 
     def _curve(self, queries: Queries) -> Curve:
-        if self.weights is not None:
-            record = self.trajectory.averages[self.weights]
+        if self.average is not None:
+            record = self.trajectory.averages[self.average]
             return AverageCurve(self.trajectory, queries, self.quadrature, record)
         kind = ChordCurve if self.form == "chord" else PathCurve
         return kind(self.trajectory, queries, self.quadrature)
@@ -615,7 +617,7 @@ class KernelMachine:
             trajectory,
             machine=f"{self.form}, {self.engine}, {function.dtype}, {wanted!r}",
             quadrature=question.described(self.quadrature, "quadrature"),
-            weights=question.described(self.weights and trajectory.averages[self.weights], "weights"),
+            weights=question.described(self.average and trajectory.averages[self.average], "weights"),
             module=function.tap,
             components=None if queries.scalar else queries.components,
             queries=question.samples_identity((queries.inputs, queries.context)),
@@ -625,10 +627,10 @@ class KernelMachine:
     def _points(self, function: ModelFunction, aside: Tensor) -> list[tuple[ModelFunction, Tensor]]:
         """The explained network at its start, at its end, and elsewhere."""
         trajectory = self.trajectory
-        if self.weights is None:
+        if self.average is None:
             trained = function.replaced(constants=trajectory.final_buffers)
             return [(function, trajectory.initial), (trained, trajectory.final), (trained, aside)]
-        record = trajectory.averages[self.weights]
+        record = trajectory.averages[self.average]
         averaged = function.replaced(constants=record.constants(trajectory))
         first, last = (trajectory.layout.flatten(values) for values in (record.initial, record.last))
         return [(averaged, first), (averaged, last), (averaged, aside)]
@@ -737,9 +739,9 @@ class KernelMachine:
         return SAFETY * errors.shares.abs().sum(dim=1) + errors.missed + rounding
 
     def __repr__(self) -> str:
-        weights = "" if self.weights is None else f", weights={self.weights!r}"
+        average = "" if self.average is None else f", average={self.average!r}"
         return (
-            f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{weights}: exact "
+            f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{average}: exact "
             f"for every recorded step; {FORMS[self.form]}; not symmetric, so not a kernel for scikit-learn)"
         )
 

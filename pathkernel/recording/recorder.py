@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,10 +44,10 @@ from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.replay import ReplayStore
 from pathkernel.trajectory.samples import Samples, samples_of
-from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel, Schedule, Streaming, as_schedule
+from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel, Schedule, StepObserver, Streaming, as_schedule
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store
-from pathkernel.trajectory.thinned import StreamingStore, ThinnedStore
+from pathkernel.trajectory.thinned import LastStepStore, ThinnedStore
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Observation, UpdateRule
 from pathkernel.update_rules.table import rule_of
@@ -92,7 +92,7 @@ class KernelRecorder:
     """Watch a training loop and keep its parameter trajectory.
 
     The loop stays as it is and trains to the same bits; only the sample ids have to arrive with the batch, by
-    `batches`, `track` or `batch`.
+    `batches`, `track` or `announce`.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ class KernelRecorder:
         of parameters. Each gets its own channel.
     averages
         Averages of the weights that the loop keeps, by name: `torch.optim.swa_utils.AveragedModel`, a copy of the
-        model that the loop averages itself, or a dict of tensors. `KernelMachine` explains them with ``weights=``.
+        model that the loop averages itself, or a dict of tensors. `KernelMachine` explains them with ``average=``.
     audit_every
         At which steps the gradient is recomputed from the announced samples and compared with the one that the
         optimizer is about to use, before it is used: every so many steps, never (0), or, by default, at steps
@@ -137,8 +137,11 @@ class KernelRecorder:
         `pathkernel.storage.disk.DiskStore`. A folder that holds the record of this training run already is gone on
         with, from where the weights lie on its path.
     schedule
-        What is kept of each step, and when: every step in full by default; `Schedule(keyframes=32)` keeps little and
-        trains again what is asked for, `Schedule(every=10)` thins, `Streaming(…)` stores nothing.
+        What is kept of each step, and when: every step in full by default; `Keyframes(32)` keeps little and trains
+        again what is asked for, `Every(10)` thins, `WeightsOnly()` keeps θ alone, `Nothing()` leaves it to observers.
+    observers
+        Who sees every step while training runs, beside what is kept of it: `pathkernel.StreamingShares`,
+        `pathkernel.StreamingGram`, `pathkernel.StreamingFeatures`, or your own. Each has its ``result``.
 
     Raises
     ------
@@ -181,6 +184,7 @@ class KernelRecorder:
         audit_every: int | None = None,
         store: str | os.PathLike[str] | Store | None = None,
         schedule: RecordingLevel | None = None,
+        observers: Sequence[StepObserver] = (),
     ) -> None:
         outer, model = model, unwrapped(model)
         if data is None:
@@ -212,7 +216,9 @@ class KernelRecorder:
             self._trajectory.data.suit(self._trajectory.function(), initial)
         self._live = LiveParameters(named, optimizer)
         self._taken = 0
-        self._keyframes = self._follow(as_schedule(schedule), bool(averages))
+        level = as_schedule(schedule, observers)
+        self._observers = level.observers if isinstance(level, Streaming) else tuple(observers)
+        self._keyframes = self._follow(level, bool(averages))
         self._modules = WatchedModules(model, self._trajectory.constants)
         self._pending = PendingBatches(
             outer, self._live, rule.stages, self._modules, self._trajectory.returns, self._kept, self._forget_edits
@@ -276,6 +282,8 @@ class KernelRecorder:
             if self._trajectory.reference is not None:
                 self._trajectory.reference = replace(self._trajectory.reference, final=None)
             self._trajectory.store.begin(self._trajectory)
+        for observer in self._observers:
+            observer.begin(self._trajectory, self._live.settings())
         self._handles = [StepHooks(self.optimizer, self._before_step, self._after_step)]
         self._pending.start()
         if self._keyframes is not None:
@@ -286,6 +294,12 @@ class KernelRecorder:
         """Let the store keep what the schedule says."""
         trajectory = self._trajectory
         trajectory.schedule = schedule
+        if self._observers and trajectory.store.exists:
+            raise RecordingError(
+                "`store=` holds steps of an earlier run, and `observers` were given",
+                "Observers see steps as they are taken, and those of the earlier run have been",
+                "Give `store=` another path, or leave out `observers` and ask the trajectory after training",
+            )
         if schedule == EVERY_STEP:
             return None
         if averages:
@@ -301,7 +315,7 @@ class KernelRecorder:
                 "Give `store=` another path, or leave out `schedule`",
             )
         if isinstance(schedule, Streaming):
-            trajectory.store = StreamingStore(schedule, self._live.settings())
+            trajectory.store = LastStepStore()
         elif isinstance(schedule, Schedule) and schedule.keyframes is not None:
             keeper = KeyframeKeeper(trajectory, self._live, self.optimizer, schedule.keyframes)
             trajectory.store = ReplayStore(trajectory.store, keeper.replay, torch.get_num_threads())
@@ -331,7 +345,7 @@ class KernelRecorder:
         Returns
         -------
         How many steps are on record, and on disk where there is a store; fewer than were taken where the disk gave out,
-        or where `Schedule(every=…)` joins them: the stretch at hand ends here.
+        or where `Every(n)` joins them: the stretch at hand ends here.
         """
         with held():
             self._take_stock()
@@ -416,7 +430,7 @@ class KernelRecorder:
             self._announce(MicroBatch(checked_ids(ids, len(self._trajectory.data))))
             yield batch
 
-    def batch(
+    def announce(
         self, ids: Any, weights: Any = None, inputs: PyTree = None, targets: PyTree = None
     ) -> tuple[PyTree, PyTree]:
         """Announce the samples of the next forward pass, for loops that know their ids.
@@ -445,18 +459,21 @@ class KernelRecorder:
                 raise SampleIdError(
                     f"{len(ids)} ids came with weights of shape {tuple(weights.shape)}",
                     "Every sample of a batch has one weight",
-                    "Write `recorder.batch(ids, weights=w)` with `len(w) == len(ids)`",
+                    "Write `recorder.announce(ids, weights=w)` with `len(w) == len(ids)`",
                 )
         for name, given in (("inputs", inputs), ("targets", targets)):
             if given is not None and count(given) != len(ids):
                 raise SampleIdError(
                     f"{len(ids)} ids came with {count(given)} {name}",
                     "Ids and samples of a batch correspond one to one",
-                    f"Write `recorder.batch(ids, {name}={name})` with one row for each id",
+                    f"Write `recorder.announce(ids, {name}={name})` with one row for each id",
                 )
         # Copies: the loop may fill the same arrays with its next batch.
         self._announce(MicroBatch(ids, weights, copied_samples(inputs), copied_samples(targets)))
         return samples_of(MicroBatch(ids, weights, inputs, targets), self._trajectory.data)
+
+    batch = announce
+    """Older name of `announce`."""
 
     def _announce(self, batch: MicroBatch) -> None:
         if not self._checked:
@@ -591,9 +608,9 @@ class KernelRecorder:
         else:
             known = closure is None and not scaled
             before, gradient = self._before_replayed(keeper, known)
-            if not keeper.trial:
+            if not keeper.whole:
                 return
-            explained = known and keeper.explains(self._slim_step(before, gradient))
+            explained = known and keeper.trial and keeper.explains(self._slim_step(before, gradient))
             gradient = gradient if known else None
         if gradient is not None and not explained:
             self._audit(before, gradient)
@@ -615,7 +632,9 @@ class KernelRecorder:
             known,
             due=is_tried(self._taken, self.audit_every),
             edited=bool(self._gradient_changes),
-            theta=self._changes[-1][1] if self._changes else None,
+            # Observed steps are all recorded whole, so that the end of the last one is at hand.
+            theta=self._last_point() if self._changes or self._observers else None,
+            watched=bool(self._observers),
         )
 
     def _slim_step(self, before: Tensor, gradient: Tensor) -> Step:
@@ -649,6 +668,8 @@ class KernelRecorder:
     def _keep(self, step: Step) -> None:
         """Put a step on record."""
         keeper = self._keyframes
+        # Where steps are joined, the record counts fewer.
+        whole = replace(step, index=self._taken) if self._observers else step
         if keeper is not None:
             step = keeper.after(step)
             if keeper.gave_up:
@@ -656,6 +677,8 @@ class KernelRecorder:
                 self._keyframes = None
         self._taken += 1
         self._trajectory.store.append(step)
+        for observer in self._observers:
+            observer.observe(whole)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with held():  # a step is on record whole, or not at all
@@ -782,10 +805,10 @@ class KernelRecorder:
             raise SampleIdError(
                 f"`optimizer.step()` number {len(self._trajectory)} came without sample ids",
                 "Every step must know which training samples its gradient came from",
-                "Iterate over `recorder.batches(...)` or `recorder.track(loader)`, or call `recorder.batch(ids)` "
+                "Iterate over `recorder.batches(...)` or `recorder.track(loader)`, or call `recorder.announce(ids)` "
                 "before the backward pass; step outside the `with` block to train unrecorded",
             )
-        if not getattr(self._trajectory.schedule, "weights_only", False):
+        if self._observers or not getattr(self._trajectory.schedule, "weights_only", False):
             watched, index = type(self._outer).__name__, len(self._trajectory)
             check_captured(self._trajectory, index, self._pending.batches, watched, taken)
 

@@ -27,7 +27,7 @@ from pathkernel.runtime.checksum import DTYPES
 from pathkernel.storage import fingerprints as identity
 from pathkernel.storage.format import Group, damaged
 from pathkernel.trajectory.replay import ReplayStore
-from pathkernel.trajectory.schedule import EVERY_STEP, Schedule
+from pathkernel.trajectory.schedule import EVERY_STEP, Nothing, Schedule
 
 if TYPE_CHECKING:
     from pathkernel.trajectory.reference_outputs import ReferenceOutputs
@@ -172,7 +172,7 @@ class Header:
             "averages": list(self.averages),
             "versions": dict(self.versions),
             "fingerprints": dict(self.fingerprints),
-            "schedule": dict(vars(self.schedule)),
+            "schedule": self.schedule.settings,
             "replay": None if self.replay is None else dict(self.replay),
             "outputs": None if self.outputs is None else dict(self.outputs),
             "returns": self.returns,
@@ -326,9 +326,12 @@ def _layout(table: list[dict[str, Any]]) -> ParameterLayout:
 
 def _schedule(content: dict[str, Any]) -> Schedule:
     try:
-        return Schedule(**content)
+        schedule = Schedule(**content)
     except InputError as error:
         raise ValueError(error.found) from None
+    if isinstance(schedule, Nothing):
+        raise ValueError("nothing is kept")
+    return schedule
 
 
 def _live_parameters(trajectory: Trajectory) -> Tensor:

@@ -14,7 +14,8 @@ from torch import nn
 
 import pathkernel as pk
 from pathkernel import errors
-from pathkernel.path_kernel.features import Features, StreamingFeatures
+from pathkernel.path_kernel.features import Features
+from pathkernel.path_kernel.streaming import StreamingFeatures
 from pathkernel.tangent_kernel.engines.projection import Projection
 
 TARGETS = torch.tensor([0, 2, 1, 1])
@@ -172,5 +173,5 @@ def test_nothing_streamed_yet(run: Recording) -> None:
     streaming.begin(run.trajectory, ())
     with pytest.raises(errors.TrajectoryError) as caught:
         _ = streaming.values
-    for part in ("seen no step", "looks on", "schedule=Streaming(features)"):
+    for part in ("seen no step", "looks on", "observers=[features]"):
         assert part in str(caught.value)

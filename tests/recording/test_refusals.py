@@ -253,7 +253,7 @@ def average_that_is_none() -> None:
 def chord_of_an_average() -> None:
     trajectory = run().trajectory
     trajectory.averages["ema"] = AverageRecord.begin("ema", trajectory.model, trajectory.layout)
-    pk.KernelMachine(trajectory, weights="ema", form="chord")
+    pk.KernelMachine(trajectory, average="ema", form="chord")
 
 
 def swinging() -> pk.Trajectory:
@@ -604,9 +604,9 @@ REFUSALS: dict[str, Case] = {
         ("`form='dual'`", "'folded', 'average'", '`form="folded"`'),
     ),
     "unknown average": (
-        lambda: pk.KernelMachine(run().trajectory, weights="ema"),
+        lambda: pk.KernelMachine(run().trajectory, average="ema"),
         errors.InputError,
-        ("`weights='ema'`", "on record are none", "averages="),
+        ("`average='ema'`", "on record are none", "averages="),
     ),
     "chord of an average": (
         chord_of_an_average,
@@ -778,7 +778,7 @@ REFUSALS: dict[str, Case] = {
     "ids with a wrong number of inputs": (
         lambda: Scene().recorder.batch([0, 1], inputs=X3),
         errors.SampleIdError,
-        ("2 ids came with 3 inputs", "one to one", "`recorder.batch(ids, inputs=inputs)`"),
+        ("2 ids came with 3 inputs", "one to one", "`recorder.announce(ids, inputs=inputs)`"),
     ),
     "step without ids": (
         step_without_ids,
