@@ -10,6 +10,12 @@ from pathkernel._version import __version__ as __version__
 from pathkernel.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from pathkernel import analysis as analysis
+    from pathkernel import dynamics as dynamics
+    from pathkernel import errors as errors
+    from pathkernel import optimizers as optimizers
+    from pathkernel import plotting as plotting
+    from pathkernel import testing as testing
     from pathkernel.estimators.gaussian_process import GaussianProcessKernel as GaussianProcessKernel
     from pathkernel.estimators.transformer import PathKernelTransformer as PathKernelTransformer
     from pathkernel.gradients.layers.rules import layer_rule as layer_rule
@@ -77,4 +83,5 @@ _HOMES = {
 _SUBMODULES = ("analysis", "dynamics", "errors", "optimizers", "plotting", "testing")
 
 __all__ = sorted([*_HOMES, *_SUBMODULES, "__version__"])
-__getattr__, __dir__ = lazy_names(__name__, {**_HOMES, **{name: f"{name}:" for name in _SUBMODULES}})
+if not TYPE_CHECKING:  # to which it would say that there is every name
+    __getattr__, __dir__ = lazy_names(__name__, {**_HOMES, **{name: f"{name}:" for name in _SUBMODULES}})

@@ -6,12 +6,16 @@ import hypothesis
 import torch
 from jaxtyping import install_import_hook
 
-# Before the package is imported. These are the modules that write shapes; gradients/test_model_function.py sees that
-# it works.
+# Before the package is imported. These are the modules that write shapes, which test_house.py sees to;
+# gradients/test_model_function.py sees that it works.
 SHAPED = [
     "pathkernel.gradients.losses",
     "pathkernel.gradients.model_function",
     "pathkernel.kernel_machine.queries",
+    "pathkernel.path_kernel.features",
+    "pathkernel.path_kernel.node_selection",
+    "pathkernel.path_kernel.nodes",
+    "pathkernel.path_kernel.streaming",
     "pathkernel.trajectory.batch_gradients",
 ]
 install_import_hook(SHAPED, "beartype.beartype")

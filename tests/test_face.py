@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -123,3 +124,45 @@ def test_older_names_stay_and_say_nothing(recwarn: pytest.WarningsRecorder) -> N
     np.testing.assert_array_equal(old.decision_function(run.queries), new.decision_function(run.queries))
     assert repr(old) == repr(new) and "average='ema'" in repr(new)
     assert not [w for w in recwarn if "pathkernel" in str(w.filename)]
+
+
+# -- extras -----------------------------------------------------------------------------------------------------------
+
+EXTRAS = {
+    "plot": (["matplotlib", "jinja2"], "import pathkernel as pk; pk.plotting"),
+    "store": (["numcodecs", "filelock"], "import pathkernel as pk; pk.DiskStore('nowhere')"),
+    "pandas": (["pandas"], TRAINED := """
+import torch, pathkernel as pk
+X, y, model = torch.randn(8, 4), torch.tensor([0, 1] * 4), torch.nn.Linear(4, 2)
+optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.CrossEntropyLoss()
+with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+    for x, target in recorder.batches(4):
+        optimizer.zero_grad()
+        loss(model(x), target).backward()
+        optimizer.step()
+assert pk.PathKernel(recorder.trajectory)(X).shape == (8, 8)
+pk.KernelMachine(recorder.trajectory).explain(X).to_frame()
+"""),
+}  # fmt: skip
+
+
+def without(libraries: list[str], code: str) -> str:
+    """Run code in a process that finds none of these; its last line on stderr."""
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({libraries!r}))\n"
+    done = subprocess.run([sys.executable, "-c", hidden + code], cwd=ROOT, text=True, capture_output=True, check=False)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_missing_extra_is_named(extra: str) -> None:
+    libraries, code = EXTRAS[extra]
+    said = without(libraries, code)
+    assert said.startswith("pathkernel.errors.MissingExtraError: ") and f"needs `{libraries[0]}`" in said
+    assert f"comes with the extra `[{extra}]`" in said and f"pip install 'pathkernel[{extra}]'" in said
+
+
+def test_recording_in_memory_needs_no_extra() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    names = {re.split(r"[\[>=]", name)[0] for extra in declared.values() for name in extra} - {"pathkernel"}
+    # filelock comes with torch, which imports it.
+    assert not without(sorted(names - {"filelock"}), TRAINED.replace(".to_frame()", ""))

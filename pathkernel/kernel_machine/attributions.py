@@ -11,6 +11,7 @@ import numpy as np
 
 from pathkernel.errors import CertificateWarning, InputError, check
 from pathkernel.kernel_machine.forms import Form
+from pathkernel.runtime.extras import require_extra
 
 if TYPE_CHECKING:
     import pandas
@@ -213,6 +214,7 @@ class Attributions:
         Where ``verify="shares"`` was asked, also ``share_error``: what the query's shares may be off by in sum, and
         each of them at most, in the units of the output.
         """
+        require_extra("pandas", "`to_frame`", "pandas")
         import pandas
 
         q, n = self.shares.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,7 +157,7 @@ class PathNode:
         return self.step.buffers
 
 
-def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: int | None = None) -> list[PathNode]:
+def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: Any = None) -> list[PathNode]:
     """Quadrature nodes on the middle step of each stretch of the path, with the weight of the whole stretch.
 
     The end of a step and the start of the next are one node where both are the same network under the same M.
@@ -206,8 +207,8 @@ def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: int | None =
     return nodes
 
 
-def stretches(length: int, steps: int | None) -> list[range]:
-    """Cut a path of that many steps into stretches of neighbouring steps."""
+def stretches(length: int, steps: Any) -> list[range]:
+    """Cut a path of that many steps into stretches of neighbouring steps, after a look at what the user gave."""
     check(
         steps is None or (isinstance(steps, int) and steps >= 1),
         InputError,

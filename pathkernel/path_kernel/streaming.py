@@ -67,8 +67,8 @@ class StreamingGram(StepObserver):
         engine: str | EngineValue = "auto",
         memory: int | str = "1GB",
         dtype: torch.dtype | None = None,
-        steps: None = None,
-        tolerance: None = None,
+        steps: Any = None,
+        tolerance: Any = None,
     ) -> None:
         self.X, self.Y = copied_samples(X), None if Y is X else copied_samples(Y)
         for name, value in (("steps", steps), ("tolerance", tolerance)):

@@ -5,6 +5,7 @@ These are values of the trajectory rather than of the recorder: whoever reads a 
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -100,6 +101,12 @@ class _Building(ABCMeta):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return level_of(*args, **kwargs) if cls is Schedule else super().__call__(*args, **kwargs)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """Signature of the constructor, which `__call__` hides."""
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 class Schedule(RecordingLevel, metaclass=_Building):
