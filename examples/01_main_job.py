@@ -48,7 +48,7 @@ print(trajectory)
 # The path kernel in a support vector machine
 # -------------------------------------------
 # Symmetric and positive semi-definite, so that it fits wherever scikit-learn takes a callable kernel. ``steps=20``
-# represents the path by 20 of its steps.
+# represents the path by 20 of its steps, each by its two ends.
 
 kernel = pk.PathKernel(trajectory, steps=20)
 svc = SVC(kernel=kernel).fit(X_train, y_train)
