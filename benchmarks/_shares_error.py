@@ -84,7 +84,7 @@ def compared(
     seconds = time.perf_counter() - start
     exact = pk.KernelMachine(trajectory, quadrature=finest(quadrature), dtype=torch.float64)
     # One output of each, or all: the class that one arithmetic predicts may be the other's second.
-    shares = exact.explain(tensor(X_test), why.outputs if len(why.outputs) == len(X_test) else outputs).shares
+    shares = exact.explain(tensor(X_test), why.output_index if len(why.output_index) == len(X_test) else outputs).shares
     moved = np.abs(why.output - why.initial)
     true = np.abs(why.shares - shares).sum(axis=1) / moved
     counted = true > ROUNDING[dtype] * np.maximum(1.0, np.abs(shares).sum(axis=1) / moved)

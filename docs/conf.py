@@ -44,15 +44,20 @@ sphinx_gallery_conf = {
     "plot_gallery": False,
     "download_all_examples": False,
     "show_memory": False,
+    "write_computation_times": False,  # its pages load scripts from the network
     "remove_config_comments": True,
 }
+
+# MathJax 3.2.2, one file with its fonts (npm: mathjax, es5/tex-svg.js), so that formulas need no network.
+mathjax_path = "mathjax/tex-svg.js"
 
 html_theme = "pydata_sphinx_theme"
 html_title = "pathkernel"
 html_static_path = ["_static"]
 html_css_files = ["pathkernel.css"]
-html_sidebars = {"index": [], "tutorials/*": [], "explanation/*": [], "reference/[!g]*": []}  # nothing to show there
+html_sidebars = {"index": []}  # nothing to show there
 html_theme_options = {
+    "header_links_before_dropdown": 4,  # the four sections, in one row
     "navigation_with_keys": False,
     "show_toc_level": 2,
     "footer_start": ["copyright"],

@@ -124,7 +124,7 @@ def draw_shares(figure: Figure, cell: SubplotSpec, why: pk.Attributions, query: 
     """A test digit beside the training digits that raised its score and those that lowered it."""
     grid = cell.subgridspec(4, 4, width_ratios=[1.7, 1, 1, 1], height_ratios=[0.2, 1, 0.28, 1], wspace=0.2, hspace=0.3)
     ax = draw_digit(figure, grid[:, 0], query, QUERY, 2.6)
-    ax.set_title(f"network: “{why.outputs[0]}”", fontsize=11, fontweight="bold", color=INK, loc="center")
+    ax.set_title(f"network: “{why.output_index[0]}”", fontsize=11, fontweight="bold", color=INK, loc="center")
     ax.set_xlabel(f"score {number(why.output[0])}", fontsize=11, fontweight="bold", color=INK, labelpad=6)
     ranking, shares = why.top(3), why.shares[0]
     untrained = f"untrained: {number(why.initial[0])}"  # with the two sums beside it, this makes the score

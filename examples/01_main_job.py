@@ -48,7 +48,7 @@ print(trajectory)
 # The path kernel in a support vector machine
 # -------------------------------------------
 # Symmetric and positive semi-definite, so that it fits wherever scikit-learn takes a callable kernel. ``steps=20``
-# represents the path by 20 of its steps.
+# represents the path by 20 of its steps, each by its two ends.
 
 kernel = pk.PathKernel(trajectory, steps=20)
 svc = SVC(kernel=kernel).fit(X_train, y_train)
@@ -76,7 +76,7 @@ print(f"kernel machine and network agree on {(machine_says == network_says.numpy
 
 why = machine.explain(X_test[:3])
 ranking = why.top(3)
-for q, digit in enumerate(why.outputs):
+for q, digit in enumerate(why.output_index):
     print(f"\ntest digit {q}: the network says {digit} (true: {y_test[q]}), score {why.output[q]:+.2f}")
     for verb, ids, shares in (
         ("raised by ", ranking.proponents[q], ranking.proponent_shares[q]),
@@ -107,4 +107,5 @@ assert (machine_says == network_says.numpy()).all()
 assert why.residual.max() < 1e-5  # float32: rounding of the recorded steps
 assert network_accuracy > 0.85
 assert svc_accuracy > 0.85
-assert (y_train.numpy()[ranking.proponents[:, 0]] == why.outputs).all()  # the strongest push came from the same digit
+# The strongest push came from the same digit.
+assert (y_train.numpy()[ranking.proponents[:, 0]] == why.output_index).all()

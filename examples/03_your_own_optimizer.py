@@ -135,7 +135,7 @@ print(f"accuracy {accuracy:.2f}; kernel machine and network differ by at most {d
 
 why = machine.explain(X_test[:3])
 ranking = why.top(3)
-for q, digit in enumerate(why.outputs):
+for q, digit in enumerate(why.output_index):
     pushed = ", ".join(f"#{i}, a {y_train[i]}" for i in ranking.proponents[q])
     print(
         f"test digit {q}: {digit} by {pushed}; initially {why.channels['initial'][q]:+.3f}, samples "

@@ -10,6 +10,12 @@ from pathkernel._version import __version__ as __version__
 from pathkernel.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from pathkernel import analysis as analysis
+    from pathkernel import dynamics as dynamics
+    from pathkernel import errors as errors
+    from pathkernel import optimizers as optimizers
+    from pathkernel import plotting as plotting
+    from pathkernel import testing as testing
     from pathkernel.estimators.gaussian_process import GaussianProcessKernel as GaussianProcessKernel
     from pathkernel.estimators.transformer import PathKernelTransformer as PathKernelTransformer
     from pathkernel.gradients.layers.rules import layer_rule as layer_rule
@@ -31,9 +37,13 @@ if TYPE_CHECKING:
     from pathkernel.tangent_kernel.engines.projection import Projection as Projection
     from pathkernel.tangent_kernel.output_probes import OutputProbes as OutputProbes
     from pathkernel.tangent_kernel.tangent_kernel import TangentKernel as TangentKernel
+    from pathkernel.trajectory.schedule import Every as Every
+    from pathkernel.trajectory.schedule import Keyframes as Keyframes
+    from pathkernel.trajectory.schedule import Nothing as Nothing
     from pathkernel.trajectory.schedule import Schedule as Schedule
     from pathkernel.trajectory.schedule import StepObserver as StepObserver
     from pathkernel.trajectory.schedule import Streaming as Streaming
+    from pathkernel.trajectory.schedule import WeightsOnly as WeightsOnly
     from pathkernel.trajectory.trajectory import Trajectory as Trajectory
     from pathkernel.update_rules.rule import UpdateRule as UpdateRule
 
@@ -42,13 +52,16 @@ _HOMES = {
     "Attributions": "kernel_machine.attributions",
     "DiscreteGradient": "quadrature",
     "DiskStore": "storage.disk",
+    "Every": "trajectory.schedule",
     "GaussLegendre": "quadrature",
     "GaussianProcessKernel": "estimators.gaussian_process",
     "IndexedDataset": "recording.indexed",
     "KernelMachine": "kernel_machine.kernel_machine",
     "KernelRecorder": "recording.recorder",
+    "Keyframes": "trajectory.schedule",
     "LeftEndpoint": "quadrature",
     "Midpoint": "quadrature",
+    "Nothing": "trajectory.schedule",
     "OutputProbes": "tangent_kernel.output_probes",
     "PathKernel": "path_kernel.path_kernel",
     "PathKernelTransformer": "estimators.transformer",
@@ -63,10 +76,12 @@ _HOMES = {
     "Trajectory": "trajectory.trajectory",
     "Trapezoid": "quadrature",
     "UpdateRule": "update_rules.rule",
+    "WeightsOnly": "trajectory.schedule",
     "layer_rule": "gradients.layers.rules",
 }
 
 _SUBMODULES = ("analysis", "dynamics", "errors", "optimizers", "plotting", "testing")
 
 __all__ = sorted([*_HOMES, *_SUBMODULES, "__version__"])
-__getattr__, __dir__ = lazy_names(__name__, {**_HOMES, **{name: f"{name}:" for name in _SUBMODULES}})
+if not TYPE_CHECKING:  # to which it would say that there is every name
+    __getattr__, __dir__ = lazy_names(__name__, {**_HOMES, **{name: f"{name}:" for name in _SUBMODULES}})

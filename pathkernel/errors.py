@@ -72,6 +72,10 @@ class UnsupportedModelError(RecordingError, InputError):
     """A network that has no tangent kernel: not differentiable, or no function of one sample."""
 
 
+class MissingExtraError(PathKernelError, ImportError):
+    """A library that an extra installs is not there."""
+
+
 def brief(value: object, length: int = 200) -> str:
     """What may come from a file of somebody else's, as text that is cut where it is long."""
     text = str(value)

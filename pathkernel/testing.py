@@ -25,6 +25,8 @@ from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Frozen, Memory, Settings, UpdateRule, adjoint
 
+__all__ = ["StoreContractError", "UpdateRuleError", "check_store", "check_update_rule", "interrupted"]
+
 ARITHMETIC = 1e-10
 """How far two float64 evaluations of one linear map may be apart, relative to the size of what they add up."""
 
@@ -118,7 +120,7 @@ def _train(
     optimizer, loss = make_optimizer(model.parameters()), nn.MSELoss()
     with KernelRecorder(model, optimizer, loss, data=(inputs, targets), rule=rule) as recorder:
         for s in range(steps):
-            x, y = recorder.batch(torch.arange(4 * s, 4 * s + 5) % 12)
+            x, y = recorder.announce(torch.arange(4 * s, 4 * s + 5) % 12)
 
             def closure(x: Any = x, y: Any = y) -> Tensor:
                 model.zero_grad()  # of parameters that the optimizer does not have, too
@@ -348,7 +350,7 @@ def _small_run(steps: int, seed: int) -> Trajectory:
         with KernelRecorder(model, optimizer, loss, data=(X, y), audit_every=0) as recorder:
             for s in range(steps):
                 model.train(s < steps // 2)
-                x, target = recorder.batch([s % 12, (5 * s + 1) % 12], weights=None, inputs=X[[s % 12, 2]] + 1)
+                x, target = recorder.announce([s % 12, (5 * s + 1) % 12], weights=None, inputs=X[[s % 12, 2]] + 1)
                 optimizer.zero_grad()
                 loss(model(x), target).backward()
                 optimizer.step()

@@ -6,8 +6,8 @@ import hypothesis
 import torch
 from jaxtyping import install_import_hook
 
-# Before the package is imported. These are the modules that write shapes; gradients/test_model_function.py sees that
-# it works.
+# Before the package is imported. These are the modules that write shapes, which test_house.py sees to;
+# gradients/test_model_function.py sees that it works.
 SHAPED = [
     "pathkernel.gradients.acceptance",
     "pathkernel.gradients.contraction",
@@ -24,6 +24,10 @@ SHAPED = [
     "pathkernel.gradients.per_sample",
     "pathkernel.gradients.sample_wise",
     "pathkernel.kernel_machine.queries",
+    "pathkernel.path_kernel.features",
+    "pathkernel.path_kernel.node_selection",
+    "pathkernel.path_kernel.nodes",
+    "pathkernel.path_kernel.streaming",
     "pathkernel.tangent_kernel.engines.jacobian_products",
     "pathkernel.tangent_kernel.engines.layerwise",
     "pathkernel.tangent_kernel.engines.projection",

@@ -24,7 +24,9 @@ IMPORTED_ONLY_IN = {
     "dask": "distributed",
     "matplotlib": "plotting",
     "jinja2": "plotting",
-    "zarr": "storage/format/groups.py",
+    "zarr": "nowhere: its format is written and read without it",
+    "numcodecs": "storage/format",
+    "safetensors": "cli",
     "lightning": "callbacks",
     "transformers": "callbacks",
     "skorch": "callbacks",
@@ -44,6 +46,19 @@ def passes(*command: str) -> None:
 
 def test_ruff() -> None:
     passes("-m", "ruff", "check", ".")
+
+
+def test_shapes_are_checked_wherever_they_are_written() -> None:
+    imports = re.compile(r"^from pathkernel\._typing import .*\b(?:Float|Int)\b", flags=re.MULTILINE)
+    written = {
+        f"pathkernel.{file.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')}"
+        for file in PACKAGE.rglob("*.py")
+        if imports.search(file.read_text("utf-8"))
+    }
+    assert "pathkernel.path_kernel.nodes" in written
+    shaped = set(re.findall(r'^    "(pathkernel\.[\w.]+)",$', (ROOT / "tests/conftest.py").read_text(), re.MULTILINE))
+    left = {name for name in written - shaped if name.split(".")[1] not in ("gradients", "tangent_kernel")}
+    assert not left and not shaped - written
 
 
 @pytest.mark.slow
@@ -78,15 +93,67 @@ def test_libraries_are_imported_in_one_place(library: str, place: str) -> None:
     assert not intruders, f"{library} may be imported only in pathkernel/{place}, but is in {intruders}"
 
 
+USERS_FILE = """
+import torch
+import pathkernel as pk
+
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+data = torch.zeros(4, 3), torch.zeros(4, 1)
+recorder = pk.KernelRecorder(model, optimizer, torch.nn.MSELoss(), data=data, schedule=pk.Keyframes(8))
+pk.Schedule(every=3).bytes_per_step
+pk.errors.InputError
+machine = pk.KernelMachine(recorder.trajectory, average="ema")
+"""
+MISTAKES = {
+    'pk.KernelRecorder(model, optimizer, date=data)': 'Unexpected keyword argument "date" for "KernelRecorder"',
+    'pk.KernelRecorder(model, optimizer, data=data, audit_every="often")': 'incompatible type "str"',
+    'pk.KernelRecorder(optimizer, model, data=data)': 'has incompatible type "Linear"; expected "Optimizer"',
+    'pk.KernelRecordre(model, optimizer, data=data)': 'Module has no attribute "KernelRecordre"',
+    'pk.Keyframes("8")': 'Argument 1 to "Keyframes" has incompatible type "str"; expected "int"',
+    'recorder.announce()': 'Missing positional argument "ids"',
+    'machine.explain(data[0]).share': '"Attributions" has no attribute "share"',
+}
+
+
+@pytest.mark.slow
+def test_types_reach_users(tmp_path: Path) -> None:
+    # A copy as a wheel would install it: mypy takes types from a package in site-packages only if it has py.typed.
+    passes("-m", "venv", "--without-pip", str(tmp_path / "venv"))
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    shutil.copytree(PACKAGE, site / "pathkernel", ignore=shutil.ignore_patterns("__pycache__"))
+    (site / "others.pth").write_text("\n".join({str(Path(torch.__file__).parents[1])}))
+    user = tmp_path / "user.py"
+    user.write_text(USERS_FILE + "\n".join(MISTAKES))
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--python-executable", str(tmp_path / "venv" / "bin" / "python"), str(user)],
+        cwd=tmp_path, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    first = USERS_FILE.count("\n") + 1
+    found = {int(line.split(":")[1]): line for line in done.stdout.splitlines() if ": error: " in line}
+    assert set(found) == set(range(first, first + len(MISTAKES))), done.stdout
+    for number, said in enumerate(MISTAKES.values(), first):
+        assert said in found[number]
+
+
 @pytest.mark.slow
 def test_docs_build(tmp_path: Path) -> None:
     # Built from a copy, so that nothing generated lands in the tree; the gallery's examples are shown, not run.
     for folder in ("docs", "examples"):
-        generated = shutil.ignore_patterns("_build", "auto_examples", "generated", "__pycache__")
+        generated = shutil.ignore_patterns("_build", "auto_examples", "generated", "__pycache__", "sg_*.rst")
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=generated)
     source, html = tmp_path / "docs", tmp_path / "html"
     passes("-m", "sphinx", "-q", "-W", "--keep-going", str(source), str(html))
     assert (html / "index.html").is_file()
+    # Whole without a network: no page loads a script, a style or a picture from elsewhere.
+    loaded = re.compile(r"""<(?:script|img|link)[^>]+(?:src|href)=["'](?:https?:)?//[^"']+""")
+    assert not [found for page in html.rglob("*.html") for found in loaded.findall(page.read_text("utf-8"))]
+    page = (html / "explanation" / "mathematics.html").read_text("utf-8")
+    script = re.search(r'src="([^"?]*mathjax[^"?]*)', page)
+    assert script and (html / "explanation" / script[1]).resolve().is_file()
+    header = re.search(r"<header .*?</header>", (html / "index.html").read_text("utf-8"), flags=re.DOTALL)
+    assert header is not None and "More" not in header[0]
+    assert all(name in header[0] for name in ("Tutorials", "How to", "Explanation", "Reference"))
 
 
 def blocks_of(page: str, language: str) -> list[str]:
@@ -117,7 +184,7 @@ def test_readme_opens_with_two_commands_of_one_line() -> None:
     blocks = blocks_of("README.md", "sh")
     assert all(block.count("\n") == 1 and not block.endswith("\\\n") for block in blocks[:2])
     main_job, tests = blocks[:2]
-    assert main_job.rstrip().endswith("pathkernel demo")
+    assert main_job.rstrip().endswith("pathkernel demo") and "-e '.[demo]'" in main_job
     assert "pytest" in tests
 
 
@@ -133,7 +200,7 @@ def test_constraints_pin_every_declared_package() -> None:
     names = {re.match(r"[A-Za-z0-9_.-]+", requirement)[0] for requirement in declared}
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    assert not names - pinned.keys()
+    assert not names - pinned.keys() - {"pathkernel"}  # extras are made of extras
     assert not [name for name, version in pinned.items() if "+" in version], "local versions exist on one index only"
 
 

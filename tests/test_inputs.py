@@ -30,7 +30,7 @@ from pathkernel import errors
 from pathkernel.estimators.gaussian_process import GaussianProcessKernel
 from pathkernel.estimators.transformer import PathKernelTransformer
 from pathkernel.gradients.pytrees import as_tensors, copied_samples, same_samples
-from pathkernel.kernel_machine.streaming import StreamingGram
+from pathkernel.path_kernel.streaming import StreamingGram
 from pathkernel.trajectory.schedule import Streaming
 
 N = 12

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +142,7 @@ def chosen_digits(predicted: np.ndarray, outputs: np.ndarray, y: np.ndarray) -> 
     return np.array([*first, *others])[:EXPLAINED]
 
 
-def run(seed: int = 0, output: Path | None = None, nodes: int = 8, progress: bool = True) -> Demo:
+def run(seed: int = 0, output: Path | None = None, tolerance: float = 1e-3, progress: bool = True) -> Demo:
     """Do the whole job.
 
     Parameters
@@ -151,8 +151,8 @@ def run(seed: int = 0, output: Path | None = None, nodes: int = 8, progress: boo
         Of the split, the initial weights and the order of the batches.
     output
         Folder for ``report.html``; None for no report.
-    nodes
-        How many of the steps the path kernel uses; the kernel machine uses every step.
+    tolerance
+        Relative error up to which the path kernel uses few nodes of the path; the kernel machine uses every step.
     progress
         Show progress bars.
     """
@@ -176,7 +176,8 @@ def run(seed: int = 0, output: Path | None = None, nodes: int = 8, progress: boo
     demo.numbers["machine.quadrature_error"] = float(np.median(why.quadrature_error))
     demo.numbers["machine.largest_difference"] = float(np.abs(decisions - outputs).max())
 
-    path_kernel = PathKernel(trajectory, steps=nodes, quadrature="midpoint", memory="2GB", progress=progress)
+    with demo.timed("path_nodes"):
+        path_kernel = PathKernel(trajectory, tolerance=tolerance, memory="2GB", progress=progress)
     path = kernel_predictions(demo, "path", path_kernel, digits)
     demo.row("svc_path", "SVC(path kernel)", path["svc"], network, digits.y_test)
     demo.row("kernel_ridge_path", "KernelRidge(path kernel)", path["ridge"], network, digits.y_test)
@@ -188,6 +189,8 @@ def run(seed: int = 0, output: Path | None = None, nodes: int = 8, progress: boo
     demo.numbers |= {
         "path.steps": len(trajectory),
         "path.nodes": len(path_kernel.nodes),
+        "path.error": path_kernel.error.relative,
+        "path.error_deviation": path_kernel.error.deviation,
         "parameters": trajectory.layout.size,
         "samples.train": len(digits.y_train),
         "samples.test": len(digits.y_test),
@@ -223,7 +226,7 @@ def write(
     images, queries = digits.X_train.reshape(-1, 8, 8), digits.X_test.reshape(-1, 8, 8)
     predictions = []
     for i in shown:
-        said, truth = int(why.outputs[i]), int(digits.y_test[i])
+        said, truth = int(why.output_index[i]), int(digits.y_test[i])
         verdict = f"rightly called {said}" if said == truth else f"a {truth} mistaken for {said}"
         display = AttributionDisplay.from_attributions(
             why, int(i), images, labels=digits.y_train, query_image=queries[i], title=f"test digit {i}: {verdict}"
@@ -231,7 +234,7 @@ def write(
         alt = f"Test digit {i}, {verdict}, with the training digits that pushed this prediction up and down most"
         predictions.append(ReportFigure(display.figure_, alt))
     n = demo.numbers
-    steps, nodes = n["path.steps"], n["path.nodes"]
+    steps, path = n["path.steps"], nodes_and_error(n)
     sections = [
         Section(
             "Why the network said it",
@@ -251,8 +254,8 @@ def write(
         ),
         Section(
             "The path kernel",
-            f"Cosine-normalised Gram matrix of the training digits, ordered by class, and its spectrum. The plain "
-            f"engine affords a thinned path here: {nodes} of {steps} steps, with the weight of all.",
+            f"Cosine-normalised Gram matrix of the training digits, ordered by class, and its spectrum: {path} stand "
+            f"for all {steps} steps.",
             [
                 ReportFigure(
                     GramDisplay.from_gram(gram, digits.y_train).plot().figure_,
@@ -308,13 +311,19 @@ def write(
             "network": f"Linear(64, {HIDDEN}) → ReLU → Linear({HIDDEN}, 10)",
             "optimizer": f"AdamW, learning rate {RATE}, batches of {BATCH}, {EPOCHS} epochs",
             "kernel machine": "discrete gradient, every step",
-            "path kernel": f"trace over outputs, learning-rate measure, midpoint, {nodes} of {steps} steps",
+            "path kernel": f"trace over outputs, learning-rate measure, {path}",
             "SVC and KernelRidge": "C = 10, alpha = 1e-3, kernels scaled to a mean diagonal of 1",
             "seed": n["seed"],
             "torch": torch.__version__,
         },
     )
     close_figures(sections)
+
+
+def nodes_and_error(numbers: Mapping[str, float | int]) -> str:
+    """How few nodes of the path the kernel uses, and what that costs."""
+    error = f"{numbers['path.error']:.1e} ± {numbers['path.error_deviation']:.0e}"
+    return f"{numbers['path.nodes']} nodes at a measured error of {error}"
 
 
 def table(demo: Demo) -> str:
@@ -329,7 +338,7 @@ def table(demo: Demo) -> str:
         "",
         f"kernel machine: residual {n['machine.residual']:.1e}, quadrature error {n['machine.quadrature_error']:.1e} "
         f"(median), every one of {n['path.steps']} steps",
-        f"path kernel: thinned to {n['path.nodes']} of {n['path.steps']} steps",
+        f"path kernel: {nodes_and_error(n)}, in place of every one of {n['path.steps']} steps",
         "seconds: "
         + ", ".join(f"{key.removeprefix('seconds.')} {n[key]:.1f}" for key in n if key.startswith("seconds.")),
     ]
@@ -338,6 +347,6 @@ def table(demo: Demo) -> str:
 
 def demo(arguments: argparse.Namespace) -> Result:
     """Run the main job."""
-    result = run(arguments.seed, arguments.output, arguments.nodes, progress=not arguments.quiet)
+    result = run(arguments.seed, arguments.output, arguments.tolerance, progress=not arguments.quiet)
     report = arguments.output / "report.html"
     return 0, result.numbers, f"{table(result)}\nreport: {report}"

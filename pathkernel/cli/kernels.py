@@ -59,8 +59,8 @@ def explain(arguments: argparse.Namespace) -> Result:
         top = [{"sample": int(i), "share": float(why.shares[q, i])} for i in order]
         rows.append(
             {
-                "query": int(why.samples[q]),
-                "output": int(why.outputs[q]),
+                "query": int(why.query_index[q]),
+                "output": int(why.output_index[q]),
                 "value": float(why.output[q]),
                 "residual": float(why.residual[q]),
                 "quadrature_error": float(why.quadrature_error[q]),

@@ -49,7 +49,7 @@ def _demo(subcommands: Any) -> argparse.ArgumentParser:
     job.add_argument(
         "--output", type=Path, default=Path("pathkernel-demo"), metavar="DIR", help="where report.html goes"
     )
-    job.add_argument("--nodes", type=int, default=8, help="steps of the path that the path kernel uses (default 8)")
+    job.add_argument("--tolerance", type=float, default=1e-3, help="relative error of the path kernel (default 1e-3)")
     job.add_argument("--quiet", action="store_true", help="no progress bars")
     job.set_defaults(run_command="pathkernel.cli.demo:demo")
     return job

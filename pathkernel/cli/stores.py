@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pathkernel.errors import CorruptBlockError, InputError, StoreError, brief, check, quoted
 from pathkernel.gradients.pytrees import memory_bytes
+from pathkernel.runtime.extras import require_extra
 from pathkernel.storage.disk import DiskStore
 from pathkernel.storage.format import replaced
 from pathkernel.trajectory.schedule import EVERY_STEP
@@ -167,6 +168,7 @@ def _npz(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
 
 
 def _safetensors(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
+    require_extra("export", "`export RUN file.safetensors`", "safetensors")
     from safetensors.torch import save_file
 
     points, weights = _weights(store, arguments)
@@ -176,6 +178,7 @@ def _safetensors(store: DiskStore, path: Path, arguments: argparse.Namespace) ->
 
 def _table(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
     """One row for each step: settings, lengths, and sample ids."""
+    require_extra("export", "A table of the steps", "pandas", "pyarrow")
     import pandas
 
     header = store.header

@@ -11,6 +11,7 @@ import numpy as np
 
 from pathkernel.errors import CertificateWarning, InputError
 from pathkernel.kernel_machine.forms import Form
+from pathkernel.runtime.extras import require_extra
 
 if TYPE_CHECKING:
     import pandas
@@ -75,7 +76,7 @@ class Attributions:
         and of the optimizer's memory without a name, see `pathkernel.trajectory.discrepancies`).
     output
         (Q,) the network's own outputs at the end of the trajectory.
-    samples, outputs
+    query_index, output_index
         (Q,) which of the given samples, and which of its outputs, each query is (-1 where a functional was asked).
     quadrature_error
         (Q,) the error along the steps: the sum over steps of what the uncorrected quadrature missed of the change of
@@ -113,8 +114,8 @@ class Attributions:
     shares: np.ndarray
     channels: dict[str, np.ndarray]
     output: np.ndarray
-    samples: np.ndarray
-    outputs: np.ndarray
+    query_index: np.ndarray
+    output_index: np.ndarray
     quadrature_error: np.ndarray
     shares_error: np.ndarray | None = None
     gradients_per_step: float = 0.0
@@ -124,6 +125,16 @@ class Attributions:
     split_error: float = float("nan")
     samples_checked: float = float("nan")
     engine: str = ""
+
+    @property
+    def samples(self) -> np.ndarray:
+        """Older name of `query_index`."""
+        return self.query_index
+
+    @property
+    def outputs(self) -> np.ndarray:
+        """Older name of `output_index`."""
+        return self.output_index
 
     @property
     def initial(self) -> np.ndarray:
@@ -202,13 +213,14 @@ class Attributions:
         Where ``verify="shares"`` was asked, also ``share_error``: what the query's shares may be off by in sum, and
         each of them at most, in the units of the output.
         """
+        require_extra("pandas", "`to_frame`", "pandas")
         import pandas
 
         q, n = self.shares.shape
         columns = {
             "query": np.repeat(np.arange(q), n),
-            "sample": np.repeat(self.samples, n),
-            "output": np.repeat(self.outputs, n),
+            "sample": np.repeat(self.query_index, n),
+            "output": np.repeat(self.output_index, n),
             "training_sample": np.tile(np.arange(n), q),
             "share": self.shares.ravel(),
         }

@@ -71,8 +71,8 @@ class KernelMachine:
     form
         How the sum is written: ``"folded"`` (default), ``"average"``, ``"ensemble"``, ``"constant"``, ``"chord"``; see
         `pathkernel.kernel_machine.forms`. All are exact; the certificate and the shares come with each.
-    weights
-        Name of a recorded average (EMA, SWA): explains the averaged network.
+    average
+        Name of a recorded average (EMA, SWA): explains the averaged network. ``weights=`` is its older name.
     unexplained
         Largest part of the change of the outputs that may come from unnamed changes before it is an error.
     engine
@@ -130,20 +130,22 @@ class KernelMachine:
         *,
         quadrature: str | Quadrature = "auto",
         form: str = "folded",
-        weights: str | None = None,
+        average: str | None = None,
         unexplained: float = 0.01,
         engine: str = "auto",
         memory: int | str = "1GB",
         dtype: torch.dtype | None = None,
         progress: bool = False,
+        weights: str | None = None,
     ) -> None:
         trajectory.require_steps("KernelMachine")
+        average = weights if average is None else average
         self.trajectory = trajectory
         self.quadrature = as_quadrature(quadrature)
         self.memory = memory_bytes(memory)
         self.progress = progress
         self.form = form
-        self.weights = weights
+        self.average = average
         self.unexplained = unexplained
         self.engine = engine
         if form not in FORMS:
@@ -158,17 +160,17 @@ class KernelMachine:
                 f"Engines are {', '.join(map(repr, ENGINES))}",
                 'Write `engine="auto"`',
             )
-        if weights is not None and weights not in trajectory.averages:
+        if average is not None and average not in trajectory.averages:
             raise InputError(
-                f"`weights={weights!r}` was given",
+                f"`average={average!r}` was given",
                 f"Averages on record are {', '.join(map(repr, trajectory.averages)) or 'none'}",
                 'Record them with `KernelRecorder(..., averages={"ema": averaged_model})`',
             )
-        if weights is not None and form == "chord":
+        if average is not None and form == "chord":
             raise InputError(
                 '`form="chord"` was asked of an averaged network',
                 "The chord joins the untrained network to the last weights",
-                'Leave out `form` or `weights`',
+                'Leave out `form` or `average`',
             )
         needed = self.quadrature.arithmetic
         if dtype is not None and needed is not None and dtype != needed:
@@ -186,7 +188,7 @@ class KernelMachine:
         self.function = self.trajectory.function(self._dtype)
         self._gradients: RecordedGradients | None = None
         self._plans: tuple[RecordedGradients | None, dict[Any, Any]] = None, {}
-        self._selection = QuerySelection(self.trajectory, self.function, self.weights, self.engine, self.memory)
+        self._selection = QuerySelection(self.trajectory, self.function, self.average, self.engine, self.memory)
 
     def __getstate__(self) -> dict[str, Any]:
         check_picklable(quadrature=self.quadrature)
@@ -361,8 +363,8 @@ class KernelMachine:
         return self._gradients
 
     def _curve(self, queries: Queries) -> Curve:
-        if self.weights is not None:
-            record = self.trajectory.averages[self.weights]
+        if self.average is not None:
+            record = self.trajectory.averages[self.average]
             return AverageCurve(self.trajectory, queries, self.quadrature, record)
         kind = ChordCurve if self.form == "chord" else PathCurve
         return kind(self.trajectory, queries, self.quadrature)
@@ -417,7 +419,7 @@ class KernelMachine:
         sizes = [(piece.stop - piece.start) * queries.components for piece in pieces]
         kept = resumable.resumable_blocks(
             store,
-            explanation_identity(curve, self.quadrature, self.form, self.engine, self.weights, asked),
+            explanation_identity(curve, self.quadrature, self.form, self.engine, self.average, asked),
             sizes,
             lambda index: arrays_of(self._backward(curve.block(pieces[index]), asked)),
         )
@@ -447,8 +449,8 @@ class KernelMachine:
         return accumulator
 
     def __repr__(self) -> str:
-        weights = "" if self.weights is None else f", weights={self.weights!r}"
+        average = "" if self.average is None else f", average={self.average!r}"
         return (
-            f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{weights}: exact "
+            f"KernelMachine({self.trajectory!r}, quadrature={self.quadrature!r}, form={self.form!r}{average}: exact "
             f"for every recorded step; {FORMS[self.form]}; not symmetric, so not a kernel for scikit-learn)"
         )

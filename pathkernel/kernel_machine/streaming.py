@@ -64,17 +64,17 @@ class StreamingShares(StepObserver):
     --------
     >>> import torch, pathkernel as pk
     >>> from pathkernel.kernel_machine.streaming import StreamingShares
-    >>> from pathkernel.trajectory.schedule import Streaming
     >>> X, y = torch.randn(32, 4), torch.randn(32, 1)
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     >>> optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.MSELoss()
     >>> shares = StreamingShares(X[:3])
-    >>> with pk.KernelRecorder(model, optimizer, loss, data=(X, y), schedule=Streaming(shares)) as recorder:
+    >>> watching = {"observers": [shares], "schedule": pk.Nothing()}
+    >>> with pk.KernelRecorder(model, optimizer, loss, data=(X, y), **watching) as recorder:
     ...     for x, target in recorder.batches(batch_size=8):
     ...         optimizer.zero_grad()
     ...         loss(model(x), target).backward()
     ...         optimizer.step()
-    >>> shares.attributions.shares.shape
+    >>> shares.result.shares.shape
     (3, 32)
     """
 
@@ -122,7 +122,7 @@ class StreamingShares(StepObserver):
                 "gradients",
                 "What a sample left in the optimizer's memory moves the outputs in later steps; only a sweep backward "
                 "over the record of all steps follows it",
-                "Record with `Schedule(keyframes=32)` and use `KernelMachine`, or train with plain SGD",
+                "Record with `Keyframes(32)` and use `KernelMachine`, or train with plain SGD",
             )
 
     def observe(self, step: Step) -> None:
@@ -171,7 +171,7 @@ class StreamingShares(StepObserver):
         )
 
     @property
-    def attributions(self) -> Attributions:
+    def result(self) -> Attributions:
         """Attributions as of `KernelMachine.explain`, for the path so far.
 
         Raises
@@ -183,13 +183,16 @@ class StreamingShares(StepObserver):
             raise TrajectoryError(
                 "`StreamingShares` was asked for its result and has not seen a step",
                 "It looks on while training is recorded",
-                "Write `KernelRecorder(..., schedule=Streaming(shares))` and train first",
+                "Write `KernelRecorder(..., observers=[shares])` and train first",
             )
         total = self._with(self._explained(self._last, last=True))
         why = replace(total, gradients_per_step=total.gradients_per_step / self._steps)
         limit = ROW_LIMIT[torch.promote_types(self._trajectory.dtype, torch.float32)]
         warn_of_doubts(why, np.zeros(len(why.output), dtype=bool), limit)
         return why
+
+    attributions = result
+    """Older name of `result`."""
 
 
 def _missed(account: Attributions) -> np.ndarray:

@@ -174,12 +174,12 @@ class PolyakStep(Optimizer):
 
 
 class SignDescentRule(UpdateRule):
-    """The rule of `SignDescent`: sign g = g/|g|, with 1/|g| frozen."""
+    """The rule of `SignDescent`: sign g = g / abs(g), with 1 / abs(g) frozen."""
 
     name = "sign descent"
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
-        """1/|g|."""
+        """Scale 1 / abs(g)."""
         return {"scale": reciprocal_sizes(observed.gradient)}
 
     def step(self, gradient: Tensor, memory: Memory, frozen: Frozen, settings: Settings) -> tuple[Tensor, Memory]:
@@ -223,14 +223,14 @@ class SignDescent(Optimizer):
 
 
 class LionRule(UpdateRule):
-    """The rule of `Lion`: sign c = c/|c|, with 1/|c| frozen; c and m⁺ are linear in gradient and momentum."""
+    """The rule of `Lion`: sign c = c / abs(c), with 1 / abs(c) frozen; c and m⁺ are linear in gradient and momentum."""
 
     name = "Lion"
     memory = ("exp_avg",)
     keep_before = ("exp_avg",)
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
-        """1/|c|."""
+        """Scale 1 / abs(c)."""
         moment = observed.before.get("exp_avg", torch.zeros_like(observed.parameter))
         return {"scale": reciprocal_sizes(_mixed(moment, observed.gradient, settings["betas"][0]))}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,7 +160,7 @@ class PathNode:
         return self.step.buffers
 
 
-def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: int | None = None) -> list[PathNode]:
+def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: Any = None) -> list[PathNode]:
     """Quadrature nodes on the middle step of each stretch of the path, with the weight of the whole stretch.
 
     The end of a step and the start of the next are one node where both are the same network under the same M.

@@ -65,7 +65,8 @@ class PathKernel:
         gradients in that step (Adam's 1/(√v̂ + ε), for example).
     steps
         How many steps to use: the path is cut into that many stretches, each represented by its middle step with
-        the weight of the whole stretch. None for every step.
+        the weight of the whole stretch. None for every step. The number of nodes is that times the quadrature's on a
+        step: under the trapezoid up to twice as many, since the ends of middle steps are shared by no neighbours.
     tolerance
         Relative Frobenius error against every step for which few nodes are chosen, with weights of their own, from the
         kernels of 48 training samples at every step; `error` is measured on 48 others. None for every step.

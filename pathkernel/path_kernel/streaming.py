@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from pathkernel.path_kernel.features import samples_of_path
 from pathkernel.path_kernel.nodes import PathMeasure, PathNode, path_nodes
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.quadrature import Quadrature, as_quadrature
+from pathkernel.tangent_kernel.engines.auto import EngineValue
 from pathkernel.tangent_kernel.engines.projection import Projection, ProjectionEngine
 from pathkernel.tangent_kernel.output_probes import OutputProbes
 from pathkernel.tangent_kernel.outputs import select_outputs
@@ -39,8 +41,10 @@ class StreamingGram(StepObserver):
     ----------
     X, Y
         n queries and m references; Y None stands for X.
-    **options
-        Those of `pathkernel.PathKernel`, but for ``steps``, ``tolerance``, and what is drawn at random.
+    outputs, measure, quadrature, preconditioner, engine, memory, dtype
+        As of `pathkernel.PathKernel`, but for what is drawn at random.
+    steps, tolerance
+        Refused: how many steps there will be is not known while training runs.
 
     Notes
     -----
@@ -49,44 +53,68 @@ class StreamingGram(StepObserver):
 
     name = "PathKernel of fixed samples"
 
-    def __init__(self, X: PyTree, Y: PyTree | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        X: PyTree,
+        Y: PyTree | None = None,
+        *,
+        outputs: Any = "trace",
+        measure: str = "learning_rate",
+        quadrature: str | Quadrature = "trapezoid",
+        preconditioner: str | None = None,
+        engine: str | EngineValue = "auto",
+        memory: int | str = "1GB",
+        dtype: torch.dtype | None = None,
+        steps: Any = None,
+        tolerance: Any = None,
+    ) -> None:
         self.X, self.Y = copied_samples(X), None if Y is X else copied_samples(Y)
-        self.options = options
-        chosen = [name for name in ("steps", "tolerance") if name in options]
-        if chosen:
-            raise InputError(
-                f"`StreamingGram({chosen[0]}=...)` was given",
-                "How many steps there will be is not known while training runs, so every step is used",
-                "Leave it out, or record with `Schedule(every=10)` and use `PathKernel`",
-            )
-        drawn = [value for value in options.values() if isinstance(value, (OutputProbes, Projection))]
-        if drawn:
-            raise InputError(
-                f"`StreamingGram` was given {drawn[0]}",
-                "Each step's kernel is computed by itself here, so nothing can be drawn afresh at every step",
-                "Leave it out, stream `StreamingFeatures(X, dim)`, or use `PathKernel` on a recorded path",
-            )
+        for name, value in (("steps", steps), ("tolerance", tolerance)):
+            if value is not None:
+                raise InputError(
+                    f"`StreamingGram({name}=...)` was given",
+                    "How many steps there will be is not known while training runs, so every step is used",
+                    "Leave it out, or record with `Every(10)` and use `PathKernel`",
+                )
+        for value in (outputs, engine):
+            if isinstance(value, (OutputProbes, Projection)):
+                raise InputError(
+                    f"`StreamingGram` was given {value}",
+                    "Each step's kernel is computed by itself here, so nothing can be drawn afresh at every step",
+                    "Leave it out, stream `StreamingFeatures(X, dim)`, or use `PathKernel` on a recorded path",
+                )
+        self.measure = measure
+        self._kernel = partial(
+            PathKernel,
+            outputs=outputs,
+            measure=measure,
+            quadrature=quadrature,
+            preconditioner=preconditioner,
+            engine=engine,
+            memory=memory,
+            dtype=dtype,
+        )
         self._trajectory: Trajectory | None = None
         self._sum: np.ndarray | None = None
 
     def begin(self, trajectory: Trajectory, settings: Settings) -> None:
         """Begin with nothing."""
         if self._trajectory is not trajectory:  # else recording goes on after a break
-            self._trajectory, self._sum = trajectory, None
+            self._trajectory = trajectory
+            self._sum = None
 
     def observe(self, step: Step) -> None:
         """Add the kernel of a step."""
         assert self._trajectory is not None
-        measure = self.options.get("measure", "learning_rate")
         still = all(float(group.get("lr", 0.0)) == 0 for group in step.hyperparameters)
-        if (still and measure == "learning_rate") or (measure == "arc_length" and torch.equal(step.before, step.after)):
+        unmoved = self.measure == "arc_length" and torch.equal(step.before, step.after)
+        if (still and self.measure == "learning_rate") or unmoved:
             return  # a step without length
-        kernel = PathKernel(Trajectory.of_step(self._trajectory.run, step.before, step), **self.options)
-        own = kernel(self.X, self.Y)
+        own = self._kernel(Trajectory.of_step(self._trajectory.run, step.before, step))(self.X, self.Y)
         self._sum = own if self._sum is None else self._sum + own
 
     @property
-    def matrix(self) -> np.ndarray:
+    def result(self) -> np.ndarray:
         """The kernel matrix of the path so far: float64 (n, m), or (n, m, C, C) for ``outputs="full"``.
 
         Raises
@@ -98,9 +126,12 @@ class StreamingGram(StepObserver):
             raise TrajectoryError(
                 "`StreamingGram` was asked for its result and has seen no step with a positive weight",
                 "It looks on while training is recorded",
-                "Write `KernelRecorder(..., schedule=Streaming(gram))` and train first",
+                "Write `KernelRecorder(..., observers=[gram])` and train first",
             )
         return self._sum.copy()
+
+    matrix = result
+    """Older name of `result`."""
 
 
 class StreamingFeatures(StepObserver):
@@ -185,7 +216,7 @@ class StreamingFeatures(StepObserver):
         return self._engine.at(node).features(node.theta, *self._samples, node.preconditioner) * node.weight**0.5
 
     @property
-    def values(self) -> Float[np.ndarray, "n ... dim"]:
+    def result(self) -> Float[np.ndarray, "n ... dim"]:
         """φ of the path so far: float64 (n, dim), or (n, C, dim) for ``outputs="full"``.
 
         Raises
@@ -197,7 +228,10 @@ class StreamingFeatures(StepObserver):
             raise TrajectoryError(
                 "`StreamingFeatures` was asked for its result and has seen no step with a positive weight",
                 "It looks on while training is recorded",
-                "Write `KernelRecorder(..., schedule=Streaming(features))` and train first",
+                "Write `KernelRecorder(..., observers=[features])` and train first",
             )
         parts = [part for part in (self._sum, None if self._end is None else self._at(self._end)) if part is not None]
         return torch.stack(parts).sum(dim=0).cpu().numpy()
+
+    values = result
+    """Older name of `result`."""

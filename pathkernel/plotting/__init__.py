@@ -1,6 +1,9 @@
 """Pictures of kernels and attributions: Display objects in scikit-learn's manner, and the report page."""
 
+from pathkernel.runtime.extras import require_extra
 from pathkernel.runtime.lazy import lazy_names
+
+require_extra("plot", "`pathkernel.plotting`", "matplotlib", "jinja2")
 
 _HOMES = {
     "AttributionDisplay": "plotting.attribution",

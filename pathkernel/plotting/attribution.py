@@ -280,5 +280,5 @@ def _name(sample: Sample) -> str:
 
 
 def _default_title(attributions: Attributions, query: int) -> str:
-    sample, output = int(attributions.samples[query]), int(attributions.outputs[query])
+    sample, output = int(attributions.query_index[query]), int(attributions.output_index[query])
     return f"Query {sample}" if output < 0 else f"Query {sample}, output {output}"

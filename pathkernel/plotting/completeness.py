@@ -25,7 +25,7 @@ class CompletenessDisplay:
     network, machine
         Outputs in units of the output, shape (Q,).
     residual, quadrature_error
-        As on the attributions, relative to |f(x; θ_S) - f(x; θ_0)|, shape (Q,).
+        As on the attributions, relative to abs(f(x; θ_S) - f(x; θ_0)), shape (Q,).
     shares_error
         The same, or None where it was not measured.
 
@@ -104,7 +104,7 @@ class CompletenessDisplay:
 
     @property
     def largest_difference(self) -> float:
-        """max |network - machine| over the queries, in units of the output."""
+        """max abs(network - machine) over the queries, in units of the output."""
         return float(np.abs(self.network - self.machine).max())
 
     def plot(self, ax: Axes | None = None) -> CompletenessDisplay:

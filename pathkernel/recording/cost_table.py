@@ -94,7 +94,7 @@ def plan_table(
     --------
     >>> row = plan_table("85k", 10_000, optimizer="adamw")[1]
     >>> row.level, round(row.total_bytes / 1e6)
-    ('Schedule(keyframes=100)', 107)
+    ('Keyframes(100)', 107)
     """
     counts = {"batch_size": batch_size, "bytes_per_number": bytes_per_number, "every": every, "queries": queries}
     for name, value in counts.items():

@@ -197,7 +197,14 @@ class KeyframeKeeper:
     # -- before the step ----------------------------------------------------------------------------------------
 
     def before(
-        self, index: int, batches: Sequence[MicroBatch], known: bool, due: bool, edited: bool, theta: Tensor | None
+        self,
+        index: int,
+        batches: Sequence[MicroBatch],
+        known: bool,
+        due: bool,
+        edited: bool,
+        theta: Tensor | None,
+        watched: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Take from before a step what a replay needs of it: θ and gradient, each empty where it is not needed.
 
@@ -215,6 +222,8 @@ class KeyframeKeeper:
             Whether the gradient was edited under a name.
         theta
             θ after changes that were made outside the optimizer, where there were any.
+        watched
+            Whether observers see every step, for which it has to be recorded whole.
         """
         if self._start is None or index - self._start >= self.every:
             self._start = index
@@ -224,14 +233,16 @@ class KeyframeKeeper:
         kind = (touched, live.active(), *map(_kind, batches)) if known else None
         trial = due or kind not in self._divisors
         stored = known and (touched or self._divisors.get(kind) == STORED)
-        self._opened = OpenReplay(kind, trial, known, touched, stored)
-        if trial or self._start == index:
+        whole = trial or watched
+        self._opened = OpenReplay(kind, trial, whole, known, touched, stored)
+        if whole or self._start == index:
             self._opened.before = live.vector() if theta is None else theta
+        if trial or self._start == index:
             self._opened.state = state_of(self.optimizer, live.named)
-        if stored or (trial and known):
+        if stored or (whole and known):
             self._opened.gradient = live.gradient()
         self._opened.received = received
-        self.is_open = not trial
+        self.is_open = not whole
         return self.vectors
 
     @property
@@ -245,6 +256,11 @@ class KeyframeKeeper:
     def trial(self) -> bool:
         """Whether the step that is being taken is tried out, for which it has to be recorded whole."""
         return self._opened.trial
+
+    @property
+    def whole(self) -> bool:
+        """Whether the step that is being taken is recorded whole."""
+        return self._opened.whole
 
     def explains(self, step: Step) -> bool:
         """Try out whether the announced batches give the gradient at hand to the last bit.
@@ -320,8 +336,9 @@ class OpenReplay:
     ----------
     kind
         Steps of one kind are replayed in one way.
-    trial, known, touched, stored
-        Whether it is tried out; whether its gradient had arrived, has been touched since, and is kept.
+    trial, whole, known, touched, stored
+        Whether it is tried out; whether it is recorded whole; whether its gradient had arrived, has been touched since,
+        and is kept.
     received
         Checksum of the gradient, where it had arrived.
     before, state, gradient
@@ -330,6 +347,7 @@ class OpenReplay:
 
     kind: Hashable = None
     trial: bool = False
+    whole: bool = False
     known: bool = False
     touched: bool = False
     stored: bool = False

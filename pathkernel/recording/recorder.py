@@ -45,10 +45,10 @@ from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.replay import ReplayStore
 from pathkernel.trajectory.run import End, RecordedOptimizer, Run, Start
 from pathkernel.trajectory.samples import Samples, samples_of
-from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel, Schedule, Streaming, as_schedule
+from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel, Schedule, StepObserver, Streaming, as_schedule
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store
-from pathkernel.trajectory.thinned import StreamingStore, ThinnedStore
+from pathkernel.trajectory.thinned import LastStepStore, ThinnedStore
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Observation, UpdateRule
 from pathkernel.update_rules.table import rule_of
@@ -93,7 +93,7 @@ class KernelRecorder:
     """Watch a training loop and keep its parameter trajectory.
 
     The loop stays as it is and trains to the same bits; only the sample ids have to arrive with the batch, by
-    `batches`, `track` or `batch`.
+    `batches`, `track` or `announce`.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ class KernelRecorder:
         of parameters. Each gets its own channel.
     averages
         Averages of the weights that the loop keeps, by name: `torch.optim.swa_utils.AveragedModel`, a copy of the
-        model that the loop averages itself, or a dict of tensors. `KernelMachine` explains them with ``weights=``.
+        model that the loop averages itself, or a dict of tensors. `KernelMachine` explains them with ``average=``.
     audit_every
         At which steps the gradient is recomputed from the announced samples and compared with the one that the
         optimizer is about to use, before it is used: every so many steps, never (0), or, by default, at steps
@@ -138,8 +138,11 @@ class KernelRecorder:
         `pathkernel.storage.disk.DiskStore`. A folder that holds the record of this training run already is gone on
         with, from where the weights lie on its path.
     schedule
-        What is kept of each step, and when: every step in full by default; `Schedule(keyframes=32)` keeps little and
-        trains again what is asked for, `Schedule(every=10)` thins, `Streaming(…)` stores nothing.
+        What is kept of each step, and when: every step in full by default; `Keyframes(32)` keeps little and trains
+        again what is asked for, `Every(10)` thins, `WeightsOnly()` keeps θ alone, `Nothing()` leaves it to observers.
+    observers
+        Who sees every step while training runs, beside what is kept of it: `pathkernel.StreamingShares`,
+        `pathkernel.StreamingGram`, `pathkernel.StreamingFeatures`, or your own. Each has its ``result``.
 
     Raises
     ------
@@ -182,6 +185,7 @@ class KernelRecorder:
         audit_every: int | None = None,
         store: str | os.PathLike[str] | Store | None = None,
         schedule: RecordingLevel | None = None,
+        observers: Sequence[StepObserver] = (),
     ) -> None:
         outer, model = model, unwrapped(model)
         if data is None:
@@ -197,6 +201,7 @@ class KernelRecorder:
         named = named_trainable(model, also=trained)
         layout = ParameterLayout.of(named)
         initial = layout.flatten({name: p.detach() for name, p in named.items()})
+        level = as_schedule(schedule, observers)
         run = Run(
             model=model,
             objective=Objective(check_recorded_loss(loss), check_reduction(reduction), dict(regularizers or {})),
@@ -206,13 +211,14 @@ class KernelRecorder:
             start=Start(initial, constants_of(model, layout)),
             returns=check_returns(returns),
             task=check_task(task),
-            schedule=as_schedule(schedule),
+            schedule=level,
         )
         if run.data.holds_integers:
             run.data.suit(run.function(), initial)
         self._live = LiveParameters(named, optimizer)
         self._taken = 0
         self._keyframes: KeyframeKeeper | None = None
+        self._observers = level.observers if isinstance(level, Streaming) else tuple(observers)
         self._trajectory = Trajectory(run, self._kept_in(store_at(store), run, bool(averages)))
         self._modules = WatchedModules(model, run.constants)
         self._pending = PendingBatches(
@@ -274,9 +280,8 @@ class KernelRecorder:
             )
         else:
             trajectory.begin(trajectory.run, replace(trajectory.end, outputs=None))
-        if isinstance(trajectory.schedule, Streaming):
-            for observer in trajectory.schedule.observers:
-                observer.begin(trajectory, self._live.settings())
+        for observer in self._observers:
+            observer.begin(trajectory, self._live.settings())
         self._handles = [StepHooks(self.optimizer, self._before_step, self._after_step)]
         self._pending.start()
         if self._keyframes is not None:
@@ -286,6 +291,12 @@ class KernelRecorder:
     def _kept_in(self, store: Store, run: Run, averages: bool) -> Store:
         """The store that keeps what the schedule says."""
         schedule = run.schedule
+        if self._observers and store.exists:
+            raise RecordingError(
+                "`store=` holds steps of an earlier run, and `observers` were given",
+                "Observers see steps as they are taken, and those of the earlier run have been",
+                "Give `store=` another path, or leave out `observers` and ask the trajectory after training",
+            )
         if schedule == EVERY_STEP:
             return store
         if averages:
@@ -301,7 +312,7 @@ class KernelRecorder:
                 "Give `store=` another path, or leave out `schedule`",
             )
         if isinstance(schedule, Streaming):
-            return StreamingStore(schedule)
+            return LastStepStore()
         if isinstance(schedule, Schedule) and schedule.keyframes is not None:
             self._keyframes = KeyframeKeeper(run, self._live, self.optimizer, schedule.keyframes)
             return ReplayStore(store, self._keyframes.replay, torch.get_num_threads())
@@ -328,7 +339,7 @@ class KernelRecorder:
         Returns
         -------
         How many steps are on record, and on disk where there is a store; fewer than were taken where the disk gave out,
-        or where `Schedule(every=…)` joins them: the stretch at hand ends here.
+        or where `Every(n)` joins them: the stretch at hand ends here.
         """
         with held():
             self._take_stock()
@@ -424,7 +435,7 @@ class KernelRecorder:
             self._announce(MicroBatch(checked_ids(ids, len(self._trajectory.data))))
             yield batch
 
-    def batch(
+    def announce(
         self, ids: Any, weights: Any = None, inputs: PyTree = None, targets: PyTree = None
     ) -> tuple[PyTree, PyTree]:
         """Announce the samples of the next forward pass, for loops that know their ids.
@@ -453,18 +464,21 @@ class KernelRecorder:
                 raise SampleIdError(
                     f"{len(ids)} ids came with weights of shape {tuple(weights.shape)}",
                     "Every sample of a batch has one weight",
-                    "Write `recorder.batch(ids, weights=w)` with `len(w) == len(ids)`",
+                    "Write `recorder.announce(ids, weights=w)` with `len(w) == len(ids)`",
                 )
         for name, given in (("inputs", inputs), ("targets", targets)):
             if given is not None and count(given) != len(ids):
                 raise SampleIdError(
                     f"{len(ids)} ids came with {count(given)} {name}",
                     "Ids and samples of a batch correspond one to one",
-                    f"Write `recorder.batch(ids, {name}={name})` with one row for each id",
+                    f"Write `recorder.announce(ids, {name}={name})` with one row for each id",
                 )
         # Copies: the loop may fill the same arrays with its next batch.
         self._announce(MicroBatch(ids, weights, copied_samples(inputs), copied_samples(targets)))
         return samples_of(MicroBatch(ids, weights, inputs, targets), self._trajectory.data)
+
+    batch = announce
+    """Older name of `announce`."""
 
     def _announce(self, batch: MicroBatch) -> None:
         if not self._checked:
@@ -600,9 +614,9 @@ class KernelRecorder:
         else:
             known = closure is None and not scaled
             before, gradient = self._before_replayed(keeper, known)
-            if not keeper.trial:
+            if not keeper.whole:
                 return
-            explained = known and keeper.explains(self._slim_step(before, gradient))
+            explained = known and keeper.trial and keeper.explains(self._slim_step(before, gradient))
             gradient = gradient if known else None
         if gradient is not None and not explained:
             self._audit(before, gradient)
@@ -624,7 +638,9 @@ class KernelRecorder:
             known,
             due=is_tried(self._taken, self.audit_every),
             edited=bool(self._gradient_changes),
-            theta=self._changes[-1][1] if self._changes else None,
+            # Observed steps are all recorded whole, so that the end of the last one is at hand.
+            theta=self._last_point() if self._changes or self._observers else None,
+            watched=bool(self._observers),
         )
 
     def _slim_step(self, before: Tensor, gradient: Tensor) -> Step:
@@ -658,6 +674,8 @@ class KernelRecorder:
     def _keep(self, step: Step) -> None:
         """Put a step on record."""
         keeper = self._keyframes
+        # Where steps are joined, the record counts fewer.
+        whole = replace(step, index=self._taken) if self._observers else step
         if keeper is not None:
             step = keeper.after(step)
             if keeper.gave_up:
@@ -665,6 +683,8 @@ class KernelRecorder:
                 self._keyframes = None
         self._taken += 1
         self._trajectory.store.append(step)
+        for observer in self._observers:
+            observer.observe(whole)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with held():  # a step is on record whole, or not at all
@@ -808,10 +828,10 @@ class KernelRecorder:
             raise SampleIdError(
                 f"`optimizer.step()` number {len(self._trajectory)} came without sample ids",
                 "Every step must know which training samples its gradient came from",
-                "Iterate over `recorder.batches(...)` or `recorder.track(loader)`, or call `recorder.batch(ids)` "
+                "Iterate over `recorder.batches(...)` or `recorder.track(loader)`, or call `recorder.announce(ids)` "
                 "before the backward pass; step outside the `with` block to train unrecorded",
             )
-        if not getattr(self._trajectory.schedule, "weights_only", False):
+        if self._observers or not getattr(self._trajectory.schedule, "weights_only", False):
             if not all(batch.captured for batch in batches):
                 self._check_same()  # the outputs of other tensors lead to no gradient that is on record
             check_captured(self._trajectory, batches, type(self._outer).__name__, taken)

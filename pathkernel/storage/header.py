@@ -29,7 +29,7 @@ from pathkernel.storage.format import Group, damaged
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.run import End, Run
-from pathkernel.trajectory.schedule import EVERY_STEP, Schedule
+from pathkernel.trajectory.schedule import EVERY_STEP, Nothing, Schedule
 
 FORMAT, VERSION = "pathkernel trajectory", 3
 """Version 2 gives a step its length, which thinned paths need; version 3 keeps the slopes of the loss at the outputs of
@@ -170,7 +170,7 @@ class Header:
             "averages": list(self.averages),
             "versions": dict(self.versions),
             "fingerprints": dict(self.fingerprints),
-            "schedule": dict(vars(self.schedule)),
+            "schedule": self.schedule.settings,
             "replay": None if self.replay is None else dict(self.replay),
             "outputs": None if self.outputs is None else dict(self.outputs),
             "returns": self.returns,
@@ -324,9 +324,12 @@ def _layout(table: list[dict[str, Any]]) -> ParameterLayout:
 
 def _schedule(content: dict[str, Any]) -> Schedule:
     try:
-        return Schedule(**content)
+        schedule = Schedule(**content)
     except InputError as error:
         raise ValueError(error.found) from None
+    if isinstance(schedule, Nothing):
+        raise ValueError("nothing is kept")
+    return schedule
 
 
 def _rule(content: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from pathkernel.gradients.sample_wise import check_module, check_sample_wise
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.tangent_kernel.cost.model import CostRow
-from pathkernel.tangent_kernel.cost.table import cost_rows, describe, precision
+from pathkernel.tangent_kernel.cost.table import cost_rows, precision
+from pathkernel.tangent_kernel.cost.table import describe as cost_table
 from pathkernel.tangent_kernel.engines.auto import EngineValue, make_engine
 from pathkernel.tangent_kernel.engines.engine import Engine
 from pathkernel.tangent_kernel.engines.products import error_of_engine
@@ -86,7 +87,7 @@ class TangentKernel:
     engine
         ``"auto"`` (default), ``"layerwise"``, ``"jacobian"`` (rows of gradients by `torch.func`), ``"products"`` (one
         column at a time), a subclass of `pathkernel.tangent_kernel.engines.Engine`, or a value that makes an engine,
-        such as a projection; see `explain`.
+        such as a projection; see `describe`.
     memory
         Budget for what is held at once beside inputs and result, as bytes or text. Up to three quarters of it are kept
         for the next call, for as long as this object lives.
@@ -273,7 +274,7 @@ class TangentKernel:
         x, context = self._some_samples(X)
         return cost_rows(self.engine, self.theta, x, context, count(x) if n is None else n, m)
 
-    def explain(self, X: PyTree | None = None, n: int | None = None, m: int | None = None) -> str:
+    def describe(self, X: PyTree | None = None, n: int | None = None, m: int | None = None) -> str:
         """Description of the engine, precision and budget of this kernel; given samples, of its cost.
 
         Parameters
@@ -289,8 +290,11 @@ class TangentKernel:
         if X is None:
             return head
         x, context = self._some_samples(X)
-        table = describe(self.engine, self.theta, x, context, count(x) if n is None else n, m, self._left_out)
+        table = cost_table(self.engine, self.theta, x, context, count(x) if n is None else n, m, self._left_out)
         return f"{head}\n{table}"
+
+    explain = describe
+    """Older name of `describe`."""
 
     @one_at_a_time
     def check(self, X: PyTree) -> float:
@@ -319,7 +323,7 @@ class TangentKernel:
         return self.function.lock
 
     def __repr__(self) -> str:
-        return f"<{self.explain()}>"
+        return f"<{self.describe()}>"
 
     def __sklearn_clone__(self) -> TangentKernel:
         return self

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathkernel.errors import TrajectoryError, check
+from pathkernel.errors import TrajectoryError
 from pathkernel.trajectory.run import End, Extension, Run
-from pathkernel.trajectory.schedule import Streaming
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store, padded
 
@@ -121,23 +120,15 @@ def _summed(stretch: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, A
     return {**group, "lr": stretch.get("lr", 0) + group["lr"]} if "lr" in group else dict(group)
 
 
-class StreamingStore(Store):
-    """Shows every step to its observers and keeps the last one alone.
+class LastStepStore(Store):
+    """Keeps the last step alone, of a path that others look at while it is taken."""
 
-    Parameters
-    ----------
-    streaming
-        Who looks on.
-    """
-
-    def __init__(self, streaming: Streaming) -> None:
-        self.streaming, self._seen = streaming, 0
+    def __init__(self) -> None:
+        self._seen = 0
         self._last: Step | None = None
 
     def append(self, step: Step) -> None:
-        """Show a step to the observers."""
-        for observer in self.streaming.observers:
-            observer.observe(step)
+        """Keep a step in place of the one before."""
         self._last, self._seen = step, self._seen + 1
 
     def read(self, index: int) -> Step:
@@ -148,16 +139,13 @@ class StreamingStore(Store):
         TrajectoryError
             For any other step.
         """
-        last = self._last
-        check(
-            last is not None and range(self._seen)[index] == self._seen - 1,
-            TrajectoryError,
-            f"Step {index} was asked for, and this path was streamed, not stored",
-            "A streamed path keeps its last step only",
-            "Ask the observers for their results, or record with `Schedule(keyframes=32)`",
-        )
-        assert last is not None
-        return last
+        if self._last is None or range(self._seen)[index] != self._seen - 1:
+            raise TrajectoryError(
+                f"Step {index} was asked for, and this path was streamed, not stored",
+                "A streamed path keeps its last step only",
+                "Ask the observers for their results, or record with `Keyframes(32)`",
+            )
+        return self._last
 
     def __len__(self) -> int:
         return self._seen

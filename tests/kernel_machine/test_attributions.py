@@ -25,8 +25,8 @@ def attributions(seed: int = 0, left_over: float = 0.0, split_error: float = flo
         shares=shares,
         channels=channels,
         output=shares.sum(axis=1) + channels["initial"] + channels["weight_decay"] + left_over,
-        samples=np.arange(QUERIES),
-        outputs=np.array([2, 0, -1]),
+        query_index=np.arange(QUERIES),
+        output_index=np.array([2, 0, -1]),
         quadrature_error=np.array([1e-3, 1e-2, 1e-1]),
         split_error=split_error,
     )

@@ -322,15 +322,15 @@ def test_an_average_that_is_not_on_record_is_refused() -> None:
     averaged = AveragedModel(model)
     run = train(model, adamw(model), averaged, lambda k: averaged.update_parameters(model))
     with pytest.raises(errors.InputError) as caught:
-        pk.KernelMachine(run, weights="emma")
-    assert caught.value.found == "`weights='emma'` was given"
+        pk.KernelMachine(run, average="emma")
+    assert caught.value.found == "`average='emma'` was given"
     assert caught.value.expected == "Averages on record are 'ema'"
     assert 'averages={"ema": averaged_model}' in caught.value.write
     with pytest.raises(errors.InputError) as caught:
-        pk.KernelMachine(run, weights="ema", form="chord")
+        pk.KernelMachine(run, average="ema", form="chord")
     assert caught.value.found == '`form="chord"` was asked of an averaged network'
     assert "The chord joins the untrained network to the last weights" in caught.value.expected
-    assert "Leave out `form` or `weights`" in caught.value.write
+    assert "Leave out `form` or `average`" in caught.value.write
     plain = make_model()
     optimizer = adamw(plain)
     with pk.KernelRecorder(plain, optimizer, CE, data=data()) as recorder:

@@ -173,5 +173,5 @@ def test_nothing_streamed_yet(run: Recording) -> None:
     streaming.begin(run.trajectory, ())
     with pytest.raises(errors.TrajectoryError) as caught:
         _ = streaming.values
-    for part in ("seen no step", "looks on", "schedule=Streaming(features)"):
+    for part in ("seen no step", "looks on", "observers=[features]"):
         assert part in str(caught.value)

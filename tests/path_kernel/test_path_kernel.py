@@ -96,6 +96,13 @@ def test_nodes_of_neighbouring_steps_are_shared(run: Recording) -> None:
     assert len(pk.PathKernel(run.trajectory, quadrature="left").nodes) == len(BATCHES) - 1  # one rate is zero
 
 
+def test_few_steps_share_no_nodes_under_the_trapezoid() -> None:
+    long = record(batches=BATCHES * 3)
+    nodes = {quadrature: len(pk.PathKernel(long.trajectory, steps=6, quadrature=quadrature).nodes)
+             for quadrature in ("trapezoid", "midpoint", pk.GaussLegendre(2))}  # fmt: skip
+    assert list(nodes.values()) == [12, 6, 12]
+
+
 # -- what makes it a kernel -------------------------------------------------------------------------------------------
 
 OPTIONS = [

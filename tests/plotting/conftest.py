@@ -49,7 +49,7 @@ def attributions() -> Attributions:
         shares=shares,
         channels=channels,
         output=shares.sum(axis=1) + sum(channels.values()),
-        samples=np.arange(QUERIES) + 100,
-        outputs=np.array([3, 1, 4, 1, 5, -1]),
+        query_index=np.arange(QUERIES) + 100,
+        output_index=np.array([3, 1, 4, 1, 5, -1]),
         quadrature_error=np.full(QUERIES, 1e-6),
     )

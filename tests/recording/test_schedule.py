@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cases import OPTIMIZERS, generator, make_inputs, make_model
 from torch import nn
 
 import pathkernel as pk
 from pathkernel import errors
 from pathkernel.kernel_machine.streaming import StreamingShares
-from pathkernel.path_kernel.streaming import StreamingGram
+from pathkernel.path_kernel.streaming import StreamingFeatures, StreamingGram
 from pathkernel.recording.cost_table import as_bytes, format_plan, parse_size, plan_table, state_numbers
 from pathkernel.trajectory.memory import MemoryStore
-from pathkernel.trajectory.schedule import RunSize, Schedule, StepObserver, Streaming, as_schedule
+from pathkernel.trajectory.schedule import (
+    Every,
+    Keyframes,
+    Nothing,
+    RunSize,
+    Schedule,
+    StepObserver,
+    Streaming,
+    WeightsOnly,
+    as_schedule,
+)
 from pathkernel.trajectory.thinned import ThinnedStore
-from tests.cases import OPTIMIZERS, generator, make_inputs, make_model
 
 CE = nn.CrossEntropyLoss()
 QUERIES = make_inputs(4, seed=3)
@@ -59,32 +72,50 @@ def train(
 
 
 def test_schedules_are_values() -> None:
-    assert as_schedule(None) == Schedule() == Schedule(every=1) and Schedule(every=10) == Schedule(every=10)
-    assert len({Schedule(), Schedule(every=2), Schedule(keyframes=2), Schedule(keep="weights")}) == 4
-    for schedule in (Schedule(), Schedule(every=10), Schedule(keyframes=32), Schedule(keep="weights")):
-        assert eval(repr(schedule), {"Schedule": Schedule}) == schedule
+    levels = [Every(), Every(10), Keyframes(32), WeightsOnly(), Nothing()]
+    settings = [{}, {"every": 10}, {"keyframes": 32}, {"keep": "weights"}, {"keep": "nothing"}]
+    assert [Schedule(**given) for given in settings] == levels and len(set(levels)) == len(levels)
+    assert as_schedule(None) == Schedule() == Schedule(every=1) == Every(state="rule")
+    for level in levels:
+        assert isinstance(level, Schedule) and Schedule(**level.settings) == level
+        assert eval(repr(level), {type(level).__name__: type(level)}) == level
+        assert pickle.loads(pickle.dumps(level)) == copy.deepcopy(level) == level
+        with pytest.raises(FrozenInstanceError):
+            level.n = 3
     assert [Schedule.keyframes_for(n).keyframes for n in (1, 99, 100, 10_000)] == [1, 9, 10, 100]
 
 
+class Old(MemoryStore):
+    exists = True
+
+
 REFUSALS = {
-    "every": (lambda: Schedule(every=0), r"`Schedule\(every=0\)`"),
-    "every_bool": (lambda: Schedule(every=True), r"`Schedule\(every=True\)`"),
-    "keyframes": (lambda: Schedule(keyframes=1.5), r"`Schedule\(keyframes=1.5\)`"),
+    "every": (lambda: Schedule(every=0), r"`Every\(0\)`"),
+    "every_bool": (lambda: Schedule(every=True), r"`Every\(True\)`"),
+    "keyframes": (lambda: Schedule(keyframes=1.5), r"`Keyframes\(1.5\)`"),
     "keep": (lambda: Schedule(keep="all"), r"`Schedule\(keep='all'\)`"),
     "both": (lambda: Schedule(every=2, keyframes=3), "which needs all of them; a thinned path leaves steps out"),
     "keyframes_for": (lambda: Schedule.keyframes_for(0), r"`Schedule.keyframes_for\(0\)`"),
+    "keep_two": (lambda: Schedule(every=2, keep="nothing"), r"`Schedule\(every=2, keyframes=None, keep='nothing'\)`"),
+    "state": (lambda: Every(state="half"), r"`Every\(state='half'\)`"),
+    "nobody_looks": (lambda: train(Nothing()), "Without storage somebody has to look on"),
+    "an_observer": (lambda: train(observers=["gram"]), "A str was given among `observers`"),
+    "store_and_observers": (
+        lambda: train(store=Old(), observers=[StreamingGram(QUERIES)]),
+        "`store=` holds steps of an earlier run, and `observers` were given",
+    ),
     "nobody": (lambda: Streaming(), "Without storage somebody has to look on"),
     "no_observer": (lambda: Streaming("gram"), r"`Streaming\(str\)`"),
     "no_schedule": (lambda: train(10), "`schedule=10` was given"),
     "machine_thinned": (
         lambda: pk.KernelMachine(train(Schedule(every=10))),
-        r"^`KernelMachine` needs every step, but this trajectory was thinned with `Schedule\(every=10\)`\. .*"
-        r"Record again with `Schedule\(every=1\)`, or use `PathKernel`, which accepts a thinned path\.$",
+        r"^`KernelMachine` needs every step, but this trajectory was thinned with `Every\(10\)`\. .*"
+        r"Record again with `Every\(\)`, or use `PathKernel`, which accepts a thinned path\.$",
     ),
     "machine_weights": (lambda: pk.KernelMachine(train(Schedule(keep="weights"))), "kept the weights alone"),
     "preconditioner": (
         lambda: pk.PathKernel(train(Schedule(every=2), "adam"), preconditioner="optimizer"),
-        r"thinned with `Schedule\(every=2\)`",
+        r"thinned with `Every\(2\)`",
     ),
     "streamed_machine": (lambda: pk.KernelMachine(train(Streaming(StreamingGram(QUERIES)))), "was streamed with"),
     "streamed_kernel": (lambda: pk.PathKernel(train(Streaming(StreamingGram(QUERIES)))), "was streamed with"),
@@ -120,9 +151,6 @@ def test_refusals(name: str) -> None:
 
 
 def test_a_store_that_holds_steps_goes_on_with_all_of_them() -> None:
-    class Old(MemoryStore):
-        exists = True
-
     with pytest.raises(errors.RecordingError, match="`store=` holds steps of an earlier run"):
         train(Schedule(keyframes=3), store=Old())
 
@@ -331,6 +359,54 @@ def test_streaming_keeps_one_step_and_goes_on_after_a_break() -> None:
     assert recorder.trajectory.schedule.bytes_per_step(RunSize(100, 8)) == 0
 
 
+class Watcher(StepObserver):
+    """Everything that a step holds."""
+
+    name = "watching"
+
+    def begin(self, trajectory: pk.Trajectory, settings: Any) -> None:
+        self.steps = []
+
+    def observe(self, step: Any) -> None:
+        self.steps.append(step)
+
+
+LEVELS = [None, Keyframes(3), Every(3), WeightsOnly(), Nothing()]
+
+
+@pytest.mark.parametrize("level", LEVELS, ids=repr)
+def test_watching_and_storing_do_not_know_each_other(level: Schedule | None) -> None:
+    whole, alone = train(edit=True), train(level, edit=True) if level != Nothing() else None
+    watcher, shares, gram = Watcher(), StreamingShares(QUERIES), StreamingGram(QUERIES)
+    features = StreamingFeatures(QUERIES, 16)
+    trajectory = train(level, edit=True, observers=[watcher, shares, gram, features])
+    for seen, step in zip(watcher.steps, whole.steps(), strict=True):
+        assert seen.index == step.index
+        for name in ("before", "after", "gradient"):
+            assert torch.equal(getattr(seen, name), getattr(step, name))
+        assert [name for name, _ in seen.changes] == [name for name, _ in step.changes]
+    machine, kernel = pk.KernelMachine(whole), pk.PathKernel(whole)
+    np.testing.assert_allclose(
+        shares.result.shares, machine.explain(QUERIES, outputs="all").shares, rtol=0, atol=1e-14
+    )
+    np.testing.assert_allclose(gram.result, kernel(QUERIES), rtol=1e-12)
+    np.testing.assert_allclose(features.result, kernel.features(QUERIES, 16), rtol=1e-6, atol=1e-9)
+    if alone is not None:  # and the record is the one without observers
+        assert trajectory.schedule == alone.schedule and len(trajectory) == len(alone)
+        assert bytes_of(trajectory) == bytes_of(alone)
+        for mine, other in zip(trajectory.steps(), alone.steps(), strict=True):
+            assert torch.equal(mine.before, other.before) and torch.equal(mine.after, other.after)
+            assert torch.equal(mine.gradient, other.gradient)
+
+
+def test_results_have_one_name_and_keep_their_older_ones() -> None:
+    shares, gram, features = StreamingShares(QUERIES), StreamingGram(QUERIES), StreamingFeatures(QUERIES, 8)
+    train(Streaming(shares, gram, features))
+    np.testing.assert_array_equal(shares.attributions.shares, shares.result.shares)
+    np.testing.assert_array_equal(gram.matrix, gram.result)
+    np.testing.assert_array_equal(features.values, features.result)
+
+
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
@@ -360,12 +436,12 @@ def test_states_of_optimizers_are_counted() -> None:
 def test_the_plan_of_a_run() -> None:
     rows = {row.level: row for row in plan_table("85k", "10k", optimizer="adamw", batch_size=64)}
     vector = 85_000 * 4
-    assert rows["Schedule(every=1)"].total_bytes == 10_000 * (3 * vector + 512)
-    keyframes = rows["Schedule(keyframes=100)"]
+    assert rows["Every()"].total_bytes == 10_000 * (3 * vector + 512)
+    keyframes = rows["Keyframes(100)"]
     assert keyframes.total_bytes == pytest.approx(100 * 3 * vector + 10_000 * 544)
     assert "trains every step once more" in keyframes.extra_compute and "KernelMachine" in keyframes.serves
-    assert rows["Schedule(every=10)"].serves == ("PathKernel",)
-    assert rows["Schedule(every=10)"].bytes_per_step == pytest.approx(vector / 10 + 512)
+    assert rows["Every(10)"].serves == ("PathKernel",)
+    assert rows["Every(10)"].bytes_per_step == pytest.approx(vector / 10 + 512)
     assert not any("Shares" in level for level in rows)  # AdamW remembers
     assert any("Shares" in row.level for row in plan_table(100, 10, optimizer="sgd"))
     text = format_plan(list(rows.values()))

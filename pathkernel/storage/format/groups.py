@@ -154,12 +154,6 @@ class Group:
             raise damaged(where, f"is not that of an array of this format ({error})") from None
         return ChunkedArray(self.path, name, shape, chunks, dtype, compression, self.durable)
 
-    def as_zarr(self) -> Any:
-        """The group for reading with zarr itself: a `zarr.Group`."""
-        import zarr  # not before it is needed: it takes a second
-
-        return zarr.open_group(zarr.storage.LocalStore(self.path, read_only=True), mode="r", zarr_format=3)
-
     def remove_array(self, name: str) -> None:
         """Delete an array with its chunks."""
         _check_name(self.path, name)

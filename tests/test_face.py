@@ -1,0 +1,168 @@
+"""The public face: every name is where the documentation says, in a process that has imported nothing else."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import record
+
+import pathkernel as pk
+
+ROOT = Path(__file__).resolve().parent.parent
+
+AUTHORS = {
+    "pathkernel.gradients.layers": ["Dense", "Factor", "Lookup", "NoRule", "Outer", "layer_rule"],
+    "pathkernel.trajectory": ["MemoryStore", "MicroBatch", "Segment", "Step", "StepObserver", "Store", "Trajectory"],
+    "pathkernel.tangent_kernel.engines": ["Engine", "Projection"],
+    "pathkernel.optimizers": ["Heun", "Lion", "Momentum", "RungeKutta4", "leapfrog"],
+    "pathkernel.analysis": ["effective_rank", "kernel_alignment", "kernel_velocity"],
+    "pathkernel.plotting": ["AttributionDisplay", "GramDisplay", "SpectrumDisplay", "write_report"],
+    "pathkernel.estimators": ["GaussianProcessKernel", "PathKernelTransformer"],
+}
+"""What authors of layers, stores, engines and observers import, and from where."""
+
+
+def in_a_fresh_process(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "errors.InputError",
+        "testing.check_update_rule",
+        "plotting.GramDisplay",
+        "analysis.effective_rank",
+        "optimizers.Lion",
+    ],
+)
+def test_submodules_need_no_second_import(name: str) -> None:
+    in_a_fresh_process(f"import pathkernel as pk; assert pk.{name}.__name__ == {name.split('.')[1]!r}")
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = "{'torch', 'numpy', 'scipy', 'sklearn', 'matplotlib', 'zarr', 'numcodecs', 'jinja2', 'tqdm'}"
+    in_a_fresh_process(f"import sys, pathkernel; assert not {heavy} & set(sys.modules), sys.modules.keys()")
+
+
+@pytest.mark.parametrize("home", AUTHORS)
+def test_authors_find_their_names(home: str) -> None:
+    in_a_fresh_process(f"from {home} import {', '.join(AUTHORS[home])}")
+
+
+def test_every_public_name_is_found_and_listed() -> None:
+    for name in pk.__all__:
+        assert getattr(pk, name) is not None and name in dir(pk)
+    told = set(re.findall(r"^    from pathkernel\.[\w.]+ import (\w+) as", inspect.getsource(pk), flags=re.MULTILINE))
+    assert told == {n for n in pk.__all__ if not n.startswith("_") and not inspect.ismodule(getattr(pk, n))}
+
+
+def listed_in_the_reference() -> set[str]:
+    """Full names in the autosummaries of docs/reference/index.md."""
+    names, module = set(), ""
+    for line in (ROOT / "docs" / "reference" / "index.md").read_text("utf-8").splitlines():
+        if line.startswith(".. currentmodule:: "):
+            module = line.split(":: ")[1]
+        elif re.fullmatch(r"   [\w.]+", line):
+            names.add(f"{module}.{line.strip()}")
+    return names
+
+
+def test_the_reference_lists_every_public_name() -> None:
+    listed = {resolved(name) for name in listed_in_the_reference()}
+    missing = [name for name in pk.__all__ if not name.startswith("_") and not inspect.ismodule(getattr(pk, name))]
+    missing = [name for name in missing if getattr(pk, name) not in listed]
+    for module in (pk.errors, pk.testing, pk.plotting, pk.analysis, pk.optimizers):
+        public = getattr(module, "__all__", None) or [
+            name
+            for name, value in vars(module).items()
+            if inspect.isclass(value) and issubclass(value, Exception | Warning) and value.__module__ == module.__name__
+        ]
+        missing += [f"{module.__name__}.{name}" for name in public if getattr(module, name) not in listed]
+    assert not missing
+
+
+def resolved(name: str) -> object:
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found: object = import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part)
+        return found
+    raise AssertionError(name)
+
+
+def test_older_names_stay_and_say_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    run = record()
+    assert pk.KernelRecorder.batch is pk.KernelRecorder.announce
+    assert pk.TangentKernel.explain is pk.TangentKernel.describe
+    why = pk.KernelMachine(run.trajectory).explain(run.queries)
+    np.testing.assert_array_equal(why.samples, why.query_index)
+    np.testing.assert_array_equal(why.outputs, why.output_index)
+    model = torch.nn.Linear(4, 3).double()
+    optimizer, averaged = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.swa_utils.AveragedModel(model)
+    loss, averages = torch.nn.CrossEntropyLoss(), {"ema": averaged}
+    with pk.KernelRecorder(model, optimizer, loss, data=(run.X, run.y), averages=averages) as recorder:
+        x, y = recorder.batch([0, 1])
+        loss(model(x), y).backward()
+        optimizer.step()
+        averaged.update_parameters(model)
+    old, new = (pk.KernelMachine(recorder.trajectory, **{name: "ema"}) for name in ("weights", "average"))
+    np.testing.assert_array_equal(old.decision_function(run.queries), new.decision_function(run.queries))
+    assert repr(old) == repr(new) and "average='ema'" in repr(new)
+    assert not [w for w in recwarn if "pathkernel" in str(w.filename)]
+
+
+# -- extras -----------------------------------------------------------------------------------------------------------
+
+EXTRAS = {
+    "plot": (["matplotlib", "jinja2"], "import pathkernel as pk; pk.plotting"),
+    "store": (["numcodecs", "filelock"], "import pathkernel as pk; pk.DiskStore('nowhere')"),
+    "pandas": (["pandas"], TRAINED := """
+import torch, pathkernel as pk
+X, y, model = torch.randn(8, 4), torch.tensor([0, 1] * 4), torch.nn.Linear(4, 2)
+optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.CrossEntropyLoss()
+with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+    for x, target in recorder.batches(4):
+        optimizer.zero_grad()
+        loss(model(x), target).backward()
+        optimizer.step()
+assert pk.PathKernel(recorder.trajectory)(X).shape == (8, 8)
+pk.KernelMachine(recorder.trajectory).explain(X).to_frame()
+"""),
+}  # fmt: skip
+
+
+def without(libraries: list[str], code: str) -> str:
+    """Run code in a process that finds none of these; its last line on stderr."""
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({libraries!r}))\n"
+    done = subprocess.run([sys.executable, "-c", hidden + code], cwd=ROOT, text=True, capture_output=True, check=False)
+    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_a_missing_extra_is_named(extra: str) -> None:
+    libraries, code = EXTRAS[extra]
+    said = without(libraries, code)
+    assert said.startswith("pathkernel.errors.MissingExtraError: ") and f"needs `{libraries[0]}`" in said
+    assert f"comes with the extra `[{extra}]`" in said and f"pip install 'pathkernel[{extra}]'" in said
+
+
+def test_recording_in_memory_needs_no_extra() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    names = {re.split(r"[\[>=]", name)[0] for extra in declared.values() for name in extra} - {"pathkernel"}
+    # filelock comes with torch, which imports it.
+    assert not without(sorted(names - {"filelock"}), TRAINED.replace(".to_frame()", ""))
