@@ -25,25 +25,25 @@ class Asked:
 
 
 def explanation_identity(
-    curve: Curve, quadrature: Quadrature, form: str, engine: str, weights: str | None, wanted: Asked
+    curve: Curve, quadrature: Quadrature, form: str, engine: str, average: str | None, wanted: Asked
 ) -> dict[str, Any]:
     """Everything that an explanation depends on; not the budget, and not what is only checked afterwards."""
     trajectory, queries = curve.trajectory, curve.queries
     function = queries.function
     aside = question.nearby(trajectory)
-    points = _points(trajectory, weights, function, aside)
+    points = _points(trajectory, average, function, aside)
     asked = question.behaviour(queries.functional, points, queries.inputs, queries.context)
     if not question.is_ours(quadrature):
         segment = next(trajectory.segments(reverse=True))
         gradient = quadrature.average(GradientStep(queries.block(slice(0, 1)), segment)).gradient
         directions = [torch.nn.functional.normalize(v.double(), dim=0) for v in (segment.displacement, aside)]
-        average = torch.stack([gradient @ direction for direction in directions])
-        asked["averages"] = question.numbers([average], question.NETWORK_ROUNDING[function.dtype])
+        mean = torch.stack([gradient @ direction for direction in directions])
+        asked["averages"] = question.numbers([mean], question.NETWORK_ROUNDING[function.dtype])
     return question.identity_of(
         trajectory,
         machine=f"{form}, {engine}, {function.dtype}, {wanted!r}",
         quadrature=question.described(quadrature, "quadrature"),
-        weights=question.described(weights and trajectory.averages[weights], "weights"),
+        weights=question.described(average and trajectory.averages[average], "average"),
         module=function.submodule,
         components=None if queries.scalar else queries.components,
         queries=question.samples_identity((queries.inputs, queries.context)),
@@ -52,13 +52,13 @@ def explanation_identity(
 
 
 def _points(
-    trajectory: Trajectory, weights: str | None, function: ModelFunction, aside: Tensor
+    trajectory: Trajectory, average: str | None, function: ModelFunction, aside: Tensor
 ) -> list[tuple[ModelFunction, Tensor]]:
     """The explained network at its start, at its end, and elsewhere."""
-    if weights is None:
+    if average is None:
         trained = function.with_(constants=trajectory.final_buffers)
         return [(function, trajectory.initial), (trained, trajectory.final), (trained, aside)]
-    record = trajectory.averages[weights]
+    record = trajectory.averages[average]
     averaged = function.with_(constants=record.constants(trajectory.constants))
     first, last = (trajectory.layout.flatten(values) for values in (record.initial, record.last))
     return [(averaged, first), (averaged, last), (averaged, aside)]

@@ -31,18 +31,18 @@ class QuerySelection:
     ----------
     trajectory, function
         The record, and the network in the floating type of the arithmetic.
-    weights
+    average
         Name of the average that is explained; None for the network itself.
     engine, memory
         How gradients are taken, and the budget for what is held.
     """
 
     def __init__(
-        self, trajectory: Trajectory, function: ModelFunction, weights: str | None, engine: str, memory: int
+        self, trajectory: Trajectory, function: ModelFunction, average: str | None, engine: str, memory: int
     ) -> None:
         self.trajectory = trajectory
         self.function = function
-        self.weights = weights
+        self.average = average
         self.engine = engine
         self.memory = memory
         self._sources: dict[str | None, GradientSource] = {}
@@ -147,10 +147,10 @@ class QuerySelection:
         """The explained network's own outputs, (n, C)."""
         trajectory = self.trajectory
         at_once = at_once or self._outputs_at_once(function, inputs)
-        if self.weights is None:
+        if self.average is None:
             function, theta = function.with_(constants=trajectory.final_buffers), trajectory.final
         else:
-            record = trajectory.averages[self.weights]
+            record = trajectory.averages[self.average]
             function = function.with_(constants=record.constants(trajectory.constants))
             theta = trajectory.layout.flatten(record.last)
         return function.outputs(theta, inputs, at_once)

@@ -221,8 +221,8 @@ def _follows(step: Step, before: Step) -> bool:
     return step.index == before.index + 1 and not step.changes
 
 
-def stretches(length: int, steps: int | None) -> list[range]:
-    """Cut a path of that many steps into stretches of neighbouring steps."""
+def stretches(length: int, steps: Any) -> list[range]:
+    """Cut a path of that many steps into stretches of neighbouring steps, after a look at what the user gave."""
     if steps is not None and not (isinstance(steps, int) and steps >= 1):
         raise InputError(
             f"`steps={steps!r}` was given",

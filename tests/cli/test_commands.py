@@ -178,7 +178,7 @@ def test_plan(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     levels = call(run, "plan", "85k", "10k")["levels"]
     full, keyframes = levels[0], levels[1]
     assert full["total_bytes"] > 10_000 * 3 * 85_000 * 4 - 1 and keyframes["total_bytes"] < full["total_bytes"] / 20
-    assert "keyframes=100" in capsys.readouterr().out
+    assert "Keyframes(100)" in capsys.readouterr().out
 
 
 def test_gram_is_that_of_the_library_and_is_kept(run: Path, tmp_path: Path) -> None:

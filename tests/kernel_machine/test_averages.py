@@ -348,4 +348,4 @@ def test_other_forms_of_an_averaged_network(form: str) -> None:
     run = train(model, adamw(model), averaged, lambda k: averaged.update_parameters(model))
     why = pk.KernelMachine(run, weights="ema", form=form).explain(queries(), outputs=0)
     np.testing.assert_allclose(why.form.shares, why.shares, rtol=0, atol=1e-12)
-    assert f"form='{form}', weights='ema'" in repr(pk.KernelMachine(run, weights="ema", form=form))
+    assert f"form='{form}', average='ema'" in repr(pk.KernelMachine(run, average="ema", form=form))

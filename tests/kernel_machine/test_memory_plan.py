@@ -263,6 +263,7 @@ def test_the_passes_of_a_batch_hold_no_vector_of_all_parameters_each() -> None:
 PEAK = """
 import ctypes, sys, torch
 import pathkernel as pk
+from pathkernel.gradients.pytrees import memory_bytes
 from torch import nn
 
 def status(key):

@@ -257,7 +257,7 @@ def test_other_floating_types_are_refused(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("engine", ["fastest", None, 3])
 def test_other_engines_are_refused(engine) -> None:
-    with pytest.raises(InputError, match="'jacobian', 'products', 'autograd', or a value"):
+    with pytest.raises(InputError, match="'jacobian', 'products', 'autograd', a subclass of `Engine`, or a value"):
         pk.TangentKernel(make_model(), engine=engine)
 
 

@@ -40,7 +40,7 @@ class AutomaticEngine(LayerwiseEngine):
             self.choices[n, m] = self._choose(theta, X, context, n, m)
         return self.choices[n, m]
 
-    def fix_engines(
+    def fix_choices(
         self,
         theta: Tensor,
         samples: Samples,
