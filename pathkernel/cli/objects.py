@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from pathkernel.errors import InputError, StoreError, check, quoted
 from pathkernel.gradients.forward_state import generators_untouched
-from pathkernel.runtime.interrupts import attempt
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.storage.disk import DiskStore
 from pathkernel.storage.header import Header
 from pathkernel.storage.known_classes import known_loss
@@ -143,7 +143,7 @@ def _check_loss_of_store(trajectory: Trajectory, header: Header) -> None:
                 trajectory.objective.known(outputs, function.cast(targets))
 
     with generators_untouched():
-        found = attempt(values, (Exception,))
+        found = result_or_error(values, (Exception,))
     check(
         not isinstance(found, Exception),
         StoreError,

@@ -23,7 +23,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import leaf_parameters, output_products, pulled_back
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
-from pathkernel.runtime.interrupts import deliver
+from pathkernel.runtime.interrupts import deliver_interrupt
 from pathkernel.runtime.workspace import give_back_freed_memory
 
 RETURNED = "returned"
@@ -209,7 +209,7 @@ def coupled_row_blocks(
                 own[sample] = cotangents[sample].to(outputs)
                 row.copy_(function.layout.flatten(pulled_back(leaves, outputs, own, retain=True)))
                 give_back_freed_memory()
-                deliver()
+                deliver_interrupt()
             del outputs
         yield rows
 

@@ -39,7 +39,7 @@ from pathkernel.gradients.parameters import ParameterLayout, constants_of
 from pathkernel.gradients.pytrees import arguments_of, blocks, cast_floating, count, moved, take
 from pathkernel.gradients.returned import Returns, batch_outputs, selected
 from pathkernel.gradients.structural_copy import StructuralCopy
-from pathkernel.runtime.interrupts import deliver, held
+from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 
 
 class ModelFunction:
@@ -128,13 +128,13 @@ class ModelFunction:
         """Evaluate inside, once where the pass draws random numbers, with kernels that can be differentiated.
 
         With or without autograd's graph; None leaves it as it is. ``as_trained`` leaves the choice of kernels to torch,
-        as the loop did. Ctrl-C waits until the end, or for `pathkernel.runtime.interrupts.deliver`: settings of torch,
-        and its random generators, have to be put back. One thread at a time.
+        as the loop did. Ctrl-C waits until the end, or for `pathkernel.runtime.interrupts.deliver_interrupt`: settings
+        of torch, and its random generators, have to be put back. One thread at a time.
         """
         check_gradients_are_possible()
         device, dtype = self.state.autocast or (self.device.type, None)
         with (
-            held(),
+            defer_interrupts(),
             self.lock,
             RANDOM if self.state.generators else nullcontext(),
             module_mode(self.module, self.state.modes),
@@ -212,5 +212,5 @@ class ModelFunction:
         with self.evaluating(gradients=False):
             for piece in blocks(count(inputs), block):
                 found.append(self.batch(parameters, take(inputs, piece)))
-                deliver()
+                deliver_interrupt()
         return torch.cat(found)

@@ -19,7 +19,7 @@ from pathkernel.errors import InputError
 from pathkernel.gradients.forward_state import QUIET_FALLBACKS
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import cast_floating, count, moved, take
-from pathkernel.runtime.interrupts import attempt, deliver
+from pathkernel.runtime.interrupts import deliver_interrupt, result_or_error
 
 REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError)
 """Exceptions that torch raises in a call that a transformation does not cover."""
@@ -37,7 +37,7 @@ def values_of(functional: OutputFunctional, outputs: Tensor, context: PyTree) ->
         When the outputs require gradients and h has none.
     """
     context = moved(context, outputs.device)
-    found = attempt(lambda: vmap(functional)(outputs, context), REFUSALS)
+    found = result_or_error(lambda: vmap(functional)(outputs, context), REFUSALS)
     if isinstance(found, Exception):  # it asks for a number, as `z[z.argmax().item()]` does
         found = torch.stack([functional(outputs[i], take(context, i)) for i in range(len(outputs))])
     if outputs.requires_grad and not found.requires_grad:
@@ -102,7 +102,7 @@ def sample_gradients(
     arguments = vector, inputs, functional, context, scalar
     key = _route_key(function, inputs, functional, context, scalar)
     if route is None and function.row_routes.get(key) != "autograd":
-        rows = attempt(lambda: _gradients_at_once(function, *arguments), REFUSALS)
+        rows = result_or_error(lambda: _gradients_at_once(function, *arguments), REFUSALS)
         if not isinstance(rows, Exception):
             # Whether `vmap` is right may depend on the number of components, which is known only now.
             proved = (*key, 1 if scalar else next(iter(rows.values())).shape[1])
@@ -159,7 +159,7 @@ def _gradients_in_turn(
             h = values_of(functional, z, take(context, slice(i, i + 1)))[0]
             units = torch.eye(len(h), dtype=h.dtype, device=h.device)
             rows.append([pulled_back(leaves, h, unit, retain=k + 1 < len(h)) for k, unit in enumerate(units)])
-            deliver()
+            deliver_interrupt()
     stacked = {name: torch.stack([torch.stack([g[name] for g in own]) for own in rows]) for name in leaves}
     return {name: value[:, 0] for name, value in stacked.items()} if scalar else stacked
 
@@ -208,7 +208,7 @@ def _are_own_rows(
         return False
     exact = function.converted(torch.float64).with_(state=dataclasses.replace(function.state, autocast=None))
     arguments = vector.double(), cast_floating(inputs, torch.float64), functional, cast_floating(context, torch.float64)
-    again = attempt(lambda: _gradients_at_once(exact, *arguments, scalar), REFUSALS)
+    again = result_or_error(lambda: _gradients_at_once(exact, *arguments, scalar), REFUSALS)
     if isinstance(again, Exception):
         return False
     return _error_of_gradients(exact, again, v, *arguments, scalar) <= ROW_LIMIT[torch.float64]
@@ -266,18 +266,18 @@ def output_products(
             with function.evaluating(gradients=False), function.kept():
                 for direction in some:
                     found.append((push or push_forward)(outputs, point, direction).double())
-                    deliver()
+                    deliver_interrupt()
         return torch.stack(found)
 
     together = ("directions", function.submodule, function.layout.names)
     small = sum(leaf.numel() for leaf in pytree.tree_leaves(inputs)) * len(along) <= SMALL_BATCH
     several = len(along) > 1 and small and not function.state.generators
     if several and push in (None, push_forward) and together not in function.row_routes:
-        found = attempt(at_once, REFUSALS)
+        found = result_or_error(at_once, REFUSALS)
         if not isinstance(found, Exception):
             return found
         function.row_routes[together] = "one by one"
-    found = attempt(one_by_one, REFUSALS)
+    found = result_or_error(one_by_one, REFUSALS)
     return None if isinstance(found, Exception) else found
 
 
@@ -356,7 +356,7 @@ def gradients_along(
     if along not in function.row_routes:
         # Rows at one θ are compared with the network run forward; with a θ for each sample, with these.
         rows = function.layout.flatten(sample_gradients(function, start, inputs, functional, context, scalar=True))
-        at_start = attempt(lambda: together(torch.zeros_like(times))[1], REFUSALS)
+        at_start = result_or_error(lambda: together(torch.zeros_like(times))[1], REFUSALS)
         apart = (at_start - rows).abs().max().item() if isinstance(at_start, Tensor) else math.inf
         right = apart <= ROW_LIMIT.get(function.dtype, 0.0) * max(rows.abs().max().item(), torch.finfo(rows.dtype).tiny)
         function.row_routes[along] = "vmap" if right else "autograd"
@@ -379,7 +379,7 @@ def push_forward(function: Callable[[Tensor], Tensor], point: Tensor, direction:
     :math:`J v = \partial_u \langle J^\top u, v\rangle`.
     """
     load_transformations()
-    found = attempt(lambda: jvp(function, (point,), (direction,))[1], REFUSALS)
+    found = result_or_error(lambda: jvp(function, (point,), (direction,))[1], REFUSALS)
     return _push_by_reversing(function, point, direction) if isinstance(found, Exception) else found
 
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
-from pathkernel.runtime.interrupts import attempt
+from pathkernel.runtime.interrupts import result_or_error
 
 Returns = str | int | Callable[[Any], Any] | None
 """A key or attribute, an index, a function of what the network returned; None for everything."""
@@ -108,7 +108,7 @@ def selected(returned: Any, returns: Returns) -> Any:
     if returns is None:
         return returned
     if not isinstance(returns, (str, int)):
-        found = attempt(lambda: returns(returned), (Exception,))
+        found = result_or_error(lambda: returns(returned), (Exception,))
         if isinstance(found, Exception):
             raise InputError(
                 f"`returns=` failed on what the network returned, {_described(returned)} "

@@ -17,7 +17,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import count, spread, take
 from pathkernel.gradients.returned import batch_outputs
-from pathkernel.runtime.interrupts import attempt
+from pathkernel.runtime.interrupts import result_or_error
 
 SAMPLES = 3
 """Samples that are passed through the network together, one by one, and together again."""
@@ -117,7 +117,7 @@ def _check(function: ModelFunction, theta: Tensor, few: PyTree) -> None:
         live = function.structure.read_live(lambda: function.batch(parameters, few))
         drew = any(not torch.equal(state, before[name]) for name, state in generator_states(device).items())
         together = function.batch(parameters, few)
-        alone = [attempt(lambda i=i: _alone(function, theta, few, i), REFUSALS) for i in range(n)]  # type: ignore[misc]
+        alone = [result_or_error(lambda i=i: _alone(function, theta, few, i), REFUSALS) for i in range(n)]  # type: ignore[misc]
         again = function.batch(parameters, few)
     if live:
         raise UnsupportedModelError(

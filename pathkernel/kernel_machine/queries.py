@@ -14,7 +14,7 @@ from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.gradient_source import ROWS, GradientSource
 from pathkernel.gradients.per_sample import REFUSALS, OutputFunctional, gradients_along, push_forward, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
-from pathkernel.runtime.interrupts import attempt, deliver
+from pathkernel.runtime.interrupts import deliver_interrupt, result_or_error
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.step import Segment
 
@@ -89,7 +89,7 @@ class Queries:
             yield self
             return
         for piece in blocks(count(self.inputs), samples):
-            deliver()
+            deliver_interrupt()
             yield self.block(piece)
             give_back_freed_memory()
 
@@ -168,7 +168,7 @@ class Queries:
             with self.function.evaluating(gradients=False), self.function.kept():
                 return [along(direction.to(point)).double().reshape(-1) for direction in directions]
 
-        columns = attempt(all_along, REFUSALS)
+        columns = result_or_error(all_along, REFUSALS)
         if isinstance(columns, Exception):  # not every network can be differentiated forward, or twice backward
             few = blocks(count(self.inputs), 64)
             return torch.cat([self.block(piece).gradients(theta) @ directions.T for piece in few])

@@ -11,7 +11,7 @@ from torch import Tensor
 from pathkernel.errors import SampleIdError, UnsupportedModelError
 from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.returned import batch_outputs
-from pathkernel.runtime.interrupts import attempt
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.trajectory.batch_gradients import ComparedGradient, RecordedGradients
 from pathkernel.trajectory.gradient_fit import fit_gradient, left_over
 from pathkernel.trajectory.samples import samples_of
@@ -215,7 +215,7 @@ def _cause(trajectory: Trajectory, step: Step, gradients: RecordedGradients, see
     if before is not None and len(batches) == 1 and len(before.ids) == len(batches[0].ids):
         shifted = replace(batches[0], ids=before.ids, inputs=before.inputs, targets=before.targets)
         with generators_untouched():
-            ran = attempt(lambda: gradients.compared(replace(step, batches=(shifted,))), (Exception,))
+            ran = result_or_error(lambda: gradients.compared(replace(step, batches=(shifted,))), (Exception,))
         if isinstance(ran, ComparedGradient) and ran.fit is not None:
             return (
                 ". It is that of the batch that was announced before: batches are announced one too early, as by "
@@ -240,7 +240,7 @@ def _has_a_state(trajectory: Trajectory, batch: MicroBatch, again: int = 1) -> b
             return function.batch(parameters, function.cast(inputs))
 
     with generators_untouched():
-        first = attempt(outputs, (Exception,))
+        first = result_or_error(outputs, (Exception,))
         if not isinstance(first, Tensor):
             return False
-        return any(attempt(lambda: torch.equal(first, outputs()), (Exception,)) is False for _ in range(again))
+        return any(result_or_error(lambda: torch.equal(first, outputs()), (Exception,)) is False for _ in range(again))

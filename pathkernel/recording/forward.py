@@ -13,7 +13,7 @@ from pathkernel.errors import InputError
 from pathkernel.gradients.forward_state import ForwardState, generator_states
 from pathkernel.gradients.returned import Returns, batch_outputs, output_leaves, returned_loss, selected
 from pathkernel.recording.modules import WatchedModules
-from pathkernel.runtime.interrupts import held
+from pathkernel.runtime.interrupts import defer_interrupts
 
 
 class Hook:
@@ -285,7 +285,7 @@ class ForwardWatcher:
         if not self.started or task < 0:
             return
         if task not in self._under_way:
-            with held():
+            with defer_interrupts():
                 if not self._under_way:
                     self.begins()
                 self._under_way[task] = BackwardPass()
@@ -311,7 +311,7 @@ class ForwardWatcher:
             backward.accumulates = True
 
     def _ended(self, task: int) -> None:
-        with held():
+        with defer_interrupts():
             backward = self._under_way.pop(task, None)
             if backward is None or not backward.accumulates:
                 return

@@ -36,7 +36,7 @@ from pathkernel.recording.readings import Reading, StepHooks, TakenStep, best_re
 from pathkernel.recording.trial import try_out
 from pathkernel.recording.validation import check_optimizer, unwrapped
 from pathkernel.runtime.checksum import checksum
-from pathkernel.runtime.interrupts import attempt, held
+from pathkernel.runtime.interrupts import defer_interrupts, result_or_error
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.cotangents import kept_cotangents
 from pathkernel.trajectory.frozen_state import FrozenOnReading, OptimizerState, frozen_in
@@ -261,11 +261,11 @@ class KernelRecorder:
         make_way(self)
         self._begun, self._process, self._in_with = caller(), os.getpid(), False
         try:
-            with held():
+            with defer_interrupts():
                 self._start()
         except KeyboardInterrupt:  # it came at the end, and nobody will call `close`
-            with held():
-                self._let_go()
+            with defer_interrupts():
+                self._detach()
             raise
 
     def _start(self) -> None:
@@ -320,14 +320,14 @@ class KernelRecorder:
 
     def close(self) -> Trajectory:
         """Let go of the optimizer and return the trajectory; recording may be started again."""
-        with held():
+        with defer_interrupts():
             self._open = None  # a step that Ctrl-C came into: how far it got is a change outside the optimizer
             try:
-                self._take_stock()
+                self._record_end_state()
                 self._note_outputs()
                 self._memory_at_close = self._live.memory(self._trajectory.rule)
             finally:
-                self._let_go()
+                self._detach()
         return self._trajectory
 
     def flush(self) -> int:
@@ -341,8 +341,8 @@ class KernelRecorder:
         How many steps are on record, and on disk where there is a store; fewer than were taken where the disk gave out,
         or where `Every(n)` joins them: the stretch at hand ends here.
         """
-        with held():
-            self._take_stock()
+        with defer_interrupts():
+            self._record_end_state()
             if self._handles:
                 self._trajectory.store.write_end()
         return len(self._trajectory)
@@ -354,7 +354,7 @@ class KernelRecorder:
             function = trajectory.function().with_(constants=trajectory.final_buffers)
             trajectory.stand(replace(trajectory.end, outputs=reference.at(function, self._live.vector())))
 
-    def _let_go(self) -> None:
+    def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -390,7 +390,7 @@ class KernelRecorder:
     @property
     def trajectory(self) -> Trajectory:
         """The path recorded so far."""
-        self._take_stock()
+        self._record_end_state()
         return self._trajectory
 
     # -- sample ids arrive with the batch ----------------------------------------------------------------------
@@ -502,7 +502,7 @@ class KernelRecorder:
             inputs = trajectory.data[few][0] if batch.inputs is None else batch.inputs
         inputs = as_tensors(inputs, trajectory.dtype)
         function, theta = trajectory.function(), self._live.vector()
-        ran = attempt(lambda: check_sample_wise(function, theta, inputs), (Exception,))
+        ran = result_or_error(lambda: check_sample_wise(function, theta, inputs), (Exception,))
         # Where the loop gives the network something else than these samples, the audit says so.
         if isinstance(ran, PathKernelError):
             raise ran
@@ -554,7 +554,7 @@ class KernelRecorder:
     def _forget_edits(self) -> None:
         self._gradient_changes = {}
 
-    def _take_stock(self) -> None:
+    def _record_end_state(self) -> None:
         """Put on record where parameters and buffers stand while the recorder watches."""
         if self._handles and self._open is None and not self._trajectory.store.stopped:
             self._note_change("unexplained")
@@ -584,7 +584,7 @@ class KernelRecorder:
     # -- the optimizer's own hooks ----------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with held():
+        with defer_interrupts():
             self._see_before(optimizer, args, kwargs)
 
     def _see_before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -687,7 +687,7 @@ class KernelRecorder:
             observer.observe(whole)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with held():  # a step is on record whole, or not at all
+        with defer_interrupts():  # a step is on record whole, or not at all
             self._see_after(optimizer)
 
     def _see_after(self, optimizer: Optimizer) -> None:

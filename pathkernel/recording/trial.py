@@ -11,7 +11,7 @@ from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.gradient_source import weighted_sum
 from pathkernel.gradients.pytrees import take
 from pathkernel.recording.audit import MEMORY
-from pathkernel.runtime.interrupts import attempt
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.trajectory.batch_gradients import EngineReplaced, Passes, RecordedGradients
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.step import Step
@@ -49,7 +49,7 @@ def try_out(trajectory: Trajectory, step: Step) -> None:
                 _by_sample(gradients, step)
             _queries(gradients, step)
 
-    ran = attempt(explained, (Exception,))
+    ran = result_or_error(explained, (Exception,))
     if isinstance(ran, RecordingError):
         raise ran
     if isinstance(ran, PathKernelError):

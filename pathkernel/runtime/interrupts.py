@@ -1,4 +1,4 @@
-"""Ctrl-C, where it must not come: while something is set for a moment that has to be put back.
+"""Deferred `KeyboardInterrupt`: not while something is set for a moment that has to be put back.
 
 Python raises `KeyboardInterrupt` between any two instructions, also between "it is set" and "from here on it will be
 put back", and within the putting back. torch's own context managers (modes, `torch.func.functional_call`) are Python,
@@ -25,14 +25,14 @@ _handler, _set_handler = _quick.getsignal, _quick.signal
 
 
 class _Waiting:
-    """What is known about Ctrl-C; only the main thread, which alone receives it, reads and writes this."""
+    """State of the deferral; only the main thread, which alone receives SIGINT, reads and writes it."""
 
     depth = 0
     came = False
     handler: Callable[[int, FrameType | None], Any] | None = None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Ctrl-C; whoever asks twice is not kept waiting."""
+        """Note SIGINT; a second one is delivered at once."""
         if self.came and self.handler is not None:
             self.handler(number, frame)
         self.came = True
@@ -41,8 +41,8 @@ class _Waiting:
 _WAITING = _Waiting()
 
 
-class held:
-    """Let Ctrl-C wait until the end; a second one comes at once.
+class defer_interrupts:
+    """Defer `KeyboardInterrupt` until the end; a second one is delivered at once.
 
     To be entered before everything that has to be put back. Costs a few microseconds; does nothing in threads other
     than the main one, to which Ctrl-C does not come, and where the user has switched it off.
@@ -66,11 +66,11 @@ class held:
         if _WAITING.depth == 0 and _WAITING.handler is not None:
             if _handler(NUMBER) == _WAITING.receive:  # unless the network has set one of its own
                 _set_handler(NUMBER, _WAITING.handler)
-            deliver()
+            deliver_interrupt()
 
 
-def deliver() -> None:
-    """Let a Ctrl-C come that has waited, unless `held` was entered twice: who entered it first is not through.
+def deliver_interrupt() -> None:
+    """Deliver a deferred interrupt, unless `defer_interrupts` was entered twice: who entered it first is not through.
 
     All that is entered by now is put back as after any other error.
     """
@@ -80,7 +80,7 @@ def deliver() -> None:
         handler(NUMBER, sys._getframe(1))
 
 
-def attempt(call: Callable[[], T], failures: tuple[type[Exception], ...]) -> T | Exception:
+def result_or_error(call: Callable[[], T], failures: tuple[type[Exception], ...]) -> T | Exception:
     """The result of a call, or the error by which it says that it cannot be done.
 
     Parameters

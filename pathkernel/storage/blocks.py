@@ -19,7 +19,7 @@ from pathkernel.errors import CorruptBlockError
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.runtime.checksum import DTYPES, crc32c
 from pathkernel.storage.encoding import UNSIGNED, EncodedBlock, bits, differences, whole
-from pathkernel.storage.format import PLAIN, ChunkedArray, Compression, Group, damaged, let_go
+from pathkernel.storage.format import PLAIN, ChunkedArray, Compression, Group, damaged, drop_page_cache
 from pathkernel.storage.packing import PackingError, pack, unpack
 
 RECORD_CHUNK = 2**18
@@ -257,10 +257,10 @@ class Blocks:
 
     def _let_go(self, path: Path) -> None:
         """Begin to move a file to disk, and let go of one for which that was begun some files ago."""
-        let_go(path)
+        drop_page_cache(path)
         self._leaving.append(path)
         if len(self._leaving) > LEAVING:
-            let_go(self._leaving.popleft())
+            drop_page_cache(self._leaving.popleft())
 
     def _write_commit(self, commit: Commit) -> None:
         self.array("commit").write([commit.block], np.array(astuple(commit), np.int64))

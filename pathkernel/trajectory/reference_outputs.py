@@ -17,7 +17,7 @@ from pathkernel.errors import ModelMismatchError
 from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.runtime.checksum import DTYPES, condensed
-from pathkernel.runtime.interrupts import attempt
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.trajectory.samples import Samples
 
 T = TypeVar("T")
@@ -109,7 +109,7 @@ class ReferenceOutputs:
     def _differences(self, where: str, recorded: Tensor, function: ModelFunction, theta: Tensor) -> list[str]:
         tolerance = ROUNDING.get(function.dtype, max(ROUNDING.values()))
         with generators_untouched():
-            found = attempt(lambda: _outputs(function, theta, self.inputs), (Exception,))
+            found = result_or_error(lambda: _outputs(function, theta, self.inputs), (Exception,))
             if isinstance(found, Exception):
                 return [f"at {where} of the recording it fails on training sample {self.samples[0]} ({found})"]
             if found.shape != recorded.shape:
@@ -140,7 +140,7 @@ def _unless_it_fails(look: Callable[[], T]) -> T | None:
     """The result of a look at data or network; None where these fail, which is no fault of the recording's."""
     with generators_untouched():
         try:
-            found = attempt(look, (Exception,))
+            found = result_or_error(look, (Exception,))
         except (MemoryError, RuntimeError):  # samples that the loop would have cut smaller may fill the memory
             return None
     return None if isinstance(found, Exception) else found

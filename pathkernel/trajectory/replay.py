@@ -26,7 +26,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import moved
 from pathkernel.gradients.returned import returned_loss
 from pathkernel.runtime.checksum import checksum
-from pathkernel.runtime.interrupts import attempt, held
+from pathkernel.runtime.interrupts import defer_interrupts, result_or_error
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.samples import samples_of
@@ -215,7 +215,7 @@ class Replay:
 
     def _move(self, theta: Tensor) -> None:
         """A change that was made outside the optimizer."""
-        with held(), torch.no_grad():
+        with defer_interrupts(), torch.no_grad():
             for name, value in self.run.layout.unflatten(theta).items():
                 self._parameters[name].copy_(value)
         self._at = theta
@@ -439,7 +439,7 @@ class ReplayStore(Store):
 
     def _replayed(self, start: int) -> list[Step]:
         """All steps of the block that begins with a keyframe."""
-        taken = attempt(lambda: self._taken_again(start), (*SENSELESS, NotImplementedError))
+        taken = result_or_error(lambda: self._taken_again(start), (*SENSELESS, NotImplementedError))
         if isinstance(taken, PathKernelError):
             raise taken
         if isinstance(taken, Exception):  # of an optimizer that is not this one, or a state that it cannot have had

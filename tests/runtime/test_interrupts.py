@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import pathkernel as pk
-from pathkernel.runtime.interrupts import attempt, deliver, held
+from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt, result_or_error
 from pathkernel.storage.format import Lock
 from pathkernel.testing import interrupted
 
@@ -43,8 +43,8 @@ def press() -> None:
 
 def test_ctrl_c_waits_until_the_outermost_end() -> None:
     reached = []
-    with pytest.raises(KeyboardInterrupt), held():
-        with held():
+    with pytest.raises(KeyboardInterrupt), defer_interrupts():
+        with defer_interrupts():
             press()
             reached.append("inner")
         reached.append("outer")
@@ -53,40 +53,40 @@ def test_ctrl_c_waits_until_the_outermost_end() -> None:
 
 
 def test_who_presses_twice_is_not_kept_waiting() -> None:
-    with pytest.raises(KeyboardInterrupt), held():
+    with pytest.raises(KeyboardInterrupt), defer_interrupts():
         press()
         with pytest.raises(KeyboardInterrupt):
             press()
 
 
 def test_it_may_come_earlier_where_that_is_said() -> None:
-    with held():
-        deliver()  # there is none
+    with defer_interrupts():
+        deliver_interrupt()  # there is none
         press()
         with pytest.raises(KeyboardInterrupt):
-            deliver()
-        deliver()  # it came once
+            deliver_interrupt()
+        deliver_interrupt()  # it came once
 
 
 def test_it_does_not_come_into_the_work_of_who_let_it_wait_first() -> None:
     reached = []
-    with pytest.raises(KeyboardInterrupt), held():
-        with held():
+    with pytest.raises(KeyboardInterrupt), defer_interrupts():
+        with defer_interrupts():
             press()
-            deliver()
+            deliver_interrupt()
         reached.append("outer")
     assert reached == ["outer"]
 
 
 def test_one_that_came_before_is_not_delivered_again() -> None:
-    with pytest.raises(KeyboardInterrupt), held():
+    with pytest.raises(KeyboardInterrupt), defer_interrupts():
         press()
-    with held():
-        deliver()
+    with defer_interrupts():
+        deliver_interrupt()
 
 
 def test_an_error_gives_way_to_it() -> None:
-    with pytest.raises(KeyboardInterrupt) as caught, held():
+    with pytest.raises(KeyboardInterrupt) as caught, defer_interrupts():
         press()
         raise ValueError
     assert isinstance(caught.value.__context__, ValueError)
@@ -95,7 +95,7 @@ def test_an_error_gives_way_to_it() -> None:
 def test_a_handler_of_the_users_own_is_called() -> None:
     seen: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
-    with held():
+    with defer_interrupts():
         press()
         assert not seen
     assert seen == [signal.SIGINT]
@@ -103,14 +103,14 @@ def test_a_handler_of_the_users_own_is_called() -> None:
 
 def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with held():
+    with defer_interrupts():
         press()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_handler_that_is_set_inside_stays() -> None:
     mine: Callable[[int, FrameType | None], Any] = lambda number, frame: None  # noqa: E731
-    with held():
+    with defer_interrupts():
         signal.signal(signal.SIGINT, mine)
     assert signal.getsignal(signal.SIGINT) is mine
 
@@ -120,9 +120,9 @@ def test_other_threads_leave_it_alone() -> None:
 
     def work() -> None:
         try:
-            with held():
+            with defer_interrupts():
                 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-                deliver()
+                deliver_interrupt()
         except BaseException as error:
             errors.append(error)
 
@@ -136,10 +136,10 @@ def test_other_threads_leave_it_alone() -> None:
 
 
 def test_an_attempt_tells_results_from_failures() -> None:
-    assert attempt(lambda: 3, (ValueError,)) == 3
-    assert isinstance(attempt(lambda: int("three"), (ValueError,)), ValueError)
+    assert result_or_error(lambda: 3, (ValueError,)) == 3
+    assert isinstance(result_or_error(lambda: int("three"), (ValueError,)), ValueError)
     with pytest.raises(ZeroDivisionError):
-        attempt(lambda: 1 // 0, (ValueError,))
+        result_or_error(lambda: 1 // 0, (ValueError,))
 
 
 def test_ctrl_c_that_comes_out_as_another_error_is_ctrl_c() -> None:
@@ -150,14 +150,14 @@ def test_ctrl_c_that_comes_out_as_another_error_is_ctrl_c() -> None:
             [].pop()
 
     with pytest.raises(KeyboardInterrupt):
-        attempt(work, (IndexError,))
+        result_or_error(work, (IndexError,))
 
 
 def test_what_is_done_because_of_ctrl_c_can_fail_as_ever() -> None:
     try:
         raise KeyboardInterrupt
     except KeyboardInterrupt:
-        assert isinstance(attempt(lambda: int("three"), (ValueError,)), ValueError)
+        assert isinstance(result_or_error(lambda: int("three"), (ValueError,)), ValueError)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("no room"), RuntimeError("std::bad_alloc")])
@@ -166,7 +166,7 @@ def test_that_no_memory_is_left_is_not_an_answer(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)):
-        attempt(work, (RuntimeError, MemoryError))
+        result_or_error(work, (RuntimeError, MemoryError))
 
 
 def test_a_network_for_which_no_memory_is_left_is_not_taken_for_one_without_rules() -> None:

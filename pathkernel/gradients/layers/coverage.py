@@ -30,7 +30,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.per_sample import ROW_LIMIT, error_of_rows, random_directions
 from pathkernel.gradients.pytrees import count
-from pathkernel.runtime.interrupts import attempt
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.workspace import Workspace
 
 TOLERANCE = 1e-9
@@ -81,7 +81,7 @@ def prove(
     """
     known = set(lengths)
     sizes = [n for n in SAMPLES if n not in known][:2] or list(SAMPLES[:2])
-    found = attempt(lambda: _proved(function.converted(torch.float64), theta.double(), inputs, sizes), FAILURES)
+    found = result_or_error(lambda: _proved(function.converted(torch.float64), theta.double(), inputs, sizes), FAILURES)
     return uncovered(function, found) if isinstance(found, Exception) else found
 
 
@@ -233,7 +233,7 @@ class ProvedTapes:
         if latest is not None and latest.plain.keys() >= set(function.layout.names):
             return Tape(function, theta, inputs, (), latest.plain, self.workspace)
         known = (latest.arrangements, latest.plain) if latest else ((), {})
-        tape = attempt(lambda: Tape(function, theta, inputs, *known, self.workspace), FAILURES)
+        tape = result_or_error(lambda: Tape(function, theta, inputs, *known, self.workspace), FAILURES)
         if isinstance(tape, Exception):
             self._latest = self.proved.setdefault(None, uncovered(function, tape))
             return Tape(function, theta, inputs, (), self._latest.plain, self.workspace)
@@ -270,7 +270,7 @@ def _are_own_rows(tape: Tape, theta: Tensor, inputs: PyTree) -> bool:
     if error <= limit or error == float("inf"):
         return error <= limit
     function = tape.function.converted(torch.float64)
-    again = attempt(lambda: Tape(function, theta.double(), inputs, tape.arrangements, tape.plain), FAILURES)
+    again = result_or_error(lambda: Tape(function, theta.double(), inputs, tape.arrangements, tape.plain), FAILURES)
     return not isinstance(again, Exception) and _error(again, theta.double(), inputs) <= ROW_LIMIT[torch.float64]
 
 
@@ -291,7 +291,7 @@ def _error(tape: Tape, theta: Tensor, inputs: PyTree) -> float:
             found += piece.products(function.cast(v))[:, 0, 0].double()
         return found
 
-    found = attempt(rows, FAILURES)
+    found = result_or_error(rows, FAILURES)
     if isinstance(found, Exception):
         return float("inf")
     inputs = function.cast(inputs)

@@ -23,7 +23,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import count
 from pathkernel.gradients.returned import batch_outputs, output_leaves
-from pathkernel.runtime.interrupts import attempt, deliver, held
+from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt, result_or_error
 from pathkernel.runtime.workspace import Workspace, give_back_freed_memory
 
 FAILURES = (NoRule, *REFUSALS)
@@ -119,7 +119,7 @@ class Tape:
             Where ``components`` are ``outputs[:, identity]``: the last layer's signals are then known.
         """
         signals = self._signals(components, identity)
-        with held(), torch.no_grad():
+        with defer_interrupts(), torch.no_grad():
             return self._pieces(signals, identity)
 
     def _pieces(self, signals: list[Tensor | None], identity: slice | None) -> list[Piece]:
@@ -166,11 +166,11 @@ class Tape:
             for name, where, own in handle.pull(factor):
                 contributions[name].append((where, own))
 
-        error = attempt(pull, FAILURES if self.proving else ())
+        error = result_or_error(pull, FAILURES if self.proving else ())
         if error is not None:
             reason = f"{call.function} could not be taken apart ({type(error).__name__})"
             self.plain |= dict.fromkeys(handle.names(), reason)
-        deliver()
+        deliver_interrupt()
 
     def _pieces_of(self, name: str, parts: list[tuple[slice, Factor]]) -> list[Piece]:
         where = self.function.layout.slices[name]

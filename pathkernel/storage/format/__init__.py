@@ -15,7 +15,7 @@ from pathkernel.runtime.extras import require_extra
 require_extra("store", "A store on disk", "numcodecs", "filelock")
 
 from pathkernel.storage.format.arrays import MAX_CHUNK_BYTES, PLAIN, ChunkedArray, Compression
-from pathkernel.storage.format.files import damaged, let_go, replaced, synchronise, write_atomically
+from pathkernel.storage.format.files import damaged, drop_page_cache, replaced, synchronise, write_atomically
 from pathkernel.storage.format.groups import Group
 from pathkernel.storage.format.lock import Lock
 
@@ -27,7 +27,7 @@ __all__ = [
     "MAX_CHUNK_BYTES",
     "PLAIN",
     "damaged",
-    "let_go",
+    "drop_page_cache",
     "replaced",
     "synchronise",
     "write_atomically",

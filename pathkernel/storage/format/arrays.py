@@ -14,7 +14,7 @@ import numpy as np
 from numcodecs import blosc
 
 from pathkernel.runtime.checksum import crc32c
-from pathkernel.runtime.interrupts import held
+from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.storage.format.files import damaged, make_folders, read_file, synchronise, write_atomically
 
 MAX_CHUNK_BYTES = 2**28
@@ -87,7 +87,7 @@ class ChunkedArray:
         values = np.ascontiguousarray(values, dtype=self.dtype)
         assert values.shape == self.chunks
         codec = self.compression
-        with held():  # or else a lock that Blosc takes stays taken, and the next call waits for it for ever
+        with defer_interrupts():  # or else a lock that Blosc takes stays taken, and the next call waits for it for ever
             packed = blosc.compress(values, codec.name.encode(), codec.level, _SHUFFLES[codec.shuffle], 0)
         checksum = crc32c(packed)
         path = self.root / self.file(index)
@@ -132,7 +132,7 @@ class ChunkedArray:
             raise damaged(path, f"declares {size} bytes where a chunk has {self.chunk_bytes}")
         out = np.empty(self.chunks, self.dtype)
         try:
-            with held():
+            with defer_interrupts():
                 blosc.decompress(packed, out)
         except (RuntimeError, ValueError):
             raise damaged(path, "cannot be decompressed") from None

@@ -71,7 +71,7 @@ def _moved(path: Path, suffix: str) -> Iterator[Path]:
         raise
 
 
-def let_go(path: Path) -> None:
+def drop_page_cache(path: Path) -> None:
     """Have the system write a file to disk and keep nothing of it in memory.
 
     Asked once, writing begins; asked again later, what has been written by then is let go of. A recording is hardly

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pathkernel.errors import StoreError
-from pathkernel.runtime.interrupts import held
+from pathkernel.runtime.interrupts import defer_interrupts
 
 
 class Lock:
@@ -39,7 +39,7 @@ class Lock:
             Where another recorder holds it, with its process and machine.
         """
         try:
-            with held():
+            with defer_interrupts():
                 self._acquire()
         except KeyboardInterrupt:
             self.release()
@@ -64,7 +64,7 @@ class Lock:
 
     def release(self) -> None:
         """Give the lock up."""
-        with held():
+        with defer_interrupts():
             self._lock.release()
 
     def __enter__(self) -> None:

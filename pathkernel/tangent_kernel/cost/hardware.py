@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pathkernel.runtime.interrupts import held
+from pathkernel.runtime.interrupts import defer_interrupts
 
 LONGEST = 1.5e-2
 """Seconds that one number may take to measure, beyond a few runs."""
@@ -45,7 +45,7 @@ def machine(dtype: torch.dtype) -> Machine:
 
 @lru_cache
 def _measured(dtype: torch.dtype, threads: int) -> Machine:
-    with held(), torch.no_grad():
+    with defer_interrupts(), torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         random = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
         square, left, right = random(320, 320), random(64, 64, 64), random(64, 64, 64)

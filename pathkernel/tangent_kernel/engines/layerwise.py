@@ -18,7 +18,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.per_sample import REFUSALS, values_of
 from pathkernel.gradients.pytrees import blocks, count, spread, take
-from pathkernel.runtime.interrupts import attempt
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.workspace import Workspace, keep_freed_memory
 from pathkernel.tangent_kernel.engines.blocking import Plan, Sizes, cuts
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples, check_budget
@@ -111,7 +111,8 @@ class LayerwiseEngine(Engine):
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 self.tapes.record(theta, X, self.function)
 
-        attempt(watched, REFUSALS)  # transformations inside the network refuse hooks: its results are counted alone
+        # Transformations inside the network refuse hooks: its results are counted alone.
+        result_or_error(watched, REFUSALS)
         item, n = self.function.dtype.itemsize, count(X)
         graph = max(0, sum(saved.values()) - self.function.layout.size * item)
         graph += 2 * item * sum(shape.numel() for shape in tape.shapes)

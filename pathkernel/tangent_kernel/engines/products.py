@@ -10,7 +10,7 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import count, moved, take
-from pathkernel.runtime.interrupts import attempt
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, number_of_components
 from pathkernel.tangent_kernel.engines.jacobian import AutogradEngine
 from pathkernel.tangent_kernel.engines.jacobian_products import PlainJacobianProducts
@@ -37,7 +37,7 @@ class ProductsEngine(Engine):
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
         """K(X, Y), column by column; where the network refuses, by a loop of autograd over samples."""
-        found = attempt(lambda: self._gram(theta, X, Y, context_X, context_Y, preconditioner), REFUSALS)
+        found = result_or_error(lambda: self._gram(theta, X, Y, context_X, context_Y, preconditioner), REFUSALS)
         if isinstance(found, Exception):
             plain = AutogradEngine(self.function, self.selection, self.memory)
             return plain.gram(theta, X, Y, context_X, context_Y, preconditioner)
@@ -88,7 +88,7 @@ def error_of_engine(engine: Engine, theta: Tensor, X: PyTree, context: PyTree, p
     u = torch.randn((n, k, 1) if full else (n, 1), dtype=torch.float64, generator=generator).to(matrix.device)
     directions = products.pull(u, slice(0, k))
     scaled = directions if preconditioner is None else directions * preconditioner.double()
-    expected = attempt(lambda: products.push(scaled, slice(0, k)), REFUSALS)
+    expected = result_or_error(lambda: products.push(scaled, slice(0, k)), REFUSALS)
     if isinstance(expected, Exception):
         return math.nan
     if engine.selection.combine == "mean":
