@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class InThreeParts(Exception):
-    """What was found, what was expected, and what to write instead.
+    """Error in three parts: what was found, what was expected, and what to write instead.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class MissingExtraError(PathKernelError, ImportError):
 
 
 def brief(value: object, length: int = 200) -> str:
-    """What may come from a file of somebody else's, as text that is cut where it is long."""
+    """Text that may come from somebody else's file, cut where it is long."""
     text = str(value)
     return text if len(text) <= length else f"{text[:length]}…"
 

@@ -1,4 +1,4 @@
-"""What a kernel says about a network: alignment with the task, speed of change, spectrum."""
+"""Analyses of kernel matrices: alignment with the task, speed of change, spectrum."""
 
 from pathkernel.runtime.lazy import lazy_names
 

@@ -1,4 +1,4 @@
-"""What counts as a Gram matrix: the checks that every analysis of one begins with."""
+"""Definition of a Gram matrix: the checks that every analysis of one begins with."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ PROBE = 300
 
 @dataclass
 class Demo:
-    """What the demo measured.
+    """Measurements of the demo.
 
     Attributes
     ----------

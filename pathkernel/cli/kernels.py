@@ -47,7 +47,7 @@ def gram(arguments: argparse.Namespace) -> Result:
 
 
 def explain(arguments: argparse.Namespace) -> Result:
-    """Which training samples moved some outputs, kept in ``--store`` while it grows."""
+    """Explain outputs by the training samples that moved them; kept in ``--store`` while it grows."""
     trajectory = opened(arguments)
     machine = KernelMachine(trajectory, memory=arguments.memory, progress=not arguments.quiet)
     (X,) = samples(arguments.queries, ("X",))
@@ -83,7 +83,7 @@ def _everything(trajectory: Trajectory) -> PyTree:
 
 
 def plan(arguments: argparse.Namespace) -> Result:
-    """What each level of record serves and costs."""
+    """Table of the levels of record: use and cost of each."""
     rows = plan_table(
         arguments.size,
         arguments.steps,

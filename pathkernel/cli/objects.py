@@ -131,7 +131,7 @@ def _loss(place: str) -> Any:
 
 
 def _check_loss_of_store(trajectory: Trajectory, header: Header) -> None:
-    """Whether the loss that a store names suits the outputs and targets at hand."""
+    """Check that the loss that a store names suits the outputs and targets at hand."""
     function = trajectory.function()
 
     def values() -> None:

@@ -24,7 +24,7 @@ Result = tuple[int, dict[str, Any], str]
 
 
 def info(arguments: argparse.Namespace) -> Result:
-    """What a store holds."""
+    """Contents of a store."""
     store = DiskStore.open(arguments.run)
     header = store.header
     assert header is not None
@@ -103,7 +103,7 @@ def export(arguments: argparse.Namespace) -> Result:
 
 
 def _points(store: DiskStore, arguments: argparse.Namespace) -> list[int]:
-    """Which points of the path: all, or those asked for; negative ones count from the end."""
+    """Points of the path: all, or those asked for; negative ones count from the end."""
     length = len(store)
     asked = range(length + 1) if arguments.steps is None else [int(s) for s in arguments.steps.split(",")]
     points = [s + length + 1 if s < 0 else s for s in asked]
@@ -146,13 +146,13 @@ def _weights(store: DiskStore, arguments: argparse.Namespace) -> tuple[list[int]
 
 
 def _is_member(name: str) -> bool:
-    """Whether a parameter's name can be that of a file in an archive."""
+    """Test that a parameter's name can be that of a file in an archive."""
     fits = len(name) <= 1000 and not any(c in "\0\\" or "\ud800" <= c <= "\udfff" for c in name)
     return fits and not {"", ".."} & set(name.split("/"))
 
 
 def _named_points(names: Collection[str]) -> str:
-    """Under which name the numbers of the points stand beside the parameters."""
+    """Name under which the numbers of the points stand beside the parameters."""
     name = "steps"
     while name in names:
         name += "_"

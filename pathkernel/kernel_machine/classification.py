@@ -12,7 +12,7 @@ from pathkernel.trajectory.trajectory import Trajectory
 
 
 def is_classifier(trajectory: Trajectory) -> bool:
-    """Whether the training targets are classes."""
+    """Test that the training targets are classes."""
     loss, task = trajectory.loss, trajectory.task
     if task is not None:
         return task == "classification"

@@ -1,4 +1,4 @@
-"""Whether an explanation is complete: what has no name is little, and the sum is what the network returns."""
+"""Completeness of an explanation: little has no name, and the sum is what the network returns."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ class KernelMachine:
 
     @property
     def is_classifier(self) -> bool:
-        """Whether the training targets are classes."""
+        """True where the training targets are classes."""
         return is_classifier(self.trajectory)
 
     @property

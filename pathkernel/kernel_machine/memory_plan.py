@@ -274,7 +274,7 @@ class _Planner:
     # -- what follows ----------------------------------------------------------------------------------------
 
     def _ample(self, two: Queries, usable: float) -> bool:
-        """Whether all fits at once even if all that two samples take grew with their number and came together."""
+        """Test that all fits at once even if all that two samples take grew with their number and came together."""
         quadrature = self.curve.quadrature
         if not (self.rule.elementwise and isinstance(quadrature, FixedQuadrature | DiscreteGradient)):
             return False

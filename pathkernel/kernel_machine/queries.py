@@ -242,7 +242,7 @@ class GradientStep:
         return GradientStep(self.queries.block(samples), self.segment)
 
     def rows_of(self, samples: Tensor) -> Tensor:
-        """Which queries are those of some of the samples."""
+        """Rows of the queries of some of the samples."""
         components = self.queries.components
         return (samples[:, None] * components + torch.arange(components, device=samples.device)).reshape(-1)
 

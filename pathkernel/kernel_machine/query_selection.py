@@ -1,4 +1,4 @@
-"""Which outputs of which samples are explained: queries as they are asked for, made into functions of θ."""
+"""Selection of the outputs and samples that are explained: queries as asked for, made into functions of θ."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ ANYTHING = 1e300
 
 
 def has_memory(trajectory: Trajectory, settings: Settings) -> bool:
-    """Whether a step depends on earlier gradients other than through what is frozen."""
+    """Test that a step depends on earlier gradients other than through what is frozen."""
     memory = trajectory.rule.memory
     unused = memory == ("momentum_buffer",) and all(group.get("momentum", 1) == 0 for group in settings)
     return bool(memory) and not unused

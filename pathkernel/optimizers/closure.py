@@ -17,7 +17,7 @@ returns it."""
 
 
 def evaluated(closure: Closure | None) -> Any:
-    """What the closure returns, after it has put the gradients in place; None without a closure."""
+    """Value of the closure, after it has put the gradients in place; None without a closure."""
     if closure is None:
         return None
     with torch.enable_grad():

@@ -61,7 +61,7 @@ class PathMeasure:
 
     @property
     def needs_points(self) -> bool:
-        """Whether w_s depends on θ at both ends of a step, beside its settings."""
+        """True where w_s depends on θ at both ends of a step, beside its settings."""
         return self.name == "arc_length"
 
     def weight(self, step: Step) -> float:
@@ -73,7 +73,7 @@ class PathMeasure:
         return float(step.length)
 
     def is_identity(self, step: Step) -> bool:
-        """Whether M_s is the identity."""
+        """True where M_s is the identity."""
         return self.preconditioner is None and (self.name != "learning_rate" or len(set(_rates(step))) == 1)
 
     def preconditioner_of(self, step: Step) -> Float[Tensor, " P"] | None:
@@ -212,7 +212,7 @@ def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: Any = None) 
 
 
 def _follows(step: Step, before: Step) -> bool:
-    """Whether a step begins where another one ended, with the same running statistics."""
+    """Test that a step begins where another one ended, with the same running statistics."""
     if step.buffers is not before.buffers:
         return False
     if before.after.numel():

@@ -1,4 +1,4 @@
-"""What every figure shares: colours told apart by all readers, sizes legible in a report, room on a page."""
+"""Appearance of every figure: colours told apart by all readers, sizes legible in a report, room on a page."""
 
 from __future__ import annotations
 

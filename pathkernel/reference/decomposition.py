@@ -16,7 +16,7 @@ from pathkernel.reference.training import Statistics, loss_gradient, prepare, tr
 
 @dataclass(frozen=True)
 class Decomposition:
-    """What moved each query output, f(x; θ_S) = f(x; θ_0) + Σ_i share_i(x) + weight_decay(x) + residual(x).
+    """Decomposition of each query output, f(x; θ_S) = f(x; θ_0) + Σ_i share_i(x) + weight_decay(x) + residual(x).
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class Decomposition:
 
     @property
     def residual(self) -> Tensor:
-        """What the quadrature leaves unexplained, (Q,)."""
+        """Part that the quadrature leaves unexplained, (Q,)."""
         return self.final - (self.initial + self.shares.sum(dim=1) + self.weight_decay)
 
 

@@ -108,12 +108,12 @@ class Footprint:
         return float((self.constant + self.slope * n).max())
 
     def held(self, n: float) -> float:
-        """What is still there while the result is."""
+        """Memory that is still there while the result is."""
         return float(self.constant[-1] + self.slope[-1] * n)
 
     @property
     def at_the_end(self) -> Footprint:
-        """What is still there while the result is."""
+        """Memory that is still there while the result is."""
         return Footprint(self.constant[-1:], self.slope[-1:])
 
     def plus(self, constant: float, slope: float = 0.0) -> Footprint:

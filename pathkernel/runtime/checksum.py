@@ -72,7 +72,7 @@ def row_major(tensor: Tensor) -> np.ndarray:
 
 
 def condensed(values: Tensor, length: int) -> Tensor:
-    """At most so many numbers of each row of a matrix (n, m): its entries, or of more as many weighted sums of them."""
+    """Digest of each row of a matrix (n, m): at most so many numbers, its entries or as many weighted sums of them."""
     if values.shape[1] <= length:
         return values
     weighted = values * torch.cos(torch.arange(values.shape[1], dtype=values.dtype, device=values.device))

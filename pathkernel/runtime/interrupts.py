@@ -14,8 +14,6 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
-import torch
-
 T = TypeVar("T")
 
 NUMBER = int(signal.SIGINT)
@@ -109,7 +107,8 @@ def result_or_error(call: Callable[[], T], failures: tuple[type[Exception], ...]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left; torch's allocator on the CPU has no type of error for it."""
-    typed = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    """Test that an error says that no memory is left; torch's allocator on the CPU has no type of error for it."""
+    torch = sys.modules.get("torch")  # which takes seconds to import: this module does not wait for it
+    typed = isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
     said = ("DefaultCPUAllocator", "out of memory", "std::bad_alloc")
     return typed or (isinstance(error, RuntimeError) and any(words in str(error) for words in said))

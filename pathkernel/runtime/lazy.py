@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+from pathkernel.runtime.interrupts import defer_interrupts
+
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` of a package, so that importing it loads none of its modules.
@@ -28,7 +30,9 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], 
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         home, is_module, _ = homes[name].partition(":")
-        module = import_module(f"pathkernel.{home}")
+        # An interrupt within the initialisation of a compiled module comes out as an ImportError.
+        with defer_interrupts():
+            module = import_module(f"pathkernel.{home}")
         value = module if is_module else getattr(module, name)
         setattr(sys.modules[package], name, value)
         return value

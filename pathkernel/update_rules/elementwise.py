@@ -1,4 +1,4 @@
-"""For optimizers without a rule, on request: the ratio of displacement and gradient, entry by entry."""
+"""Rule for optimizers that have none, on request: the ratio of displacement and gradient, entry by entry."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Elementwise(UpdateRule):
         return gradient / frozen["gradient"] * frozen["displacement"], memory
 
     def displacement_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
-        """What moved where the gradient is 0."""
+        """Displacement where the gradient is 0."""
         alone = frozen["displacement"].where(frozen["gradient"].isinf(), 0.0)
         return {"unexplained": alone} if alone.any() else {}
 
@@ -63,6 +63,6 @@ def nonzero(gradient: Tensor) -> Tensor:
 
 
 def per_rate(scaling: Tensor, settings: Settings) -> Tensor:
-    """What a step does to the gradient over the learning rate, for rules whose step is not written with it."""
+    """Effect of a step on the gradient over the learning rate, for rules whose step is not written with it."""
     rate = float(settings.get("lr", 1.0))
     return scaling / rate if rate else torch.zeros_like(scaling)

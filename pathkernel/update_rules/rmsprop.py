@@ -30,7 +30,7 @@ class RMSprop(UpdateRule):
         return ("square_avg", "grad_avg") if settings["centered"] else ("square_avg",)
 
     def keeps_memory(self, settings: Settings) -> bool:
-        """Whether there is momentum."""
+        """True with momentum."""
         return float(settings.get("momentum", 1.0)) != 0
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch.func import vjp, vmap
 
 @dataclass(frozen=True)
 class Observation:
-    """What one optimizer step showed of one parameter.
+    """Observation of one parameter around one optimizer step.
 
     Attributes
     ----------
@@ -107,7 +107,7 @@ class UpdateRule(ABC):
         """
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
-        """What is held fixed in a step: tensors and numbers that `step` and the sources need besides ``settings``."""
+        """Tensors and numbers held fixed in a step that `step` and the sources need besides ``settings``."""
         return {}
 
     def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
@@ -120,7 +120,7 @@ class UpdateRule(ABC):
         return None
 
     def keeps_memory(self, settings: Settings) -> bool:
-        """Whether gradients go into the optimizer's memory under these settings."""
+        """True where gradients go into the optimizer's memory under these settings."""
         return bool(self.memory)
 
     def gradient_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:

@@ -37,11 +37,11 @@ class SGD(UpdateRule):
         return ()
 
     def keeps_memory(self, settings: Settings) -> bool:
-        """Whether there is momentum."""
+        """True with momentum."""
         return float(settings.get("momentum", 1.0)) != 0
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
-        """Whether this step makes the momentum buffer."""
+        """Flag of the step that makes the momentum buffer."""
         return {"first": observed.before.get("momentum_buffer") is None}
 
     def step(self, gradient: Tensor, memory: Memory, frozen: Frozen, settings: Settings) -> tuple[Tensor, Memory]:

@@ -1,4 +1,4 @@
-"""Which rule belongs to which optimizer."""
+"""Table of optimizers and their rules."""
 
 from __future__ import annotations
 

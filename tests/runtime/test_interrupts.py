@@ -353,3 +353,28 @@ def test_no_lock_of_the_compressor_stays_taken(tmp_path: Path) -> None:
     command = [sys.executable, "-c", COMPRESSING, str(tmp_path / "group")]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert int(found.stdout.split()[0]) >= 2  # of writing
+
+
+IMPORTING = """
+import signal, sys
+import pathkernel as pk
+
+def trace(frame, event, _):
+    if "scipy" in frame.f_code.co_filename:
+        sys.settrace(None)
+        signal.raise_signal(signal.SIGINT)
+    return trace
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.settrace(trace)
+try:
+    pk.PathKernel
+except KeyboardInterrupt:
+    print("interrupted", "scipy.optimize" in sys.modules)
+print(pk.PathKernel.__name__)
+"""
+
+
+def test_ctrl_c_while_a_name_is_imported_comes_after_it() -> None:
+    found = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout.split() == ["interrupted", "True", "PathKernel"]
