@@ -26,6 +26,7 @@ KEYS = {
     "engines.py": {"workload", "method", "seconds", "floor_seconds", "peak_mb", "error"},
     "faults.py": {"fault", "trials", "survived", "lost", "silently_wrong"},
     "recording.py": {"model", "optimizer", "level", "ratio", "milliseconds_per_step", "target"},
+    "structure.py": {"figure", "value"},
     "sgd_or_adam.py": {"optimizer", "rank_correlation", "residual_exact", "residual_as_sgd"},
 }
 
