@@ -29,7 +29,10 @@ from torch import nn
 
 import pathkernel as pk
 
-BARE = set(["what", "whether", "see", "of", "those", "that", "by", "for", "which", "this", "it", "they", "who", "these", "its", "their", "in", "to", "from", "at", "with", "on"])
+BARE = {
+    *("what", "whether", "see", "of", "those", "that", "by", "for", "which", "this", "it", "they", "who", "these"),
+    *("its", "their", "in", "to", "from", "at", "with", "on"),
+}
 """Words with which no docstring should begin: they leave out what it is about."""
 FACTORS = re.compile(r"isinstance\([^)]*\b(?:Dense|Outer|Lookup|Factor)\b")
 STEPS, KEYFRAMES = 12, 4
