@@ -5,12 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, SampleIdError
 from pathkernel.gradients.forward_state import ForwardState
+from pathkernel.gradients.pytrees import count
 from pathkernel.gradients.returned import Returns
 from pathkernel.recording.forward import ForwardPass, ForwardWatcher, Shapes, zero_outputs
 from pathkernel.recording.live import LiveParameters
@@ -37,6 +40,33 @@ def checked_ids(ids: Tensor, samples: int) -> Tensor:
             "Write `recorder.batch(ids)` with the positions of the batch's samples in `data`",
         )
     return ids.to(torch.int64).cpu().clone()
+
+
+def checked_batch(samples: int, ids: Any, weights: Any, inputs: PyTree, targets: PyTree) -> MicroBatch:
+    """A batch as `pathkernel.KernelRecorder.announce` takes it, of data with so many samples.
+
+    Raises
+    ------
+    SampleIdError
+        Unless ids are some of the data's, each with one weight, input and target where these are given.
+    """
+    ids = checked_ids(torch.as_tensor(ids), samples)
+    if weights is not None:
+        weights = torch.as_tensor(weights).detach().clone()
+        if weights.shape != ids.shape:
+            raise SampleIdError(
+                f"{len(ids)} ids came with weights of shape {tuple(weights.shape)}",
+                "Every sample of a batch has one weight",
+                "Write `recorder.announce(ids, weights=w)` with `len(w) == len(ids)`",
+            )
+    for name, given in (("inputs", inputs), ("targets", targets)):
+        if given is not None and count(given) != len(ids):
+            raise SampleIdError(
+                f"{len(ids)} ids came with {count(given)} {name}",
+                "Ids and samples of a batch correspond one to one",
+                f"Write `recorder.announce(ids, {name}={name})` with one row for each id",
+            )
+    return MicroBatch(ids, weights, inputs, targets)
 
 
 class AnnouncedBatch:

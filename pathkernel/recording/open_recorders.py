@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +22,13 @@ class Opened(Protocol):
 
     optimizer: Optimizer
     _trajectory: Trajectory
-    _handles: list[Any]
     _begun: str
     _process: int
     _in_with: bool
     _told: bool
+
+    @property
+    def _handles(self) -> Sequence[Any]: ...
 
     def close(self) -> Trajectory:
         """End the recording."""
