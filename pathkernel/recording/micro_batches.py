@@ -111,7 +111,7 @@ class AnnouncedBatch:
 
     @property
     def used(self) -> bool:
-        """Whether its gradient is, or may yet be, in that of the parameters."""
+        """True where its gradient is, or may yet be, in that of the parameters."""
         return bool(self.passes) or self.arrived or any(one() is not None for one in self.waiting)
 
 
@@ -188,7 +188,7 @@ class PendingBatches:
 
     @property
     def batches(self) -> tuple[MicroBatch, ...]:
-        """Those whose gradients are in that of the parameters.
+        """Batches whose gradients are in that of the parameters.
 
         Raises
         ------
@@ -263,7 +263,7 @@ class PendingBatches:
         self._forget_cleared(overflowed=False)  # what overflowed has not been cleared, and may be edited yet
 
     def _backward_begins(self) -> None:
-        """Before a backward pass adds to gradients: to those that overflowed, nobody who goes on adds any more."""
+        """Hook before a backward pass adds to gradients: to overflowed ones, nobody who goes on adds any more."""
         self._forget_cleared(overflowed=True)
 
     def _forget_cleared(self, overflowed: bool) -> None:
@@ -322,7 +322,7 @@ class PendingBatches:
     # -- for the record -----------------------------------------------------------------------------------------
 
     def _micro_batches(self, announced: AnnouncedBatch) -> list[MicroBatch]:
-        """What was announced, once for each pass, or with the passes of several stages."""
+        """The announced batch, once for each pass, or with the passes of several stages."""
         batch = announced.batch
         if not announced.passes:
             return [announced.unseen] if announced.arrived else []

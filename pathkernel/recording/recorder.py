@@ -446,7 +446,7 @@ class KernelRecorder:
 
 
 def _equal(one: dict[str, tuple[Tensor, ...]], other: dict[str, tuple[Tensor, ...]]) -> bool:
-    """Whether two copies of an optimizer's memory hold the same numbers."""
+    """True where two copies of an optimizer's memory hold the same numbers."""
     return one.keys() == other.keys() and all(
         torch.equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True)
     )

@@ -120,7 +120,7 @@ class StepCapture:
         self.pending.announce(batch)
 
     def _kept(self, cotangents: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What is kept of λ."""
+        """The part of λ that is kept, whole or sampled."""
         return kept_cotangents(cotangents, self._trajectory.layout.size, self._trajectory.objective)
 
     def _forget_edits(self) -> None:
@@ -135,7 +135,7 @@ class StepCapture:
             self._trajectory.stand(replace(end, tail=tuple(self.changes), final_buffers=buffers))
 
     def _observe_averages(self) -> None:
-        """See how the averages moved after the last step."""
+        """Observe how the averages moved after the last step."""
         trajectory = self._trajectory
         for name, source in self._averages.items():
             record, last = trajectory.averages[name], len(trajectory) - 1
@@ -381,7 +381,7 @@ class StepCapture:
 
     @property
     def _gradient_is_elsewhere(self) -> bool:
-        """Whether only the optimizer knows where the gradient was taken: look-ahead and multi-stage methods."""
+        """True where only the optimizer knows where the gradient was taken: look-ahead and multi-stage methods."""
         rule = self._trajectory.rule
         return type(rule).stage_offsets is not UpdateRule.stage_offsets or rule.stages > 1
 
@@ -419,6 +419,6 @@ class StepCapture:
 
 
 def _is_skipped(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer was told that gradients overflowed: it skips the step by itself."""
+    """True where a fused optimizer was told that gradients overflowed: it skips the step by itself."""
     overflowed = getattr(optimizer, "found_inf", None)
     return overflowed is not None and bool(overflowed)

@@ -1,4 +1,4 @@
-"""Before the first step is taken: whether the run can be explained, by explaining a step of it."""
+"""Trials before the first step is taken: the run can be explained if a step of it can."""
 
 from __future__ import annotations
 

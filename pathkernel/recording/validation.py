@@ -1,4 +1,4 @@
-"""What makes a model or an optimizer unfit for an exact record, found before training starts."""
+"""Models and optimizers that are unfit for an exact record, refused mostly before training starts."""
 
 from __future__ import annotations
 
