@@ -32,7 +32,7 @@ rounding: the former are computed by other kernels."""
 
 
 def is_due(index: int, every: int | None) -> bool:
-    """Whether a step is audited: every so many, never (0), or, for None, steps 0, 1, 2, 4, 8, … ."""
+    """True where a step is audited: every so many, never (0), or, for None, steps 0, 1, 2, 4, 8, … ."""
     if every is None:
         return index & (index - 1) == 0
     return every > 0 and index % every == 0
@@ -40,7 +40,7 @@ def is_due(index: int, every: int | None) -> bool:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What the recorder knows about a step besides its gradient, from which a cause can be named.
+    """Facts about a step besides its gradient, from which a cause can be named.
 
     Attributes
     ----------
@@ -159,7 +159,7 @@ def check_outputs(trajectory: Trajectory, step: Step, batch: MicroBatch, seen: S
 
 
 def _is_nothing(step: Step, compared: ComparedGradient) -> bool:
-    """Whether both are so small that a loss which was evaluated again says nothing of them."""
+    """True where both are so small that a loss which was evaluated again says nothing of them."""
     largest = max(compared.recorded.norm().item(), compared.expected.norm().item())
     evaluated = any(batch.cotangents is None for batch in step.batches)
     return evaluated and largest <= 1e3 * torch.finfo(step.before.dtype).eps
@@ -188,7 +188,7 @@ def check_captured(trajectory: Trajectory, batches: Sequence[MicroBatch], watche
 
 
 def _cause(trajectory: Trajectory, step: Step, gradients: RecordedGradients, seen: Circumstances) -> str:
-    """What the recorder can tell of why a gradient is none of the announced samples, as the end of a sentence."""
+    """The cause, as far as it can be told, that a gradient is none of the announced samples: the end of a sentence."""
     batches, before = step.batches, seen.announced_before
     if seen.unseen:
         return (
@@ -230,7 +230,7 @@ def _cause(trajectory: Trajectory, step: Step, gradients: RecordedGradients, see
 
 
 def _has_a_state(trajectory: Trajectory, batch: MicroBatch, again: int = 1) -> bool:
-    """Whether a copy of the network returns something else the second time, or at one of several more."""
+    """True where a copy of the network returns something else the second time, or at one of several more."""
     inputs, _ = samples_of(batch, trajectory.data)
     function = trajectory.function().with_(constants=batch.state.buffers, state=batch.state)
     parameters = function.parameters(trajectory.initial)

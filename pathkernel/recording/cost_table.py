@@ -1,4 +1,4 @@
-"""What recording a run will cost, before anyone trains: the levels of record side by side."""
+"""The cost of recording a run, before anyone trains: the levels of record side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether tensors are still what they were."""
+"""Comparison of tensors with what they were."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if _memcmp is not None:
 
 
 def equal_joined(pieces: Sequence[Tensor], vector: Tensor) -> bool:
-    """Whether tensors, flattened and joined, are a vector: entry by entry, or byte by byte, as NaN is.
+    """True where tensors, flattened and joined, are a vector: entry by entry, or byte by byte, as NaN is.
 
     Bytes are compared in place, six times as fast as `torch.equal` does it; only where some differ, numbers are: a zero
     whose sign has turned is still a zero.

@@ -41,7 +41,7 @@ class Hook:
 
 
 Shapes = list[tuple[torch.Size, torch.dtype, torch.device]]
-"""Of each output its shape, type and device."""
+"""Shape, type and device of each output."""
 
 
 class ForwardPass:
@@ -77,7 +77,7 @@ class ForwardPass:
 
     @property
     def channels(self) -> tuple[str | None, ...]:
-        """Under which names backward passes ran that brought something; None for no name."""
+        """Names under which backward passes ran that brought something; None for no name."""
         return tuple(self._arrived)
 
     def add(self, channel: str | None, place: int | None, cotangent: Tensor) -> None:
@@ -87,7 +87,7 @@ class ForwardPass:
         arrived[place] = cotangent if before is None else before + cotangent
 
     def forget(self) -> None:
-        """What arrived has been taken, or cleared: a graph that is kept may bring more."""
+        """Drop what arrived, which has been taken or cleared: a graph that is kept may bring more."""
         self._arrived = {}
 
     def loss_slope(self, channel: str | None) -> Tensor | None:
@@ -215,7 +215,7 @@ class ForwardWatcher:
 
     @property
     def started(self) -> bool:
-        """Whether the hooks are on."""
+        """True while the hooks are on."""
         return bool(self._handles)
 
     def listen(self, parameters: list[nn.Parameter]) -> None:
@@ -322,7 +322,7 @@ class ForwardWatcher:
 
 
 def others_listen(parameter: nn.Parameter) -> bool:
-    """Whether somebody else than a recorder is called when gradients are added to those of a parameter."""
+    """True where somebody else than a recorder is called when gradients are added to those of a parameter."""
     hooks = (parameter._post_accumulate_grad_hooks or {}).values()
     return any(not isinstance(getattr(hook, "__self__", None), ForwardWatcher) for hook in hooks)
 
@@ -358,7 +358,7 @@ def edges_between(leaves: dict[int, Tensor]) -> list[tuple[int, Any, int]]:
 
 
 def _is_transformed() -> bool:
-    """Whether a transformation of `torch.func` is under way, whose tensors take no hooks."""
+    """True while a transformation of `torch.func` is under way, whose tensors take no hooks."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

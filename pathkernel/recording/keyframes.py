@@ -27,7 +27,7 @@ STORED = 0
 
 
 def is_tried(index: int, every: int | None) -> bool:
-    """Whether a step of a known kind is tried out: where steps are audited, or, for None, at steps 0, 1, 4, 16, … ."""
+    """True where a step of a known kind is tried out: where steps are audited; for None, at steps 0, 1, 4, 16, … ."""
     if every is None:
         return is_due(index, None) and index.bit_length() % 2 == (index > 0)
     return is_due(index, every)
@@ -41,7 +41,7 @@ class Mark(NamedTuple):
     contents: int | None = None
 
     def fits(self, gradient: Tensor) -> bool:
-        """Whether it is still the same."""
+        """True while the gradient is still the same."""
         return self.tensor() is gradient and self.version == gradient._version
 
 
@@ -87,7 +87,7 @@ class GradientWatch:
         self._handles, self._arrived, self._old, self._contents = {}, {}, {}, None
 
     def touched(self, checksum_now: int | None) -> bool:
-        """Whether some gradient is not what arrived; forgets what arrived.
+        """True where some gradient is not what arrived; forgets what arrived.
 
         Parameters
         ----------
@@ -177,7 +177,7 @@ class KeyframeKeeper:
         self.is_open = False
 
     def moved(self) -> bool:
-        """Whether θ is no longer what it was when this was last asked, or after the last step.
+        """True where θ is no longer what it was when this was last asked, or after the last step.
 
         All of θ is looked at: torch does not count what is written through ``.data`` (nor what fused optimizers write),
         and a change that is missed cannot be replayed.
@@ -254,12 +254,12 @@ class KeyframeKeeper:
 
     @property
     def trial(self) -> bool:
-        """Whether the step that is being taken is tried out, for which it has to be recorded whole."""
+        """True where the step that is being taken is tried out, for which it has to be recorded whole."""
         return self._opened.trial
 
     @property
     def whole(self) -> bool:
-        """Whether the step that is being taken is recorded whole."""
+        """True where the step that is being taken is recorded whole."""
         return self._opened.whole
 
     def explains(self, step: Step) -> bool:
@@ -289,7 +289,7 @@ class KeyframeKeeper:
     # -- after the step -----------------------------------------------------------------------------------------
 
     def after(self, step: Step) -> Step:
-        """What is kept of a step, in full where it was tried out."""
+        """The step as it is kept, in full where it was tried out."""
         self.is_open = False
         self._checksum = self.live.checksum()
         self.watch.listen()
@@ -330,7 +330,7 @@ class KeyframeKeeper:
 
 @dataclass
 class OpenReplay:
-    """What is known of a step before it is taken.
+    """A step that is being taken, as far as a replay has to know it before.
 
     Attributes
     ----------

@@ -50,7 +50,7 @@ class FlatViews:
         return self._views
 
     def checksum(self, tensors: Collection[Tensor]) -> int:
-        """See `pathkernel.runtime.checksum.checksum`."""
+        """Checksum of the tensors, one after another, as `pathkernel.runtime.checksum.checksum` gives it."""
         views = self.of(tensors)
         if self._bytes is None:
             if not all(view.is_cpu for view in views):
@@ -102,11 +102,11 @@ class LiveParameters:
         return self._joined(self._values.of(self.named.values()))
 
     def is_at(self, point: Tensor) -> bool:
-        """Whether θ is a given vector."""
+        """True where θ is a given vector."""
         return equal_joined(self._values.of(self.named.values()), point)
 
     def checksum(self) -> int:
-        """That of θ."""
+        """Checksum of θ."""
         return self._values.checksum(self.named.values())
 
     def gradients(self) -> dict[str, Tensor]:
@@ -119,11 +119,11 @@ class LiveParameters:
         return self._padded(self._gradients())
 
     def gradient_is_finite(self) -> bool:
-        """Whether no gradient holds NaN or infinity, as far as its sum tells, which may overflow without any."""
+        """True where no gradient holds NaN or infinity, as far as its sum tells, which may overflow without any."""
         return math.isfinite(sum([g.sum().item() for g in self._gradients() if g is not None]))
 
     def gradient_checksum(self) -> int:
-        """That of the gradient, zero where there is none."""
+        """Checksum of the gradient, zero where there is none."""
         rows = zip(self._gradients(), self.named.values(), strict=True)
         return checksum([torch.zeros_like(p) if gradient is None else gradient for gradient, p in rows])
 
@@ -191,7 +191,7 @@ class LiveParameters:
         return self._settings
 
     def kept_keys(self, rule: UpdateRule) -> tuple[str, ...] | None:
-        """Which of the state's tensors a rule wants to keep after a step, or None where it looks at the live state."""
+        """Keys of the state's tensors that a rule keeps after a step, or None where it looks at the live state."""
         wanted = [rule.keep_after(group) for group in self.optimizer.param_groups]
         if None in wanted or len({p.dtype for p in self.named.values()}) > 1:
             return None  # a common vector would have another type than some state tensors
@@ -259,7 +259,7 @@ class LiveParameters:
 
 
 def _lacks(state: Mapping[str, Any], keys: tuple[str, ...]) -> bool:
-    """Whether some entry is missing or None."""
+    """True where some entry is missing or None."""
     return any(state.get(key) is None for key in keys)
 
 

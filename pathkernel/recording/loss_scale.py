@@ -11,7 +11,7 @@ STEP = GradScaler.step.__code__
 
 
 def loss_scale() -> float:
-    """What the loss was multiplied with before the backward passes of the step being taken; 1 without scaling.
+    """Factor on the loss in the backward passes of the step being taken; 1 without scaling.
 
     `GradScaler.step` has divided the gradients by it when it calls the optimizer, or lets a fused optimizer do so. It
     is found among the callers, as optimizers are told of it only where they are fused.

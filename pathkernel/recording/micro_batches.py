@@ -5,12 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, SampleIdError
 from pathkernel.gradients.forward_state import ForwardState
+from pathkernel.gradients.pytrees import count
 from pathkernel.gradients.returned import Returns
 from pathkernel.recording.forward import ForwardPass, ForwardWatcher, Shapes, zero_outputs
 from pathkernel.recording.live import LiveParameters
@@ -37,6 +40,33 @@ def checked_ids(ids: Tensor, samples: int) -> Tensor:
             "Write `recorder.batch(ids)` with the positions of the batch's samples in `data`",
         )
     return ids.to(torch.int64).cpu().clone()
+
+
+def checked_batch(samples: int, ids: Any, weights: Any, inputs: PyTree, targets: PyTree) -> MicroBatch:
+    """A batch as `pathkernel.KernelRecorder.announce` takes it, of data with so many samples.
+
+    Raises
+    ------
+    SampleIdError
+        Unless ids are some of the data's, each with one weight, input and target where these are given.
+    """
+    ids = checked_ids(torch.as_tensor(ids), samples)
+    if weights is not None:
+        weights = torch.as_tensor(weights).detach().clone()
+        if weights.shape != ids.shape:
+            raise SampleIdError(
+                f"{len(ids)} ids came with weights of shape {tuple(weights.shape)}",
+                "Every sample of a batch has one weight",
+                "Write `recorder.announce(ids, weights=w)` with `len(w) == len(ids)`",
+            )
+    for name, given in (("inputs", inputs), ("targets", targets)):
+        if given is not None and count(given) != len(ids):
+            raise SampleIdError(
+                f"{len(ids)} ids came with {count(given)} {name}",
+                "Ids and samples of a batch correspond one to one",
+                f"Write `recorder.announce(ids, {name}={name})` with one row for each id",
+            )
+    return MicroBatch(ids, weights, inputs, targets)
 
 
 class AnnouncedBatch:
@@ -81,7 +111,7 @@ class AnnouncedBatch:
 
     @property
     def used(self) -> bool:
-        """Whether its gradient is, or may yet be, in that of the parameters."""
+        """True where its gradient is, or may yet be, in that of the parameters."""
         return bool(self.passes) or self.arrived or any(one() is not None for one in self.waiting)
 
 
@@ -158,7 +188,7 @@ class PendingBatches:
 
     @property
     def batches(self) -> tuple[MicroBatch, ...]:
-        """Those whose gradients are in that of the parameters.
+        """Batches whose gradients are in that of the parameters.
 
         Raises
         ------
@@ -233,7 +263,7 @@ class PendingBatches:
         self._forget_cleared(overflowed=False)  # what overflowed has not been cleared, and may be edited yet
 
     def _backward_begins(self) -> None:
-        """Before a backward pass adds to gradients: to those that overflowed, nobody who goes on adds any more."""
+        """Hook before a backward pass adds to gradients: to overflowed ones, nobody who goes on adds any more."""
         self._forget_cleared(overflowed=True)
 
     def _forget_cleared(self, overflowed: bool) -> None:
@@ -292,7 +322,7 @@ class PendingBatches:
     # -- for the record -----------------------------------------------------------------------------------------
 
     def _micro_batches(self, announced: AnnouncedBatch) -> list[MicroBatch]:
-        """What was announced, once for each pass, or with the passes of several stages."""
+        """The announced batch, once for each pass, or with the passes of several stages."""
         batch = announced.batch
         if not announced.passes:
             return [announced.unseen] if announced.arrived else []

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,17 +22,19 @@ class Opened(Protocol):
 
     optimizer: Optimizer
     _trajectory: Trajectory
-    _handles: list[Any]
     _begun: str
     _process: int
     _in_with: bool
     _told: bool
 
+    @property
+    def _handles(self) -> Sequence[Any]: ...
+
     def close(self) -> Trajectory:
         """End the recording."""
 
 OPEN: weakref.WeakSet[Opened] = weakref.WeakSet()
-"""Those of this process; it keeps none of them alive."""
+"""Recorders of this process; it keeps none of them alive."""
 PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 
 
@@ -44,7 +47,7 @@ def caller() -> str:
 
 
 def described(recorder: Opened) -> str:
-    """Which recorder it is: when and where it was started, how much it has, and where."""
+    """Name a recorder in a message: when and where it was started, how much it has, and where."""
     path = _path(recorder)
     kept = "in memory" if path is None else f"in `{path}`"
     return f"a KernelRecorder that was started {recorder._begun} ({len(recorder._trajectory)} steps, {kept})"

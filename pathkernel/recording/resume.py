@@ -26,7 +26,7 @@ from pathkernel.update_rules.rule import UpdateRule
 WINDOW = 300
 """Steps from which the optimizer's memory is recomputed: older gradients have faded."""
 FADED = 0.05
-"""What the older ones, and rounding, may amount to, relative to the memory."""
+"""Size of what the older ones and rounding may amount to, relative to the memory."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _check_identity(run: Run, header: Header, averages: Mapping[str, Any], store
 
 
 def _region(header: Header, live: LiveParameters, store: DiskStore) -> int:
-    """Which θ of the record has the parameters that are trained now."""
+    """Index of the θ on record that has the parameters which are trained now."""
     found = [i for i, layout in enumerate(header.layouts) if set(layout.names) == set(live.named)]
     check(
         bool(found),
@@ -231,7 +231,7 @@ def _remembers(
     steps: int,
     initial: Mapping[str, tuple[Tensor, ...]],
 ) -> bool:
-    """Whether the optimizer's memory is that of the record after some steps."""
+    """True where the optimizer's memory is that of the record after some steps."""
     if steps:
         frozen = store.read(steps - 1).frozen
         if isinstance(frozen, FrozenOnReading):

@@ -1,24 +1,39 @@
-"""Before the first step is taken: whether the run can be explained, by explaining a step of it."""
+"""Trials before the first step is taken: the run can be explained if a step of it can."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from pathkernel.errors import PathKernelError, RecordingError, UnsupportedModelError
 from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.gradient_source import weighted_sum
-from pathkernel.gradients.pytrees import take
+from pathkernel.gradients.pytrees import as_tensors, spread, take
+from pathkernel.gradients.sample_wise import SAMPLES, check_sample_wise
 from pathkernel.recording.audit import MEMORY
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.trajectory.batch_gradients import EngineReplaced, Passes, RecordedGradients
 from pathkernel.trajectory.samples import samples_of
-from pathkernel.trajectory.step import Step
+from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 
 FEW = 2
 """Samples of the batch that stand for queries."""
+
+
+def check_network(trajectory: Trajectory, theta: Tensor, batch: MicroBatch) -> None:
+    """Refuse a network whose samples depend on each other, before it has been trained, on some samples of a batch."""
+    few = batch.ids[spread(len(batch.ids), SAMPLES)]
+    with generators_untouched():
+        inputs = trajectory.data[few][0] if batch.inputs is None else batch.inputs
+    inputs = as_tensors(inputs, trajectory.dtype)
+    function = trajectory.function()
+    ran = result_or_error(lambda: check_sample_wise(function, theta, inputs), (Exception,))
+    # Where the loop gives the network something else than these samples, the audit says so.
+    if isinstance(ran, PathKernelError):
+        raise ran
 
 
 def try_out(trajectory: Trajectory, step: Step) -> None:

@@ -1,6 +1,8 @@
-"""What makes a model or an optimizer unfit for an exact record, found before training starts."""
+"""Models and optimizers that are unfit for an exact record, refused mostly before training starts."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -20,6 +22,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(compiled_from, nn.Module):
             return model
         model = compiled_from
+
+
+def refuse_other_tensors(names: Sequence[str]) -> None:
+    """Refuse parameters, by name, that are other tensors than on record.
+
+    Raises
+    ------
+    RecordingError
+        Where there are any.
+    """
+    if names:
+        raise RecordingError(
+            f"The network's parameters {', '.join(f'`{name}`' for name in names)} are not those that it had when "
+            "recording began",
+            "A record is of one network: its parameters are the same tensors from start to end, some of which may "
+            "stay frozen until later",
+            "Write new values into the parameters (`load_state_dict` without `assign=True`), or make optimizer and "
+            "KernelRecorder after the network has been changed",
+        )
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer, rule: UpdateRule) -> None:

@@ -452,7 +452,8 @@ def trial_of_a_network_that_runs_once() -> None:
     with recorder:
         recorder.batch([0, 1, 2])
         CE(model(X3), torch.tensor([0, 1, 2])).backward()
-        try_out(recorder.trajectory, recorder._slim_step(recorder.trajectory.initial, recorder._live.gradient()))
+        initial, gradient = recorder.trajectory.initial, recorder._live.gradient()
+        try_out(recorder.trajectory, recorder._capture.slim_step(initial, gradient))
 
 
 def slopes_that_take_too_much_room() -> None:

@@ -1,0 +1,424 @@
+"""The steps of a recording: what the optimizer's own hooks find before and after each, put together as a `Step`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError
+from pathkernel.gradients.forward_state import generators_untouched
+from pathkernel.recording.audit import Circumstances, audit, check_captured, check_outputs, is_due
+from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
+from pathkernel.recording.live import LiveParameters
+from pathkernel.recording.loss_scale import loss_scale
+from pathkernel.recording.micro_batches import PendingBatches
+from pathkernel.recording.modules import WatchedModules
+from pathkernel.recording.open_step import OpenStep
+from pathkernel.recording.readings import Reading, StepHooks, TakenStep, best_reading, readings
+from pathkernel.recording.trial import try_out
+from pathkernel.recording.validation import check_optimizer, refuse_other_tensors
+from pathkernel.runtime.checksum import checksum
+from pathkernel.runtime.interrupts import defer_interrupts
+from pathkernel.trajectory.cotangents import kept_cotangents
+from pathkernel.trajectory.schedule import StepObserver
+from pathkernel.trajectory.step import MicroBatch, Step
+from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.update_rules.rule import Frozen, UpdateRule
+
+
+class StepCapture:
+    """Puts steps on record, as two hooks on the optimizer find them, and what changes between them.
+
+    Parameters
+    ----------
+    outer, model
+        The module that the loop calls, and the network inside it.
+    live
+        The optimizer's parameters.
+    trajectory
+        The record.
+    keyframes
+        The keeper of what a replay needs, where steps are trained again when they are read; else None.
+    observers, averages, audit_every
+        As `pathkernel.KernelRecorder` takes them.
+    stopped
+        Called before a step that is not recorded, since the disk gave out or this is a forked child.
+
+    Attributes
+    ----------
+    hooks
+        Those on the optimizer, while it is watched.
+    opened
+        The step that is being taken.
+    taken
+        Number of steps taken.
+    changes, gradient_changes
+        What was done outside the optimizer since the last step; see `pathkernel.trajectory.step.Step`.
+    end_of_steps
+        θ after the last step, (P,).
+    """
+
+    def __init__(
+        self,
+        outer: nn.Module,
+        model: nn.Module,
+        live: LiveParameters,
+        trajectory: Trajectory,
+        keyframes: KeyframeKeeper | None,
+        observers: Sequence[StepObserver],
+        averages: Mapping[str, nn.Module | Mapping[str, Tensor]],
+        audit_every: int | None,
+        stopped: Callable[[], None],
+    ) -> None:
+        self.live, self.keyframes, self.audit_every = live, keyframes, audit_every
+        self._outer, self._model, self._optimizer, self._trajectory = outer, model, live.optimizer, trajectory
+        self._observers, self._averages, self._stopped = observers, averages, stopped
+        run = trajectory.run
+        self.modules = WatchedModules(model, run.constants)
+        self.pending = PendingBatches(
+            outer, live, run.rule.stages, self.modules, run.returns, self._kept, self._forget_edits
+        )
+        self.hooks: list[StepHooks] = []
+        self.opened: OpenStep | None = None
+        self.taken = 0
+        self.changes: list[tuple[str, Tensor]] = []
+        self.gradient_changes: dict[str, Tensor] = {}
+        self.end_of_steps = trajectory.initial
+        self._announced: tuple[MicroBatch | None, MicroBatch | None] = None, None  # last, and the one before
+        self._tried = False
+
+    def start(self) -> None:
+        """Hook into the optimizer."""
+        self.hooks = [StepHooks(self._optimizer, self._before_step, self._after_step)]
+        self.pending.start()
+        if self.keyframes is not None:
+            self.keyframes.start()
+
+    def stop(self) -> None:
+        """Take all hooks off."""
+        for hooks in self.hooks:
+            hooks.remove()
+        self.hooks = []
+        self.pending.stop()
+        if self.keyframes is not None:
+            self.keyframes.stop()
+
+    # -- between steps ------------------------------------------------------------------------------------------
+
+    def announce(self, batch: MicroBatch) -> None:
+        """Take note of the samples of the next backward pass."""
+        self._announced = self._announced[1], batch
+        # Where the gradient will be audited, θ at the forward pass is known again at the step.
+        due = self.hooks and is_due(self.taken, self.audit_every)
+        self.pending.watcher.checked = self.live.checksum if due else None
+        self.pending.announce(batch)
+
+    def _kept(self, cotangents: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The part of λ that is kept, whole or sampled."""
+        return kept_cotangents(cotangents, self._trajectory.layout.size, self._trajectory.objective)
+
+    def _forget_edits(self) -> None:
+        self.gradient_changes = {}
+
+    def record_end_state(self) -> None:
+        """Put on record where parameters and buffers stand while the recorder watches."""
+        if self.hooks and self.opened is None and not self._trajectory.store.stopped:
+            self.note_change("unexplained")
+            self._observe_averages()
+            end, buffers = self._trajectory.end, self.modules.changed_buffers()
+            self._trajectory.stand(replace(end, tail=tuple(self.changes), final_buffers=buffers))
+
+    def _observe_averages(self) -> None:
+        """Observe how the averages moved after the last step."""
+        trajectory = self._trajectory
+        for name, source in self._averages.items():
+            record, last = trajectory.averages[name], len(trajectory) - 1
+            if len(record.updates) == last:
+                record.observe(source, trajectory.layout, last, self.end_of_steps, self._last_point())
+
+    def note_change(self, name: str) -> None:
+        """Put a change of the parameters since they were last seen on record."""
+        keeper = self.keyframes
+        if keeper.moved() if keeper is not None else not self.live.is_at(self._last_point()):
+            self.changes.append((name, self.live.vector()))
+            if keeper is not None and name == "unexplained":
+                keeper.warn_of_change(self.taken)
+
+    def _last_point(self) -> Tensor:
+        return self.changes[-1][1] if self.changes else self.end_of_steps
+
+    # -- the optimizer's own hooks ----------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with defer_interrupts():
+            self._see_before(optimizer, args, kwargs)
+
+    def _see_before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        last = all([hooks.step_begins() for hooks in self.hooks])
+        if self._trajectory.store.stopped:  # the disk gave out, or this is a forked child; training goes on
+            self._stopped()
+            self.pending.forget()
+            return
+        self._check_parameters()
+        self.pending.scale_of_loss(loss_scale())
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer first
+        scaled = getattr(optimizer, "grad_scale", None) is not None or _is_skipped(optimizer)
+        gradient = None
+        # With a closure, forward and backward run inside the step: gradient and batch are only known afterwards.
+        if closure is None:
+            self._check_pending()
+            # Now, where the gradient is there already: some implementations (SGD's foreach Nesterov) write on it. A
+            # fused optimizer under loss scaling skips overflowed steps and divides by the scale by itself.
+            if not scaled and (self.keyframes is None or not self.live.gradient_is_finite()):
+                gradient = self.live.gradient()
+                self._check_gradient(gradient)
+        self.note_change("unexplained")
+        self._observe_averages()
+        keeper, explained = self.keyframes, False
+        if keeper is None:
+            before = self._last_point()  # one tensor for the end of a step and the start of the next
+        else:
+            known = closure is None and not scaled
+            before, gradient = self._before_replayed(keeper, known)
+            if not keeper.whole:
+                return
+            explained = known and keeper.trial and keeper.explains(self.slim_step(before, gradient))
+            gradient = gradient if known else None
+        if gradient is not None and not explained:
+            self._audit(before, gradient)
+        if gradient is not None and not self._gradient_is_elsewhere:
+            self._try_out(self.slim_step(before, gradient))
+        self.opened = OpenStep.of(self.live, self._trajectory.rule, before, gradient, last)
+
+    def _before_replayed(self, keeper: KeyframeKeeper, known: bool) -> tuple[Tensor, Tensor]:
+        """θ and gradient as far as a replay needs them."""
+        return keeper.before(
+            self.taken,
+            self.pending.batches,
+            known,
+            due=is_tried(self.taken, self.audit_every),
+            edited=bool(self.gradient_changes),
+            # Observed steps are all recorded whole, so that the end of the last one is at hand.
+            theta=self._last_point() if self.changes or self._observers else None,
+            watched=bool(self._observers),
+        )
+
+    def slim_step(self, before: Tensor, gradient: Tensor) -> Step:
+        """The step at hand as far as a replay needs it."""
+        return Step(
+            index=self.taken,
+            before=before,
+            after=before[:0],
+            gradient=gradient,
+            active=self.live.active(),
+            batches=self.pending.batches,
+            groups=self.live.groups,
+            hyperparameters=self.live.settings(),
+            changes=tuple(self.changes),
+            gradient_changes=self.gradient_changes,
+            differentiated=self.pending.differentiated,
+            buffers=self.modules.changed_buffers(),
+        )
+
+    def _after_replayed(self, keeper: KeyframeKeeper) -> None:
+        if getattr(self._optimizer, "found_inf", None) is not None and not keeper.moved():
+            self.pending.forget()
+            self._forget_edits()
+            return
+        self._check_pending(taken=True)
+        step = self.slim_step(*keeper.vectors)
+        self.pending.take()
+        self.changes, self.gradient_changes = [], {}
+        self._keep(step)
+
+    def _keep(self, step: Step) -> None:
+        """Put a step on record."""
+        keeper = self.keyframes
+        # Where steps are joined, the record counts fewer.
+        whole = replace(step, index=self.taken) if self._observers else step
+        if keeper is not None:
+            step = keeper.after(step)
+            if keeper.gave_up:
+                keeper.stop()
+                self.keyframes = None
+        self.taken += 1
+        self._trajectory.store.append(step)
+        for observer in self._observers:
+            observer.observe(whole)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with defer_interrupts():  # a step is on record whole, or not at all
+            self._see_after(optimizer)
+
+    def _see_after(self, optimizer: Optimizer) -> None:
+        for hooks in self.hooks:
+            hooks.step_ended()
+        if self.keyframes is not None and self.keyframes.is_open:
+            self._after_replayed(self.keyframes)
+            return
+        if self.opened is None:
+            return
+        opened, self.opened = self.opened, None
+        before = opened.before
+        trajectory = self._trajectory
+        if getattr(optimizer, "found_inf", None) is not None and self.live.is_at(before):
+            # A fused optimizer skipped a step that overflowed under loss scaling.
+            self.pending.forget()
+            self._forget_edits()
+            return
+        self._check_pending(taken=True)
+        live, gradient, active = self.live, opened.gradient, opened.active
+        if gradient is None:
+            gradient, active = live.gradient(), live.active()
+        reading = Reading(gradient, active, live.settings())
+        after = live.vector()
+        if reading.settings is not opened.settings or opened.memory is not None:
+            reading = self._as_used(opened, after, reading)
+        if opened.gradient is None:
+            self._audit(before, reading.gradient, taken=True)
+        step = Step(
+            index=len(trajectory),
+            before=before,
+            after=after,
+            gradient=reading.gradient,
+            active=reading.active,
+            batches=self.pending.batches,
+            groups=live.groups,
+            hyperparameters=reading.settings,
+            frozen=opened.frozen(live, trajectory.rule, trajectory.layout, after, reading),
+            changes=tuple(self.changes),
+            gradient_changes=self.gradient_changes,
+            differentiated=self.pending.differentiated,
+            buffers=self.modules.changed_buffers(),
+        )
+        self._try_out(step)
+        self.pending.take()
+        self.changes, self.gradient_changes, self.end_of_steps = [], {}, after
+        self._keep(step)
+
+    def _as_used(self, opened: OpenStep, after: Tensor, reading: Reading) -> Reading:
+        """Gradient and settings of a step around which one of them changed, or which another pre-hook came before."""
+        live, rule, layout = self.live, self._trajectory.rule, self._trajectory.layout
+        first = Reading(reading.gradient, reading.active, opened.settings)
+        if opened.memory is not None:
+            reading = Reading(live.gradient(), live.active(), reading.settings)
+        taken = TakenStep(opened.before, after, opened.memory, live.memory(rule), live.groups)
+
+        def frozen(of: Reading) -> Mapping[str, Frozen]:
+            return opened.frozen(live, rule, layout, after, of)
+
+        return best_reading(rule, layout, taken, readings(first, reading), frozen)
+
+    # -- checks -------------------------------------------------------------------------------------------------
+
+    def _check_parameters(self) -> None:
+        """Take parameters into the record that the optimizer was given after recording began."""
+        strangers = self.live.strangers()
+        if not strangers:
+            return
+        check_optimizer(self._model, self._optimizer, self._trajectory.rule)
+        wanted = {id(p) for p in strangers}
+        new = {name: p for name, p in self._model.named_parameters() if id(p) in wanted}
+        constants = self._trajectory.constants
+        refuse_other_tensors([name for name in new if name not in constants])
+        moved = [name for name, p in new.items() if not torch.equal(p.detach(), constants[name])]
+        if moved:
+            raise RecordingError(
+                f"Parameters {', '.join(f'`{name}`' for name in moved)} joined the optimizer and had changed before",
+                "A parameter that joins later has been a constant since recording began",
+                "Give the optimizer this parameter first (it may stay frozen until later), or make a new "
+                "KernelRecorder here",
+            )
+        self._trajectory.extend({name: p.detach() for name, p in new.items()})
+        pad = torch.cat([p.detach().reshape(-1) for p in new.values()])
+        self.changes = [(name, torch.cat([point, pad])) for name, point in self.changes]
+        self.gradient_changes = {
+            name: torch.cat([change, torch.zeros_like(pad)]) for name, change in self.gradient_changes.items()
+        }
+        self.live.add(new)
+        self.end_of_steps = self._trajectory.end_of_steps
+
+    def _check_same(self) -> None:
+        """Refuse parameters that are other tensors than on record."""
+        found = dict(self._model.named_parameters())
+        refuse_other_tensors([name for name, p in self.live.named.items() if found.get(name) is not p])
+
+    def _check_pending(self, taken: bool = False) -> None:
+        batches = self.pending.batches
+        if not batches:
+            raise SampleIdError(
+                f"`optimizer.step()` number {len(self._trajectory)} came without sample ids",
+                "Every step must know which training samples its gradient came from",
+                "Iterate over `recorder.batches(...)` or `recorder.track(loader)`, or call `recorder.announce(ids)` "
+                "before the backward pass; step outside the `with` block to train unrecorded",
+            )
+        if self._observers or not getattr(self._trajectory.schedule, "weights_only", False):
+            if not all(batch.captured for batch in batches):
+                self._check_same()  # the outputs of other tensors lead to no gradient that is on record
+            check_captured(self._trajectory, batches, type(self._outer).__name__, taken)
+
+    def _check_gradient(self, gradient: Tensor) -> None:
+        if math.isfinite(gradient.sum().item()):  # NaN and infinity do not cancel
+            return
+        named = self.live.gradients()
+        finite = torch.stack([value.isfinite().all() for value in named.values()])
+        if not finite.all():
+            bad = [name for name, good in zip(named, finite.tolist(), strict=True) if not good]
+            ids = torch.cat([batch.ids for batch in self.pending.take()]).tolist()
+            index = len(self._trajectory)
+            raise NonFiniteStepError(
+                f"At step {index} the gradient of {', '.join(f'`{n}`' for n in bad)} holds NaN or infinity; "
+                f"its samples are {ids[:16]}{' …' if len(ids) > 16 else ''}",
+                f"Gradients are finite numbers; the optimizer has not moved, and the {index} steps before stay valid",
+                "Look at these samples, lower the learning rate, or skip the step when the loss is not finite",
+            )
+
+    @property
+    def _gradient_is_elsewhere(self) -> bool:
+        """True where only the optimizer knows where the gradient was taken: look-ahead and multi-stage methods."""
+        rule = self._trajectory.rule
+        return type(rule).stage_offsets is not UpdateRule.stage_offsets or rule.stages > 1
+
+    def _try_out(self, step: Step) -> None:
+        """Explain the first step of all, so that what cannot be explained is refused before training."""
+        if not self._tried and self.audit_every != 0:
+            reference = self._trajectory.run.reference
+            if reference is not None:  # hooks may have been put on the network since recording began
+                reference.check("KernelRecorder", (self._trajectory.function(), self._trajectory.initial), None)
+            try_out(self._trajectory, step)
+            self._tried = True
+
+    def _audit(self, before: Tensor, gradient: Tensor, taken: bool = False) -> None:
+        """Compare the gradient at hand with that of the announced samples, before the optimizer uses it if possible."""
+        trajectory, index = self._trajectory, len(self._trajectory)
+        if self._gradient_is_elsewhere or not is_due(index, self.audit_every):
+            return
+        self._check_same()
+        step, live, passes = replace(self.slim_step(before, gradient), index=index), self.live, self.pending.passes
+        checksums = {one.checksum for one in passes if one.checksum is not None}
+        now = checksum(live.layout.unflatten(before).values()) if taken else live.checksum()
+        seen = Circumstances(
+            unseen=sum(not batch.captured for batch in step.batches),
+            watched=type(self._outer).__name__,
+            moved=bool(checksums - {now}),
+            compiled=hasattr(self._outer, "_orig_mod"),
+            drew_from=tuple(dict.fromkeys(name for one in passes for name in one.drew_from)),
+            announced_before=self._announced[0],
+            taken=taken,
+        )
+        with generators_untouched():  # a network may draw from Python's or numpy's generator
+            audit(trajectory, step, seen)
+            for batch, outputs in self.pending.named:
+                check_outputs(trajectory, step, batch, outputs, taken)
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """True where a fused optimizer was told that gradients overflowed: it skips the step by itself."""
+    overflowed = getattr(optimizer, "found_inf", None)
+    return overflowed is not None and bool(overflowed)
