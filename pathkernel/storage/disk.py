@@ -164,7 +164,7 @@ class DiskStore(Store):
         return getattr(self, name)
 
     def _last_commit(self) -> tuple[int, ...] | None:
-        """What tells the content of a store from another's; None before it has any."""
+        """Last commit, which tells the content of a store from another's; None before it has any."""
         if self._blocks is None or not self._blocks.count:
             return None
         return tuple(vars(self._blocks.commit(self._blocks.count - 1)).values())
@@ -173,7 +173,7 @@ class DiskStore(Store):
 
     @property
     def exists(self) -> bool:  # type: ignore[override]
-        """Whether the folder holds a store that this object has not opened yet."""
+        """True where the folder holds a store that this object has not opened yet."""
         return self._blocks is None and (self.path / "zarr.json").exists()
 
     @classmethod
@@ -253,7 +253,7 @@ class DiskStore(Store):
         return self._sensible("start", checked_start, self._packed("start", self.header.start))
 
     def optimizer_constants(self) -> dict[str, Any]:
-        """What the optimizer was made of, for a recording with keyframes; see `Replay.constants`."""
+        """Constants of the optimizer, for a recording with keyframes; see `Replay.constants`."""
         assert self._blocks is not None and self.header is not None and self.header.replay is not None
         constants = self._packed("optimizer", self.header.replay["constants"])
         right = isinstance(constants, dict) and set(constants) == {"groups", "made_of"}
@@ -474,7 +474,7 @@ class DiskStore(Store):
         self._check_failure()
 
     def write_end(self) -> None:
-        """See `Store.write_end`."""
+        """Write all steps, and where the path ends now; see `Store.write_end`."""
         self.flush()
         if self._lock is not None and not self.stopped and self.run is not None:
             self._write_end(self.run, self._standing)
@@ -539,7 +539,7 @@ class DiskStore(Store):
         _WRITING.discard(self)
 
     def _leave_to_parent(self) -> None:
-        """In a forked child: the thread that writes is not here, and the store stays with the parent.
+        """Leave the store to the parent, in a forked child: the thread that writes is not here.
 
         Steps that have not been written stay readable.
         """
@@ -574,7 +574,7 @@ class DiskStore(Store):
         return moves
 
     def _forget_end(self) -> None:
-        """After `write_end` further steps were committed: it is no longer the end.
+        """Take the end out of the header, when further steps were committed after `write_end`.
 
         Not before they are, or else a process that is killed between them loses changes after the last step.
         """
@@ -793,7 +793,7 @@ class DiskStore(Store):
         return problems
 
     def size_bytes(self) -> int:
-        """What the folder takes on disk."""
+        """Bytes that the folder takes on disk."""
         places = [os.path.join(folder, name) for folder, _, names in os.walk(self.path) for name in names]
         found = [status for status in map(os.lstat, places) if stat.S_ISREG(status.st_mode)]  # links lead elsewhere
         return sum(status.st_size for status in found)

@@ -69,7 +69,7 @@ class StoredEnd:
 
 @dataclass(frozen=True)
 class Header:
-    """What a store says of its trajectory.
+    """Description of its trajectory that a store begins with.
 
     Attributes
     ----------
@@ -374,7 +374,7 @@ def _matrix(rows: Any) -> list[list[float]]:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries at hand."""
+    """Versions of the libraries at hand."""
     return {
         "pathkernel": __version__,
         "torch": torch.__version__,
@@ -398,7 +398,7 @@ def fingerprints(run: Run) -> dict[str, Any]:
 
 
 def reference_identity(reference: ReferenceOutputs | None) -> dict[str, Any] | None:
-    """What is known of the reference outputs when a recording begins."""
+    """Samples and outputs of the reference outputs that are known when a recording begins."""
     if reference is None:
         return None
     samples, values = list(reference.samples), reference.initial.tolist()

@@ -1,4 +1,4 @@
-"""What a name in a store may stand for: closed tables of classes, and nothing else.
+"""Closed tables of the classes that names in a store may stand for, and nothing else.
 
 A store may come from anybody, and importing runs code. So nothing that a header says is ever imported, looked up in a
 module or evaluated: a name stands in a table here, which was made from classes that are there already, or whatever it

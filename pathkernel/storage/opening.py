@@ -48,7 +48,7 @@ def open_trajectory(
     optimizer: type[Optimizer] | None = None,
     returns: Returns = None,
 ) -> Trajectory:
-    """See `Trajectory.open`."""
+    """Open a trajectory; see `Trajectory.open`."""
     store = DiskStore.open(path)
     header = store.header
     assert header is not None
@@ -101,7 +101,7 @@ def mismatches(
     data: Samples,
     regularizers: Mapping[str, Any],
 ) -> list[str]:
-    """What differs between live objects and those of a recording; weights are not looked at."""
+    """Differences between live objects and those of a recording; weights are not looked at."""
     recorded = header.fingerprints
     problems = identity.compared(recorded["model"], identity.architecture(model), "model")
     if loss is not None and recorded["loss"]["name"]:  # what needs a loss that was not given says so
@@ -192,7 +192,7 @@ def known_optimizer(recorded: str, optimizer: type[Optimizer] | None) -> type[Op
 
 
 def known_returns(header: Header, returns: Returns) -> Returns:
-    """What of the returned the outputs are: as on record, or the function that is passed."""
+    """Place of the outputs in what the network returns: as on record, or the function that is passed."""
     recorded = header.returns
     check(
         callable(check_returns(returns)) if recorded == FUNCTION else returns is None or returns == recorded,

@@ -193,7 +193,7 @@ class _Tile:
         self.size = rows.stop - rows.start, columns.stop - columns.start
 
     def kind(self, symmetric: bool) -> tuple[int, int | None]:
-        """Its numbers of rows and columns, None for as many on the diagonal of a symmetric matrix."""
+        """Numbers of rows and columns, None for as many on the diagonal of a symmetric matrix."""
         return self.size[0], None if symmetric and self.rows == self.columns else self.size[1]
 
     def computed(self, terms: int, term: Callable[[int], Tensor], bar: Any) -> np.ndarray:
@@ -269,7 +269,7 @@ def resumable_blocks(
 
 
 def _check_blocks(group: Group, count: int) -> None:
-    """Whether the attributes say which arrays each block has, and nothing else."""
+    """Refuse attributes that say anything else than which arrays each block has."""
     attributes = group.attributes()
     names, held = attributes.get("names", []), attributes.get("blocks", {})
     right = isinstance(names, list) and isinstance(held, dict) and all(isinstance(name, str) for name in names)

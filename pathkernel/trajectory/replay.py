@@ -115,7 +115,7 @@ class Replay:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What a copy of the optimizer is made of that no step tells: settings that are tensors, and its own values."""
+        """Parts of the optimizer's copy that no step tells: settings that are tensors, and its own values."""
         return {
             "groups": [{key: v for key, v in g.items() if isinstance(v, Tensor)} for g in self.groups],
             "made_of": {key: v for key, v in self._made_of.items() if key not in ("state", "param_groups")},
@@ -210,7 +210,7 @@ class Replay:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
 
     def checksum(self) -> int:
-        """That of θ where the replay stands."""
+        """CRC32C of θ where the replay stands."""
         return checksum(self._parameters.values())
 
     def _move(self, theta: Tensor) -> None:
@@ -255,7 +255,7 @@ class Replay:
     def _roots(
         self, function: ModelFunction, batch: MicroBatch, inputs: PyTree, targets: PyTree
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """What a backward pass of a micro-batch begins with, and the slopes there."""
+        """Tensors that a backward pass of a micro-batch begins with, and the slopes there."""
         objective, parameters = self.run.objective, dict(self._parameters)
         if batch.cotangents is not None:
             outputs = function.batch(parameters, inputs)
@@ -298,7 +298,7 @@ class Replay:
                 state["step"] = state["step"].to(parameter.device)
 
     def _state_before(self, name: str) -> dict[str, Any]:
-        """See `pathkernel.update_rules.rule.Observation.before`."""
+        """Optimizer's state as `pathkernel.update_rules.rule.Observation.before` has it."""
         assert self._optimizer is not None
         seen: dict[str, Any] = {}
         for key, value in self._optimizer.state.get(self._parameters[name], {}).items():
@@ -346,11 +346,11 @@ class ReplayStore(Store):
 
     @property
     def stopped(self) -> bool:  # type: ignore[override]
-        """See `Store.stopped`."""
+        """True where the inner store takes no more steps."""
         return self.inner.stopped
 
     def begin(self, run: Run) -> None:
-        """See `Store.begin`."""
+        """Begin the inner store; see `Store.begin`."""
         self.replay.run = run
         self.inner.begin(run)
 
@@ -385,11 +385,11 @@ class ReplayStore(Store):
         self.inner.flush()
 
     def write_end(self) -> None:
-        """See `Store.write_end`."""
+        """Write the end of the inner store; see `Store.write_end`."""
         self.inner.write_end()
 
     def close(self) -> None:
-        """See `Store.close`."""
+        """Close the inner store; see `Store.close`."""
         self.inner.close()
 
     def read(self, index: int) -> Step:
@@ -430,7 +430,7 @@ class ReplayStore(Store):
         return self.read(len(self.inner) - 1).after
 
     def summary(self, index: int) -> StepSummary:
-        """What is on record of a step; nothing is trained."""
+        """Step as it is on record; nothing is trained."""
         index = range(len(self.inner))[index]
         step = self.inner.read(index)
         if step.replay is None or step.replay.keyframe != index:
