@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathkernel.errors import SENSELESS, CorruptBlockError, InputError, StoreError, check
+from pathkernel.errors import SENSELESS, CorruptBlockError, InputError, StoreError
 from pathkernel.runtime.workspace import keep_freed_memory
 from pathkernel.storage import fingerprints as identity
 from pathkernel.storage.blocks import COLUMNS, Blocks, Recent, Region, read_packed, write_packed
@@ -85,24 +85,22 @@ class DiskStore(Store):
         on_error: str = "stop",
         compression: str = "fast",
     ) -> None:
-        check(
-            type(flush_every) is int and 1 <= flush_every <= 1024,
-            InputError,
-            f"`flush_every={flush_every!r}` was given",
-            "A block has between 1 and 1024 steps",
-            'Write `DiskStore("runs/name", flush_every=16)`',
-        )
+        if type(flush_every) is not int or not 1 <= flush_every <= 1024:
+            raise InputError(
+                f"`flush_every={flush_every!r}` was given",
+                "A block has between 1 and 1024 steps",
+                'Write `DiskStore("runs/name", flush_every=16)`',
+            )
         for name, given, known in (
             ("on_error", on_error, ("stop", "raise")),
             ("compression", compression, ("fast", "small")),
         ):
-            check(
-                given in known,
-                InputError,
-                f"`{name}={given!r}` was given",
-                f"It is one of {', '.join(map(repr, known))}",
-                f'Write `DiskStore("runs/name", {name}={known[0]!r})`',
-            )
+            if given not in known:
+                raise InputError(
+                    f"`{name}={given!r}` was given",
+                    f"It is one of {', '.join(map(repr, known))}",
+                    f'Write `DiskStore("runs/name", {name}={known[0]!r})`',
+                )
         self.path = Path(path)
         self.flush_every, self.durable, self.on_error, self.compression = flush_every, durable, on_error, compression
         self.header: Header | None = None
@@ -149,13 +147,13 @@ class DiskStore(Store):
         if state is None or name.startswith("__"):
             raise AttributeError(f"'DiskStore' object has no attribute {name!r}")
         found = DiskStore.open(state["path"], **state["options"])
-        check(
-            found._last_commit() == state["last"],
-            StoreError,
-            f"`{found.path}` does not hold what it held when a trajectory or a kernel on it was saved",
-            f"It held {state['last'][1] + state['last'][2]} steps then, with other contents or fewer or more than now",
-            "Put the folder back from a copy, or make the kernel anew from `Trajectory.open(path, ...)`",
-        )
+        if found._last_commit() != state["last"]:
+            raise StoreError(
+                f"`{found.path}` does not hold what it held when a trajectory or a kernel on it was saved",
+                f"It held {state['last'][1] + state['last'][2]} steps then, with other contents or fewer or more than "
+                "now",
+                "Put the folder back from a copy, or make the kernel anew from `Trajectory.open(path, ...)`",
+            )
         del vars(self)["_travelled"]
         belongs = state["belongs"]
         if "_trajectory" in belongs:  # saved by an earlier version
@@ -289,23 +287,21 @@ class DiskStore(Store):
         """
         if self._lock is not None:
             return
-        check(
-            not self._orphaned,
-            StoreError,
-            f"`{self.path}` is written by process {os.getppid()}, of which this one was forked",
-            "A store has one writer, and its parent may have written further steps since",
-            "Make a new KernelRecorder in this process, with another path",
-        )
+        if self._orphaned:
+            raise StoreError(
+                f"`{self.path}` is written by process {os.getppid()}, of which this one was forked",
+                "A store has one writer, and its parent may have written further steps since",
+                "Make a new KernelRecorder in this process, with another path",
+            )
         if self.run is not None and self.run.data is run.data:  # every recording has its own
             self.lock()
         else:
-            check(
-                not self.exists,
-                StoreError,
-                f"`{self.path}` holds a store already",
-                "A new recording goes into a folder of its own",
-                "Give another path, or delete this folder",
-            )
+            if self.exists:
+                raise StoreError(
+                    f"`{self.path}` holds a store already",
+                    "A new recording goes into a folder of its own",
+                    "Give another path, or delete this folder",
+                )
             self.lock()
             try:
                 self._create(run)
@@ -713,13 +709,12 @@ class DiskStore(Store):
         return self._kept(self.read(steps - 1).after, steps)
 
     def _kept(self, vector: Tensor, index: int) -> Tensor:
-        check(
-            vector.numel() > 0,
-            StoreError,
-            f"θ at step {index} was asked of `{self.path}`, which keeps it at keyframes only",
-            "Steps between keyframes are trained again, which takes the network, the loss and the data",
-            f"Write `Trajectory.open(path, model=model, loss=loss, data=data).vector({index})`",
-        )
+        if not vector.numel():
+            raise StoreError(
+                f"θ at step {index} was asked of `{self.path}`, which keeps it at keyframes only",
+                "Steps between keyframes are trained again, which takes the network, the loss and the data",
+                f"Write `Trajectory.open(path, model=model, loss=loss, data=data).vector({index})`",
+            )
         return vector
 
     def columns(self, index: int, ranges: Sequence[slice]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._version import __version__
-from pathkernel.errors import InputError, StoreError, check
+from pathkernel.errors import InputError, StoreError
 from pathkernel.gradients.losses import check_task
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.runtime.checksum import DTYPES
@@ -191,23 +191,21 @@ class Header:
             Where it makes no sense.
         """
         attributes, where = group.attributes(), group.path / "zarr.json"
-        check(
-            attributes.get("format") == FORMAT,
-            StoreError,
-            f"`{group.path}` holds {str(attributes.get('format'))[:100]!r}",
-            f"A recorded trajectory says {FORMAT!r} in its attributes",
-            "Give the path that was given to `KernelRecorder(..., store=path)`",
-        )
+        if attributes.get("format") != FORMAT:
+            raise StoreError(
+                f"`{group.path}` holds {str(attributes.get('format'))[:100]!r}",
+                f"A recorded trajectory says {FORMAT!r} in its attributes",
+                "Give the path that was given to `KernelRecorder(..., store=path)`",
+            )
         version = attributes.get("version")
         libraries = attributes.get("versions")
         written_by = str(libraries.get("pathkernel", "?") if isinstance(libraries, dict) else "?")[:40]
-        check(
-            type(version) is int and 1 <= version <= VERSION,
-            StoreError,
-            f"`{group.path}` has version {str(version)[:20]} of the format, written by pathkernel {written_by}",
-            f"pathkernel {__version__} reads versions 1 to {VERSION}",
-            f"Install pathkernel {written_by} or later",
-        )
+        if type(version) is not int or not 1 <= version <= VERSION:
+            raise StoreError(
+                f"`{group.path}` has version {str(version)[:20]} of the format, written by pathkernel {written_by}",
+                f"pathkernel {__version__} reads versions 1 to {VERSION}",
+                f"Install pathkernel {written_by} or later",
+            )
         group.check(attributes)
         try:
             return cls._of_json(attributes)

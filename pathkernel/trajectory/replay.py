@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import SENSELESS, PathKernelError, RecordingError, TrajectoryError, check
+from pathkernel.errors import SENSELESS, PathKernelError, RecordingError, TrajectoryError
 from pathkernel.gradients.losses import RETURNED, batch_loss
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import moved
@@ -262,14 +262,12 @@ class Replay:
             return [outputs], [batch.cotangents.to(outputs)]
         if objective.loss == RETURNED and batch.loss_slope is not None:
             value = returned_loss(function.whole().call(parameters, inputs))
-            check(
-                value is not None,
-                TrajectoryError,
-                "The network returned no loss when a step was trained again",
-                'With `loss="returned"` it returns one: under the name `loss`, or as the only number without axes',
-                "Give the recorder the loss as a function of outputs and targets",
-            )
-            assert value is not None
+            if value is None:
+                raise TrajectoryError(
+                    "The network returned no loss when a step was trained again",
+                    'With `loss="returned"` it returns one: under the name `loss`, or as the only number without axes',
+                    "Give the recorder the loss as a function of outputs and targets",
+                )
             return [value], [batch.loss_slope.to(value)]
         loss = objective.function("A replay of steps")
         outputs = function.call(parameters, inputs)
@@ -481,12 +479,11 @@ class ReplayStore(Store):
     def _check(self, same: bool, index: int) -> None:
         threads = torch.get_num_threads()
         other = f" (recorded with {self.threads} threads, now {threads})" if self.threads not in (None, threads) else ""
-        check(
-            same,
-            TrajectoryError,
-            f"Step {index} came out differently when it was trained again from its keyframe{other}",
-            "A replay gives the recorded weights to the last bit; rounding depends on the number of threads, the "
-            "machine, the versions of torch, and on data and model being what they were",
-            f"Write `torch.set_num_threads({self.threads or 'n'})` with the number of the recording and read on the "
-            "machine that recorded, or record with `Schedule(every=1)`",
-        )
+        if not same:
+            raise TrajectoryError(
+                f"Step {index} came out differently when it was trained again from its keyframe{other}",
+                "A replay gives the recorded weights to the last bit; rounding depends on the number of threads, the "
+                "machine, the versions of torch, and on data and model being what they were",
+                f"Write `torch.set_num_threads({self.threads or 'n'})` with the number of the recording and read on "
+                "the machine that recorded, or record with `Schedule(every=1)`",
+            )
