@@ -405,7 +405,7 @@ class Recent:
         self._held: OrderedDict[Any, Any] = OrderedDict()
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is held under a key, made where it is not."""
+        """Value under a key, made where there is none."""
         if key not in self._held:
             self._held[key] = make()
         self._held.move_to_end(key)

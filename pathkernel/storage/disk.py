@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathkernel.errors import SENSELESS, CorruptBlockError, InputError, StoreError, check
+from pathkernel.errors import SENSELESS, CorruptBlockError, InputError, StoreError
 from pathkernel.runtime.workspace import keep_freed_memory
 from pathkernel.storage import fingerprints as identity
 from pathkernel.storage.blocks import COLUMNS, Blocks, Recent, Region, read_packed, write_packed
@@ -85,24 +85,22 @@ class DiskStore(Store):
         on_error: str = "stop",
         compression: str = "fast",
     ) -> None:
-        check(
-            type(flush_every) is int and 1 <= flush_every <= 1024,
-            InputError,
-            f"`flush_every={flush_every!r}` was given",
-            "A block has between 1 and 1024 steps",
-            'Write `DiskStore("runs/name", flush_every=16)`',
-        )
+        if type(flush_every) is not int or not 1 <= flush_every <= 1024:
+            raise InputError(
+                f"`flush_every={flush_every!r}` was given",
+                "A block has between 1 and 1024 steps",
+                'Write `DiskStore("runs/name", flush_every=16)`',
+            )
         for name, given, known in (
             ("on_error", on_error, ("stop", "raise")),
             ("compression", compression, ("fast", "small")),
         ):
-            check(
-                given in known,
-                InputError,
-                f"`{name}={given!r}` was given",
-                f"It is one of {', '.join(map(repr, known))}",
-                f'Write `DiskStore("runs/name", {name}={known[0]!r})`',
-            )
+            if given not in known:
+                raise InputError(
+                    f"`{name}={given!r}` was given",
+                    f"It is one of {', '.join(map(repr, known))}",
+                    f'Write `DiskStore("runs/name", {name}={known[0]!r})`',
+                )
         self.path = Path(path)
         self.flush_every, self.durable, self.on_error, self.compression = flush_every, durable, on_error, compression
         self.header: Header | None = None
@@ -149,13 +147,13 @@ class DiskStore(Store):
         if state is None or name.startswith("__"):
             raise AttributeError(f"'DiskStore' object has no attribute {name!r}")
         found = DiskStore.open(state["path"], **state["options"])
-        check(
-            found._last_commit() == state["last"],
-            StoreError,
-            f"`{found.path}` does not hold what it held when a trajectory or a kernel on it was saved",
-            f"It held {state['last'][1] + state['last'][2]} steps then, with other contents or fewer or more than now",
-            "Put the folder back from a copy, or make the kernel anew from `Trajectory.open(path, ...)`",
-        )
+        if found._last_commit() != state["last"]:
+            raise StoreError(
+                f"`{found.path}` does not hold what it held when a trajectory or a kernel on it was saved",
+                f"It held {state['last'][1] + state['last'][2]} steps then, with other contents or fewer or more than "
+                "now",
+                "Put the folder back from a copy, or make the kernel anew from `Trajectory.open(path, ...)`",
+            )
         del vars(self)["_travelled"]
         belongs = state["belongs"]
         if "_trajectory" in belongs:  # saved by an earlier version
@@ -164,7 +162,7 @@ class DiskStore(Store):
         return getattr(self, name)
 
     def _last_commit(self) -> tuple[int, ...] | None:
-        """What tells the content of a store from another's; None before it has any."""
+        """Last commit, which tells the content of a store from another's; None before it has any."""
         if self._blocks is None or not self._blocks.count:
             return None
         return tuple(vars(self._blocks.commit(self._blocks.count - 1)).values())
@@ -173,7 +171,7 @@ class DiskStore(Store):
 
     @property
     def exists(self) -> bool:  # type: ignore[override]
-        """Whether the folder holds a store that this object has not opened yet."""
+        """True where the folder holds a store that this object has not opened yet."""
         return self._blocks is None and (self.path / "zarr.json").exists()
 
     @classmethod
@@ -253,7 +251,7 @@ class DiskStore(Store):
         return self._sensible("start", checked_start, self._packed("start", self.header.start))
 
     def optimizer_constants(self) -> dict[str, Any]:
-        """What the optimizer was made of, for a recording with keyframes; see `Replay.constants`."""
+        """Constants of the optimizer, for a recording with keyframes; see `Replay.constants`."""
         assert self._blocks is not None and self.header is not None and self.header.replay is not None
         constants = self._packed("optimizer", self.header.replay["constants"])
         right = isinstance(constants, dict) and set(constants) == {"groups", "made_of"}
@@ -289,23 +287,21 @@ class DiskStore(Store):
         """
         if self._lock is not None:
             return
-        check(
-            not self._orphaned,
-            StoreError,
-            f"`{self.path}` is written by process {os.getppid()}, of which this one was forked",
-            "A store has one writer, and its parent may have written further steps since",
-            "Make a new KernelRecorder in this process, with another path",
-        )
+        if self._orphaned:
+            raise StoreError(
+                f"`{self.path}` is written by process {os.getppid()}, of which this one was forked",
+                "A store has one writer, and its parent may have written further steps since",
+                "Make a new KernelRecorder in this process, with another path",
+            )
         if self.run is not None and self.run.data is run.data:  # every recording has its own
             self.lock()
         else:
-            check(
-                not self.exists,
-                StoreError,
-                f"`{self.path}` holds a store already",
-                "A new recording goes into a folder of its own",
-                "Give another path, or delete this folder",
-            )
+            if self.exists:
+                raise StoreError(
+                    f"`{self.path}` holds a store already",
+                    "A new recording goes into a folder of its own",
+                    "Give another path, or delete this folder",
+                )
             self.lock()
             try:
                 self._create(run)
@@ -474,7 +470,7 @@ class DiskStore(Store):
         self._check_failure()
 
     def write_end(self) -> None:
-        """See `Store.write_end`."""
+        """Write all steps, and where the path ends now; see `Store.write_end`."""
         self.flush()
         if self._lock is not None and not self.stopped and self.run is not None:
             self._write_end(self.run, self._standing)
@@ -539,7 +535,7 @@ class DiskStore(Store):
         _WRITING.discard(self)
 
     def _leave_to_parent(self) -> None:
-        """In a forked child: the thread that writes is not here, and the store stays with the parent.
+        """Leave the store to the parent, in a forked child: the thread that writes is not here.
 
         Steps that have not been written stay readable.
         """
@@ -574,7 +570,7 @@ class DiskStore(Store):
         return moves
 
     def _forget_end(self) -> None:
-        """After `write_end` further steps were committed: it is no longer the end.
+        """Take the end out of the header, when further steps were committed after `write_end`.
 
         Not before they are, or else a process that is killed between them loses changes after the last step.
         """
@@ -713,13 +709,12 @@ class DiskStore(Store):
         return self._kept(self.read(steps - 1).after, steps)
 
     def _kept(self, vector: Tensor, index: int) -> Tensor:
-        check(
-            vector.numel() > 0,
-            StoreError,
-            f"θ at step {index} was asked of `{self.path}`, which keeps it at keyframes only",
-            "Steps between keyframes are trained again, which takes the network, the loss and the data",
-            f"Write `Trajectory.open(path, model=model, loss=loss, data=data).vector({index})`",
-        )
+        if not vector.numel():
+            raise StoreError(
+                f"θ at step {index} was asked of `{self.path}`, which keeps it at keyframes only",
+                "Steps between keyframes are trained again, which takes the network, the loss and the data",
+                f"Write `Trajectory.open(path, model=model, loss=loss, data=data).vector({index})`",
+            )
         return vector
 
     def columns(self, index: int, ranges: Sequence[slice]) -> list[Tensor]:
@@ -793,7 +788,7 @@ class DiskStore(Store):
         return problems
 
     def size_bytes(self) -> int:
-        """What the folder takes on disk."""
+        """Bytes that the folder takes on disk."""
         places = [os.path.join(folder, name) for folder, _, names in os.walk(self.path) for name in names]
         found = [status for status in map(os.lstat, places) if stat.S_ISREG(status.st_mode)]  # links lead elsewhere
         return sum(status.st_size for status in found)

@@ -102,7 +102,7 @@ class Serials:
 
 @dataclass
 class EncodedBlock:
-    """What is written of a block.
+    """Vectors and record of a block, as they are written.
 
     Attributes
     ----------
@@ -229,7 +229,7 @@ class BlockEncoder:
         return [self._shared("modes", modes), dict(state.generators), state.autocast, buffers]
 
     def _frozen(self, block: EncodedBlock, step: Step, row: int) -> dict[str, Any]:
-        """What is frozen, or the optimizer's state that it follows from.
+        """Frozen tensors, or the optimizer's state that they follow from.
 
         By parameter: [key, number of a stream] for a tensor of the parameter's shape, else [key, None, value].
         Keyframes are too rare for a stream: theirs lie in extra vectors, whose places are negative.
@@ -286,7 +286,7 @@ def _is_regular(value: Any, shape: torch.Size) -> bool:
 
 @dataclass(frozen=True)
 class BlockRows:
-    """What a record refers to, for one step.
+    """Vectors that the record of one step refers to.
 
     Attributes
     ----------

@@ -107,7 +107,7 @@ def _leaves(items: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def compared(recorded: Fingerprint, found: Fingerprint, what: str) -> list[str]:
-    """What differs between two fingerprints, in words."""
+    """Differences between two fingerprints, in words."""
     differences = []
     for key in recorded.keys() | found.keys():
         old, new = recorded.get(key), found.get(key)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._version import __version__
-from pathkernel.errors import InputError, StoreError, check
+from pathkernel.errors import InputError, StoreError
 from pathkernel.gradients.losses import check_task
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.runtime.checksum import DTYPES
@@ -69,7 +69,7 @@ class StoredEnd:
 
 @dataclass(frozen=True)
 class Header:
-    """What a store says of its trajectory.
+    """Description of its trajectory that a store begins with.
 
     Attributes
     ----------
@@ -191,23 +191,21 @@ class Header:
             Where it makes no sense.
         """
         attributes, where = group.attributes(), group.path / "zarr.json"
-        check(
-            attributes.get("format") == FORMAT,
-            StoreError,
-            f"`{group.path}` holds {str(attributes.get('format'))[:100]!r}",
-            f"A recorded trajectory says {FORMAT!r} in its attributes",
-            "Give the path that was given to `KernelRecorder(..., store=path)`",
-        )
+        if attributes.get("format") != FORMAT:
+            raise StoreError(
+                f"`{group.path}` holds {str(attributes.get('format'))[:100]!r}",
+                f"A recorded trajectory says {FORMAT!r} in its attributes",
+                "Give the path that was given to `KernelRecorder(..., store=path)`",
+            )
         version = attributes.get("version")
         libraries = attributes.get("versions")
         written_by = str(libraries.get("pathkernel", "?") if isinstance(libraries, dict) else "?")[:40]
-        check(
-            type(version) is int and 1 <= version <= VERSION,
-            StoreError,
-            f"`{group.path}` has version {str(version)[:20]} of the format, written by pathkernel {written_by}",
-            f"pathkernel {__version__} reads versions 1 to {VERSION}",
-            f"Install pathkernel {written_by} or later",
-        )
+        if type(version) is not int or not 1 <= version <= VERSION:
+            raise StoreError(
+                f"`{group.path}` has version {str(version)[:20]} of the format, written by pathkernel {written_by}",
+                f"pathkernel {__version__} reads versions 1 to {VERSION}",
+                f"Install pathkernel {written_by} or later",
+            )
         group.check(attributes)
         try:
             return cls._of_json(attributes)
@@ -374,7 +372,7 @@ def _matrix(rows: Any) -> list[list[float]]:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries at hand."""
+    """Versions of the libraries at hand."""
     return {
         "pathkernel": __version__,
         "torch": torch.__version__,
@@ -398,7 +396,7 @@ def fingerprints(run: Run) -> dict[str, Any]:
 
 
 def reference_identity(reference: ReferenceOutputs | None) -> dict[str, Any] | None:
-    """What is known of the reference outputs when a recording begins."""
+    """Samples and outputs of the reference outputs that are known when a recording begins."""
     if reference is None:
         return None
     samples, values = list(reference.samples), reference.initial.tolist()

@@ -1,4 +1,4 @@
-"""What a name in a store may stand for: closed tables of classes, and nothing else.
+"""Closed tables of the classes that names in a store may stand for, and nothing else.
 
 A store may come from anybody, and importing runs code. So nothing that a header says is ever imported, looked up in a
 module or evaluated: a name stands in a table here, which was made from classes that are there already, or whatever it
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn, optim
 
 from pathkernel._typing import Loss
-from pathkernel.errors import StoreError, check, quoted
+from pathkernel.errors import StoreError, quoted
 from pathkernel.gradients.losses import RETURNED
 from pathkernel.optimizers import momentum, runge_kutta, scaled
 from pathkernel.storage import fingerprints as identity
@@ -142,15 +142,13 @@ def known_loss(recorded: Mapping[str, Any]) -> Loss | str | None:
     found = quoted(name)
     if name in LOSSES:
         found += f" with the settings {quoted(dict(settings))}"
-    check(
-        made is not None and identity.loss_identity(made) == {"name": name, "settings": dict(settings)},
-        StoreError,
-        f"The loss on record is {found}, which was not imported",
-        "A store runs nothing: losses of `torch.nn` are found by their name, with settings that are numbers or text; "
-        "any other loss has to be named by you",
-        "Write `--loss train.py:loss` with the loss of the training, or pass `loss=` to `Trajectory.open`",
-    )
-    assert made is not None
+    if made is None or identity.loss_identity(made) != {"name": name, "settings": dict(settings)}:
+        raise StoreError(
+            f"The loss on record is {found}, which was not imported",
+            "A store runs nothing: losses of `torch.nn` are found by their name, with settings that are numbers or "
+            "text; any other loss has to be named by you",
+            "Write `--loss train.py:loss` with the loss of the training, or pass `loss=` to `Trajectory.open`",
+        )
     return made
 
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, Parameters
-from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, brief, check, quoted
+from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, brief, quoted
 from pathkernel.gradients.forward_state import device_of, generators_untouched
 from pathkernel.gradients.losses import Objective, check_recorded_loss
 from pathkernel.gradients.model_function import ModelFunction
@@ -48,7 +48,7 @@ def open_trajectory(
     optimizer: type[Optimizer] | None = None,
     returns: Returns = None,
 ) -> Trajectory:
-    """See `Trajectory.open`."""
+    """Open a trajectory; see `Trajectory.open`."""
     store = DiskStore.open(path)
     header = store.header
     assert header is not None
@@ -57,14 +57,13 @@ def open_trajectory(
     problems = mismatches(header, model, loss, samples, regularizers or {})
     if not problems and header.end is not None and header.end.weights != identity.weights(model):
         problems = ["weights: they are not those at the end of the recording"]
-    check(
-        not problems,
-        ModelMismatchError,
-        f"`{path}` was recorded with other objects: {'. '.join(problems)}",
-        "A trajectory is read with the network at the end of its recording, and with the loss and the data of the "
-        "recording, so that nobody explains one network with another one's history",
-        "Load the weights that training ended with, and pass the same `loss=`, `data=` and `regularizers=`",
-    )
+    if problems:
+        raise ModelMismatchError(
+            f"`{path}` was recorded with other objects: {'. '.join(problems)}",
+            "A trajectory is read with the network at the end of its recording, and with the loss and the data of the "
+            "recording, so that nobody explains one network with another one's history",
+            "Load the weights that training ended with, and pass the same `loss=`, `data=` and `regularizers=`",
+        )
     store.rule = known_rule(header, rule)
     objective = Objective(loss, header.reduction, dict(regularizers or {}))
     replayed = None
@@ -101,7 +100,7 @@ def mismatches(
     data: Samples,
     regularizers: Mapping[str, Any],
 ) -> list[str]:
-    """What differs between live objects and those of a recording; weights are not looked at."""
+    """Differences between live objects and those of a recording; weights are not looked at."""
     recorded = header.fingerprints
     problems = identity.compared(recorded["model"], identity.architecture(model), "model")
     if loss is not None and recorded["loss"]["name"]:  # what needs a loss that was not given says so
@@ -161,15 +160,15 @@ def known_rule(header: Header, rule: UpdateRule | None) -> UpdateRule:
     recorded = {**header.rule, "class": current_name(header.rule["class"])}
     if rule is None and recorded["class"] in UPDATE_RULES:
         rule = UPDATE_RULES[recorded["class"]]()
-    check(
-        rule is not None and rule_identity(rule) == recorded,
-        StoreError,
-        f"The steps were recorded under the update rule {quoted(recorded['name'])} ({brief(recorded['class'])}), and "
-        f"{'none' if rule is None else identity.named(type(rule))} was passed; what a store names is not imported",
-        "A store runs nothing: rules of the package are found by their name; a rule of your own has to be passed again",
-        "Write `Trajectory.open(path, ..., rule=YourRule())`, or `--rule train.py:YourRule` on the command line",
-    )
-    assert rule is not None
+    if rule is None or rule_identity(rule) != recorded:
+        raise StoreError(
+            f"The steps were recorded under the update rule {quoted(recorded['name'])} ({brief(recorded['class'])}), "
+            f"and {'none' if rule is None else identity.named(type(rule))} was passed; what a store names is not "
+            "imported",
+            "A store runs nothing: rules of the package are found by their name; a rule of your own has to be passed "
+            "again",
+            "Write `Trajectory.open(path, ..., rule=YourRule())`, or `--rule train.py:YourRule` on the command line",
+        )
     return rule
 
 
@@ -177,31 +176,29 @@ def known_optimizer(recorded: str, optimizer: type[Optimizer] | None) -> type[Op
     """The class of the optimizer of a recording: one of torch by its name, or the one that is passed."""
     recorded = current_name(recorded)
     found = OPTIMIZERS.get(recorded) if optimizer is None else optimizer
-    check(
-        found is not None and identity.named(found) == recorded,
-        StoreError,
-        f"The steps were taken by an optimizer of the class {brief(recorded)}, and "
-        f"{'none' if optimizer is None else identity.named(optimizer)} was passed; what a store names is not imported",
-        "A store runs nothing: steps are trained again by an optimizer of torch or of the package, which is found by "
-        "its name; one of your own has to be passed again",
-        "Write `Trajectory.open(path, ..., optimizer=YourOptimizer)`, or `--optimizer train.py:YourOptimizer` on the "
-        "command line",
-    )
-    assert found is not None
+    if found is None or identity.named(found) != recorded:
+        raise StoreError(
+            f"The steps were taken by an optimizer of the class {brief(recorded)}, and "
+            f"{'none' if optimizer is None else identity.named(optimizer)} was passed; what a store names is not "
+            "imported",
+            "A store runs nothing: steps are trained again by an optimizer of torch or of the package, which is found "
+            "by its name; one of your own has to be passed again",
+            "Write `Trajectory.open(path, ..., optimizer=YourOptimizer)`, or `--optimizer train.py:YourOptimizer` on "
+            "the command line",
+        )
     return found
 
 
 def known_returns(header: Header, returns: Returns) -> Returns:
-    """What of the returned the outputs are: as on record, or the function that is passed."""
+    """Place of the outputs in what the network returns: as on record, or the function that is passed."""
     recorded = header.returns
-    check(
-        callable(check_returns(returns)) if recorded == FUNCTION else returns is None or returns == recorded,
-        ModelMismatchError,
-        f"The outputs of the recorded network are {'a function' if recorded == FUNCTION else f'{recorded!r}'} of what "
-        f"it returns, and `returns={returns!r}` was passed",
-        "A trajectory is read with the outputs that it was recorded with; a function has to be passed again",
-        "Write `Trajectory.open(path, ..., returns=...)` as for the recorder",
-    )
+    if not (callable(check_returns(returns)) if recorded == FUNCTION else returns is None or returns == recorded):
+        raise ModelMismatchError(
+            f"The outputs of the recorded network are {'a function' if recorded == FUNCTION else f'{recorded!r}'} of "
+            f"what it returns, and `returns={returns!r}` was passed",
+            "A trajectory is read with the outputs that it was recorded with; a function has to be passed again",
+            "Write `Trajectory.open(path, ..., returns=...)` as for the recorder",
+        )
     return returns if recorded == FUNCTION else recorded
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pathkernel.errors import RecordingError, check
+from pathkernel.errors import RecordingError
 from pathkernel.runtime.checksum import DTYPES, row_major
 
 ALIGNMENT = 16
@@ -107,13 +107,12 @@ def pack(value: Any) -> bytes:
     packer = _Packer()
     encoded = packer.value(value)
     text = json.dumps({"tensors": packer.table, "value": encoded}, allow_nan=False, separators=(",", ":")).encode()
-    check(
-        len(text) <= MAX_TEXT,
-        RecordingError,
-        f"A value of {len(text)} bytes besides its tensors was to be stored",
-        f"At most {MAX_TEXT} are",
-        "Keep long lists of numbers as tensors",
-    )
+    if len(text) > MAX_TEXT:
+        raise RecordingError(
+            f"A value of {len(text)} bytes besides its tensors was to be stored",
+            f"At most {MAX_TEXT} are",
+            "Keep long lists of numbers as tensors",
+        )
     padding = bytes(-(8 + len(text)) % ALIGNMENT)
     return b"".join([struct.pack("<q", len(text)), text, padding, *(piece.data for piece in packer.pieces)])
 

@@ -1,4 +1,4 @@
-"""What a stored answer is the answer to: settings in words, and in numbers what a question does.
+"""Questions that stored answers belong to: settings in words, and in numbers what a question does.
 
 Functions have no identity that a file could hold: two lambdas have one name, and two closures one code. So a question
 is known again by what it makes of outputs, its values and its gradients, which are compared within rounding.
@@ -54,7 +54,7 @@ OPAQUE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType,
 
 
 def identity_of(trajectory: Trajectory, **settings: Any) -> dict[str, Any]:
-    """What must be the same for a computation to be gone on with: the path, and what is made of it."""
+    """Identity that must be the same for a computation to be gone on with: the path, and what is made of it."""
     middle, objective = len(trajectory) // 2, trajectory.objective
     points = {"initial": trajectory.initial, "middle": trajectory.vector(middle), "final": trajectory.final}
     state = {**trajectory.constants, **{f"final {name}": value for name, value in trajectory.final_buffers.items()}}
@@ -151,7 +151,7 @@ def numbers(rows: Iterable[Tensor], tolerance: float) -> dict[str, Any]:
 
 
 def is_ours(value: Any) -> bool:
-    """Whether a setting is one of the package: its name and its values say what it does, and those of others' may not.
+    """True for a setting of the package: its name and its values say what it does, and those of others' may not.
 
     Two classes of a user's may have one name, and the code of one may change.
     """
@@ -250,7 +250,7 @@ def nearby(trajectory: Trajectory) -> Tensor:
 
 
 def differences(recorded: Identity, found: Identity, kind: str) -> list[str]:
-    """What differs between two questions, in words."""
+    """Differences between two questions, in words."""
     numeric = [key for key, value in found.items() if isinstance(value, Mapping)]
     old, new = ({key: value for key, value in one.items() if key not in numeric} for one in (recorded, found))
     others = [key for key in numeric if not _close(recorded.get(key), found[key])]

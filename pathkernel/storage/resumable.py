@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pathkernel.errors import SENSELESS, StoreError, check, quoted
+from pathkernel.errors import SENSELESS, StoreError, quoted
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.storage.format import MAX_CHUNK_BYTES, ChunkedArray, Group, Lock, damaged
 from pathkernel.storage.question import Identity, differences
@@ -48,42 +48,39 @@ def opened(path: str | os.PathLike[str], kind: str, identity: Identity) -> Itera
     """
     folder, mine = Path(path), {"format": FORMAT, "version": VERSION, "kind": kind, "identity": dict(identity)}
     new = not (folder / "zarr.json").exists()
-    check(
-        not new or not folder.exists() or all(place.name.endswith(".partial") for place in folder.iterdir()),
-        StoreError,
-        f"`{folder}` holds other files",
-        f"A computation ({kind}) is kept in a folder of its own",
-        "Give a path that does not exist yet",
-    )
+    if new and folder.exists() and not all(place.name.endswith(".partial") for place in folder.iterdir()):
+        raise StoreError(
+            f"`{folder}` holds other files",
+            f"A computation ({kind}) is kept in a folder of its own",
+            "Give a path that does not exist yet",
+        )
     group = Group.create(folder, mine) if new else Group.open(folder)
     with _locked(folder):
         found = group.attributes()
-        check(
-            found.get("format") == FORMAT and found.get("kind") == kind,
-            StoreError,
-            f"`{folder}` holds {quoted(found.get('kind', 'something else'))} of format {quoted(found.get('format'))}",
-            f"It must be new, or hold a computation of kind {kind!r}",
-            "Give another path",
-        )
-        check(
-            found.get("version") == VERSION,
-            StoreError,
-            f"`{folder}` was written in version {quoted(found.get('version'))} of the format",
-            f"This pathkernel reads version {VERSION}",
-            "Finish it with the pathkernel that began it, or give another path",
-        )
+        if found.get("format") != FORMAT or found.get("kind") != kind:
+            raise StoreError(
+                f"`{folder}` holds {quoted(found.get('kind', 'something else'))} of format "
+                f"{quoted(found.get('format'))}",
+                f"It must be new, or hold a computation of kind {kind!r}",
+                "Give another path",
+            )
+        if found.get("version") != VERSION:
+            raise StoreError(
+                f"`{folder}` was written in version {quoted(found.get('version'))} of the format",
+                f"This pathkernel reads version {VERSION}",
+                "Finish it with the pathkernel that began it, or give another path",
+            )
         group.check(found)
         try:
             other = differences(found.get("identity", {}), identity, kind)
         except SENSELESS as error:
             raise damaged(folder / "zarr.json", f"its identity makes no sense ({str(error)[:100]})") from None
-        check(
-            not other,
-            StoreError,
-            f"`{folder}` holds another computation. {'; '.join(other)}",
-            "Going on needs the same trajectory, settings and samples",
-            "Give another path, or delete this one",
-        )
+        if other:
+            raise StoreError(
+                f"`{folder}` holds another computation. {'; '.join(other)}",
+                "Going on needs the same trajectory, settings and samples",
+                "Give another path, or delete this one",
+            )
         yield group
 
 
@@ -193,7 +190,7 @@ class _Tile:
         self.size = rows.stop - rows.start, columns.stop - columns.start
 
     def kind(self, symmetric: bool) -> tuple[int, int | None]:
-        """Its numbers of rows and columns, None for as many on the diagonal of a symmetric matrix."""
+        """Numbers of rows and columns, None for as many on the diagonal of a symmetric matrix."""
         return self.size[0], None if symmetric and self.rows == self.columns else self.size[1]
 
     def computed(self, terms: int, term: Callable[[int], Tensor], bar: Any) -> np.ndarray:
@@ -269,7 +266,7 @@ def resumable_blocks(
 
 
 def _check_blocks(group: Group, count: int) -> None:
-    """Whether the attributes say which arrays each block has, and nothing else."""
+    """Refuse attributes that say anything else than which arrays each block has."""
     attributes = group.attributes()
     names, held = attributes.get("names", []), attributes.get("blocks", {})
     right = isinstance(names, list) and isinstance(held, dict) and all(isinstance(name, str) for name in names)

@@ -119,7 +119,7 @@ class Writer:
         return None if last is None or last.complete else last
 
     def orphan(self) -> None:
-        """In a forked child, which has no copy of the thread: nothing is written any more, nor waited for."""
+        """Neither write nor wait any more: a forked child has no copy of the thread."""
         self._orphaned = True
 
     def begin(self, block: UnwrittenBlock) -> None:

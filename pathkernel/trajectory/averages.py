@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pathkernel.errors import RecordingError, check
+from pathkernel.errors import RecordingError
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.trajectory.step import Segment
 
@@ -51,13 +51,12 @@ class AverageRecord:
         """Look at an average for the first time."""
         values = {key: value.detach().clone() for key, value in averaged_values(source).items()}
         missing = [parameter for parameter in layout.names if parameter not in values]
-        check(
-            not missing,
-            RecordingError,
-            f"The average {name!r} lacks {', '.join(f'`{m}`' for m in missing)}",
-            "An average has the trained model's parameter names",
-            "Pass an `AveragedModel`, a copy of the model, or a dict of tensors by parameter name",
-        )
+        if missing:
+            raise RecordingError(
+                f"The average {name!r} lacks {', '.join(f'`{m}`' for m in missing)}",
+                "An average has the trained model's parameter names",
+                "Pass an `AveragedModel`, a copy of the model, or a dict of tensors by parameter name",
+            )
         return cls(name, values, [], values)
 
     def constants(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -92,14 +91,13 @@ class AverageRecord:
                 best = (miss, a, changed)
         assert best is not None
         miss, a, changed = best
-        check(
-            miss <= rounding + 1e-3 * moved.norm().item(),
-            RecordingError,
-            f"After step {step} the average {self.name!r} did not move towards the weights: "
-            f"{miss / max(moved.norm().item(), 1e-300):.1%} of its change is something else",
-            "An average is updated by Θ + a (θ − Θ) with one number a for all parameters, once for each step",
-            "Update it right after `optimizer.step()`, or leave it out of `averages=`",
-        )
+        if not miss <= rounding + 1e-3 * moved.norm().item():
+            raise RecordingError(
+                f"After step {step} the average {self.name!r} did not move towards the weights: "
+                f"{miss / max(moved.norm().item(), 1e-300):.1%} of its change is something else",
+                "An average is updated by Θ + a (θ − Θ) with one number a for all parameters, once for each step",
+                "Update it right after `optimizer.step()`, or leave it out of `averages=`",
+            )
         self.updates.append((0.0 if moved.norm().item() == 0 else a, changed))
         self.last = {key: value.clone() for key, value in values.items()}
 

@@ -53,14 +53,14 @@ from pathkernel.update_rules.rule import UpdateRule
 
 
 def _is_round_the_samples(step: Step) -> bool:
-    """Whether some samples came under a name alone: what they do not explain is booked under it, whatever it is."""
+    """True where some samples came under a name alone: what they do not explain is booked under it, whatever it is."""
     named = [batch.ids for batch in step.batches if batch.channel in step.differentiated]
     unnamed = [batch.ids for batch in step.batches if batch.channel not in step.differentiated]
     return not all(any(torch.equal(ids, others) for others in unnamed) for ids in named)
 
 
 def normalises_batch(module: nn.Module, modes: Modes) -> bool:
-    """Whether a layer in train mode couples the samples of a batch."""
+    """True where a layer in train mode couples the samples of a batch."""
     return any(
         (modes if isinstance(modes, bool) else modes[name])
         and (isinstance(child, _BatchNorm) or getattr(child, "track_running_stats", False))
@@ -423,7 +423,7 @@ class RecordedGradients:
                 yield found, piece, cotangents
 
     def _is_measured(self, step: Step, batch: MicroBatch, inputs: PyTree) -> bool:
-        """Whether the rows of a batch are compared with the batch run forward.
+        """True where the rows of a batch are compared with the batch run forward.
 
         At steps 0, 16, 256, … and the last, and wherever samples of another shape or number, or another mode, come
         first; once for each batch, however often the record is passed.
@@ -463,7 +463,7 @@ class RecordedGradients:
 
     @property
     def coupled(self) -> bool:
-        """Whether rows are formed by reverse sweeps of whole batches, wherever samples come from."""
+        """True where rows are formed by reverse sweeps of whole batches, wherever samples come from."""
         return self._coupled
 
     def _replaced(self) -> EngineReplaced:
@@ -521,11 +521,11 @@ class RecordedGradients:
         return self.rounded if batch.state.autocast else self.source
 
     def inseparable(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
-        """Whether a batch cannot be run a few samples at a time: samples are coupled, or the pass is random."""
+        """True where a batch cannot be run a few samples at a time: samples are coupled, or the pass is random."""
         return bool(batch.state.generators) or self.together(batch, point, inputs)
 
     def together(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
-        """Whether the samples of a batch have to be run together, one reverse sweep for each."""
+        """True where the samples of a batch have to be run together, one reverse sweep for each."""
         if self._coupled or normalises_batch(self.function.module, batch.state.modes):
             return True
         if not batch.state.generators:
@@ -592,7 +592,7 @@ def _hashable(modes: Modes) -> Any:
 
 
 def _separate(tape: Tape) -> bool:
-    """Whether the outputs of the first sample depend on the first sample alone, in every layer."""
+    """True where the outputs of the first sample depend on the first sample alone, in every layer."""
     first = torch.zeros_like(tape.outputs)
     first[0] = 1.0
     pieces = tape.pieces((tape.outputs * first).sum(dim=1, keepdim=True))

@@ -156,7 +156,7 @@ class Discrepancies:
         self._sizes: dict[int, dict[str, float]] = {}
 
     def __bool__(self) -> bool:
-        """Whether there are any; True while that is not known."""
+        """True where there are any, and while that is not known."""
         return bool(self._sizes or self._ends)
 
     def meet(self, steps: Iterable[Step]) -> None:

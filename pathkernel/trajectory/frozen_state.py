@@ -15,7 +15,7 @@ from pathkernel.update_rules.rule import Observation, UpdateRule
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What is kept of an optimizer's state around a step, for its rule to find what is frozen.
+    """Optimizer's state around a step, as far as its rule finds what is frozen from it.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class OptimizerState:
 
 @dataclass(frozen=True, eq=False)
 class FrozenOnReading(Mapping[str, Mapping[str, Any]]):
-    """What a rule freezes in a step by parameter name, found when it is read rather than kept.
+    """Tensors that a rule freezes in a step by parameter name, found when they are read rather than kept.
 
     Only the step that was read last is remembered: reading a trajectory takes no memory in proportion to its length.
 
@@ -79,7 +79,7 @@ def _evaluated(frozen: FrozenOnReading) -> Mapping[str, Mapping[str, Any]]:
 
 
 def frozen_in(rule: UpdateRule, layout: ParameterLayout, taken: FrozenOnReading) -> dict[str, dict[str, Any]]:
-    """What is held fixed in a step, by parameter name, from what was kept of it.
+    """Tensors and numbers held fixed in a step, by parameter name, from what was kept of it.
 
     Parameters
     ----------

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import SENSELESS, PathKernelError, RecordingError, TrajectoryError, check
+from pathkernel.errors import SENSELESS, PathKernelError, RecordingError, TrajectoryError
 from pathkernel.gradients.losses import RETURNED, batch_loss
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import moved
@@ -115,7 +115,7 @@ class Replay:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What a copy of the optimizer is made of that no step tells: settings that are tensors, and its own values."""
+        """Parts of the optimizer's copy that no step tells: settings that are tensors, and its own values."""
         return {
             "groups": [{key: v for key, v in g.items() if isinstance(v, Tensor)} for g in self.groups],
             "made_of": {key: v for key, v in self._made_of.items() if key not in ("state", "param_groups")},
@@ -210,7 +210,7 @@ class Replay:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
 
     def checksum(self) -> int:
-        """That of θ where the replay stands."""
+        """CRC32C of θ where the replay stands."""
         return checksum(self._parameters.values())
 
     def _move(self, theta: Tensor) -> None:
@@ -255,21 +255,19 @@ class Replay:
     def _roots(
         self, function: ModelFunction, batch: MicroBatch, inputs: PyTree, targets: PyTree
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """What a backward pass of a micro-batch begins with, and the slopes there."""
+        """Tensors that a backward pass of a micro-batch begins with, and the slopes there."""
         objective, parameters = self.run.objective, dict(self._parameters)
         if batch.cotangents is not None:
             outputs = function.batch(parameters, inputs)
             return [outputs], [batch.cotangents.to(outputs)]
         if objective.loss == RETURNED and batch.loss_slope is not None:
             value = returned_loss(function.whole().call(parameters, inputs))
-            check(
-                value is not None,
-                TrajectoryError,
-                "The network returned no loss when a step was trained again",
-                'With `loss="returned"` it returns one: under the name `loss`, or as the only number without axes',
-                "Give the recorder the loss as a function of outputs and targets",
-            )
-            assert value is not None
+            if value is None:
+                raise TrajectoryError(
+                    "The network returned no loss when a step was trained again",
+                    'With `loss="returned"` it returns one: under the name `loss`, or as the only number without axes',
+                    "Give the recorder the loss as a function of outputs and targets",
+                )
             return [value], [batch.loss_slope.to(value)]
         loss = objective.function("A replay of steps")
         outputs = function.call(parameters, inputs)
@@ -298,7 +296,7 @@ class Replay:
                 state["step"] = state["step"].to(parameter.device)
 
     def _state_before(self, name: str) -> dict[str, Any]:
-        """See `pathkernel.update_rules.rule.Observation.before`."""
+        """Optimizer's state as `pathkernel.update_rules.rule.Observation.before` has it."""
         assert self._optimizer is not None
         seen: dict[str, Any] = {}
         for key, value in self._optimizer.state.get(self._parameters[name], {}).items():
@@ -346,11 +344,11 @@ class ReplayStore(Store):
 
     @property
     def stopped(self) -> bool:  # type: ignore[override]
-        """See `Store.stopped`."""
+        """True where the inner store takes no more steps."""
         return self.inner.stopped
 
     def begin(self, run: Run) -> None:
-        """See `Store.begin`."""
+        """Begin the inner store; see `Store.begin`."""
         self.replay.run = run
         self.inner.begin(run)
 
@@ -385,11 +383,11 @@ class ReplayStore(Store):
         self.inner.flush()
 
     def write_end(self) -> None:
-        """See `Store.write_end`."""
+        """Write the end of the inner store; see `Store.write_end`."""
         self.inner.write_end()
 
     def close(self) -> None:
-        """See `Store.close`."""
+        """Close the inner store; see `Store.close`."""
         self.inner.close()
 
     def read(self, index: int) -> Step:
@@ -430,7 +428,7 @@ class ReplayStore(Store):
         return self.read(len(self.inner) - 1).after
 
     def summary(self, index: int) -> StepSummary:
-        """What is on record of a step; nothing is trained."""
+        """Step as it is on record; nothing is trained."""
         index = range(len(self.inner))[index]
         step = self.inner.read(index)
         if step.replay is None or step.replay.keyframe != index:
@@ -481,12 +479,11 @@ class ReplayStore(Store):
     def _check(self, same: bool, index: int) -> None:
         threads = torch.get_num_threads()
         other = f" (recorded with {self.threads} threads, now {threads})" if self.threads not in (None, threads) else ""
-        check(
-            same,
-            TrajectoryError,
-            f"Step {index} came out differently when it was trained again from its keyframe{other}",
-            "A replay gives the recorded weights to the last bit; rounding depends on the number of threads, the "
-            "machine, the versions of torch, and on data and model being what they were",
-            f"Write `torch.set_num_threads({self.threads or 'n'})` with the number of the recording and read on the "
-            "machine that recorded, or record with `Schedule(every=1)`",
-        )
+        if not same:
+            raise TrajectoryError(
+                f"Step {index} came out differently when it was trained again from its keyframe{other}",
+                "A replay gives the recorded weights to the last bit; rounding depends on the number of threads, the "
+                "machine, the versions of torch, and on data and model being what they were",
+                f"Write `torch.set_num_threads({self.threads or 'n'})` with the number of the recording and read on "
+                "the machine that recorded, or record with `Schedule(every=1)`",
+            )

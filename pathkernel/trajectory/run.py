@@ -70,7 +70,7 @@ class End:
 
 @dataclass(frozen=True, eq=False)
 class RecordedOptimizer:
-    """What the optimizer of a run with keyframes was made of, for steps to be trained again.
+    """Class and constants of the optimizer of a run with keyframes, for steps to be trained again.
 
     Attributes
     ----------
@@ -149,7 +149,7 @@ class Run:
 
     @property
     def has_read_start(self) -> bool:
-        """Whether θ_0 is at hand."""
+        """True where θ_0 is at hand."""
         return isinstance(self.start, Start) or "_begun" in vars(self)
 
     @property

@@ -83,7 +83,7 @@ class Samples:
 
     @property
     def holds_integers(self) -> bool:
-        """Whether some inputs are integers or booleans."""
+        """True where some inputs are integers or booleans."""
         return not all(leaf.is_floating_point() for leaf in pytree.tree_leaves(self.example[0]))
 
     def suit(self, function: ModelFunction, theta: Tensor) -> None:

@@ -31,7 +31,7 @@ def _is_count(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class RunSize:
-    """What the cost of a record depends on.
+    """Sizes that the cost of a record depends on.
 
     Attributes
     ----------
@@ -71,17 +71,17 @@ class RunSize:
 
 
 class RecordingLevel(ABC):
-    """What is kept of each step."""
+    """Extent to which each step is kept."""
 
     @property
     @abstractmethod
     def serves(self) -> tuple[str, ...]:
-        """What can be computed from such a record."""
+        """Computations that such a record serves."""
 
     @property
     @abstractmethod
     def extra_compute(self) -> str:
-        """What it costs besides storage, and when."""
+        """Cost besides storage, and when it falls due."""
 
     @abstractmethod
     def bytes_per_step(self, run: RunSize) -> float:
@@ -136,7 +136,7 @@ class Schedule(RecordingLevel, metaclass=_Building):
     keyframes: int | None = None
     keep = "steps"
     weights_only = False
-    """Whether θ alone is kept."""
+    """True where θ alone is kept."""
 
     def __init__(self, every: int = 1, keyframes: int | None = None, keep: str = "steps") -> None: ...
 
@@ -158,12 +158,12 @@ class Schedule(RecordingLevel, metaclass=_Building):
 
     @property
     def serves(self) -> tuple[str, ...]:
-        """What can be computed from such a record."""
+        """Computations that such a record serves."""
         return ("PathKernel",) if self.weights_only else ("KernelMachine", "PathKernel", PRECONDITIONED)
 
     @property
     def extra_compute(self) -> str:
-        """What it costs besides storage, and when."""
+        """Cost besides storage, and when it falls due."""
         return "none"
 
     def bytes_per_step(self, run: RunSize) -> float:
@@ -236,7 +236,7 @@ class Every(Schedule):
 
     @property
     def weights_only(self) -> bool:  # type: ignore[override]
-        """Whether θ alone is kept."""
+        """True where θ alone is kept."""
         return self.n > 1
 
     def __repr__(self) -> str:
@@ -273,7 +273,7 @@ class Keyframes(Schedule):
 
     @property
     def extra_compute(self) -> str:
-        """What it costs besides storage, and when."""
+        """Cost besides storage, and when it falls due."""
         return "reading: trains every step once more"
 
     def bytes_per_step(self, run: RunSize) -> float:
@@ -373,7 +373,7 @@ class StepObserver(ABC):
 
     @abstractmethod
     def observe(self, step: Step) -> None:
-        """See a step as it is taken, its changes from outside included."""
+        """Take note of a step as it is taken, its changes from outside included."""
 
 
 @dataclass(frozen=True)
@@ -400,12 +400,12 @@ class Streaming(Nothing):
 
     @property
     def serves(self) -> tuple[str, ...]:
-        """What can be computed from such a record."""
+        """Computations that such a record serves."""
         return tuple(dict.fromkeys(observer.name for observer in self.observers))
 
     @property
     def extra_compute(self) -> str:
-        """What it costs besides storage, and when."""
+        """Cost besides storage, and when it falls due."""
         return "training: what its observers compute at every step"
 
 

@@ -31,7 +31,7 @@ class Passes:
     streamed: bool = False
 
     def cut(self, batch: int) -> bool:
-        """Whether so many samples are taken in several passes."""
+        """True where so many samples are taken in several passes."""
         return batch > self.samples
 
 

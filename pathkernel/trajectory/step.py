@@ -1,4 +1,4 @@
-"""What one optimizer step leaves on record."""
+"""Record of one optimizer step."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class MicroBatch:
 
     @property
     def captured(self) -> bool:
-        """Whether something of its cotangents is on record."""
+        """True where something of its cotangents is on record."""
         return self.cotangents is not None or self.sampled_cotangents is not None or self.loss_slope is not None
 
 

@@ -1,4 +1,4 @@
-"""What keeps the steps of a trajectory: the contract of every store."""
+"""Contract of every store: it keeps the steps of a trajectory."""
 
 from __future__ import annotations
 

@@ -35,11 +35,11 @@ class ThinnedStore(Store):
 
     @property
     def stopped(self) -> bool:  # type: ignore[override]
-        """See `Store.stopped`."""
+        """True where the inner store takes no more steps."""
         return self.inner.stopped
 
     def begin(self, run: Run) -> None:
-        """See `Store.begin`."""
+        """Begin the inner store; see `Store.begin`."""
         self.inner.outer = self
         self.inner.begin(run)
 
@@ -78,12 +78,12 @@ class ThinnedStore(Store):
         self.inner.flush()
 
     def write_end(self) -> None:
-        """See `Store.write_end`; the open stretch ends here."""
+        """End the open stretch, and write the end; see `Store.write_end`."""
         self._store()
         self.inner.write_end()
 
     def close(self) -> None:
-        """See `Store.close`."""
+        """End the open stretch, and close the inner store; see `Store.close`."""
         self._store()
         self.inner.close()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.errors import InputError, ModelMismatchError, TrajectoryError, check
+from pathkernel.errors import InputError, ModelMismatchError, TrajectoryError
 from pathkernel.gradients.acceptance import check_finite, not_finite
 from pathkernel.gradients.losses import Objective
 from pathkernel.gradients.model_function import ModelFunction
@@ -247,13 +247,12 @@ class Trajectory:
     def vector(self, s: int) -> Tensor:
         """θ_s as a flat vector (P,), s from 0 to S; negative s counts from the end."""
         length = len(self)
-        check(
-            -length - 1 <= s <= length,
-            InputError,
-            f"θ at step {s} was asked for",
-            f"This trajectory has the points 0 to {length}",
-            f"Write `parameters({length})` for the trained network and `parameters(0)` for the untrained one",
-        )
+        if not -length - 1 <= s <= length:
+            raise InputError(
+                f"θ at step {s} was asked for",
+                f"This trajectory has the points 0 to {length}",
+                f"Write `parameters({length})` for the trained network and `parameters(0)` for the untrained one",
+            )
         s = s + length + 1 if s < 0 else s
         return self.store.vector(s) if s < length else self.final
 
@@ -302,14 +301,13 @@ class Trajectory:
     def require_steps(self, asker: str) -> None:
         """Refuse an empty path, one of which too little was kept, and a model that is no longer the recorded one."""
         self.schedule.require(asker)
-        check(
-            len(self) > 0,
-            TrajectoryError,
-            f"`{asker}` was given a trajectory with no steps",
-            "A path needs at least one recorded optimizer step",
-            "Call `optimizer.step()` inside `with KernelRecorder(...) as recorder:` before using "
-            "`recorder.trajectory`",
-        )
+        if not len(self):
+            raise TrajectoryError(
+                f"`{asker}` was given a trajectory with no steps",
+                "A path needs at least one recorded optimizer step",
+                "Call `optimizer.step()` inside `with KernelRecorder(...) as recorder:` before using "
+                "`recorder.trajectory`",
+            )
         self.check_model(asker)
 
     def check_model(self, asker: str) -> None:
@@ -334,15 +332,14 @@ class Trajectory:
             elif not torch.equal(live[name].detach().to(recorded), recorded):
                 moved = (live[name].detach().to(recorded.device).double() - recorded.double()).abs().max().item()
                 problems.append(f"`{name}` differs by up to {moved:.2g}")
-        check(
-            not problems,
-            ModelMismatchError,
-            f"`{asker}` found a model that is not the recorded one: {'; '.join(problems)}",
-            "The model's parameters must be those at the end of the trajectory, and all else what it was throughout, "
-            "so that nobody explains one network with another one's history",
-            "Put them back with `model.load_state_dict({**trajectory.constants, **trajectory.final_buffers, "
-            "**trajectory.parameters(-1)}, strict=False)`, or record the further training too",
-        )
+        if problems:
+            raise ModelMismatchError(
+                f"`{asker}` found a model that is not the recorded one: {'; '.join(problems)}",
+                "The model's parameters must be those at the end of the trajectory, and all else what it was "
+                "throughout, so that nobody explains one network with another one's history",
+                "Put them back with `model.load_state_dict({**trajectory.constants, **trajectory.final_buffers, "
+                "**trajectory.parameters(-1)}, strict=False)`, or record the further training too",
+            )
         if (reference := self.reference) is not None:
             function, final = self.function(), None
             if reference.final is not None:

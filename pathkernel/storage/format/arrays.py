@@ -139,7 +139,7 @@ class ChunkedArray:
         return out
 
     def has(self, index: Sequence[int]) -> bool:
-        """Whether a chunk was written."""
+        """True where a chunk was written."""
         return (self.root / self.file(index)).is_file()
 
     def written(self) -> list[int]:
