@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import hypothesis
@@ -13,8 +14,7 @@ from jaxtyping import install_import_hook
 # beartype draws which item of a list it looks at: from numbers of its own, as a user's are to stay as they are.
 codemain.getrandbits = utilintget.getrandbits = random.Random(0).getrandbits
 
-# Before the package is imported. These are the modules that write shapes, which test_house.py sees to;
-# gradients/test_model_function.py sees that it works.
+# These are the modules that write shapes, which test_house.py sees to; they are hooked before the package is imported.
 SHAPED = [
     "pathkernel.gradients.acceptance",
     "pathkernel.gradients.contraction",
@@ -44,7 +44,14 @@ SHAPED = [
     "pathkernel.tangent_kernel.output_probes",
     "pathkernel.trajectory.stage_gradients",
 ]
-install_import_hook(SHAPED, "beartype.beartype")
+# Checking all of them takes as long again as the tests: by default a few, and all in the run that test_house.py makes.
+USUALLY = [
+    "pathkernel.gradients.losses",
+    "pathkernel.gradients.model_function",
+    "pathkernel.gradients.per_sample",
+    "pathkernel.kernel_machine.queries",
+]
+install_import_hook(SHAPED if os.environ.get("PATHKERNEL_CHECK_SHAPES") == "all" else USUALLY, "beartype.beartype")
 
 torch.set_num_threads(1)
 

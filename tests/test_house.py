@@ -34,9 +34,9 @@ IMPORTED_ONLY_IN = {
 }
 
 
-def passes(*command: str) -> None:
+def passes(*command: str, **variables: str) -> None:
     """Run this interpreter at the root; fail with all it printed unless it exits with 0."""
-    environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "120"}
+    environment = os.environ | {"NO_COLOR": "1", "COLUMNS": "120"} | variables
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, text=True, capture_output=True, check=False
     )
@@ -58,6 +58,16 @@ def test_shapes_are_checked_wherever_they_are_written() -> None:
     assert "pathkernel.path_kernel.nodes" in written
     shaped = set(re.findall(r'^    "(pathkernel\.[\w.]+)",$', (ROOT / "tests/conftest.py").read_text(), re.MULTILINE))
     assert shaped == written
+
+
+SHAPES = ("tests/tangent_kernel/test_projection.py", "tests/path_kernel/test_features.py", "tests/test_mission.py")
+"""Tests that lead through the modules that write shapes."""
+
+
+@pytest.mark.slow
+def test_all_shapes_that_are_written_hold() -> None:
+    chosen = ("-m", "not slow and not exhaustive", "-p", "no:cacheprovider", *SHAPES)
+    passes("-m", "pytest", "-q", *chosen, PATHKERNEL_CHECK_SHAPES="all")
 
 
 @pytest.mark.slow
