@@ -1,26 +1,15 @@
 """Older name of `pathkernel.optimizers`, whose optimizers are forwarded."""
 
-from pathkernel.runtime.lazy import lazy_names
+from typing import Any
 
-_HOMES = {
-    "Heun": "optimizers.runge_kutta",
-    "HeunRule": "optimizers.runge_kutta",
-    "Lion": "optimizers.scaled",
-    "LionRule": "optimizers.scaled",
-    "Momentum": "optimizers.momentum",
-    "MomentumRule": "optimizers.momentum",
-    "NormalizedDescent": "optimizers.scaled",
-    "PolyakStep": "optimizers.scaled",
-    "RungeKutta": "optimizers.runge_kutta",
-    "RungeKutta4": "optimizers.runge_kutta",
-    "RungeKutta4Rule": "optimizers.runge_kutta",
-    "RungeKuttaRule": "optimizers.runge_kutta",
-    "ScalarRMSprop": "optimizers.scaled",
-    "ScalarRule": "optimizers.scaled",
-    "SignDescent": "optimizers.scaled",
-    "SignDescentRule": "optimizers.scaled",
-    "leapfrog": "optimizers.momentum",
-}
+from pathkernel import optimizers
 
-__all__ = sorted(_HOMES)
-__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+__all__ = optimizers.__all__
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(optimizers, name)
+
+
+def __dir__() -> list[str]:
+    return dir(optimizers)

@@ -121,7 +121,7 @@ class KernelMachine:
     discrete gradient.
     """
 
-    largest_gradient: float = 0.0
+    _largest_gradient: float = 0.0
     """Norm of the largest gradient before this path, which is then part of a run; see `RecordedGradients`."""
 
     def __init__(
@@ -358,7 +358,7 @@ class KernelMachine:
     def _recorded(self) -> RecordedGradients:
         if self._gradients is None or self._gradients.discrepancies.length != len(self.trajectory):
             self._gradients = RecordedGradients(
-                self.trajectory, self.function, self.memory // 4, self.engine, largest_gradient=self.largest_gradient
+                self.trajectory, self.function, self.memory // 4, self.engine, largest_gradient=self._largest_gradient
             )
         return self._gradients
 

@@ -141,7 +141,7 @@ class StreamingShares(StepObserver):
         end = self._trajectory.end if last else None
         piece = Trajectory.of_step(self._trajectory.run, self._at, step, end)
         machine = KernelMachine(piece, quadrature=self.quadrature, memory=self.memory, unexplained=ANYTHING)
-        machine.largest_gradient = self._largest
+        machine._largest_gradient = self._largest
         # One step moves outputs so little that its own certificate says nothing about the run's.
         return machine._explained(self.X, outputs=self.outputs)[0]
 

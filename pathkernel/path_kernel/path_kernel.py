@@ -333,7 +333,7 @@ class PathKernel:
         KernelOperator
             float64 (n, m), or (n C, m C) for ``outputs="full"``; symmetric for Y None.
         """
-        if isinstance(self.engine, ProjectionEngine):
+        if not self.engine.exact:
             raise InputError(
                 "`operator` was asked of a kernel of sketched gradients",
                 "Products with K = φφᵀ need no more than φ",

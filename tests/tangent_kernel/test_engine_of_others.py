@@ -160,3 +160,16 @@ def test_the_jacobian_of_the_engine_is_used() -> None:
     operator @ np.eye(5)
     operator @ np.eye(5)
     assert StoredJacobian.made == before + 1, "made once, as it says that it holds"
+
+
+class RoundedEngine(LoopEngine):
+    """An engine that says of itself that its matrices are not the kernel's to rounding."""
+
+    name = "rounded"
+    exact = False
+
+
+def test_products_with_a_kernel_that_is_not_exact_are_refused_whoever_wrote_its_engine() -> None:
+    run = record(model="tanh", optimizer="adam")
+    with pytest.raises(pk.errors.InputError, match="`operator` was asked of a kernel of sketched gradients"):
+        pk.PathKernel(run.trajectory, engine=RoundedEngine).operator(make_inputs(5))
