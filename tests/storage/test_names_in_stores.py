@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pathkernel.storage.format import Group
 from pathkernel.storage.format.groups import checksum
 from pathkernel.storage.header import Header
 from pathkernel.storage.known_classes import LOSS_FUNCTIONS, LOSSES, OPTIMIZERS, known_loss
+from pathkernel.storage.opening import known_optimizer, known_rule
 from pathkernel.storage.packing import pack
 
 MINE = """
@@ -411,3 +413,24 @@ def test_names_in_a_record_are_looked_at_before_torch_is(part: int | None, value
     Group(run).array("commit").write([0], np.array(row, np.int64))
     with pytest.raises(CorruptBlockError, match="makes no sense"):
         list(opened(run, run).steps())
+
+
+@pytest.mark.parametrize("folder", ["dynamics", "optimizers"])
+def test_names_of_the_package_from_before_its_folders_were_renamed(folder: str, tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer, data = Lion(model.parameters(), lr=0.1), (torch.ones(8, 3), torch.ones(8, 2))
+    recorder = pk.KernelRecorder(
+        model, optimizer, torch.nn.MSELoss(), data=data, store=tmp_path / "run", rule=Lion.rule()
+    )
+    with recorder:
+        for x, y in recorder.batches(4):
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+    header = DiskStore.open(tmp_path / "run").header
+    assert header is not None
+    earlier = replace(header, rule={**header.rule, "class": f"pathkernel.{folder}.scaled.LionRule"})
+    assert isinstance(known_rule(earlier, None), pk.optimizers.LionRule)
+    assert known_optimizer(f"pathkernel.{folder}.scaled.Lion", None) is Lion
+    opened = pk.Trajectory.open(tmp_path / "run", model=model, loss=torch.nn.MSELoss(), data=data)
+    assert isinstance(opened.rule, pk.optimizers.LionRule)
