@@ -199,7 +199,7 @@ def _table(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
             "length": step.length,
             "displacement": displacement.norm().item(),
             "gradient": step.gradient.double().norm().item() if len(step.gradient) else None,
-            "ids": [int(i) for batch in step.batches for i in batch.ids],
+            "ids": [int(i) for batch in step.batches for i in batch.ids.reshape(-1)],
         }
         for group, settings in enumerate(step.hyperparameters):
             # Settings are keywords; a text that begins with "=" would be run as a formula by what opens the table.

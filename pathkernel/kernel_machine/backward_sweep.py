@@ -27,6 +27,7 @@ from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.forms import FormBuilder
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
+from pathkernel.trajectory.columns import Owners
 from pathkernel.trajectory.stage_gradients import WHOLE, Passes, StageGradients
 from pathkernel.trajectory.step import Segment, Step
 
@@ -114,7 +115,7 @@ class BackwardSweep:
         self.accumulator = accumulator = Accumulator.start(curve.initial)
         # (N, Q), so that a batch adds to whole rows.
         device = trajectory.device
-        self.shares = torch.zeros(len(trajectory.data), count, dtype=torch.float64, device=device)
+        self.shares = torch.zeros(len(gradients.columns), count, dtype=torch.float64, device=device)
         modules = dict.fromkeys(_module(name) for name in self.layout.names) if by == "module" else ()
         self.modules = {module: torch.zeros_like(self.shares) for module in modules}
         accumulator.steps = self._zeros(count, len(trajectory)) if by == "step" else None
@@ -255,7 +256,7 @@ class BackwardSweep:
         self, q: FactoredGradients, scale: Tensor, received: StepGradients, total: Contributions
     ) -> None:
         if received.vectors:
-            total.add_rows(len(received.ids), (q @ (torch.stack(received.vectors, dim=1) * scale[:, None])).T)
+            total.add_rows(len(received.owners), (q @ (torch.stack(received.vectors, dim=1) * scale[:, None])).T)
 
     # -- all other steps: columns of the queries' cotangents, block by block ----------------------------------
 
@@ -366,7 +367,7 @@ class StepGradients:
     def __init__(self, stage: StageGradients, channels: list[tuple[str, Tensor]]) -> None:
         self.stage, self.names = stage, [name for name, _ in channels]
         self.vectors = [vector for _, vector in channels]
-        self.ids = stage.ids.to(stage.samples.device)
+        self.owners = stage.owners.to(stage.samples.device)
 
     def products(self, where: slice, u: Tensor, push: bool) -> Tensor:
         """g · u of every sample, then of every channel, over a block of columns: (B + channels, Q)."""
@@ -395,23 +396,22 @@ class Contributions:
 
     def __init__(self, sweep: BackwardSweep, step: Step, received: StepGradients) -> None:
         self.sweep, self.step, self.received = sweep, step, received
-        width = len(received.ids) + len(received.names)
+        width = len(received.owners) + len(received.names)
         self.sum = torch.zeros(width, sweep.count, dtype=torch.float64, device=sweep.shares.device)
 
     def add(self, name: str, products: Tensor, scale: float = 1.0) -> None:
         """Products over some columns of a parameter, of samples and channels."""
         self.sum.add_(products, alpha=scale)
-        self._add_to_module(name, self.received.ids, products, scale)
+        self._add_to_module(name, self.received.owners, products, scale)
 
     def add_samples(self, name: str, begin: int, products: Tensor, scale: float) -> None:
         """Products over some columns of a parameter, of some of the samples."""
         self.add_rows(begin, products, scale)
-        self._add_to_module(name, self.received.ids[begin : begin + len(products)], products, scale)
+        self._add_to_module(name, self.received.owners.part(slice(begin, begin + len(products))), products, scale)
 
-    def _add_to_module(self, name: str, ids: Tensor, products: Tensor, scale: float) -> None:
+    def _add_to_module(self, name: str, owners: Owners, products: Tensor, scale: float) -> None:
         if self.sweep.modules:
-            samples = products[: len(ids)].double()
-            self.sweep.modules[_module(name)].index_add_(0, ids, samples, alpha=scale)
+            owners.add(self.sweep.modules[_module(name)], products[: len(owners)].double(), scale)
 
     def add_rows(self, begin: int, products: Tensor, scale: float = 1.0) -> None:
         """Products with some of what was received."""
@@ -419,9 +419,9 @@ class Contributions:
 
     def add_to_accumulator(self) -> None:
         """Put everything where it belongs."""
-        accumulator, count = self.sweep.accumulator, len(self.received.ids)
+        accumulator, count = self.sweep.accumulator, len(self.received.owners)
         samples = self.sum[:count]
-        self.sweep.shares.index_add_(0, self.received.ids, samples)
+        self.received.owners.add(self.sweep.shares, samples)
         for row, name in enumerate(self.received.names, start=count):
             accumulator.channels[name] += self.sum[row]
         if accumulator.steps is not None:

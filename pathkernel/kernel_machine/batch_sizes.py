@@ -103,7 +103,7 @@ class SmallBatch:
     def __init__(self, gradients: RecordedGradients, step: Step, batch: MicroBatch, pushed: int) -> None:
         index = torch.arange(4) % len(batch.ids)
         inputs, targets = (None if own is None else take(own, index) for own in (batch.inputs, batch.targets))
-        few = MicroBatch(batch.ids[index], None, inputs, targets)
+        few = MicroBatch(batch.ids[index], None, inputs, targets, source=batch.source)
         self.inputs, _ = samples_of(few, gradients.trajectory.data)
         # What a pass takes does not depend on θ, which is not on record for a step that is trained again.
         self.point = step.before if step.before.numel() else gradients.trajectory.final
@@ -129,9 +129,9 @@ class SmallBatch:
         ones = lambda outputs: torch.ones_like(batch_outputs(outputs, n))  # noqa: E731
         part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
         for piece in part.pieces:
-            piece.factor.products(torch.zeros(
-                self.pushed, piece.factor.size, dtype=piece.factor.dtype, device=piece.factor.device
-            ))
+            piece.factor.products(
+                torch.zeros(self.pushed, piece.factor.size, dtype=piece.factor.dtype, device=piece.factor.device)
+            )
         return part
 
     def total(self, n: int) -> Tensor:

@@ -50,6 +50,7 @@ SHORT = 1e-10
 MATRICES = 8
 """Averages of the gradients of all queries, (Q, P), that are compared at once to find the error of one."""
 
+
 class KernelMachine:
     r"""The exact equivalent of a trained network, sample by sample.
 
@@ -170,7 +171,7 @@ class KernelMachine:
             raise InputError(
                 '`form="chord"` was asked of an averaged network',
                 "The chord joins the untrained network to the last weights",
-                'Leave out `form` or `average`',
+                "Leave out `form` or `average`",
             )
         needed = self.quadrature.arithmetic
         if dtype is not None and needed is not None and dtype != needed:
@@ -338,8 +339,9 @@ class KernelMachine:
             )
             output = curve.final.cpu()
             self._check_unexplained(accumulator, output)
-        engines = self._recorded.certificate.engines
-        why = attributions_of(accumulator, output, (samples, indices), len(self.trajectory), engines)
+        recorded = self._recorded
+        engines, sources = recorded.certificate.engines, recorded.columns.slices
+        why = attributions_of(accumulator, output, (samples, indices), len(self.trajectory), engines, sources)
         tolerance = self.quadrature.tolerance if isinstance(self.quadrature, Adaptive) else 0.0
         moved = torch.from_numpy(why._moved)
         return why, (accumulator.short > max(tolerance, SHORT) * moved).numpy()
@@ -423,7 +425,7 @@ class KernelMachine:
             sizes,
             lambda index: arrays_of(self._backward(curve.block(pieces[index]), asked)),
         )
-        named = {"missed": (), "short": (), "evaluations": (), "shares": (len(self.trajectory.data),)}
+        named = {"missed": (), "short": (), "evaluations": (), "shares": (len(self._recorded.columns),)}
         resumable.check_arrays(store, kept, len(queries), named, "an explanation")
         return accumulator_of(kept)
 
@@ -433,7 +435,7 @@ class KernelMachine:
 
     def _swept(self, curve: Curve, asked: Asked, plan: Plan) -> Accumulator:
         curve.queries.passes = plan.passes
-        builder = BUILDERS[self.form](len(self.trajectory.data)) if self.form in BUILDERS else None
+        builder = BUILDERS[self.form](len(self._recorded.columns)) if self.form in BUILDERS else None
         noted = Noted(curve.quadrature)
         if asked.verify:
             curve.quadrature = noted

@@ -169,7 +169,7 @@ class _Planner:
         # Throughout, of each query sample: cotangents of the optimizer's memory, shares, sums over a step, and what
         # else is asked for.
         slots = len(self.rule.memory) if gradients.keeps_memory else 0
-        sums = 8 * len(trajectory.data) + (16 + 8 * self.rule.stages) * gradients.most
+        sums = 8 * len(gradients.columns) + (16 + 8 * self.rule.stages) * gradients.most
         self.throughout = float(self.k * ((slots + matrices) * self.size * self.itemsize + sums))
         # As many samples for all that is held of a batch while one block of columns after the other is contracted.
         self.gaps = 2.0 * gradients.most * self.row if slots else 0.0

@@ -24,6 +24,7 @@ from pathkernel.gradients.pytrees import copied_samples, memory_bytes
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.quadrature import Quadrature, as_quadrature
+from pathkernel.trajectory.columns import Columns
 from pathkernel.trajectory.schedule import StepObserver
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -160,9 +161,11 @@ class StreamingShares(StepObserver):
                 channels[name] = channels.get(name, 0) + value
         missed = _missed(before) + _missed(own)
         moved = np.maximum(np.abs(own.output - channels["initial"]), np.finfo(float).tiny)
+        shares, sources = _summed(before, own)
         return replace(
             own,
-            shares=before.shares + own.shares,
+            shares=shares,
+            sources=sources,
             channels=channels,
             quadrature_error=missed / moved,
             gradients_per_step=before.gradients_per_step + own.gradients_per_step,
@@ -193,6 +196,25 @@ class StreamingShares(StepObserver):
 
     attributions = result
     """Older name of `result`."""
+
+
+def _summed(one: Attributions, other: Attributions) -> tuple[np.ndarray, dict[str, slice]]:
+    """Shares of two accounts, whose sources may have given more samples in one of them, and the columns of these."""
+    if one.sources == other.sources:
+        return one.shares + other.shares, one.sources
+    counts: dict[str, int] = {}
+    for sources in (one.sources, other.sources):
+        for name, where in sources.items():
+            counts[name] = max(counts.get(name, 0), where.stop - where.start)
+    samples = min(where.start for own in (one, other) for where in own.sources.values())
+    columns = Columns(samples, counts)
+    total, places = np.zeros((len(one.shares), len(columns))), columns.slices
+    for own in (one, other):
+        total[:, :samples] += own.shares[:, :samples]
+        for name, where in own.sources.items():
+            begin = places[name].start
+            total[:, begin : begin + where.stop - where.start] += own.shares[:, where]
+    return total, dict(places)
 
 
 def _missed(account: Attributions) -> np.ndarray:

@@ -36,6 +36,7 @@ from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
 from pathkernel.runtime.interrupts import deliver_interrupt
 from pathkernel.runtime.workspace import give_back_freed_memory
+from pathkernel.trajectory.columns import Columns
 from pathkernel.trajectory.cotangents import cotangents_of, scaled
 from pathkernel.trajectory.discrepancies import Discrepancies
 from pathkernel.trajectory.gradient_fit import (
@@ -54,9 +55,11 @@ from pathkernel.update_rules.rule import UpdateRule
 
 def _is_round_the_samples(step: Step) -> bool:
     """True where some samples came under a name alone: what they do not explain is booked under it, whatever it is."""
-    named = [batch.ids for batch in step.batches if batch.channel in step.differentiated]
-    unnamed = [batch.ids for batch in step.batches if batch.channel not in step.differentiated]
-    return not all(any(torch.equal(ids, others) for others in unnamed) for ids in named)
+    named = [batch for batch in step.batches if batch.channel in step.differentiated]
+    unnamed = [batch for batch in step.batches if batch.channel not in step.differentiated]
+    return not all(
+        any(one.source == other.source and torch.equal(one.ids, other.ids) for other in unnamed) for one in named
+    )
 
 
 def normalises_batch(module: nn.Module, modes: Modes) -> bool:
@@ -151,6 +154,8 @@ class RecordedGradients:
         Samples in the largest step.
     keeps_memory
         Whether any gradient of the run went into the optimizer's memory.
+    columns
+        Columns of the shares.
     examples
         The largest batch of each kind of forward pass: its samples, its step, and its place in it.
     discrepancies
@@ -174,6 +179,7 @@ class RecordedGradients:
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
         self.most = 0
         self.keeps_memory = False
+        self.columns = Columns(len(trajectory.data))
         self.examples: dict[Any, tuple[int, int, int]] = {}
         self._largest_gradient = largest_gradient
         self.discrepancies = self._discrepancies(taken)
@@ -215,6 +221,8 @@ class RecordedGradients:
             # A rule that mixes entries is differentiated, in its memory too, whatever its settings are.
             self.keeps_memory = not rule.elementwise or any(map(rule.keeps_memory, step.hyperparameters))
         self.most = max(self.most, sum(len(batch.ids) for batch in step.batches))
+        for batch in step.batches:
+            self.columns.meet(batch)
         for place, batch in enumerate(step.batches):
             state, size = batch.state, len(batch.ids)
             kind = _hashable(state.modes), bool(state.generators), state.autocast
@@ -268,7 +276,7 @@ class RecordedGradients:
         if not compare:
             named |= regularizers
             channels = {name: g.double() for name, g in named.items()}
-            return StageGradients(total, parts, channels, 1.0, point, step.batches)
+            return StageGradients(total, parts, channels, 1.0, point, step.batches, self.columns.owners(step.batches))
 
         round_outputs = self._round_outputs(step, point, passes)
         expected = functools.reduce(operator.add, round_outputs.values(), total)
@@ -283,7 +291,8 @@ class RecordedGradients:
         channels = {**named, **{name: scale * g.double() for name, g in regularizers.items()}}
         channels |= {name: change * fit.factor for name, change in round_outputs.items()}
         channels["rounding"] = fit.difference
-        return StageGradients(total * fit.factor, parts, channels, fit.factor, point, step.batches)
+        owners = self.columns.owners(step.batches)
+        return StageGradients(total * fit.factor, parts, channels, fit.factor, point, step.batches, owners)
 
     def _round_outputs(self, step: Step, point: Tensor, passes: Passes) -> dict[str, Tensor]:
         """Parts of named backward passes that did not come through the outputs of samples, by name, (P,) each."""
@@ -432,7 +441,7 @@ class RecordedGradients:
         kind = _hashable(batch.state.modes), self._coupled, *((leaf.shape, leaf.dtype) for leaf in leaves)
         power = step.index > 1 and step.index & (step.index - 1) == 0 and step.index.bit_length() % 4 == 1
         due = step.index == 0 or power or step.index == len(self.trajectory) - 1 or kind not in self._measured
-        if not due or (key := (step.index, tuple(batch.ids.tolist()))) in self._measured:
+        if not due or (key := (step.index, batch.source, tuple(batch.ids.reshape(-1).tolist()))) in self._measured:
             return False
         self._measured |= {key, kind}
         return True
@@ -544,7 +553,7 @@ class RecordedGradients:
     def kernel(
         self, step: Step, stage: StageGradients, weight: Tensor, passes: Passes = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Ids (B,), slopes λ (B, C) and kernel values k = −⟨u, ∇z⟩ (Q, B, C) of each micro-batch of a step.
+        """Columns (B,), slopes λ (B, C) and kernel values k = −⟨u, ∇z⟩ (Q, B, C) of each micro-batch of a step.
 
         One directional derivative of the whole batch, run as it was, for each query.
         """
@@ -557,14 +566,14 @@ class RecordedGradients:
             if not passes.cut(len(batch.ids)) or self.inseparable(batch, stage.point, inputs):
                 slopes = cotangents_of(batch, function, stage.point, objective, inputs, targets)
                 products = batch_products(function, stage.point, inputs, directions)
-                yield batch.ids.cpu(), slopes.double().cpu(), -products.cpu()
+                yield self.columns.owners([batch]).spread(slopes.double().cpu(), -products.cpu())
                 continue
             slopes = self._cotangents(batch, function, stage.point, inputs, targets, passes)
             found = [
                 batch_products(function, stage.point, take(inputs, piece), directions)
                 for piece in blocks(len(batch.ids), passes.samples)
             ]
-            yield batch.ids.cpu(), slopes.double().cpu(), -torch.cat(found, dim=1).cpu()
+            yield self.columns.owners([batch]).spread(slopes.double().cpu(), -torch.cat(found, dim=1).cpu())
 
     def replayed(self, step: Step, batch: MicroBatch) -> ModelFunction:
         """The network as a micro-batch ran it."""
@@ -598,5 +607,3 @@ def _separate(tape: Tape) -> bool:
     pieces = tape.pieces((tape.outputs * first).sum(dim=1, keepdim=True))
     found = FactoredGradients(tape.function.layout, tape.n, tuple(pieces))
     return not any(found.columns(where, torch.float64)[1:].any() for where in found.layout.slices.values())
-
-
