@@ -335,9 +335,7 @@ def judged_broken(row: Row) -> Row:
     return row
 
 
-def exactness_run(
-    network: str, optimizer: str, dtype: torch.dtype, steps: int
-) -> tuple[pk.Trajectory, torch.Tensor]:
+def exactness_run(network: str, optimizer: str, dtype: torch.dtype, steps: int) -> tuple[pk.Trajectory, torch.Tensor]:
     """A run of `exactness.py` on the first problem that suits the network, and samples."""
     problem = exactness.PROBLEMS[exactness.SUITS[network][0]]
     arrays = problem.load()

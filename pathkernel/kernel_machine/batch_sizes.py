@@ -129,9 +129,9 @@ class SmallBatch:
         ones = lambda outputs: torch.ones_like(batch_outputs(outputs, n))  # noqa: E731
         part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
         for piece in part.pieces:
-            piece.factor.products(torch.zeros(
-                self.pushed, piece.factor.size, dtype=piece.factor.dtype, device=piece.factor.device
-            ))
+            piece.factor.products(
+                torch.zeros(self.pushed, piece.factor.size, dtype=piece.factor.dtype, device=piece.factor.device)
+            )
         return part
 
     def total(self, n: int) -> Tensor:

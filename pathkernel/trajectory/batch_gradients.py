@@ -598,5 +598,3 @@ def _separate(tape: Tape) -> bool:
     pieces = tape.pieces((tape.outputs * first).sum(dim=1, keepdim=True))
     found = FactoredGradients(tape.function.layout, tape.n, tuple(pieces))
     return not any(found.columns(where, torch.float64)[1:].any() for where in found.layout.slices.values())
-
-

@@ -201,9 +201,7 @@ def test_a_rule_of_the_users_own_is_named_by_the_user(tmp_path: Path, capsys: py
     assert "is a" in capsys.readouterr().err
 
 
-def test_an_optimizer_of_the_users_own_is_named_by_the_user(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_optimizer_of_the_users_own_is_named_by_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pathkernel.cli.objects import imported
 
     (tmp_path / "mine.py").write_text(MINE)
