@@ -46,6 +46,7 @@ def passes(*command: str, **variables: str) -> None:
 
 def test_ruff() -> None:
     passes("-m", "ruff", "check", ".")
+    passes("-m", "ruff", "format", "--check", ".")
 
 
 def test_shapes_are_checked_wherever_they_are_written() -> None:
