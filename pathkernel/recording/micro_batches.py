@@ -21,17 +21,17 @@ from pathkernel.recording.modules import WatchedModules
 from pathkernel.trajectory.step import MicroBatch
 
 
-def checked_ids(ids: Tensor, samples: int) -> Tensor:
-    """Sample ids, (B,) int64.
+def checked_ids(ids: Tensor, samples: int, axes: int = 1) -> Tensor:
+    """Sample ids, (B,) int64, or (B, k) of the k samples of each row.
 
     Raises
     ------
     SampleIdError
-        Unless they are a list of integers from 0 to ``samples`` − 1.
+        Unless they are integers from 0 to ``samples`` − 1, with so many axes.
     """
     integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     low, high = ids.aminmax() if integral and ids.numel() else (0, 0)
-    if not integral or ids.dim() != 1 or len(ids) == 0 or int(low) < 0 or int(high) >= samples:
+    if not integral or ids.dim() != axes or ids.numel() == 0 or int(low) < 0 or int(high) >= samples:
         raise SampleIdError(
             f"Sample ids {ids.tolist() if ids.numel() <= 8 else f'of shape {tuple(ids.shape)}'} "
             f"({str(ids.dtype).removeprefix('torch.')}) were announced"
@@ -50,7 +50,12 @@ def checked_batch(samples: int, ids: Any, weights: Any, inputs: PyTree, targets:
     SampleIdError
         Unless ids are some of the data's, each with one weight, input and target where these are given.
     """
-    ids = checked_ids(torch.as_tensor(ids), samples)
+    ids = torch.as_tensor(ids)
+    parts = None
+    if ids.dim() == 2:
+        ids, parts, weights = checked_ids(ids, samples, axes=2), _checked_parts(ids, weights, inputs), None
+    else:
+        ids = checked_ids(ids, samples)
     if weights is not None:
         weights = torch.as_tensor(weights).detach().clone()
         if weights.shape != ids.shape:
@@ -66,7 +71,37 @@ def checked_batch(samples: int, ids: Any, weights: Any, inputs: PyTree, targets:
                 "Ids and samples of a batch correspond one to one",
                 f"Write `recorder.announce(ids, {name}={name})` with one row for each id",
             )
-    return MicroBatch(ids, weights, inputs, targets)
+    return MicroBatch(ids, weights, inputs, targets, parts=parts)
+
+
+def _checked_parts(ids: Tensor, weights: Any, inputs: PyTree) -> Tensor:
+    """Parts of the rows that belong to each of several samples, (B, k) float64.
+
+    Raises
+    ------
+    SampleIdError
+        Unless they add up to 1 in each row, and the rows themselves were given.
+    """
+    given = None if weights is None else torch.as_tensor(weights).detach().double().cpu()
+    if given is not None and given.dim() == 1 and len(given) == ids.shape[1]:
+        given = given.expand(ids.shape)
+    if given is None or given.shape != ids.shape or not bool(((given.sum(dim=1) - 1).abs() <= 1e-6).all()):
+        found = "without weights" if given is None else f"with weights of shape {tuple(given.shape)}"
+        if given is not None and given.shape == ids.shape:
+            found = f"with weights that add up to {given.sum(dim=1).min():.3g} in a row"
+        raise SampleIdError(
+            f"Ids of shape {tuple(ids.shape)} were announced {found}",
+            "Where several samples share a row, a part of it belongs to each: weights of the same shape, or one for "
+            "each place, that add up to 1",
+            "Write `recorder.announce(torch.stack([ids, ids[order]], 1), weights=[lam, 1 - lam], inputs=mixed)`",
+        )
+    if inputs is None:
+        raise SampleIdError(
+            f"Ids of shape {tuple(ids.shape)} were announced without inputs",
+            "A row that several samples share is none of the training data",
+            "Write `recorder.announce(ids, weights=weights, inputs=mixed)` with what the network sees",
+        )
+    return given.clone()
 
 
 class AnnouncedBatch:
@@ -371,6 +406,8 @@ class PendingBatches:
             sampled_cotangents=some,
             loss_slope=slope,
             channel=channel,
+            source=batch.source,
+            parts=batch.parts,
         )
 
     def _check_strangers(self) -> None:

@@ -374,10 +374,12 @@ class KernelRecorder:
         Parameters
         ----------
         ids
-            (B,) sample ids.
+            (B,) sample ids; (B, k) where k samples share each row, as in mixup.
         weights
             (B,) coefficient of each sample's loss in the batch loss; None where the recorded loss reduces the batch.
-            Used only where that is evaluated again: slopes from the training pass hold them already.
+            Used only where that is evaluated again: slopes from the training pass hold them already. With ids (B, k):
+            (B, k) or (k,), which part of what a row contributed is booked under each of its samples, a convention; they
+            add up to 1, so that the total stays exact.
         inputs, targets
             What the network sees where it differs from the training data, such as augmented images.
 
