@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from pathkernel._typing import PyTree
+from pathkernel._typing import Parameters, PyTree
 from pathkernel.errors import TrajectoryError
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.forward_state import Modes, takes_tensor_floats
@@ -34,7 +34,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import ROW_LIMIT, error_of_rows, random_directions
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
-from pathkernel.runtime.interrupts import deliver_interrupt
+from pathkernel.runtime.interrupts import deliver_interrupt, result_or_error
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.columns import Columns
 from pathkernel.trajectory.cotangents import cotangents_of, scaled
@@ -46,6 +46,7 @@ from pathkernel.trajectory.gradient_fit import (
     fit_gradient,
     left_over,
 )
+from pathkernel.trajectory.joined_batches import joined_batches, runs_of
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.stage_gradients import WHOLE, ComparedGradient, Passes, StageGradients, Streamed
 from pathkernel.trajectory.step import MicroBatch, Step
@@ -186,6 +187,7 @@ class RecordedGradients:
         self.certificate = SplitCertificate()
         self._coupled = engine == "autograd"
         self._separate: dict[Any, bool] = {}
+        self._joinable: dict[Any, bool] = {}
         self._measured: set[Any] = set()
 
     def _discrepancies(self, taken: bool) -> Discrepancies:
@@ -223,11 +225,13 @@ class RecordedGradients:
         self.most = max(self.most, sum(len(batch.ids) for batch in step.batches))
         for batch in step.batches:
             self.columns.meet(batch)
-        for place, batch in enumerate(step.batches):
-            state, size = batch.state, len(batch.ids)
+        place = 0
+        for run in runs_of(step.batches):
+            state, size = run[0].state, sum(len(batch.ids) for batch in run)
             kind = _hashable(state.modes), bool(state.generators), state.autocast
             if size > self.examples.get(kind, (0,))[0]:
                 self.examples[kind] = size, step.index, place
+            place += len(run)
 
     @cached_property
     def largest(self) -> float:
@@ -239,9 +243,27 @@ class RecordedGradients:
         trajectory, stages = self.trajectory, []
         for index, offset in enumerate(self._offsets(step)):
             point = step.before if offset is None else step.before.double() + offset
-            ran = replace(step, batches=tuple(batch.at_stage(index) for batch in step.batches))
+            batches = joined_batches([batch.at_stage(index) for batch in step.batches], partial(self._may_join, step))
+            ran = replace(step, batches=batches)
             stages.append(self._stage(ran, point, rows, passes, compare=trajectory.rule.stages == 1))
         return stages
+
+    def _may_join(self, step: Step, run: Sequence[MicroBatch]) -> bool:
+        """True where the network's outputs for some passes together are those of each, seen once for each kind."""
+        first = run[0]
+        single = any(len(batch.ids) == 1 for batch in run)  # which some networks return without its axis
+        outputs = None if first.cotangents is None else first.cotangents.shape[1:]
+        key = _hashable(first.state.modes), first.state.autocast, outputs, single
+        if self._coupled or normalises_batch(self.function.module, first.state.modes):
+            return False
+        if key not in self._joinable:
+            function = self.replayed(step, first)
+            parameters = function.parameters(self.trajectory.initial)
+            samples = [function.cast(samples_of(batch, self.trajectory.data)[0]) for batch in run]
+            kinds = {str(pytree.tree_structure(own)) for own in samples}
+            shapes = {tuple(leaf.shape[1:] for leaf in pytree.tree_leaves(own)) for own in samples}
+            self._joinable[key] = len(kinds) == len(shapes) == 1 and _same_together(function, parameters, samples)
+        return self._joinable[key]
 
     def _offsets(self, step: Step) -> list[Tensor | None]:
         """Points at which the gradients of a step were taken, relative to θ_s, (P,) or None for θ_s itself."""
@@ -594,6 +616,22 @@ class RecordedGradients:
         for name, where in self.trajectory.layout.slices.items():
             if name not in step.active:
                 gradients[..., where] = 0
+
+
+def _same_together(function: ModelFunction, parameters: Parameters, samples: Sequence[PyTree]) -> bool:
+    """True where the outputs for all samples together are those for each part of them."""
+    together = pytree.tree_map(lambda *leaves: torch.cat(leaves), *samples)
+
+    def outputs(inputs: PyTree) -> Tensor:
+        with function.evaluating(gradients=False):
+            return function.batch(parameters, inputs)
+
+    each = result_or_error(lambda: torch.cat([outputs(own) for own in samples]), (Exception,))
+    whole = result_or_error(lambda: outputs(together), (Exception,))
+    if not (isinstance(each, Tensor) and isinstance(whole, Tensor)) or each.shape != whole.shape:
+        return False
+    limit = 64 * torch.finfo(whole.dtype).eps * whole.abs().max().clamp_min(torch.finfo(whole.dtype).tiny)
+    return bool(((each - whole).abs() <= limit).all())
 
 
 def _hashable(modes: Modes) -> Any:

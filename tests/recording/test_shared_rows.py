@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from cases import generator
 from torch import Tensor, nn
 
 import pathkernel as pk
-from cases import generator
 
 RATE, STEPS = 0.1, 5
 
