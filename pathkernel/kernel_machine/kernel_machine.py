@@ -31,7 +31,8 @@ from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.runtime.workspace import FreedMemory, give_back_freed_memory
-from pathkernel.trajectory.batch_gradients import EngineReplaced, RecordedGradients
+from pathkernel.trajectory.batch_gradients import RecordedGradients
+from pathkernel.trajectory.split_certificate import EngineReplaced
 from pathkernel.trajectory.trajectory import Trajectory
 
 ENGINES = ("auto", "layerwise", "jacobian", "autograd")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pathkernel as pk
 from pathkernel.trajectory import joined_batches
-from pathkernel.trajectory.batch_gradients import RecordedGradients
+from pathkernel.trajectory.recomputed_batches import RecomputedBatches
 from pathkernel.trajectory.step import MicroBatch
 
 
@@ -57,15 +57,15 @@ def explained(
 ) -> tuple[pk.Attributions, list[int]]:
     """An explanation with passes of up to so many samples joined, and the sizes of the batches that were run."""
     sizes: list[int] = []
-    rows = RecordedGradients._rows
+    rows = RecomputedBatches._rows
 
-    def counted(self: RecordedGradients, batch: MicroBatch, *rest: Any) -> Any:
+    def counted(self: RecomputedBatches, batch: MicroBatch, *rest: Any) -> Any:
         sizes.append(len(batch.ids))
         return rows(self, batch, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(joined_batches, "SMALL", small)
-        patch.setattr(RecordedGradients, "_rows", counted)
+        patch.setattr(RecomputedBatches, "_rows", counted)
         return pk.KernelMachine(trajectory).explain(queries), sizes
 
 
