@@ -30,6 +30,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import random_directions
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
+from pathkernel.gradients.sample_wise import ComparedSamples, check_sample_wise
 from pathkernel.runtime.interrupts import deliver_interrupt, result_or_error
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.cotangents import cotangents_of, scaled
@@ -81,6 +82,7 @@ class RecomputedBatches:
         self.check = SplitCheck(trajectory, coupled=engine == "autograd")
         self._separate: dict[Any, bool] = {}
         self._joinable: dict[Any, bool] = {}
+        self._comparing: dict[Any, bool] = {}
 
     def replayed(self, step: Step, batch: MicroBatch) -> ModelFunction:
         """The network as a micro-batch ran it."""
@@ -250,6 +252,8 @@ class RecomputedBatches:
         """True where the samples of a batch have to be run together, one reverse sweep for each."""
         if self.check.coupled or normalises_batch(self.function.module, batch.state.modes):
             return True
+        if self._compares_samples(batch, inputs):
+            return True
         if not batch.state.generators:
             return False
         # What is random in training is proved as it is in evaluation, where each sample can be run by itself. That its
@@ -262,6 +266,19 @@ class RecomputedBatches:
             tape = self.source.tapes.record(point, inputs, self.function.with_(state=batch.state))
             self._separate[key] = not self.source.plain and _separate(tape)
         return not self._separate[key]
+
+    def _compares_samples(self, batch: MicroBatch, inputs: PyTree) -> bool:
+        """True where the outputs of a sample are one for each sample of the batch, as similarities; seen once."""
+        n = len(batch.ids)
+        if batch.cotangents is None or n == 1 or batch.cotangents.shape[1] % n:
+            return False
+        key = n, batch.cotangents.shape[1]
+        if key not in self._comparing:
+            ran = result_or_error(
+                lambda: check_sample_wise(self.function, self.trajectory.initial, inputs), (Exception,)
+            )
+            self._comparing[key] = isinstance(ran, ComparedSamples)
+        return self._comparing[key]
 
     def kernel(
         self, step: Step, stage: StageGradients, weight: Tensor, passes: Passes = WHOLE
