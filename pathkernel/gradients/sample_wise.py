@@ -142,7 +142,7 @@ def _check(function: ModelFunction, theta: Tensor, few: PyTree) -> None:
                 "A kernel is made of a function of one sample, which is given as a batch of one",
                 "Let `forward` take batches of any size; batch statistics need `track_running_stats=True`",
             ) from own
-        if own.shape[1] * n == together.shape[1]:  # one number for each sample of the batch, as of similarities
+        if n > 1 and own.shape[1] * n == together.shape[1]:  # one number for each sample of the batch, as of similarities
             raise ComparedSamples(
                 "The network returns a number for each pair of samples of a batch",
                 "A kernel is made of a function of one sample; similarities are one of the batch",
