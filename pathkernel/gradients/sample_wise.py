@@ -142,9 +142,9 @@ def _check(function: ModelFunction, theta: Tensor, few: PyTree) -> None:
                 "A kernel is made of a function of one sample, which is given as a batch of one",
                 "Let `forward` take batches of any size; batch statistics need `track_running_stats=True`",
             ) from own
-        if n > 1 and own.shape[1] * n == together.shape[1]:  # one number for each sample of the batch, as of similarities
+        if n > 1 and own.shape[1] * n == together.shape[1]:  # numbers for each pair of samples, as similarities
             raise ComparedSamples(
-                "The network returns a number for each pair of samples of a batch",
+                f"For one sample the network returned {own.shape[1]} numbers, and {together.shape[1]} for each of {n}",
                 "A kernel is made of a function of one sample; similarities are one of the batch",
                 "Return the embeddings and compare them inside the loss; or ask for a part of the network that takes "
                 'samples one by one, `machine.explain(X, outputs="encoder")` with the name of a submodule',
