@@ -17,7 +17,7 @@ from pathkernel.errors import InputError
 from pathkernel.gradients.pytrees import copied_samples, count, memory_bytes, take
 from pathkernel.gradients.sample_wise import check_sample_wise
 from pathkernel.path_kernel.features import Features, features_of, samples_of_path
-from pathkernel.path_kernel.node_selection import probe_samples, select_nodes
+from pathkernel.path_kernel.node_selection import check_tolerance, probe_samples, select_nodes
 from pathkernel.path_kernel.nodes import PathMeasure, PathNode, path_nodes
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
@@ -170,25 +170,8 @@ class PathKernel:
 
     def _chosen(self, tolerance: float) -> tuple[list[PathNode], MeasuredError]:
         """Fewer nodes, and the error that this makes."""
-        if self.steps is not None or self.probes is not None:
-            raise InputError(
-                f"`tolerance={tolerance!r}` was given together with {'`steps`' if self.steps else '`OutputProbes`'}",
-                "A tolerance chooses the steps itself, and over few steps the errors of random outputs do not average "
-                "out",
-                f"Write `PathKernel(trajectory, tolerance={tolerance!r})`",
-            )
-        if not isinstance(tolerance, float) or not 0 < tolerance < 1:
-            raise InputError(
-                f"`tolerance={tolerance!r}` was given",
-                "The tolerance is a relative error between 0 and 1",
-                "Write for example `PathKernel(trajectory, tolerance=1e-3)`",
-            )
-        if len(self.trajectory.data) < 2:
-            raise InputError(
-                f"`tolerance={tolerance!r}` was given for a trajectory with one training sample",
-                "Nodes are chosen by some of the training samples, and the error is measured on others",
-                "Leave out `tolerance`",
-            )
+        over_few = "`steps`" if self.steps else None if self.probes is None else "`OutputProbes`"
+        check_tolerance(tolerance, over_few, len(self.trajectory.data))
         chosen_by, held_out = self._probe_ids
         samples = self._training_samples(torch.cat([chosen_by, held_out]))
         with tqdm(self.nodes, desc="choosing nodes", unit="node", disable=not self.progress) as bar:

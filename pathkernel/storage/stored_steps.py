@@ -16,7 +16,8 @@ from pathkernel.storage.blocks import Blocks, Recent, Region, read_packed
 from pathkernel.storage.decoding import StoredBlock
 from pathkernel.storage.encoding import Serials
 from pathkernel.storage.format import Compression, Group, damaged
-from pathkernel.storage.header import Header, checked_end, checked_start, region_array
+from pathkernel.storage.header import Header, region_array
+from pathkernel.storage.packed_values import checked_end, checked_start
 from pathkernel.storage.writer_thread import Writer
 from pathkernel.trajectory.run import Run
 from pathkernel.trajectory.step import Step

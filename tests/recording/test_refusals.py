@@ -48,7 +48,7 @@ ELSEWHERE = {
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
     "errors.py": "here",
-    "testing.py": "tests/test_testing.py",
+    "testing": "tests/test_testing.py",
     "gradients/sample_wise.py": "tests/gradients",
     "gradients/structural_copy.py": "tests/gradients",
     "kernel_machine/memory_plan.py": "tests/kernel_machine",
