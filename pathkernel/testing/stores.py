@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathkernel.errors import PathKernelError, check
+from pathkernel.errors import PathKernelError
 from pathkernel.recording.recorder import KernelRecorder
 from pathkernel.trajectory.run import Extension
 from pathkernel.trajectory.step import Step
@@ -153,10 +153,9 @@ def _equal_bits(one: Any, other: Any) -> bool:
 
 
 def _require(holds: bool, found: str) -> None:
-    check(
-        holds,
-        StoreContractError,
-        found[0].upper() + found[1:],
-        "A store gives back what was put into it, to the last bit",
-        "Compare with `pathkernel.trajectory.memory.MemoryStore`, which keeps the contract in its plainest form",
-    )
+    if not holds:
+        raise StoreContractError(
+            found[0].upper() + found[1:],
+            "A store gives back what was put into it, to the last bit",
+            "Compare with `pathkernel.trajectory.memory.MemoryStore`, which keeps the contract in its plainest form",
+        )

@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 from pathkernel.gradients.layers.factor import Factor
 from pathkernel.gradients.layers.factors import Dense, Lookup, Outer, Piece
 from pathkernel.gradients.model_function import ModelFunction
@@ -60,20 +60,18 @@ class Projection:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(
-            isinstance(self.dim, int) and self.dim >= 1 and isinstance(self.seed, int) and self.seed >= 0,
-            InputError,
-            f"`{self!r}` was given",
-            "`dim` is an integer from 1 upwards, `seed` one from 0 upwards",
-            "Write for example `Projection(dim=1024)`",
-        )
-        check(
-            self.kind in KINDS,
-            InputError,
-            f"`Projection(kind={self.kind!r})` was given",
-            f"Kinds are {', '.join(map(repr, KINDS))}",
-            'Write `Projection(dim=1024, kind="tensor")`',
-        )
+        if not (isinstance(self.dim, int) and self.dim >= 1 and isinstance(self.seed, int) and self.seed >= 0):
+            raise InputError(
+                f"`{self!r}` was given",
+                "`dim` is an integer from 1 upwards, `seed` one from 0 upwards",
+                "Write for example `Projection(dim=1024)`",
+            )
+        if self.kind not in KINDS:
+            raise InputError(
+                f"`Projection(kind={self.kind!r})` was given",
+                f"Kinds are {', '.join(map(repr, KINDS))}",
+                'Write `Projection(dim=1024, kind="tensor")`',
+            )
 
     def engine(self, function: ModelFunction, selection: OutputSelection, memory: int) -> ProjectionEngine:
         """The engine of kernels under this map."""
