@@ -23,7 +23,7 @@ WITHOUT_GRAPH = 2.5
 """`PASSING` for a pass without a graph, in which little else is held than what an operation works on."""
 
 AT_ONCE = 4096
-"""Samples that go through a network at once, at most, for nothing but their outputs."""
+"""Samples that go through a network at once, at most, for nothing but their outputs. Chosen, not measured."""
 
 
 def outputs_at_once(function: ModelFunction, theta: Tensor, inputs: PyTree, memory: int) -> int:

@@ -49,18 +49,20 @@ from pathkernel.trajectory.stage_gradients import Passes
 from pathkernel.trajectory.step import Step
 
 SHARE = 0.7
-"""Part of a budget that is planned with: the rest is for gaps between tensors."""
+"""Part of a budget that is planned with: the rest is for gaps between tensors. That it suffices is measured by
+tests/kernel_machine/test_memory_budget.py, in fresh processes."""
 
 PASSING = 1.6
 """Growth of a process in a pass through a network, over what its tensors take at once: operations need memory
-inside, and many results of many sizes leave gaps. Measured on convolutional networks, where it is largest."""
+inside, and many results of many sizes leave gaps. Measured on convolutional networks, where it is largest; that it
+suffices, tests/kernel_machine/test_memory_budget.py measures."""
 
 RUNTIME = 24 << 20
 """Bytes that code and Python's own objects take when they are first used, measured on three networks by
 tests/kernel_machine/test_memory_budget.py."""
 
 OF_SMALL = 0.6
-"""Part of a small budget that they take at most."""
+"""Part of a small budget that they take at most. Chosen, so that a small budget is refused by what tensors take."""
 
 STAGE = 6
 """Vectors of P numbers in float64 by which a recorded gradient is compared with its recomputation."""
@@ -69,10 +71,11 @@ HELD = 5
 """Vectors of P numbers in float64 that are held while gradients are contracted."""
 
 COLUMNS = (2**16, 2**14, 2**12, 2**10, 2**9, 2**8)
-"""Entries of θ that may be formed at once."""
+"""Entries of θ that may be formed at once; tried in turn, so that their spacing alone is chosen."""
 
 PASS, BLOCK_OF_COLUMNS = 1e6, 5e4
-"""Cost of a pass through the network, and of a block of columns, by itself: in entries of a sample's gradient."""
+"""Cost of a pass through the network, and of a block of columns, by itself: in entries of a sample's gradient. Chosen,
+not measured: they rank ways to cut a sweep that all fit."""
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from pathkernel.tangent_kernel.engines.products import ProductsEngine
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
 WORTH_CHOOSING = 10_000_000
-"""Numbers in the plain rows of a matrix below which its cost is not modelled: layer by layer takes milliseconds."""
+"""Numbers in the plain rows of a matrix below which its cost is not modelled: layer by layer takes milliseconds.
+Chosen, not measured."""
 
 
 PROBED = 8
-"""Samples that are passed through the network to see what a tape covers."""
+"""Samples that are passed through the network to see what a tape covers. Chosen, not measured."""
 
 
 class AutomaticEngine(LayerwiseEngine):
