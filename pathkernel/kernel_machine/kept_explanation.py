@@ -17,7 +17,7 @@ KEPT_QUERIES = 64
 def kept_explanation(
     store: str | os.PathLike[str], identity: dict[str, Any], curve: Curve, compute: Callable[[Curve], Accumulator]
 ) -> Accumulator:
-    """What is added up for all queries, block by block in a store.
+    """Sums of a sweep over all queries, block by block in a store.
 
     Parameters
     ----------

@@ -17,12 +17,12 @@ from pathkernel.errors import InputError
 from pathkernel.gradients.pytrees import copied_samples, count, memory_bytes, take
 from pathkernel.gradients.sample_wise import check_sample_wise
 from pathkernel.path_kernel.features import Features, features_of, samples_of_path
+from pathkernel.path_kernel.matrix_identity import Made, matrix_identity
 from pathkernel.path_kernel.node_selection import check_tolerance, probe_samples, select_nodes
 from pathkernel.path_kernel.nodes import PathMeasure, PathNode, path_nodes
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
-from pathkernel.storage import question
 from pathkernel.tangent_kernel.engines.auto import EngineValue, make_engine
 from pathkernel.tangent_kernel.engines.engine import Engine, Samples
 from pathkernel.tangent_kernel.engines.products import error_of_engine
@@ -260,35 +260,12 @@ class PathKernel:
             node = self.nodes[0]
             return self._engine_at(node).fix_choices(node.theta, rows, sizes, before)
 
-        identity, shape = self._identity(rows, columns), self._shape(rows, columns)
+        how = self._given_engine, self._engine_at, self.function.dtype
+        made = Made(self.measure, self.nodes, self.selection, self.probes, *how)
+        identity = matrix_identity(made, self.engine.function, rows, columns)
+        shape = self._shape(rows, columns)
         return resumable.resumable_gram(
             store, identity, shape, columns is None, len(self.nodes), term, fix_engines, self.progress
-        )
-
-    def _identity(self, rows: Samples, columns: Samples | None) -> dict[str, Any]:
-        """Everything that a matrix depends on; not the budget. How its nodes were chosen, they say themselves."""
-        ends, selection, function = (self.nodes[0], self.nodes[-1]), self.selection, self.engine.function
-        points = [(function.with_(constants=node.buffers), node.theta) for node in ends]
-        points.append((points[1][0], question.nearby(self.trajectory)))
-        asked = question.behaviour(selection.function, points, *rows)
-        if not question.is_ours(self._given_engine):
-            first, context = take(rows, slice(0, 2))
-            entries = [
-                self._engine_at(node).gram(node.theta, first, None, context, None, node.preconditioner) for node in ends
-            ]
-            asked["entries"] = question.numbers(entries, question.NETWORK_ROUNDING[self.function.dtype])
-        weights = torch.tensor([(node.time, node.weight) for node in self.nodes], dtype=torch.float64)
-        return question.identity_of(
-            self.trajectory,
-            outputs=f"{selection.combine}, {selection.scalar}, {question.described(self.probes, 'outputs')}",
-            measure=f"{self.measure.name}, {self.measure.preconditioner}",
-            engine=question.described(self._given_engine, "engine"),
-            dtype=self.function.dtype,
-            nodes=question.samples_identity(torch.tensor([(node.position, node.number) for node in self.nodes])),
-            weights=question.numbers(weights.T, question.NETWORK_ROUNDING[torch.float64]),
-            rows=question.samples_identity(rows),
-            columns=question.samples_identity(columns),
-            **asked,
         )
 
     @one_at_a_time
