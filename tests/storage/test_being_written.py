@@ -14,16 +14,20 @@ from pathkernel.storage.disk import DiskStore
 
 
 def left_open(path: Path) -> None:
+    """Put two steps into a store to which nothing refers afterwards."""
     model = nn.Linear(3, 2)
     optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), nn.MSELoss()
-    data = torch.randn(4, 3), torch.randn(4, 2)
-    recorder = pk.KernelRecorder(model, optimizer, loss, data=data, store=DiskStore(path))
-    recorder.start()
-    for ids in ([0, 1], [2, 3]):
-        x, y = recorder.batch(ids)
-        optimizer.zero_grad()
-        loss(model(x), y).backward()
-        optimizer.step()
+    with pk.KernelRecorder(model, optimizer, loss, data=(torch.randn(4, 3), torch.randn(4, 2))) as recorder:
+        for ids in ([0, 1], [2, 3]):
+            x, y = recorder.batch(ids)
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+    store = DiskStore(path)
+    store.note_end(recorder.trajectory.end)
+    store.begin(recorder.trajectory.run)
+    for step in recorder.trajectory.steps():
+        store.append(step)
 
 
 def test_a_store_that_everybody_dropped_is_closed_at_the_end(tmp_path: Path) -> None:
