@@ -233,7 +233,8 @@ def _error_of_gradients(
 
 SMALL_BATCH = 2**15
 """Numbers in the inputs of a batch, times directions, up to which derivatives along all directions are taken at once:
-the time of small networks is that of calls, and large ones would take as many times the memory."""
+the time of small networks is that of calls, and large ones would take as many times the memory. Chosen, not
+measured."""
 
 
 def output_products(

@@ -31,10 +31,11 @@ from pathkernel.trajectory.stage_gradients import WHOLE, Passes, StageGradients
 from pathkernel.trajectory.step import Segment, Step
 
 BLOCK = 2**19
-"""Entries of a block of columns for all queries: three of them stay in cache, and products run at full speed."""
+"""Entries of a block of columns for all queries: three of them stay in cache, and products run at full speed. By which
+script it was found is not on record; `benchmarks/engines.py` times shares that are made with it."""
 
 FEW = 4
-"""Queries up to which a batch is pushed along each, in place of forming rows of the batch."""
+"""Queries up to which a batch is pushed along each, in place of forming rows of the batch. Chosen, not measured."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,11 @@ class BackwardSweep:
         self.builder = builder
         self.cuts = cuts
         self._pushed = cuts.roomy and len(curve.queries) <= FEW
-        trajectory, count = self.trajectory, len(curve.queries)
-        self.layout, self.rule, self.count = trajectory.layout, trajectory.rule, count
+        trajectory = self.trajectory
+        count = len(curve.queries)
+        self.layout = trajectory.layout
+        self.rule = trajectory.rule
+        self.count = count
         self.shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
         # Rules that mix entries are differentiated, and add up rounding along the way.
         self.dtype = accumulation_dtype(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
@@ -154,7 +158,7 @@ class BackwardSweep:
             total.add_to_accumulator()
         for stage, weight in zip(stages, weights, strict=False):
             assert self.builder is not None
-            for ids, slopes, kernel in self.gradients.kernel(step, stage, weight, self.cuts.batch):
+            for ids, slopes, kernel in self.gradients.batches.kernel(step, stage, weight, self.cuts.batch):
                 self.builder.add(step.index, ids, slopes, kernel)
 
     def _beyond_the_rule(self, step: Step, q: FactoredGradients) -> None:
@@ -219,7 +223,8 @@ class BackwardSweep:
         self, q: FactoredGradients, rates: dict[str, float], received: StepGradients, total: Contributions
     ) -> None:
         """u = a q: pieces of queries and batch meet directly."""
-        begin, scale = 0, self._scale(rates)
+        begin = 0
+        scale = self._scale(rates)
         for part in received.stage.parts:
             self._contract_scaled_part(q, rates, scale, received, total, begin, part)
             begin += len(part)
@@ -266,7 +271,8 @@ class BackwardSweep:
         for name in self.layout.names:
             if name not in step.active or name in rates:
                 continue
-            pull, own = adjoint.of(name, self.dtype), self.layout.slices[name]
+            pull = adjoint.of(name, self.dtype)
+            own = self.layout.slices[name]
             for where in self._blocks(name):
                 held = self.memory.get(where.start, [None] * len(self.rule.memory))
                 inside = slice(where.start - own.start, where.stop - own.start)
@@ -310,7 +316,8 @@ class BackwardSweep:
         """Pull all columns back first, (Q, P) of each stage, then contract the passes of the batch one by one."""
         rates: dict[str, float] | None = None
         for stage, (one, total) in enumerate(zip(received, totals, strict=True)):
-            parts, begin = iter(one.stage.parts), 0
+            parts = iter(one.stage.parts)
+            begin = 0
             part = next(parts, None)
             while part is not None:
                 if rates is None:
@@ -334,7 +341,8 @@ class BackwardSweep:
 
     def _blocks(self, name: str) -> Iterator[slice]:
         """A parameter in blocks of whole rows; in one where the rule needs it whole."""
-        own, shape = self.layout.slices[name], self.shapes[name]
+        own = self.layout.slices[name]
+        shape = self.shapes[name]
         if not self.rule.elementwise:
             yield own
             return
@@ -364,7 +372,8 @@ class StepGradients:
     """Gradient of a step, as samples and named channels put it together."""
 
     def __init__(self, stage: StageGradients, channels: list[tuple[str, Tensor]]) -> None:
-        self.stage, self.names = stage, [name for name, _ in channels]
+        self.stage = stage
+        self.names = [name for name, _ in channels]
         self.vectors = [vector for _, vector in channels]
         self.ids = stage.ids.to(stage.samples.device)
 
@@ -394,7 +403,9 @@ class Contributions:
     """Inner products of a step's gradients with their weights, (B + channels, Q), on their way to the accumulator."""
 
     def __init__(self, sweep: BackwardSweep, step: Step, received: StepGradients) -> None:
-        self.sweep, self.step, self.received = sweep, step, received
+        self.sweep = sweep
+        self.step = step
+        self.received = received
         width = len(received.ids) + len(received.names)
         self.sum = torch.zeros(width, sweep.count, dtype=torch.float64, device=sweep.shares.device)
 
@@ -419,7 +430,8 @@ class Contributions:
 
     def add_to_accumulator(self) -> None:
         """Put everything where it belongs."""
-        accumulator, count = self.sweep.accumulator, len(self.received.ids)
+        accumulator = self.sweep.accumulator
+        count = len(self.received.ids)
         samples = self.sum[:count]
         self.sweep.shares.index_add_(0, self.received.ids, samples)
         for row, name in enumerate(self.received.names, start=count):

@@ -17,12 +17,12 @@ from pathkernel.errors import InputError
 from pathkernel.gradients.pytrees import copied_samples, count, memory_bytes, take
 from pathkernel.gradients.sample_wise import check_sample_wise
 from pathkernel.path_kernel.features import Features, features_of, samples_of_path
-from pathkernel.path_kernel.node_selection import probe_samples, select_nodes
+from pathkernel.path_kernel.matrix_identity import Made, matrix_identity
+from pathkernel.path_kernel.node_selection import check_tolerance, probe_samples, select_nodes
 from pathkernel.path_kernel.nodes import PathMeasure, PathNode, path_nodes
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
-from pathkernel.storage import question
 from pathkernel.tangent_kernel.engines.auto import EngineValue, make_engine
 from pathkernel.tangent_kernel.engines.engine import Engine, Samples
 from pathkernel.tangent_kernel.engines.products import error_of_engine
@@ -170,25 +170,8 @@ class PathKernel:
 
     def _chosen(self, tolerance: float) -> tuple[list[PathNode], MeasuredError]:
         """Fewer nodes, and the error that this makes."""
-        if self.steps is not None or self.probes is not None:
-            raise InputError(
-                f"`tolerance={tolerance!r}` was given together with {'`steps`' if self.steps else '`OutputProbes`'}",
-                "A tolerance chooses the steps itself, and over few steps the errors of random outputs do not average "
-                "out",
-                f"Write `PathKernel(trajectory, tolerance={tolerance!r})`",
-            )
-        if not isinstance(tolerance, float) or not 0 < tolerance < 1:
-            raise InputError(
-                f"`tolerance={tolerance!r}` was given",
-                "The tolerance is a relative error between 0 and 1",
-                "Write for example `PathKernel(trajectory, tolerance=1e-3)`",
-            )
-        if len(self.trajectory.data) < 2:
-            raise InputError(
-                f"`tolerance={tolerance!r}` was given for a trajectory with one training sample",
-                "Nodes are chosen by some of the training samples, and the error is measured on others",
-                "Leave out `tolerance`",
-            )
+        over_few = "`steps`" if self.steps else None if self.probes is None else "`OutputProbes`"
+        check_tolerance(tolerance, over_few, len(self.trajectory.data))
         chosen_by, held_out = self._probe_ids
         samples = self._training_samples(torch.cat([chosen_by, held_out]))
         with tqdm(self.nodes, desc="choosing nodes", unit="node", disable=not self.progress) as bar:
@@ -277,35 +260,12 @@ class PathKernel:
             node = self.nodes[0]
             return self._engine_at(node).fix_choices(node.theta, rows, sizes, before)
 
-        identity, shape = self._identity(rows, columns), self._shape(rows, columns)
+        how = self._given_engine, self._engine_at, self.function.dtype
+        made = Made(self.measure, self.nodes, self.selection, self.probes, *how)
+        identity = matrix_identity(made, self.engine.function, rows, columns)
+        shape = self._shape(rows, columns)
         return resumable.resumable_gram(
             store, identity, shape, columns is None, len(self.nodes), term, fix_engines, self.progress
-        )
-
-    def _identity(self, rows: Samples, columns: Samples | None) -> dict[str, Any]:
-        """Everything that a matrix depends on; not the budget. How its nodes were chosen, they say themselves."""
-        ends, selection, function = (self.nodes[0], self.nodes[-1]), self.selection, self.engine.function
-        points = [(function.with_(constants=node.buffers), node.theta) for node in ends]
-        points.append((points[1][0], question.nearby(self.trajectory)))
-        asked = question.behaviour(selection.function, points, *rows)
-        if not question.is_ours(self._given_engine):
-            first, context = take(rows, slice(0, 2))
-            entries = [
-                self._engine_at(node).gram(node.theta, first, None, context, None, node.preconditioner) for node in ends
-            ]
-            asked["entries"] = question.numbers(entries, question.NETWORK_ROUNDING[self.function.dtype])
-        weights = torch.tensor([(node.time, node.weight) for node in self.nodes], dtype=torch.float64)
-        return question.identity_of(
-            self.trajectory,
-            outputs=f"{selection.combine}, {selection.scalar}, {question.described(self.probes, 'outputs')}",
-            measure=f"{self.measure.name}, {self.measure.preconditioner}",
-            engine=question.described(self._given_engine, "engine"),
-            dtype=self.function.dtype,
-            nodes=question.samples_identity(torch.tensor([(node.position, node.number) for node in self.nodes])),
-            weights=question.numbers(weights.T, question.NETWORK_ROUNDING[torch.float64]),
-            rows=question.samples_identity(rows),
-            columns=question.samples_identity(columns),
-            **asked,
         )
 
     @one_at_a_time

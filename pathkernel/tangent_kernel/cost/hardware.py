@@ -13,7 +13,8 @@ from torch import Tensor
 from pathkernel.runtime.interrupts import defer_interrupts
 
 LONGEST = 1.5e-2
-"""Seconds that one number may take to measure, beyond a few runs."""
+"""Seconds that one number may take to measure, beyond a few runs: four of them delay the first call. Chosen, not
+measured."""
 
 
 @dataclass(frozen=True)

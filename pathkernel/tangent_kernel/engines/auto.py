@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, memory_bytes, spread, take
 from pathkernel.tangent_kernel.cost.model import CostModel, choose
@@ -19,11 +19,12 @@ from pathkernel.tangent_kernel.engines.products import ProductsEngine
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
 WORTH_CHOOSING = 10_000_000
-"""Numbers in the plain rows of a matrix below which its cost is not modelled: layer by layer takes milliseconds."""
+"""Numbers in the plain rows of a matrix below which its cost is not modelled: layer by layer takes milliseconds.
+Chosen, not measured."""
 
 
 PROBED = 8
-"""Samples that are passed through the network to see what a tape covers."""
+"""Samples that are passed through the network to see what a tape covers. Chosen, not measured."""
 
 
 class AutomaticEngine(LayerwiseEngine):
@@ -114,11 +115,10 @@ def make_engine(
         return engine(function, selection, memory_bytes(memory))
     if not isinstance(engine, str | type) and isinstance(engine, EngineValue):
         return engine.engine(function, selection, memory_bytes(memory))
-    check(
-        isinstance(engine, str) and engine in ENGINES,
-        InputError,
-        f"`engine={engine!r}` was given",
-        f"Engines are {', '.join(map(repr, ENGINES))}, a subclass of `Engine`, or a value with a method `engine`",
-        'Write `engine="auto"`',
-    )
+    if not isinstance(engine, str) or engine not in ENGINES:
+        raise InputError(
+            f"`engine={engine!r}` was given",
+            f"Engines are {', '.join(map(repr, ENGINES))}, a subclass of `Engine`, or a value with a method `engine`",
+            'Write `engine="auto"`',
+        )
     return ENGINES[str(engine)](function, selection, memory_bytes(memory))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import moved, take
 from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts, PlainJacobianProducts
@@ -59,13 +59,12 @@ class Engine(ABC):
     """True where matrices are the kernel's to rounding."""
 
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
-        check(
-            function.dtype in (torch.float64, torch.float32, torch.bfloat16),
-            InputError,
-            f"`dtype={function.dtype}` was given",
-            "Kernels are computed in float64, in float32, or in float32 with matrix products of bfloat16 factors",
-            "Write `dtype=torch.float32`",
-        )
+        if function.dtype not in (torch.float64, torch.float32, torch.bfloat16):
+            raise InputError(
+                f"`dtype={function.dtype}` was given",
+                "Kernels are computed in float64, in float32, or in float32 with matrix products of bfloat16 factors",
+                "Write `dtype=torch.float32`",
+            )
         self.products, self.selection, self.memory = function.dtype, selection, memory
         self.choices: dict[tuple[int, int | None], str] = {}
         # Gradients rounded to 8 bits on their way back would be of no use; their inner products average errors out.
@@ -139,13 +138,12 @@ def check_budget(needed: float, memory: int, of: str) -> None:
     InputError
         With both sizes.
     """
-    check(
-        needed <= memory,
-        InputError,
-        f"One sample takes {needed / 1e6:.3g} MB ({of}), and the budget is {memory / 1e6:.3g} MB",
-        "A budget has to hold at least one sample; it is kept, not exceeded in silence",
-        f'Write `memory="{max(1, round(4 * needed / 1e6))}MB"` or more',
-    )
+    if needed > memory:
+        raise InputError(
+            f"One sample takes {needed / 1e6:.3g} MB ({of}), and the budget is {memory / 1e6:.3g} MB",
+            "A budget has to hold at least one sample; it is kept, not exceeded in silence",
+            f'Write `memory="{max(1, round(4 * needed / 1e6))}MB"` or more',
+        )
 
 
 def number_of_components(engine: Engine, theta: Tensor, X: PyTree, context: PyTree) -> int:

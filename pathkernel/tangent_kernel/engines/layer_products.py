@@ -24,7 +24,7 @@ Part = tuple[slice, Factor]
 """A part of θ, and gradients in it."""
 
 LARGEST_BLOCK = 1024
-"""Samples in one sweep, however large the budget: products are at full speed by then."""
+"""Samples in one sweep, however large the budget: products are at full speed by then. Chosen, not measured."""
 
 
 class LayerJacobianProducts(JacobianProducts):

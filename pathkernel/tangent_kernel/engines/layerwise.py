@@ -36,10 +36,11 @@ from pathkernel.tangent_kernel.engines.tiles import (
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
 FEW = 4
-"""Samples of the passes in which is measured what one takes."""
+"""Samples of the passes in which is measured what one takes. Chosen, not measured."""
 
 KEPT = 0.75
-"""Part of the budget up to which memory is kept from one matrix to the next."""
+"""Part of the budget up to which memory is kept from one matrix to the next; passes through the network need the rest.
+Chosen, not measured."""
 
 
 class LayerwiseEngine(Engine):
