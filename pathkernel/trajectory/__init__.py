@@ -9,11 +9,11 @@ from pathkernel.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from pathkernel.trajectory.memory import MemoryStore as MemoryStore
+    from pathkernel.trajectory.observer import StepObserver as StepObserver
     from pathkernel.trajectory.schedule import Every as Every
     from pathkernel.trajectory.schedule import Keyframes as Keyframes
     from pathkernel.trajectory.schedule import Nothing as Nothing
     from pathkernel.trajectory.schedule import Schedule as Schedule
-    from pathkernel.trajectory.schedule import StepObserver as StepObserver
     from pathkernel.trajectory.schedule import WeightsOnly as WeightsOnly
     from pathkernel.trajectory.step import MicroBatch as MicroBatch
     from pathkernel.trajectory.step import Segment as Segment
@@ -30,7 +30,7 @@ _HOMES = {
     "Schedule": "trajectory.schedule",
     "Segment": "trajectory.step",
     "Step": "trajectory.step",
-    "StepObserver": "trajectory.schedule",
+    "StepObserver": "trajectory.observer",
     "Store": "trajectory.store",
     "Trajectory": "trajectory.trajectory",
     "WeightsOnly": "trajectory.schedule",
