@@ -112,8 +112,8 @@ class UpdateRule(ABC):
     memory
         Keys of ``optimizer.state[parameter]`` that hold linear memory (momentum buffers, first moments).
     observes
-        What `frozen` reads of the optimizer's state. A class with a `frozen` of its own says so again; where it does
-        not, that is called right after every step, with the live state.
+        What `frozen` reads of the optimizer's state, a `pathkernel.update_rules.rule.Observes`. A class with a `frozen`
+        of its own says so again; where it does not, that is called right after every step, with the live state.
     keep_before, numbers_after
         Older names of ``observes.before`` and ``observes.numbers``.
     elementwise
