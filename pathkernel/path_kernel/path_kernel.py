@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from pathkernel.gradients.sample_wise import check_sample_wise
 from pathkernel.path_kernel.features import Features, features_of, samples_of_path
 from pathkernel.path_kernel.matrix_identity import Made, matrix_identity
 from pathkernel.path_kernel.node_selection import check_tolerance, probe_samples, select_nodes
-from pathkernel.path_kernel.nodes import PathMeasure, PathNode, path_nodes
+from pathkernel.path_kernel.nodes import PathMeasure, PathNode, nodes_along, path_nodes, stretches
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
@@ -136,7 +136,10 @@ class PathKernel:
         )
         if isinstance(self.selection.function, OneOutput):
             self.selection.function.check(self._outputs)
-        self.nodes = path_nodes(self.measure, self.quadrature, steps)
+        self._cut = stretches(len(trajectory), steps)
+        # Where each of them takes training its step again, they are found while the kernel is first computed.
+        if tolerance is not None or not (self.measure.needs_points and trajectory.store.replays):
+            self.nodes = list(nodes_along(self.measure, self.quadrature, self._cut))
         if tolerance is not None:
             self.nodes, self.error = self._chosen(tolerance)
 
@@ -182,6 +185,22 @@ class PathKernel:
 
             entries = (count(samples[0]) * (self._outputs if self._is_full else 1)) ** 2
             return select_nodes(self.nodes, gram, len(chosen_by), tolerance, entries)
+
+    @cached_property
+    def nodes(self) -> list[PathNode]:
+        """The points of the path that are used, with their weights."""
+        return list(nodes_along(self.measure, self.quadrature, self._cut))
+
+    def _nodes_in_turn(self) -> Iterator[PathNode]:
+        """The nodes, each as soon as it is known; all are known afterwards."""
+        if "nodes" in vars(self):
+            yield from self.nodes
+            return
+        found = []
+        for node in nodes_along(self.measure, self.quadrature, self._cut):
+            found.append(node)
+            yield node
+        self.nodes = found
 
     @property
     def total_weight(self) -> float:
@@ -236,7 +255,7 @@ class PathKernel:
     def _gram(self, rows: Samples, columns: Samples | None) -> Tensor:
         (x, context_x), (y, context_y) = rows, columns or (None, None)
         total: Tensor | None = None
-        for node in self._progress(self.nodes):
+        for node in self._progress(self._nodes_in_turn()):
             tile = self._engine_at(node).gram(node.theta, x, y, context_x, context_y, node.preconditioner)
             tile.mul_(node.weight)
             total = tile if total is None else total.add_(tile)
@@ -406,7 +425,7 @@ class PathKernel:
             raise no_samples("PathKernel")
         return samples
 
-    def _progress(self, nodes: list[PathNode]) -> Iterable[PathNode]:
+    def _progress(self, nodes: Iterable[PathNode]) -> Iterable[PathNode]:
         return tqdm(nodes, desc="path kernel", unit="node", disable=not self.progress)
 
     def __repr__(self) -> str:

@@ -242,7 +242,8 @@ def _check_steps(rule: UpdateRule, trajectory: Trajectory) -> None:
                 f"{error:.1e}, {relative}",
                 "Step, sources and carried memory together are what the optimizer did, to rounding",
                 "Compare `step` with the optimizer's source term by term; in `frozen`, copy what the optimizer "
-                "changes in place, and name in `keep_before` what is needed as it was before the step",
+                "changes in place, and name what is needed as it was before the step in `observes` "
+                "(`keep_before`)",
             )
 
 

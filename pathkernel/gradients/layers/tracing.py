@@ -98,7 +98,7 @@ class ParameterTracer(TorchFunctionMode):
         self.outputs: dict[int, int] = {}
         self.unsupported: dict[str, str] = {}
         self.rearranges = False
-        self._inputs: list[tuple[Tensor, int]] = []
+        self.read: list[tuple[Tensor, int]] = []
         self._kept: list[Tensor] = []  # an identity is only good for as long as its tensor lives
         for name, value in parameters.items():
             self.known[id(value)] = (value, View(name, value.shape))
@@ -166,7 +166,7 @@ class ParameterTracer(TorchFunctionMode):
             arguments = _shapes(args, kwargs)
         handles = {key: self.handle(value) for key, value in bound.items()}
         own = {key: handle for key, handle in handles.items() if handle is not None}
-        self._inputs += before
+        self.read += before
         return self.note(name, result, own, gradients, arguments)
 
     def note(
@@ -196,7 +196,7 @@ class ParameterTracer(TorchFunctionMode):
     @property
     def overwritten(self) -> bool:
         """True where something that a layer read was changed in place afterwards."""
-        return any(leaf._version != version for leaf, version in self._inputs)
+        return overwritten(self.read)
 
     def module_call(self, module: nn.Module, rule: Rule, inputs: tuple[Any, ...]) -> Any:
         """Run a module whose class has a rule of its own as one call."""
@@ -209,7 +209,7 @@ class ParameterTracer(TorchFunctionMode):
             for handle in handles.values():
                 self.unsupported |= dict.fromkeys(handle.names(), f"the rule of {type(module).__name__} leaves it out")
             return result
-        self._inputs += [(leaf, leaf._version) for leaf in tensors_of(inputs)]
+        self.read += [(leaf, leaf._version) for leaf in tensors_of(inputs)]
         within = {key: _at(module, dict(module._parameters), gradient) for key, gradient in gradients.items()}
         return self.note(type(module).__name__, result, handles, within)
 
@@ -317,6 +317,11 @@ def _bound(function: Any, args: Any, kwargs: Any) -> dict[str, Any]:
 def _arguments(rule: Rule) -> tuple[str, ...]:
     """Names of the arguments that a rule takes from the call."""
     return tuple(inspect.signature(rule).parameters)[1:]
+
+
+def overwritten(read: Iterable[tuple[Tensor, int]]) -> bool:
+    """Test that some tensor was written on since its version was noted."""
+    return any(leaf._version != version for leaf, version in read)
 
 
 @cache

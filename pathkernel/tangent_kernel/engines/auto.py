@@ -16,6 +16,7 @@ from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples
 from pathkernel.tangent_kernel.engines.jacobian import AutogradEngine, JacobianEngine
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.engines.products import ProductsEngine
+from pathkernel.tangent_kernel.engines.proved import proved, refuse_abstract
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
 WORTH_CHOOSING = 10_000_000
@@ -110,11 +111,12 @@ class EngineValue(Protocol):
 def make_engine(
     engine: str | EngineValue | type[Engine], function: ModelFunction, selection: OutputSelection, memory: int | str
 ) -> Engine:
-    """The engine of that name or class, or the one that a value makes."""
+    """The engine of that name or class, or the one that a value makes; others' are proved before use."""
     if isinstance(engine, type) and issubclass(engine, Engine):
-        return engine(function, selection, memory_bytes(memory))
+        refuse_abstract(engine)
+        return proved(engine(function, selection, memory_bytes(memory)), engine.__name__)
     if not isinstance(engine, str | type) and isinstance(engine, EngineValue):
-        return engine.engine(function, selection, memory_bytes(memory))
+        return proved(engine.engine(function, selection, memory_bytes(memory)), repr(engine))
     if not isinstance(engine, str) or engine not in ENGINES:
         raise InputError(
             f"`engine={engine!r}` was given",

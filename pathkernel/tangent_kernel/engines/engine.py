@@ -42,6 +42,10 @@ class Engine(ABC):
 
     .. math:: K(x, x') = \langle M \nabla h(x), \nabla h(x') \rangle,\qquad M = \mathrm{diag}(d) \succeq 0
 
+    Passes run inside ``with self.function.evaluating(gradients=True):``, which puts the network in evaluation mode.
+    What somebody else's engine returns is compared with plain autograd, a few entries for each way to a result, before
+    it is used; see `pathkernel.tangent_kernel.engines.proved`.
+
     Parameters
     ----------
     function
@@ -56,7 +60,7 @@ class Engine(ABC):
     name: ClassVar[str]
 
     exact: ClassVar[bool] = True
-    """True where matrices are the kernel's to rounding."""
+    """True where matrices are the kernel's to rounding; False frees an engine that approximates from the proof."""
 
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
         if function.dtype not in (torch.float64, torch.float32, torch.bfloat16):
