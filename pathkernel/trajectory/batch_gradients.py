@@ -34,7 +34,6 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import ROW_LIMIT, error_of_rows, random_directions
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
-from pathkernel.runtime.interrupts import deliver_interrupt
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.cotangents import cotangents_of, scaled
 from pathkernel.trajectory.discrepancies import Discrepancies
@@ -506,7 +505,6 @@ class RecordedGradients:
         with function.evaluating(gradients=False):
             for piece in blocks(count(inputs), passes.samples):
                 returned.append(function.call(parameters, function.cast(take(inputs, piece))))
-                deliver_interrupt()
                 give_back_freed_memory()
         parts = [iter(output_leaves(one)) for one in returned]
 

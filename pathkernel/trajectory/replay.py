@@ -26,7 +26,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import moved
 from pathkernel.gradients.returned import returned_loss
 from pathkernel.runtime.checksum import checksum
-from pathkernel.runtime.interrupts import defer_interrupts, result_or_error
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.samples import samples_of
@@ -215,9 +215,8 @@ class Replay:
 
     def _move(self, theta: Tensor) -> None:
         """A change that was made outside the optimizer."""
-        with defer_interrupts(), torch.no_grad():
-            for name, value in self.run.layout.unflatten(theta).items():
-                self._parameters[name].copy_(value)
+        for name, value in self.run.layout.unflatten(theta).items():
+            self._parameters[name].detach().copy_(value)
         self._at = theta
 
     def _prepare(self, step: Step) -> None:
