@@ -25,6 +25,7 @@ from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.forms import FormBuilder
+from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.stage_gradients import WHOLE, Passes, StageGradients
@@ -61,6 +62,7 @@ class Cuts:
     roomy: bool = True
 
 
+@defer_interrupts(divisible=True)
 def backward_sweep(
     curve: Curve,
     gradients: RecordedGradients,
@@ -85,6 +87,7 @@ def backward_sweep(
             sweep.step(segment, segment.step, q)
             bar.update()
         del q  # not beside the gradients of the next segment
+        deliver_interrupt()
     bar.close()
     sweep.finish()
     return sweep.accumulator.on_cpu()
@@ -151,6 +154,7 @@ class BackwardSweep:
             if rates:
                 self._contract_scaled(q, rates, received[0], totals[0])
             for name, where, pulled in self._pull_back_memory(step, adjoint, q, rates, weights):
+                deliver_interrupt()
                 for place, u, scale in pulled:
                     totals[place].add(name, received[place].products(where, u, self._pushed), scale)
         self._beyond_the_rule(step, q)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.curves import Curve
+from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.discrepancies import Discrepancy
@@ -26,6 +27,7 @@ from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Memory
 
 
+@defer_interrupts(divisible=True)
 def forward_sweep(
     curve: Curve,
     gradients: RecordedGradients,
@@ -48,6 +50,7 @@ def forward_sweep(
     bar = tqdm(total=len(trajectory), desc="forward sweep", unit="step", disable=not progress)
 
     def displacements(segment: Segment) -> dict[str, Tensor]:
+        deliver_interrupt()
         if segment.step is None:
             return {segment.channel: segment.displacement}
         bar.update()

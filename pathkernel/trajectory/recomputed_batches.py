@@ -27,7 +27,6 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import random_directions
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
-from pathkernel.runtime.interrupts import deliver_interrupt
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.cotangents import cotangents_of, scaled
 from pathkernel.trajectory.samples import samples_of
@@ -202,7 +201,6 @@ class RecomputedBatches:
         with function.evaluating(gradients=False):
             for piece in blocks(count(inputs), passes.samples):
                 returned.append(function.call(parameters, function.cast(take(inputs, piece))))
-                deliver_interrupt()
                 give_back_freed_memory()
         parts = [iter(output_leaves(one)) for one in returned]
 

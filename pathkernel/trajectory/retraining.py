@@ -18,7 +18,6 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import moved
 from pathkernel.gradients.returned import returned_loss
 from pathkernel.runtime.checksum import checksum
-from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.trajectory.run import Run
 from pathkernel.trajectory.samples import samples_of
@@ -179,9 +178,8 @@ class Replay:
 
     def _move(self, theta: Tensor) -> None:
         """A change that was made outside the optimizer."""
-        with defer_interrupts(), torch.no_grad():
-            for name, value in self.run.layout.unflatten(theta).items():
-                self._parameters[name].copy_(value)
+        for name, value in self.run.layout.unflatten(theta).items():
+            self._parameters[name].detach().copy_(value)
         self._at = theta
 
     def _prepare(self, step: Step) -> None:

@@ -23,7 +23,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import count
 from pathkernel.gradients.returned import batch_outputs, output_leaves
-from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt, result_or_error
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.workspace import Workspace, give_back_freed_memory
 
 FAILURES = (NoRule, ArithmeticError, *REFUSALS)
@@ -120,7 +120,7 @@ class Tape:
             Where ``components`` are ``outputs[:, identity]``: the last layer's signals are then known.
         """
         signals = self._signals(components, identity)
-        with defer_interrupts(), torch.no_grad():
+        with self.function.without_graph():
             return self._pieces(signals, identity)
 
     def _pieces(self, signals: list[Tensor | None], identity: slice | None) -> list[Piece]:
@@ -173,7 +173,6 @@ class Tape:
         if error is not None:
             reason = f"{call.function} could not be taken apart ({type(error).__name__})"
             self.plain |= dict.fromkeys(handle.names(), reason)
-        deliver_interrupt()
 
     def _pieces_of(self, name: str, parts: list[tuple[slice, Factor]]) -> list[Piece]:
         where = self.function.layout.slices[name]

@@ -21,7 +21,6 @@ from pathkernel.gradients.layers.parameter_views import VIEWS, Composed, Handle,
 from pathkernel.gradients.layers.pooling import REPLACEMENTS
 from pathkernel.gradients.layers.recurrent import decomposed
 from pathkernel.gradients.layers.rules import RULES, Gradient, NoRule, Rule
-from pathkernel.runtime.interrupts import defer_interrupts
 
 
 @dataclass
@@ -333,13 +332,12 @@ def _at(module: nn.Module, parameters: dict[str, Any], gradient: Gradient) -> Gr
     """A rule's function, with the module's parameters as they are in the pass."""
 
     def evaluated(signal: Tensor) -> Factor:
-        with defer_interrupts():
-            live = dict(module._parameters)
-            module._parameters.update(parameters)
-            try:
-                return gradient(signal)
-            finally:
-                module._parameters.update(live)
+        live = dict(module._parameters)
+        module._parameters.update(parameters)
+        try:
+            return gradient(signal)
+        finally:
+            module._parameters.update(live)
 
     return evaluated
 

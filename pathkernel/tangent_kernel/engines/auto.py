@@ -11,6 +11,7 @@ from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, memory_bytes, spread, take
+from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.tangent_kernel.cost.model import CostModel, choose
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples
 from pathkernel.tangent_kernel.engines.jacobian import AutogradEngine, JacobianEngine
@@ -70,6 +71,7 @@ class AutomaticEngine(LayerwiseEngine):
             return "layerwise"
         return choose(CostModel(self, theta, X, context), n, m)[0]
 
+    @defer_interrupts(divisible=True)
     def gram(
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:

@@ -18,7 +18,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.per_sample import REFUSALS, values_of
 from pathkernel.gradients.pytrees import blocks, count, spread, take
-from pathkernel.runtime.interrupts import result_or_error
+from pathkernel.runtime.interrupts import defer_interrupts, result_or_error
 from pathkernel.runtime.workspace import Workspace, keep_freed_memory
 from pathkernel.tangent_kernel.engines.blocking import Plan, Sizes, cuts
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples, check_budget
@@ -138,6 +138,7 @@ class LayerwiseEngine(Engine):
 
     # -- the contract ----------------------------------------------------------------------------------------
 
+    @defer_interrupts(divisible=True)
     def gram(
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
@@ -166,6 +167,7 @@ class LayerwiseEngine(Engine):
             found += engine.gram(own, X, Y, context_X, context_Y, weights)
         return found
 
+    @defer_interrupts(divisible=True)
     def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> Tensor:
         """K(x, x), sample by sample."""
         form = self._form(preconditioner, 1, 1)

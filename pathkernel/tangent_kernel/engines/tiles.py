@@ -15,6 +15,7 @@ from pathkernel.gradients.layers.factor import Factor, side_by_side
 from pathkernel.gradients.layers.factors import Dense, Piece
 from pathkernel.gradients.matmul import product
 from pathkernel.gradients.pytrees import blocks
+from pathkernel.runtime.interrupts import deliver_interrupt
 from pathkernel.runtime.workspace import Workspace
 
 TILE = 128
@@ -271,6 +272,7 @@ def contract(
     widest = max([_row_bytes(own.signal) for own in right.pairs] + [_row_bytes(own) for own in right.rows], default=1)
     # Activations meet once a panel for all components; only signals differ from one component to the next.
     for rows, columns in _panels(shape, _positions(left.pairs), widest, scratch):
+        deliver_interrupt()
         readings = [one.readings(two, rows, columns) for one, two in zip(left.pairs, right.pairs, strict=True)]
         for components, columns_of in _steps(shape, columns, widest, scratch):
             own, others = (components, rows), (columns_of, columns)
@@ -285,6 +287,7 @@ def contract(
             tile.copy_(total) if first else tile.add_(total)
     for piece, other in zip(left.unformed, right.unformed, strict=True):
         for mine, theirs in _formed(piece, other, same, form, scratch):
+            deliver_interrupt()
             for rows, columns in _panels(shape, 1, _row_bytes(theirs), scratch):
                 for components, columns_of in _steps(shape, columns, _row_bytes(theirs), scratch):
                     own, others = (components, rows), (columns_of, columns)
