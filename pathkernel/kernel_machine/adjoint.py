@@ -81,7 +81,8 @@ def linear(rule: UpdateRule, frozen: Frozen, settings: Settings, shape: torch.Si
     rows = []
     for place in range(rule.stages + slots):
         inputs = [one if place == other else zero for other in range(rule.stages + slots)]
-        gradients, memory = inputs[: rule.stages], tuple(inputs[rule.stages :])
+        gradients = inputs[: rule.stages]
+        memory = tuple(inputs[rule.stages :])
         delta, after = rule.step(gradients[0] if rule.stages == 1 else tuple(gradients), memory, frozen, settings)
         rows.append(tuple(_coefficient(value) for value in (delta, *after)))
     return Linear(tuple(rows[: rule.stages]), tuple(rows[rule.stages :]))
@@ -105,14 +106,17 @@ class StepAdjoint:
     """
 
     def __init__(self, rule: UpdateRule, step: Step, shapes: dict[str, torch.Size]) -> None:
-        self.rule, self.step, self.shapes = rule, step, shapes
+        self.rule = rule
+        self.step = step
+        self.shapes = shapes
         self._linear: dict[Any, Linear] = {}
 
     def linear(self, name: str) -> Linear | None:
         """The coefficients of a parameter, found once; None where the rule is not elementwise."""
         if not self.rule.elementwise:
             return None
-        frozen, settings = self.step.frozen[name], self.step.hyperparameters_of(name)
+        frozen = self.step.frozen[name]
+        settings = self.step.hyperparameters_of(name)
         shared = all(isinstance(value, (bool, int, float)) for value in frozen.values())
         # Parameters of one group in which only numbers are frozen step alike.
         key = (self.step.groups[name], tuple(sorted(frozen.items()))) if shared else name
@@ -145,7 +149,9 @@ class StepAdjoint:
         return pull
 
     def _differentiated(self, name: str) -> Callable[[slice, Tensor, list[Tensor | None]], list[Scaled]]:
-        frozen, settings, shape = self.step.frozen[name], self.step.hyperparameters_of(name), self.shapes[name]
+        frozen = self.step.frozen[name]
+        settings = self.step.hyperparameters_of(name)
+        shape = self.shapes[name]
 
         def pull(where: slice, q: Tensor, held: list[Tensor | None]) -> list[Scaled]:
             assert where == slice(0, shape.numel()), "a rule that is not elementwise takes whole parameters"

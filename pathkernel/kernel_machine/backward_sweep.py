@@ -25,6 +25,7 @@ from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.forms import FormBuilder
+from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.columns import Owners
@@ -32,10 +33,11 @@ from pathkernel.trajectory.stage_gradients import WHOLE, Passes, StageGradients
 from pathkernel.trajectory.step import Segment, Step
 
 BLOCK = 2**19
-"""Entries of a block of columns for all queries: three of them stay in cache, and products run at full speed."""
+"""Entries of a block of columns for all queries: three of them stay in cache, and products run at full speed. By which
+script it was found is not on record; `benchmarks/engines.py` times shares that are made with it."""
 
 FEW = 4
-"""Queries up to which a batch is pushed along each, in place of forming rows of the batch."""
+"""Queries up to which a batch is pushed along each, in place of forming rows of the batch. Chosen, not measured."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Cuts:
     roomy: bool = True
 
 
+@defer_interrupts(divisible=True)
 def backward_sweep(
     curve: Curve,
     gradients: RecordedGradients,
@@ -85,6 +88,7 @@ def backward_sweep(
             sweep.step(segment, segment.step, q)
             bar.update()
         del q  # not beside the gradients of the next segment
+        deliver_interrupt()
     bar.close()
     sweep.finish()
     return sweep.accumulator.on_cpu()
@@ -107,8 +111,11 @@ class BackwardSweep:
         self.builder = builder
         self.cuts = cuts
         self._pushed = cuts.roomy and len(curve.queries) <= FEW
-        trajectory, count = self.trajectory, len(curve.queries)
-        self.layout, self.rule, self.count = trajectory.layout, trajectory.rule, count
+        trajectory = self.trajectory
+        count = len(curve.queries)
+        self.layout = trajectory.layout
+        self.rule = trajectory.rule
+        self.count = count
         self.shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
         # Rules that mix entries are differentiated, and add up rounding along the way.
         self.dtype = accumulation_dtype(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
@@ -148,6 +155,7 @@ class BackwardSweep:
             if rates:
                 self._contract_scaled(q, rates, received[0], totals[0])
             for name, where, pulled in self._pull_back_memory(step, adjoint, q, rates, weights):
+                deliver_interrupt()
                 for place, u, scale in pulled:
                     totals[place].add(name, received[place].products(where, u, self._pushed), scale)
         self._beyond_the_rule(step, q)
@@ -220,7 +228,8 @@ class BackwardSweep:
         self, q: FactoredGradients, rates: dict[str, float], received: StepGradients, total: Contributions
     ) -> None:
         """u = a q: pieces of queries and batch meet directly."""
-        begin, scale = 0, self._scale(rates)
+        begin = 0
+        scale = self._scale(rates)
         for part in received.stage.parts:
             self._contract_scaled_part(q, rates, scale, received, total, begin, part)
             begin += len(part)
@@ -267,7 +276,8 @@ class BackwardSweep:
         for name in self.layout.names:
             if name not in step.active or name in rates:
                 continue
-            pull, own = adjoint.of(name, self.dtype), self.layout.slices[name]
+            pull = adjoint.of(name, self.dtype)
+            own = self.layout.slices[name]
             for where in self._blocks(name):
                 held = self.memory.get(where.start, [None] * len(self.rule.memory))
                 inside = slice(where.start - own.start, where.stop - own.start)
@@ -311,7 +321,8 @@ class BackwardSweep:
         """Pull all columns back first, (Q, P) of each stage, then contract the passes of the batch one by one."""
         rates: dict[str, float] | None = None
         for stage, (one, total) in enumerate(zip(received, totals, strict=True)):
-            parts, begin = iter(one.stage.parts), 0
+            parts = iter(one.stage.parts)
+            begin = 0
             part = next(parts, None)
             while part is not None:
                 if rates is None:
@@ -335,7 +346,8 @@ class BackwardSweep:
 
     def _blocks(self, name: str) -> Iterator[slice]:
         """A parameter in blocks of whole rows; in one where the rule needs it whole."""
-        own, shape = self.layout.slices[name], self.shapes[name]
+        own = self.layout.slices[name]
+        shape = self.shapes[name]
         if not self.rule.elementwise:
             yield own
             return
@@ -365,7 +377,8 @@ class StepGradients:
     """Gradient of a step, as samples and named channels put it together."""
 
     def __init__(self, stage: StageGradients, channels: list[tuple[str, Tensor]]) -> None:
-        self.stage, self.names = stage, [name for name, _ in channels]
+        self.stage = stage
+        self.names = [name for name, _ in channels]
         self.vectors = [vector for _, vector in channels]
         self.owners = stage.owners.to(stage.samples.device)
 
@@ -395,7 +408,9 @@ class Contributions:
     """Inner products of a step's gradients with their weights, (B + channels, Q), on their way to the accumulator."""
 
     def __init__(self, sweep: BackwardSweep, step: Step, received: StepGradients) -> None:
-        self.sweep, self.step, self.received = sweep, step, received
+        self.sweep = sweep
+        self.step = step
+        self.received = received
         width = len(received.owners) + len(received.names)
         self.sum = torch.zeros(width, sweep.count, dtype=torch.float64, device=sweep.shares.device)
 
@@ -419,7 +434,8 @@ class Contributions:
 
     def add_to_accumulator(self) -> None:
         """Put everything where it belongs."""
-        accumulator, count = self.sweep.accumulator, len(self.received.owners)
+        accumulator = self.sweep.accumulator
+        count = len(self.received.owners)
         samples = self.sum[:count]
         self.received.owners.add(self.sweep.shares, samples)
         for row, name in enumerate(self.received.names, start=count):

@@ -17,7 +17,7 @@ from pathkernel.gradients.per_sample import OutputFunctional
 from pathkernel.gradients.pytrees import count, take
 from pathkernel.gradients.sample_wise import check_sample_wise
 from pathkernel.kernel_machine.classification import is_classifier
-from pathkernel.kernel_machine.memory_plan import AT_ONCE, outputs_at_once
+from pathkernel.kernel_machine.forward_plan import AT_ONCE, outputs_at_once
 from pathkernel.kernel_machine.queries import Queries, one_hot_context
 from pathkernel.tangent_kernel.outputs import select_outputs
 from pathkernel.tangent_kernel.tangent_kernel import learn_structure, no_samples, split_samples

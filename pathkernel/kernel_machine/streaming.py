@@ -25,7 +25,7 @@ from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.trajectory.columns import Columns
-from pathkernel.trajectory.schedule import StepObserver
+from pathkernel.trajectory.observer import StepObserver
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -114,6 +114,7 @@ class StreamingShares(StepObserver):
             self._largest = 0.0
             self._sum: Attributions | None = None
             self._steps = 0
+            self._missed = None
 
     @staticmethod
     def _check(trajectory: Trajectory, settings: Settings) -> None:
@@ -133,14 +134,16 @@ class StreamingShares(StepObserver):
         if self._last is not None:
             self._sum = self._with(self._explained(self._last))
             self._at = self._last.after
-        self._last, self._steps = step, self._steps + 1
+        # Parameters may have joined: until now they were constants, at the values that the step finds.
+        self._at = torch.cat([self._at, step.before[len(self._at) :]]) if len(self._at) < len(step.before) else self._at
+        self._last, self._run, self._steps = step, self._trajectory.run, self._steps + 1
         self._largest = max(self._largest, step.gradient.norm().item())
 
     def _explained(self, step: Step, *, last: bool = False) -> Attributions:
         """The account of one step; of the last, with the changes after it."""
         assert self._trajectory is not None
         end = self._trajectory.end if last else None
-        piece = Trajectory.of_step(self._trajectory.run, self._at, step, end)
+        piece = Trajectory.of_step(self._run, self._at, step, end)
         machine = KernelMachine(piece, quadrature=self.quadrature, memory=self.memory, unexplained=ANYTHING)
         machine._largest_gradient = self._largest
         # One step moves outputs so little that its own certificate says nothing about the run's.
@@ -180,7 +183,7 @@ class StreamingShares(StepObserver):
         Raises
         ------
         TrajectoryError
-            Before the first step.
+            Before the first step, and where `observe` of a step ended in an error.
         """
         if self._trajectory is None or self._last is None:
             raise TrajectoryError(
@@ -188,6 +191,7 @@ class StreamingShares(StepObserver):
                 "It looks on while training is recorded",
                 "Write `KernelRecorder(..., observers=[shares])` and train first",
             )
+        self.require_whole()
         total = self._with(self._explained(self._last, last=True))
         why = replace(total, gradients_per_step=total.gradients_per_step / self._steps)
         limit = ROW_LIMIT[torch.promote_types(self._trajectory.dtype, torch.float32)]

@@ -15,7 +15,7 @@ from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.recording.equality import equal_joined
 from pathkernel.recording.slabs import Slabs
 from pathkernel.runtime.checksum import checksum, crc32c, joined, row_major
-from pathkernel.update_rules.rule import UpdateRule
+from pathkernel.update_rules.rule import UpdateRule, kept_after
 
 EMPTY: Mapping[str, Any] = {}
 
@@ -192,7 +192,7 @@ class LiveParameters:
 
     def kept_keys(self, rule: UpdateRule) -> tuple[str, ...] | None:
         """Keys of the state's tensors that a rule keeps after a step, or None where it looks at the live state."""
-        wanted = [rule.keep_after(group) for group in self.optimizer.param_groups]
+        wanted = [kept_after(rule, group) for group in self.optimizer.param_groups]
         if None in wanted or len({p.dtype for p in self.named.values()}) > 1:
             return None  # a common vector would have another type than some state tensors
         return tuple(dict.fromkeys(key for keys in wanted for key in keys))  # type: ignore[union-attr]

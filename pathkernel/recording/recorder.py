@@ -32,11 +32,12 @@ from pathkernel.recording.trial import check_network
 from pathkernel.recording.validation import check_optimizer, unwrapped
 from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.trajectory.averages import AverageRecord
+from pathkernel.trajectory.observer import StepObserver
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.replay import ReplayStore
 from pathkernel.trajectory.run import End, RecordedOptimizer, Run, Start
 from pathkernel.trajectory.samples import Samples, samples_of
-from pathkernel.trajectory.schedule import RecordingLevel, StepObserver, Streaming, as_schedule
+from pathkernel.trajectory.schedule import RecordingLevel, Streaming, as_schedule
 from pathkernel.trajectory.step import MicroBatch
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory

@@ -19,6 +19,7 @@ from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.loss_scale import loss_scale
 from pathkernel.recording.micro_batches import PendingBatches
 from pathkernel.recording.modules import WatchedModules
+from pathkernel.recording.observing import show
 from pathkernel.recording.open_step import OpenStep
 from pathkernel.recording.readings import Reading, StepHooks, TakenStep, best_reading, readings
 from pathkernel.recording.trial import try_out
@@ -26,7 +27,7 @@ from pathkernel.recording.validation import check_optimizer, refuse_other_tensor
 from pathkernel.runtime.checksum import checksum
 from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.trajectory.cotangents import kept_cotangents
-from pathkernel.trajectory.schedule import StepObserver
+from pathkernel.trajectory.observer import StepObserver
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Frozen, UpdateRule
@@ -249,8 +250,7 @@ class StepCapture:
                 self.keyframes = None
         self.taken += 1
         self._trajectory.store.append(step)
-        for observer in self._observers:
-            observer.observe(whole)
+        show(whole, self._observers, self._trajectory)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with defer_interrupts():  # a step is on record whole, or not at all

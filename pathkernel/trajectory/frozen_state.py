@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pathkernel.gradients.parameters import ParameterLayout
-from pathkernel.update_rules.rule import Observation, UpdateRule
+from pathkernel.update_rules.rule import Declared, Observation, UpdateRule
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def frozen_in(rule: UpdateRule, layout: ParameterLayout, taken: FrozenOnReading)
         numbers = {key: values[row] for key, values in state.numbers.items()}
         memory = {} if name in state.fresh else dict.fromkeys(rule.memory, True)
         observed = Observation(
-            before={**memory, **{key: tensors[name] for key, tensors in before.items()}},
-            after={**numbers, **{key: tensors[name] for key, tensors in after.items()}},
+            before=Declared({**memory, **{key: tensors[name] for key, tensors in before.items()}}, rule, "before"),
+            after=Declared({**numbers, **{key: tensors[name] for key, tensors in after.items()}}, rule, "after"),
             parameter=theta[name],
             gradient=gradient[name],
             displacement=displacement[name],

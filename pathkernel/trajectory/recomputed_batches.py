@@ -31,7 +31,7 @@ from pathkernel.gradients.per_sample import random_directions
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
 from pathkernel.gradients.sample_wise import ComparedSamples, check_sample_wise
-from pathkernel.runtime.interrupts import deliver_interrupt, result_or_error
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.cotangents import cotangents_of, scaled
 from pathkernel.trajectory.joined_batches import joined_batches
@@ -230,7 +230,6 @@ class RecomputedBatches:
         with function.evaluating(gradients=False):
             for piece in blocks(count(inputs), passes.samples):
                 returned.append(function.call(parameters, function.cast(take(inputs, piece))))
-                deliver_interrupt()
                 give_back_freed_memory()
         parts = [iter(output_leaves(one)) for one in returned]
 
