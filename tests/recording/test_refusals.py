@@ -49,13 +49,18 @@ ELSEWHERE = {
     "storage": "tests/storage",
     "errors.py": "here",
     "testing.py": "tests/test_testing.py",
+    "gradients/layers/tape.py": "tests/gradients",
     "gradients/sample_wise.py": "tests/gradients",
     "gradients/structural_copy.py": "tests/gradients",
     "kernel_machine/memory_plan.py": "tests/kernel_machine",
+    "recording/observing.py": "tests/recording/test_observing.py",
     "recording/resume.py": "tests/recording/test_resume.py",
     "runtime": "tests/runtime",
+    "tangent_kernel/engines/proved.py": "tests/tangent_kernel/test_proved.py",
+    "trajectory/observer.py": "tests/recording/test_observing.py",
     "trajectory/reference_outputs.py": "tests/trajectory",
     "trajectory/replay.py": "tests/trajectory",
+    "update_rules/rule.py": "tests/update_rules/test_declaration.py",
 }
 """Where refusals of the rest are tested, beside what they belong to; some need a broken file or a second process."""
 CE = nn.CrossEntropyLoss()
