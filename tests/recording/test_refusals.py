@@ -49,8 +49,12 @@ ELSEWHERE = {
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
     "errors.py": "here",
+    "recording/observing.py": "tests/recording/test_observing.py",
     "recording/resume.py": "tests/recording/test_resume.py",
     "runtime/workspace.py": "tests/runtime",
+    "tangent_kernel/engines/proved.py": "tests/tangent_kernel/test_proved.py",
+    "trajectory/observer.py": "tests/recording/test_observing.py",
+    "update_rules/rule.py": "tests/update_rules/test_declaration.py",
 }
 """Where refusals of the rest are tested, beside what they belong to; some need a broken file or a second process."""
 CE = nn.CrossEntropyLoss()
