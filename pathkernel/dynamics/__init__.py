@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from pathkernel import optimizers
+import pathkernel.optimizers as optimizers  # which imports nothing of the package's own face
 
 if TYPE_CHECKING:
     from pathkernel.optimizers import Heun as Heun

@@ -183,7 +183,7 @@ class PathKernel:
                 bar.update()
                 return self._exact_gram(node, *samples)
 
-            entries = (count(samples[0]) * (self._outputs if self._is_full else 1)) ** 2
+            entries = (count(samples[0]) * (self._outputs if self.selection.combine == "full" else 1)) ** 2
             return select_nodes(self.nodes, gram, len(chosen_by), tolerance, entries)
 
     @cached_property
@@ -263,7 +263,11 @@ class PathKernel:
         return total
 
     def _shape(self, rows: Samples, columns: Samples | None) -> tuple[int, ...]:
-        return (count(rows[0]), count((columns or rows)[0]), *(self._outputs, self._outputs) * self._is_full)
+        return (
+            count(rows[0]),
+            count((columns or rows)[0]),
+            *(self._outputs, self._outputs) * (self.selection.combine == "full"),
+        )
 
     def _stored_gram(self, store: str | os.PathLike[str], rows: Samples, columns: Samples | None) -> np.ndarray:
         from pathkernel.storage import resumable  # not before it is needed: what writes to disk takes a second to load
@@ -292,7 +296,7 @@ class PathKernel:
         """K(x, x) for every sample: (n,), or (n, C, C) for ``outputs="full"``."""
         x, context = self._samples(X)
         if not count(x):
-            return np.zeros((0, *(self._outputs, self._outputs) * self._is_full))
+            return np.zeros((0, *(self._outputs, self._outputs) * (self.selection.combine == "full")))
 
         def at(node: PathNode) -> Tensor:
             return node.weight * self._engine_at(node).diagonal(node.theta, x, context, node.preconditioner)
@@ -396,14 +400,10 @@ class PathKernel:
         """C."""
         return self.function.outputs(self.trajectory.initial, self.trajectory.data.example[0]).shape[1]
 
-    @property
-    def _is_full(self) -> bool:
-        return self.selection.combine == "full"
-
     @cached_property
     def _probe_ids(self) -> tuple[Tensor, Tensor]:
         """Training samples to choose nodes by, and to measure errors on."""
-        return probe_samples(len(self.trajectory.data), self._outputs if self._is_full else 1)
+        return probe_samples(len(self.trajectory.data), self._outputs if self.selection.combine == "full" else 1)
 
     @cached_property
     def _probe_kernel(self) -> Tensor:

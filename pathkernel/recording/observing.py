@@ -1,4 +1,4 @@
-"""Those who look on while a run is recorded: each is shown every step, whatever the others do."""
+"""Observers of a recording: each is shown every step, whatever the others do."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def show(step: Step, observers: Sequence[StepObserver], trajectory: Trajectory) 
 
 
 def _state(step: Step, trajectory: Trajectory) -> dict[str, Any]:
-    """What tells whether somebody wrote on a step: how often each tensor was written on, and all settings."""
+    """Marks by which writing on a step is noticed: how often each tensor was written on, and all settings."""
     versions = {
         name: tensor._version for name, tensor in _tensors(step, trajectory) if not tensor.is_inference()
     }  # an inference tensor does not count
