@@ -263,11 +263,8 @@ class PathKernel:
         return total
 
     def _shape(self, rows: Samples, columns: Samples | None) -> tuple[int, ...]:
-        return (
-            count(rows[0]),
-            count((columns or rows)[0]),
-            *(self._outputs, self._outputs) * (self.selection.combine == "full"),
-        )
+        sides = (self._outputs,) * 2 if self.selection.combine == "full" else ()
+        return (count(rows[0]), count((columns or rows)[0]), *sides)
 
     def _stored_gram(self, store: str | os.PathLike[str], rows: Samples, columns: Samples | None) -> np.ndarray:
         from pathkernel.storage import resumable  # not before it is needed: what writes to disk takes a second to load
