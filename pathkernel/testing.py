@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from types import FrameType
 from typing import Any
@@ -44,7 +44,7 @@ class UpdateRuleError(PathKernelError, AssertionError):
 
 def check_update_rule(
     rule: UpdateRule,
-    make_optimizer: Callable[[Any], Optimizer],
+    make_optimizer: Callable[[Any], Optimizer | Sequence[Optimizer]],
     *,
     steps: int = 8,
     seed: int = 0,
@@ -66,9 +66,9 @@ def check_update_rule(
     Parameters
     ----------
     rule
-        The rule.
+        The rule; a `pathkernel.update_rules.joint.JointRule` for several optimizers, with one part for each.
     make_optimizer
-        Makes the optimizer from an iterable of parameters; it may leave some of them out.
+        Makes the optimizer, or a list of several, from an iterable of parameters; it may leave some of them out.
     steps
         Steps to train, at least 2, so that memory is carried.
     seed
@@ -103,7 +103,7 @@ def check_update_rule(
 
 def _train(
     rule: UpdateRule,
-    make_optimizer: Callable[[Any], Optimizer],
+    make_optimizer: Callable[[Any], Optimizer | Sequence[Optimizer]],
     steps: int,
     seed: int,
     dtype: torch.dtype,
@@ -117,8 +117,9 @@ def _train(
         for p in model.parameters():
             p.copy_(0.5 * torch.randn(p.shape, dtype=torch.float64, generator=generator))
     inputs, targets = (torch.randn(12, n, dtype=torch.float64, generator=generator).to(dtype) for n in (3, 2))
-    optimizer, loss = make_optimizer(model.parameters()), nn.MSELoss()
-    with KernelRecorder(model, optimizer, loss, data=(inputs, targets), rule=rule) as recorder:
+    made, loss = make_optimizer(model.parameters()), nn.MSELoss()
+    optimizers = [made] if isinstance(made, Optimizer) else list(made)
+    with KernelRecorder(model, optimizers, loss, data=(inputs, targets), rule=rule) as recorder:
         for s in range(steps):
             x, y = recorder.announce(torch.arange(4 * s, 4 * s + 5) % 12)
 
@@ -128,11 +129,13 @@ def _train(
                 value.backward()
                 return value
 
-            if by_closure:
-                optimizer.step(closure)  # type: ignore[arg-type]
-            else:
+            if not by_closure:
                 closure()
-                optimizer.step()
+            for optimizer in optimizers:
+                if by_closure:
+                    optimizer.step(closure)  # type: ignore[arg-type]
+                else:
+                    optimizer.step()
     return recorder.trajectory, inputs
 
 
@@ -406,9 +409,7 @@ def _equal_bits(one: Any, other: Any) -> bool:
     if isinstance(one, Mapping):
         return isinstance(other, Mapping) and set(one) == set(other) and all(_equal_bits(one[k], other[k]) for k in one)
     if isinstance(one, (tuple, list)):
-        return (
-            type(one) is type(other) and len(one) == len(other) and all(map(_equal_bits, one, other))
-        )
+        return type(one) is type(other) and len(one) == len(other) and all(map(_equal_bits, one, other))
     if is_dataclass(one):
         return type(one) is type(other) and all(
             _equal_bits(getattr(one, f.name), getattr(other, f.name)) for f in fields(one)

@@ -41,7 +41,9 @@ from pathkernel.trajectory.discrepancies import Discrepancies
 from pathkernel.trajectory.gradient_fit import (
     CAPTURED_TOLERANCE,
     GRADIENT_TOLERANCE,
+    Fit,
     fit_captured,
+    fit_each,
     fit_gradient,
     left_over,
 )
@@ -49,6 +51,7 @@ from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.stage_gradients import WHOLE, ComparedGradient, Passes, StageGradients, Streamed
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.update_rules.joint import OPTIMIZER
 from pathkernel.update_rules.rule import UpdateRule
 
 
@@ -323,6 +326,8 @@ class RecordedGradients:
             tolerance = max(CAPTURED_TOLERANCE[dtype] for dtype in self._types(step))
             norms = lambda: self._summed_norms(step, point)  # noqa: E731
             fit = fit_captured(layout, recorded, total, rest, tolerance, norms)
+            if fit is None:
+                fit = self._fit_of_each_optimizer(step, point, recorded, total, rest, tolerance)
             return ComparedGradient(recorded, expected, tolerance, fit)
         # The loss was evaluated again: near interpolation its slopes cancel.
         tolerance = max(GRADIENT_TOLERANCE[dtype] for dtype in self._types(step))
@@ -332,6 +337,15 @@ class RecordedGradients:
         # Gradients far below the largest of the run are differences of nearly equal numbers: judged by its scale.
         rounding = found.relative * recorded.norm().item() <= tolerance * 1e-2 * self.largest
         return ComparedGradient(recorded, expected, tolerance, found if rounding else None)
+
+    def _fit_of_each_optimizer(
+        self, step: Step, point: Tensor, recorded: Tensor, total: Tensor, rest: Tensor | None, tolerance: float
+    ) -> Fit | None:
+        """The fit where a loop clipped the gradients of several optimizers one by one."""
+        settings = {name: step.hyperparameters_of(name) for name in self.trajectory.layout.names if name in step.active}
+        holders = {name: own[OPTIMIZER] for name, own in settings.items() if OPTIMIZER in own}
+        norms = lambda names: self._summed_norms(replace(step, active=frozenset(names)), point)  # noqa: E731
+        return fit_each(self.trajectory.layout, holders, recorded, total, rest, tolerance, norms)
 
     def _summed_norms(self, step: Step, point: Tensor) -> float:
         """Σ_i ‖J_iᵀ λ_i‖ of a step, by one reverse sweep for each sample."""
@@ -598,5 +612,3 @@ def _separate(tape: Tape) -> bool:
     pieces = tape.pieces((tape.outputs * first).sum(dim=1, keepdim=True))
     found = FactoredGradients(tape.function.layout, tape.n, tuple(pieces))
     return not any(found.columns(where, torch.float64)[1:].any() for where in found.layout.slices.values())
-
-

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,12 +78,12 @@ class UpdateRule(ABC):
         parameter does not matter and parameters with equal settings are treated as one vector.
     """
 
-    name: ClassVar[str]
-    stages: ClassVar[int] = 1
-    keep_before: ClassVar[tuple[str, ...]] = ()
-    numbers_after: ClassVar[tuple[str, ...]] = ()
-    memory: ClassVar[tuple[str, ...]] = ()
-    elementwise: ClassVar[bool] = True
+    name: str
+    stages: int = 1
+    keep_before: tuple[str, ...] = ()
+    numbers_after: tuple[str, ...] = ()
+    memory: tuple[str, ...] = ()
+    elementwise: bool = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -119,6 +119,10 @@ class UpdateRule(ABC):
         """
         return None
 
+    def of(self, settings: Settings) -> UpdateRule:
+        """The rule of the parameters under these settings: itself, unless it is put together of several."""
+        return self
+
     def keeps_memory(self, settings: Settings) -> bool:
         """True where gradients go into the optimizer's memory under these settings."""
         return bool(self.memory)
@@ -131,9 +135,7 @@ class UpdateRule(ABC):
         """Named terms that the optimizer adds to the displacement, such as decoupled weight decay."""
         return {}
 
-    def sourced(
-        self, gradient: Tensor, parameter: Tensor, frozen: Frozen, settings: Settings
-    ) -> tuple[Tensor, Tensor]:
+    def sourced(self, gradient: Tensor, parameter: Tensor, frozen: Frozen, settings: Settings) -> tuple[Tensor, Tensor]:
         """The gradient with all that the optimizer adds to it, and all that it adds to the displacement."""
         for term in self.gradient_sources(parameter, frozen, settings).values():
             gradient = gradient + term

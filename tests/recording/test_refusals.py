@@ -22,6 +22,7 @@ import scipy.sparse
 import torch
 from cases import LOSSES, OPTIMIZERS, SAMPLES, Recording, make_inputs, make_model, record
 from refusals import OUTSIDE
+from refusals_of_optimizers import OF_OPTIMIZERS
 from sklearn.kernel_ridge import KernelRidge
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -1142,7 +1143,7 @@ REFUSALS: dict[str, Case] = {
 }
 
 
-REFUSALS |= OUTSIDE
+REFUSALS |= OUTSIDE | OF_OPTIMIZERS
 
 
 def refuse(name: str) -> tuple[errors.PathKernelError, tuple[str, int]]:
