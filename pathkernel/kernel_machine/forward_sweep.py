@@ -139,7 +139,7 @@ def _parts(trajectory: Trajectory, step: Step) -> list[Part]:
         numbers = {key: value for key, value in frozen.items() if not isinstance(value, Tensor)}
         last = parts[-1] if parts else None
         alike = last is not None and last.where.stop == where.start and last.settings is settings
-        if rule.elementwise and alike and last is not None and last.frozen == numbers:
+        if alike and rule.of(settings).elementwise and last is not None and last.frozen == numbers:
             parts[-1] = Part(slice(last.where.start, where.stop), torch.Size(), numbers, settings)
             names[-1].append(name)
         else:

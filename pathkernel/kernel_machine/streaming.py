@@ -37,9 +37,8 @@ ANYTHING = 1e300
 
 def has_memory(trajectory: Trajectory, settings: Settings) -> bool:
     """Test that a step depends on earlier gradients other than through what is frozen."""
-    memory = trajectory.rule.memory
-    unused = memory == ("momentum_buffer",) and all(group.get("momentum", 1) == 0 for group in settings)
-    return bool(memory) and not unused
+    memories = [(trajectory.rule.of(group).memory, group.get("momentum", 1)) for group in settings]
+    return any(memory and not (memory == ("momentum_buffer",) and momentum == 0) for memory, momentum in memories)
 
 
 class StreamingShares(StepObserver):

@@ -173,6 +173,14 @@ class PendingBatches:
         Decides what is kept of λ, (n, C): all of it or some, see `pathkernel.trajectory.cotangents.kept_cotangents`.
     dropped
         Called when batches are dropped whose gradients had arrived.
+
+    Attributes
+    ----------
+    in_use
+        Whether some optimizer has stepped by what is pending, so that it stays when gradients are cleared.
+    several
+        Whether a network has several optimizers: one may step by a loss before the backward pass of another loss on the
+        same outputs.
     """
 
     def __init__(
@@ -194,6 +202,8 @@ class PendingBatches:
         self._taken: tuple[MicroBatch, ...] | None = None
         self._unseen_gradients: dict[nn.Parameter, weakref.ref[Tensor]] = {}
         self._scale = 1.0
+        self.in_use = self.several = False
+        self._spent: AnnouncedBatch | None = None  # has been stepped by, and another optimizer may step by it, too
         self._unseen = ForwardState()  # of a batch of which no pass of the whole model is seen
 
     def start(self) -> None:
@@ -218,7 +228,7 @@ class PendingBatches:
         if modes != self._unseen.modes:
             self._unseen = ForwardState(modes)
         self._announced.append(AnnouncedBatch(batch, self._unseen))
-        self._taken = None
+        self._taken = self._spent = None
         self.listen()
 
     @property
@@ -262,6 +272,16 @@ class PendingBatches:
             if channel is not None and each.outputs is not None
         ]
 
+    @property
+    def in_flight(self) -> bool:
+        """True where gradients have arrived, or may yet."""
+        return any(one.used for one in self._announced)
+
+    @property
+    def last(self) -> MicroBatch | None:
+        """The batch that was announced last; None where nothing is pending."""
+        return self._announced[-1].batch if self._announced else None
+
     def scale_of_loss(self, scale: float) -> None:
         """Divide by what the loss of the step at hand was multiplied with: its gradients have been divided by it."""
         if scale != self._scale:
@@ -273,8 +293,17 @@ class PendingBatches:
         self.forget()
         return taken
 
+    def release(self) -> None:
+        """No further optimizer steps by a batch that has been stepped by."""
+        if self._spent in self._announced:
+            self._announced.remove(self._spent)
+            self._taken = None
+        self._spent = None
+
     def forget(self) -> None:
         """Let go of what was announced."""
+        if self.several and self._announced:
+            self._spent = self._announced[-1]
         for stranger in self._strangers:
             stranger.forget()
         for one in self._announced:
@@ -285,8 +314,8 @@ class PendingBatches:
     # -- forward ------------------------------------------------------------------------------------------------
 
     def _ran(self, one: ForwardPass) -> None:
-        if self._announced:
-            last = self._announced[-1]
+        last = self._announced[-1] if self._announced else self._spent
+        if last is not None:
             last.waiting.append(weakref.ref(one))
             last.ran = one.state, one.shapes
             one.owner = last
@@ -302,6 +331,8 @@ class PendingBatches:
         self._forget_cleared(overflowed=True)
 
     def _forget_cleared(self, overflowed: bool) -> None:
+        if self.in_use:
+            return
         arrived = any(one.passes or one.arrived for one in self._announced)
         named = self.watcher.differentiated  # a penalty need not come through outputs
         if not (arrived or named or self._strangers) or not self._gradients_were_cleared(overflowed):
@@ -325,6 +356,8 @@ class PendingBatches:
             if last is not None and not last.used:
                 owner = one.owner = last
         self._taken = None
+        if self.several and owner is not None and owner not in self._announced:
+            self._announced.insert(0, owner)  # another optimizer has stepped by these samples already
         if owner is None or owner not in self._announced:
             # What was named is booked under its name, whosesoever samples it is of.
             if one not in self._strangers and self.watcher.channel is None:

@@ -27,6 +27,7 @@ from pathkernel.storage.format import Group, damaged
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.run import Run
 from pathkernel.trajectory.schedule import EVERY_STEP, Nothing, Schedule
+from pathkernel.update_rules.joint import JointRule
 
 FORMAT, VERSION = "pathkernel trajectory", 3
 """Version 2 gives a step its length, which thinned paths need; version 3 keeps the slopes of the loss at the outputs of
@@ -81,7 +82,7 @@ class Header:
     start
         Length in bytes of the packed start values.
     rule
-        Name, class and memory of the update rule.
+        Name, class and memory of the update rule; of a joint one also those of its ``parts``.
     reduction, regularizers, averages
         As given to the recorder; the last two by name.
     versions
@@ -329,7 +330,8 @@ def _schedule(content: dict[str, Any]) -> Schedule:
 
 def _rule(content: dict[str, Any]) -> dict[str, Any]:
     memory = [_text(key) for key in content["memory"]]
-    return {"name": _text(content["name"]), "class": _text(content["class"]), "memory": memory}
+    found = {"name": _text(content["name"]), "class": _text(content["class"]), "memory": memory}
+    return {**found, "parts": [_rule(part) for part in content["parts"]]} if "parts" in content else found
 
 
 def _fingerprints(content: dict[str, Any]) -> dict[str, Any]:
@@ -379,8 +381,9 @@ def versions() -> dict[str, str]:
 
 
 def rule_identity(rule: Any) -> dict[str, Any]:
-    """Name, class and memory of an update rule."""
-    return {"name": rule.name, "class": identity.named(type(rule)), "memory": list(rule.memory)}
+    """Name, class and memory of an update rule, and of the parts of a joint one."""
+    found = {"name": rule.name, "class": identity.named(type(rule)), "memory": list(rule.memory)}
+    return {**found, "parts": list(map(rule_identity, rule.rules))} if isinstance(rule, JointRule) else found
 
 
 def fingerprints(run: Run) -> dict[str, Any]:

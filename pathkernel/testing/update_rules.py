@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class UpdateRuleError(PathKernelError, AssertionError):
 
 def check_update_rule(
     rule: UpdateRule,
-    make_optimizer: Callable[[Any], Optimizer],
+    make_optimizer: Callable[[Any], Optimizer | Sequence[Optimizer]],
     *,
     steps: int = 8,
     seed: int = 0,
@@ -58,9 +58,9 @@ def check_update_rule(
     Parameters
     ----------
     rule
-        The rule.
+        The rule; a `pathkernel.update_rules.joint.JointRule` for several optimizers, with one part for each.
     make_optimizer
-        Makes the optimizer from an iterable of parameters; it may leave some of them out.
+        Makes the optimizer, or a list of several, from an iterable of parameters; it may leave some of them out.
     steps
         Steps to train, at least 2, so that memory is carried.
     seed
@@ -95,7 +95,7 @@ def check_update_rule(
 
 def _train(
     rule: UpdateRule,
-    make_optimizer: Callable[[Any], Optimizer],
+    make_optimizer: Callable[[Any], Optimizer | Sequence[Optimizer]],
     steps: int,
     seed: int,
     dtype: torch.dtype,
@@ -109,8 +109,9 @@ def _train(
         for p in model.parameters():
             p.copy_(0.5 * torch.randn(p.shape, dtype=torch.float64, generator=generator))
     inputs, targets = (torch.randn(12, n, dtype=torch.float64, generator=generator).to(dtype) for n in (3, 2))
-    optimizer, loss = make_optimizer(model.parameters()), nn.MSELoss()
-    with KernelRecorder(model, optimizer, loss, data=(inputs, targets), rule=rule) as recorder:
+    made, loss = make_optimizer(model.parameters()), nn.MSELoss()
+    optimizers = [made] if isinstance(made, Optimizer) else list(made)
+    with KernelRecorder(model, optimizers, loss, data=(inputs, targets), rule=rule) as recorder:
         for s in range(steps):
             x, y = recorder.announce(torch.arange(4 * s, 4 * s + 5) % 12)
 
@@ -120,11 +121,13 @@ def _train(
                 value.backward()
                 return value
 
-            if by_closure:
-                optimizer.step(closure)  # type: ignore[arg-type]
-            else:
+            if not by_closure:
                 closure()
-                optimizer.step()
+            for optimizer in optimizers:
+                if by_closure:
+                    optimizer.step(closure)  # type: ignore[arg-type]
+                else:
+                    optimizer.step()
     return recorder.trajectory, inputs
 
 

@@ -22,7 +22,9 @@ from pathkernel.trajectory.discrepancies import Discrepancies
 from pathkernel.trajectory.gradient_fit import (
     CAPTURED_TOLERANCE,
     GRADIENT_TOLERANCE,
+    Fit,
     fit_captured,
+    fit_each,
     fit_gradient,
     left_over,
 )
@@ -33,6 +35,7 @@ from pathkernel.trajectory.split_certificate import SplitCertificate, hashable
 from pathkernel.trajectory.stage_gradients import WHOLE, ComparedGradient, Passes, StageGradients, Streamed
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.update_rules.joint import OPTIMIZER
 from pathkernel.update_rules.rule import UpdateRule
 
 
@@ -243,6 +246,8 @@ class RecordedGradients:
             tolerance = max(CAPTURED_TOLERANCE[dtype] for dtype in self._types(step))
             norms = lambda: self.batches.summed_norms(step, point)  # noqa: E731
             fit = fit_captured(layout, recorded, total, rest, tolerance, norms)
+            if fit is None:
+                fit = self._fit_of_each_optimizer(step, point, recorded, total, rest, tolerance)
             return ComparedGradient(recorded, expected, tolerance, fit)
         # The loss was evaluated again: near interpolation its slopes cancel.
         tolerance = max(GRADIENT_TOLERANCE[dtype] for dtype in self._types(step))
@@ -252,6 +257,15 @@ class RecordedGradients:
         # Gradients far below the largest of the run are differences of nearly equal numbers: judged by its scale.
         rounding = found.relative * recorded.norm().item() <= tolerance * 1e-2 * self.largest
         return ComparedGradient(recorded, expected, tolerance, found if rounding else None)
+
+    def _fit_of_each_optimizer(
+        self, step: Step, point: Tensor, recorded: Tensor, total: Tensor, rest: Tensor | None, tolerance: float
+    ) -> Fit | None:
+        """The fit where a loop clipped the gradients of several optimizers one by one."""
+        settings = {name: step.hyperparameters_of(name) for name in self.trajectory.layout.names if name in step.active}
+        holders = {name: own[OPTIMIZER] for name, own in settings.items() if OPTIMIZER in own}
+        norms = lambda names: self.batches.summed_norms(replace(step, active=frozenset(names)), point)  # noqa: E731
+        return fit_each(self.trajectory.layout, holders, recorded, total, rest, tolerance, norms)
 
     def _unexplained(self, step: Step, compared: ComparedGradient) -> TrajectoryError:
         fit = left_over(self.trajectory.layout, compared.recorded, compared.expected)

@@ -121,13 +121,13 @@ class UpdateRule(ABC):
         parameter does not matter and parameters with equal settings are treated as one vector.
     """
 
-    name: ClassVar[str]
-    stages: ClassVar[int] = 1
+    name: str
+    stages: int = 1
     observes: ClassVar[Observes | None] = None
-    keep_before: ClassVar[Any] = _OfDeclaration("before")
-    numbers_after: ClassVar[Any] = _OfDeclaration("numbers")
-    memory: ClassVar[tuple[str, ...]] = ()
-    elementwise: ClassVar[bool] = True
+    keep_before: Any = _OfDeclaration("before")
+    numbers_after: Any = _OfDeclaration("numbers")
+    memory: tuple[str, ...] = ()
+    elementwise: bool = True
 
     @abstractmethod
     def step(self, gradient: Any, memory: Memory, frozen: Frozen, settings: Settings) -> tuple[Tensor, Memory]:
@@ -154,6 +154,10 @@ class UpdateRule(ABC):
         by = declaring_class(type(self))
         after = None if by is None or by.observes is None else by.observes.after
         return after(settings) if callable(after) else after
+
+    def of(self, settings: Settings) -> UpdateRule:
+        """The rule of the parameters under these settings: itself, unless it is put together of several."""
+        return self
 
     def keeps_memory(self, settings: Settings) -> bool:
         """True where gradients go into the optimizer's memory under these settings."""

@@ -23,6 +23,7 @@ import torch
 from cases import LOSSES, OPTIMIZERS, SAMPLES, Recording, make_inputs, make_model, record
 from refusals import OUTSIDE
 from refusals_of_models import MODELS
+from refusals_of_optimizers import OF_OPTIMIZERS
 from sklearn.kernel_ridge import KernelRidge
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -1143,7 +1144,7 @@ REFUSALS: dict[str, Case] = {
 }
 
 
-REFUSALS |= OUTSIDE | MODELS
+REFUSALS |= OUTSIDE | MODELS | OF_OPTIMIZERS
 
 
 def refuse(name: str) -> tuple[errors.PathKernelError, tuple[str, int]]:
