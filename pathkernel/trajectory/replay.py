@@ -363,6 +363,10 @@ class ReplayStore(Store):
     def __len__(self) -> int:
         return len(self.inner)
 
+    def until(self, length: int) -> ReplayStore:
+        """The first steps alone, so many of them; what comes after the last is not trained again."""
+        return ReplayStore(self.inner.until(length), self.replay, self.threads)
+
     def extend(self, tail: Tensor, pad: Extension) -> None:
         """Refuse: checksums on record are of the parameters that there were.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pathkernel.errors import TrajectoryError
+from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store, padded
@@ -65,6 +66,12 @@ class ThinnedStore(Store):
 
     def __len__(self) -> int:
         return len(self.inner) + (self._open is not None)
+
+    def until(self, length: int) -> Store:
+        """The first joined steps alone, so many of them; the stretch that is open as it is now."""
+        if length <= len(self.inner):
+            return self.inner.until(length)
+        return MemoryStore([self.read(index) for index in range(length)])
 
     def extend(self, tail: Tensor, pad: Extension) -> None:
         """Lengthen every stored vector."""
