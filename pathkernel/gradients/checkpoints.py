@@ -21,7 +21,7 @@ _READING = threading.local()
 """How deep this thread is in passes of the library; other threads may be training."""
 
 
-class _Reentrant(torch_checkpoint.CheckpointFunction):  # type: ignore[misc]
+class _Reentrant(torch_checkpoint.CheckpointFunction):
     """What stands in for `torch.utils.checkpoint.CheckpointFunction`, which differentiates inside ``backward``."""
 
     @classmethod

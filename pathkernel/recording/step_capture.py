@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError
 from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.recording.audit import Circumstances, audit, check_captured, check_outputs, is_due
+from pathkernel.recording.compiled import check_random_numbers
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.loading import LoadWatch, check_memory_is_told
@@ -227,6 +228,8 @@ class StepCapture:
         # With a closure, forward and backward run inside the step: gradient and batch are only known afterwards.
         if closure is None:
             self._check_pending()
+            if not self._tried:
+                check_random_numbers(self._outer, self.pending.batches)
             # Now, where the gradient is there already: some implementations (SGD's foreach Nesterov) write on it. A
             # fused optimizer under loss scaling skips overflowed steps and divides by the scale by itself.
             if not scaled and (self.keyframes is None or not self.live.gradient_is_finite()):
