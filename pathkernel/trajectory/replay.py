@@ -209,6 +209,11 @@ class Replay:
     def _gradients(self) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
 
+    def state(self) -> dict[str, dict[str, Any]]:
+        """A copy of the optimizer's state where the replay stands, by parameter name."""
+        assert self._optimizer is not None
+        return state_of(self._optimizer, self._parameters)
+
     def checksum(self) -> int:
         """CRC32C of θ where the replay stands."""
         return checksum(self._parameters.values())
@@ -346,6 +351,11 @@ class ReplayStore(Store):
     def stopped(self) -> bool:  # type: ignore[override]
         """True where the inner store takes no more steps."""
         return self.inner.stopped
+
+    @property
+    def exists(self) -> bool:  # type: ignore[override]
+        """True where the inner store holds steps of an earlier run."""
+        return self.inner.exists
 
     def begin(self, run: Run) -> None:
         """Begin the inner store; see `Store.begin`."""

@@ -39,6 +39,11 @@ class ThinnedStore(Store):
         """True where the inner store takes no more steps."""
         return self.inner.stopped
 
+    @property
+    def exists(self) -> bool:  # type: ignore[override]
+        """True where the inner store holds steps of an earlier run."""
+        return self.inner.exists
+
     def begin(self, run: Run) -> None:
         """Begin the inner store; see `Store.begin`."""
         self.inner.outer = self
