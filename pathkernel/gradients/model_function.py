@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Parameters, PyTree
+from pathkernel.gradients.checkpoints import PASS_THROUGH
 from pathkernel.gradients.forward_state import (
     EVALUATION,
     FULL_PRECISION,
@@ -137,6 +138,7 @@ class ModelFunction:
             defer_interrupts(divisible=True),
             self.lock,
             RANDOM if self.state.generators else nullcontext(),
+            PASS_THROUGH,
             module_mode(self.module, self.state.modes),
             generators_at(self.state.generators),
             nullcontext() if as_trained else PLAIN_ATTENTION,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pathkernel.errors import InputError
 from pathkernel.gradients.forward_state import ForwardState, generator_states
 from pathkernel.gradients.returned import Returns, batch_outputs, output_leaves, returned_loss, selected
+from pathkernel.recording.compiled import CompiledCall
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.runtime.interrupts import defer_interrupts
 
@@ -208,8 +209,19 @@ class ForwardWatcher:
 
     def start(self) -> None:
         """Put the hooks on."""
-        self._handles = [self.model.register_forward_pre_hook(Hook(self._enter))]
-        self._hook_last()
+        if not self._watch_compiled():
+            self._handles = [self.model.register_forward_pre_hook(Hook(self._enter))]
+            self._hook_last()
+
+    def _watch_compiled(self) -> bool:
+        """Watch a module that was compiled in place from outside; True where it was."""
+        if self.model._compiled_call_impl is None:
+            return False
+        if not any(isinstance(handle, CompiledCall) for handle in self._handles):
+            for handle in self._handles:
+                handle.remove()
+            self._handles = [CompiledCall(self.model, self._enter, self._leave)]
+        return True
 
     def stop(self) -> None:
         """Take the hooks off."""
@@ -230,6 +242,7 @@ class ForwardWatcher:
 
     def listen(self, parameters: list[nn.Parameter]) -> None:
         """Be told when gradients are added to those of some parameters."""
+        self._watch_compiled()
         for p in parameters:
             if p.requires_grad and id(p) not in self._listening:
                 self._listening[id(p)] = p.register_post_accumulate_grad_hook(self._accumulated)
@@ -249,7 +262,7 @@ class ForwardWatcher:
             self._under_way = {}  # of backward passes that ended with an error, of which nobody is told
         if self.enters is not None and not self._under_way:
             self.enters()
-        if next(reversed(module._forward_hooks)) != self._handles[1].id:
+        if len(self._handles) > 1 and next(reversed(module._forward_hooks)) != self._handles[1].id:
             self._hook_last()
         kind = self.device.type
         autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None

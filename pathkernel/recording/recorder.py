@@ -379,7 +379,10 @@ class KernelRecorder:
             return
         from pathkernel.recording.resume import resume  # not before it is needed
 
+        run = replace(run, optimizer=self._replayed())
         place = resume(run, trajectory.store, self._live, self._averages)
+        if self._capture.keyframes is not None:
+            self._capture.taken = place.steps  # abridged steps are counted by it
         self._capture.changes, self._capture.end_of_steps = place.changes, place.end
         self._capture.modules.resume(place.run.constants, place.buffers)
         trajectory.begin(place.run, End(averages=place.averages))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch.optim import Optimizer
 from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError
 from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.recording.audit import Circumstances, audit, check_captured, check_outputs, is_due
+from pathkernel.recording.compiled import check_random_numbers
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
+from pathkernel.recording.loading import LoadWatch, check_memory_is_told
 from pathkernel.recording.loss_scale import loss_scale
 from pathkernel.recording.micro_batches import PendingBatches
 from pathkernel.recording.modules import WatchedModules
@@ -30,7 +33,7 @@ from pathkernel.runtime.checksum import checksum
 from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.trajectory.cotangents import kept_cotangents
 from pathkernel.trajectory.observer import StepObserver
-from pathkernel.trajectory.step import MicroBatch, Step
+from pathkernel.trajectory.step import LOADED, MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Frozen, UpdateRule
 
@@ -94,6 +97,13 @@ class StepCapture:
         self.changes: list[tuple[str, Tensor]] = []
         self.gradient_changes: dict[str, Tensor] = {}
         self.end_of_steps = trajectory.initial
+        self._loads = LoadWatch(
+            model,
+            before=partial(self._note_load, "unexplained"),
+            after=partial(self._note_load, LOADED),
+            of_optimizer=self._note_loaded_state,
+        )
+        self._marks: list[int | None] = []  # checksums of θ before each of the changes, with keyframes
         self._announced: tuple[MicroBatch | None, MicroBatch | None] = None, None  # last, and the one before
         self._tried = False
         self._strangers = StrangerWatch(model, self._is_idle)
@@ -103,6 +113,7 @@ class StepCapture:
         self._hook()
         self._strangers.start(held(self.optimizer))
         self.pending.start()
+        self._loads.start(held(self.optimizer))
         if self.keyframes is not None:
             self.keyframes.start()
 
@@ -124,12 +135,14 @@ class StepCapture:
             self._unhook()
             self._hook()
             self._strangers.start(held(optimizer))
+            self._loads.start(held(optimizer))
 
     def stop(self) -> None:
         """Take all hooks off."""
         self._unhook()
         self._strangers.stop()
         self.pending.stop()
+        self._loads.stop()
         if self.keyframes is not None:
             self.keyframes.stop()
 
@@ -172,12 +185,53 @@ class StepCapture:
                 record.observe(source, trajectory.layout, last, self.end_of_steps, self._last_point())
 
     def note_change(self, name: str) -> None:
-        """Put a change of the parameters since they were last seen on record."""
+        """Put a change of the parameters since they were last seen on record.
+
+        One that ends where another began takes that one and all between them back: averages that are swapped in for
+        validation leave nothing.
+        """
         keeper = self.keyframes
-        if keeper.moved() if keeper is not None else not self.live.is_at(self._last_point()):
-            self.changes.append((name, self.live.vector()))
-            if keeper is not None and name == "unexplained":
-                keeper.warn_of_change(self.taken)
+        if keeper is None:
+            if self.live.is_at(self._last_point()):
+                return
+            points = [self.end_of_steps, *(point for _, point in self.changes[:-1])]
+            back = [place for place, point in enumerate(points) if self.changes and self.live.is_at(point)]
+        else:
+            unknown = [None] * (len(self.changes) - len(self._marks))
+            self._marks = [*unknown, *self._marks[: len(self.changes)], keeper.checksum]
+            if not keeper.moved():
+                self._marks.pop()
+                return
+            back = [place for place, mark in enumerate(self._marks) if mark == keeper.checksum]
+            del self._marks[back[-1] if back else len(self._marks) :]
+        if back:
+            del self.changes[back[-1] :]
+            return
+        self.changes.append((name, self.live.vector()))
+        if keeper is not None and name == "unexplained":
+            keeper.warn_of_change(self.taken)
+
+    def _note_load(self, name: str) -> None:
+        """Note what changed before weights are loaded, and what was loaded."""
+        if self.opened is None and not self._trajectory.store.stopped:
+            self.note_change(name)
+
+    def _note_loaded_state(self) -> None:
+        """The next step begins from another state of the optimizer, which a replay has to be given."""
+        if self.keyframes is not None:
+            self.keyframes.start()
+
+    def _check_loads(self) -> None:
+        """Before a step: what was loaded since the last one is on record, and can be."""
+        self._loads.finish()
+        if self._loads.parameters:
+            self._check_same()
+        if self._loads.state:
+            check_memory_is_told(self._trajectory.rule, self.taken)
+            self.note_change("unexplained")
+            if all(name != LOADED for name, _ in self.changes):  # tells whose the memory is
+                self.changes.append((LOADED, self.changes[-1][1] if self.changes else self.live.vector()))
+        self._loads.reset()
 
     def _last_point(self) -> Tensor:
         return self.changes[-1][1] if self.changes else self.end_of_steps
@@ -195,6 +249,7 @@ class StepCapture:
             self.pending.forget()
             return
         self._check_parameters()
+        self._check_loads()
         self.pending.scale_of_loss(loss_scale())
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer first
         scaled = is_scaled(optimizer)
@@ -202,6 +257,8 @@ class StepCapture:
         # With a closure, forward and backward run inside the step: gradient and batch are only known afterwards.
         if closure is None:
             self._check_pending()
+            if not self._tried:
+                check_random_numbers(self._outer, self.pending.batches)
             # Now, where the gradient is there already: some implementations (SGD's foreach Nesterov) write on it. A
             # fused optimizer under loss scaling skips overflowed steps and divides by the scale by itself.
             if not scaled and (self.keyframes is None or not self.live.gradient_is_finite()):

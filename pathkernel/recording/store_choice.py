@@ -63,12 +63,6 @@ def store_for(
             "How an average moved is seen from θ at every step",
             "Leave out `schedule`, or leave out `averages`",
         )
-    if store.exists:
-        raise RecordingError(
-            f"`store=` holds steps of an earlier run, and `schedule={schedule!r}`",
-            "A recording that goes on in a store keeps every step in full",
-            "Give `store=` another path, or leave out `schedule`",
-        )
     if isinstance(schedule, Streaming):
         return LastStepStore(), None
     if isinstance(schedule, Schedule) and schedule.keyframes is not None:

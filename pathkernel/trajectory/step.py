@@ -16,6 +16,10 @@ Settings = tuple[Mapping[str, Any], ...]
 """Numbers and flags of every parameter group."""
 
 
+LOADED = "loaded"
+"""The channel of weights that were loaded into the network, and of memory that was loaded into its optimizer."""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     r"""The samples of one forward and backward pass; a step owns one or, under gradient accumulation, many.

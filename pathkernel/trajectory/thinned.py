@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pathkernel.errors import TrajectoryError
+from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store, padded
@@ -38,6 +39,11 @@ class ThinnedStore(Store):
         """True where the inner store takes no more steps."""
         return self.inner.stopped
 
+    @property
+    def exists(self) -> bool:  # type: ignore[override]
+        """True where the inner store holds steps of an earlier run."""
+        return self.inner.exists
+
     def begin(self, run: Run) -> None:
         """Begin the inner store; see `Store.begin`."""
         self.inner.outer = self
@@ -65,6 +71,12 @@ class ThinnedStore(Store):
 
     def __len__(self) -> int:
         return len(self.inner) + (self._open is not None)
+
+    def until(self, length: int) -> Store:
+        """The first joined steps alone, so many of them; the stretch that is open as it is now."""
+        if length <= len(self.inner):
+            return self.inner.until(length)
+        return MemoryStore([self.read(index) for index in range(length)])
 
     def extend(self, tail: Tensor, pad: Extension) -> None:
         """Lengthen every stored vector."""

@@ -527,7 +527,7 @@ def gone_on_with(schedule: Any) -> None:
     """Record into a store twice, the second time with a schedule."""
     with tempfile.TemporaryDirectory() as folder:
         Scene(store=f"{folder}/run").recorder.close()
-        Scene(store=f"{folder}/run", schedule=schedule)
+        Scene(store=f"{folder}/run", schedule=schedule).recorder.start()
 
 
 def two_on_one_store() -> None:
@@ -1112,8 +1112,8 @@ REFUSALS: dict[str, Case] = {
     ),
     "keyframes in a store that is gone on with": (
         lambda: gone_on_with(pk.Schedule(keyframes=4)),
-        errors.RecordingError,
-        ("holds steps of an earlier run", "keeps every step in full", "another path"),
+        errors.StoreError,
+        ("with `Every()`, and `schedule=Keyframes(4)` was given", "goes on as it began", "schedule=Every()"),
     ),
     "two recorders on one store": (
         two_on_one_store,
