@@ -65,8 +65,8 @@ def checked_batch(samples: int, ids: Any, weights: Any, inputs: PyTree, targets:
         raise SampleIdError(
             f"{len(ids)} ids came with inputs of shape {', '.join(map(str, turned))}, whose samples lie along the "
             "second axis",
-            "Samples lie along the first axis of every input; torch's recurrent layers have those of their states along "
-            "the second, whatever `batch_first` says",
+            "Samples lie along the first axis of every input; torch's recurrent layers have those of their states "
+            "along the second, whatever `batch_first` says",
             "Turn states around inside `forward`, where they come in and go out: "
             "`z, h = self.rnn(x, h.transpose(0, 1).contiguous()); return z, h.transpose(0, 1)`",
         )

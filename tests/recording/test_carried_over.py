@@ -1,4 +1,4 @@
-"""What a loop carries from one step to the next: hidden states, graphs, and whatever else makes steps depend on more."""
+"""What a loop carries from one step to the next: hidden states, graphs, schedules, and errors that it goes on from."""
 
 from __future__ import annotations
 
@@ -142,3 +142,81 @@ def test_warm_up_from_zero_and_loss_weights_that_change() -> None:
     np.testing.assert_allclose(machine.decision_function(X), model(X).detach().numpy(), atol=1e-12)
     assert set(machine.explain(X[:2]).channels) <= {"initial", "weight_decay", "rounding"}
     assert np.isfinite(pk.PathKernel(trajectory)(X)).all()
+
+
+# -- as in a notebook -----------------------------------------------------------------------------------------------
+
+
+class Cells:
+    """A model and a loop in cells of their own."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 5, dtype=T), nn.Tanh(), nn.Linear(5, 3, dtype=T))
+        self.X, self.y = torch.randn(8, 4, dtype=T), torch.randint(3, (8,))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+
+    def recorder(self, **options: Any) -> pk.KernelRecorder:
+        return pk.KernelRecorder(
+            self.model, self.optimizer, nn.CrossEntropyLoss(), data=(self.X, self.y), audit_every=1, **options
+        )
+
+    def train(self, *recorders: pk.KernelRecorder, steps: int = 2, fails: str = "") -> None:
+        for step in range(steps):
+            for recorder in recorders:
+                x, t = recorder.announce((torch.arange(4) + step) % 8)
+            for moment in ("announced", "forward", "backward", "stepped"):
+                if moment == "forward":
+                    self.optimizer.zero_grad()
+                    value = nn.functional.cross_entropy(self.model(x), t)
+                elif moment == "backward":
+                    value.backward()
+                elif moment == "stepped":
+                    self.optimizer.step()
+                if moment == fails:
+                    raise ZeroDivisionError
+
+    def check(self, recorder: pk.KernelRecorder, steps: int) -> None:
+        machine = pk.KernelMachine(recorder.trajectory)
+        assert len(recorder.trajectory) == steps
+        np.testing.assert_allclose(machine.decision_function(self.X), self.model(self.X).detach().numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("level", [pk.Every(), pk.Keyframes(2)], ids=["every", "keyframes"])
+def test_errors_in_the_loop_and_going_on(level: Any) -> None:
+    """Whatever the loop had come to: the batch that it left is nobody's."""
+    cells = Cells()
+    recorder = cells.recorder(schedule=level)
+    recorder.start()
+    for moment in ("announced", "forward", "backward", "stepped"):
+        with pytest.raises(ZeroDivisionError):
+            cells.train(recorder, fails=moment)
+        cells.train(recorder)
+    cells.check(recorder, 9)  # never closed
+    recorder.close()
+    cells.check(recorder, 9)
+
+
+def test_cell_that_is_run_again() -> None:
+    """A recorder in place of one that was never closed, which keeps what it has seen."""
+    cells = Cells()
+    first = cells.recorder()
+    first.start()
+    cells.train(first)
+    second = cells.recorder()
+    with pytest.warns(RuntimeWarning, match="still open"):
+        second.start()
+    cells.train(second)
+    cells.check(second, 2)
+    assert len(first.trajectory) == 2
+    first.close()
+    second.close()
+
+
+def test_one_model_under_two_recorders() -> None:
+    """Both see every step."""
+    cells = Cells()
+    with cells.recorder() as one, cells.recorder(schedule=pk.Keyframes(2)) as other:
+        cells.train(one, other, steps=3)
+    cells.check(one, 3)
+    cells.check(other, 3)
