@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, SampleIdError
@@ -64,6 +65,16 @@ def checked_batch(samples: int, ids: Any, weights: Any, inputs: PyTree, targets:
                 "Every sample of a batch has one weight",
                 "Write `recorder.announce(ids, weights=w)` with `len(w) == len(ids)`",
             )
+    turned = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if _lies_across(leaf, len(ids))]
+    if turned:
+        raise SampleIdError(
+            f"{len(ids)} ids came with inputs of shape {', '.join(map(str, turned))}, whose samples lie along the "
+            "second axis",
+            "Samples lie along the first axis of every input; torch's recurrent layers have those of their states "
+            "along the second, whatever `batch_first` says",
+            "Turn states around inside `forward`, where they come in and go out: "
+            "`z, h = self.rnn(x, h.transpose(0, 1).contiguous()); return z, h.transpose(0, 1)`",
+        )
     for name, given in (("inputs", inputs), ("targets", targets)):
         if given is not None and count(given) != len(ids):
             raise SampleIdError(
@@ -102,6 +113,11 @@ def _checked_parts(ids: Tensor, weights: Any, inputs: PyTree) -> Tensor:
             "Write `recorder.announce(ids, weights=weights, inputs=mixed)` with what the network sees",
         )
     return given.clone()
+
+
+def _lies_across(leaf: Any, n: int) -> bool:
+    """True for a state of a recurrent layer, of shape (layers, n, H)."""
+    return isinstance(leaf, Tensor) and leaf.dim() >= 2 and leaf.shape[0] != n and leaf.shape[1] == n
 
 
 class AnnouncedBatch:
@@ -444,6 +460,15 @@ class PendingBatches:
         )
 
     def _check_strangers(self) -> None:
+        if any(one.owner is not None for one in self._strangers):
+            raise SampleIdError(
+                "A backward pass went through the graph of a forward pass from before the last step, which was kept "
+                "(`retain_graph=True`, a loss that was kept, or a state that was not detached)",
+                "The gradient of a step is of passes at its own weights; what an earlier step has used is on record "
+                "there",
+                "Detach what is carried from step to step (`h = h.detach()`, `total += loss.item()`), and call "
+                "`backward()` before the next `optimizer.step()`",
+            )
         if self._strangers:
             shapes = ", ".join(str(tuple(shape)) for shape, _, _ in self._strangers[0].shapes)
             raise SampleIdError(

@@ -330,6 +330,8 @@ class StepCapture:
         step = self.slim_step(*keeper.vectors)
         self.pending.take()
         self.changes, self.gradient_changes = [], {}
+        if self._averages:  # how they move is seen from θ
+            self.end_of_steps = self.live.vector()
         self._keep(step)
 
     def _keep(self, step: Step) -> None:

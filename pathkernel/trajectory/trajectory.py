@@ -21,6 +21,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.returned import Returns
 from pathkernel.runtime.pickling import with_memory_of_their_own
+from pathkernel.runtime.threads import on_the_cpu
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
@@ -367,6 +368,10 @@ class Trajectory:
             outputs of a few training samples are no longer what they were at both ends of the record. Of the first part
             of a path, the network's present weights say nothing, and outputs are compared at its start.
         """
+        with on_the_cpu():
+            self._check_model(asker)
+
+    def _check_model(self, asker: str) -> None:
         function, live_end = self.function(), self.end.is_live
         if live_end:
             self._check_weights(asker)

@@ -1105,8 +1105,8 @@ REFUSALS: dict[str, Case] = {
         errors.InputError,
         ("the budget is 1e-06 MB", "A budget has to hold at least these", 'MB"` or more'),
     ),
-    "averages and keyframes": (
-        lambda: Scene(schedule=pk.Schedule(keyframes=4), averages={"ema": make_model()}),
+    "averages and a thinned path": (
+        lambda: Scene(schedule=pk.Every(4), averages={"ema": make_model()}),
         errors.RecordingError,
         ("`averages` were given", "from θ at every step", "leave out `averages`"),
     ),

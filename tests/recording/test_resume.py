@@ -101,13 +101,15 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, optimizer: str, at: int, e
 
 
 class Plain(Run):
-    """Without an average, which needs every step, and without a clamp, after which θ is kept in full."""
+    """With a schedule: an average where every step is known, and one clamp, after which θ is kept in full."""
 
     def train(self, until: int, store: Any, schedule: Any, at: int | None = None, flush: bool = False) -> Any:  # type: ignore[override]
         """Train up to a step; returns trajectory and the checkpoint of step ``at``."""
+        averages = {"ema": self.ema} if isinstance(schedule, pk.Keyframes) else None
         recorder = pk.KernelRecorder(
-            self.model, self.optimizer, CE, data=(self.X, self.y), store=store, schedule=schedule, audit_every=0
-        )
+            self.model, self.optimizer, CE, data=(self.X, self.y), averages=averages, store=store, schedule=schedule,
+            audit_every=0,
+        )  # fmt: skip
         kept = None
         with recorder:
             while self.step < until:
@@ -119,6 +121,7 @@ class Plain(Run):
                 self.optimizer.zero_grad()
                 CE(self.model(x), target).backward()
                 self.optimizer.step()
+                self.ema.update_parameters(self.model)
                 self.step += 1
                 if self.step == 7:
                     with recorder.channel("clamp"), torch.no_grad():

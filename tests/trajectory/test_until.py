@@ -165,6 +165,18 @@ def test_average_at_a_step(average: Callable[[nn.Module], AveragedModel], tmp_pa
             np.testing.assert_allclose(why.reconstruction, expected[:, 0], atol=1e-12)
 
 
+def test_average_with_keyframes() -> None:
+    """Its moves and its machine are those of a record in full, to the last bit."""
+    whole, replayed = Run("adamw", averages=ema), Run("adamw", averages=ema, schedule=pk.Keyframes(3))
+    one, other = (run.trajectory.averages["ema"] for run in (whole, replayed))
+    assert one.updates == other.updates
+    assert all(torch.equal(value, other.last[name]) for name, value in one.last.items())
+    shares = [
+        pk.KernelMachine(run.trajectory, average="ema").explain(QUERIES, outputs=0).shares for run in (whole, replayed)
+    ]
+    np.testing.assert_array_equal(*shares)
+
+
 def test_average_whose_buffers_are_found_anew() -> None:
     """After `update_bn` nobody knows what the statistics of an average would have been in mid-run."""
     run = Run(averages=ema)
