@@ -468,14 +468,18 @@ class StepCapture:
         finite = torch.stack([value.isfinite().all() for value in named.values()])
         if not finite.all():
             bad = [name for name, good in zip(named, finite.tolist(), strict=True) if not good]
-            ids = torch.cat([batch.ids for batch in self.pending.take()]).tolist()
-            index = len(self._trajectory)
+            index, batches = len(self._trajectory), self._drop_batches()
+            ids = torch.cat([batch.ids for batch in batches]).tolist()
             raise NonFiniteStepError(
                 f"At step {index} the gradient of {', '.join(f'`{n}`' for n in bad)} holds NaN or infinity; "
                 f"its samples are {ids[:16]}{' …' if len(ids) > 16 else ''}",
                 f"Gradients are finite numbers; the optimizer has not moved, and the {index} steps before stay valid",
                 "Look at these samples, lower the learning rate, or skip the step when the loss is not finite",
             )
+
+    def _drop_batches(self) -> tuple[MicroBatch, ...]:
+        """The batches of a step that is not taken; nothing is pending afterwards."""
+        return self.pending.take()
 
     @property
     def _gradient_is_elsewhere(self) -> bool:
