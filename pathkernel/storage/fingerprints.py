@@ -80,6 +80,8 @@ def data_identity(data: Samples) -> dict[str, Any]:
 
     A dataset whose items differ from one look to the next (random augmentation) has no digest.
     """
+    if data.announced and data.dataset is None:
+        return {"count": data.limit or 0, "shapes": [], "digest": ""}
     if data.dataset is None:
         leaves = pytree.tree_leaves((data._inputs, data._targets))
         shapes = [f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}" for leaf in leaves]
@@ -101,8 +103,9 @@ def _leaves(items: Any) -> Iterator[tuple[str, Tensor]]:
                 yield "text", torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
             else:
                 array = np.asarray(leaf)
-                yield str(array.dtype), (
-                    torch.from_numpy(np.ascontiguousarray(array)) if array.dtype.kind in "fiub" else torch.zeros(0)
+                yield (
+                    str(array.dtype),
+                    (torch.from_numpy(np.ascontiguousarray(array)) if array.dtype.kind in "fiub" else torch.zeros(0)),
                 )
 
 

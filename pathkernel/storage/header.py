@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._version import __version__
 from pathkernel.errors import InputError, StoreError
+from pathkernel.gradients.batch_axes import BatchAxis, batch_axis_of_json, batch_axis_to_json
 from pathkernel.gradients.losses import check_task
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.runtime.checksum import DTYPES
@@ -31,9 +32,9 @@ from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.run import End, Run
 from pathkernel.trajectory.schedule import EVERY_STEP, Nothing, Schedule
 
-FORMAT, VERSION = "pathkernel trajectory", 3
+FORMAT, VERSION = "pathkernel trajectory", 4
 """Version 2 gives a step its length, which thinned paths need; version 3 keeps the slopes of the loss at the outputs of
-each batch, and what of the returned the outputs are."""
+each batch, and what of the returned the outputs are; version 4 keeps what networks were given beside samples."""
 FUNCTION = "<function>"
 """Stands in a header for a ``returns=`` that is a function, which has to be passed again."""
 MAX_NUMBERS = 2**44
@@ -58,6 +59,8 @@ class StoredEnd:
         Serial number of the final buffers, as in the blocks' records.
     outputs
         `ReferenceOutputs.final` as lists; None where it is not known.
+    samples
+        How many there were, where they were counted, else 0; and `pathkernel.trajectory.samples.Samples.lengths`.
     """
 
     values: tuple[str, int]
@@ -65,6 +68,7 @@ class StoredEnd:
     weights: str
     buffers: int
     outputs: list[list[float]] | None = None
+    samples: tuple[int, list[list[int]]] = field(default_factory=lambda: (0, []))
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,8 @@ class Header:
         None while the recording goes on, or where it was cut off.
     returns, task
         As given to the recorder; `FUNCTION` in place of a function.
+    watch, batch_axis
+        See `pathkernel.trajectory.run.Run`.
     """
 
     dtype: torch.dtype
@@ -125,6 +131,8 @@ class Header:
     end: StoredEnd | None = None
     returns: str | int | None = None
     task: str | None = None
+    watch: tuple[str, ...] = ()
+    batch_axis: BatchAxis = 0
 
     @classmethod
     def of(cls, run: Run, averages: Iterable[str], capacity: int) -> Header:
@@ -151,11 +159,15 @@ class Header:
             outputs=reference_identity(run.reference),
             returns=FUNCTION if callable(run.returns) else run.returns,
             task=run.task,
+            watch=run.watch,
+            batch_axis=run.batch_axis,
         )
 
     def to_json(self) -> dict[str, Any]:
         """The group's attributes."""
-        end = None if self.end is None else {**vars(self.end), "values": list(self.end.values)}
+        end = None
+        if self.end is not None:
+            end = {**vars(self.end), "values": list(self.end.values), "samples": list(self.end.samples)}
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -175,6 +187,8 @@ class Header:
             "outputs": None if self.outputs is None else dict(self.outputs),
             "returns": self.returns,
             "task": self.task,
+            "watch": list(self.watch),
+            "batch_axis": batch_axis_to_json(self.batch_axis),
             "checksums": dict(self.checksums),
             "end": end,
         }
@@ -221,7 +235,9 @@ class Header:
                 raise ValueError(f"{name[:40]!r} is no name of an array with an end")
             values = name, _count(length)
             final = None if end.get("outputs") is None else _matrix(end["outputs"])
-            end = StoredEnd(values, _count(end["steps"]), _text(end["weights"]), int(end["buffers"]), final)
+            number, lengths = end.get("samples", (0, []))  # missing before version 4
+            seen = _count(number), [[int(length) for length in own] for own in lengths]
+            end = StoredEnd(values, _count(end["steps"]), _text(end["weights"]), int(end["buffers"]), final, seen)
         layouts = tuple(_layout(table) for table in content["regions"])
         tails = tuple(_count(n) for n in content["tails"])
         if not layouts or len(tails) != len(layouts) - 1:
@@ -261,6 +277,8 @@ class Header:
             end=end,
             returns=_returns(content.get("returns")),
             task=check_task(content.get("task")),
+            watch=tuple(_text(name) for name in content.get("watch", [])),
+            batch_axis=batch_axis_of_json(content.get("batch_axis", 0)),
         )
 
     def digest(self) -> str:
@@ -270,6 +288,8 @@ class Header:
         said["optimizer"] = None if self.replay is None else self.replay["optimizer"]
         if self.returns is not None:
             said["returns"] = self.returns
+        if self.watch or self.batch_axis:
+            said["call"] = [content["watch"], content["batch_axis"]]
         text = json.dumps(said, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -412,9 +432,7 @@ def start_values(run: Run, averages: Mapping[str, AverageRecord], header: Header
         "initial_memory": run.initial_memory,
         "averages": {name: record.initial for name, record in averages.items()},
         "reference_inputs": (
-            pytree.tree_leaves(run.reference.inputs)
-            if run.reference is not None and run.reference.varying
-            else None
+            pytree.tree_leaves(run.reference.inputs) if run.reference is not None and run.reference.varying else None
         ),
     }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pathkernel.errors import TrajectoryError
+from pathkernel.gradients.forward_state import ForwardState
 from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store, padded
@@ -90,7 +91,12 @@ class ThinnedStore(Store):
 
 def joined(stretch: Step | None, step: Step, index: int) -> Step:
     """A stretch and the step after it as one step of θ alone."""
-    batches = tuple(MicroBatch(batch.ids, batch.weights) for batch in step.batches)
+    batches = tuple(
+        MicroBatch(batch.ids, batch.weights, state=ForwardState(arguments=shared))
+        if (shared := batch.state.arguments)
+        else MicroBatch(batch.ids, batch.weights)
+        for batch in step.batches
+    )
     alone = replace(
         step,
         index=index,
