@@ -140,6 +140,11 @@ CALLS: dict[str, Row] = {
         errors.SampleIdError,
         ("`take_ids` was given a tuple", "pathkernel.indexed(loader)", "recorder.take_ids(batch)"),
     ),
+    "observers of samples that are counted": (
+        lambda: recorder(Container().first, None, observers=[pk.StreamingShares(X)]),
+        errors.RecordingError,
+        ("StreamingShares was given", "how many samples", "data=number_of_samples"),
+    ),
     "queries with a name that there was not": (
         lambda: in_order({"x": X, "mask": X}),
         errors.InputError,

@@ -112,20 +112,22 @@ class CountedBatches:
         Where ids are in a batch.
     axis
         Along which samples lie in the first tensor of a batch.
-    goes_on
-        Whether to count on where it is gone through again.
+    start
+        Called where it is gone through, for the first id; by default, ids go on from where they were.
     """
 
-    def __init__(self, loader: Iterable[Any], ids: IdsOf, axis: int = 0, goes_on: bool = True) -> None:
-        self.loader, self.ids, self.axis, self.goes_on = loader, ids, axis, goes_on
+    def __init__(
+        self, loader: Iterable[Any], ids: IdsOf, axis: int = 0, start: Callable[[], int] | None = None
+    ) -> None:
+        self.loader, self.ids, self.axis, self.start = loader, ids, axis, start
         self.counted = 0
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[IndexedBatch]:
-        if not self.goes_on:
-            self.counted = 0
+        if self.start is not None:
+            self.counted = self.start()
         for batch in self.loader:
             if isinstance(batch, IndexedBatch):
                 yield batch
@@ -225,6 +227,8 @@ class TrackedLoaders:
         SampleIdError
             Where they have none, and counted ones would not be places in the data.
         """
+        if not getattr(loader, "persistent_workers", False):
+            return self._with_ids(loader, ids)
         if id(loader) not in self._known:  # worker processes that persist belong to one object
             self._known[id(loader)] = loader, self._with_ids(loader, ids)
         return self._known[id(loader)][1]
@@ -243,4 +247,4 @@ class TrackedLoaders:
                 "Give it a DataLoader over a map-style dataset; say where ids are, `track(loader, ids=...)`; or leave "
                 "`data=` out, and samples are counted as they come",
             )
-        return CountedBatches(loader, ids, self._axis, goes_on=self.data.limit is None)
+        return CountedBatches(loader, ids, self._axis, lambda: len(self.data) if self.data.limit is None else 0)

@@ -98,11 +98,13 @@ class KeptInputs:
         expected = None if self._other_data else self._in_data(batch.ids)
         if expected is not None and identical(samples, expected, self.dtype):
             return None, shared
+        own = {key: value for key, value in samples.items() if key in reader.in_data}
         if wanted or self._always:
             # Items of a dataset are not fetched twice for every batch, once they have been seen to be others.
             self._other_data = self.data.dataset is not None
+            if due and not wanted and not self._was_handed_out(own or samples, handed_out):
+                self.differences.append("they are not what `track` handed out under these ids")
             return self._kept(samples, call), shared
-        own = {key: value for key, value in samples.items() if key in reader.in_data}
         difference = "the data cannot be read as a batch" if expected is None else differing(own, expected, self.dtype)
         if difference and self._was_handed_out(own or samples, handed_out):
             self._always, self._other_data = True, self.data.dataset is not None

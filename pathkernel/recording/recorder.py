@@ -186,6 +186,12 @@ class KernelRecorder:
             run.data.suit(run.function(), initial)
         self._live = live = LiveParameters(named, optimizer)
         self._observers = level.observers if isinstance(level, Streaming) else tuple(observers)
+        if run.data.limit is None and self._observers:
+            raise RecordingError(
+                f"{type(self._observers[0]).__name__} was given to a recorder that counts samples as they come",
+                "What watches training adds up shares while it runs, and has to know how many samples there are",
+                "Write `KernelRecorder(..., data=number_of_samples)`",
+            )
         self._averages = dict(averages or {})
         kept, keyframes = store_for(store_at(store), run, live, bool(self._averages), bool(self._observers))
         self._trajectory = Trajectory(run, kept)

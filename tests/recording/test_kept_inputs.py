@@ -218,6 +218,53 @@ def test_wrong_ids_are_noticed_by_default():
         optimizer.step()
 
 
+def test_wrong_ids_are_noticed_where_batches_are_kept_by_themselves():
+    """Augmented batches are kept from the first on, and compared with what came with their ids."""
+    model, optimizer = prepared(CASES["augmented"])
+    with (
+        pytest.raises(SampleIdError, match="handed out"),
+        pk.KernelRecorder(model, optimizer, CE, Items(noisy), audit_every=1) as recorder,
+    ):
+        batches = recorder.track(DataLoader(Items(noisy), batch_size=8))
+        loop(model, optimizer, [next(batches)], as_it_is)
+        early = next(batches)
+        next(batches)
+        loop(model, optimizer, [early], as_it_is)
+
+
+def test_streams_are_counted_over_loaders():
+    model, optimizer = prepared(CASES["stream"])
+    with pk.KernelRecorder(model, optimizer, CE) as recorder:
+        for _ in range(2):
+            loop(model, optimizer, recorder.track(DataLoader(Stream(), batch_size=8)), as_it_is)
+    first = [batch.ids[0].item() for step in recorder.trajectory.steps() for batch in step.batches]
+    assert first == list(range(0, 2 * N, 8))
+    assert len(recorder.trajectory.data) == 2 * N
+
+
+def test_worker_processes_persist():
+    model, optimizer = prepared(CASES["plain dataset"])
+    loader = DataLoader(TensorDataset(X, Y), batch_size=8, num_workers=1, persistent_workers=True)
+    with pk.KernelRecorder(model, optimizer, CE, (X, Y)) as recorder:
+        loop(model, optimizer, recorder.track(loader), as_it_is)
+        ((_, tracked),) = recorder._loaders._known.values()
+        workers = tracked._iterator._workers
+        loop(model, optimizer, recorder.track(loader), as_it_is)
+        assert tracked._iterator._workers is workers and loader._iterator is None
+        tracked._iterator._shutdown_workers()
+
+
+@pytest.mark.parametrize("schedule", [None, pk.Nothing()], ids=["kept", "streamed"])
+def test_shares_while_training_runs(schedule):
+    case = CASES["length alone"]
+    shares = pk.StreamingShares(X[:2], outputs="all")
+    trajectory, _, _ = record(case, observers=[shares], schedule=schedule)
+    assert shares.result.residual.max() <= 1e-5
+    if schedule is None:
+        why = pk.KernelMachine(trajectory).explain(X[:2], outputs="all")
+        assert torch.allclose(*(torch.as_tensor(each.shares) for each in (why, shares.result)), atol=1e-6)
+
+
 def test_a_batch_that_is_overwritten_is_kept_as_it_was():
     model, optimizer = prepared(CASES["plain dataset"])
     buffer = torch.empty(8, 4)
