@@ -53,12 +53,19 @@ class ForwardState:
         (device type, floating type) of automatic mixed precision, or None.
     buffers
         Buffers that had changed since recording began, as the pass found them; None where that is not known.
+    arguments
+        What the network was given that is of no sample (None, flags, numbers, tensors that all samples share), by name,
+        or by place where it has none. The very same mapping as of the pass before where nothing has changed.
     """
 
     modes: Modes = False
     generators: Mapping[str, Tensor] = field(default_factory=dict)
     autocast: tuple[str, torch.dtype] | None = None
     buffers: Mapping[str, Tensor] | None = None
+    arguments: Mapping[str | int, Any] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"arguments": {}, **state})  # pickled before there was the field
 
 
 EVALUATION = ForwardState()

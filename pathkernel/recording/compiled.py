@@ -22,7 +22,7 @@ class CompiledCall:
     module
         The module.
     enter
-        Called before it with the module and its arguments.
+        Called before it with the module and its arguments, those without and those with names.
     leave
         Called after it with the module, its arguments and what it returned.
     """
@@ -34,7 +34,7 @@ class CompiledCall:
 
         @functools.wraps(compiled)
         def watched(*arguments: Any, **named: Any) -> Any:
-            enter(module, arguments)
+            enter(module, arguments, named)
             returned = compiled(*arguments, **named)
             leave(module, arguments, returned)
             return returned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -84,6 +85,7 @@ class JointCapture(StepCapture):
             one._observers,
             one._averages,
             one.audit_every,
+            one.pending.inputs.keep,
             one._stopped,
         )
         both.taken, both.changes, both.gradient_changes = one.taken, one.changes, one.gradient_changes
@@ -117,11 +119,11 @@ class JointCapture(StepCapture):
 
     # -- between steps ------------------------------------------------------------------------------------------
 
-    def announce(self, batch: MicroBatch) -> None:
+    def announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
         """Take note of the samples of the next backward passes: each optimizer may step once by them."""
         self.settle()
         self._stepped = frozenset()
-        super().announce(batch)
+        super().announce(batch, keep, handed_out)
 
     def record_end_state(self) -> None:
         """Put on record where parameters and buffers stand while the recorder watches."""

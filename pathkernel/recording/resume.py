@@ -15,7 +15,7 @@ from pathkernel.gradients.pytrees import moved
 from pathkernel.recording.live import LiveParameters
 from pathkernel.storage.disk import DiskStore
 from pathkernel.storage.header import FUNCTION, Header
-from pathkernel.storage.opening import constants_now, known_rule, mismatches, reference_outputs
+from pathkernel.storage.opening import constants_now, known_rule, learn_samples, mismatches, reference_outputs
 from pathkernel.trajectory.averages import AverageRecord, averaged_values
 from pathkernel.trajectory.frozen_state import FrozenOnReading
 from pathkernel.trajectory.replay import Replay, ReplayStore, state_of
@@ -127,6 +127,7 @@ def _joined(
         "another path",
     )
     buffers = moved(_buffers(run.model, store, place.steps, start["constants"], end), store.device)
+    learn_samples(run.data, store)
     reference = reference_outputs(store, run.data)
     run = replace(run, reference=reference)
     if reference is not None:
@@ -145,6 +146,8 @@ def _check_identity(run: Run, header: Header, averages: Mapping[str, Any], store
     returns = FUNCTION if callable(run.returns) else run.returns
     if header.returns != returns:
         problems.append(f"returns: {returns!r}, not {header.returns!r}")
+    if (header.watch, header.batch_axis) != (run.watch, run.batch_axis):
+        problems.append(f"watch, batch_axis: {(run.watch, run.batch_axis)}, not {(header.watch, header.batch_axis)}")
     if set(averages) != set(header.averages):
         problems.append(f"averages: {sorted(averages)}, not {sorted(header.averages)}")
     check(

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError
 from pathkernel.gradients.forward_state import generators_untouched
-from pathkernel.recording.audit import Circumstances, audit, check_captured, check_outputs, is_due
+from pathkernel.recording.audit import Circumstances, audit, check_captured, check_inputs, check_outputs, is_due
 from pathkernel.recording.compiled import check_random_numbers
+from pathkernel.recording.kept_inputs import KeptInputs
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.loading import LoadWatch, check_memory_is_told
@@ -29,6 +30,7 @@ from pathkernel.recording.readings import Reading, StepHooks, TakenStep, best_re
 from pathkernel.recording.strangers import StrangerWatch
 from pathkernel.recording.trial import try_out
 from pathkernel.recording.validation import check_optimizer, refuse_other_tensors
+from pathkernel.recording.watched import check_others_are_at_rest
 from pathkernel.runtime.checksum import checksum
 from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.trajectory.cotangents import kept_cotangents
@@ -51,7 +53,7 @@ class StepCapture:
         The record.
     keyframes
         The keeper of what a replay needs, where steps are trained again when they are read; else None.
-    observers, averages, audit_every
+    observers, averages, audit_every, keep
         As `pathkernel.KernelRecorder` takes them.
     stopped
         Called before a step that is not recorded, since the disk gave out or this is a forked child.
@@ -81,6 +83,7 @@ class StepCapture:
         observers: Sequence[StepObserver],
         averages: Mapping[str, nn.Module | Mapping[str, Tensor]],
         audit_every: int | None,
+        keep: bool | None,
         stopped: Callable[[], None],
     ) -> None:
         self.live, self.keyframes, self.audit_every = live, keyframes, audit_every
@@ -88,8 +91,18 @@ class StepCapture:
         self._observers, self._averages, self._stopped = observers, averages, stopped
         run = trajectory.run
         self.modules = WatchedModules(model, run.constants)
+        function = run.function()
+        parts = [outer] if not run.watch else [model.get_submodule(name) for name in run.watch]
         self.pending = PendingBatches(
-            outer, live, run.rule.stages, self.modules, run.returns, self._kept, self._forget_edits
+            parts,
+            run.watch,
+            live,
+            run.rule.stages,
+            self.modules,
+            function,
+            KeptInputs(run.data, function, keep),
+            self._kept,
+            self._forget_edits,
         )
         self.hooks: list[StepHooks] = []
         self.opened: OpenStep | None = None
@@ -153,17 +166,20 @@ class StepCapture:
 
     # -- between steps ------------------------------------------------------------------------------------------
 
-    def announce(self, batch: MicroBatch) -> None:
-        """Take note of the samples of the next backward pass."""
+    def announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
+        """Take note of the samples of the next backward pass; see `PendingBatches.announce`."""
         self._announced = self._announced[1], batch
         # Where the gradient will be audited, θ at the forward pass is known again at the step.
         due = self.hooks and is_due(self.taken, self.audit_every)
         self.pending.watcher.checked = self.live.checksum if due else None
-        self.pending.announce(batch)
+        self.pending.announce(batch, keep, handed_out)
 
     def _kept(self, cotangents: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The part of λ that is kept, whole or sampled."""
-        return kept_cotangents(cotangents, self._trajectory.layout.size, self._trajectory.objective)
+        run = self._trajectory.run
+        # Of samples that are not at hand no loss is evaluated again.
+        objective = replace(run.objective, loss=None) if run.data.announced and run.objective.known else run.objective
+        return kept_cotangents(cotangents, run.layout.size, objective)
 
     def _forget_edits(self) -> None:
         self.gradient_changes = {}
@@ -459,6 +475,7 @@ class StepCapture:
         if self._observers or not getattr(self._trajectory.schedule, "weights_only", False):
             if not all(batch.captured for batch in batches):
                 self._check_same()  # the outputs of other tensors lead to no gradient that is on record
+            check_others_are_at_rest(self._model, self._trajectory.run.watch, self.live)
             check_captured(self._trajectory, batches, type(self._outer).__name__, taken)
 
     def _check_gradient(self, gradient: Tensor, live: LiveParameters) -> None:
@@ -492,7 +509,8 @@ class StepCapture:
         if not self._tried and self.audit_every != 0:
             reference = self._trajectory.run.reference
             if reference is not None:  # hooks may have been put on the network since recording began
-                reference.check("KernelRecorder", (self._trajectory.function(), self._trajectory.initial), None)
+                run = self._trajectory.run
+                reference.check("KernelRecorder", (run.function(), run.initial), None)
             try_out(self._trajectory, step)
             self._tried = True
 
@@ -516,9 +534,11 @@ class StepCapture:
             drew_from=tuple(dict.fromkeys(name for one in passes for name in one.drew_from)),
             announced_before=self._announced[0],
             taken=taken,
+            differs=next(iter(self.pending.inputs.differences), ""),
         )
         with generators_untouched():  # a network may draw from Python's or numpy's generator
             audit(trajectory, step, seen)
+            check_inputs(trajectory, self.pending.inputs.take_differences(), taken)
             for batch, outputs in self.pending.named:
                 check_outputs(trajectory, step, batch, outputs, taken)
 

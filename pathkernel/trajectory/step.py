@@ -79,6 +79,11 @@ class MicroBatch:
         return replace(self, state=state, cotangents=own, sampled_cotangents=None)
 
     @property
+    def has_targets(self) -> bool:
+        """True where each row is one sample of the training data, with its target."""
+        return self.parts is None and self.source is None
+
+    @property
     def captured(self) -> bool:
         """True where something of its cotangents is on record."""
         return self.cotangents is not None or self.sampled_cotangents is not None or self.loss_slope is not None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pathkernel.errors import TrajectoryError
+from pathkernel.gradients.forward_state import EVALUATION, ForwardState
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.step import MicroBatch, Step
@@ -100,9 +101,16 @@ class ThinnedStore(Store):
         self.inner.close()
 
 
+def _of_theta_alone(batch: MicroBatch) -> MicroBatch:
+    """The samples of a batch, and what the network was given beside them."""
+    shared = batch.state.arguments
+    state = ForwardState(arguments=shared) if shared else EVALUATION
+    return MicroBatch(batch.ids, batch.weights, state=state, source=batch.source, parts=batch.parts)
+
+
 def joined(stretch: Step | None, step: Step, index: int) -> Step:
     """A stretch and the step after it as one step of θ alone."""
-    batches = tuple(MicroBatch(b.ids, b.weights, source=b.source, parts=b.parts) for b in step.batches)
+    batches = tuple(map(_of_theta_alone, step.batches))
     alone = replace(
         step,
         index=index,

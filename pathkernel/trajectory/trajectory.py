@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.errors import InputError, ModelMismatchError, TrajectoryError
 from pathkernel.gradients.acceptance import check_finite, not_finite
+from pathkernel.gradients.forward_state import ForwardState
 from pathkernel.gradients.losses import Objective
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
@@ -185,7 +186,7 @@ class Trajectory:
         *,
         model: nn.Module,
         loss: Loss | str | None = None,
-        data: Any,
+        data: Any = None,
         rule: UpdateRule | None = None,
         regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None = None,
         optimizer: type[Optimizer] | None = None,
@@ -203,7 +204,7 @@ class Trajectory:
             The network with its weights at the end of the recording.
         loss, data, regularizers
             As given to the recorder. The loss may be left out where the slopes of all batches are on record; what needs
-            it says so.
+            it says so. So may the data, where the recorder was given none.
         rule
             An update rule of your own; those of the package are found by their name.
         optimizer
@@ -329,8 +330,17 @@ class Trajectory:
         return self.layout.unflatten(self.vector(s).clone())
 
     def function(self, dtype: torch.dtype | None = None) -> ModelFunction:
-        """The recorded network as a pure function of θ."""
-        return self.run.function(dtype)
+        """The recorded network as a pure function of θ, called as in its last recorded pass: see `arguments`."""
+        function, shared = self.run.function(dtype), self.arguments
+        return function.with_(state=ForwardState(arguments=shared)) if shared else function
+
+    @property
+    def arguments(self) -> Mapping[str | int, Any]:
+        """What the network was given in the last recorded pass that is of no sample; queries are given it, too."""
+        if not len(self):
+            return {}
+        batches = self.store.summary(len(self) - 1).record.batches
+        return batches[-1].state.arguments if batches else {}
 
     def queries(self, X: PyTree, asker: str) -> PyTree:
         """Query samples as tensors, shaped and typed as the training samples.
@@ -372,7 +382,7 @@ class Trajectory:
             self._check_model(asker)
 
     def _check_model(self, asker: str) -> None:
-        function, live_end = self.function(), self.end.is_live
+        function, live_end = self.run.function(), self.end.is_live
         if live_end:
             self._check_weights(asker)
         if (reference := self.reference) is not None:
