@@ -198,9 +198,8 @@ def check_captured(trajectory: Trajectory, batches: Sequence[MicroBatch], watche
     SampleIdError
         With the cause as far as it can be told.
     """
-    if (trajectory.objective.known is not None and not trajectory.data.announced) or all(
-        [batch.captured for batch in batches]
-    ):
+    at_hand = not trajectory.data.announced and all([batch.has_targets for batch in batches])
+    if (trajectory.objective.known is not None and at_hand) or all([batch.captured for batch in batches]):
         return
     unseen = sum(not batch.captured for batch in batches)
     raise SampleIdError(

@@ -116,7 +116,7 @@ class CallReader:
         if self.axes.of_argument(key) is None or key in self._shared_keys:
             return False
         leaves = pytree.tree_leaves(value)
-        found = [isinstance(leaf, Tensor) and self._rows(key, leaf) == n for leaf in leaves]
+        found = [isinstance(leaf, Tensor) and self.rows(key, leaf) == n for leaf in leaves]
         if any(found) and not all(found):
             others = [
                 f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
@@ -131,7 +131,8 @@ class CallReader:
             )
         return bool(leaves) and all(found)
 
-    def _rows(self, key: Key, leaf: Tensor) -> int:
+    def rows(self, key: Key, leaf: Tensor) -> int:
+        """Length of a tensor along the axis of the samples."""
         return leaf.shape[axis_in(leaf, self.axes.of_argument(key) or 0)] if leaf.dim() else 0
 
     def _first(self, key: Key, value: Any) -> Any:

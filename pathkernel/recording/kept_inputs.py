@@ -87,6 +87,8 @@ class KeptInputs:
         samples, shared = reader.read(call, n)
         if not samples:
             return batch.inputs, shared
+        if not batch.has_targets and batch.inputs is None:  # rows that are none of the data's
+            return self._kept(samples, call), shared
         alike = samples.keys() == set(reader.in_data)
         if batch.inputs is not None and not self.data.announced:
             return (batch.inputs if alike else self._kept(samples, call)), shared

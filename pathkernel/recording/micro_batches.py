@@ -20,6 +20,7 @@ from pathkernel.recording.forward import ForwardPass, ForwardWatcher, Shapes, ze
 from pathkernel.recording.kept_inputs import KeptInputs
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
+from pathkernel.recording.sources import Sources
 from pathkernel.trajectory.step import MicroBatch
 
 
@@ -56,7 +57,7 @@ def checked_batch(samples: int | None, ids: Any, weights: Any, inputs: PyTree, t
     ids = torch.as_tensor(ids)
     parts = None
     if ids.dim() == 2:
-        ids, parts, weights = checked_ids(ids, samples, axes=2), _checked_parts(ids, weights, inputs), None
+        ids, parts, weights = checked_ids(ids, samples, axes=2), _checked_parts(ids, weights), None
     else:
         ids = checked_ids(ids, samples)
     if weights is not None:
@@ -87,13 +88,13 @@ def checked_batch(samples: int | None, ids: Any, weights: Any, inputs: PyTree, t
     return MicroBatch(ids, weights, inputs, targets, parts=parts)
 
 
-def _checked_parts(ids: Tensor, weights: Any, inputs: PyTree) -> Tensor:
+def _checked_parts(ids: Tensor, weights: Any) -> Tensor:
     """Parts of the rows that belong to each of several samples, (B, k) float64.
 
     Raises
     ------
     SampleIdError
-        Unless they add up to 1 in each row, and the rows themselves were given.
+        Unless they add up to 1 in each row.
     """
     given = None if weights is None else torch.as_tensor(weights).detach().double().cpu()
     if given is not None and given.dim() == 1 and len(given) == ids.shape[1]:
@@ -106,13 +107,7 @@ def _checked_parts(ids: Tensor, weights: Any, inputs: PyTree) -> Tensor:
             f"Ids of shape {tuple(ids.shape)} were announced {found}",
             "Where several samples share a row, a part of it belongs to each: weights of the same shape, or one for "
             "each place, that add up to 1",
-            "Write `recorder.announce(torch.stack([ids, ids[order]], 1), weights=[lam, 1 - lam], inputs=mixed)`",
-        )
-    if inputs is None:
-        raise SampleIdError(
-            f"Ids of shape {tuple(ids.shape)} were announced without inputs",
-            "A row that several samples share is none of the training data",
-            "Write `recorder.announce(ids, weights=weights, inputs=mixed)` with what the network sees",
+            "Write `recorder.announce(torch.stack([ids, ids[order]], 1), weights=[lam, 1 - lam])`",
         )
     return given.clone()
 
@@ -195,6 +190,8 @@ class PendingBatches:
         The network.
     inputs
         Decides what is kept of what the network was given.
+    sources
+        Counts the samples of passes that have no ids.
     keep
         Decides what is kept of λ, (n, C): all of it or some, see `pathkernel.trajectory.cotangents.kept_cotangents`.
     dropped
@@ -220,11 +217,12 @@ class PendingBatches:
         modules: WatchedModules,
         function: ModelFunction,
         inputs: KeptInputs,
-        keep: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
+        sources: Sources,
+        keep: Callable[[Tensor, MicroBatch], tuple[Tensor | None, Tensor | None]],
         dropped: Callable[[], None],
     ) -> None:
         self.live, self.stages, self.keep, self.dropped, self._modules = live, stages, keep, dropped, modules
-        self.inputs = inputs
+        self.inputs, self.sources = inputs, sources
         self.first: Callable[[MicroBatch], None] | None = None
         self.watcher = ForwardWatcher(
             parts,
@@ -268,7 +266,7 @@ class PendingBatches:
         if modes != self._unseen.modes:
             self._unseen = ForwardState(modes)
         self._announced.append(AnnouncedBatch(batch, self._unseen, keep, handed_out))
-        self.watcher.copies = self.inputs.copies(keep)
+        self.watcher.copies = self.inputs.copies(keep) or not batch.has_targets
         self._taken = self._spent = None
         self.listen()
 
@@ -356,6 +354,9 @@ class PendingBatches:
     # -- forward ------------------------------------------------------------------------------------------------
 
     def _ran(self, one: ForwardPass) -> None:
+        if self.sources.name is not None and one.call is not None:
+            counted = self.sources.batch(one.call, self.inputs.reader)
+            self.announce(counted, keep=True)
         last = self._announced[-1] if self._announced else self._spent
         if last is not None:
             last.waiting.append(weakref.ref(one))
@@ -454,7 +455,7 @@ class PendingBatches:
         nothing = zero_outputs(shapes, len(batch.ids))
         if nothing is None:
             return None
-        cotangents, sampled = self.keep(nothing)
+        cotangents, sampled = self.keep(nothing, batch)
         return replace(batch, state=state, cotangents=cotangents, sampled_cotangents=sampled)
 
     def _seen(self, announced: AnnouncedBatch, one: ForwardPass, channel: str | None) -> MicroBatch:
@@ -474,7 +475,7 @@ class PendingBatches:
         if self._scale != 1.0:
             cotangents = None if cotangents is None else cotangents / self._scale
             slope = None if slope is None else slope / self._scale
-        whole, some = (None, None) if cotangents is None else self.keep(cotangents)
+        whole, some = (None, None) if cotangents is None else self.keep(cotangents, batch)
         inputs, state = batch.inputs, one.state
         if one.call is not None:
             due = one.checksum is not None and channel is None

@@ -604,8 +604,49 @@ class KernelRecorder:
     batch = announce
     """Older name of `announce`."""
 
+    @contextmanager
+    def source(self, name: str) -> Iterator[None]:
+        """Take the forward passes inside for passes of samples that are not of the training data.
+
+        Their samples are counted as they come, what the network was given is kept, and they have columns of their own
+        behind those of the training samples: ``why.shares[:, why.sources[name]]``. For what a generator makes, for
+        latents, for rows that nobody can number.
+
+        Parameters
+        ----------
+        name
+            Of the source, such as ``"generated"``.
+
+        Examples
+        --------
+        >>> import torch, pathkernel as pk
+        >>> real, critic, loss = torch.randn(8, 2), torch.nn.Linear(2, 1), torch.nn.BCEWithLogitsLoss()
+        >>> optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
+        >>> with pk.KernelRecorder(critic, optimizer, data=(real, torch.ones(8, 1))) as recorder:
+        ...     for x, one in recorder.batches(4):
+        ...         optimizer.zero_grad()
+        ...         loss(critic(x), one).backward()
+        ...         with recorder.source("generated"):
+        ...             loss(critic(torch.randn(4, 2)), torch.zeros(4, 1)).backward()
+        ...         optimizer.step()
+        >>> why = pk.KernelMachine(recorder.trajectory).explain(real[:1])
+        >>> why.shares.shape, why.sources
+        ((1, 16), {'generated': slice(8, 16, None)})
+        """
+        pending = self._pending
+        if not self._checked:
+            pending.first = partial(check_network, self._trajectory, self._live.vector())
+            self._checked = True
+        copies, pending.watcher.copies = pending.watcher.copies, True
+        try:
+            with pending.sources.of(name):
+                yield
+        finally:
+            pending.watcher.copies = copies
+
     def _announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
         self._trajectory.data.meet(batch.ids)
+        keep = keep if batch.has_targets else True
         if not self._checked:
             trial = partial(check_network, self._trajectory, self._live.vector())
             wanted = self._keep if keep is None else keep

@@ -27,6 +27,7 @@ from pathkernel.recording.observing import show
 from pathkernel.recording.open_step import OpenStep
 from pathkernel.recording.optimizers import JointOptimizer, held
 from pathkernel.recording.readings import Reading, StepHooks, TakenStep, best_reading, readings
+from pathkernel.recording.sources import Sources
 from pathkernel.recording.strangers import StrangerWatch
 from pathkernel.recording.trial import try_out
 from pathkernel.recording.validation import check_optimizer, refuse_other_tensors
@@ -101,6 +102,7 @@ class StepCapture:
             self.modules,
             function,
             KeptInputs(run.data, function, keep),
+            Sources(trajectory),
             self._kept,
             self._forget_edits,
         )
@@ -174,11 +176,12 @@ class StepCapture:
         self.pending.watcher.checked = self.live.checksum if due else None
         self.pending.announce(batch, keep, handed_out)
 
-    def _kept(self, cotangents: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _kept(self, cotangents: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
         """The part of λ that is kept, whole or sampled."""
         run = self._trajectory.run
-        # Of samples that are not at hand no loss is evaluated again.
-        objective = replace(run.objective, loss=None) if run.data.announced and run.objective.known else run.objective
+        # Of samples whose targets are not at hand no loss is evaluated again.
+        unknown = run.objective.known is not None and (run.data.announced or not batch.has_targets)
+        objective = replace(run.objective, loss=None) if unknown else run.objective
         return kept_cotangents(cotangents, run.layout.size, objective)
 
     def _forget_edits(self) -> None:
