@@ -150,9 +150,10 @@ def test_refusals(name: str) -> None:
     assert all((caught.value.found, caught.value.expected, caught.value.write))
 
 
-def test_a_store_that_holds_steps_goes_on_with_all_of_them() -> None:
-    with pytest.raises(errors.RecordingError, match="`store=` holds steps of an earlier run"):
-        train(Schedule(keyframes=3), store=Old())
+@pytest.mark.parametrize("schedule", [None, Schedule(keyframes=3), Schedule(every=2)])
+def test_a_store_that_holds_steps_and_is_no_folder_is_not_gone_on_with(schedule: Any) -> None:
+    with pytest.raises(errors.StoreError, match="A Old holds steps of an earlier run.*goes on in a folder"):
+        train(schedule, store=Old())
 
 
 # -- what is kept, and what it takes -----------------------------------------------------------------------------------
@@ -386,9 +387,7 @@ def test_watching_and_storing_do_not_know_each_other(level: Schedule | None) -> 
             assert torch.equal(getattr(seen, name), getattr(step, name))
         assert [name for name, _ in seen.changes] == [name for name, _ in step.changes]
     machine, kernel = pk.KernelMachine(whole), pk.PathKernel(whole)
-    np.testing.assert_allclose(
-        shares.result.shares, machine.explain(QUERIES, outputs="all").shares, rtol=0, atol=1e-14
-    )
+    np.testing.assert_allclose(shares.result.shares, machine.explain(QUERIES, outputs="all").shares, rtol=0, atol=1e-14)
     np.testing.assert_allclose(gram.result, kernel(QUERIES), rtol=1e-12)
     np.testing.assert_allclose(features.result, kernel.features(QUERIES, 16), rtol=1e-6, atol=1e-9)
     if alone is not None:  # and the record is the one without observers
