@@ -201,7 +201,8 @@ class StepCapture:
             check_memory_is_told(self._trajectory.rule, self.taken)
             self.note_change("unexplained")
             if all(name != LOADED for name, _ in self.changes):  # tells whose the memory is
-                self.changes.append((LOADED, self.changes[-1][1] if self.changes else self.live.vector()))
+                known = self.changes or self.keyframes is None
+                self.changes.append((LOADED, self._last_point() if known else self.live.vector()))
         self._loads.reset()
 
     def _last_point(self) -> Tensor:

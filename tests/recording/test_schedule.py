@@ -152,7 +152,7 @@ def test_refusals(name: str) -> None:
 
 @pytest.mark.parametrize("schedule", [None, Schedule(keyframes=3), Schedule(every=2)])
 def test_a_store_that_holds_steps_and_is_no_folder_is_not_gone_on_with(schedule: Any) -> None:
-    with pytest.raises(errors.StoreError, match="A Old holds steps of an earlier run.*goes on in a folder"):
+    with pytest.raises(errors.StoreError, match=r"A Old holds steps of an earlier run.*goes on in a folder"):
         train(schedule, store=Old())
 
 
