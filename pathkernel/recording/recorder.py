@@ -31,6 +31,7 @@ from pathkernel.recording.store_choice import store_at, store_for
 from pathkernel.recording.trial import check_network
 from pathkernel.recording.validation import check_optimizer, unwrapped
 from pathkernel.runtime.interrupts import defer_interrupts
+from pathkernel.runtime.threads import made_on_the_cpu, on_the_cpu
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.replay import ReplayStore
@@ -124,6 +125,7 @@ class KernelRecorder:
     4
     """
 
+    @made_on_the_cpu
     def __init__(
         self,
         model: nn.Module,
@@ -217,7 +219,7 @@ class KernelRecorder:
         make_way(self)
         self._begun, self._process, self._in_with = caller(), os.getpid(), False
         try:
-            with defer_interrupts():
+            with defer_interrupts(), on_the_cpu():
                 self._start()
         except KeyboardInterrupt:  # it came at the end, and nobody will call `close`
             with defer_interrupts():
@@ -243,7 +245,7 @@ class KernelRecorder:
 
     def close(self) -> Trajectory:
         """Let go of the optimizer and return the trajectory; recording may be started again."""
-        with defer_interrupts():
+        with defer_interrupts(), on_the_cpu():
             # A step that Ctrl-C came into: how far it got is a change outside the optimizer.
             self._capture.opened = None
             try:
@@ -265,7 +267,7 @@ class KernelRecorder:
         How many steps are on record, and on disk where there is a store; fewer than were taken where the disk gave out,
         or where `Every(n)` joins them: the stretch at hand ends here.
         """
-        with defer_interrupts():
+        with defer_interrupts(), on_the_cpu():
             self._capture.record_end_state()
             if self._handles:
                 self._trajectory.store.write_end()
@@ -348,7 +350,7 @@ class KernelRecorder:
             Source of the order; torch's global one by default, as in `torch.utils.data.DataLoader`.
         """
         n = len(self._trajectory.data)
-        order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+        order = torch.randperm(n, generator=generator, device="cpu") if shuffle else torch.arange(n, device="cpu")
         for ids in order.split(batch_size):
             if drop_last and len(ids) < batch_size:
                 break
@@ -388,19 +390,22 @@ class KernelRecorder:
         -------
         The inputs and targets to train on.
         """
-        batch = checked_batch(len(self._trajectory.data), ids, weights, inputs, targets)
-        # Copies: the loop may fill the same arrays with its next batch.
-        self._announce(replace(batch, inputs=copied_samples(inputs), targets=copied_samples(targets)))
+        with on_the_cpu():
+            batch = checked_batch(len(self._trajectory.data), ids, weights, inputs, targets)
+            # Copies: the loop may fill the same arrays with its next batch.
+            batch = replace(batch, inputs=copied_samples(inputs), targets=copied_samples(targets))
+        self._announce(batch)
         return samples_of(batch, self._trajectory.data)
 
     batch = announce
     """Older name of `announce`."""
 
     def _announce(self, batch: MicroBatch) -> None:
-        if not self._checked:
-            check_network(self._trajectory, self._live.vector(), batch)
-            self._checked = True
-        self._capture.announce(batch)
+        with on_the_cpu():
+            if not self._checked:
+                check_network(self._trajectory, self._live.vector(), batch)
+                self._checked = True
+            self._capture.announce(batch)
 
     @contextmanager
     def channel(self, name: str) -> Iterator[None]:

@@ -28,6 +28,7 @@ from pathkernel.recording.trial import try_out
 from pathkernel.recording.validation import check_optimizer, refuse_other_tensors
 from pathkernel.runtime.checksum import checksum
 from pathkernel.runtime.interrupts import defer_interrupts
+from pathkernel.runtime.threads import on_the_cpu
 from pathkernel.trajectory.cotangents import kept_cotangents
 from pathkernel.trajectory.schedule import StepObserver
 from pathkernel.trajectory.step import LOADED, MicroBatch, Step
@@ -211,7 +212,7 @@ class StepCapture:
     # -- the optimizer's own hooks ----------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with defer_interrupts():
+        with defer_interrupts(), on_the_cpu():
             self._see_before(optimizer, args, kwargs)
 
     def _see_before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -313,7 +314,7 @@ class StepCapture:
             observer.observe(whole)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with defer_interrupts():  # a step is on record whole, or not at all
+        with defer_interrupts(), on_the_cpu():  # a step is on record whole, or not at all
             self._see_after(optimizer)
 
     def _see_after(self, optimizer: Optimizer) -> None:
