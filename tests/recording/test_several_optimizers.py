@@ -15,7 +15,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 import pathkernel as pk
 from pathkernel import errors
+from pathkernel.update_rules.adam import AdamW as AdamWRule
 from pathkernel.update_rules.joint import JointRule
+from pathkernel.update_rules.sgd import SGD as UpdateRuleOfSGD
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")  # of one that does not step at first
 
@@ -544,6 +546,20 @@ def test_a_store_gives_the_same_explanation(make: Callable[[Any], Any], tmp_path
     np.testing.assert_array_equal(one.shares, other.shares)
     for name, values in one.channels.items():
         np.testing.assert_array_equal(values, other.channels[name])
+
+
+class Halved(UpdateRuleOfSGD):
+    """SGD's rule under the name of a user's class."""
+
+
+def test_a_rule_of_the_users_own_has_to_be_passed_again(tmp_path: Any) -> None:
+    model, _ = train(body_and_head, epochs=1, rule=[Halved(), None], store=tmp_path / "run")
+    opened = {"model": model, "loss": CE, "data": (X, Y)}
+    with pytest.raises(errors.StoreError, match="SGD and AdamW"):
+        pk.Trajectory.open(tmp_path / "run", **opened)
+    with pytest.raises(errors.StoreError, match="SGD and AdamW"):
+        pk.Trajectory.open(tmp_path / "run", **opened, rule=JointRule([UpdateRuleOfSGD(), AdamWRule()]))
+    complete(pk.Trajectory.open(tmp_path / "run", **opened, rule=JointRule([Halved(), AdamWRule()])))
 
 
 def test_a_recording_of_several_goes_on_from_a_checkpoint(tmp_path: Any) -> None:
