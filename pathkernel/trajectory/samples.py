@@ -203,16 +203,20 @@ class Samples:
             numbers with a fraction where the training samples were integers.
         """
         example = self.example[0]
+        places = pytree.tree_unflatten(range(len(pytree.tree_leaves(example))), pytree.tree_structure(example))
         if isinstance(example, dict) and isinstance(X, Mapping):
             X = _in_order(X, example, asker)
-            example = {key: example[key] for key in X}
+            example, places = {key: example[key] for key in X}, {key: places[key] for key in X}
+        elif self.announced and isinstance(example, tuple):  # labels and the like, behind the others, may be left out
+            given = len(X) if isinstance(X, tuple) else 1
+            example, places = example[:given], places[:given]
         inputs = as_tensors(X, self.dtype)
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs)]
         expected = [tuple(leaf.shape[1:]) for leaf in pytree.tree_leaves(example)]
         if shapes == expected and shapes != [()]:
             raise single_sample(asker, "Path kernels", shapes[0])
         rows = [shape[1:] for shape in shapes]
-        if not (rows == expected or self._looks_alike(rows)) or not all(shapes):
+        if not (rows == expected or self._looks_alike(rows, pytree.tree_leaves(places))) or not all(shapes):
             raise InputError(
                 f"`{asker}` was given samples of shape {', '.join(map(str, shapes))}",
                 f"The network was trained on samples of shape {', '.join(str(('n', *s)) for s in expected)}".replace(
@@ -225,12 +229,15 @@ class Samples:
         trained = pytree.tree_leaves(example)
         return pytree.tree_unflatten([as_trained(*pair, asker) for pair in zip(leaves, trained, strict=False)], tree)
 
-    def _looks_alike(self, rows: list[tuple[int, ...]]) -> bool:
-        """Test that rows have the shapes of batches on record, of which some lengths vary."""
-        known = getattr(self, "lengths", [])
-        return len(rows) == len(known) and all(
-            len(row) == len(own) and all(k in (-1, size) for k, size in zip(own, row, strict=True))
-            for row, own in zip(rows, known, strict=True)
+    def _looks_alike(self, rows: list[tuple[int, ...]], places: list[int]) -> bool:
+        """Test that rows have the shapes of inputs on record, of which some lengths vary."""
+        lengths = getattr(self, "lengths", [])
+        if len(rows) != len(places) or not all(place < len(lengths) for place in places):
+            return False
+        return all(
+            len(row) == len(lengths[place])
+            and all(k in (-1, size) for k, size in zip(lengths[place], row, strict=True))
+            for row, place in zip(rows, places, strict=True)
         )
 
 

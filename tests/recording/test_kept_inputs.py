@@ -287,6 +287,43 @@ def test_keyframes_and_pickles(name):
     assert max(*why.residual, why.split_error) <= 1e-5
 
 
+class WithLoss(nn.Module):
+    """Returns ``(logits, loss)``; without labels, the logits of the last place alone, as GPTs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 6), nn.Linear(6, 7)
+
+    def forward(self, ids, labels=None):
+        if labels is None:
+            return self.head(torch.tanh(self.words(ids[:, -1:]))), None
+        logits = self.head(torch.tanh(self.words(ids)))
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("given", ["by place", "by name"])
+def test_labels_by_place_or_by_name_without_data(given, tmp_path):
+    torch.manual_seed(5)
+    model, text = WithLoss().double(), torch.randint(7, (N, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pk.KernelRecorder(model, optimizer, outputs=0, audit_every=1, store=tmp_path / "run") as recorder:
+        for i in torch.arange(N).split(8):
+            recorder.announce(i)
+            x, target = text[i, :-1], text[i, 1:]
+            optimizer.zero_grad()
+            _, loss = model(x, target) if given == "by place" else model(ids=x, labels=target)
+            loss.backward()
+            optimizer.step()
+    opened = pk.Trajectory.open(tmp_path / "run", model=model)
+    x, target = text[:2, :-1], text[:2, 1:]
+    queries = [x, (x, target)] if given == "by place" else [{"ids": x}, {"labels": target, "ids": x}]
+    for query, outputs in zip(queries, (7, 4 * 7), strict=True):
+        for record in (recorder.trajectory, opened):
+            why = pk.KernelMachine(record).explain(query, outputs="all")
+            assert len(why.output) == 2 * outputs
+            assert max(*why.residual, why.split_error) <= 1e-10
+
+
 def test_queries_look_like_what_was_announced():
     trajectory, _, _ = record(CASES["nothing"])
     with pytest.raises(InputError, match=r"\(n, 4\)"):
