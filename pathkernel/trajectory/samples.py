@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -49,12 +49,12 @@ class Samples:
     """
 
     announced = _counted = False  # where a pickle of an earlier version does not say
+    lengths: Sequence[list[int]] = ()
 
     def __init__(self, data: Any, dtype: torch.dtype) -> None:
         self.dataset: Dataset | None = None
         self.dtype = dtype
         self._floats = False
-        self.lengths: list[list[int]] = []
         if data is None or (isinstance(data, int) and not isinstance(data, bool) and data > 0):
             self.announced, self._counted, self._length = True, data is None, data or 0
             return
@@ -108,11 +108,11 @@ class Samples:
             self.note_lengths([list(shape) for shape in self.sample_shapes])
         self.note_lengths([list(leaf.shape[1:]) for leaf in pytree.tree_leaves(inputs)])
 
-    def note_lengths(self, found: list[list[int]]) -> None:
+    def note_lengths(self, found: Sequence[list[int]]) -> None:
         """Take note of the lengths of the axes of each input; those that vary are not compared."""
         if len(self.lengths) != len(found):
             self.lengths = found
-        elif self.lengths != found:
+        elif list(self.lengths) != list(found):
             self.lengths = [
                 [a if a == b else -1 for a, b in zip(known, new, strict=False)]
                 for known, new in zip(self.lengths, found, strict=True)
@@ -231,7 +231,7 @@ class Samples:
 
     def _looks_alike(self, rows: list[tuple[int, ...]], places: list[int]) -> bool:
         """Test that rows have the shapes of inputs on record, of which some lengths vary."""
-        lengths = getattr(self, "lengths", [])
+        lengths = self.lengths
         if len(rows) != len(places) or not all(place < len(lengths) for place in places):
             return False
         return all(

@@ -242,6 +242,17 @@ def test_streams_are_counted_over_loaders():
     assert len(recorder.trajectory.data) == 2 * N
 
 
+@pytest.mark.parametrize("data", [{}, {"data": 2 * N}], ids=["counted", "length"])
+def test_a_recording_without_data_goes_on(data, tmp_path):
+    model, optimizer = prepared(CASES["stream"])
+    for _ in range(2):
+        with pk.KernelRecorder(model, optimizer, CE, store=tmp_path / "run", **data) as recorder:
+            loop(model, optimizer, recorder.track(DataLoader(Stream(), batch_size=8)), as_it_is)
+    first = [batch.ids[0].item() for step in recorder.trajectory.steps() for batch in step.batches]
+    assert first == (list(range(0, N, 8)) * 2 if data else list(range(0, 2 * N, 8)))
+    assert pk.KernelMachine(recorder.trajectory).explain(X[:2], outputs=1).residual.max() <= 1e-5
+
+
 def test_worker_processes_persist():
     model, optimizer = prepared(CASES["plain dataset"])
     loader = DataLoader(TensorDataset(X, Y), batch_size=8, num_workers=1, persistent_workers=True)
