@@ -58,6 +58,8 @@ class Circumstances:
         The batch that was announced before these, if any.
     taken
         Whether the optimizer has moved already.
+    several
+        Whether it is one of several.
     """
 
     unseen: int = 0
@@ -67,6 +69,7 @@ class Circumstances:
     drew_from: tuple[str, ...] = ()
     announced_before: MicroBatch | None = None
     taken: bool = False
+    several: bool = False
 
 
 def audit(trajectory: Trajectory, step: Step, seen: Circumstances) -> None:
@@ -225,6 +228,11 @@ def _cause(trajectory: Trajectory, step: Step, gradients: RecordedGradients, see
         return (
             ". Slopes were taken at what `returns=` picks out of what the network returned: a loss on the rest goes "
             "round these outputs"
+        )
+    if seen.several:
+        return (
+            ". Of several optimizers each uses gradients of passes that were made since the others moved: clear what "
+            "earlier passes left there (`optimizer.zero_grad()` before `backward()`)"
         )
     return ""
 

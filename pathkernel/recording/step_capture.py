@@ -457,6 +457,7 @@ class StepCapture:
             drew_from=tuple(dict.fromkeys(name for one in passes for name in one.drew_from)),
             announced_before=self._announced[0],
             taken=taken,
+            several=isinstance(self.optimizer, JointOptimizer),
         )
         with generators_untouched():  # a network may draw from Python's or numpy's generator
             audit(trajectory, step, seen)
