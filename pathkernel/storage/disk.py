@@ -500,7 +500,7 @@ class DiskStore(Store):
             if serial >= 0:
                 self._pinned[serial] = standing.final_buffers
             outputs = None if standing.outputs is None else standing.outputs.tolist()
-            samples = 0 if run.data.limit is not None else len(run.data), run.data.lengths
+            samples = 0 if run.data.limit is not None else len(run.data), list(run.data.lengths)
             end = StoredEnd((name, length), len(self), identity.weights(run.model), serial, outputs, samples)
             self._write_header(self.header.ended(end, checksum))
         except OSError as error:

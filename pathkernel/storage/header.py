@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,7 +68,7 @@ class StoredEnd:
     weights: str
     buffers: int
     outputs: list[list[float]] | None = None
-    samples: tuple[int, Sequence[list[int]]] = field(default_factory=lambda: (0, []))
+    samples: tuple[int, list[list[int]]] = field(default_factory=lambda: (0, []))
 
 
 @dataclass(frozen=True)
