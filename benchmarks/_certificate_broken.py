@@ -13,7 +13,7 @@ from torch import Tensor
 
 import pathkernel.gradients.losses
 import pathkernel.gradients.per_sample
-import pathkernel.trajectory.batch_gradients
+import pathkernel.trajectory.recomputed_batches
 from pathkernel.gradients.layers.factors import Dense, Piece
 from pathkernel.gradients.layers.tape import Tape
 from pathkernel.gradients.pytrees import count
@@ -170,5 +170,6 @@ def broken(fault: Fault, everywhere: bool) -> Iterator[None]:
                 rows = _broken_rows(fault, getattr(pathkernel.gradients.per_sample, name))
                 stack.enter_context(mock.patch.object(pathkernel.gradients.per_sample, name, rows))
             coupled = _broken_coupled_rows(fault)
-            stack.enter_context(mock.patch.object(pathkernel.trajectory.batch_gradients, "coupled_row_blocks", coupled))
+            sweeps = mock.patch.object(pathkernel.trajectory.recomputed_batches, "coupled_row_blocks", coupled)
+            stack.enter_context(sweeps)
         yield

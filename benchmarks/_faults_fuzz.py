@@ -120,8 +120,8 @@ class Fuzzer:
         self.path = Path(shutil.copytree(original, folder / "store"))
         self.group = Group(self.path)
         store = DiskStore.open(self.path)
-        blocks, header = store._blocks, store.header
-        assert blocks is not None and header is not None and header.end is not None
+        blocks, header = store._there.blocks, store.header
+        assert header is not None and header.end is not None
         self.blocks = blocks.count
         self.commits = [np.array(list(vars(blocks.commit(b)).values()), np.int64) for b in range(blocks.count)]
         logs = [self.group.array("log").read([int(c[3])]).tobytes()[: int(c[4])] for c in self.commits]

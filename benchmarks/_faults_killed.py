@@ -25,10 +25,11 @@ from _faults_training import Checkpoints, Training, bits, reference
 
 import pathkernel as pk
 from pathkernel.errors import PathKernelError
-from pathkernel.storage.disk import QUEUE, DiskStore
+from pathkernel.storage.disk import DiskStore
 from pathkernel.storage.format import Group
 from pathkernel.storage.question import identity_of
 from pathkernel.storage.resumable import resumable_blocks
+from pathkernel.storage.step_writer import QUEUE
 
 STEPS = 160
 RUNS = [("momentum", 1), ("adamw", 16), ("momentum", 16), ("adamw", 1)]

@@ -99,9 +99,12 @@ def workers(bench: Bench) -> Iterator[Outcome]:
         data = Samples(training)
         for part in range(2):
             try:
-                with in_time(), pk.KernelRecorder(
-                    training.model, training.optimizer, training.loss, data=data, store=path, audit_every=0
-                ) as recorder:
+                with (
+                    in_time(),
+                    pk.KernelRecorder(
+                        training.model, training.optimizer, training.loss, data=data, store=path, audit_every=0
+                    ) as recorder,
+                ):
                     loader = loader or torch.utils.data.DataLoader(
                         pk.IndexedDataset(data), batch_size=8, num_workers=2, persistent_workers=True
                     )

@@ -19,13 +19,14 @@ from _faults_training import Training, bits, reference
 
 import pathkernel as pk
 from pathkernel.errors import ModelMismatchError
-from pathkernel.storage import disk
+from pathkernel.storage import being_written, disk, step_writer, stored_steps
 from pathkernel.storage import writer_thread as writer
 from pathkernel.storage.disk import DiskStore
 from pathkernel.storage.format import Lock
 from pathkernel.testing import interrupted
 
 STEPS = 12
+THE_STORE = being_written, disk, step_writer, stored_steps, writer
 
 
 def anywhere(frame: FrameType) -> bool:
@@ -35,7 +36,7 @@ def anywhere(frame: FrameType) -> bool:
 
 
 def in_the_store(frame: FrameType) -> bool:
-    return frame.f_code.co_filename in (disk.__file__, writer.__file__)
+    return frame.f_code.co_filename in {part.__file__ for part in THE_STORE}
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from torch import nn
 
 import pathkernel as pk
 from pathkernel.cli import main as cli
-from pathkernel.storage import disk
+from pathkernel.storage import step_writer
 from pathkernel.storage.blocks import write_packed
 from pathkernel.storage.format import Group
 from pathkernel.storage.known_classes import LOSS_FUNCTIONS, LOSSES, OPTIMIZERS, UPDATE_RULES
@@ -169,7 +169,7 @@ def sent(folder: Path, kind: str) -> Sent:
     schedule = pk.Schedule(keyframes=2) if "keyframes" in kind else None
     options = {} if schedule is None else {"schedule": schedule}
     recorder = pk.KernelRecorder(model, optimizer, loss, (X, y), store=place / "run", audit_every=0, **options)
-    with nullcontext() if "tied" in kind else patch.object(disk, "write_packed", untied), recorder:
+    with nullcontext() if "tied" in kind else patch.object(step_writer, "write_packed", untied), recorder:
         for _ in range(2):
             for x, target in recorder.batches(4):
                 optimizer.zero_grad()

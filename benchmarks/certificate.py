@@ -57,7 +57,7 @@ import pathkernel as pk
 import pathkernel.gradients.layers.coverage
 import pathkernel.gradients.per_sample
 import pathkernel.kernel_machine.kernel_machine
-import pathkernel.trajectory.batch_gradients
+import pathkernel.trajectory.split_certificate
 from pathkernel.errors import PathKernelError
 
 LIMIT = 1e-6
@@ -335,9 +335,7 @@ def judged_broken(row: Row) -> Row:
     return row
 
 
-def exactness_run(
-    network: str, optimizer: str, dtype: torch.dtype, steps: int
-) -> tuple[pk.Trajectory, torch.Tensor]:
+def exactness_run(network: str, optimizer: str, dtype: torch.dtype, steps: int) -> tuple[pk.Trajectory, torch.Tensor]:
     """A run of `exactness.py` on the first problem that suits the network, and samples."""
     problem = exactness.PROBLEMS[exactness.SUITS[network][0]]
     arrays = problem.load()
@@ -380,7 +378,7 @@ def bars(quick: bool, chosen: Callable[[str], bool]) -> Iterator[Row]:
 
 
 UNCHECKED = {
-    (pathkernel.trajectory.batch_gradients.RecordedGradients, "_is_measured"): False,
+    (pathkernel.trajectory.split_certificate.SplitCheck, "is_due"): False,
     (pathkernel.gradients.layers.coverage, "_are_own_rows"): True,
     (pathkernel.gradients.per_sample, "_are_own_rows"): True,
     (pathkernel.kernel_machine.kernel_machine, "check_sample_wise"): None,

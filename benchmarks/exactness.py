@@ -177,9 +177,7 @@ OPTIMIZERS = {
     ),
     "heun": Recipe(lambda p: Heun(p, lr=0.1), note="lr 0.1", rule=Heun.rule, closure=True),
     "rk4": Recipe(lambda p: RungeKutta4(p, lr=0.1), note="lr 0.1", rule=RungeKutta4.rule, closure=True),
-    "lion": Recipe(
-        lambda p: Lion(p, lr=1e-3, weight_decay=1e-2), note="lr 1e-3, decoupled decay 1e-2", rule=Lion.rule
-    ),
+    "lion": Recipe(lambda p: Lion(p, lr=1e-3, weight_decay=1e-2), note="lr 1e-3, decoupled decay 1e-2", rule=Lion.rule),
     "sign": Recipe(lambda p: SignDescent(p, lr=1e-3), note="lr 1e-3", rule=SignDescent.rule),
     "normalized": Recipe(lambda p: NormalizedDescent(p, lr=0.05), note="lr 0.05", rule=NormalizedDescent.rule),
     "scalar_rms": Recipe(lambda p: ScalarRMSprop(p, lr=1e-2), note="lr 1e-2", rule=ScalarRMSprop.rule),
@@ -637,8 +635,7 @@ def within_limits(rows: list[dict[str, object]]) -> bool:
             where = ", ".join(str(worst[key]) for key in ("optimizer", "network", "loss", "loop", "quadrature"))
             verdict = "ok" if good else "EXCEEDED"
             print(
-                f"{who}: worst {figure} in {worst['dtype']} {worst[figure]:.1e} ({where}); limit {limit:.0e}: "
-                f"{verdict}"
+                f"{who}: worst {figure} in {worst['dtype']} {worst[figure]:.1e} ({where}); limit {limit:.0e}: {verdict}"
             )
             passed &= good
     agreements = [row["agreement"] for row in rows if row["agreement"] is not None]

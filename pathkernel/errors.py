@@ -92,5 +92,6 @@ def check(condition: bool, error: type[PathKernelError], found: str, expected: s
     if not condition:
         raise error(found, expected, write)
 
+
 SENSELESS = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError)
 """What values of another form than the format's lead to."""

@@ -146,8 +146,9 @@ class FixedQuadrature(Quadrature):
 
     def average(self, step: QueryStep) -> StepAverage:
         """Σ_n ω_n ∇f(θ_s + t_n Δ_s)."""
-        first, *others = (step.gradient(time) if weight == 1 else weight * step.gradient(time)
-                          for time, weight in self.nodes)
+        first, *others = (
+            step.gradient(time) if weight == 1 else weight * step.gradient(time) for time, weight in self.nodes
+        )
         gradient = functools.reduce(operator.add, others, first)
         return StepAverage(gradient, missed(step, gradient).abs(), float(len(self.nodes)))
 

@@ -406,9 +406,7 @@ def _equal_bits(one: Any, other: Any) -> bool:
     if isinstance(one, Mapping):
         return isinstance(other, Mapping) and set(one) == set(other) and all(_equal_bits(one[k], other[k]) for k in one)
     if isinstance(one, (tuple, list)):
-        return (
-            type(one) is type(other) and len(one) == len(other) and all(map(_equal_bits, one, other))
-        )
+        return type(one) is type(other) and len(one) == len(other) and all(map(_equal_bits, one, other))
     if is_dataclass(one):
         return type(one) is type(other) and all(
             _equal_bits(getattr(one, f.name), getattr(other, f.name)) for f in fields(one)

@@ -186,16 +186,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         ),
         "images",
     ),
-    "normalised": (
-        lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.RMSNorm(5), nn.Linear(5, 3)), "vectors"
-    ),
+    "normalised": (lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.RMSNorm(5), nn.Linear(5, 3)), "vectors"),
     "batch norm": (lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)), "vectors"),
-    "positions": (
-        lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)), "sequences"
-    ),
-    "embedding": (
-        lambda: nn.Sequential(nn.Embedding(11, 5, padding_idx=2), nn.Flatten(), nn.Linear(40, 3)), "tokens"
-    ),
+    "positions": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Flatten(), nn.Linear(20, 3)), "sequences"),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(11, 5, padding_idx=2), nn.Flatten(), nn.Linear(40, 3)), "tokens"),
     "prelu": (lambda: nn.Sequential(nn.Linear(6, 5), nn.PReLU(5), nn.Linear(5, 3)), "vectors"),
     "called twice": (Twice, "vectors"),
     "shared": (SharedWeight, "vectors"),

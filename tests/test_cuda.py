@@ -33,9 +33,7 @@ NETWORKS: dict[str, Any] = {
     "convolution": lambda: nn.Sequential(
         nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)
     ),
-    "batch norm": lambda: nn.Sequential(
-        nn.Linear(16, 12, bias=False), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 3)
-    ),
+    "batch norm": lambda: nn.Sequential(nn.Linear(16, 12, bias=False), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 3)),
     "dropout": lambda: nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Dropout(0.3), nn.Linear(12, 3)),
     "attention": Attention,
 }

@@ -46,6 +46,7 @@ def passes(*command: str, **variables: str) -> None:
 
 def test_ruff() -> None:
     passes("-m", "ruff", "check", ".")
+    passes("-m", "ruff", "format", "--check", ".")
 
 
 def test_shapes_are_checked_wherever_they_are_written() -> None:
@@ -115,13 +116,13 @@ pk.errors.InputError
 machine = pk.KernelMachine(recorder.trajectory, average="ema")
 """
 MISTAKES = {
-    'pk.KernelRecorder(model, optimizer, date=data)': 'Unexpected keyword argument "date" for "KernelRecorder"',
+    "pk.KernelRecorder(model, optimizer, date=data)": 'Unexpected keyword argument "date" for "KernelRecorder"',
     'pk.KernelRecorder(model, optimizer, data=data, audit_every="often")': 'incompatible type "str"',
-    'pk.KernelRecorder(optimizer, model, data=data)': 'has incompatible type "Linear"; expected "Optimizer"',
-    'pk.KernelRecordre(model, optimizer, data=data)': 'Module has no attribute "KernelRecordre"',
+    "pk.KernelRecorder(optimizer, model, data=data)": 'has incompatible type "Linear"; expected "Optimizer"',
+    "pk.KernelRecordre(model, optimizer, data=data)": 'Module has no attribute "KernelRecordre"',
     'pk.Keyframes("8")': 'Argument 1 to "Keyframes" has incompatible type "str"; expected "int"',
-    'recorder.announce()': 'Missing positional argument "ids"',
-    'machine.explain(data[0]).share': '"Attributions" has no attribute "share"',
+    "recorder.announce()": 'Missing positional argument "ids"',
+    "machine.explain(data[0]).share": '"Attributions" has no attribute "share"',
 }
 
 

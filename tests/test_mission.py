@@ -305,9 +305,7 @@ def quasi_hyperbolic(pull: Pull, m: Tensor, state: dict, k: int) -> tuple[Tensor
 
 
 def momentum(part: float) -> System:
-    return System(
-        lambda p: Momentum(p, lr=0.05, momentum=0.8, look_ahead=part), look_ahead(part), True, Momentum.rule
-    )
+    return System(lambda p: Momentum(p, lr=0.05, momentum=0.8, look_ahead=part), look_ahead(part), True, Momentum.rule)
 
 
 SYSTEMS = {
@@ -322,9 +320,7 @@ SYSTEMS = {
     "Nesterov, true look-ahead": momentum(1.0),
     "Nesterov, half of it": momentum(0.5),
     "RMSprop, vector": System(lambda p: torch.optim.RMSprop(p, lr=0.01, alpha=0.9), vector_rmsprop),
-    "RMSprop, scalar": System(
-        lambda p: ScalarRMSprop(p, lr=0.05, alpha=0.9), scalar_rmsprop, rule=ScalarRMSprop.rule
-    ),
+    "RMSprop, scalar": System(lambda p: ScalarRMSprop(p, lr=0.05, alpha=0.9), scalar_rmsprop, rule=ScalarRMSprop.rule),
     "Adam": System(lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.99)), adam),
     "sign descent": System(lambda p: SignDescent(p, lr=0.005), sign, rule=SignDescent.rule),
     "Polyak's step": System(lambda p: PolyakStep(p, lr=0.1, minimum=0.1), polyak, True, PolyakStep.rule),

@@ -387,9 +387,7 @@ class Packed(nn.Module):
         self.head = nn.Linear(HIDDEN, OUTPUTS)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(
-            self.table(x), lengths_of(x), batch_first=True, enforce_sorted=False
-        )
+        packed = nn.utils.rnn.pack_padded_sequence(self.table(x), lengths_of(x), batch_first=True, enforce_sorted=False)
         last = self.layer(packed)[1]
         return self.head((last[0] if isinstance(last, tuple) else last)[-1])
 
@@ -417,9 +415,7 @@ class LayerOnPackedData(nn.Module):
         self.table, self.layer = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, OUTPUTS)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(
-            self.table(x), lengths_of(x), batch_first=True, enforce_sorted=False
-        )
+        packed = nn.utils.rnn.pack_padded_sequence(self.table(x), lengths_of(x), batch_first=True, enforce_sorted=False)
         packed = packed._replace(data=self.layer(packed.data).tanh())
         return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0].sum(1)
 
@@ -1006,9 +1002,7 @@ ZOO: dict[str, Specimen] = {
     "sampled features": Specimen(SampledFeatures, "images", (4,)),
     "spatial transformer": Specimen(SpatialTransformer, "images", (4,), smooth=False),
     "pixel shuffle": Specimen(
-        lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3), nn.PixelShuffle(2), nn.Tanh(), nn.Flatten(), nn.Linear(16, OUTPUTS)
-        ),
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.PixelShuffle(2), nn.Tanh(), nn.Flatten(), nn.Linear(16, OUTPUTS)),
         "images",
         (4,),
     ),
@@ -1147,7 +1141,9 @@ COUPLED_IN_TRAINING: dict[str, Specimen] = {
     ),
     "sorted, then batch norm": Specimen(
         lambda: nn.Sequential(
-            Permuted(lambda x: x[:, 0].argsort()), nn.BatchNorm1d(OUTPUTS, momentum=0.0), nn.Tanh(),
+            Permuted(lambda x: x[:, 0].argsort()),
+            nn.BatchNorm1d(OUTPUTS, momentum=0.0),
+            nn.Tanh(),
             nn.Linear(OUTPUTS, OUTPUTS),
         )
     ),

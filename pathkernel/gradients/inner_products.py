@@ -51,9 +51,7 @@ def _key(piece: Piece) -> tuple[int, int, int]:
     return piece.where.start, piece.where.stop, -1 if piece.bias is None else piece.bias.start
 
 
-def contracted(
-    left: FactoredGradients, right: FactoredGradients, rates: Mapping[str, float], memory: int
-) -> Tensor:
+def contracted(left: FactoredGradients, right: FactoredGradients, rates: Mapping[str, float], memory: int) -> Tensor:
     """Σ over paired parameters of rate · ⟨G_q, G_i⟩, (Q, B): multiples of a direction are left out.
 
     Parameters

@@ -35,5 +35,3 @@ def _has_onednn() -> bool:
     except (AttributeError, RuntimeError, TypeError):
         return False
     return torch.equal(found, x @ x[:2].T)
-
-

@@ -28,6 +28,7 @@ LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition, t
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+
 class StructuralCopy:
     """A copy of a module whose parameters and buffers are filled in for each pass.
 

@@ -39,7 +39,7 @@ class Accumulator:
     shares_error
         Σ_i of the sizes of the errors of the shares, (Q,), where asked.
     split_error
-        Of the batches that the shares are of, by `pathkernel.trajectory.batch_gradients.SplitCertificate`, (Q,); NaN
+        Of the batches that the shares are of, by `pathkernel.trajectory.split_certificate.SplitCertificate`, (Q,); NaN
         where it was not measured.
     samples_checked
         Part of the gradients in which a wrong sample would have been seen, (Q,); see the same.

@@ -96,7 +96,7 @@ class Attributions:
         Query gradients taken per step and query.
     split_error
         How well the gradients of the training samples belong to them: rows of some batches against forward passes of
-        the batches as they ran, see `pathkernel.trajectory.batch_gradients.SplitCertificate`. At rounding where they
+        the batches as they ran, see `pathkernel.trajectory.split_certificate.SplitCertificate`. At rounding where they
         do, of the order of 1 where a network's samples get each other's; NaN where it could not be measured.
     samples_checked
         In what part of the steps a wrong training sample would have been noticed, by comparing the recorded gradient

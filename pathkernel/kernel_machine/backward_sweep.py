@@ -154,7 +154,7 @@ class BackwardSweep:
             total.add_to_accumulator()
         for stage, weight in zip(stages, weights, strict=False):
             assert self.builder is not None
-            for ids, slopes, kernel in self.gradients.kernel(step, stage, weight, self.cuts.batch):
+            for ids, slopes, kernel in self.gradients.batches.kernel(step, stage, weight, self.cuts.batch):
                 self.builder.add(step.index, ids, slopes, kernel)
 
     def _beyond_the_rule(self, step: Step, q: FactoredGradients) -> None:

@@ -107,9 +107,9 @@ class SmallBatch:
         self.inputs, _ = samples_of(few, gradients.trajectory.data)
         # What a pass takes does not depend on θ, which is not on record for a step that is trained again.
         self.point = step.before if step.before.numel() else gradients.trajectory.final
-        self.pushed, self.function = pushed, gradients.replayed(step, batch)
-        self.source, self.random = gradients.source_of(batch), bool(batch.state.generators)
-        self.coupled = gradients.together(batch, self.point, self.inputs)
+        self.pushed, self.function = pushed, gradients.batches.replayed(step, batch)
+        self.source, self.random = gradients.batches.source_of(batch), bool(batch.state.generators)
+        self.coupled = gradients.batches.together(batch, self.point, self.inputs)
 
     @property
     def bytes(self) -> float:
@@ -129,9 +129,9 @@ class SmallBatch:
         ones = lambda outputs: torch.ones_like(batch_outputs(outputs, n))  # noqa: E731
         part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
         for piece in part.pieces:
-            piece.factor.products(torch.zeros(
-                self.pushed, piece.factor.size, dtype=piece.factor.dtype, device=piece.factor.device
-            ))
+            piece.factor.products(
+                torch.zeros(self.pushed, piece.factor.size, dtype=piece.factor.dtype, device=piece.factor.device)
+            )
         return part
 
     def total(self, n: int) -> Tensor:

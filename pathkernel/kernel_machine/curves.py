@@ -168,9 +168,7 @@ class AverageCurve(Curve):
 
     dense = 1
 
-    def __init__(
-        self, trajectory: Trajectory, queries: Queries, quadrature: Quadrature, record: AverageRecord
-    ) -> None:
+    def __init__(self, trajectory: Trajectory, queries: Queries, quadrature: Quadrature, record: AverageRecord) -> None:
         self.record = record
         super().__init__(trajectory, queries.under(record.constants(trajectory.constants)), quadrature)
         self.events = averaged_events(trajectory.segments(), trajectory.layout, record)

@@ -31,7 +31,8 @@ from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.runtime.workspace import FreedMemory, give_back_freed_memory
-from pathkernel.trajectory.batch_gradients import EngineReplaced, RecordedGradients
+from pathkernel.trajectory.batch_gradients import RecordedGradients
+from pathkernel.trajectory.split_certificate import EngineReplaced
 from pathkernel.trajectory.trajectory import Trajectory
 
 ENGINES = ("auto", "layerwise", "jacobian", "autograd")
@@ -49,6 +50,7 @@ SHORT = 1e-10
 
 MATRICES = 8
 """Averages of the gradients of all queries, (Q, P), that are compared at once to find the error of one."""
+
 
 class KernelMachine:
     r"""The exact equivalent of a trained network, sample by sample.
@@ -170,7 +172,7 @@ class KernelMachine:
             raise InputError(
                 '`form="chord"` was asked of an averaged network',
                 "The chord joins the untrained network to the last weights",
-                'Leave out `form` or `average`',
+                "Leave out `form` or `average`",
             )
         needed = self.quadrature.arithmetic
         if dtype is not None and needed is not None and dtype != needed:

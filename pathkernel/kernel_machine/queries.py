@@ -109,15 +109,11 @@ class Queries:
         """∇h at θ."""
         layout, function = self.function.layout, self.function
         if self.passes is None:
-            return self.source.gradients(
-                theta, self.inputs, self.functional, self._context, self._components, function
-            )
+            return self.source.gradients(theta, self.inputs, self.functional, self._context, self._components, function)
         dtype = accumulation_dtype(function.dtype)
         rows, begin = torch.empty(len(self), layout.size, dtype=dtype, device=function.device), 0
         for own in self._cut(self.passes):
-            found = self.source.gradients(
-                theta, own.inputs, self.functional, own._context, self._components, function
-            )
+            found = self.source.gradients(theta, own.inputs, self.functional, own._context, self._components, function)
             found.rows(rows[begin : begin + len(found)])
             begin += len(found)
         return FactoredGradients.dense(rows, layout)
@@ -293,5 +289,3 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def one_hot_context(indices: Tensor, outputs: int) -> Tensor:
     """Context that selects one output for each sample: h(z, c) = z·c."""
     return torch.nn.functional.one_hot(indices.to(torch.int64), outputs)
-
-

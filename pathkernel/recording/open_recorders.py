@@ -33,6 +33,7 @@ class Opened(Protocol):
     def close(self) -> Trajectory:
         """End the recording."""
 
+
 OPEN: weakref.WeakSet[Opened] = weakref.WeakSet()
 """Recorders of this process; it keeps none of them alive."""
 PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep

@@ -54,7 +54,7 @@ def check_picklable(**given: Any) -> None:
                 f"`{name}` cannot be pickled ({str(error).strip() or type(error).__name__})",
                 "What is saved with a kernel is found by its name when it is loaded: functions and classes at the top "
                 "of a module, no lambda, nothing from inside a function; and no open file, no lock",
-                f"Define `{name}` at the top of a module, or save the kernel matrix and use `kernel=\"precomputed\"`",
+                f'Define `{name}` at the top of a module, or save the kernel matrix and use `kernel="precomputed"`',
             ) from error
 
 

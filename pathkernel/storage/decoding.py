@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from pathkernel.update_rules.rule import UpdateRule
 
 
-
-
 class StoredBlock:
     """The steps of one block.
 

@@ -101,8 +101,9 @@ def _leaves(items: Any) -> Iterator[tuple[str, Tensor]]:
                 yield "text", torch.from_numpy(np.frombuffer(raw, np.uint8).copy())
             else:
                 array = np.asarray(leaf)
-                yield str(array.dtype), (
-                    torch.from_numpy(np.ascontiguousarray(array)) if array.dtype.kind in "fiub" else torch.zeros(0)
+                yield (
+                    str(array.dtype),
+                    (torch.from_numpy(np.ascontiguousarray(array)) if array.dtype.kind in "fiub" else torch.zeros(0)),
                 )
 
 

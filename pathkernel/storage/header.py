@@ -412,9 +412,7 @@ def start_values(run: Run, averages: Mapping[str, AverageRecord], header: Header
         "initial_memory": run.initial_memory,
         "averages": {name: record.initial for name, record in averages.items()},
         "reference_inputs": (
-            pytree.tree_leaves(run.reference.inputs)
-            if run.reference is not None and run.reference.varying
-            else None
+            pytree.tree_leaves(run.reference.inputs) if run.reference is not None and run.reference.varying else None
         ),
     }
 

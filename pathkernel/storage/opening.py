@@ -64,7 +64,8 @@ def open_trajectory(
             "recording, so that nobody explains one network with another one's history",
             "Load the weights that training ended with, and pass the same `loss=`, `data=` and `regularizers=`",
         )
-    store.rule = known_rule(header, rule)
+    recorded_rule = known_rule(header, rule)
+    store.rule = recorded_rule
     objective = Objective(loss, header.reduction, dict(regularizers or {}))
     replayed = None
     if header.replay is not None:
@@ -74,7 +75,7 @@ def open_trajectory(
         model=model,
         objective=objective,
         data=samples,
-        rule=store.rule,
+        rule=recorded_rule,
         layout=header.layouts[-1],
         start=cache(lambda: _sensible(store, lambda: start_of(store, model))),
         returns=known_returns(header, returns),

@@ -271,5 +271,3 @@ def _close_row(old: Sequence[float | None], new: Sequence[float | None], toleran
     scale = max((abs(v) for v in (*old, *new) if v is not None), default=0.0)
     pairs = ((a, b) for a, b in zip(old, new, strict=True) if a is not None and b is not None)
     return all(abs(a - b) <= tolerance * scale for a, b in pairs)
-
-

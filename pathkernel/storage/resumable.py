@@ -284,9 +284,7 @@ def _write_block(group: Group, index: int, sizes: Sequence[int], arrays: Mapping
     checksums = {}
     for name, values in arrays.items():
         chunk = (max(sizes), *values.shape[1:])
-        array = group.create_array(
-            f"array-{names.index(name)}", (len(sizes) * chunk[0], *chunk[1:]), chunk, "float64"
-        )
+        array = group.create_array(f"array-{names.index(name)}", (len(sizes) * chunk[0], *chunk[1:]), chunk, "float64")
         whole = np.zeros(chunk)
         whole[: len(values)] = values
         checksums[name] = array.write((index, *(0,) * (values.ndim - 1)), whole)

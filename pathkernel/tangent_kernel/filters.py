@@ -71,7 +71,7 @@ def _filtered(model: nn.Module, parameters: ParameterFilter | None) -> Parameter
         f"`parameters` has {', '.join(map(repr, empty)) or 'no pattern'}, which matches no trainable parameter"
         + _frozen_matches(model, trainable.keys(), empty),
         f"Names are those of `model.named_parameters()`: {', '.join(list(trainable)[:4])}, …",
-        f"Write for example `parameters={next(iter(trainable), '*')!r}`, or a glob such as \"*.weight\"",
+        f'Write for example `parameters={next(iter(trainable), "*")!r}`, or a glob such as "*.weight"',
     )
     wanted = {name for names in matched.values() for name in names}
     return {name: p for name, p in trainable.items() if name in wanted}

@@ -38,9 +38,7 @@ class MeasuredError:
         cls, found: Float[np.ndarray, "n n ..."], exact: Float[np.ndarray, "n n ..."], against: str
     ) -> MeasuredError:
         """The error of an approximate matrix (or one of blocks)."""
-        squared, size = (
-            (values**2).reshape(*values.shape[:2], -1).sum(axis=2) for values in (found - exact, exact)
-        )
+        squared, size = ((values**2).reshape(*values.shape[:2], -1).sum(axis=2) for values in (found - exact, exact))
         n, left, whole = len(found), _without_each(squared), _without_each(size)
         ratios = np.sqrt(left / np.maximum(whole, np.finfo(float).tiny))
         deviation = float(np.sqrt((n - 1) * ratios.var())) if n > 1 else float("nan")

@@ -71,9 +71,7 @@ class KernelProducts:
     that are made once where their activations and signals fit into ``memory``, and for every product otherwise.
     """
 
-    def __init__(
-        self, engine: Engine, term: Term, X: Samples, Y: Samples | None, components: int, memory: int
-    ) -> None:
+    def __init__(self, engine: Engine, term: Term, X: Samples, Y: Samples | None, components: int, memory: int) -> None:
         self.term, self.components, self.memory = term, components, engine.memory
         self.full, self.mean = engine.selection.combine == "full", engine.selection.combine == "mean"
         self.device = engine.function.device

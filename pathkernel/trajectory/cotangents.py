@@ -25,9 +25,7 @@ AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2, torch.bfloat16: 1e-1, tor
 interpolation p - y of a softmax cancels."""
 
 
-def kept_cotangents(
-    cotangents: Tensor, parameters: int, objective: Objective
-) -> tuple[Tensor | None, Tensor | None]:
+def kept_cotangents(cotangents: Tensor, parameters: int, objective: Objective) -> tuple[Tensor | None, Tensor | None]:
     """``cotangents`` and ``sampled_cotangents`` of `MicroBatch`: all of λ while that is little beside θ, else some.
 
     Raises

@@ -131,9 +131,7 @@ class UpdateRule(ABC):
         """Named terms that the optimizer adds to the displacement, such as decoupled weight decay."""
         return {}
 
-    def sourced(
-        self, gradient: Tensor, parameter: Tensor, frozen: Frozen, settings: Settings
-    ) -> tuple[Tensor, Tensor]:
+    def sourced(self, gradient: Tensor, parameter: Tensor, frozen: Frozen, settings: Settings) -> tuple[Tensor, Tensor]:
         """The gradient with all that the optimizer adds to it, and all that it adds to the displacement."""
         for term in self.gradient_sources(parameter, frozen, settings).values():
             gradient = gradient + term

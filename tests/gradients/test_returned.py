@@ -50,7 +50,8 @@ FORMS: dict[str, tuple[Any, Any]] = {
 REFUSED: dict[str, tuple[Any, Any]] = {
     "(T, B, V)": (lambda z, h: z.transpose(0, 1), lambda z, y: token_loss(z.transpose(0, 1), y)),
     "(T B, V)": (
-        lambda z, h: z.transpose(0, 1).reshape(-1, VOCABULARY), lambda z, y: cross_entropy(z, y.T.reshape(-1))
+        lambda z, h: z.transpose(0, 1).reshape(-1, VOCABULARY),
+        lambda z, y: cross_entropy(z, y.T.reshape(-1)),
     ),
     "one number": (lambda z, h: z.mean(), lambda z, y: z),
 }

@@ -110,9 +110,7 @@ def asks(net: Any, x: Tensor) -> Tensor:
     return through(net, x) if x.abs().sum().item() > 0 else net.b(net.a(x))
 
 
-REARRANGING = {
-    f.__name__: f for f in (sorts, flips, rolls, buckets, merges, routes, chunks, halves, asks)
-}
+REARRANGING = {f.__name__: f for f in (sorts, flips, rolls, buckets, merges, routes, chunks, halves, asks)}
 
 
 @pytest.mark.parametrize("engine", ["auto", "layerwise", "jacobian", "products"])
@@ -144,14 +142,18 @@ def test_shares_of_networks_that_rearrange_their_samples(name: str, engine: str)
             loss(model(x), target).backward()
             rows = torch.stack(
                 [
-                    torch.cat([
-                        (torch.zeros_like(p) if g is None else g).reshape(-1)
-                        for p, g in zip(
-                            parameters,
-                            torch.autograd.grad(loss(model(X[i : i + 1]), y[i : i + 1]), parameters, allow_unused=True),
-                            strict=True,
-                        )
-                    ])
+                    torch.cat(
+                        [
+                            (torch.zeros_like(p) if g is None else g).reshape(-1)
+                            for p, g in zip(
+                                parameters,
+                                torch.autograd.grad(
+                                    loss(model(X[i : i + 1]), y[i : i + 1]), parameters, allow_unused=True
+                                ),
+                                strict=True,
+                            )
+                        ]
+                    )
                     for i in ids
                 ]
             )

@@ -22,7 +22,7 @@ from pathkernel.gradients.pytrees import memory_bytes
 from pathkernel.kernel_machine.backward_sweep import Cuts
 from pathkernel.kernel_machine.memory_plan import Plan
 from pathkernel.runtime.allocations import Allocations, Footprint, footprint
-from pathkernel.trajectory.batch_gradients import Passes
+from pathkernel.trajectory.stage_gradients import Passes
 
 DOUBLE = TOLERANCES[torch.float64]
 

@@ -1130,9 +1130,7 @@ def test_a_graph_that_is_differentiated_again_after_its_gradient_was_cleared() -
         loss.backward()
         recorder.batch(ids[second])
         CE(model(x[second]), y[second]).backward()
-        return [
-            (ids[part], slopes_by_hand(model, x[part], lambda z, p=part: CE(z, y[p]))) for part in (first, second)
-        ]
+        return [(ids[part], slopes_by_hand(model, x[part], lambda z, p=part: CE(z, y[p]))) for part in (first, second)]
 
     run(step).check()
 

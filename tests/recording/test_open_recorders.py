@@ -152,9 +152,10 @@ def test_a_child_that_outlives_its_parents_recording_does_not_keep_the_lock(tmp_
 def test_persistent_workers_do_not_keep_the_lock(tmp_path: Path) -> None:
     run, loader = Run(), None
     for _ in range(2):
-        with a_while(), pk.KernelRecorder(
-            run.model, run.optimizer, CE, data=Samples(), store=tmp_path / "run"
-        ) as recorder:
+        with (
+            a_while(),
+            pk.KernelRecorder(run.model, run.optimizer, CE, data=Samples(), store=tmp_path / "run") as recorder,
+        ):
             loader = loader or torch.utils.data.DataLoader(
                 pk.IndexedDataset(Samples()), batch_size=8, num_workers=1, persistent_workers=True
             )

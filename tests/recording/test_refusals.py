@@ -508,6 +508,8 @@ def heun_of_changed_data() -> object:
 
 X3 = make_inputs(3)
 Case = tuple[Callable[[], object], type[errors.PathKernelError], tuple[str, str, str]]
+
+
 def one_sample() -> Any:
     """A trajectory with one training sample."""
     model = make_model()

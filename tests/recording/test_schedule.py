@@ -386,9 +386,7 @@ def test_watching_and_storing_do_not_know_each_other(level: Schedule | None) -> 
             assert torch.equal(getattr(seen, name), getattr(step, name))
         assert [name for name, _ in seen.changes] == [name for name, _ in step.changes]
     machine, kernel = pk.KernelMachine(whole), pk.PathKernel(whole)
-    np.testing.assert_allclose(
-        shares.result.shares, machine.explain(QUERIES, outputs="all").shares, rtol=0, atol=1e-14
-    )
+    np.testing.assert_allclose(shares.result.shares, machine.explain(QUERIES, outputs="all").shares, rtol=0, atol=1e-14)
     np.testing.assert_allclose(gram.result, kernel(QUERIES), rtol=1e-12)
     np.testing.assert_allclose(features.result, kernel.features(QUERIES, 16), rtol=1e-6, atol=1e-9)
     if alone is not None:  # and the record is the one without observers

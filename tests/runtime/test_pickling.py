@@ -35,9 +35,15 @@ from pathkernel.trajectory.schedule import Schedule
 
 N = 24
 LEVELS = {"memory": (None, None), "disk": ("run", None)}
-LEVELS |= {f"{name} {place}": (place, level) for place in (None, "run") for name, level in {
-    "thinned": Schedule(every=3), "keyframes": Schedule(keyframes=4), "weights": Schedule(keep="weights")
-}.items()}
+LEVELS |= {
+    f"{name} {place}": (place, level)
+    for place in (None, "run")
+    for name, level in {
+        "thinned": Schedule(every=3),
+        "keyframes": Schedule(keyframes=4),
+        "weights": Schedule(keep="weights"),
+    }.items()
+}
 
 
 def difference(z: torch.Tensor) -> torch.Tensor:
@@ -241,9 +247,7 @@ def test_a_search_in_processes(outputs: Any, tmp_path: Path) -> None:
     """Joblib's processes take functions by value, so that a lambda is no obstacle there."""
     X, y = (part.numpy() for part in samples())
     kernel = pk.PathKernel(train(tmp_path / "run"), outputs=outputs)
-    searches = [
-        GridSearchCV(SVC(kernel=kernel), {"C": [0.1, 10.0]}, cv=2, n_jobs=jobs).fit(X, y) for jobs in (None, 2)
-    ]
+    searches = [GridSearchCV(SVC(kernel=kernel), {"C": [0.1, 10.0]}, cv=2, n_jobs=jobs).fit(X, y) for jobs in (None, 2)]
     assert np.array_equal(*(search.cv_results_["mean_test_score"] for search in searches))
 
 

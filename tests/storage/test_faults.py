@@ -20,7 +20,7 @@ from stores import opened, same, written
 import pathkernel as pk
 from pathkernel.errors import CorruptBlockError, InputError, ModelMismatchError, RecordingError, StoreError
 from pathkernel.runtime.checksum import crc32c
-from pathkernel.storage import disk
+from pathkernel.storage import disk, step_writer
 from pathkernel.storage import writer_thread as writer
 from pathkernel.storage.blocks import _write_bytes
 from pathkernel.storage.disk import DiskStore
@@ -381,7 +381,8 @@ def interrupted(path: Path, place: tuple[str, int] | None) -> tuple[int, list[tu
 
     def trace(frame: Any, event: str, _: Any) -> Any:
         file, function = frame.f_code.co_filename, frame.f_code.co_name
-        if file != writer.__file__ and (file != disk.__file__ or function not in ("append", "_complete", "flush")):
+        written = file in (disk.__file__, step_writer.__file__) and function in ("append", "_complete", "flush")
+        if file != writer.__file__ and not written:
             return None
         if event == "line":
             visited.append((file, frame.f_lineno))
@@ -417,8 +418,7 @@ def test_ctrl_c_at_any_line_of_the_store_loses_no_step(tmp_path: Path) -> None:
 def test_record_that_is_none(original: tuple[Recording, Path], store: Path) -> None:
     """With checksums that are right."""
     opened = DiskStore.open(store)
-    blocks = opened._blocks
-    assert blocks is not None
+    blocks = opened._there.blocks
     commit = blocks.commit(0)
     for value in (torch.zeros(3), [1], {"block": 0, "first": 0, "steps": [{}, {}], "streams": [], "checksums": {}}):
         raw = pack(value)

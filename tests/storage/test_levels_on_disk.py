@@ -23,6 +23,7 @@ from torch import nn
 import pathkernel as pk
 from pathkernel import errors
 from pathkernel.runtime.checksum import checksum
+from pathkernel.storage import being_written
 from pathkernel.storage.disk import DiskStore
 from pathkernel.storage.encoding import BlockEncoder
 from pathkernel.storage.header import Header
@@ -268,7 +269,7 @@ def test_the_last_stretch_is_written_when_the_process_ends(tmp_path: Path) -> No
         opt.zero_grad()
         CE(model(x), target).backward()
         opt.step()
-    store._at_exit()
+    being_written._AT_EXIT[store]()
     assert len(DiskStore.open(tmp_path / "run")) == 2
     assert torch.equal(DiskStore.open(tmp_path / "run").final(), run.final)
     recorder.close()

@@ -201,9 +201,7 @@ def test_a_rule_of_the_users_own_is_named_by_the_user(tmp_path: Path, capsys: py
     assert "is a" in capsys.readouterr().err
 
 
-def test_an_optimizer_of_the_users_own_is_named_by_the_user(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_optimizer_of_the_users_own_is_named_by_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pathkernel.cli.objects import imported
 
     (tmp_path / "mine.py").write_text(MINE)
@@ -399,8 +397,7 @@ def test_a_lock_that_is_a_link_is_refused_in_words(tmp_path: Path) -> None:
 def test_names_in_a_record_are_looked_at_before_torch_is(part: int | None, value: Any, tmp_path: Path) -> None:
     run = recorded(tmp_path)
     store = DiskStore.open(run)
-    blocks = store._blocks
-    assert blocks is not None
+    blocks = store._there.blocks
     record = blocks.record(0)
     if part is None:
         record["settings"] = [tuple({**group, "lr": value} for group in groups) for groups in record["settings"]]
@@ -409,7 +406,7 @@ def test_names_in_a_record_are_looked_at_before_torch_is(part: int | None, value
             batch[4] = [[*state[:part], value, *state[part + 1 :]] for state in batch[4]]
     raw, row = pack(record), list(vars(blocks.commit(0)).values())
     row[4:6] = len(raw), crc32c(raw)
-    _write_bytes(store._blocks.array("log"), row[3], raw)  # type: ignore[union-attr]
+    _write_bytes(blocks.array("log"), row[3], raw)
     Group(run).array("commit").write([0], np.array(row, np.int64))
     with pytest.raises(CorruptBlockError, match="makes no sense"):
         list(opened(run, run).steps())

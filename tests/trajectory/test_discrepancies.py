@@ -546,9 +546,7 @@ def test_outputs_are_summed_from_the_samples(monkeypatch: pytest.MonkeyPatch) ->
     expected = machine.decision_function(run.queries)
     # Without the comparison of gradients, so that what they add up to is all there is.
     stage = RecordedGradients._stage
-    monkeypatch.setattr(
-        RecordedGradients, "_stage", lambda *a, compare, **k: stage(*a, compare=False, **k)
-    )
+    monkeypatch.setattr(RecordedGradients, "_stage", lambda *a, compare, **k: stage(*a, compare=False, **k))
     np.testing.assert_allclose(machine.decision_function(run.queries), expected, rtol=0, atol=1e-9)
     swapped(run, 0, 4)
     curve = machine._curve(machine._selection.every_output(run.queries))

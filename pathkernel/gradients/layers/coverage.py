@@ -63,9 +63,7 @@ class Coverage:
     largest: float
 
 
-def prove(
-    function: ModelFunction, theta: Float[Tensor, " P"], inputs: PyTree, lengths: Iterable[int] = ()
-) -> Coverage:
+def prove(function: ModelFunction, theta: Float[Tensor, " P"], inputs: PyTree, lengths: Iterable[int] = ()) -> Coverage:
     """Compare a tape with autograd, parameter by parameter.
 
     Parameters
@@ -216,9 +214,7 @@ class ProvedTapes:
         self._met: set[Any] = set()
         self._latest: Coverage | None = None
 
-    def record(
-        self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction | None = None
-    ) -> Tape:
+    def record(self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction | None = None) -> Tape:
         """A forward pass of n samples at θ.
 
         Parameters

@@ -23,9 +23,7 @@ def decomposed(function: Any) -> Callable[..., Any] | None:
         return None
     # torch's own Python functions begin by offering themselves to whoever listens: here that has just happened.
     scope = {**function.__globals__, **dict.fromkeys(DISPATCH, lambda *_: False)}
-    body = types.FunctionType(
-        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
-    )
+    body = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
     body.__kwdefaults__ = function.__kwdefaults__
     return body
 

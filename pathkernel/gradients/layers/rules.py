@@ -23,7 +23,6 @@ Gradient = Callable[[Tensor], Factor]
 Rule = Callable[..., Mapping[str, Gradient]]
 
 
-
 @dataclass(frozen=True)
 class SumOfSignals:
     """Gradient of a bias that is added at every position: the sum of its layer's signals.

@@ -202,9 +202,7 @@ class CostModel:
         self.arithmetic, self.products = machine(engine.function.dtype), machine(engine.products)
 
     def _form(self, work: Work) -> Form:
-        return Form(
-            (work.n, work.m), self.engine.full, Metric(None), self.engine.products, self.engine.workspace
-        )
+        return Form((work.n, work.m), self.engine.full, Metric(None), self.engine.products, self.engine.workspace)
 
     def _pieces(self, samples: int, components: slice = slice(None)) -> list[Piece]:
         few = slice(0, samples)
@@ -214,7 +212,9 @@ class CostModel:
         """The table of one engine for an (n, m) matrix; m None for the symmetric (n, n)."""
         work = Work(n, n if m is None else m, m is None)
         makers: dict[str, Callable[[Work], Iterable[CostRow]]] = {
-            "layerwise": self._layerwise, "jacobian": self._jacobian, "products": self._products
+            "layerwise": self._layerwise,
+            "jacobian": self._jacobian,
+            "products": self._products,
         }
         size = 8.0 * work.n * work.m * (self.components**2 if self.engine.full else 1)
         moved = (4 if work.symmetric else 2) * size

@@ -17,9 +17,7 @@ def cost_model(engine: Engine, theta: Tensor, X: PyTree, context: PyTree) -> Cos
     return CostModel(LayerwiseEngine.of(engine), theta, X, context)
 
 
-def cost_rows(
-    engine: Engine, theta: Tensor, X: PyTree, context: PyTree, n: int, m: int | None = None
-) -> list[CostRow]:
+def cost_rows(engine: Engine, theta: Tensor, X: PyTree, context: PyTree, n: int, m: int | None = None) -> list[CostRow]:
     """Costs of an (n, m) matrix on every engine, m None for the symmetric (n, n)."""
     model = cost_model(engine, theta, X, context)
     return [row for name in ENGINES for row in model.rows(name, n, m)]

@@ -73,9 +73,7 @@ class JacobianEngine(Engine):
             for j in blocks(count(Y), size):
                 tile = self.contract(left, self.rows(theta, take(Y, j), take(context_Y, j)))
                 if result is None:
-                    result = torch.empty(
-                        count(X), count(Y), *tile.shape[2:], dtype=torch.float64, device=tile.device
-                    )
+                    result = torch.empty(count(X), count(Y), *tile.shape[2:], dtype=torch.float64, device=tile.device)
                 result[i, j] = tile
         assert result is not None
         return result

@@ -1,0 +1,272 @@
+"""Recorded batches run again as they ran: their gradients in total, sample by sample, and along directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pathkernel._typing import PyTree
+from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
+from pathkernel.gradients.forward_state import Modes
+from pathkernel.gradients.gradient_source import BY_ROWS, GradientSource, weighted_sum
+from pathkernel.gradients.layers.tape import Tape
+from pathkernel.gradients.losses import (
+    RETURNED,
+    batch_gradient,
+    batch_products,
+    check_slopes,
+    coupled_row_blocks,
+    loss_slopes,
+    weighted_gradient,
+)
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import random_directions
+from pathkernel.gradients.pytrees import blocks, count, take
+from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
+from pathkernel.runtime.interrupts import deliver_interrupt
+from pathkernel.runtime.workspace import give_back_freed_memory
+from pathkernel.trajectory.cotangents import cotangents_of, scaled
+from pathkernel.trajectory.samples import samples_of
+from pathkernel.trajectory.split_certificate import DIRECTIONS, SplitCheck, hashable
+from pathkernel.trajectory.stage_gradients import WHOLE, Passes, StageGradients
+from pathkernel.trajectory.step import MicroBatch, Step
+from pathkernel.trajectory.trajectory import Trajectory
+
+NORMED = 64
+"""Samples whose gradients are held at once for their norms."""
+
+
+def normalises_batch(module: nn.Module, modes: Modes) -> bool:
+    """True where a layer in train mode couples the samples of a batch."""
+    return any(
+        (modes if isinstance(modes, bool) else modes[name])
+        and (isinstance(child, _BatchNorm) or getattr(child, "track_running_stats", False))
+        for name, child in module.named_modules()
+    )
+
+
+class RecomputedBatches:
+    """Gradients of the batches on record, each run as it ran.
+
+    Parameters
+    ----------
+    trajectory, function
+        The record, and the network in the floating type of the arithmetic.
+    memory
+        Bytes for rows of per-sample gradients.
+    engine
+        How they are taken, see `pathkernel.gradients.gradient_source.GradientSource`.
+
+    Attributes
+    ----------
+    check
+        Whether rows are formed by reverse sweeps of whole batches, and what was measured of them.
+    """
+
+    def __init__(self, trajectory: Trajectory, function: ModelFunction, memory: int, engine: str) -> None:
+        self.trajectory = trajectory
+        self.function = function
+        self.recorded = trajectory.function()
+        self.source = GradientSource(function, engine, memory)
+        # Mixed precision rounds every product; rows by torch.func round as the loop did.
+        self.rounded = GradientSource(self.recorded, "jacobian", memory)
+        self.check = SplitCheck(trajectory, coupled=engine == "autograd")
+        self._separate: dict[Any, bool] = {}
+
+    def replayed(self, step: Step, batch: MicroBatch) -> ModelFunction:
+        """The network as a micro-batch ran it."""
+        # Mixed precision is entered again from the recorded type: other types would not be rounded alike.
+        function = self.recorded if batch.state.autocast else self.function
+        buffers = step.buffers if batch.state.buffers is None else batch.state.buffers
+        return function.with_(constants=buffers, state=batch.state)
+
+    def silence(self, step: Step, gradients: Tensor) -> None:
+        """Set to zero what belongs to parameters without a gradient in this step, which the optimizer skipped."""
+        for name, where in self.trajectory.layout.slices.items():
+            if name not in step.active:
+                gradients[..., where] = 0
+
+    def summed_norms(self, step: Step, point: Tensor) -> float:
+        """Σ_i ‖J_iᵀ λ_i‖ of a step, by one reverse sweep for each sample."""
+        summed = 0.0
+        for batch in step.batches:
+            function = self.replayed(step, batch)
+            inputs, targets = samples_of(batch, self.trajectory.data)
+            cotangents = cotangents_of(batch, function, point, self.trajectory.objective, inputs, targets)
+            for rows in coupled_row_blocks(function, point, inputs, cotangents, NORMED):
+                self.silence(step, rows)
+                summed += rows.norm(dim=1).sum().item()
+        return summed
+
+    def in_total(self, step: Step, batch: MicroBatch, point: Tensor, passes: Passes) -> Tensor:
+        """The gradient of a micro-batch, run as it was, (P,) float64."""
+        inputs, targets = samples_of(batch, self.trajectory.data)
+        function = self.replayed(step, batch)
+        whole = not passes.cut(len(batch.ids)) or self.inseparable(batch, point, inputs)
+        if whole and not batch.captured:
+            return batch_gradient(function, point, self.trajectory.objective, inputs, targets, batch.weights).double()
+        if whole:
+            cotangents = cotangents_of(batch, function, point, self.trajectory.objective, inputs, targets)
+            return weighted_gradient(function, point, inputs, cotangents).double()
+        cotangents = self._cotangents(batch, function, point, inputs, targets, passes)
+        total = torch.zeros(function.layout.size, dtype=torch.float64, device=function.device)
+        for piece in blocks(len(batch.ids), passes.samples):
+            total += weighted_gradient(function, point, take(inputs, piece), cotangents[piece])
+            give_back_freed_memory()
+        return total
+
+    def by_sample(self, step: Step, point: Tensor, passes: Passes) -> Iterator[FactoredGradients]:
+        """The gradients of the samples of each micro-batch, run as it was: (B,), or a pass at a time."""
+        for batch in step.batches:
+            function = self.replayed(step, batch)
+            inputs, targets = samples_of(batch, self.trajectory.data)
+            measured = self.check.is_due(step, batch, inputs)
+            found: list[Tensor] = []
+            for rows, piece, cotangents in self._rows(batch, function, point, inputs, targets, passes):
+                if measured and piece is not None:
+                    v = random_directions(function.layout.size, DIRECTIONS)
+                    self.check.measure(function, batch, point, take(inputs, piece), cotangents[piece], rows @ v.T)
+                elif measured:  # a part of the rows of a whole batch
+                    found.append(rows @ random_directions(function.layout.size, DIRECTIONS).T)
+                    if sum(len(part) for part in found) == len(cotangents):
+                        self.check.measure(function, batch, point, inputs, cotangents, torch.cat(found))
+                yield rows
+                give_back_freed_memory()
+
+    def _rows(
+        self, batch: MicroBatch, function: ModelFunction, point: Tensor, inputs: PyTree, targets: PyTree, passes: Passes
+    ) -> Iterator[tuple[FactoredGradients, slice | None, Tensor]]:
+        """Gradients, the samples that they are of (None for the next of a batch run together), and λ (B, C) of all."""
+        objective, n = self.trajectory.objective, len(batch.ids)
+        source = self.source_of(batch)
+        if self.together(batch, point, inputs):
+            self.check.certificate.engines.add("autograd")
+            cotangents = cotangents_of(batch, function, point, objective, inputs, targets)
+            for rows in coupled_row_blocks(function, point, inputs, cotangents, min(n, passes.samples)):
+                rows = rows.to(accumulation_dtype(function.dtype))
+                yield FactoredGradients.dense(rows, function.layout), None, cotangents
+        elif not passes.cut(n) or self.inseparable(batch, point, inputs):
+            slopes: list[Tensor] = []
+
+            def of_outputs(outputs: PyTree) -> Tensor:
+                slopes.append(self._slopes(batch, function, point, outputs, inputs, targets))
+                return slopes[-1]
+
+            found = source.pulled_back(point, inputs, of_outputs, function)
+            self.check.certificate.engines |= source.engines
+            yield found, slice(0, n), slopes[-1]
+        else:
+            cotangents = self._cotangents(batch, function, point, inputs, targets, passes)
+            for piece in blocks(n, passes.samples):
+                own = take(inputs, piece)
+                found = source.gradients(point, own, weighted_sum, cotangents[piece], None, function).as_rows()
+                self.check.certificate.engines |= source.engines
+                yield found, piece, cotangents
+
+    def _slopes(
+        self,
+        batch: MicroBatch,
+        function: ModelFunction,
+        point: Tensor,
+        outputs: PyTree,
+        inputs: PyTree,
+        targets: PyTree,
+    ) -> Tensor:
+        """λ (B, C) of a batch whose outputs are at hand."""
+        objective = self.trajectory.objective
+        if batch.cotangents is not None or objective.loss == RETURNED:
+            found = cotangents_of(batch, function, point, objective, inputs, targets)
+            if outputs is not None:
+                check_slopes(batch_outputs(outputs, len(batch.ids)), found)
+        else:
+            found = scaled(batch, loss_slopes(function, objective, outputs, targets, batch.weights, len(batch.ids)))
+        return function.cast(found)
+
+    def _cotangents(
+        self,
+        batch: MicroBatch,
+        function: ModelFunction,
+        point: Tensor,
+        inputs: PyTree,
+        targets: PyTree,
+        passes: Passes,
+    ) -> Tensor:
+        """λ = ∂L/∂z of a batch whose samples are run a few at a time, (B, C)."""
+        if batch.cotangents is not None or self.trajectory.objective.loss == RETURNED:
+            return self._slopes(batch, function, point, None, inputs, targets)
+        returned, parameters = [], function.parameters(point)
+        with function.evaluating(gradients=False):
+            for piece in blocks(count(inputs), passes.samples):
+                returned.append(function.call(parameters, function.cast(take(inputs, piece))))
+                deliver_interrupt()
+                give_back_freed_memory()
+        parts = [iter(output_leaves(one)) for one in returned]
+
+        def joined(_: Any) -> Any:
+            pieces = [next(part) for part in parts]
+            return torch.cat(pieces) if isinstance(pieces[0], Tensor) else pieces[0]
+
+        return self._slopes(batch, function, point, map_outputs(joined, returned[0]), inputs, targets)
+
+    def source_of(self, batch: MicroBatch) -> GradientSource:
+        """Source of the gradients of a batch."""
+        return self.rounded if batch.state.autocast else self.source
+
+    def inseparable(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
+        """True where a batch cannot be run a few samples at a time: samples are coupled, or the pass is random."""
+        return bool(batch.state.generators) or self.together(batch, point, inputs)
+
+    def together(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
+        """True where the samples of a batch have to be run together, one reverse sweep for each."""
+        if self.check.coupled or normalises_batch(self.function.module, batch.state.modes):
+            return True
+        if not batch.state.generators:
+            return False
+        # What is random in training is proved as it is in evaluation, where each sample can be run by itself. That its
+        # training mode couples no samples is seen once.
+        if batch.state.autocast or self.source.engine in BY_ROWS:
+            return True
+        key = hashable(batch.state.modes)
+        if key not in self._separate:
+            self.source.tapes.record(point, inputs, self.function)
+            tape = self.source.tapes.record(point, inputs, self.function.with_(state=batch.state))
+            self._separate[key] = not self.source.plain and _separate(tape)
+        return not self._separate[key]
+
+    def kernel(
+        self, step: Step, stage: StageGradients, weight: Tensor, passes: Passes = WHOLE
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Ids (B,), slopes λ (B, C) and kernel values k = −⟨u, ∇z⟩ (Q, B, C) of each micro-batch of a step.
+
+        One directional derivative of the whole batch, run as it was, for each query.
+        """
+        directions = weight * stage.factor
+        self.silence(step, directions)
+        objective = self.trajectory.objective
+        for batch in stage.batches:
+            function = self.replayed(step, batch)
+            inputs, targets = samples_of(batch, self.trajectory.data)
+            if not passes.cut(len(batch.ids)) or self.inseparable(batch, stage.point, inputs):
+                slopes = cotangents_of(batch, function, stage.point, objective, inputs, targets)
+                products = batch_products(function, stage.point, inputs, directions)
+                yield batch.ids.cpu(), slopes.double().cpu(), -products.cpu()
+                continue
+            slopes = self._cotangents(batch, function, stage.point, inputs, targets, passes)
+            found = [
+                batch_products(function, stage.point, take(inputs, piece), directions)
+                for piece in blocks(len(batch.ids), passes.samples)
+            ]
+            yield batch.ids.cpu(), slopes.double().cpu(), -torch.cat(found, dim=1).cpu()
+
+
+def _separate(tape: Tape) -> bool:
+    """True where the outputs of the first sample depend on the first sample alone, in every layer."""
+    first = torch.zeros_like(tape.outputs)
+    first[0] = 1.0
+    pieces = tape.pieces((tape.outputs * first).sum(dim=1, keepdim=True))
+    found = FactoredGradients(tape.function.layout, tape.n, tuple(pieces))
+    return not any(found.columns(where, torch.float64)[1:].any() for where in found.layout.slices.values())
