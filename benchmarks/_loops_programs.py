@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Program:
         Largest residual and split error: what rounding in the network's arithmetic leaves.
     refused
         Name of what the recorder refuses before the first step; empty where it is to record.
+    axes
+        Along which samples lie in the inputs of the network, one after the other, where not along the first.
     rows
         From what the network returned to outputs with one row for each query; None where they have that already.
     """
@@ -34,7 +37,19 @@ class Program:
     outputs: Any = None
     tolerance: float = 1e-5
     refused: str = ""
+    axes: tuple[int, ...] = ()
     rows: Callable[[Any], Tensor] | None = None
+
+    def samples_first(self, queries: Any) -> Any:
+        """Queries as a machine takes them."""
+        if not self.axes:
+            return queries
+        every = queries if isinstance(queries, tuple) else (queries,)
+        moved = tuple(
+            pytree.tree_map(lambda leaf, axis=axis: leaf.movedim(axis, 0), one)
+            for one, axis in zip(every, self.axes, strict=True)
+        )
+        return moved if isinstance(queries, tuple) else moved[0]
 
 
 QUERIES = 4
@@ -51,8 +66,12 @@ PROGRAMS = {
     "vae": Program("variational autoencoder", 2, outputs=64),
     "siamese": Program("random pairs of images, BatchNorm", 1, outputs=0),
     "dcgan": Program("both networks of a GAN, BatchNorm", 1, outputs=0),
-    "lstm_language_model": Program("LSTM, dropout, state carried on, updated by hand", 1, outputs=3, rows=time_first),
-    "transformer_language_model": Program("transformer, dropout, updated by hand", 1, outputs=3, rows=time_first),
+    "lstm_language_model": Program(
+        "LSTM, dropout, state carried on, updated by hand", 1, outputs=3, axes=(1, 1), rows=time_first
+    ),
+    "transformer_language_model": Program(
+        "transformer, dropout, updated by hand", 1, outputs=3, axes=(1,), rows=time_first
+    ),
     "nanogpt": Program("(logits, loss), accumulation, clipping, warm-up, decay groups", 8, outputs=3),
     "makemore": Program("characters, endless sampler", 12, outputs=3),
     "reinforce": Program("policy gradient with dropout", 4, outputs=0),
@@ -68,7 +87,7 @@ PROGRAMS = {
     "finetune": Program("SGD for the backbone, AdamW for the head, BatchNorm", 1),
     "bert": Program("padded texts, masks, keyword inputs, (loss, logits)", 1),
     "distillation": Program("live teacher, two views, dropout", 1),
-    "truncated_bptt": Program("hidden state carried on", 1, outputs=3),
+    "truncated_bptt": Program("hidden state carried on", 1, outputs=3, axes=(0, 1)),
     "bfloat16": Program("autocast to bfloat16", 1, tolerance=2e-3),
     "lbfgs": Program("LBFGS: refused", 1, refused="LBFGS"),
 }

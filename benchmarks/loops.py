@@ -177,11 +177,12 @@ def is_kernel_matrix(K: np.ndarray) -> bool:
 def examine(recorder: pk.KernelRecorder, network: nn.Module, queries: Any, returns: Any, program: Program) -> Row:
     """Explain a few samples, and compare with the network."""
     machine = machine_of(recorder.trajectory, network)
+    outputs = outputs_of(network, queries, returns, program)
+    queries = program.samples_first(queries)
     why = machine.explain(queries, outputs=program.outputs)
     scale = np.abs(why.output).max()
     residual = float(np.abs(why.left_over).max() / scale)
     finite = all(np.isfinite(part).all() for part in (why.shares, *why.channels.values()))
-    outputs = outputs_of(network, queries, returns, program)
     return {
         "residual": residual,
         "split_error": None if np.isnan(why.split_error) else why.split_error,

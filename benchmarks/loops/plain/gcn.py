@@ -45,15 +45,6 @@ def load_graph(nodes=90):
     return features, labels, degree[:, None] * adj_mat * degree
 
 
-def train_iter(gcn, optimizer, criterion, input, target, mask_train):
-    gcn.train()
-    optimizer.zero_grad()
-    output = gcn(*input)
-    loss = criterion(output[mask_train], target[mask_train])
-    loss.backward()
-    optimizer.step()
-
-
 def test(gcn, input, target, mask):
     gcn.eval()
     with torch.no_grad():
@@ -70,7 +61,12 @@ def main(epochs=40):
     optimizer = Adam(gcn.parameters(), lr=0.01, weight_decay=5e-4)
     criterion = nn.NLLLoss()
     for _ in range(epochs):
-        train_iter(gcn, optimizer, criterion, (features, adj_mat), labels, idx_train)
+        gcn.train()
+        optimizer.zero_grad()
+        output = gcn(features, adj_mat)
+        loss = criterion(output[idx_train], labels[idx_train])
+        loss.backward()
+        optimizer.step()
         test(gcn, (features, adj_mat), labels, idx_test)
     return {gcn: (features, adj_mat)}
 

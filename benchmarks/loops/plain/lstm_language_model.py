@@ -72,21 +72,6 @@ def evaluate(model, data_source, criterion):
     return total_loss / (len(data_source) - 1)
 
 
-def train(model, train_data, criterion, lr):
-    model.train()
-    hidden = model.init_hidden(train_data.size(1))
-    for i in range(0, train_data.size(0) - 1, bptt):
-        data, targets = get_batch(train_data, i)
-        model.zero_grad()
-        hidden = repackage_hidden(hidden)
-        output, hidden = model(data, hidden)
-        loss = criterion(output, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        for p in model.parameters():
-            p.data.add_(p.grad, alpha=-lr)
-
-
 def main(epochs=4):
     torch.manual_seed(1111)
     train_data = batchify(text(784), 8)
@@ -94,10 +79,24 @@ def main(epochs=4):
     model = RNNModel(ntoken=16, ninp=12, nhid=12, nlayers=2, dropout=0.2)
     criterion = nn.NLLLoss()
 
+    def train():
+        model.train()
+        hidden = model.init_hidden(train_data.size(1))
+        for i in range(0, train_data.size(0) - 1, bptt):
+            data, targets = get_batch(train_data, i)
+            model.zero_grad()
+            hidden = repackage_hidden(hidden)
+            output, hidden = model(data, hidden)
+            loss = criterion(output, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            for p in model.parameters():
+                p.data.add_(p.grad, alpha=-lr)
+
     lr = 5.0
     best_val_loss = None
     for _ in range(epochs):
-        train(model, train_data, criterion, lr)
+        train()
         val_loss = evaluate(model, val_data, criterion)
         if not best_val_loss or val_loss < best_val_loss:
             best_val_loss = val_loss

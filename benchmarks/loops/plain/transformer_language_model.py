@@ -77,20 +77,6 @@ def evaluate(model, data_source, criterion):
     return total_loss / (len(data_source) - 1)
 
 
-def train(model, train_data, criterion, lr):
-    model.train()
-    for i in range(0, train_data.size(0) - 1, bptt):
-        data, targets = get_batch(train_data, i)
-        model.zero_grad()
-        output = model(data)
-        output = output.view(-1, 16)
-        loss = criterion(output, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        for p in model.parameters():
-            p.data.add_(p.grad, alpha=-lr)
-
-
 def main(epochs=4):
     torch.manual_seed(1111)
     train_data = batchify(text(776), 8)
@@ -98,10 +84,23 @@ def main(epochs=4):
     model = TransformerModel(ntoken=16, ninp=16, nhead=2, nhid=16, nlayers=1, dropout=0.2)
     criterion = nn.NLLLoss()
 
+    def train():
+        model.train()
+        for i in range(0, train_data.size(0) - 1, bptt):
+            data, targets = get_batch(train_data, i)
+            model.zero_grad()
+            output = model(data)
+            output = output.view(-1, 16)
+            loss = criterion(output, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            for p in model.parameters():
+                p.data.add_(p.grad, alpha=-lr)
+
     lr = 1.0
     best_val_loss = None
     for _ in range(epochs):
-        train(model, train_data, criterion, lr)
+        train()
         val_loss = evaluate(model, val_data, criterion)
         if not best_val_loss or val_loss < best_val_loss:
             best_val_loss = val_loss

@@ -1,6 +1,6 @@
-"""Truncated backpropagation through time with a state that is carried on, in the manner of d2l-ai/d2l-en.
+"""Truncated backpropagation through time with a state that is carried on, in the manner of d2l-ai/d2l-zh.
 
-https://github.com/d2l-ai/d2l-en/blob/release/chapter_recurrent-neural-networks/rnn-scratch.md, `train_epoch_ch8`
+https://github.com/d2l-ai/d2l-zh/blob/master/chapter_recurrent-neural-networks/rnn-scratch.md, `train_epoch_ch8`
 """
 
 import torch

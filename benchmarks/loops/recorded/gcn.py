@@ -56,15 +56,6 @@ def load_graph(nodes=90):
     return features, labels, degree[:, None] * adj_mat * degree
 
 
-def train_iter(gcn, optimizer, criterion, input, target, mask_train):
-    gcn.train()
-    optimizer.zero_grad()
-    output = gcn(*input)
-    loss = criterion(output[mask_train], target[mask_train])
-    loss.backward()
-    optimizer.step()
-
-
 def test(gcn, input, target, mask):
     gcn.eval()
     with torch.no_grad():
@@ -83,8 +74,12 @@ def main(epochs=40):
     nodes, ids = Nodes(gcn, features, adj_mat), torch.arange(len(labels))
     with pk.KernelRecorder(nodes, optimizer, criterion, data=(ids, labels)) as recorder:
         for _ in range(epochs):
-            recorder.announce(ids)
-            train_iter(nodes, optimizer, criterion, (ids,), labels, idx_train)
+            gcn.train()
+            optimizer.zero_grad()
+            output = nodes(recorder.announce(ids)[0])
+            loss = criterion(output[idx_train], labels[idx_train])
+            loss.backward()
+            optimizer.step()
             test(gcn, (features, adj_mat), labels, idx_test)
     return {nodes: ids[:4]}
 

@@ -74,20 +74,6 @@ def evaluate(model, data_source, criterion):
     return total_loss / (len(data_source) - 1)
 
 
-def train(model, train_data, criterion, optimizer):
-    model.train()
-    hidden = model.init_hidden(train_data.size(1))
-    for i in range(0, train_data.size(0) - 1, bptt):
-        data, targets = get_batch(train_data, i)
-        model.zero_grad()
-        hidden = repackage_hidden(hidden)
-        output, hidden = model(data, hidden)
-        loss = criterion(output, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-
-
 def main(epochs=4):
     torch.manual_seed(1111)
     train_data = batchify(text(784), 8)
@@ -95,17 +81,31 @@ def main(epochs=4):
     model = RNNModel(ntoken=16, ninp=12, nhid=12, nlayers=2, dropout=0.2)
     criterion = nn.NLLLoss()
 
+    def train():
+        model.train()
+        hidden = model.init_hidden(train_data.size(1))
+        for i in range(0, train_data.size(0) - 1, bptt):
+            data, targets = get_batch(train_data, i)
+            model.zero_grad()
+            hidden = repackage_hidden(hidden)
+            output, hidden = model(data, hidden)
+            loss = criterion(output, targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+
     lr = 5.0
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     with pk.KernelRecorder(model, optimizer, returns=0, batch_axis=1) as recorder, recorder.source("text"):
         best_val_loss = None
         for _ in range(epochs):
-            train(model, train_data, criterion, optimizer)
+            train()
             val_loss = evaluate(model, val_data, criterion)
             if not best_val_loss or val_loss < best_val_loss:
                 best_val_loss = val_loss
             else:
-                optimizer.param_groups[0]["lr"] /= 4.0
+                lr /= 4.0
     return {model: (val_data[:bptt], model.init_hidden(eval_batch_size))}
 
 

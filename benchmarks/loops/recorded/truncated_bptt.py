@@ -1,6 +1,6 @@
-"""Truncated backpropagation through time with a state that is carried on, in the manner of d2l-ai/d2l-en.
+"""Truncated backpropagation through time with a state that is carried on, in the manner of d2l-ai/d2l-zh.
 
-https://github.com/d2l-ai/d2l-en/blob/release/chapter_recurrent-neural-networks/rnn-scratch.md, `train_epoch_ch8`
+https://github.com/d2l-ai/d2l-zh/blob/master/chapter_recurrent-neural-networks/rnn-scratch.md, `train_epoch_ch8`
 """
 
 import torch
@@ -58,7 +58,7 @@ def main(num_epochs=5):
     net = RNNModel(16, 16)
     loss = nn.CrossEntropyLoss()
     updater = torch.optim.SGD(net.parameters(), lr=1.0)
-    with pk.KernelRecorder(net, updater, returns=0) as recorder, recorder.source("text"):
+    with pk.KernelRecorder(net, updater, returns=0, batch_axis={"state": 1}) as recorder, recorder.source("text"):
         for _ in range(num_epochs):
             state = None
             for X, Y in seq_data_iter_sequential(corpus, 8, 10):
