@@ -125,8 +125,8 @@ def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
 # -- what the record says ----------------------------------------------------------------------------------------------
 
 
-def machine_of(trajectory: pk.Trajectory, network: nn.Module) -> pk.KernelMachine:
-    """The machine of the weights that the network has now: those of the end, or of the step that was gone back to."""
+def kept_step(trajectory: pk.Trajectory, network: nn.Module) -> int | None:
+    """After how many steps the network had the weights that it has now; None where they are those of the end."""
     wanted = {name.removeprefix("_orig_mod."): p.detach() for name, p in network.named_parameters()}
 
     def are_at(step: int) -> bool:
@@ -134,9 +134,8 @@ def machine_of(trajectory: pk.Trajectory, network: nn.Module) -> pk.KernelMachin
         return all(torch.equal(value, wanted[name]) for name, value in found.items())
 
     if are_at(len(trajectory)):
-        return pk.KernelMachine(trajectory)
-    kept = [step for step in range(len(trajectory)) if are_at(step)]
-    return pk.KernelMachine(trajectory, at=kept[-1]) if kept else pk.KernelMachine(trajectory)
+        return None
+    return max((step for step in range(len(trajectory)) if are_at(step)), default=None)
 
 
 def outputs_of(network: nn.Module, queries: Any, returns: Any, program: Program) -> np.ndarray:
@@ -176,7 +175,10 @@ def is_kernel_matrix(K: np.ndarray) -> bool:
 
 def examine(recorder: pk.KernelRecorder, network: nn.Module, queries: Any, returns: Any, program: Program) -> Row:
     """Explain a few samples, and compare with the network."""
-    machine = machine_of(recorder.trajectory, network)
+    trajectory = recorder.trajectory
+    kept = kept_step(trajectory, network)
+    machine = pk.KernelMachine(trajectory) if kept is None else pk.KernelMachine(trajectory, at=kept)
+    path = trajectory if kept is None else trajectory.until(kept)
     outputs = outputs_of(network, queries, returns, program)
     queries = program.samples_first(queries)
     why = machine.explain(queries, outputs=program.outputs)
@@ -188,7 +190,7 @@ def examine(recorder: pk.KernelRecorder, network: nn.Module, queries: Any, retur
         "split_error": None if np.isnan(why.split_error) else why.split_error,
         "explain_ok": bool(finite and why.shares.any() and residual <= program.tolerance),
         "agreement": agreement_of(machine, queries, outputs, program.tolerance),
-        "path_kernel_ok": is_kernel_matrix(pk.PathKernel(recorder.trajectory)(queries)),
+        "path_kernel_ok": is_kernel_matrix(pk.PathKernel(path)(queries)),
         "samples": why.shares.shape[1],
         "channels": ", ".join(why.channels),
     }
