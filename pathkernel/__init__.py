@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from pathkernel.tangent_kernel.engines.projection import Projection as Projection
     from pathkernel.tangent_kernel.output_probes import OutputProbes as OutputProbes
     from pathkernel.tangent_kernel.tangent_kernel import TangentKernel as TangentKernel
+    from pathkernel.trajectory.observer import StepObserver as StepObserver
     from pathkernel.trajectory.schedule import Every as Every
     from pathkernel.trajectory.schedule import Keyframes as Keyframes
     from pathkernel.trajectory.schedule import Nothing as Nothing
     from pathkernel.trajectory.schedule import Schedule as Schedule
-    from pathkernel.trajectory.schedule import StepObserver as StepObserver
     from pathkernel.trajectory.schedule import Streaming as Streaming
     from pathkernel.trajectory.schedule import WeightsOnly as WeightsOnly
     from pathkernel.trajectory.trajectory import Trajectory as Trajectory
@@ -67,7 +67,7 @@ _HOMES = {
     "PathKernelTransformer": "estimators.transformer",
     "Projection": "tangent_kernel.engines.projection",
     "Schedule": "trajectory.schedule",
-    "StepObserver": "trajectory.schedule",
+    "StepObserver": "trajectory.observer",
     "Streaming": "trajectory.schedule",
     "StreamingFeatures": "path_kernel.streaming",
     "StreamingGram": "path_kernel.streaming",

@@ -78,10 +78,16 @@ class Part:
     """
 
     def __init__(self, step: QueryStep, lower: float, upper: float, start_value: Tensor, end_value: Tensor) -> None:
-        self.step, self.lower, self.upper, self.width = step, lower, upper, upper - lower
-        self.change, self.scale = self.width * step.change, self.width * step.scale
-        self.squared_length, self.rounding = self.width**2 * step.squared_length, step.rounding
-        self.start_value, self.end_value = start_value, end_value
+        self.step = step
+        self.lower = lower
+        self.upper = upper
+        self.width = upper - lower
+        self.change = self.width * step.change
+        self.scale = self.width * step.scale
+        self.squared_length = self.width**2 * step.squared_length
+        self.rounding = step.rounding
+        self.start_value = start_value
+        self.end_value = end_value
 
     def gradient(self, time: float) -> Any:
         """∇f at a time of the part."""
@@ -257,17 +263,22 @@ class Adaptive(Quadrature):
 
         count = len(queries)
         gradient = torch.zeros(count, len(step.change), dtype=torch.float64, device=queries.device)
-        error, short, evaluations = torch.zeros_like(step.start_value), torch.zeros_like(step.start_value), 0
+        error = torch.zeros_like(step.start_value)
+        short = torch.zeros_like(step.start_value)
+        evaluations = 0
         # One list of intervals for all queries, each with its own query: a query whose intervals were all met costs
         # nothing more, while another one is still halved around its kink.
         for depth in range(self.max_depth + 1):
+            # After 48 halvings an interval is some roundings of time long; many kinks at once would fill memory.
             last = depth == self.max_depth or len(queries) > self.max_intervals * count
-            width, halved = upper - lower, torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
+            width = upper - lower
+            halved = torch.zeros(len(queries), dtype=torch.bool, device=queries.device)
             for start in range(0, len(queries), count):  # as many rows of gradients at once as there are queries
                 piece = slice(start, start + count)
                 average = _two_nodes(step, lower[piece], width[piece], queries[piece])
                 left_over = upper_value[piece] - lower_value[piece] - width[piece] * (average @ step.change)
                 met = left_over.abs() <= allowed[queries[piece]]
+                # At the last level the rest is taken as it is, and said to be short of the tolerance.
                 accepted = met | last
                 short.index_add_(0, queries[piece][~met & last], left_over[~met & last].abs())
                 gradient.index_add_(0, queries[piece][accepted], (width[piece, None] * average)[accepted])
@@ -277,7 +288,8 @@ class Adaptive(Quadrature):
             if not halved.any():
                 break
             # f at the centre makes the change over each half exactly known again, which is what a half has to meet.
-            queries, lower, upper = queries[halved], lower[halved], upper[halved]
+            queries = queries[halved]
+            lower, upper = lower[halved], upper[halved]
             lower_value, upper_value = lower_value[halved], upper_value[halved]
             centre = lower + (upper - lower) / 2
             centre_value = torch.cat(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -65,6 +67,20 @@ def test_every_public_name_is_found_and_listed() -> None:
         assert getattr(pk, name) is not None and name in dir(pk)
     told = set(re.findall(r"^    from pathkernel\.[\w.]+ import (\w+) as", inspect.getsource(pk), flags=re.MULTILINE))
     assert told == {n for n in pk.__all__ if not n.startswith("_") and not inspect.ismodule(getattr(pk, n))}
+
+
+LAZY = [pk.analysis, pk.dynamics, pk.optimizers, pk.plotting, *map(import_module, AUTHORS)]
+LAZY += [import_module(f"pathkernel.{name}") for name in ("path_kernel", "kernel_machine")]
+
+
+@pytest.mark.parametrize("module", {each.__name__: each for each in LAZY}.values(), ids=lambda each: each.__name__)
+def test_a_type_checker_is_told_every_name_and_no_other(module: ModuleType) -> None:
+    tree = ast.parse(inspect.getsource(module))
+    branches = [node for node in tree.body if isinstance(node, ast.If)]
+    told = {alias.asname for node in branches for child in node.body for alias in getattr(child, "names", [])}
+    assert told == set(module.__all__)
+    loaded = [node for node in tree.body if "__getattr__" in ast.unparse(node)]
+    assert all(node in branches and ast.unparse(node.test) == "not TYPE_CHECKING" for node in loaded)
 
 
 def listed_in_the_reference() -> set[str]:

@@ -28,6 +28,7 @@ from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.recording.recorder import KernelRecorder
+from pathkernel.runtime.extras import require_extra
 from pathkernel.tangent_kernel.tangent_kernel import TangentKernel
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -155,7 +156,14 @@ def run(seed: int = 0, output: Path | None = None, tolerance: float = 1e-3, prog
         Relative error up to which the path kernel uses few nodes of the path; the kernel machine uses every step.
     progress
         Show progress bars.
+
+    Raises
+    ------
+    MissingExtraError
+        For a report without the libraries that draw it, before anything is trained.
     """
+    if output is not None:
+        require_extra("demo", "The report of `pathkernel demo`", "matplotlib", "jinja2")
     demo = Demo()
     start = time.perf_counter()
     digits = Digits.load(seed)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from pathkernel.errors import InputError, StoreError, check, quoted
+from pathkernel.errors import InputError, StoreError, quoted
 from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.storage.disk import DiskStore
@@ -105,13 +105,12 @@ def opened(arguments: argparse.Namespace) -> Trajectory:
     data = data() if callable(data) and not hasattr(data, "__len__") else data
     loss = known_loss(header.fingerprints["loss"]) if arguments.loss is None else _loss(arguments.loss)
     rule, optimizer, regularizers = _rule(arguments), _optimizer(arguments), _regularizers(arguments)
-    check(
-        regularizers is not None or not header.regularizers,
-        InputError,
-        f"The loss on record had the regularizers {quoted(list(header.regularizers))}, and none were given",
-        "They are functions of the parameters, of which a store has the names alone",
-        "Write `--regularizers train.py:regularizers` with the mapping that was given to `KernelRecorder`",
-    )
+    if regularizers is None and header.regularizers:
+        raise InputError(
+            f"The loss on record had the regularizers {quoted(list(header.regularizers))}, and none were given",
+            "They are functions of the parameters, of which a store has the names alone",
+            "Write `--regularizers train.py:regularizers` with the mapping that was given to `KernelRecorder`",
+        )
     _load(model, store)
     trajectory = Trajectory.open(
         arguments.run, model=model, loss=loss, data=data, rule=rule, regularizers=regularizers, optimizer=optimizer
@@ -144,14 +143,13 @@ def _check_loss_of_store(trajectory: Trajectory, header: Header) -> None:
 
     with generators_untouched():
         found = result_or_error(values, (Exception,))
-    check(
-        not isinstance(found, Exception),
-        StoreError,
-        f"The loss on record is {quoted(header.fingerprints['loss']['name'])}, which fails on the outputs and the "
-        f"targets of a few training samples ({str(found)[:300]})",
-        "A loss takes the network's outputs and the targets of a batch",
-        "Write `--loss train.py:loss` with the loss of the training, and look for damage with `pathkernel verify`",
-    )
+    if isinstance(found, Exception):
+        raise StoreError(
+            f"The loss on record is {quoted(header.fingerprints['loss']['name'])}, which fails on the outputs and the "
+            f"targets of a few training samples ({str(found)[:300]})",
+            "A loss takes the network's outputs and the targets of a batch",
+            "Write `--loss train.py:loss` with the loss of the training, and look for damage with `pathkernel verify`",
+        )
 
 
 def _rule(arguments: argparse.Namespace) -> UpdateRule | None:
@@ -160,13 +158,12 @@ def _rule(arguments: argparse.Namespace) -> UpdateRule | None:
         return None
     found = imported(arguments.rule, "--rule", "YourRule")
     rule = found() if isinstance(found, type) and issubclass(found, UpdateRule) else found
-    check(
-        isinstance(rule, UpdateRule),
-        InputError,
-        f"`--rule` {arguments.rule!r} is a {type(rule).__name__}",
-        "It is an `UpdateRule`, or a class of such that is made without arguments",
-        "Write `--rule train.py:YourRule` with the rule that was given to `KernelRecorder`",
-    )
+    if not isinstance(rule, UpdateRule):
+        raise InputError(
+            f"`--rule` {arguments.rule!r} is a {type(rule).__name__}",
+            "It is an `UpdateRule`, or a class of such that is made without arguments",
+            "Write `--rule train.py:YourRule` with the rule that was given to `KernelRecorder`",
+        )
     return rule
 
 
@@ -175,13 +172,12 @@ def _optimizer(arguments: argparse.Namespace) -> type[Optimizer] | None:
     if arguments.optimizer is None:
         return None
     found = imported(arguments.optimizer, "--optimizer", "YourOptimizer")
-    check(
-        isinstance(found, type) and issubclass(found, Optimizer),
-        InputError,
-        f"`--optimizer` {arguments.optimizer!r} is no class of optimizers",
-        "It is a subclass of `torch.optim.Optimizer`, the one that took the steps",
-        "Write `--optimizer train.py:YourOptimizer`",
-    )
+    if not isinstance(found, type) or not issubclass(found, Optimizer):
+        raise InputError(
+            f"`--optimizer` {arguments.optimizer!r} is no class of optimizers",
+            "It is a subclass of `torch.optim.Optimizer`, the one that took the steps",
+            "Write `--optimizer train.py:YourOptimizer`",
+        )
     return found
 
 
@@ -190,13 +186,12 @@ def _regularizers(arguments: argparse.Namespace) -> Mapping[str, Any] | None:
     if arguments.regularizers is None:
         return None
     regularizers = imported(arguments.regularizers, "--regularizers", "regularizers")
-    check(
-        isinstance(regularizers, Mapping),
-        InputError,
-        f"`--regularizers` {arguments.regularizers!r} is a {type(regularizers).__name__}",
-        "It is a mapping of names to functions of the parameters",
-        "Write `--regularizers train.py:regularizers` with what was given to `KernelRecorder`",
-    )
+    if not isinstance(regularizers, Mapping):
+        raise InputError(
+            f"`--regularizers` {arguments.regularizers!r} is a {type(regularizers).__name__}",
+            "It is a mapping of names to functions of the parameters",
+            "Write `--regularizers train.py:regularizers` with what was given to `KernelRecorder`",
+        )
     return regularizers
 
 
@@ -208,14 +203,13 @@ def _load(model: nn.Module, store: DiskStore) -> None:
     live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     values = {**start["constants"], **buffers, **header.layouts[-1].unflatten(store.final())}
     wrong = [name for name in values if name not in live or live[name].shape != values[name].shape]
-    check(
-        not wrong,
-        InputError,
-        f"`--model` made a {type(model).__name__} without {', '.join(f'`{name[:100]}`' for name in wrong[:5])} as "
-        "recorded",
-        "It must be the architecture that was recorded",
-        "Name the function that made the network for training",
-    )
+    if wrong:
+        raise InputError(
+            f"`--model` made a {type(model).__name__} without {', '.join(f'`{name[:100]}`' for name in wrong[:5])} as "
+            "recorded",
+            "It must be the architecture that was recorded",
+            "Name the function that made the network for training",
+        )
     with torch.no_grad():
         for name, value in values.items():
             live[name].copy_(value)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pathkernel.errors import CorruptBlockError, InputError, StoreError, brief, check, quoted
+from pathkernel.errors import CorruptBlockError, InputError, StoreError, brief, quoted
 from pathkernel.gradients.pytrees import memory_bytes
 from pathkernel.runtime.extras import require_extra
 from pathkernel.storage.disk import DiskStore
@@ -90,13 +90,12 @@ def export(arguments: argparse.Namespace) -> Result:
         ".parquet": _table,
         ".csv": _table,
     }
-    check(
-        path.suffix in writers,
-        InputError,
-        f"The file to write is `{path}`",
-        f"Its ending tells the format: {', '.join(writers)}",
-        "Write for example `pathkernel export runs/digits weights.safetensors`",
-    )
+    if path.suffix not in writers:
+        raise InputError(
+            f"The file to write is `{path}`",
+            f"Its ending tells the format: {', '.join(writers)}",
+            "Write for example `pathkernel export runs/digits weights.safetensors`",
+        )
     count = writers[path.suffix](store, path, arguments)
     size, what = path.stat().st_size, "steps" if writers[path.suffix] is _table else "points of the path"
     return 0, {"file": str(path), "steps": count, "bytes": size}, f"{path}: {count} {what}, {size / 1e6:.1f} MB"
@@ -108,13 +107,12 @@ def _points(store: DiskStore, arguments: argparse.Namespace) -> list[int]:
     asked = range(length + 1) if arguments.steps is None else [int(s) for s in arguments.steps.split(",")]
     points = [s + length + 1 if s < 0 else s for s in asked]
     outside = [s for s in points if not 0 <= s <= length]
-    check(
-        not outside,
-        InputError,
-        f"Points {outside} of the path were asked for",
-        f"It has the points 0 to {length}",
-        "Write for example `--steps 0,-1` for the untrained and the trained network",
-    )
+    if outside:
+        raise InputError(
+            f"Points {outside} of the path were asked for",
+            f"It has the points 0 to {length}",
+            "Write for example `--steps 0,-1` for the untrained and the trained network",
+        )
     return points
 
 
@@ -124,22 +122,20 @@ def _weights(store: DiskStore, arguments: argparse.Namespace) -> tuple[list[int]
     assert header is not None
     points, layout = _points(store, arguments), header.layouts[-1]
     needed, budget = len(points) * layout.size * header.dtype.itemsize * 2, memory_bytes(arguments.memory)
-    check(
-        needed <= budget,
-        InputError,
-        f"{len(points)} points of {layout.size} numbers take {needed / 1e6:.0f} MB",
-        f"The budget is {budget / 1e6:.0f} MB",
-        "Write for example `--steps 0,100,-1` for some of them, or `--memory 8GB`",
-    )
+    if needed > budget:
+        raise InputError(
+            f"{len(points)} points of {layout.size} numbers take {needed / 1e6:.0f} MB",
+            f"The budget is {budget / 1e6:.0f} MB",
+            "Write for example `--steps 0,100,-1` for some of them, or `--memory 8GB`",
+        )
     outside = [name for name in layout.names if not _is_member(name)]
-    check(
-        not outside,
-        InputError,
-        f"Parameters of the names {quoted(outside[:3])} were to be written",
-        "A file of weights is an archive by name, and these names are too long for it, no Unicode text, or lead out of "
-        "the folder that it is unpacked in",
-        "Read them with `Trajectory.open(path, ...).vector(step)` instead",
-    )
+    if outside:
+        raise InputError(
+            f"Parameters of the names {quoted(outside[:3])} were to be written",
+            "A file of weights is an archive by name, and these names are too long for it, no Unicode text, or lead "
+            "out of the folder that it is unpacked in",
+            "Read them with `Trajectory.open(path, ...).vector(step)` instead",
+        )
     vectors = [store.vector(s) if s < len(store) else store.final() for s in points]
     named = [layout.unflatten(vector) for vector in vectors]
     return points, {name: torch.stack([one[name] for one in named]) for name in layout.names}
@@ -183,13 +179,12 @@ def _table(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
 
     header = store.header
     assert header is not None
-    check(
-        header.replay is None,
-        StoreError,
-        f"A table of the steps in `{store.path}` was asked for, which keeps θ at keyframes only",
-        "Steps between keyframes are trained again, which takes the network, the loss and the data",
-        "Read `Trajectory.open(path, model=model, loss=loss, data=data).steps()` instead",
-    )
+    if header.replay is not None:
+        raise StoreError(
+            f"A table of the steps in `{store.path}` was asked for, which keeps θ at keyframes only",
+            "Steps between keyframes are trained again, which takes the network, the loss and the data",
+            "Read `Trajectory.open(path, model=model, loss=loss, data=data).steps()` instead",
+        )
     rows = []
     for index in range(len(store)):
         step = store.read(index)
@@ -199,7 +194,7 @@ def _table(store: DiskStore, path: Path, arguments: argparse.Namespace) -> int:
             "length": step.length,
             "displacement": displacement.norm().item(),
             "gradient": step.gradient.double().norm().item() if len(step.gradient) else None,
-            "ids": [int(i) for batch in step.batches for i in batch.ids],
+            "ids": [int(i) for batch in step.batches for i in batch.ids.reshape(-1)],
         }
         for group, settings in enumerate(step.hyperparameters):
             # Settings are keywords; a text that begins with "=" would be run as a formula by what opens the table.

@@ -19,7 +19,8 @@ from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.runtime.workspace import Workspace
 
 ROWS = 250_000_000
-"""Bytes in which rows are formed at once. A smaller budget is kept by whoever asks for fewer samples."""
+"""Bytes in which rows are formed at once. A smaller budget is kept by whoever asks for fewer samples. Chosen, not
+measured."""
 
 BY_ROWS = ("jacobian", "autograd")
 """Engines that form rows of all parameters."""

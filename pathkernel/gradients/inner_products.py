@@ -17,7 +17,7 @@ from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.pytrees import blocks
 
 TILE = 256
-"""Query samples contracted at once."""
+"""Query samples contracted at once. Chosen, not measured."""
 
 
 def paired_names(left: FactoredGradients, others: Sequence[FactoredGradients]) -> set[str]:

@@ -209,7 +209,7 @@ def coupled_row_blocks(
                 own[sample] = cotangents[sample].to(outputs)
                 row.copy_(function.layout.flatten(pulled_back(leaves, outputs, own, retain=True)))
                 give_back_freed_memory()
-                deliver_interrupt()
+                deliver_interrupt()  # no pass comes between them
             del outputs
         yield rows
 

@@ -128,13 +128,13 @@ class ModelFunction:
         """Evaluate inside, once where the pass draws random numbers, with kernels that can be differentiated.
 
         With or without autograd's graph; None leaves it as it is. ``as_trained`` leaves the choice of kernels to torch,
-        as the loop did. Ctrl-C waits until the end, or for `pathkernel.runtime.interrupts.deliver_interrupt`: settings
-        of torch, and its random generators, have to be put back. One thread at a time.
+        as the loop did. Ctrl-C waits until the end, or for the next pass: settings of torch, and its random generators,
+        have to be put back. One thread at a time.
         """
         check_gradients_are_possible()
         device, dtype = self.state.autocast or (self.device.type, None)
         with (
-            defer_interrupts(),
+            defer_interrupts(divisible=True),
             self.lock,
             RANDOM if self.state.generators else nullcontext(),
             module_mode(self.module, self.state.modes),
@@ -146,6 +146,12 @@ class ModelFunction:
             torch.autocast(device, dtype=dtype, enabled=dtype is not None),
             nullcontext() if gradients is None else torch.set_grad_enabled(gradients),
         ):
+            yield
+
+    @contextmanager
+    def without_graph(self) -> Iterator[None]:
+        """Compute inside with what a pass left, without adding to autograd's graph; Ctrl-C as in `evaluating`."""
+        with defer_interrupts(divisible=True), torch.no_grad():
             yield
 
     @contextmanager
@@ -168,6 +174,7 @@ class ModelFunction:
 
     def call(self, parameters: Parameters, inputs: PyTree) -> Any:
         """The network's outputs for a batch; see `pathkernel.gradients.pytrees.arguments_of`."""
+        deliver_interrupt()  # whatever is a loop of passes need not think of it
         structure, evaluation = self.structure, self.state.modes is False
         inputs = moved(inputs, self.device)
         if structure.writes_inputs is not False:  # they are the user's
@@ -212,5 +219,4 @@ class ModelFunction:
         with self.evaluating(gradients=False):
             for piece in blocks(count(inputs), block):
                 found.append(self.batch(parameters, take(inputs, piece)))
-                deliver_interrupt()
         return torch.cat(found)

@@ -19,7 +19,7 @@ from pathkernel.errors import InputError
 from pathkernel.gradients.forward_state import QUIET_FALLBACKS
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import cast_floating, count, moved, take
-from pathkernel.runtime.interrupts import deliver_interrupt, result_or_error
+from pathkernel.runtime.interrupts import result_or_error
 
 REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError)
 """Exceptions that torch raises in a call that a transformation does not cover."""
@@ -159,7 +159,6 @@ def _gradients_in_turn(
             h = values_of(functional, z, take(context, slice(i, i + 1)))[0]
             units = torch.eye(len(h), dtype=h.dtype, device=h.device)
             rows.append([pulled_back(leaves, h, unit, retain=k + 1 < len(h)) for k, unit in enumerate(units)])
-            deliver_interrupt()
     stacked = {name: torch.stack([torch.stack([g[name] for g in own]) for own in rows]) for name in leaves}
     return {name: value[:, 0] for name, value in stacked.items()} if scalar else stacked
 
@@ -233,7 +232,8 @@ def _error_of_gradients(
 
 SMALL_BATCH = 2**15
 """Numbers in the inputs of a batch, times directions, up to which derivatives along all directions are taken at once:
-the time of small networks is that of calls, and large ones would take as many times the memory."""
+the time of small networks is that of calls, and large ones would take as many times the memory. Chosen, not
+measured."""
 
 
 def output_products(
@@ -266,7 +266,6 @@ def output_products(
             with function.evaluating(gradients=False), function.kept():
                 for direction in some:
                     found.append((push or push_forward)(outputs, point, direction).double())
-                    deliver_interrupt()
         return torch.stack(found)
 
     together = ("directions", function.submodule, function.layout.names)

@@ -142,6 +142,13 @@ def _check(function: ModelFunction, theta: Tensor, few: PyTree) -> None:
                 "A kernel is made of a function of one sample, which is given as a batch of one",
                 "Let `forward` take batches of any size; batch statistics need `track_running_stats=True`",
             ) from own
+        if n > 1 and own.shape[1] * n == together.shape[1]:  # numbers for each pair of samples, as similarities
+            raise ComparedSamples(
+                f"For one sample the network returned {own.shape[1]} numbers, and {together.shape[1]} for each of {n}",
+                "A kernel is made of a function of one sample; similarities are one of the batch",
+                "Return the embeddings and compare them inside the loss; or ask for a part of the network that takes "
+                'samples one by one, `machine.explain(X, outputs="encoder")` with the name of a submodule',
+            )
         if own.shape[1:] != together.shape[1:]:
             raise UnsupportedModelError(
                 f"For one sample the network returned {own.shape[1]} numbers, and {together.shape[1]} for each of {n}",
@@ -163,6 +170,10 @@ def _check_halves(function: ModelFunction, theta: Tensor, inputs: PyTree) -> Non
     apart = torch.cat(halves)
     if not _agree(apart, whole, function.dtype):
         raise _dependent(_difference(apart, whole, whole))
+
+
+class ComparedSamples(UnsupportedModelError):
+    """Refusal of a network that compares the samples of a batch with each other, where one sample is asked for."""
 
 
 def _dependent(difference: float) -> UnsupportedModelError:

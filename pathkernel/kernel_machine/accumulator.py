@@ -176,7 +176,12 @@ def accumulator_of(arrays: Mapping[str, np.ndarray]) -> Accumulator:
 
 
 def attributions_of(
-    accumulator: Accumulator, output: Tensor, queries: tuple[np.ndarray, np.ndarray], steps: int, engines: Iterable[str]
+    accumulator: Accumulator,
+    output: Tensor,
+    queries: tuple[np.ndarray, np.ndarray],
+    steps: int,
+    engines: Iterable[str],
+    sources: Mapping[str, slice],
 ) -> Attributions:
     """The result of an explanation.
 
@@ -192,6 +197,8 @@ def attributions_of(
         Number of steps of the trajectory.
     engines
         How the gradients of the training samples were formed.
+    sources
+        Columns of samples that are not of the training data.
     """
     moved = (output - accumulator.channels["initial"]).abs().clamp_min(torch.finfo(torch.float64).tiny)
     assert accumulator.shares is not None
@@ -210,6 +217,7 @@ def attributions_of(
         split_error=_largest(accumulator.split_error),
         samples_checked=_least(accumulator.samples_checked),
         engine=", ".join(sorted(engines)),
+        sources=dict(sources),
     )
 
 

@@ -81,7 +81,8 @@ def linear(rule: UpdateRule, frozen: Frozen, settings: Settings, shape: torch.Si
     rows = []
     for place in range(rule.stages + slots):
         inputs = [one if place == other else zero for other in range(rule.stages + slots)]
-        gradients, memory = inputs[: rule.stages], tuple(inputs[rule.stages :])
+        gradients = inputs[: rule.stages]
+        memory = tuple(inputs[rule.stages :])
         delta, after = rule.step(gradients[0] if rule.stages == 1 else tuple(gradients), memory, frozen, settings)
         rows.append(tuple(_coefficient(value) for value in (delta, *after)))
     return Linear(tuple(rows[: rule.stages]), tuple(rows[rule.stages :]))
@@ -105,19 +106,23 @@ class StepAdjoint:
     """
 
     def __init__(self, rule: UpdateRule, step: Step, shapes: dict[str, torch.Size]) -> None:
-        self.rule, self.step, self.shapes = rule, step, shapes
+        self.rule = rule
+        self.step = step
+        self.shapes = shapes
         self._linear: dict[Any, Linear] = {}
 
     def linear(self, name: str) -> Linear | None:
         """The coefficients of a parameter, found once; None where the rule is not elementwise."""
-        if not self.rule.elementwise:
+        frozen = self.step.frozen[name]
+        settings = self.step.hyperparameters_of(name)
+        rule = self.rule.of(settings)
+        if not rule.elementwise:
             return None
-        frozen, settings = self.step.frozen[name], self.step.hyperparameters_of(name)
         shared = all(isinstance(value, (bool, int, float)) for value in frozen.values())
         # Parameters of one group in which only numbers are frozen step alike.
         key = (self.step.groups[name], tuple(sorted(frozen.items()))) if shared else name
         if key not in self._linear:
-            self._linear[key] = linear(self.rule, frozen, settings, self.shapes[name])
+            self._linear[key] = linear(rule, frozen, settings, self.shapes[name])
         return self._linear[key]
 
     def of(self, name: str, dtype: torch.dtype) -> Callable[[slice, Tensor, list[Tensor | None]], list[Scaled]]:
@@ -138,20 +143,25 @@ class StepAdjoint:
                 b, d = (_part(c, where) for c in memory[0])
                 held[0] = _accumulated(held[0], d, q, b)
                 return [(held[0], ratio)]
-            pulled: list[Scaled] = [(_combined([_part(c, where) for c in row], [q, *held]), 1.0) for row in gradients]
-            held[:] = [_combined([_part(c, where) for c in row], [q, *held]) for row in memory]
+            slots = held[: len(memory)]  # other optimizers may have more
+            pulled: list[Scaled] = [(_combined([_part(c, where) for c in row], [q, *slots]), 1.0) for row in gradients]
+            held[: len(memory)] = [_combined([_part(c, where) for c in row], [q, *slots]) for row in memory]
             return pulled
 
         return pull
 
     def _differentiated(self, name: str) -> Callable[[slice, Tensor, list[Tensor | None]], list[Scaled]]:
-        frozen, settings, shape = self.step.frozen[name], self.step.hyperparameters_of(name), self.shapes[name]
+        frozen = self.step.frozen[name]
+        settings = self.step.hyperparameters_of(name)
+        shape = self.shapes[name]
+        rule = self.rule.of(settings)
+        count = len(rule.memory)
 
         def pull(where: slice, q: Tensor, held: list[Tensor | None]) -> list[Scaled]:
             assert where == slice(0, shape.numel()), "a rule that is not elementwise takes whole parameters"
-            filled = tuple((torch.zeros_like(q) if m is None else m).reshape(-1, *shape) for m in held)
-            pulled, before = adjoint(self.rule, frozen, settings, q.reshape(-1, *shape), filled)
-            held[:] = [m.flatten(1) for m in before]
+            filled = tuple((torch.zeros_like(q) if m is None else m).reshape(-1, *shape) for m in held[:count])
+            pulled, before = adjoint(rule, frozen, settings, q.reshape(-1, *shape), filled)
+            held[:count] = [m.flatten(1) for m in before]
             return [(u.flatten(1), 1.0) for u in pulled]
 
         return pull

@@ -67,7 +67,7 @@ class Attributions:
     Attributes
     ----------
     shares
-        (Q, N) float64, columns in the order of sample ids.
+        (Q, N) float64, columns in the order of sample ids; behind them those of ``sources``.
     channels
         What is not a training sample, by name, (Q,) each: ``"initial"`` (the untrained network),
         ``"rounding"`` (what recomputed gradients differ by from those that the optimizer received, within their
@@ -106,6 +106,9 @@ class Attributions:
         (optimizers that take several in one step).
     engine
         How the gradients of the training samples were formed: ``"layerwise"``, ``"jacobian"``, ``"autograd"``.
+    sources
+        Columns of samples that are not of the training data, by the name of their source: slices of the second axis of
+        ``shares``; see `pathkernel.KernelRecorder.source`.
     form
         The same sum in the form that the machine was asked for: `pathkernel.kernel_machine.forms.AverageForm`,
         `ConstantForm` or `EnsembleForm`; None for ``"folded"`` and ``"chord"``.
@@ -125,6 +128,7 @@ class Attributions:
     split_error: float = float("nan")
     samples_checked: float = float("nan")
     engine: str = ""
+    sources: dict[str, slice] = field(default_factory=dict)
 
     @property
     def samples(self) -> np.ndarray:
@@ -198,17 +202,19 @@ class Attributions:
 
     def by_class(self, y: np.ndarray) -> dict[object, np.ndarray]:
         """Sum the shares over the training samples of each class: ``{label: (Q,)}``."""
-        y = np.asarray(y)
-        if y.shape != (self.shares.shape[1],):
+        y, n = np.asarray(y), min([where.start for where in self.sources.values()], default=self.shares.shape[1])
+        if y.shape != (n,):
             raise InputError(
                 f"Labels of shape {y.shape} were given",
-                f"One label for each of the {self.shares.shape[1]} training samples is needed, in id order",
+                f"One label for each of the {n} training samples is needed, in id order",
                 "Write `why.by_class(y_train)`",
             )
-        return {label: self.shares[:, y == label].sum(axis=1) for label in np.unique(y)}
+        return {label: self.shares[:, :n][:, y == label].sum(axis=1) for label in np.unique(y)}
 
     def to_frame(self) -> pandas.DataFrame:
         """One row for each query and training sample: ``query, sample, output, training_sample, share``.
+
+        Where there are ``sources``, also ``source``, and ``training_sample`` is counted within it.
 
         Where ``verify="shares"`` was asked, also ``share_error``: what the query's shares may be off by in sum, and
         each of them at most, in the units of the output.
@@ -224,6 +230,11 @@ class Attributions:
             "training_sample": np.tile(np.arange(n), q),
             "share": self.shares.ravel(),
         }
+        if self.sources:
+            names, ids = np.full(n, "", dtype=object), np.arange(n)
+            for name, where in self.sources.items():
+                names[where], ids[where] = name, ids[where] - where.start
+            columns |= {"training_sample": np.tile(ids, q), "source": np.tile(names, q)}
         if self.shares_error is not None:
             columns["share_error"] = np.repeat(self.shares_error * self._moved, n)
         return pandas.DataFrame(columns)
@@ -235,8 +246,10 @@ class Attributions:
             errors += f", shares error {np.median(self.shares_error):.1e}"
         told = np.isnan(self.samples_checked) or self.samples_checked == 1
         checked = "" if told else f", samples checked in {self.samples_checked:.0%} of the steps"
+        others = "".join(f", {where.stop - where.start} {name}" for name, where in self.sources.items())
+        n -= sum(where.stop - where.start for where in self.sources.values())
         return (
-            f"Attributions({q} queries × {n} training samples, channels: {', '.join(self.channels)}; "
+            f"Attributions({q} queries × {n} training samples{others}, channels: {', '.join(self.channels)}; "
             f"residual {self.relative_residual:.1e}, {errors} (median), "
             f"split error {'not checked' if np.isnan(self.split_error) else format(self.split_error, '.1e')}{checked})"
         )

@@ -25,16 +25,19 @@ from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.forms import FormBuilder
+from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
+from pathkernel.trajectory.columns import Owners
 from pathkernel.trajectory.stage_gradients import WHOLE, Passes, StageGradients
 from pathkernel.trajectory.step import Segment, Step
 
 BLOCK = 2**19
-"""Entries of a block of columns for all queries: three of them stay in cache, and products run at full speed."""
+"""Entries of a block of columns for all queries: three of them stay in cache, and products run at full speed. By which
+script it was found is not on record; `benchmarks/engines.py` times shares that are made with it."""
 
 FEW = 4
-"""Queries up to which a batch is pushed along each, in place of forming rows of the batch."""
+"""Queries up to which a batch is pushed along each, in place of forming rows of the batch. Chosen, not measured."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Cuts:
     roomy: bool = True
 
 
+@defer_interrupts(divisible=True)
 def backward_sweep(
     curve: Curve,
     gradients: RecordedGradients,
@@ -84,6 +88,7 @@ def backward_sweep(
             sweep.step(segment, segment.step, q)
             bar.update()
         del q  # not beside the gradients of the next segment
+        deliver_interrupt()
     bar.close()
     sweep.finish()
     return sweep.accumulator.on_cpu()
@@ -106,15 +111,18 @@ class BackwardSweep:
         self.builder = builder
         self.cuts = cuts
         self._pushed = cuts.roomy and len(curve.queries) <= FEW
-        trajectory, count = self.trajectory, len(curve.queries)
-        self.layout, self.rule, self.count = trajectory.layout, trajectory.rule, count
+        trajectory = self.trajectory
+        count = len(curve.queries)
+        self.layout = trajectory.layout
+        self.rule = trajectory.rule
+        self.count = count
         self.shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
         # Rules that mix entries are differentiated, and add up rounding along the way.
         self.dtype = accumulation_dtype(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
         self.accumulator = accumulator = Accumulator.start(curve.initial)
         # (N, Q), so that a batch adds to whole rows.
         device = trajectory.device
-        self.shares = torch.zeros(len(trajectory.data), count, dtype=torch.float64, device=device)
+        self.shares = torch.zeros(len(gradients.columns), count, dtype=torch.float64, device=device)
         modules = dict.fromkeys(_module(name) for name in self.layout.names) if by == "module" else ()
         self.modules = {module: torch.zeros_like(self.shares) for module in modules}
         accumulator.steps = self._zeros(count, len(trajectory)) if by == "step" else None
@@ -147,6 +155,7 @@ class BackwardSweep:
             if rates:
                 self._contract_scaled(q, rates, received[0], totals[0])
             for name, where, pulled in self._pull_back_memory(step, adjoint, q, rates, weights):
+                deliver_interrupt()
                 for place, u, scale in pulled:
                     totals[place].add(name, received[place].products(where, u, self._pushed), scale)
         self._beyond_the_rule(step, q)
@@ -219,7 +228,8 @@ class BackwardSweep:
         self, q: FactoredGradients, rates: dict[str, float], received: StepGradients, total: Contributions
     ) -> None:
         """u = a q: pieces of queries and batch meet directly."""
-        begin, scale = 0, self._scale(rates)
+        begin = 0
+        scale = self._scale(rates)
         for part in received.stage.parts:
             self._contract_scaled_part(q, rates, scale, received, total, begin, part)
             begin += len(part)
@@ -255,7 +265,7 @@ class BackwardSweep:
         self, q: FactoredGradients, scale: Tensor, received: StepGradients, total: Contributions
     ) -> None:
         if received.vectors:
-            total.add_rows(len(received.ids), (q @ (torch.stack(received.vectors, dim=1) * scale[:, None])).T)
+            total.add_rows(len(received.owners), (q @ (torch.stack(received.vectors, dim=1) * scale[:, None])).T)
 
     # -- all other steps: columns of the queries' cotangents, block by block ----------------------------------
 
@@ -266,7 +276,8 @@ class BackwardSweep:
         for name in self.layout.names:
             if name not in step.active or name in rates:
                 continue
-            pull, own = adjoint.of(name, self.dtype), self.layout.slices[name]
+            pull = adjoint.of(name, self.dtype)
+            own = self.layout.slices[name]
             for where in self._blocks(name):
                 held = self.memory.get(where.start, [None] * len(self.rule.memory))
                 inside = slice(where.start - own.start, where.stop - own.start)
@@ -310,7 +321,8 @@ class BackwardSweep:
         """Pull all columns back first, (Q, P) of each stage, then contract the passes of the batch one by one."""
         rates: dict[str, float] | None = None
         for stage, (one, total) in enumerate(zip(received, totals, strict=True)):
-            parts, begin = iter(one.stage.parts), 0
+            parts = iter(one.stage.parts)
+            begin = 0
             part = next(parts, None)
             while part is not None:
                 if rates is None:
@@ -334,7 +346,8 @@ class BackwardSweep:
 
     def _blocks(self, name: str) -> Iterator[slice]:
         """A parameter in blocks of whole rows; in one where the rule needs it whole."""
-        own, shape = self.layout.slices[name], self.shapes[name]
+        own = self.layout.slices[name]
+        shape = self.shapes[name]
         if not self.rule.elementwise:
             yield own
             return
@@ -364,9 +377,10 @@ class StepGradients:
     """Gradient of a step, as samples and named channels put it together."""
 
     def __init__(self, stage: StageGradients, channels: list[tuple[str, Tensor]]) -> None:
-        self.stage, self.names = stage, [name for name, _ in channels]
+        self.stage = stage
+        self.names = [name for name, _ in channels]
         self.vectors = [vector for _, vector in channels]
-        self.ids = stage.ids.to(stage.samples.device)
+        self.owners = stage.owners.to(stage.samples.device)
 
     def products(self, where: slice, u: Tensor, push: bool) -> Tensor:
         """g · u of every sample, then of every channel, over a block of columns: (B + channels, Q)."""
@@ -394,24 +408,25 @@ class Contributions:
     """Inner products of a step's gradients with their weights, (B + channels, Q), on their way to the accumulator."""
 
     def __init__(self, sweep: BackwardSweep, step: Step, received: StepGradients) -> None:
-        self.sweep, self.step, self.received = sweep, step, received
-        width = len(received.ids) + len(received.names)
+        self.sweep = sweep
+        self.step = step
+        self.received = received
+        width = len(received.owners) + len(received.names)
         self.sum = torch.zeros(width, sweep.count, dtype=torch.float64, device=sweep.shares.device)
 
     def add(self, name: str, products: Tensor, scale: float = 1.0) -> None:
         """Products over some columns of a parameter, of samples and channels."""
         self.sum.add_(products, alpha=scale)
-        self._add_to_module(name, self.received.ids, products, scale)
+        self._add_to_module(name, self.received.owners, products, scale)
 
     def add_samples(self, name: str, begin: int, products: Tensor, scale: float) -> None:
         """Products over some columns of a parameter, of some of the samples."""
         self.add_rows(begin, products, scale)
-        self._add_to_module(name, self.received.ids[begin : begin + len(products)], products, scale)
+        self._add_to_module(name, self.received.owners.part(slice(begin, begin + len(products))), products, scale)
 
-    def _add_to_module(self, name: str, ids: Tensor, products: Tensor, scale: float) -> None:
+    def _add_to_module(self, name: str, owners: Owners, products: Tensor, scale: float) -> None:
         if self.sweep.modules:
-            samples = products[: len(ids)].double()
-            self.sweep.modules[_module(name)].index_add_(0, ids, samples, alpha=scale)
+            owners.add(self.sweep.modules[_module(name)], products[: len(owners)].double(), scale)
 
     def add_rows(self, begin: int, products: Tensor, scale: float = 1.0) -> None:
         """Products with some of what was received."""
@@ -419,9 +434,10 @@ class Contributions:
 
     def add_to_accumulator(self) -> None:
         """Put everything where it belongs."""
-        accumulator, count = self.sweep.accumulator, len(self.received.ids)
+        accumulator = self.sweep.accumulator
+        count = len(self.received.owners)
         samples = self.sum[:count]
-        self.sweep.shares.index_add_(0, self.received.ids, samples)
+        self.received.owners.add(self.sweep.shares, samples)
         for row, name in enumerate(self.received.names, start=count):
             accumulator.channels[name] += self.sum[row]
         if accumulator.steps is not None:

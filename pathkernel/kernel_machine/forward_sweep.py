@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.curves import Curve
+from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.discrepancies import Discrepancy
@@ -26,6 +27,7 @@ from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Memory
 
 
+@defer_interrupts(divisible=True)
 def forward_sweep(
     curve: Curve,
     gradients: RecordedGradients,
@@ -36,7 +38,8 @@ def forward_sweep(
 
     Time per step: one batch gradient and as many directional derivatives as there are channels. Memory O(P).
     """
-    trajectory, size = curve.trajectory, curve.trajectory.layout.size
+    trajectory = curve.trajectory
+    size = curve.trajectory.layout.size
     memory: dict[str, list[Tensor]] = defaultdict(
         lambda: [torch.zeros(size, dtype=torch.float64, device=trajectory.device) for _ in trajectory.rule.memory]
     )
@@ -47,6 +50,7 @@ def forward_sweep(
     bar = tqdm(total=len(trajectory), desc="forward sweep", unit="step", disable=not progress)
 
     def displacements(segment: Segment) -> dict[str, Tensor]:
+        deliver_interrupt()
         if segment.step is None:
             return {segment.channel: segment.displacement}
         bar.update()
@@ -68,7 +72,8 @@ def _displacements(
     passes: Passes,
 ) -> dict[str, Tensor]:
     """Δ_s split by where it came from, (P,) each; ``memory`` becomes that after the step."""
-    rule, size = trajectory.rule, trajectory.layout.size
+    rule = trajectory.rule
+    size = trajectory.layout.size
     none = [torch.zeros(size, dtype=torch.float64, device=trajectory.device) for _ in range(rule.stages)]
     received: dict[str, list[Tensor]] = defaultdict(lambda: [vector.clone() for vector in none])
     for index, stage in enumerate(gradients.stages(step, rows=False, passes=passes)):
@@ -122,17 +127,19 @@ class Part:
 
 def _parts(trajectory: Trajectory, step: Step) -> list[Part]:
     """Cut θ into parts; parameters that an elementwise rule treats alike are joined, inactive ones left out."""
-    layout, rule = trajectory.layout, trajectory.rule
+    layout = trajectory.layout
+    rule = trajectory.rule
     parts: list[Part] = []
     names: list[list[str]] = []
     for (name, where), shape in zip(layout.slices.items(), layout.shapes, strict=True):
         if name not in step.active:
             continue
-        settings, frozen = step.hyperparameters_of(name), step.frozen[name]
+        settings = step.hyperparameters_of(name)
+        frozen = step.frozen[name]
         numbers = {key: value for key, value in frozen.items() if not isinstance(value, Tensor)}
         last = parts[-1] if parts else None
         alike = last is not None and last.where.stop == where.start and last.settings is settings
-        if rule.elementwise and alike and last is not None and last.frozen == numbers:
+        if alike and rule.of(settings).elementwise and last is not None and last.frozen == numbers:
             parts[-1] = Part(slice(last.where.start, where.stop), torch.Size(), numbers, settings)
             names[-1].append(name)
         else:

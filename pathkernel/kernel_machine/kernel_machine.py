@@ -14,7 +14,7 @@ from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
 from pathkernel.gradients.per_sample import load_transformations
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes
-from pathkernel.kernel_machine.accumulator import Accumulator, accumulator_of, arrays_of, attributions_of, concatenate
+from pathkernel.kernel_machine.accumulator import Accumulator, attributions_of, concatenate
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
 from pathkernel.kernel_machine.averaging_error import AveragingError, Noted, shares_error
 from pathkernel.kernel_machine.backward_sweep import backward_sweep
@@ -23,8 +23,10 @@ from pathkernel.kernel_machine.completeness import check_end, check_unexplained
 from pathkernel.kernel_machine.curves import AverageCurve, ChordCurve, Curve, PathCurve
 from pathkernel.kernel_machine.explanation_identity import Asked, explanation_identity
 from pathkernel.kernel_machine.forms import BUILDERS, FORMS
+from pathkernel.kernel_machine.forward_plan import plan_forward
 from pathkernel.kernel_machine.forward_sweep import forward_sweep
-from pathkernel.kernel_machine.memory_plan import Plan, plan_backward, plan_forward
+from pathkernel.kernel_machine.kept_explanation import kept_explanation
+from pathkernel.kernel_machine.memory_plan import Plan, plan_backward
 from pathkernel.kernel_machine.queries import Queries
 from pathkernel.kernel_machine.query_selection import QuerySelection, shapes_of
 from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
@@ -41,9 +43,6 @@ T = TypeVar("T")
 
 MADE = ("function", "_gradients", "_plans", "_selection")
 """Attributes that a machine makes of the others, and does not save."""
-
-KEPT_QUERIES = 64
-"""Samples in a block of a computation that is kept in a store: what an interruption may cost."""
 
 SHORT = 1e-10
 """Part of the change of an output below which a tolerance that was not met is rounding inside the network."""
@@ -340,8 +339,9 @@ class KernelMachine:
             )
             output = curve.final.cpu()
             self._check_unexplained(accumulator, output)
-        engines = self._recorded.certificate.engines
-        why = attributions_of(accumulator, output, (samples, indices), len(self.trajectory), engines)
+        recorded = self._recorded
+        engines, sources = recorded.certificate.engines, recorded.columns.slices
+        why = attributions_of(accumulator, output, (samples, indices), len(self.trajectory), engines, sources)
         tolerance = self.quadrature.tolerance if isinstance(self.quadrature, Adaptive) else 0.0
         moved = torch.from_numpy(why._moved)
         return why, (accumulator.short > max(tolerance, SHORT) * moved).numpy()
@@ -407,27 +407,15 @@ class KernelMachine:
 
     def _stored(self, store: str | os.PathLike[str], curve: Curve, asked: Asked) -> Accumulator:
         """The same, block by block in a store."""
-        from pathkernel.storage import resumable  # not before it is needed: what writes to disk takes a second to load
-
         if self.form in BUILDERS:
             raise InputError(
                 f'An explanation in the form "{self.form}" was to be kept in a store',
                 "What is kept are shares, channels and the certificate, of the forms folded and chord",
                 'Write `KernelMachine(trajectory, form="folded")`, or leave `store` out',
             )
-        queries = curve.queries
-        # The same blocks whatever the budget, which another call may give otherwise: it cuts them further.
-        pieces = list(blocks(len(queries) // queries.components, KEPT_QUERIES))
-        sizes = [(piece.stop - piece.start) * queries.components for piece in pieces]
-        kept = resumable.resumable_blocks(
-            store,
-            explanation_identity(curve, self.quadrature, self.form, self.engine, self.average, asked),
-            sizes,
-            lambda index: arrays_of(self._backward(curve.block(pieces[index]), asked)),
-        )
-        named = {"missed": (), "short": (), "evaluations": (), "shares": (len(self.trajectory.data),)}
-        resumable.check_arrays(store, kept, len(queries), named, "an explanation")
-        return accumulator_of(kept)
+        identity = explanation_identity(curve, self.quadrature, self.form, self.engine, self.average, asked)
+        columns = len(self._recorded.columns)
+        return kept_explanation(store, identity, curve, columns, lambda block: self._backward(block, asked))
 
     def _check_unexplained(self, accumulator: Accumulator, output: Tensor) -> None:
         discrepancies = self._recorded.discrepancies
@@ -435,7 +423,7 @@ class KernelMachine:
 
     def _swept(self, curve: Curve, asked: Asked, plan: Plan) -> Accumulator:
         curve.queries.passes = plan.passes
-        builder = BUILDERS[self.form](len(self.trajectory.data)) if self.form in BUILDERS else None
+        builder = BUILDERS[self.form](len(self._recorded.columns)) if self.form in BUILDERS else None
         noted = Noted(curve.quadrature)
         if asked.verify:
             curve.quadrature = noted

@@ -32,38 +32,37 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
 from pathkernel.gradients.factored import accumulation_dtype
-from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, take
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.backward_sweep import BLOCK, FEW, Cuts
 from pathkernel.kernel_machine.batch_sizes import BatchSizes, kinds_of_batches
 from pathkernel.kernel_machine.curves import Curve
-from pathkernel.kernel_machine.queries import ProductStep, Queries
+from pathkernel.kernel_machine.queries import Queries
 from pathkernel.quadrature import Adaptive, DiscreteGradient, FixedQuadrature, Quadrature
 from pathkernel.runtime.allocations import Allocations, Footprint, footprint
 from pathkernel.trajectory.batch_gradients import RecordedGradients
-from pathkernel.trajectory.stage_gradients import WHOLE, Passes
+from pathkernel.trajectory.stage_gradients import Passes
 from pathkernel.trajectory.step import Step
 
 SHARE = 0.7
-"""Part of a budget that is planned with: the rest is for gaps between tensors."""
+"""Part of a budget that is planned with: the rest is for gaps between tensors. That it suffices is measured by
+tests/kernel_machine/test_memory_budget.py, in fresh processes."""
 
 PASSING = 1.6
 """Growth of a process in a pass through a network, over what its tensors take at once: operations need memory
-inside, and many results of many sizes leave gaps. Measured on convolutional networks, where it is largest."""
+inside, and many results of many sizes leave gaps. Measured on convolutional networks, where it is largest; that it
+suffices, tests/kernel_machine/test_memory_budget.py measures."""
 
 RUNTIME = 24 << 20
 """Bytes that code and Python's own objects take when they are first used, measured on three networks by
 tests/kernel_machine/test_memory_budget.py."""
 
 OF_SMALL = 0.6
-"""Part of a small budget that they take at most."""
+"""Part of a small budget that they take at most. Chosen, so that a small budget is refused by what tensors take."""
 
 STAGE = 6
 """Vectors of P numbers in float64 by which a recorded gradient is compared with its recomputation."""
@@ -71,17 +70,12 @@ STAGE = 6
 HELD = 5
 """Vectors of P numbers in float64 that are held while gradients are contracted."""
 
-WITHOUT_GRAPH = 2.5
-"""The same for a pass without a graph, in which little else is held than what an operation works on."""
-
-AT_ONCE = 4096
-"""Samples that go through a network at once, at most, for nothing but their outputs."""
-
 COLUMNS = (2**16, 2**14, 2**12, 2**10, 2**9, 2**8)
-"""Entries of θ that may be formed at once."""
+"""Entries of θ that may be formed at once; tried in turn, so that their spacing alone is chosen."""
 
 PASS, BLOCK_OF_COLUMNS = 1e6, 5e4
-"""Cost of a pass through the network, and of a block of columns, by itself: in entries of a sample's gradient."""
+"""Cost of a pass through the network, and of a block of columns, by itself: in entries of a sample's gradient. Chosen,
+not measured: they rank ways to cut a sweep that all fit."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,7 @@ class Plan:
     cuts: Cuts
 
 
-def _short(quadrature: Quadrature) -> Quadrature:
+def shortened(quadrature: Quadrature) -> Quadrature:
     """Quadrature that takes the same memory in less time: every level of halving takes the same."""
     return replace(quadrature, max_depth=1) if isinstance(quadrature, Adaptive) else quadrature
 
@@ -169,7 +163,7 @@ class _Planner:
         # Throughout, of each query sample: cotangents of the optimizer's memory, shares, sums over a step, and what
         # else is asked for.
         slots = len(self.rule.memory) if gradients.keeps_memory else 0
-        sums = 8 * len(trajectory.data) + (16 + 8 * self.rule.stages) * gradients.most
+        sums = 8 * len(gradients.columns) + (16 + 8 * self.rule.stages) * gradients.most
         self.throughout = float(self.k * ((slots + matrices) * self.size * self.itemsize + sums))
         # As many samples for all that is held of a batch while one block of columns after the other is contracted.
         self.gaps = 2.0 * gradients.most * self.row if slots else 0.0
@@ -209,7 +203,7 @@ class _Planner:
         curve.queries.passes = passes
         curve.queries.forward = None
         curve.queries.source.tapes.forget(n)  # each new number of samples is proved, the sweep's own too
-        curve.quadrature = _short(curve.quadrature)
+        curve.quadrature = shortened(curve.quadrature)
         accumulator = Accumulator.start(curve.initial)
         segments = curve.backward(accumulator)
         return segments, accumulator, next(segments, None)
@@ -356,81 +350,6 @@ class _Planner:
         batch = most * self.size + PASS * passes + BLOCK_OF_COLUMNS * columns * portions
         query = self.size + PASS / (way.passes or block)
         return math.ceil(self.samples / block) * batch + self.samples * query
-
-
-def outputs_at_once(function: ModelFunction, theta: Tensor, inputs: PyTree, memory: int) -> int:
-    """Samples that go through a network at once for nothing but their outputs; one where a budget is too small.
-
-    What follows takes more, and refuses such a budget with all that it takes.
-    """
-    usable, n = usable_bytes(memory) / 2, min(AT_ONCE, count(inputs))
-
-    def outputs(n: int) -> Tensor:
-        return function.outputs(theta, take(inputs, torch.arange(n) % count(inputs)))
-
-    with Allocations() as allocations:
-        outputs(2)
-    if WITHOUT_GRAPH * allocations.peak * n / 2 <= usable:
-        return AT_ONCE
-    most = max(1, footprint(outputs).times(WITHOUT_GRAPH).most(usable, n))
-    return AT_ONCE if most == n else most
-
-
-def plan_forward(
-    queries: Queries, gradients: RecordedGradients, quadrature: Quadrature, memory: int
-) -> tuple[int, Passes]:
-    """Query samples, and samples of a batch, that go through the network at once in a forward sweep.
-
-    Raises
-    ------
-    InputError
-        With both sizes, where the budget does not hold one of each.
-    """
-    trajectory, samples, usable = gradients.trajectory, count(queries.inputs), usable_bytes(memory)
-    segment = next(iter(trajectory.segments()))
-    channels, vector = _channels(gradients), 8.0 * trajectory.layout.size
-
-    def pushed(n: int) -> Any:
-        few = queries.block(torch.arange(n) % samples)
-        few.forward = None
-        zeros = torch.zeros(channels, trajectory.layout.size, dtype=torch.float64, device=trajectory.device)
-        step = ProductStep(few, segment, zeros)
-        return _short(quadrature).average(step)
-
-    # Gradients, displacement, memory and directions of each channel.
-    rule, values = trajectory.rule, 8.0 * queries.components * (channels + 8)
-    fixed = vector * (STAGE + channels * (2 * rule.stages + len(rule.memory) + 2))
-    with Allocations() as two:
-        pushed(2)
-    one = PASSING / 2 * max(BatchSizes.of_two(gradients, total=True))
-    if (PASSING * two.peak / 2 + values) * samples + fixed + one * gradients.most <= usable:
-        return samples, WHOLE
-    query = footprint(pushed).times(PASSING).plus(fixed - vector * channels)
-    batches = BatchSizes.of(gradients, total=True)
-    resting = fixed + values * samples
-    separate = batches.separate.times(PASSING)
-    least = max(query.peak(1) + values * samples, resting + max(PASSING * batches.whole, separate.peak(1)))
-    if least > usable:
-        raise refusal(least, memory)
-    passes = separate.most(usable - resting, batches.largest)
-    return query.most(usable - values * samples, samples), Passes(sys.maxsize if passes == batches.largest else passes)
-
-
-def _channels(gradients: RecordedGradients) -> int:
-    """Number of channels a displacement is split into, with that of the samples."""
-    trajectory = gradients.trajectory
-    last = trajectory.store.summary(len(trajectory) - 1).record
-    names = {"samples", "rounding", *trajectory.objective.regularizers, *last.gradient_changes}
-    if trajectory.initial_memory:
-        names.add("memory")
-    if gradients.discrepancies:
-        names.add("unexplained")
-    step = trajectory.store.read(0)  # where a forward sweep begins
-    for name in list(step.active)[:1]:
-        parameter = trajectory.layout.unflatten(step.before)[name].double()
-        for of in (trajectory.rule.gradient_sources, trajectory.rule.displacement_sources):
-            names |= of(parameter, step.frozen[name], step.hyperparameters_of(name)).keys()
-    return len(names)
 
 
 def usable_bytes(memory: float) -> float:

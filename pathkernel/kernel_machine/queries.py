@@ -14,7 +14,7 @@ from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.gradient_source import ROWS, GradientSource
 from pathkernel.gradients.per_sample import REFUSALS, OutputFunctional, gradients_along, push_forward, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
-from pathkernel.runtime.interrupts import deliver_interrupt, result_or_error
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.step import Segment
 
@@ -89,7 +89,6 @@ class Queries:
             yield self
             return
         for piece in blocks(count(self.inputs), samples):
-            deliver_interrupt()
             yield self.block(piece)
             give_back_freed_memory()
 

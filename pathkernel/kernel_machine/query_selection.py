@@ -17,7 +17,7 @@ from pathkernel.gradients.per_sample import OutputFunctional
 from pathkernel.gradients.pytrees import count, take
 from pathkernel.gradients.sample_wise import check_sample_wise
 from pathkernel.kernel_machine.classification import is_classifier
-from pathkernel.kernel_machine.memory_plan import AT_ONCE, outputs_at_once
+from pathkernel.kernel_machine.forward_plan import AT_ONCE, outputs_at_once
 from pathkernel.kernel_machine.queries import Queries, one_hot_context
 from pathkernel.tangent_kernel.outputs import select_outputs
 from pathkernel.tangent_kernel.tangent_kernel import learn_structure, no_samples, split_samples
@@ -55,13 +55,13 @@ class QuerySelection:
             loss = objective.function('`outputs="loss"`')
             selection = select_outputs("loss", loss, objective.reduction)
             inputs, targets = split_samples(X, selection, self.trajectory.data.dtype, "KernelMachine")
-            inputs = self._samples(inputs)
+            inputs = self._samples(inputs, self.function)
             learn_structure(selection, self.function, self.trajectory.initial, inputs)
             queries = self._query(self.function, inputs, selection.function, targets, None)
             return queries, np.arange(len(queries)), np.full(len(queries), -1)
-        inputs = self._samples(X)
-        n = count(inputs)
         function, outputs = self._tapped(outputs)
+        inputs = self._samples(X, function)
+        n = count(inputs)
         if callable(outputs):
             queries = self._query(function, inputs, lambda z, _: outputs(z).reshape(()), torch.zeros(n, 0), None)
             return queries, np.arange(n), np.full(n, -1)
@@ -113,7 +113,7 @@ class QuerySelection:
 
     def every_output(self, X: PyTree) -> Queries:
         """Queries for all outputs of all samples."""
-        return self._all_outputs(self._samples(X), self.function)
+        return self._all_outputs(self._samples(X, self.function), self.function)
 
     def _all_outputs(self, inputs: PyTree, function: ModelFunction) -> Queries:
         c = self._number_of_outputs(inputs, function)
@@ -155,11 +155,11 @@ class QuerySelection:
             theta = trajectory.layout.flatten(record.last)
         return function.outputs(theta, inputs, at_once)
 
-    def _samples(self, X: PyTree) -> PyTree:
+    def _samples(self, X: PyTree, function: ModelFunction) -> PyTree:
         inputs = self.trajectory.queries(X, "KernelMachine")
         if not count(inputs):
             raise no_samples("KernelMachine")
-        check_sample_wise(self.function, self.trajectory.initial, inputs)
+        check_sample_wise(function, self.trajectory.initial, inputs)
         return inputs
 
 

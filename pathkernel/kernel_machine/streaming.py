@@ -24,7 +24,8 @@ from pathkernel.gradients.pytrees import copied_samples, memory_bytes
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.quadrature import Quadrature, as_quadrature
-from pathkernel.trajectory.schedule import StepObserver
+from pathkernel.trajectory.columns import Columns
+from pathkernel.trajectory.observer import StepObserver
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -36,9 +37,8 @@ ANYTHING = 1e300
 
 def has_memory(trajectory: Trajectory, settings: Settings) -> bool:
     """Test that a step depends on earlier gradients other than through what is frozen."""
-    memory = trajectory.rule.memory
-    unused = memory == ("momentum_buffer",) and all(group.get("momentum", 1) == 0 for group in settings)
-    return bool(memory) and not unused
+    memories = [(trajectory.rule.of(group).memory, group.get("momentum", 1)) for group in settings]
+    return any(memory and not (memory == ("momentum_buffer",) and momentum == 0) for memory, momentum in memories)
 
 
 class StreamingShares(StepObserver):
@@ -113,6 +113,7 @@ class StreamingShares(StepObserver):
             self._largest = 0.0
             self._sum: Attributions | None = None
             self._steps = 0
+            self._missed = None
 
     @staticmethod
     def _check(trajectory: Trajectory, settings: Settings) -> None:
@@ -132,14 +133,16 @@ class StreamingShares(StepObserver):
         if self._last is not None:
             self._sum = self._with(self._explained(self._last))
             self._at = self._last.after
-        self._last, self._steps = step, self._steps + 1
+        # Parameters may have joined: until now they were constants, at the values that the step finds.
+        self._at = torch.cat([self._at, step.before[len(self._at) :]]) if len(self._at) < len(step.before) else self._at
+        self._last, self._run, self._steps = step, self._trajectory.run, self._steps + 1
         self._largest = max(self._largest, step.gradient.norm().item())
 
     def _explained(self, step: Step, *, last: bool = False) -> Attributions:
         """The account of one step; of the last, with the changes after it."""
         assert self._trajectory is not None
         end = self._trajectory.end if last else None
-        piece = Trajectory.of_step(self._trajectory.run, self._at, step, end)
+        piece = Trajectory.of_step(self._run, self._at, step, end)
         machine = KernelMachine(piece, quadrature=self.quadrature, memory=self.memory, unexplained=ANYTHING)
         machine._largest_gradient = self._largest
         # One step moves outputs so little that its own certificate says nothing about the run's.
@@ -160,9 +163,11 @@ class StreamingShares(StepObserver):
                 channels[name] = channels.get(name, 0) + value
         missed = _missed(before) + _missed(own)
         moved = np.maximum(np.abs(own.output - channels["initial"]), np.finfo(float).tiny)
+        shares, sources = _summed(before, own)
         return replace(
             own,
-            shares=before.shares + own.shares,
+            shares=shares,
+            sources=sources,
             channels=channels,
             quadrature_error=missed / moved,
             gradients_per_step=before.gradients_per_step + own.gradients_per_step,
@@ -177,7 +182,7 @@ class StreamingShares(StepObserver):
         Raises
         ------
         TrajectoryError
-            Before the first step.
+            Before the first step, and where `observe` of a step ended in an error.
         """
         if self._trajectory is None or self._last is None:
             raise TrajectoryError(
@@ -185,6 +190,7 @@ class StreamingShares(StepObserver):
                 "It looks on while training is recorded",
                 "Write `KernelRecorder(..., observers=[shares])` and train first",
             )
+        self.require_whole()
         total = self._with(self._explained(self._last, last=True))
         why = replace(total, gradients_per_step=total.gradients_per_step / self._steps)
         limit = ROW_LIMIT[torch.promote_types(self._trajectory.dtype, torch.float32)]
@@ -193,6 +199,25 @@ class StreamingShares(StepObserver):
 
     attributions = result
     """Older name of `result`."""
+
+
+def _summed(one: Attributions, other: Attributions) -> tuple[np.ndarray, dict[str, slice]]:
+    """Shares of two accounts, whose sources may have given more samples in one of them, and the columns of these."""
+    if one.sources == other.sources:
+        return one.shares + other.shares, one.sources
+    counts: dict[str, int] = {}
+    for sources in (one.sources, other.sources):
+        for name, where in sources.items():
+            counts[name] = max(counts.get(name, 0), where.stop - where.start)
+    samples = min(where.start for own in (one, other) for where in own.sources.values())
+    columns = Columns(samples, counts)
+    total, places = np.zeros((len(one.shares), len(columns))), columns.slices
+    for own in (one, other):
+        total[:, :samples] += own.shares[:, :samples]
+        for name, where in own.sources.items():
+            begin = places[name].start
+            total[:, begin : begin + where.stop - where.start] += own.shares[:, where]
+    return total, dict(places)
 
 
 def _missed(account: Attributions) -> np.ndarray:

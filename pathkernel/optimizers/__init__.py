@@ -3,7 +3,28 @@
 Every optimizer names its rule, which the recorder is given: ``KernelRecorder(..., optimizer, ..., rule=Lion.rule())``.
 """
 
+from typing import TYPE_CHECKING
+
 from pathkernel.runtime.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from pathkernel.optimizers.momentum import Momentum as Momentum
+    from pathkernel.optimizers.momentum import MomentumRule as MomentumRule
+    from pathkernel.optimizers.momentum import leapfrog as leapfrog
+    from pathkernel.optimizers.runge_kutta import Heun as Heun
+    from pathkernel.optimizers.runge_kutta import HeunRule as HeunRule
+    from pathkernel.optimizers.runge_kutta import RungeKutta as RungeKutta
+    from pathkernel.optimizers.runge_kutta import RungeKutta4 as RungeKutta4
+    from pathkernel.optimizers.runge_kutta import RungeKutta4Rule as RungeKutta4Rule
+    from pathkernel.optimizers.runge_kutta import RungeKuttaRule as RungeKuttaRule
+    from pathkernel.optimizers.scaled import Lion as Lion
+    from pathkernel.optimizers.scaled import LionRule as LionRule
+    from pathkernel.optimizers.scaled import NormalizedDescent as NormalizedDescent
+    from pathkernel.optimizers.scaled import PolyakStep as PolyakStep
+    from pathkernel.optimizers.scaled import ScalarRMSprop as ScalarRMSprop
+    from pathkernel.optimizers.scaled import ScalarRule as ScalarRule
+    from pathkernel.optimizers.scaled import SignDescent as SignDescent
+    from pathkernel.optimizers.scaled import SignDescentRule as SignDescentRule
 
 _HOMES = {
     "Heun": "optimizers.runge_kutta",
@@ -26,4 +47,5 @@ _HOMES = {
 }
 
 __all__ = sorted(_HOMES)
-__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+if not TYPE_CHECKING:  # to which it would say that there is every name
+    __getattr__, __dir__ = lazy_names(__name__, _HOMES)

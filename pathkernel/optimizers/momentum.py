@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pathkernel.optimizers.closure import Closure, evaluated, received, required
-from pathkernel.update_rules.rule import Frozen, Memory, Observation, Settings, UpdateRule
+from pathkernel.update_rules.rule import Frozen, Memory, Observation, Observes, Settings, UpdateRule
 
 
 def leapfrog(time_step: float, friction: float) -> dict[str, float]:
@@ -60,7 +60,7 @@ class MomentumRule(UpdateRule):
 
     name = "Momentum"
     memory = ("velocity",)
-    keep_before = ("velocity",)
+    observes = Observes(before=("velocity",), after=None)
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """How far ahead the gradient was taken: κμv."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pathkernel.optimizers.closure import Closure, evaluated, received, required
-from pathkernel.update_rules.rule import Frozen, Memory, Observation, Settings, UpdateRule
+from pathkernel.update_rules.rule import Frozen, Memory, Observation, Observes, Settings, UpdateRule
 
 
 def squared_norm(optimizer: Optimizer) -> float:
@@ -227,7 +227,7 @@ class LionRule(UpdateRule):
 
     name = "Lion"
     memory = ("exp_avg",)
-    keep_before = ("exp_avg",)
+    observes = Observes(before=("exp_avg",), after=None)
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """Scale 1 / abs(c)."""

@@ -23,6 +23,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from pathkernel._typing import Float
+from pathkernel.errors import InputError
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.path_kernel.nodes import PathNode
 from pathkernel.tangent_kernel.measured_error import MeasuredError
@@ -37,6 +38,42 @@ WINDOW_BYTES = 2**27
 """Bytes of a window of large probe kernels."""
 DEPENDENT = 1e-12
 """Part of a kernel that the chosen ones leave, squared and relative, below which it is rounding."""
+
+
+def check_tolerance(tolerance: float, also_given: str | None, samples: int) -> None:
+    """Refuse a tolerance that no choice of nodes can be held to.
+
+    Parameters
+    ----------
+    tolerance
+        As given.
+    also_given
+        The argument that a tolerance excludes, where it was given.
+    samples
+        N.
+
+    Raises
+    ------
+    InputError
+    """
+    if also_given is not None:
+        raise InputError(
+            f"`tolerance={tolerance!r}` was given together with {also_given}",
+            "A tolerance chooses the steps itself, and over few steps the errors of random outputs do not average out",
+            f"Write `PathKernel(trajectory, tolerance={tolerance!r})`",
+        )
+    if not isinstance(tolerance, float) or not 0 < tolerance < 1:
+        raise InputError(
+            f"`tolerance={tolerance!r}` was given",
+            "The tolerance is a relative error between 0 and 1",
+            "Write for example `PathKernel(trajectory, tolerance=1e-3)`",
+        )
+    if samples < 2:
+        raise InputError(
+            f"`tolerance={tolerance!r}` was given for a trajectory with one training sample",
+            "Nodes are chosen by some of the training samples, and the error is measured on others",
+            "Leave out `tolerance`",
+        )
 
 
 def probe_samples(available: int, components: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -161,6 +161,11 @@ class PathNode:
 
 
 def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: Any = None) -> list[PathNode]:
+    """All of `nodes_along`, of the path as it is now."""
+    return list(nodes_along(measure, quadrature, stretches(len(measure.trajectory), steps)))
+
+
+def nodes_along(measure: PathMeasure, quadrature: Quadrature, cut: Iterable[range]) -> Iterator[PathNode]:
     """Quadrature nodes on the middle step of each stretch of the path, with the weight of the whole stretch.
 
     The end of a step and the start of the next are one node where both are the same network under the same M.
@@ -171,20 +176,24 @@ def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: Any = None) 
         The path, w_s and M_s.
     quadrature
         Nodes on each step.
-    steps
-        Number of stretches of neighbouring steps; None for every step by itself.
+    cut
+        Stretches of neighbouring steps; see `stretches`.
+
+    Yields
+    ------
+    PathNode
+        One after the other, each when it is known whether the next step begins at it.
 
     Notes
     -----
     One pass over the record, two steps in memory at a time. Steps are trained again for it only where `PathMeasure`
-    needs θ.
+    needs θ; whoever uses each node as it comes reads them while they are at hand.
     """
-    trajectory, times = measure.trajectory, quadrature.nodes
-    store = trajectory.store
+    store, times = measure.trajectory.store, quadrature.nodes
     inside = sum(time < 1 for time, _ in times) or 1
-    nodes: list[PathNode] = []
+    latest: PathNode | None = None
     end: Step | None = None  # the step at whose end the latest node lies, if it lies at one
-    for stretch in stretches(len(trajectory), steps):
+    for stretch in cut:
         weight = 0.0
         for position in stretch:
             step = store.read(position) if measure.needs_points else store.summary(position).record
@@ -195,20 +204,21 @@ def path_nodes(measure: PathMeasure, quadrature: Quadrature, steps: Any = None) 
             continue
         identity = measure.is_identity(middle)
         for place, (time, omega) in enumerate(times):
-            if time == 0 and identity and end is not None and _follows(middle, end):
-                weight_of_both = nodes[-1].weight + omega * weight
-                nodes[-1] = replace(nodes[-1], weight=weight_of_both, number=2 * middle.index * inside)
+            if time == 0 and identity and end is not None and latest is not None and _follows(middle, end):
+                latest = replace(latest, weight=latest.weight + omega * weight, number=2 * middle.index * inside)
                 continue
+            if latest is not None:
+                yield latest
             number = middle.index * inside + (place if time < 1 else inside)
-            nodes.append(PathNode(measure, represented, time, omega * weight, 2 * number + (time == 1)))
+            latest = PathNode(measure, represented, time, omega * weight, 2 * number + (time == 1))
         end = middle if identity and times[-1][0] == 1 else None
-    if not nodes:
+    if latest is None:
         raise InputError(
             f"The path has no length by `measure={measure.name!r}`",
             "At least one step must have a positive weight",
             'Write `measure="uniform"`, or record steps with a learning rate above 0',
         )
-    return nodes
+    yield latest
 
 
 def _follows(step: Step, before: Step) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -17,12 +17,12 @@ from pathkernel.errors import InputError
 from pathkernel.gradients.pytrees import copied_samples, count, memory_bytes, take
 from pathkernel.gradients.sample_wise import check_sample_wise
 from pathkernel.path_kernel.features import Features, features_of, samples_of_path
-from pathkernel.path_kernel.node_selection import probe_samples, select_nodes
-from pathkernel.path_kernel.nodes import PathMeasure, PathNode, path_nodes
+from pathkernel.path_kernel.matrix_identity import Made, matrix_identity
+from pathkernel.path_kernel.node_selection import check_tolerance, probe_samples, select_nodes
+from pathkernel.path_kernel.nodes import PathMeasure, PathNode, nodes_along, path_nodes, stretches
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
-from pathkernel.storage import question
 from pathkernel.tangent_kernel.engines.auto import EngineValue, make_engine
 from pathkernel.tangent_kernel.engines.engine import Engine, Samples
 from pathkernel.tangent_kernel.engines.products import error_of_engine
@@ -136,7 +136,10 @@ class PathKernel:
         )
         if isinstance(self.selection.function, OneOutput):
             self.selection.function.check(self._outputs)
-        self.nodes = path_nodes(self.measure, self.quadrature, steps)
+        self._cut = stretches(len(trajectory), steps)
+        # Where each of them takes training its step again, they are found while the kernel is first computed.
+        if tolerance is not None or not (self.measure.needs_points and trajectory.store.replays):
+            self.nodes = list(nodes_along(self.measure, self.quadrature, self._cut))
         if tolerance is not None:
             self.nodes, self.error = self._chosen(tolerance)
 
@@ -170,25 +173,8 @@ class PathKernel:
 
     def _chosen(self, tolerance: float) -> tuple[list[PathNode], MeasuredError]:
         """Fewer nodes, and the error that this makes."""
-        if self.steps is not None or self.probes is not None:
-            raise InputError(
-                f"`tolerance={tolerance!r}` was given together with {'`steps`' if self.steps else '`OutputProbes`'}",
-                "A tolerance chooses the steps itself, and over few steps the errors of random outputs do not average "
-                "out",
-                f"Write `PathKernel(trajectory, tolerance={tolerance!r})`",
-            )
-        if not isinstance(tolerance, float) or not 0 < tolerance < 1:
-            raise InputError(
-                f"`tolerance={tolerance!r}` was given",
-                "The tolerance is a relative error between 0 and 1",
-                "Write for example `PathKernel(trajectory, tolerance=1e-3)`",
-            )
-        if len(self.trajectory.data) < 2:
-            raise InputError(
-                f"`tolerance={tolerance!r}` was given for a trajectory with one training sample",
-                "Nodes are chosen by some of the training samples, and the error is measured on others",
-                "Leave out `tolerance`",
-            )
+        over_few = "`steps`" if self.steps else None if self.probes is None else "`OutputProbes`"
+        check_tolerance(tolerance, over_few, len(self.trajectory.data))
         chosen_by, held_out = self._probe_ids
         samples = self._training_samples(torch.cat([chosen_by, held_out]))
         with tqdm(self.nodes, desc="choosing nodes", unit="node", disable=not self.progress) as bar:
@@ -197,8 +183,24 @@ class PathKernel:
                 bar.update()
                 return self._exact_gram(node, *samples)
 
-            entries = (count(samples[0]) * (self._outputs if self._is_full else 1)) ** 2
+            entries = (count(samples[0]) * (self._outputs if self.selection.combine == "full" else 1)) ** 2
             return select_nodes(self.nodes, gram, len(chosen_by), tolerance, entries)
+
+    @cached_property
+    def nodes(self) -> list[PathNode]:
+        """The points of the path that are used, with their weights."""
+        return list(nodes_along(self.measure, self.quadrature, self._cut))
+
+    def _nodes_in_turn(self) -> Iterator[PathNode]:
+        """The nodes, each as soon as it is known; all are known afterwards."""
+        if "nodes" in vars(self):
+            yield from self.nodes
+            return
+        found = []
+        for node in nodes_along(self.measure, self.quadrature, self._cut):
+            found.append(node)
+            yield node
+        self.nodes = found
 
     @property
     def total_weight(self) -> float:
@@ -253,7 +255,7 @@ class PathKernel:
     def _gram(self, rows: Samples, columns: Samples | None) -> Tensor:
         (x, context_x), (y, context_y) = rows, columns or (None, None)
         total: Tensor | None = None
-        for node in self._progress(self.nodes):
+        for node in self._progress(self._nodes_in_turn()):
             tile = self._engine_at(node).gram(node.theta, x, y, context_x, context_y, node.preconditioner)
             tile.mul_(node.weight)
             total = tile if total is None else total.add_(tile)
@@ -261,7 +263,8 @@ class PathKernel:
         return total
 
     def _shape(self, rows: Samples, columns: Samples | None) -> tuple[int, ...]:
-        return (count(rows[0]), count((columns or rows)[0]), *(self._outputs, self._outputs) * self._is_full)
+        sides = (self._outputs,) * 2 if self.selection.combine == "full" else ()
+        return (count(rows[0]), count((columns or rows)[0]), *sides)
 
     def _stored_gram(self, store: str | os.PathLike[str], rows: Samples, columns: Samples | None) -> np.ndarray:
         from pathkernel.storage import resumable  # not before it is needed: what writes to disk takes a second to load
@@ -277,35 +280,12 @@ class PathKernel:
             node = self.nodes[0]
             return self._engine_at(node).fix_choices(node.theta, rows, sizes, before)
 
-        identity, shape = self._identity(rows, columns), self._shape(rows, columns)
+        how = self._given_engine, self._engine_at, self.function.dtype
+        made = Made(self.measure, self.nodes, self.selection, self.probes, *how)
+        identity = matrix_identity(made, self.engine.function, rows, columns)
+        shape = self._shape(rows, columns)
         return resumable.resumable_gram(
             store, identity, shape, columns is None, len(self.nodes), term, fix_engines, self.progress
-        )
-
-    def _identity(self, rows: Samples, columns: Samples | None) -> dict[str, Any]:
-        """Everything that a matrix depends on; not the budget. How its nodes were chosen, they say themselves."""
-        ends, selection, function = (self.nodes[0], self.nodes[-1]), self.selection, self.engine.function
-        points = [(function.with_(constants=node.buffers), node.theta) for node in ends]
-        points.append((points[1][0], question.nearby(self.trajectory)))
-        asked = question.behaviour(selection.function, points, *rows)
-        if not question.is_ours(self._given_engine):
-            first, context = take(rows, slice(0, 2))
-            entries = [
-                self._engine_at(node).gram(node.theta, first, None, context, None, node.preconditioner) for node in ends
-            ]
-            asked["entries"] = question.numbers(entries, question.NETWORK_ROUNDING[self.function.dtype])
-        weights = torch.tensor([(node.time, node.weight) for node in self.nodes], dtype=torch.float64)
-        return question.identity_of(
-            self.trajectory,
-            outputs=f"{selection.combine}, {selection.scalar}, {question.described(self.probes, 'outputs')}",
-            measure=f"{self.measure.name}, {self.measure.preconditioner}",
-            engine=question.described(self._given_engine, "engine"),
-            dtype=self.function.dtype,
-            nodes=question.samples_identity(torch.tensor([(node.position, node.number) for node in self.nodes])),
-            weights=question.numbers(weights.T, question.NETWORK_ROUNDING[torch.float64]),
-            rows=question.samples_identity(rows),
-            columns=question.samples_identity(columns),
-            **asked,
         )
 
     @one_at_a_time
@@ -313,7 +293,7 @@ class PathKernel:
         """K(x, x) for every sample: (n,), or (n, C, C) for ``outputs="full"``."""
         x, context = self._samples(X)
         if not count(x):
-            return np.zeros((0, *(self._outputs, self._outputs) * self._is_full))
+            return np.zeros((0, *(self._outputs, self._outputs) * (self.selection.combine == "full")))
 
         def at(node: PathNode) -> Tensor:
             return node.weight * self._engine_at(node).diagonal(node.theta, x, context, node.preconditioner)
@@ -417,14 +397,10 @@ class PathKernel:
         """C."""
         return self.function.outputs(self.trajectory.initial, self.trajectory.data.example[0]).shape[1]
 
-    @property
-    def _is_full(self) -> bool:
-        return self.selection.combine == "full"
-
     @cached_property
     def _probe_ids(self) -> tuple[Tensor, Tensor]:
         """Training samples to choose nodes by, and to measure errors on."""
-        return probe_samples(len(self.trajectory.data), self._outputs if self._is_full else 1)
+        return probe_samples(len(self.trajectory.data), self._outputs if self.selection.combine == "full" else 1)
 
     @cached_property
     def _probe_kernel(self) -> Tensor:
@@ -446,7 +422,7 @@ class PathKernel:
             raise no_samples("PathKernel")
         return samples
 
-    def _progress(self, nodes: list[PathNode]) -> Iterable[PathNode]:
+    def _progress(self, nodes: Iterable[PathNode]) -> Iterable[PathNode]:
         return tqdm(nodes, desc="path kernel", unit="node", disable=not self.progress)
 
     def __repr__(self) -> str:

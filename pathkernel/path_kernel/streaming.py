@@ -22,12 +22,13 @@ from pathkernel.path_kernel.nodes import PathMeasure, PathNode, path_nodes
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.tangent_kernel.engines.auto import EngineValue
+from pathkernel.tangent_kernel.engines.engine import Engine
 from pathkernel.tangent_kernel.engines.projection import Projection, ProjectionEngine
 from pathkernel.tangent_kernel.output_probes import OutputProbes
 from pathkernel.tangent_kernel.outputs import select_outputs
 from pathkernel.tangent_kernel.tangent_kernel import no_samples
 from pathkernel.trajectory.memory import MemoryStore
-from pathkernel.trajectory.schedule import StepObserver
+from pathkernel.trajectory.observer import StepObserver
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -62,7 +63,7 @@ class StreamingGram(StepObserver):
         measure: str = "learning_rate",
         quadrature: str | Quadrature = "trapezoid",
         preconditioner: str | None = None,
-        engine: str | EngineValue = "auto",
+        engine: str | EngineValue | type[Engine] = "auto",
         memory: int | str = "1GB",
         dtype: torch.dtype | None = None,
         steps: Any = None,
@@ -101,7 +102,7 @@ class StreamingGram(StepObserver):
         """Begin with nothing."""
         if self._trajectory is not trajectory:  # else recording goes on after a break
             self._trajectory = trajectory
-            self._sum = None
+            self._sum = self._missed = None
 
     def observe(self, step: Step) -> None:
         """Add the kernel of a step."""
@@ -117,11 +118,14 @@ class StreamingGram(StepObserver):
     def result(self) -> np.ndarray:
         """The kernel matrix of the path so far: float64 (n, m), or (n, m, C, C) for ``outputs="full"``.
 
+        Of the parameters in training at each step; those that join later count from then on.
+
         Raises
         ------
         TrajectoryError
-            Before a step with a positive weight.
+            Before a step with a positive weight, and where `observe` of a step ended in an error.
         """
+        self.require_whole()
         if self._sum is None:
             raise TrajectoryError(
                 "`StreamingGram` was asked for its result and has seen no step with a positive weight",
@@ -169,21 +173,33 @@ class StreamingFeatures(StepObserver):
         self.X, self.projection = copied_samples(X), Projection(dim, kind, seed)
         self.outputs, self.quadrature, self.memory = outputs, as_quadrature(quadrature), memory_bytes(memory)
         self.measure, self.preconditioner = measure, preconditioner
+        self._trajectory: Trajectory | None = None
         self._sum: Tensor | None = None
         self._end: PathNode | None = None  # a step's end, which may be the start of the next
 
     def begin(self, trajectory: Trajectory, settings: tuple[Mapping[str, Any], ...]) -> None:
         """Begin with nothing."""
-        self._trajectory, self._sum, self._end = trajectory, None, None
-        function = trajectory.function()
-        selection = select_outputs(self.outputs, trajectory.objective.known, trajectory.objective.reduction)
-        self._engine = ProjectionEngine(function, selection, self.memory, self.projection)
-        self._samples = samples_of_path(trajectory, self.X, selection, function.dtype, "StreamingFeatures")
+        if self._trajectory is trajectory:  # recording goes on after a break
+            return
+        self._trajectory, self._missed = trajectory, None
+        self._sum = self._end = None
+        self._engine = self._engine_of(trajectory)
+        selection, dtype = self._engine.selection, self._engine.function.dtype
+        self._samples = samples_of_path(trajectory, self.X, selection, dtype, "StreamingFeatures")
         if not count(self._samples[0]):
             raise no_samples("StreamingFeatures")
 
+    def _engine_of(self, trajectory: Trajectory) -> ProjectionEngine:
+        selection = select_outputs(self.outputs, trajectory.objective.known, trajectory.objective.reduction)
+        return ProjectionEngine(trajectory.function(), selection, self.memory, self.projection)
+
     def observe(self, step: Step) -> None:
         """Add the features at the nodes of a step."""
+        assert self._trajectory is not None
+        if self._engine.function.layout != self._trajectory.layout:  # parameters have joined
+            if self._end is not None:
+                self._add(self._end)
+            self._end, self._engine = None, self._engine_of(self._trajectory)
         path = Trajectory(self._trajectory.run, MemoryStore([step]), self._trajectory.end)
         measure = PathMeasure(path, self.measure, self.preconditioner)
         if measure.weight(step) <= 0:
@@ -222,8 +238,9 @@ class StreamingFeatures(StepObserver):
         Raises
         ------
         TrajectoryError
-            Before a step with a positive weight.
+            Before a step with a positive weight, and where `observe` of a step ended in an error.
         """
+        self.require_whole()
         if self._sum is None and self._end is None:
             raise TrajectoryError(
                 "`StreamingFeatures` was asked for its result and has seen no step with a positive weight",

@@ -1,9 +1,23 @@
 """Pictures of kernels and attributions: Display objects in scikit-learn's manner, and the report page."""
 
+from typing import TYPE_CHECKING
+
 from pathkernel.runtime.extras import require_extra
 from pathkernel.runtime.lazy import lazy_names
 
 require_extra("plot", "`pathkernel.plotting`", "matplotlib", "jinja2")
+
+if TYPE_CHECKING:
+    from pathkernel.plotting.attribution import AttributionDisplay as AttributionDisplay
+    from pathkernel.plotting.attribution import Sample as Sample
+    from pathkernel.plotting.completeness import CompletenessDisplay as CompletenessDisplay
+    from pathkernel.plotting.evolution import KernelEvolutionDisplay as KernelEvolutionDisplay
+    from pathkernel.plotting.gram import GramDisplay as GramDisplay
+    from pathkernel.plotting.report import KeyFigure as KeyFigure
+    from pathkernel.plotting.report import ReportFigure as ReportFigure
+    from pathkernel.plotting.report import Section as Section
+    from pathkernel.plotting.report import write_report as write_report
+    from pathkernel.plotting.spectrum import SpectrumDisplay as SpectrumDisplay
 
 _HOMES = {
     "AttributionDisplay": "plotting.attribution",
@@ -19,4 +33,5 @@ _HOMES = {
 }
 
 __all__ = sorted(_HOMES)
-__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+if not TYPE_CHECKING:  # to which it would say that there is every name
+    __getattr__, __dir__ = lazy_names(__name__, _HOMES)

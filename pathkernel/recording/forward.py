@@ -170,6 +170,9 @@ class ForwardWatcher:
         Names under which a backward pass has added to gradients since they were taken last.
     checked
         Whether to keep a checksum of θ with the passes to come, and how it is found; None where not.
+    enters, ended
+        Called before a forward pass in training, outside of backward passes, and when all backward passes have ended;
+        None for nothing.
 
     Notes
     -----
@@ -190,6 +193,8 @@ class ForwardWatcher:
         self.ran, self.begins, self.arrived, self.unseen = ran, begins, arrived, unseen
         self.device = next(model.parameters()).device
         self.checked: Callable[[], int] | None = None
+        self.enters: Callable[[], None] | None = None
+        self.ended: Callable[[], None] | None = None
         self.channel: str | None = None
         self.differentiated: set[str] = set()
         self._before: tuple[Any, ...] | None = None
@@ -218,6 +223,11 @@ class ForwardWatcher:
         """True while the hooks are on."""
         return bool(self._handles)
 
+    @property
+    def in_backward(self) -> bool:
+        """True within a backward pass that came through outputs."""
+        return bool(self._under_way) and torch._C._current_graph_task_id() >= 0
+
     def listen(self, parameters: list[nn.Parameter]) -> None:
         """Be told when gradients are added to those of some parameters."""
         for p in parameters:
@@ -237,6 +247,8 @@ class ForwardWatcher:
             return
         if self._under_way and torch._C._current_graph_task_id() < 0:
             self._under_way = {}  # of backward passes that ended with an error, of which nobody is told
+        if self.enters is not None and not self._under_way:
+            self.enters()
         if next(reversed(module._forward_hooks)) != self._handles[1].id:
             self._hook_last()
         kind = self.device.type
@@ -319,6 +331,8 @@ class ForwardWatcher:
                 one.add(self.channel, place, cotangent)
             for one in dict.fromkeys(one for one, _, _ in backward.brought):
                 self.arrived(one)
+            if self.ended is not None and not self._under_way:
+                self.ended()
 
 
 def others_listen(parameter: nn.Parameter) -> bool:

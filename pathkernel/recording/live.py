@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.recording.equality import equal_joined
 from pathkernel.recording.slabs import Slabs
 from pathkernel.runtime.checksum import checksum, crc32c, joined, row_major
-from pathkernel.update_rules.rule import UpdateRule
+from pathkernel.update_rules.rule import UpdateRule, kept_after
 
 EMPTY: Mapping[str, Any] = {}
 
@@ -30,6 +29,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(plain(v) for v in value)
     return value
+
+
+class Groups(Protocol):
+    """An optimizer as far as it is read here; also several of them as one."""
+
+    @property
+    def param_groups(self) -> Any:
+        """Its parameter groups, a list of dicts."""
+
+    @property
+    def state(self) -> Any:
+        """Its state, by parameter."""
 
 
 class FlatViews:
@@ -79,8 +90,9 @@ class LiveParameters:
         Parameter name → index of its parameter group.
     """
 
-    def __init__(self, named: dict[str, nn.Parameter], optimizer: Optimizer) -> None:
-        self.named, self.optimizer = named, optimizer
+    def __init__(self, named: dict[str, nn.Parameter], optimizer: Groups) -> None:
+        self.named = named
+        self._optimizer = optimizer
         self._slabs, self._values = Slabs(), FlatViews()
         self._kept: dict[str, FlatViews] = {}
         self._members: list[list[int]] | None = None
@@ -166,6 +178,21 @@ class LiveParameters:
         self._look()
         return self._strangers
 
+    @property
+    def optimizer(self) -> Groups:
+        """The optimizer; another one may take its place."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Groups) -> None:
+        self._optimizer, self._members = optimizer, None
+
+    @property
+    def members(self) -> object:
+        """Stands for who holds which parameters: the same object for as long as that stays as it is."""
+        self._look()
+        return self._members
+
     def _look(self) -> None:
         members = [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
         if members == self._members:
@@ -192,7 +219,7 @@ class LiveParameters:
 
     def kept_keys(self, rule: UpdateRule) -> tuple[str, ...] | None:
         """Keys of the state's tensors that a rule keeps after a step, or None where it looks at the live state."""
-        wanted = [rule.keep_after(group) for group in self.optimizer.param_groups]
+        wanted = [kept_after(rule, group) for group in self.optimizer.param_groups]
         if None in wanted or len({p.dtype for p in self.named.values()}) > 1:
             return None  # a common vector would have another type than some state tensors
         return tuple(dict.fromkeys(key for keys in wanted for key in keys))  # type: ignore[union-attr]
@@ -233,10 +260,13 @@ class LiveParameters:
     def memory(self, rule: UpdateRule) -> dict[str, tuple[Tensor, ...]]:
         """The optimizer's linear memory, for parameters that already have some."""
         memory = {}
+        settings = self.settings()
         for name, p in self.named.items():
             state = self.optimizer.state.get(p, {})
-            held = tuple(state.get(key) for key in rule.memory)
+            keys = rule.of(settings[self.groups[name]]).memory if name in self.groups else rule.memory
+            held = tuple(state.get(key) for key in keys)
             if any(isinstance(m, Tensor) for m in held):
+                held += (None,) * (len(rule.memory) - len(held))
                 memory[name] = tuple(torch.zeros_like(p) if m is None else m.detach().clone() for m in held)
         return memory
 

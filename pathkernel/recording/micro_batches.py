@@ -21,17 +21,17 @@ from pathkernel.recording.modules import WatchedModules
 from pathkernel.trajectory.step import MicroBatch
 
 
-def checked_ids(ids: Tensor, samples: int) -> Tensor:
-    """Sample ids, (B,) int64.
+def checked_ids(ids: Tensor, samples: int, axes: int = 1) -> Tensor:
+    """Sample ids, (B,) int64, or (B, k) of the k samples of each row.
 
     Raises
     ------
     SampleIdError
-        Unless they are a list of integers from 0 to ``samples`` − 1.
+        Unless they are integers from 0 to ``samples`` − 1, with so many axes.
     """
     integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     low, high = ids.aminmax() if integral and ids.numel() else (0, 0)
-    if not integral or ids.dim() != 1 or len(ids) == 0 or int(low) < 0 or int(high) >= samples:
+    if not integral or ids.dim() != axes or ids.numel() == 0 or int(low) < 0 or int(high) >= samples:
         raise SampleIdError(
             f"Sample ids {ids.tolist() if ids.numel() <= 8 else f'of shape {tuple(ids.shape)}'} "
             f"({str(ids.dtype).removeprefix('torch.')}) were announced"
@@ -50,7 +50,12 @@ def checked_batch(samples: int, ids: Any, weights: Any, inputs: PyTree, targets:
     SampleIdError
         Unless ids are some of the data's, each with one weight, input and target where these are given.
     """
-    ids = checked_ids(torch.as_tensor(ids), samples)
+    ids = torch.as_tensor(ids)
+    parts = None
+    if ids.dim() == 2:
+        ids, parts, weights = checked_ids(ids, samples, axes=2), _checked_parts(ids, weights, inputs), None
+    else:
+        ids = checked_ids(ids, samples)
     if weights is not None:
         weights = torch.as_tensor(weights).detach().clone()
         if weights.shape != ids.shape:
@@ -66,7 +71,37 @@ def checked_batch(samples: int, ids: Any, weights: Any, inputs: PyTree, targets:
                 "Ids and samples of a batch correspond one to one",
                 f"Write `recorder.announce(ids, {name}={name})` with one row for each id",
             )
-    return MicroBatch(ids, weights, inputs, targets)
+    return MicroBatch(ids, weights, inputs, targets, parts=parts)
+
+
+def _checked_parts(ids: Tensor, weights: Any, inputs: PyTree) -> Tensor:
+    """Parts of the rows that belong to each of several samples, (B, k) float64.
+
+    Raises
+    ------
+    SampleIdError
+        Unless they add up to 1 in each row, and the rows themselves were given.
+    """
+    given = None if weights is None else torch.as_tensor(weights).detach().double().cpu()
+    if given is not None and given.dim() == 1 and len(given) == ids.shape[1]:
+        given = given.expand(ids.shape)
+    if given is None or given.shape != ids.shape or not bool(((given.sum(dim=1) - 1).abs() <= 1e-6).all()):
+        found = "without weights" if given is None else f"with weights of shape {tuple(given.shape)}"
+        if given is not None and given.shape == ids.shape:
+            found = f"with weights that add up to {given.sum(dim=1).min():.3g} in a row"
+        raise SampleIdError(
+            f"Ids of shape {tuple(ids.shape)} were announced {found}",
+            "Where several samples share a row, a part of it belongs to each: weights of the same shape, or one for "
+            "each place, that add up to 1",
+            "Write `recorder.announce(torch.stack([ids, ids[order]], 1), weights=[lam, 1 - lam], inputs=mixed)`",
+        )
+    if inputs is None:
+        raise SampleIdError(
+            f"Ids of shape {tuple(ids.shape)} were announced without inputs",
+            "A row that several samples share is none of the training data",
+            "Write `recorder.announce(ids, weights=weights, inputs=mixed)` with what the network sees",
+        )
+    return given.clone()
 
 
 class AnnouncedBatch:
@@ -138,6 +173,14 @@ class PendingBatches:
         Decides what is kept of λ, (n, C): all of it or some, see `pathkernel.trajectory.cotangents.kept_cotangents`.
     dropped
         Called when batches are dropped whose gradients had arrived.
+
+    Attributes
+    ----------
+    in_use
+        Whether some optimizer has stepped by what is pending, so that it stays when gradients are cleared.
+    several
+        Whether a network has several optimizers: one may step by a loss before the backward pass of another loss on the
+        same outputs.
     """
 
     def __init__(
@@ -159,6 +202,8 @@ class PendingBatches:
         self._taken: tuple[MicroBatch, ...] | None = None
         self._unseen_gradients: dict[nn.Parameter, weakref.ref[Tensor]] = {}
         self._scale = 1.0
+        self.in_use = self.several = False
+        self._spent: AnnouncedBatch | None = None  # has been stepped by, and another optimizer may step by it, too
         self._unseen = ForwardState()  # of a batch of which no pass of the whole model is seen
 
     def start(self) -> None:
@@ -183,7 +228,7 @@ class PendingBatches:
         if modes != self._unseen.modes:
             self._unseen = ForwardState(modes)
         self._announced.append(AnnouncedBatch(batch, self._unseen))
-        self._taken = None
+        self._taken = self._spent = None
         self.listen()
 
     @property
@@ -227,6 +272,16 @@ class PendingBatches:
             if channel is not None and each.outputs is not None
         ]
 
+    @property
+    def in_flight(self) -> bool:
+        """True where gradients have arrived, or may yet."""
+        return any(one.used for one in self._announced)
+
+    @property
+    def last(self) -> MicroBatch | None:
+        """The batch that was announced last; None where nothing is pending."""
+        return self._announced[-1].batch if self._announced else None
+
     def scale_of_loss(self, scale: float) -> None:
         """Divide by what the loss of the step at hand was multiplied with: its gradients have been divided by it."""
         if scale != self._scale:
@@ -238,8 +293,17 @@ class PendingBatches:
         self.forget()
         return taken
 
+    def release(self) -> None:
+        """No further optimizer steps by a batch that has been stepped by."""
+        if self._spent in self._announced:
+            self._announced.remove(self._spent)
+            self._taken = None
+        self._spent = None
+
     def forget(self) -> None:
         """Let go of what was announced."""
+        if self.several and self._announced:
+            self._spent = self._announced[-1]
         for stranger in self._strangers:
             stranger.forget()
         for one in self._announced:
@@ -250,8 +314,8 @@ class PendingBatches:
     # -- forward ------------------------------------------------------------------------------------------------
 
     def _ran(self, one: ForwardPass) -> None:
-        if self._announced:
-            last = self._announced[-1]
+        last = self._announced[-1] if self._announced else self._spent
+        if last is not None:
             last.waiting.append(weakref.ref(one))
             last.ran = one.state, one.shapes
             one.owner = last
@@ -267,6 +331,8 @@ class PendingBatches:
         self._forget_cleared(overflowed=True)
 
     def _forget_cleared(self, overflowed: bool) -> None:
+        if self.in_use:
+            return
         arrived = any(one.passes or one.arrived for one in self._announced)
         named = self.watcher.differentiated  # a penalty need not come through outputs
         if not (arrived or named or self._strangers) or not self._gradients_were_cleared(overflowed):
@@ -290,6 +356,8 @@ class PendingBatches:
             if last is not None and not last.used:
                 owner = one.owner = last
         self._taken = None
+        if self.several and owner is not None and owner not in self._announced:
+            self._announced.insert(0, owner)  # another optimizer has stepped by these samples already
         if owner is None or owner not in self._announced:
             # What was named is booked under its name, whosesoever samples it is of.
             if one not in self._strangers and self.watcher.channel is None:
@@ -371,6 +439,8 @@ class PendingBatches:
             sampled_cotangents=some,
             loss_slope=slope,
             channel=channel,
+            source=batch.source,
+            parts=batch.parts,
         )
 
     def _check_strangers(self) -> None:

@@ -14,18 +14,21 @@ from typing import Any, Protocol
 from torch.optim import Optimizer
 
 from pathkernel.errors import StoreError
+from pathkernel.recording.optimizers import JointOptimizer
 from pathkernel.trajectory.trajectory import Trajectory
 
 
 class Opened(Protocol):
     """`pathkernel.KernelRecorder`, as far as another one has to know it."""
 
-    optimizer: Optimizer
-    _trajectory: Trajectory
+    optimizer: Optimizer | JointOptimizer | None
     _begun: str
     _process: int
     _in_with: bool
     _told: bool
+
+    @property
+    def _trajectory(self) -> Trajectory: ...
 
     @property
     def _handles(self) -> Sequence[Any]: ...
@@ -110,7 +113,8 @@ def say_that_it_was_forked(recorder: Opened) -> None:
 
 
 def _parameters(recorder: Opened) -> set[int]:
-    return {id(p) for group in recorder.optimizer.param_groups for p in group["params"]}
+    groups = [] if recorder.optimizer is None else recorder.optimizer.param_groups
+    return {id(p) for group in groups for p in group["params"]}
 
 
 def _path(recorder: Opened) -> Path | None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,13 @@ from pathkernel.gradients.losses import Objective, check_recorded_loss, check_re
 from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.gradients.pytrees import copied_samples
 from pathkernel.gradients.returned import Returns, check_returns
+from pathkernel.recording.attaching import joined, others_of
 from pathkernel.recording.indexed import indexed_loader
+from pathkernel.recording.joint_capture import JointCapture
 from pathkernel.recording.live import LiveParameters
-from pathkernel.recording.micro_batches import checked_batch, checked_ids
+from pathkernel.recording.micro_batches import PendingBatches, checked_batch, checked_ids
 from pathkernel.recording.open_recorders import OPEN, caller, make_way, say_that_it_was_forked
+from pathkernel.recording.optimizers import JointOptimizer, rules_of, unwrapped_optimizers
 from pathkernel.recording.readings import StepHooks
 from pathkernel.recording.step_capture import StepCapture
 from pathkernel.recording.store_choice import store_at, store_for
@@ -32,16 +35,21 @@ from pathkernel.recording.trial import check_network
 from pathkernel.recording.validation import check_optimizer, unwrapped
 from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.trajectory.averages import AverageRecord
+from pathkernel.trajectory.memory import MemoryStore
+from pathkernel.trajectory.observer import StepObserver
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.replay import ReplayStore
 from pathkernel.trajectory.run import End, RecordedOptimizer, Run, Start
 from pathkernel.trajectory.samples import Samples, samples_of
-from pathkernel.trajectory.schedule import RecordingLevel, StepObserver, Streaming, as_schedule
+from pathkernel.trajectory.schedule import RecordingLevel, Streaming, as_schedule
 from pathkernel.trajectory.step import MicroBatch
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.update_rules.joint import JointRule
 from pathkernel.update_rules.rule import UpdateRule
 from pathkernel.update_rules.table import rule_of
+
+T = TypeVar("T")
 
 
 class KernelRecorder:
@@ -55,7 +63,9 @@ class KernelRecorder:
     model
         The network in training.
     optimizer
-        A `torch.optim` optimizer over the model's parameters.
+        A `torch.optim` optimizer over the model's parameters, or a list of several that train it together, each
+        parameter by one of them: ``[muon, adamw]``. Their steps by one backward pass are one step on record. None where
+        it is made later, see `attach`.
     loss
         Batch loss ``(output, target)`` as the loop computes it: a scalar, or one number per sample. It is not evaluated
         while recording: its slopes at the network's outputs are taken from the training pass itself. Only
@@ -72,7 +82,8 @@ class KernelRecorder:
     rule
         How the optimizer turns gradients into displacement; known by itself for the optimizers in
         `pathkernel.update_rules`. ``"elementwise"`` shares each step entry by entry in proportion to the gradient,
-        for optimizers without a rule: exact in total, a convention in the split.
+        for optimizers without a rule: exact in total, a convention in the split. For several optimizers a list of
+        rules, None for those that are known, or one for all.
     reduction
         For a loss that returns one number per sample: how the loop reduces it, ``"mean"`` or ``"sum"``; used where the
         loss is evaluated again.
@@ -127,13 +138,13 @@ class KernelRecorder:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         loss: Loss | str | None = None,
         data: Any = None,
         *,
         returns: Returns = None,
         task: str | None = None,
-        rule: UpdateRule | str | None = None,
+        rule: UpdateRule | str | Sequence[UpdateRule | str | None] | None = None,
         reduction: str = "mean",
         regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None = None,
         averages: Mapping[str, nn.Module | Mapping[str, Tensor]] | None = None,
@@ -149,9 +160,58 @@ class KernelRecorder:
                 "The recorder needs the training samples, whose ids the batches are announced with",
                 "Write `KernelRecorder(model, optimizer, loss, data=(X_train, y_train))`",
             )
-        rule = rule_of(optimizer, rule)
+        self.model = model
+        self.optimizer: Optimizer | JointOptimizer | None = None
+        self._made: StepCapture | None = None
+        self._path: Trajectory | None = None
+        self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
+        self._checked = self._waits = False
+        self._process, self._begun, self._in_with, self._told = os.getpid(), "", False, False
+        self._make = partial(
+            self._make_for,
+            outer=outer,
+            loss=loss,
+            data=data,
+            returns=returns,
+            task=task,
+            rule=rule,
+            reduction=reduction,
+            regularizers=regularizers,
+            averages=averages,
+            audit_every=audit_every,
+            store=store,
+            schedule=schedule,
+            observers=observers,
+        )
+        if optimizer is not None:
+            self._make(unwrapped_optimizers(optimizer, rule))
+
+    def _make_for(
+        self,
+        optimizers: list[Optimizer],
+        *,
+        outer: nn.Module,
+        loss: Loss | str | None,
+        data: Any,
+        returns: Returns,
+        task: str | None,
+        rule: UpdateRule | str | Sequence[UpdateRule | str | None] | None,
+        reduction: str,
+        regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None,
+        averages: Mapping[str, nn.Module | Mapping[str, Tensor]] | None,
+        audit_every: int | None,
+        store: str | os.PathLike[str] | Store | None,
+        schedule: RecordingLevel | None,
+        observers: Sequence[StepObserver],
+    ) -> None:
+        """Make everything that follows from the optimizers: the rule, the run, the record and what watches."""
+        model = self.model
+        rules = rules_of(optimizers, rule)
+        alone = len(optimizers) == 1
+        optimizer: Optimizer | JointOptimizer = optimizers[0] if alone else JointOptimizer(optimizers, rules)
+        rule = optimizer.rule if isinstance(optimizer, JointOptimizer) else rules[0]
         check_optimizer(model, optimizer, rule)
-        self.model, self.optimizer = model, optimizer
+        self.optimizer = optimizer
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         named = named_trainable(model, also=trained)
         layout = ParameterLayout.of(named)
@@ -174,14 +234,16 @@ class KernelRecorder:
         self._observers = level.observers if isinstance(level, Streaming) else tuple(observers)
         self._averages = dict(averages or {})
         kept, keyframes = store_for(store_at(store), run, live, bool(self._averages), bool(self._observers))
-        self._trajectory = Trajectory(run, kept)
+        self._path = path = Trajectory(run, kept)
         records = {name: AverageRecord.begin(name, source, layout) for name, source in self._averages.items()}
-        self._trajectory.stand(End(averages=records))
-        self._capture = StepCapture(
+        path.stand(End(averages=records))
+        capture = StepCapture if isinstance(optimizer, Optimizer) else JointCapture
+        self._made = capture(
             outer,
             model,
+            optimizer,
             live,
-            self._trajectory,
+            path,
             keyframes,
             self._observers,
             self._averages,
@@ -189,10 +251,28 @@ class KernelRecorder:
             # The optimizer's hooks keep a recorder alive by this that nobody else names any more.
             stopped=partial(say_that_it_was_forked, self),
         )
-        self._pending = self._capture.pending
-        self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
-        self._checked = False
-        self._process, self._begun, self._in_with, self._told = os.getpid(), "", False, False
+
+    @property
+    def _capture(self) -> StepCapture:
+        return self._with_optimizer(self._made)
+
+    @property
+    def _trajectory(self) -> Trajectory:
+        return self._with_optimizer(self._path)
+
+    @staticmethod
+    def _with_optimizer(part: T | None) -> T:
+        if part is None:
+            raise RecordingError(
+                "The recorder has no optimizer yet",
+                "What is recorded are the steps of optimizers",
+                "Write `KernelRecorder(model, optimizer, ...)`, or `recorder.attach(optimizer)` before training",
+            )
+        return part
+
+    @property
+    def _pending(self) -> PendingBatches:
+        return self._capture.pending
 
     # -- the life of a recording ------------------------------------------------------------------------------
 
@@ -204,6 +284,8 @@ class KernelRecorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._made is None and kind is not None:
+            return
         try:
             self.close()
         except KeyboardInterrupt:  # it may have come before the first line of `close`
@@ -213,6 +295,9 @@ class KernelRecorder:
     def start(self) -> None:
         """Hook into the optimizer; the first call fixes θ_0."""
         if self._handles:
+            return
+        if self._made is None:  # `attach` goes on
+            self._waits = True
             return
         make_way(self)
         self._begun, self._process, self._in_with = caller(), os.getpid(), False
@@ -313,13 +398,68 @@ class KernelRecorder:
 
     @property
     def _handles(self) -> list[StepHooks]:
-        return self._capture.hooks
+        return [] if self._made is None else self._made.hooks
 
     @property
     def trajectory(self) -> Trajectory:
         """The path recorded so far."""
         self._capture.record_end_state()
         return self._trajectory
+
+    def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> None:
+        """Watch an optimizer that was made later, beside those that are watched.
+
+        Before the first recorded step any optimizers join; also where the recorder was made without one. Later, one may
+        take the place of another, as the copies do that frameworks make of optimizers (hooks are lost in them), or
+        bring parameters that had no optimizer, under an update rule that is in use.
+
+        Parameters
+        ----------
+        optimizer
+            The optimizer, or a list of them.
+
+        Raises
+        ------
+        RecordingError
+            Where the record would have to begin anew.
+        """
+        given = self._make.keywords["rule"]
+        rule = None if isinstance(given, (list, tuple, JointRule)) else given
+        new = unwrapped_optimizers(optimizer, rule)
+        if self._made is None or self._may_begin_anew(self._made):
+            self._begin_anew(new, given)
+            return
+        for one in new:
+            now = joined(self._capture.optimizer, self._trajectory.rule, one, rule_of(one, rule))
+            check_optimizer(self.model, now, self._trajectory.rule)
+            if isinstance(now, JointOptimizer) and not isinstance(self._capture, JointCapture):
+                self._made = JointCapture.instead_of(self._capture, now)
+            else:
+                self._capture.take_over(now)
+            self.optimizer = now
+
+    def _may_begin_anew(self, capture: StepCapture) -> bool:
+        """True where nothing is on record yet, nor on disk."""
+        trajectory = self._trajectory
+        written = bool(self._handles) and not isinstance(trajectory.store, MemoryStore)
+        return not (len(trajectory) or written or capture.pending.in_flight)
+
+    def _begin_anew(self, new: list[Optimizer], given: Any) -> None:
+        """Make everything anew with further optimizers."""
+        capture, last = self._made, None
+        kept: list[Optimizer] = []
+        if capture is not None:
+            kept, given = others_of(capture.optimizer, new, given)
+            last = capture.pending.last if self._handles else None
+            self._waits = self._waits or bool(self._handles)
+            self._detach()
+        self._make([*kept, *new], rule=given)
+        if self._waits:
+            in_with, self._waits = self._in_with, False
+            self.start()
+            self._in_with = in_with
+        if last is not None:
+            self._announce(last)
 
     # -- sample ids arrive with the batch ----------------------------------------------------------------------
 
@@ -374,10 +514,12 @@ class KernelRecorder:
         Parameters
         ----------
         ids
-            (B,) sample ids.
+            (B,) sample ids; (B, k) where k samples share each row, as in mixup.
         weights
             (B,) coefficient of each sample's loss in the batch loss; None where the recorded loss reduces the batch.
-            Used only where that is evaluated again: slopes from the training pass hold them already.
+            Used only where that is evaluated again: slopes from the training pass hold them already. With ids (B, k):
+            (B, k) or (k,), which part of what a row contributed is booked under each of its samples, a convention; they
+            add up to 1, so that the total stays exact.
         inputs, targets
             What the network sees where it differs from the training data, such as augmented images.
 
@@ -419,9 +561,9 @@ class KernelRecorder:
         inside = capture.opened is not None  # in a closure: the optimizer may have moved the parameters to look ahead
         if not inside:
             capture.note_change("unexplained")
-            self._pending.forget_cleared()
+            capture.pending.forget_cleared()
         before = {n: gradient.clone() for n, gradient in self._live.gradients().items()}
-        watcher = self._pending.watcher
+        watcher = capture.pending.watcher
         outer, watcher.channel = watcher.channel, name
         try:
             yield

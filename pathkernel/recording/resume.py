@@ -236,14 +236,20 @@ def _remembers(
         frozen = store.read(steps - 1).frozen
         if isinstance(frozen, FrozenOnReading):
             now = live.state_vectors(tuple(frozen.state.after))
-            active = [live.layout.slices[name] for name in frozen.active if name in live.layout.slices]
-            if any(
-                not torch.equal(now[key][where], kept[where])
-                for key, kept in frozen.state.after.items()
-                for where in active
-                if where.stop <= len(kept)
-            ):
-                return False
+            for name in frozen.active & live.layout.slices.keys():
+                settings, where = frozen.hyperparameters[frozen.groups[name]], live.layout.slices[name]
+                own = rule.of(settings)  # other optimizers may hold something else under the same key
+                kept = {
+                    key: vector
+                    for key, vector in frozen.state.after.items()
+                    if own is rule or key in (own.keep_after(settings) or ())
+                }
+                if any(
+                    not torch.equal(now[key][where], vector[where])
+                    for key, vector in kept.items()
+                    if where.stop <= len(vector)
+                ):
+                    return False
     held = live.memory(rule)
     expected = _memory_after(store, live.layout, rule, steps, initial)
     for name, slots in expected.items():

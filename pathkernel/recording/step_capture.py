@@ -19,14 +19,17 @@ from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.loss_scale import loss_scale
 from pathkernel.recording.micro_batches import PendingBatches
 from pathkernel.recording.modules import WatchedModules
+from pathkernel.recording.observing import show
 from pathkernel.recording.open_step import OpenStep
+from pathkernel.recording.optimizers import JointOptimizer, held
 from pathkernel.recording.readings import Reading, StepHooks, TakenStep, best_reading, readings
+from pathkernel.recording.strangers import StrangerWatch
 from pathkernel.recording.trial import try_out
 from pathkernel.recording.validation import check_optimizer, refuse_other_tensors
 from pathkernel.runtime.checksum import checksum
 from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.trajectory.cotangents import kept_cotangents
-from pathkernel.trajectory.schedule import StepObserver
+from pathkernel.trajectory.observer import StepObserver
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Frozen, UpdateRule
@@ -39,8 +42,8 @@ class StepCapture:
     ----------
     outer, model
         The module that the loop calls, and the network inside it.
-    live
-        The optimizer's parameters.
+    optimizer, live
+        The optimizer, and its parameters.
     trajectory
         The record.
     keyframes
@@ -68,6 +71,7 @@ class StepCapture:
         self,
         outer: nn.Module,
         model: nn.Module,
+        optimizer: Optimizer | JointOptimizer,
         live: LiveParameters,
         trajectory: Trajectory,
         keyframes: KeyframeKeeper | None,
@@ -77,7 +81,7 @@ class StepCapture:
         stopped: Callable[[], None],
     ) -> None:
         self.live, self.keyframes, self.audit_every = live, keyframes, audit_every
-        self._outer, self._model, self._optimizer, self._trajectory = outer, model, live.optimizer, trajectory
+        self._outer, self._model, self.optimizer, self._trajectory = outer, model, optimizer, trajectory
         self._observers, self._averages, self._stopped = observers, averages, stopped
         run = trajectory.run
         self.modules = WatchedModules(model, run.constants)
@@ -92,22 +96,47 @@ class StepCapture:
         self.end_of_steps = trajectory.initial
         self._announced: tuple[MicroBatch | None, MicroBatch | None] = None, None  # last, and the one before
         self._tried = False
+        self._strangers = StrangerWatch(model, self._is_idle)
 
     def start(self) -> None:
         """Hook into the optimizer."""
-        self.hooks = [StepHooks(self._optimizer, self._before_step, self._after_step)]
+        self._hook()
+        self._strangers.start(held(self.optimizer))
         self.pending.start()
         if self.keyframes is not None:
             self.keyframes.start()
 
-    def stop(self) -> None:
-        """Take all hooks off."""
+    def _hook(self) -> None:
+        (optimizer,) = held(self.optimizer)
+        self.hooks = [StepHooks(optimizer, self._before_step, self._after_step)]
+
+    def _unhook(self) -> None:
         for hooks in self.hooks:
             hooks.remove()
         self.hooks = []
+
+    def take_over(self, optimizer: Optimizer | JointOptimizer) -> None:
+        """Watch another optimizer from now on, of the same rule."""
+        self.optimizer = self.live.optimizer = optimizer
+        if self.keyframes is not None and isinstance(optimizer, Optimizer):
+            self.keyframes.optimizer = optimizer
+        if self.hooks:
+            self._unhook()
+            self._hook()
+            self._strangers.start(held(optimizer))
+
+    def stop(self) -> None:
+        """Take all hooks off."""
+        self._unhook()
+        self._strangers.stop()
         self.pending.stop()
         if self.keyframes is not None:
             self.keyframes.stop()
+
+    def _is_idle(self) -> bool:
+        """True where a step of an optimizer that is not the recorder's own would go unseen."""
+        in_step = self.opened is not None or (self.keyframes is not None and self.keyframes.is_open)
+        return not in_step and self.pending.watcher.channel is None and not self._trajectory.store.stopped
 
     # -- between steps ------------------------------------------------------------------------------------------
 
@@ -168,7 +197,7 @@ class StepCapture:
         self._check_parameters()
         self.pending.scale_of_loss(loss_scale())
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer first
-        scaled = getattr(optimizer, "grad_scale", None) is not None or _is_skipped(optimizer)
+        scaled = is_scaled(optimizer)
         gradient = None
         # With a closure, forward and backward run inside the step: gradient and batch are only known afterwards.
         if closure is None:
@@ -177,7 +206,7 @@ class StepCapture:
             # fused optimizer under loss scaling skips overflowed steps and divides by the scale by itself.
             if not scaled and (self.keyframes is None or not self.live.gradient_is_finite()):
                 gradient = self.live.gradient()
-                self._check_gradient(gradient)
+                self._check_gradient(gradient, self.live)
         self.note_change("unexplained")
         self._observe_averages()
         keeper, explained = self.keyframes, False
@@ -209,25 +238,34 @@ class StepCapture:
             watched=bool(self._observers),
         )
 
-    def slim_step(self, before: Tensor, gradient: Tensor) -> Step:
-        """The step at hand as far as a replay needs it."""
+    def slim_step(self, before: Tensor, gradient: Tensor, active: frozenset[str] | None = None) -> Step:
+        """The step at hand as far as a replay, or an audit of some parameters, needs it."""
         return Step(
             index=self.taken,
             before=before,
             after=before[:0],
             gradient=gradient,
-            active=self.live.active(),
+            active=self.live.active() if active is None else active,
             batches=self.pending.batches,
             groups=self.live.groups,
             hyperparameters=self.live.settings(),
             changes=tuple(self.changes),
-            gradient_changes=self.gradient_changes,
+            gradient_changes=self._edits(active),
             differentiated=self.pending.differentiated,
             buffers=self.modules.changed_buffers(),
         )
 
+    def _edits(self, active: frozenset[str] | None) -> dict[str, Tensor]:
+        """What was done to gradients under a name, of some parameters or of all."""
+        if active is None or not self.gradient_changes:
+            return self.gradient_changes
+        mask = torch.zeros_like(self.end_of_steps)
+        for name in active:
+            mask[self.live.layout.slices[name]] = 1.0
+        return {name: change * mask for name, change in self.gradient_changes.items()}
+
     def _after_replayed(self, keeper: KeyframeKeeper) -> None:
-        if getattr(self._optimizer, "found_inf", None) is not None and not keeper.moved():
+        if getattr(self.optimizer, "found_inf", None) is not None and not keeper.moved():
             self.pending.forget()
             self._forget_edits()
             return
@@ -249,8 +287,7 @@ class StepCapture:
                 self.keyframes = None
         self.taken += 1
         self._trajectory.store.append(step)
-        for observer in self._observers:
-            observer.observe(whole)
+        show(whole, self._observers, self._trajectory)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with defer_interrupts():  # a step is on record whole, or not at all
@@ -279,7 +316,7 @@ class StepCapture:
         reading = Reading(gradient, active, live.settings())
         after = live.vector()
         if reading.settings is not opened.settings or opened.memory is not None:
-            reading = self._as_used(opened, after, reading)
+            reading = self._as_used(opened, after, reading, live, trajectory.rule)
         if opened.gradient is None:
             self._audit(before, reading.gradient, taken=True)
         step = Step(
@@ -302,9 +339,11 @@ class StepCapture:
         self.changes, self.gradient_changes, self.end_of_steps = [], {}, after
         self._keep(step)
 
-    def _as_used(self, opened: OpenStep, after: Tensor, reading: Reading) -> Reading:
+    def _as_used(
+        self, opened: OpenStep, after: Tensor, reading: Reading, live: LiveParameters, rule: UpdateRule
+    ) -> Reading:
         """Gradient and settings of a step around which one of them changed, or which another pre-hook came before."""
-        live, rule, layout = self.live, self._trajectory.rule, self._trajectory.layout
+        layout = live.layout
         first = Reading(reading.gradient, reading.active, opened.settings)
         if opened.memory is not None:
             reading = Reading(live.gradient(), live.active(), reading.settings)
@@ -322,7 +361,7 @@ class StepCapture:
         strangers = self.live.strangers()
         if not strangers:
             return
-        check_optimizer(self._model, self._optimizer, self._trajectory.rule)
+        check_optimizer(self._model, self.optimizer, self._trajectory.rule)
         wanted = {id(p) for p in strangers}
         new = {name: p for name, p in self._model.named_parameters() if id(p) in wanted}
         constants = self._trajectory.constants
@@ -363,10 +402,10 @@ class StepCapture:
                 self._check_same()  # the outputs of other tensors lead to no gradient that is on record
             check_captured(self._trajectory, batches, type(self._outer).__name__, taken)
 
-    def _check_gradient(self, gradient: Tensor) -> None:
+    def _check_gradient(self, gradient: Tensor, live: LiveParameters) -> None:
         if math.isfinite(gradient.sum().item()):  # NaN and infinity do not cancel
             return
-        named = self.live.gradients()
+        named = live.gradients()
         finite = torch.stack([value.isfinite().all() for value in named.values()])
         if not finite.all():
             bad = [name for name, good in zip(named, finite.tolist(), strict=True) if not good]
@@ -394,13 +433,16 @@ class StepCapture:
             try_out(self._trajectory, step)
             self._tried = True
 
-    def _audit(self, before: Tensor, gradient: Tensor, taken: bool = False) -> None:
+    def _audit(
+        self, before: Tensor, gradient: Tensor, taken: bool = False, active: frozenset[str] | None = None
+    ) -> None:
         """Compare the gradient at hand with that of the announced samples, before the optimizer uses it if possible."""
         trajectory, index = self._trajectory, len(self._trajectory)
         if self._gradient_is_elsewhere or not is_due(index, self.audit_every):
             return
         self._check_same()
-        step, live, passes = replace(self.slim_step(before, gradient), index=index), self.live, self.pending.passes
+        step, live = replace(self.slim_step(before, gradient, active), index=index), self.live
+        passes = self.pending.passes
         checksums = {one.checksum for one in passes if one.checksum is not None}
         now = checksum(live.layout.unflatten(before).values()) if taken else live.checksum()
         seen = Circumstances(
@@ -418,7 +460,10 @@ class StepCapture:
                 check_outputs(trajectory, step, batch, outputs, taken)
 
 
-def _is_skipped(optimizer: Optimizer) -> bool:
-    """True where a fused optimizer was told that gradients overflowed: it skips the step by itself."""
+def is_scaled(optimizer: Optimizer) -> bool:
+    """True where a fused optimizer was told by how much to divide its gradients, or that they overflowed.
+
+    It does so, or skips the step, by itself.
+    """
     overflowed = getattr(optimizer, "found_inf", None)
-    return overflowed is not None and bool(overflowed)
+    return getattr(optimizer, "grad_scale", None) is not None or (overflowed is not None and bool(overflowed))

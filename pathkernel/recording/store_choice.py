@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch.optim import Optimizer
 
 from pathkernel.errors import RecordingError
 from pathkernel.recording.keyframes import KeyframeKeeper
@@ -71,6 +72,12 @@ def store_for(
     if isinstance(schedule, Streaming):
         return LastStepStore(), None
     if isinstance(schedule, Schedule) and schedule.keyframes is not None:
+        if not isinstance(live.optimizer, Optimizer):
+            raise RecordingError(
+                f"Several optimizers were given, and `schedule={schedule!r}`",
+                "From a keyframe steps are trained again by one optimizer",
+                "Leave out `schedule`, and give `store=` a path where the record does not fit in memory",
+            )
         keeper = KeyframeKeeper(run, live, live.optimizer, schedule.keyframes)
         return ReplayStore(store, keeper.replay, torch.get_num_threads()), keeper
     return ThinnedStore(store, schedule.every) if isinstance(schedule, Schedule) else store, None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from pathkernel.errors import PathKernelError, RecordingError, UnsupportedModelError
+from pathkernel.errors import CertificateWarning, PathKernelError, RecordingError, UnsupportedModelError
 from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.gradient_source import weighted_sum
 from pathkernel.gradients.pytrees import as_tensors, spread, take
-from pathkernel.gradients.sample_wise import SAMPLES, check_sample_wise
+from pathkernel.gradients.sample_wise import SAMPLES, ComparedSamples, check_sample_wise
 from pathkernel.recording.audit import MEMORY
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.trajectory.batch_gradients import EngineReplaced, Passes, RecordedGradients
@@ -24,7 +25,7 @@ FEW = 2
 
 
 def check_network(trajectory: Trajectory, theta: Tensor, batch: MicroBatch) -> None:
-    """Refuse a network whose samples depend on each other, before it has been trained, on some samples of a batch."""
+    """Refuse a network whose samples depend on each other, before it is trained; warn of one that compares them."""
     few = batch.ids[spread(len(batch.ids), SAMPLES)]
     with generators_untouched():
         inputs = trajectory.data[few][0] if batch.inputs is None else batch.inputs
@@ -32,7 +33,17 @@ def check_network(trajectory: Trajectory, theta: Tensor, batch: MicroBatch) -> N
     function = trajectory.function()
     ran = result_or_error(lambda: check_sample_wise(function, theta, inputs), (Exception,))
     # Where the loop gives the network something else than these samples, the audit says so.
-    if isinstance(ran, PathKernelError):
+    if isinstance(ran, ComparedSamples):
+        warnings.warn(
+            CertificateWarning(
+                "The network returns a number for each pair of samples of a batch",
+                "Such batches are recorded and taken apart as a whole, exactly; but there is no output of one query "
+                "alone to be explained, only that of a part of the network which takes samples one by one",
+                'Ask for such a part: `machine.explain(X, outputs="encoder")` with the name of a submodule',
+            ),
+            stacklevel=4,
+        )
+    elif isinstance(ran, PathKernelError):
         raise ran
 
 
@@ -97,6 +108,9 @@ def _by_sample(gradients: RecordedGradients, step: Step) -> None:
 def _queries(gradients: RecordedGradients, step: Step) -> None:
     function = gradients.function.with_(constants=step.buffers)
     inputs, _ = samples_of(step.batches[0], gradients.trajectory.data)
+    alone = result_or_error(lambda: check_sample_wise(function, step.before, function.cast(inputs)), (Exception,))
+    if isinstance(alone, ComparedSamples):  # the user was warned
+        return
     few = function.cast(take(inputs, slice(0, FEW)))
     outputs = function.outputs(step.before, few)
     weights = torch.zeros_like(outputs)

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from pathkernel.errors import RecordingError, UnsupportedModelError, UnsupportedOptimizerError
 from pathkernel.gradients.sample_wise import check_module
+from pathkernel.recording.optimizers import JointOptimizer, described
 from pathkernel.update_rules.rule import UpdateRule
 
 
@@ -43,7 +44,7 @@ def refuse_other_tensors(names: Sequence[str]) -> None:
         )
 
 
-def check_optimizer(model: nn.Module, optimizer: Optimizer, rule: UpdateRule) -> None:
+def check_optimizer(model: nn.Module, optimizer: Optimizer | JointOptimizer, rule: UpdateRule) -> None:
     """Refuse an optimizer that moves something else than the model, or in a way that its rule does not cover.
 
     Raises
@@ -72,7 +73,7 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer, rule: UpdateRule) ->
     refusals = {reason for group in optimizer.param_groups if (reason := rule.refusal(group)) is not None}
     if refusals:
         raise UnsupportedOptimizerError(
-            f"{type(optimizer).__name__} was made with settings outside its update rule: {'; '.join(sorted(refusals))}",
+            f"{described(optimizer)} was made with settings outside its update rule: {'; '.join(sorted(refusals))}",
             "Every step must be linear in the gradients given what is frozen",
             "Change these settings, or pass `rule=` with an `UpdateRule` that covers them",
         )

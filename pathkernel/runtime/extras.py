@@ -24,10 +24,19 @@ def require_extra(extra: str, what: str, *modules: str) -> None:
     MissingExtraError
         Naming the extra.
     """
-    missing = [module for module in modules if find_spec(module) is None]
+    missing = [module for module in modules if not _is_installed(module)]
     if missing:
         raise MissingExtraError(
             f"{what} needs {', '.join(f'`{module}`' for module in missing)}, which is not installed",
             f"It comes with the extra `[{extra}]` of pathkernel",
             f"Write `pip install 'pathkernel[{extra}]'`",
         )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:  # an importer refuses it
+        return False
+    except ValueError:  # a module that was put there by hand, without a specification
+        return True

@@ -2,7 +2,28 @@
 
 Python raises `KeyboardInterrupt` between any two instructions, also between "it is set" and "from here on it will be
 put back", and within the putting back. torch's own context managers (modes, `torch.func.functional_call`) are Python,
-too: an interrupt there leaves the user's module with other weights, or another error comes in its place. So it waits.
+too: an interrupt there leaves torch in another mode, or another error comes in its place. So it waits.
+
+It is deferred at the rim of the package, so that what lies further in need not think of it:
+
+- in the two sweeps of `pathkernel.kernel_machine`, from one step, or block of columns, to the next;
+- in the loops over blocks of the tangent kernel's engines and of its operators, from one tile to the next;
+- in `pathkernel.gradients.model_function`, which sets modes of torch and random generators for a moment. It delivers
+  before each pass through the network, and so in whatever is a loop of passes. The rows of a coupled batch are one
+  pass and many reverse sweeps: `pathkernel.gradients.losses` delivers between these;
+- in the recorder's hooks and in its `start`, `flush` and `close`, to their end: a step is on record whole, or not at
+  all.
+
+Three places are called from anywhere, so that no rim is around them. Each has a test that fails without its deferral:
+
+- `pathkernel.storage.format.arrays`: an interrupt leaves a lock of the compressor taken for ever;
+- `pathkernel.storage.format.lock`: one within filelock 4.2.0, the oldest that is supported, leaves the store locked;
+- `pathkernel.runtime.lazy`: one within the initialisation of a compiled module comes out as an `ImportError`.
+
+`result_or_error` is another thing: an error that is taken for an answer ("this has no rule", "this loss does not fit")
+may hide what came from outside. Interrupts that are deferred come out as themselves, but a second Ctrl-C is delivered
+at once, users' functions are tried outside of every rim, and no memory left is no answer anywhere: so it looks for
+both in every error.
 """
 
 from __future__ import annotations
@@ -11,6 +32,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ContextDecorator
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -26,6 +48,7 @@ class _Waiting:
     """State of the deferral; only the main thread, which alone receives SIGINT, reads and writes it."""
 
     depth = 0
+    whole = 0
     came = False
     handler: Callable[[int, FrameType | None], Any] | None = None
 
@@ -39,12 +62,21 @@ class _Waiting:
 _WAITING = _Waiting()
 
 
-class defer_interrupts:
-    """Defer `KeyboardInterrupt` until the end; a second one is delivered at once.
+class defer_interrupts(ContextDecorator):
+    """Defer `KeyboardInterrupt` until the end of a block or a decorated function; a second one is delivered at once.
 
     To be entered before everything that has to be put back. Costs a few microseconds; does nothing in threads other
     than the main one, to which Ctrl-C does not come, and where the user has switched it off.
+
+    Parameters
+    ----------
+    divisible
+        Whether it may also come at `deliver_interrupt`, where all that is lost is a result. False for what is done
+        whole or not at all.
     """
+
+    def __init__(self, *, divisible: bool = False) -> None:
+        self.divisible = divisible
 
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -56,11 +88,13 @@ class defer_interrupts:
             if _WAITING.handler is not None:
                 _set_handler(NUMBER, _WAITING.receive)
         _WAITING.depth += 1
+        _WAITING.whole += not self.divisible
 
     def __exit__(self, *error: object) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         _WAITING.depth -= 1
+        _WAITING.whole -= not self.divisible
         if _WAITING.depth == 0 and _WAITING.handler is not None:
             if _handler(NUMBER) == _WAITING.receive:  # unless the network has set one of its own
                 _set_handler(NUMBER, _WAITING.handler)
@@ -68,12 +102,14 @@ class defer_interrupts:
 
 
 def deliver_interrupt() -> None:
-    """Deliver a deferred interrupt, unless `defer_interrupts` was entered twice: who entered it first is not through.
+    """Deliver a deferred interrupt, unless something that is done whole is under way.
 
     All that is entered by now is put back as after any other error.
     """
-    handler, came = _WAITING.handler, _WAITING.came and _WAITING.depth <= 1
-    if came and handler is not None and threading.current_thread() is threading.main_thread():
+    if not _WAITING.came or _WAITING.whole:
+        return
+    handler = _WAITING.handler
+    if handler is not None and threading.current_thread() is threading.main_thread():
         _WAITING.came = False
         handler(NUMBER, sys._getframe(1))
 

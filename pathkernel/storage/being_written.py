@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import weakref
 from collections.abc import Callable
 from typing import Protocol
 
@@ -23,17 +22,17 @@ class Written(Protocol):
         """Write nothing any more, in a forked child."""
 
 
-_AT_EXIT: weakref.WeakKeyDictionary[Written, Callable[[], None]] = weakref.WeakKeyDictionary()
-"""What closes each of them when the process ends."""
+_AT_EXIT: dict[Written, Callable[[], None]] = {}
+"""Functions that close each of them when the process ends. A store is held here until it is closed: one that everybody
+else has dropped still has steps to write."""
 
 
 def add(store: Written) -> None:
     """Close a store when this process ends, unless it is closed before."""
-    me, process = weakref.ref(store), os.getpid()
+    process = os.getpid()
 
     def at_exit() -> None:
-        store = me()
-        if store is not None and os.getpid() == process:
+        if os.getpid() == process:
             outer = store if store.outer is None else store.outer
             outer.close()  # which may hold steps that it has not handed on yet
 

@@ -23,6 +23,26 @@ from pathkernel.trajectory.store import Store
 from pathkernel.update_rules.rule import UpdateRule
 
 
+def check_options(flush_every: int, on_error: str, compression: str) -> None:
+    """Refuse options of a `DiskStore` that are none."""
+    if type(flush_every) is not int or not 1 <= flush_every <= 1024:
+        raise InputError(
+            f"`flush_every={flush_every!r}` was given",
+            "A block has between 1 and 1024 steps",
+            'Write `DiskStore("runs/name", flush_every=16)`',
+        )
+    for name, given, known in (
+        ("on_error", on_error, ("stop", "raise")),
+        ("compression", compression, ("fast", "small")),
+    ):
+        if given not in known:
+            raise InputError(
+                f"`{name}={given!r}` was given",
+                f"It is one of {', '.join(map(repr, known))}",
+                f'Write `DiskStore("runs/name", {name}={known[0]!r})`',
+            )
+
+
 class DiskStore(Store):
     """Steps in a folder, as written down in docs/reference/storage_format.md.
 
@@ -66,22 +86,7 @@ class DiskStore(Store):
         on_error: str = "stop",
         compression: str = "fast",
     ) -> None:
-        if type(flush_every) is not int or not 1 <= flush_every <= 1024:
-            raise InputError(
-                f"`flush_every={flush_every!r}` was given",
-                "A block has between 1 and 1024 steps",
-                'Write `DiskStore("runs/name", flush_every=16)`',
-            )
-        for name, given, known in (
-            ("on_error", on_error, ("stop", "raise")),
-            ("compression", compression, ("fast", "small")),
-        ):
-            if given not in known:
-                raise InputError(
-                    f"`{name}={given!r}` was given",
-                    f"It is one of {', '.join(map(repr, known))}",
-                    f'Write `DiskStore("runs/name", {name}={known[0]!r})`',
-                )
+        check_options(flush_every, on_error, compression)
         self.path = Path(path)
         self.flush_every = flush_every
         self.durable = durable
@@ -123,13 +128,7 @@ class DiskStore(Store):
         if state is None or name.startswith("__"):
             raise AttributeError(f"'DiskStore' object has no attribute {name!r}")
         found = DiskStore.open(state["path"], **state["options"])
-        if found._there.last_commit() != state["last"]:
-            raise StoreError(
-                f"`{found.path}` does not hold what it held when a trajectory or a kernel on it was saved",
-                f"It held {state['last'][1] + state['last'][2]} steps then, with other contents or fewer or more than "
-                "now",
-                "Put the folder back from a copy, or make the kernel anew from `Trajectory.open(path, ...)`",
-            )
+        found._there.require_unchanged(state["last"])
         del vars(self)["_travelled"]
         belongs = state["belongs"]
         if "_trajectory" in belongs:  # saved by an earlier version
@@ -170,7 +169,7 @@ class DiskStore(Store):
 
     @property
     def _there(self) -> StoredSteps:
-        """What the folder holds, once it was opened or made."""
+        """The steps in the folder, once it was opened or made."""
         assert self._stored is not None
         return self._stored
 
@@ -212,7 +211,7 @@ class DiskStore(Store):
 
     @property
     def stopped(self) -> bool:  # type: ignore[override]
-        """Whether steps are no longer taken, because the disk gave out or another process writes."""
+        """True where steps are no longer taken, because the disk gave out or another process writes."""
         return self._writing is not None and self._writing.stopped
 
     def refresh(self) -> int:
@@ -318,12 +317,7 @@ class DiskStore(Store):
     def resume(self, run: Run, standing: End, steps: int, end: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """Go on after the first steps of a store that was loaded and locked; later ones are cut off.
 
-        Parameters
-        ----------
-        run, standing
-            What will be recorded, and where it stands.
-        steps, end, buffers
-            See `StepWriter.resume`.
+        See `StepWriter.resume`; ``run`` will be recorded, and stands at ``standing``.
         """
         writing = StepWriter(self._there, standing, self.flush_every, self.on_error)
         writing.resume(steps, end, buffers)

@@ -221,6 +221,7 @@ class BlockEncoder:
         states = [self._state(state) for state in (batch.state, *batch.later)]
         later = list(batch.later_cotangents)
         captured = [batch.cotangents, batch.sampled_cotangents, batch.loss_slope, later, batch.channel]
+        captured += [batch.source, batch.parts]
         return [batch.ids, batch.weights, batch.inputs, batch.targets, states, captured]
 
     def _state(self, state: ForwardState) -> list[Any]:
@@ -361,8 +362,11 @@ def decode_step(
         ids, weights, inputs, targets, states, *rest = encoded
         first, *later = (state(one) for one in states)
         # Stores of versions 1 and 2 have nothing of their cotangents: the loss is evaluated again.
-        cotangents, sampled, slope, others, channel = rest[0] if rest else (None, None, None, (), None)
-        captured = cotangents, sampled, slope, tuple(others), channel
+        cotangents, sampled, slope, others, channel, *owned = rest[0] if rest else (None, None, None, (), None)
+        source, parts = owned or (None, None)
+        if ids.dim() != (1 if parts is None else 2) or (parts is not None and parts.shape != ids.shape):
+            raise ValueError(f"ids of shape {tuple(ids.shape)}")
+        captured = cotangents, sampled, slope, tuple(others), channel, source, parts
         return MicroBatch(ids, weights, inputs, targets, first, tuple(later), *captured)
 
     def found() -> Mapping[str, Mapping[str, Any]]:

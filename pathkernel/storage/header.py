@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pathkernel._version import __version__
 from pathkernel.errors import InputError, StoreError
@@ -26,10 +24,10 @@ from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.runtime.checksum import DTYPES
 from pathkernel.storage import fingerprints as identity
 from pathkernel.storage.format import Group, damaged
-from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
-from pathkernel.trajectory.run import End, Run
+from pathkernel.trajectory.run import Run
 from pathkernel.trajectory.schedule import EVERY_STEP, Nothing, Schedule
+from pathkernel.update_rules.joint import JointRule
 
 FORMAT, VERSION = "pathkernel trajectory", 3
 """Version 2 gives a step its length, which thinned paths need; version 3 keeps the slopes of the loss at the outputs of
@@ -84,7 +82,7 @@ class Header:
     start
         Length in bytes of the packed start values.
     rule
-        Name, class and memory of the update rule.
+        Name, class and memory of the update rule; of a joint one also those of its ``parts``.
     reduction, regularizers, averages
         As given to the recorder; the last two by name.
     versions
@@ -332,7 +330,8 @@ def _schedule(content: dict[str, Any]) -> Schedule:
 
 def _rule(content: dict[str, Any]) -> dict[str, Any]:
     memory = [_text(key) for key in content["memory"]]
-    return {"name": _text(content["name"]), "class": _text(content["class"]), "memory": memory}
+    found = {"name": _text(content["name"]), "class": _text(content["class"]), "memory": memory}
+    return {**found, "parts": [_rule(part) for part in content["parts"]]} if "parts" in content else found
 
 
 def _fingerprints(content: dict[str, Any]) -> dict[str, Any]:
@@ -382,8 +381,9 @@ def versions() -> dict[str, str]:
 
 
 def rule_identity(rule: Any) -> dict[str, Any]:
-    """Name, class and memory of an update rule."""
-    return {"name": rule.name, "class": identity.named(type(rule)), "memory": list(rule.memory)}
+    """Name, class and memory of an update rule, and of the parts of a joint one."""
+    found = {"name": rule.name, "class": identity.named(type(rule)), "memory": list(rule.memory)}
+    return {**found, "parts": list(map(rule_identity, rule.rules))} if isinstance(rule, JointRule) else found
 
 
 def fingerprints(run: Run) -> dict[str, Any]:
@@ -401,73 +401,3 @@ def reference_identity(reference: ReferenceOutputs | None) -> dict[str, Any] | N
         return None
     samples, values = list(reference.samples), reference.initial.tolist()
     return {"samples": samples, "varying": reference.varying, "values": values}
-
-
-def start_values(run: Run, averages: Mapping[str, AverageRecord], header: Header) -> dict[str, Any]:
-    """Values that are packed when a recording begins."""
-    return {
-        "header": header.digest(),
-        "initial": run.initial,
-        "constants": run.constants,
-        "initial_memory": run.initial_memory,
-        "averages": {name: record.initial for name, record in averages.items()},
-        "reference_inputs": (
-            pytree.tree_leaves(run.reference.inputs) if run.reference is not None and run.reference.varying else None
-        ),
-    }
-
-
-def checked_start(values: Any, header: Header) -> dict[str, Any]:
-    """Values that were read, if they have the form of `start_values`.
-
-    Raises
-    ------
-    ValueError, TypeError, KeyError, AttributeError
-        Where they have not.
-    """
-    initial, records = values["initial"], values["averages"]
-    if values.get("header", header.digest()) != header.digest():  # stores of earlier versions do not say
-        raise ValueError("it was written with another header")
-    if initial.shape != (header.layouts[0].size,) or initial.dtype != header.dtype:
-        raise ValueError(f"θ of shape {tuple(initial.shape)}")
-    _tensors(values["constants"])
-    for memory in values["initial_memory"].values():
-        _tensors(dict(enumerate(memory)))
-    for record in records.values():
-        _tensors(record)
-    if set(records) != set(header.averages):
-        raise ValueError("other averages")
-    return values
-
-
-def checked_end(values: Any, header: Header) -> dict[str, Any]:
-    """The same for `end_values`."""
-    size = (header.layouts[-1].size,)
-    points = [] if values["final"] is None else [values["final"]]
-    points += [point for _, point in values["tail"]]
-    if any(point.shape != size or point.dtype != header.dtype for point in points):
-        raise ValueError("a point of another size")
-    _tensors(values["final_buffers"])
-    for record in values["averages"].values():
-        _tensors(record["last"])
-        list(record["updates"])
-    if set(values["averages"]) != set(header.averages):
-        raise ValueError("other averages")
-    return values
-
-
-def _tensors(values: Mapping[Any, Any]) -> None:
-    if not all(isinstance(value, Tensor) for value in values.values()):
-        raise ValueError("something else than tensors")
-
-
-def end_values(run: Run, end: End) -> dict[str, Any]:
-    """Values that are packed when it ends; θ where it would take a replay to be found from the record."""
-    return {
-        "final": None if run.optimizer is None else run.live_parameters(),
-        "tail": end.tail,
-        "final_buffers": dict(end.final_buffers),
-        "averages": {
-            name: {"updates": list(record.updates), "last": record.last} for name, record in end.averages.items()
-        },
-    }

@@ -33,6 +33,7 @@ from pathkernel.trajectory.run import End, RecordedOptimizer, Run, Start
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.update_rules.joint import JointRule
 from pathkernel.update_rules.rule import UpdateRule
 
 T = TypeVar("T")
@@ -158,9 +159,9 @@ def reference_outputs(store: DiskStore, data: Samples) -> ReferenceOutputs | Non
 
 def known_rule(header: Header, rule: UpdateRule | None) -> UpdateRule:
     """The rule of a recording: one of the package by its name, or the one that is passed."""
-    recorded = {**header.rule, "class": current_name(header.rule["class"])}
-    if rule is None and recorded["class"] in UPDATE_RULES:
-        rule = UPDATE_RULES[recorded["class"]]()
+    recorded = _renamed(header.rule)
+    if rule is None:
+        rule = _rule_by_name(recorded)
     if rule is None or rule_identity(rule) != recorded:
         raise StoreError(
             f"The steps were recorded under the update rule {quoted(recorded['name'])} ({brief(recorded['class'])}), "
@@ -171,6 +172,20 @@ def known_rule(header: Header, rule: UpdateRule | None) -> UpdateRule:
             "Write `Trajectory.open(path, ..., rule=YourRule())`, or `--rule train.py:YourRule` on the command line",
         )
     return rule
+
+
+def _renamed(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What a header says of a rule, by the names that classes have now."""
+    found = {**recorded, "class": current_name(recorded["class"])}
+    return {**found, "parts": list(map(_renamed, found["parts"]))} if "parts" in found else found
+
+
+def _rule_by_name(recorded: Mapping[str, Any]) -> UpdateRule | None:
+    """A rule of the package, or several of them that are joint; None where some part is none of the package's."""
+    if recorded["class"] != identity.named(JointRule):
+        return UPDATE_RULES[recorded["class"]]() if recorded["class"] in UPDATE_RULES else None
+    parts = [UPDATE_RULES.get(part["class"]) for part in recorded.get("parts", ())]
+    return JointRule([part() for part in parts if part is not None]) if parts and None not in parts else None
 
 
 def known_optimizer(recorded: str, optimizer: type[Optimizer] | None) -> type[Optimizer]:

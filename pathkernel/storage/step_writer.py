@@ -16,7 +16,8 @@ from pathkernel.storage import fingerprints as identity
 from pathkernel.storage.blocks import COLUMNS, Blocks, write_packed
 from pathkernel.storage.encoding import BlockEncoder, Serials
 from pathkernel.storage.format import MAX_CHUNK_BYTES, Compression, Group, synchronise
-from pathkernel.storage.header import Header, StoredEnd, end_values, region_array, start_values
+from pathkernel.storage.header import Header, StoredEnd, region_array
+from pathkernel.storage.packed_values import end_values, start_values
 from pathkernel.storage.stored_steps import StoredSteps
 from pathkernel.storage.writer_thread import UnwrittenBlock, Writer
 from pathkernel.trajectory.run import End, Extension, Run

@@ -16,7 +16,8 @@ from pathkernel.storage.blocks import Blocks, Recent, Region, read_packed
 from pathkernel.storage.decoding import StoredBlock
 from pathkernel.storage.encoding import Serials
 from pathkernel.storage.format import Compression, Group, damaged
-from pathkernel.storage.header import Header, checked_end, checked_start, region_array
+from pathkernel.storage.header import Header, region_array
+from pathkernel.storage.packed_values import checked_end, checked_start
 from pathkernel.storage.writer_thread import Writer
 from pathkernel.trajectory.run import Run
 from pathkernel.trajectory.step import Step
@@ -25,7 +26,7 @@ from pathkernel.update_rules.rule import UpdateRule
 
 @dataclass
 class Uncommitted:
-    """What this process knows of a path beyond what its store has committed.
+    """Knowledge of this process about a path beyond what its store has committed.
 
     Attributes
     ----------
@@ -113,6 +114,15 @@ class StoredSteps:
         if not self.blocks.count:
             return None
         return tuple(vars(self.blocks.commit(self.blocks.count - 1)).values())
+
+    def require_unchanged(self, last: tuple[int, ...]) -> None:
+        """Refuse a store whose last commit is another one than when something that reads it was saved."""
+        if self.last_commit() != last:
+            raise StoreError(
+                f"`{self.path}` does not hold what it held when a trajectory or a kernel on it was saved",
+                f"It held {last[1] + last[2]} steps then, with other contents or fewer or more than now",
+                "Put the folder back from a copy, or make the kernel anew from `Trajectory.open(path, ...)`",
+            )
 
     # -- values that belong to all steps --------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import nn
 
 from pathkernel._typing import Parameters
-from pathkernel.errors import InputError, ModelMismatchError, check
+from pathkernel.errors import InputError, ModelMismatchError
 from pathkernel.gradients.parameters import named_trainable
 
 ParameterFilter: TypeAlias = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
@@ -31,20 +31,18 @@ def chosen_parameters(model: nn.Module, parameters: Parameters | ParameterFilter
     wrong = [
         f"`{name}` {tuple(p.shape)}" for name, p in chosen.items() if name not in own or own[name].shape != p.shape
     ]
-    check(
-        not wrong,
-        ModelMismatchError,
-        f"`parameters` holds {', '.join(wrong)}",
-        "Names and shapes must be those of `model.named_parameters()`",
-        "Pass `parameters=trajectory.parameters(s)` of this very model",
-    )
-    check(
-        len(chosen) > 0,
-        InputError,
-        "The model has no trainable parameters",
-        "A tangent kernel is made of gradients in the parameters",
-        "Set `requires_grad_(True)` on some, or name them in `parameters`",
-    )
+    if wrong:
+        raise ModelMismatchError(
+            f"`parameters` holds {', '.join(wrong)}",
+            "Names and shapes must be those of `model.named_parameters()`",
+            "Pass `parameters=trajectory.parameters(s)` of this very model",
+        )
+    if not chosen:
+        raise InputError(
+            "The model has no trainable parameters",
+            "A tangent kernel is made of gradients in the parameters",
+            "Set `requires_grad_(True)` on some, or name them in `parameters`",
+        )
     return chosen
 
 
@@ -54,25 +52,23 @@ def _filtered(model: nn.Module, parameters: ParameterFilter | None) -> Parameter
         return trainable
     if callable(parameters):
         chosen = {name: p for name, p in trainable.items() if parameters(name, p)}
-        check(
-            len(chosen) > 0 or not trainable,
-            InputError,
-            f"`parameters` said no to each of {len(trainable)} trainable parameters",
-            "At least one parameter must make up θ",
-            f"Return True for some, such as {next(iter(trainable), '')!r}",
-        )
+        if trainable and not chosen:
+            raise InputError(
+                f"`parameters` said no to each of {len(trainable)} trainable parameters",
+                "At least one parameter must make up θ",
+                f"Return True for some, such as {next(iter(trainable))!r}",
+            )
         return chosen
     patterns = [parameters] if isinstance(parameters, str) else list(parameters)
     matched = {pattern: [name for name in trainable if fnmatchcase(name, pattern)] for pattern in patterns}
     empty = [pattern for pattern, names in matched.items() if not names]
-    check(
-        not empty and len(patterns) > 0,
-        InputError,
-        f"`parameters` has {', '.join(map(repr, empty)) or 'no pattern'}, which matches no trainable parameter"
-        + _frozen_matches(model, trainable.keys(), empty),
-        f"Names are those of `model.named_parameters()`: {', '.join(list(trainable)[:4])}, …",
-        f'Write for example `parameters={next(iter(trainable), "*")!r}`, or a glob such as "*.weight"',
-    )
+    if empty or not patterns:
+        raise InputError(
+            f"`parameters` has {', '.join(map(repr, empty)) or 'no pattern'}, which matches no trainable parameter"
+            + _frozen_matches(model, trainable.keys(), empty),
+            f"Names are those of `model.named_parameters()`: {', '.join(list(trainable)[:4])}, …",
+            f'Write for example `parameters={next(iter(trainable), "*")!r}`, or a glob such as "*.weight"',
+        )
     wanted = {name for names in matched.values() for name in names}
     return {name: p for name, p in trainable.items() if name in wanted}
 

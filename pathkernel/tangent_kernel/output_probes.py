@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
 
@@ -61,13 +61,12 @@ class OutputProbes:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(
-            isinstance(self.count, int) and self.count >= 1 and isinstance(self.seed, int) and self.seed >= 0,
-            InputError,
-            f"`{self!r}` was given",
-            "`count` is an integer from 1 upwards, `seed` one from 0 upwards",
-            "Write for example `OutputProbes(1)`",
-        )
+        if not (isinstance(self.count, int) and self.count >= 1 and isinstance(self.seed, int) and self.seed >= 0):
+            raise InputError(
+                f"`{self!r}` was given",
+                "`count` is an integer from 1 upwards, `seed` one from 0 upwards",
+                "Write for example `OutputProbes(1)`",
+            )
 
     def signs(self, number: int, outputs: int) -> Float[Tensor, "outputs count"]:
         """r of the node with this number."""

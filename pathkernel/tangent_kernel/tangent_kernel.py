@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 from pathkernel.gradients.acceptance import Acceptance, named_rows, not_finite
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout, constants_of
@@ -32,13 +32,12 @@ from pathkernel.tangent_kernel.outputs import OneOutput, OutputSelection, select
 def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype, asker: str) -> tuple[PyTree, PyTree]:
     """Inputs of a kernel and the context of its output function, as tensors; the asker is named in messages."""
     if selection.with_targets:
-        check(
-            isinstance(X, (tuple, list)) and len(X) == 2,
-            InputError,
-            f"A kernel of losses was given a {type(X).__name__}",
-            "The loss of a sample needs its target",
-            "Pass samples as pairs: `kernel((X, y))`",
-        )
+        if not isinstance(X, (tuple, list)) or len(X) != 2:
+            raise InputError(
+                f"A kernel of losses was given a {type(X).__name__}",
+                "The loss of a sample needs its target",
+                "Pass samples as pairs: `kernel((X, y))`",
+            )
         inputs, targets = as_tensors(X[0], dtype), cast_floating(as_tensors(X[1], dtype), dtype)
         check_rows((inputs, targets), asker)
         if len(rows := not_finite(targets)):
@@ -225,13 +224,12 @@ class TangentKernel:
         For many products at the same samples, see `operator`.
         """
         n, vector = count(self._some_samples(X)[0]), np.asarray(v, dtype=np.float64)
-        check(
-            vector.shape[:1] == (n,) and vector.ndim == (2 if self.selection.combine == "full" else 1),
-            InputError,
-            f"`matvec` was given {n} samples and a vector of shape {tuple(vector.shape)}",
-            "The vector has one entry for each row of the kernel matrix",
-            "Pass v of shape (n,), or (n, C) for `outputs='full'`",
-        )
+        if not (vector.shape[:1] == (n,) and vector.ndim == (2 if self.selection.combine == "full" else 1)):
+            raise InputError(
+                f"`matvec` was given {n} samples and a vector of shape {tuple(vector.shape)}",
+                "The vector has one entry for each row of the kernel matrix",
+                "Pass v of shape (n,), or (n, C) for `outputs='full'`",
+            )
         return self.operator(X).matvec(vector.reshape(-1)).reshape(vector.shape)
 
     def operator(self, X: PyTree, Y: PyTree | None = None) -> KernelOperator:

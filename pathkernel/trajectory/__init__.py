@@ -3,7 +3,23 @@
 What the author of a store needs is importable from here, see `Store`.
 """
 
+from typing import TYPE_CHECKING
+
 from pathkernel.runtime.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from pathkernel.trajectory.memory import MemoryStore as MemoryStore
+    from pathkernel.trajectory.observer import StepObserver as StepObserver
+    from pathkernel.trajectory.schedule import Every as Every
+    from pathkernel.trajectory.schedule import Keyframes as Keyframes
+    from pathkernel.trajectory.schedule import Nothing as Nothing
+    from pathkernel.trajectory.schedule import Schedule as Schedule
+    from pathkernel.trajectory.schedule import WeightsOnly as WeightsOnly
+    from pathkernel.trajectory.step import MicroBatch as MicroBatch
+    from pathkernel.trajectory.step import Segment as Segment
+    from pathkernel.trajectory.step import Step as Step
+    from pathkernel.trajectory.store import Store as Store
+    from pathkernel.trajectory.trajectory import Trajectory as Trajectory
 
 _HOMES = {
     "Every": "trajectory.schedule",
@@ -14,11 +30,12 @@ _HOMES = {
     "Schedule": "trajectory.schedule",
     "Segment": "trajectory.step",
     "Step": "trajectory.step",
-    "StepObserver": "trajectory.schedule",
+    "StepObserver": "trajectory.observer",
     "Store": "trajectory.store",
     "Trajectory": "trajectory.trajectory",
     "WeightsOnly": "trajectory.schedule",
 }
 
 __all__ = sorted(_HOMES)
-__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+if not TYPE_CHECKING:  # to which it would say that there is every name
+    __getattr__, __dir__ = lazy_names(__name__, _HOMES)

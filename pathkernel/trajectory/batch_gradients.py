@@ -17,28 +17,35 @@ from pathkernel.gradients.factored import FactoredGradients
 from pathkernel.gradients.forward_state import takes_tensor_floats
 from pathkernel.gradients.gradient_source import GradientSource
 from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.trajectory.columns import Columns
 from pathkernel.trajectory.discrepancies import Discrepancies
 from pathkernel.trajectory.gradient_fit import (
     CAPTURED_TOLERANCE,
     GRADIENT_TOLERANCE,
+    Fit,
     fit_captured,
+    fit_each,
     fit_gradient,
     left_over,
 )
+from pathkernel.trajectory.joined_batches import runs_of
 from pathkernel.trajectory.recomputed_batches import RecomputedBatches
 from pathkernel.trajectory.split_certificate import EngineReplaced as EngineReplaced
 from pathkernel.trajectory.split_certificate import SplitCertificate, hashable
 from pathkernel.trajectory.stage_gradients import WHOLE, ComparedGradient, Passes, StageGradients, Streamed
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.update_rules.joint import OPTIMIZER
 from pathkernel.update_rules.rule import UpdateRule
 
 
 def _is_round_the_samples(step: Step) -> bool:
     """True where some samples came under a name alone: what they do not explain is booked under it, whatever it is."""
-    named = [batch.ids for batch in step.batches if batch.channel in step.differentiated]
-    unnamed = [batch.ids for batch in step.batches if batch.channel not in step.differentiated]
-    return not all(any(torch.equal(ids, others) for others in unnamed) for ids in named)
+    named = [batch for batch in step.batches if batch.channel in step.differentiated]
+    unnamed = [batch for batch in step.batches if batch.channel not in step.differentiated]
+    return not all(
+        any(one.source == other.source and torch.equal(one.ids, other.ids) for other in unnamed) for one in named
+    )
 
 
 class RecordedGradients:
@@ -65,6 +72,8 @@ class RecordedGradients:
         Samples in the largest step.
     keeps_memory
         Whether any gradient of the run went into the optimizer's memory.
+    columns
+        Columns of the shares.
     examples
         The largest batch of each kind of forward pass: its samples, its step, and its place in it.
     discrepancies
@@ -85,6 +94,7 @@ class RecordedGradients:
         self.batches = RecomputedBatches(trajectory, function, memory, engine)
         self.most = 0
         self.keeps_memory = False
+        self.columns = Columns(len(trajectory.data))
         self.examples: dict[Any, tuple[int, int, int]] = {}
         self._largest_gradient = largest_gradient
         self.discrepancies = self._discrepancies(taken)
@@ -122,11 +132,15 @@ class RecordedGradients:
             # A rule that mixes entries is differentiated, in its memory too, whatever its settings are.
             self.keeps_memory = not rule.elementwise or any(map(rule.keeps_memory, step.hyperparameters))
         self.most = max(self.most, sum(len(batch.ids) for batch in step.batches))
-        for place, batch in enumerate(step.batches):
-            state, size = batch.state, len(batch.ids)
+        for batch in step.batches:
+            self.columns.meet(batch)
+        place = 0
+        for run in runs_of(step.batches):
+            state, size = run[0].state, sum(len(batch.ids) for batch in run)
             kind = hashable(state.modes), bool(state.generators), state.autocast
             if size > self.examples.get(kind, (0,))[0]:
                 self.examples[kind] = size, step.index, place
+            place += len(run)
 
     @cached_property
     def largest(self) -> float:
@@ -138,7 +152,7 @@ class RecordedGradients:
         trajectory, stages = self.trajectory, []
         for index, offset in enumerate(self._offsets(step)):
             point = step.before if offset is None else step.before.double() + offset
-            ran = replace(step, batches=tuple(batch.at_stage(index) for batch in step.batches))
+            ran = self.batches.joined(replace(step, batches=tuple(batch.at_stage(index) for batch in step.batches)))
             stages.append(self._stage(ran, point, rows, passes, compare=trajectory.rule.stages == 1))
         return stages
 
@@ -175,7 +189,7 @@ class RecordedGradients:
         if not compare:
             named |= regularizers
             channels = {name: g.double() for name, g in named.items()}
-            return StageGradients(total, parts, channels, 1.0, point, step.batches)
+            return StageGradients(total, parts, channels, 1.0, point, step.batches, self.columns.owners(step.batches))
 
         round_outputs = self._round_outputs(step, point, passes)
         expected = functools.reduce(operator.add, round_outputs.values(), total)
@@ -191,7 +205,8 @@ class RecordedGradients:
         channels = {**named, **{name: scale * g.double() for name, g in regularizers.items()}}
         channels |= {name: change * fit.factor for name, change in round_outputs.items()}
         channels["rounding"] = fit.difference
-        return StageGradients(total * fit.factor, parts, channels, fit.factor, point, step.batches)
+        owners = self.columns.owners(step.batches)
+        return StageGradients(total * fit.factor, parts, channels, fit.factor, point, step.batches, owners)
 
     def _round_outputs(self, step: Step, point: Tensor, passes: Passes) -> dict[str, Tensor]:
         """Parts of named backward passes that did not come through the outputs of samples, by name, (P,) each."""
@@ -231,6 +246,8 @@ class RecordedGradients:
             tolerance = max(CAPTURED_TOLERANCE[dtype] for dtype in self._types(step))
             norms = lambda: self.batches.summed_norms(step, point)  # noqa: E731
             fit = fit_captured(layout, recorded, total, rest, tolerance, norms)
+            if fit is None:
+                fit = self._fit_of_each_optimizer(step, point, recorded, total, rest, tolerance)
             return ComparedGradient(recorded, expected, tolerance, fit)
         # The loss was evaluated again: near interpolation its slopes cancel.
         tolerance = max(GRADIENT_TOLERANCE[dtype] for dtype in self._types(step))
@@ -240,6 +257,15 @@ class RecordedGradients:
         # Gradients far below the largest of the run are differences of nearly equal numbers: judged by its scale.
         rounding = found.relative * recorded.norm().item() <= tolerance * 1e-2 * self.largest
         return ComparedGradient(recorded, expected, tolerance, found if rounding else None)
+
+    def _fit_of_each_optimizer(
+        self, step: Step, point: Tensor, recorded: Tensor, total: Tensor, rest: Tensor | None, tolerance: float
+    ) -> Fit | None:
+        """The fit where a loop clipped the gradients of several optimizers one by one."""
+        settings = {name: step.hyperparameters_of(name) for name in self.trajectory.layout.names if name in step.active}
+        holders = {name: own[OPTIMIZER] for name, own in settings.items() if OPTIMIZER in own}
+        norms = lambda names: self.batches.summed_norms(replace(step, active=frozenset(names)), point)  # noqa: E731
+        return fit_each(self.trajectory.layout, holders, recorded, total, rest, tolerance, norms)
 
     def _unexplained(self, step: Step, compared: ComparedGradient) -> TrajectoryError:
         fit = left_over(self.trajectory.layout, compared.recorded, compared.expected)

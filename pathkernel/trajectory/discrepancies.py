@@ -193,8 +193,9 @@ class Discrepancies:
         if first == 0:
             return self._tensors(self.trajectory.initial_memory)
         found: dict[str, Memory] = {}
-        for name, own in (self.trajectory.store.summary(first).state or {}).items():
-            slots = [own.get(key) for key in self.trajectory.rule.memory]
+        summary = self.trajectory.store.summary(first)
+        for name, own in (summary.state or {}).items():
+            slots = [own.get(key) for key in self.trajectory.rule.of(summary.record.hyperparameters_of(name)).memory]
             if any(isinstance(slot, Tensor) for slot in slots):
                 like = torch.zeros(self._shapes[name])
                 found[name] = tuple(slot if isinstance(slot, Tensor) else like for slot in slots)

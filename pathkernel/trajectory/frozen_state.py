@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pathkernel.gradients.parameters import ParameterLayout
-from pathkernel.update_rules.rule import Observation, UpdateRule
+from pathkernel.update_rules.rule import Declared, Observation, UpdateRule
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,28 @@ def frozen_in(rule: UpdateRule, layout: ParameterLayout, taken: FrozenOnReading)
     after = {key: layout.unflatten(vector) for key, vector in state.after.items()}
     frozen = {}
     for row, name in enumerate(name for name in layout.names if name in taken.active):
-        numbers = {key: values[row] for key, values in state.numbers.items()}
-        memory = {} if name in state.fresh else dict.fromkeys(rule.memory, True)
+        settings = taken.hyperparameters[taken.groups[name]]
+        own = rule.of(settings)
+        if own is rule:
+            kept_before, kept_after, numbered = list(before), list(after), list(state.numbers)
+        else:  # vectors hold zeros, or numbers of the same name, where another optimizer's parameters are
+            kept_before, kept_after = list(own.keep_before), list(own.keep_after(settings) or ())
+            numbered = list(own.numbers_after)
+        memory = {} if name in state.fresh else dict.fromkeys(own.memory, True)
         observed = Observation(
-            before={**memory, **{key: tensors[name] for key, tensors in before.items()}},
-            after={**numbers, **{key: tensors[name] for key, tensors in after.items()}},
+            before=Declared({**memory, **{key: before[key][name] for key in kept_before}}, own, "before"),
+            after=Declared(
+                {
+                    **{key: state.numbers[key][row] for key in numbered},
+                    **{key: after[key][name] for key in kept_after},
+                },
+                own,
+                "after",
+            ),
             parameter=theta[name],
             gradient=gradient[name],
             displacement=displacement[name],
             device=state.device,
         )
-        frozen[name] = rule.frozen(observed, taken.hyperparameters[taken.groups[name]])
+        frozen[name] = own.frozen(observed, settings)
     return frozen

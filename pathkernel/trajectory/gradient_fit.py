@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -185,6 +186,51 @@ def fit_captured(
         return each
     value = _clipped_by_value(layout, found, expected, largest)
     return value if value is not None and fits(value, value.factor.max().item()) else None  # type: ignore[union-attr]
+
+
+def fit_each(
+    layout: ParameterLayout,
+    holders: Mapping[str, int],
+    found: Tensor,
+    samples: Tensor,
+    regularizers: Tensor | None,
+    tolerance: float,
+    summed_norms: Callable[[Sequence[str]], float],
+) -> Fit | None:
+    """Find what was done to the gradients of several optimizers, to those of each by itself; see `fit_captured`.
+
+    Parameters
+    ----------
+    layout, found, samples, regularizers, tolerance
+        As there.
+    holders
+        Which optimizer each parameter with a gradient has.
+    summed_norms
+        As there, of some parameters alone.
+
+    Returns
+    -------
+    Fit or None
+        A factor for each entry; None where there are not several optimizers, or for one of them nothing explains it.
+    """
+    places = sorted(set(holders.values()))
+    if len(places) < 2:
+        return None
+    factor, difference = torch.ones_like(samples), (found - samples).double()
+    checked, shapes = True, dict(zip(layout.names, layout.shapes, strict=True))
+    for place in places:
+        names = tuple(name for name in layout.names if holders.get(name) == place)
+        where = torch.cat([torch.arange(layout.slices[name].start, layout.slices[name].stop) for name in names])
+        where = where.to(found.device)
+        rest = None if regularizers is None else regularizers[where]
+        own = ParameterLayout(names, tuple(shapes[name] for name in names))
+        fit = fit_captured(own, found[where], samples[where], rest, tolerance, partial(summed_norms, names))
+        if fit is None or fit.regularizers is not None:
+            return None
+        factor[where] = torch.as_tensor(fit.factor, dtype=factor.dtype, device=factor.device)
+        difference[where], checked = fit.difference.to(difference), checked and fit.checked
+    norm = max(found.norm().item(), torch.finfo(torch.float64).tiny)
+    return Fit(factor, difference.norm().item() / norm, difference, layout, checked=checked)
 
 
 def _clipped_each(layout: ParameterLayout, found: Tensor, expected: Tensor, tolerance: float) -> Fit | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
-from pathkernel._typing import PyTree
+from pathkernel._typing import Parameters, PyTree
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.forward_state import Modes
 from pathkernel.gradients.gradient_source import BY_ROWS, GradientSource, weighted_sum
@@ -27,9 +30,11 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import random_directions
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
-from pathkernel.runtime.interrupts import deliver_interrupt
+from pathkernel.gradients.sample_wise import ComparedSamples, check_sample_wise
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.cotangents import cotangents_of, scaled
+from pathkernel.trajectory.joined_batches import joined_batches
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.split_certificate import DIRECTIONS, SplitCheck, hashable
 from pathkernel.trajectory.stage_gradients import WHOLE, Passes, StageGradients
@@ -76,6 +81,8 @@ class RecomputedBatches:
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
         self.check = SplitCheck(trajectory, coupled=engine == "autograd")
         self._separate: dict[Any, bool] = {}
+        self._joinable: dict[Any, bool] = {}
+        self._comparing: dict[Any, bool] = {}
 
     def replayed(self, step: Step, batch: MicroBatch) -> ModelFunction:
         """The network as a micro-batch ran it."""
@@ -83,6 +90,27 @@ class RecomputedBatches:
         function = self.recorded if batch.state.autocast else self.function
         buffers = step.buffers if batch.state.buffers is None else batch.state.buffers
         return function.with_(constants=buffers, state=batch.state)
+
+    def joined(self, step: Step) -> Step:
+        """A step with runs of small passes as one pass each, where the network gives the same for them together."""
+        return replace(step, batches=joined_batches(step.batches, partial(self._may_join, step)))
+
+    def _may_join(self, step: Step, run: Sequence[MicroBatch]) -> bool:
+        """True where the outputs for some passes together are those of each; seen once for each kind."""
+        first = run[0]
+        if self.check.coupled or normalises_batch(self.function.module, first.state.modes):
+            return False
+        single = any(len(batch.ids) == 1 for batch in run)  # which some networks return without its axis
+        outputs = None if first.cotangents is None else first.cotangents.shape[1:]
+        key = hashable(first.state.modes), first.state.autocast, outputs, single
+        if key not in self._joinable:
+            function = self.replayed(step, first)
+            samples = [function.cast(samples_of(batch, self.trajectory.data)[0]) for batch in run]
+            kinds = {str(pytree.tree_structure(own)) for own in samples}
+            shapes = {tuple(leaf.shape[1:] for leaf in pytree.tree_leaves(own)) for own in samples}
+            parameters = function.parameters(self.trajectory.initial)
+            self._joinable[key] = len(kinds) == len(shapes) == 1 and _same_together(function, parameters, samples)
+        return self._joinable[key]
 
     def silence(self, step: Step, gradients: Tensor) -> None:
         """Set to zero what belongs to parameters without a gradient in this step, which the optimizer skipped."""
@@ -202,7 +230,6 @@ class RecomputedBatches:
         with function.evaluating(gradients=False):
             for piece in blocks(count(inputs), passes.samples):
                 returned.append(function.call(parameters, function.cast(take(inputs, piece))))
-                deliver_interrupt()
                 give_back_freed_memory()
         parts = [iter(output_leaves(one)) for one in returned]
 
@@ -224,6 +251,8 @@ class RecomputedBatches:
         """True where the samples of a batch have to be run together, one reverse sweep for each."""
         if self.check.coupled or normalises_batch(self.function.module, batch.state.modes):
             return True
+        if self._compares_samples(batch, inputs):
+            return True
         if not batch.state.generators:
             return False
         # What is random in training is proved as it is in evaluation, where each sample can be run by itself. That its
@@ -237,30 +266,62 @@ class RecomputedBatches:
             self._separate[key] = not self.source.plain and _separate(tape)
         return not self._separate[key]
 
+    def _compares_samples(self, batch: MicroBatch, inputs: PyTree) -> bool:
+        """True where the outputs of a sample are one for each sample of the batch, as similarities; seen once."""
+        n = len(batch.ids)
+        if batch.cotangents is None or n == 1 or batch.cotangents.shape[1] % n:
+            return False
+        key = n, batch.cotangents.shape[1]
+        if key not in self._comparing:
+            ran = result_or_error(
+                lambda: check_sample_wise(self.function, self.trajectory.initial, inputs), (Exception,)
+            )
+            self._comparing[key] = isinstance(ran, ComparedSamples)
+        return self._comparing[key]
+
     def kernel(
         self, step: Step, stage: StageGradients, weight: Tensor, passes: Passes = WHOLE
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Ids (B,), slopes λ (B, C) and kernel values k = −⟨u, ∇z⟩ (Q, B, C) of each micro-batch of a step.
+        """Columns (B,), slopes λ (B, C) and kernel values k = −⟨u, ∇z⟩ (Q, B, C) of each micro-batch of a step.
 
         One directional derivative of the whole batch, run as it was, for each query.
         """
         directions = weight * stage.factor
         self.silence(step, directions)
         objective = self.trajectory.objective
+        begin = 0
         for batch in stage.batches:
+            owners = stage.owners.part(slice(begin, begin + len(batch.ids)))
+            begin += len(batch.ids)
             function = self.replayed(step, batch)
             inputs, targets = samples_of(batch, self.trajectory.data)
             if not passes.cut(len(batch.ids)) or self.inseparable(batch, stage.point, inputs):
                 slopes = cotangents_of(batch, function, stage.point, objective, inputs, targets)
                 products = batch_products(function, stage.point, inputs, directions)
-                yield batch.ids.cpu(), slopes.double().cpu(), -products.cpu()
+                yield owners.spread(slopes.double().cpu(), -products.cpu())
                 continue
             slopes = self._cotangents(batch, function, stage.point, inputs, targets, passes)
             found = [
                 batch_products(function, stage.point, take(inputs, piece), directions)
                 for piece in blocks(len(batch.ids), passes.samples)
             ]
-            yield batch.ids.cpu(), slopes.double().cpu(), -torch.cat(found, dim=1).cpu()
+            yield owners.spread(slopes.double().cpu(), -torch.cat(found, dim=1).cpu())
+
+
+def _same_together(function: ModelFunction, parameters: Parameters, samples: Sequence[PyTree]) -> bool:
+    """True where the outputs for all samples together are those for each part of them."""
+    together = pytree.tree_map(lambda *leaves: torch.cat(leaves), *samples)
+
+    def outputs(inputs: PyTree) -> Tensor:
+        with function.evaluating(gradients=False):
+            return function.batch(parameters, inputs)
+
+    each = result_or_error(lambda: torch.cat([outputs(own) for own in samples]), (Exception,))
+    whole = result_or_error(lambda: outputs(together), (Exception,))
+    if not (isinstance(each, Tensor) and isinstance(whole, Tensor)) or each.shape != whole.shape:
+        return False
+    limit = 64 * torch.finfo(whole.dtype).eps * whole.abs().max().clamp_min(torch.finfo(whole.dtype).tiny)
+    return bool(((each - whole).abs() <= limit).all())
 
 
 def _separate(tape: Tape) -> bool:

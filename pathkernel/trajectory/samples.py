@@ -189,6 +189,8 @@ def _check_item(item: Any, dataset: str) -> None:
 def samples_of(batch: MicroBatch, data: Samples) -> tuple[PyTree, PyTree]:
     """Inputs and targets as the network saw them."""
     inputs, targets = (batch.inputs, batch.targets)
+    if targets is None and (batch.parts is not None or batch.source is not None):
+        return as_tensors(inputs, data.dtype), None  # rows that are none of the data's
     if inputs is None or targets is None:
         stored_inputs, stored_targets = data[batch.ids]
         inputs = stored_inputs if inputs is None else inputs

@@ -8,12 +8,12 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, ABCMeta, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from pathkernel.errors import InputError, TrajectoryError
-from pathkernel.trajectory.step import Step
+from pathkernel.trajectory.observer import StepObserver as StepObserver
 
 KEYFRAMES = 32
 """Steps from one keyframe to the next where the length of the run is not known: about √S for a thousand steps."""
@@ -359,21 +359,6 @@ KEEPS = ("steps", "weights", "nothing")
 
 EVERY_STEP = Every()
 """All of every step."""
-
-
-class StepObserver(ABC):
-    """Takes what it needs from every step while training runs; nothing has to be stored for it."""
-
-    name: ClassVar[str]
-    """What it serves."""
-
-    @abstractmethod
-    def begin(self, trajectory: Any, settings: tuple[Mapping[str, Any], ...]) -> None:
-        """Recording begins at ``trajectory.initial``, under these settings of the optimizer; refuse what cannot be."""
-
-    @abstractmethod
-    def observe(self, step: Step) -> None:
-        """Take note of a step as it is taken, its changes from outside included."""
 
 
 @dataclass(frozen=True)

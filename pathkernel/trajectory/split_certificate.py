@@ -109,7 +109,7 @@ class SplitCheck:
         kind = hashable(batch.state.modes), self.coupled, *((leaf.shape, leaf.dtype) for leaf in leaves)
         power = step.index > 1 and step.index & (step.index - 1) == 0 and step.index.bit_length() % 4 == 1
         due = step.index == 0 or power or step.index == len(self.trajectory) - 1 or kind not in self._measured
-        if not due or (key := (step.index, tuple(batch.ids.tolist()))) in self._measured:
+        if not due or (key := (step.index, batch.source, tuple(batch.ids.reshape(-1).tolist()))) in self._measured:
             return False
         self._measured |= {key, kind}
         return True

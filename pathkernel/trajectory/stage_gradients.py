@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pathkernel._typing import Float
 from pathkernel.gradients.factored import FactoredGradients
+from pathkernel.trajectory.columns import Owners
 from pathkernel.trajectory.gradient_fit import Fit
 from pathkernel.trajectory.step import MicroBatch
 
@@ -80,6 +81,8 @@ class StageGradients:
         θ where the gradient was taken, (P,).
     batches
         The micro-batches, each with the forward pass of this stage.
+    owners
+        The columns of the shares that their samples belong to.
     """
 
     samples: Tensor
@@ -88,11 +91,7 @@ class StageGradients:
     factor: float | Tensor
     point: Tensor
     batches: tuple[MicroBatch, ...]
-
-    @property
-    def ids(self) -> Tensor:
-        """(B,) sample ids, repeated ones included."""
-        return torch.cat([batch.ids for batch in self.batches])
+    owners: Owners
 
     def columns(self, where: slice, dtype: torch.dtype) -> Float[Tensor, "B size"]:
         """Contributions of the samples to a part of θ."""

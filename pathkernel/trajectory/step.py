@@ -23,7 +23,7 @@ class MicroBatch:
     Attributes
     ----------
     ids
-        (B,) int64 sample ids; an id may occur twice.
+        (B,) int64 sample ids; an id may occur twice. (B, k) where k samples share a row of the batch, as in mixup.
     weights
         (B,) coefficient of each sample's own loss in the batch loss where that is evaluated again, or None where the
         loss reduces the batch by itself.
@@ -45,6 +45,11 @@ class MicroBatch:
         λ of the further passes of a step with several stages.
     channel
         Under which name the backward pass ran; None for no name.
+    source
+        Where its samples come from that are not of the training data, whose ids are counted; None for the data.
+    parts
+        (B, k) float64: which part of a row belongs to each of its samples, adding up to 1; None where each row is one
+        sample's.
     """
 
     ids: Tensor
@@ -58,6 +63,8 @@ class MicroBatch:
     loss_slope: Tensor | None = None
     later_cotangents: tuple[Tensor | None, ...] = ()
     channel: str | None = None
+    source: str | None = None
+    parts: Tensor | None = None
 
     def at_stage(self, stage: int) -> MicroBatch:
         """The micro-batch with the forward pass of a stage as its ``state``; stages not seen ran like the first."""

@@ -90,7 +90,7 @@ class ThinnedStore(Store):
 
 def joined(stretch: Step | None, step: Step, index: int) -> Step:
     """A stretch and the step after it as one step of θ alone."""
-    batches = tuple(MicroBatch(batch.ids, batch.weights) for batch in step.batches)
+    batches = tuple(MicroBatch(b.ids, b.weights, source=b.source, parts=b.parts) for b in step.batches)
     alone = replace(
         step,
         index=index,

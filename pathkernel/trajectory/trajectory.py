@@ -53,7 +53,7 @@ class Trajectory:
 
     Attributes
     ----------
-    model, objective, data, rule, layout, initial, constants, initial_memory, returns, task, schedule
+    model, objective, data, rule, layout, initial, initial_memory, returns, task, schedule
         See `pathkernel.trajectory.run.Run`.
     dtype, device, precision
         Floating type of θ; where arithmetic runs; the coarsest floating type among the parameters.
@@ -69,7 +69,6 @@ class Trajectory:
     rule: UpdateRule = _part("run.rule")
     layout: ParameterLayout = _part("run.layout")
     initial: Tensor = _part("run.initial")
-    constants: dict[str, Tensor] = _part("run.constants")
     initial_memory: dict[str, tuple[Tensor, ...]] = _part("run.initial_memory")
     returns: Returns = _part("run.returns")
     task: str | None = _part("run.task")
@@ -103,6 +102,11 @@ class Trajectory:
         if not isinstance(self._end, End):
             self._end = self._end()
         return self._end
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """Parameters outside θ and buffers, as they were when recording began."""
+        return dict(self.run.constants)
 
     @property
     def reference(self) -> ReferenceOutputs | None:
@@ -245,7 +249,7 @@ class Trajectory:
             yield from reversed(pieces) if reverse else pieces
 
     def vector(self, s: int) -> Tensor:
-        """θ_s as a flat vector (P,), s from 0 to S; negative s counts from the end."""
+        """θ_s as a flat vector (P,), s from 0 to S; negative s counts from the end. The record's own: copy to write."""
         length = len(self)
         if not -length - 1 <= s <= length:
             raise InputError(
@@ -278,8 +282,8 @@ class Trajectory:
         self.stand(replace(self.end, tail=tuple((name, pad(point)) for name, point in self.tail)))
 
     def parameters(self, s: int) -> dict[str, Tensor]:
-        """θ_s by parameter name."""
-        return self.layout.unflatten(self.vector(s))
+        """θ_s by parameter name: copies, which may be trained on or pruned in place."""
+        return self.layout.unflatten(self.vector(s).clone())
 
     def function(self, dtype: torch.dtype | None = None) -> ModelFunction:
         """The recorded network as a pure function of θ."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathkernel.update_rules.rule import Frozen, Memory, Observation, Settings, UpdateRule
+from pathkernel.update_rules.rule import Frozen, Memory, Observation, Observes, Settings, UpdateRule
 from pathkernel.update_rules.sgd import coupled_decay, signed
 
 
@@ -24,11 +24,7 @@ class Adadelta(UpdateRule):
     """
 
     name = "Adadelta"
-    keep_before = ("acc_delta",)
-
-    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
-        """The average of g²."""
-        return ("square_avg",)
+    observes = Observes(before=("acc_delta",), after=("square_avg",))
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The ratio of the two roots."""

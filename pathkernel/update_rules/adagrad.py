@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pathkernel.update_rules.rule import Frozen, Memory, Observation, Settings, UpdateRule
+from pathkernel.update_rules.rule import Frozen, Memory, Observation, Observes, Settings, UpdateRule
 from pathkernel.update_rules.sgd import coupled_decay, signed
 
 
@@ -24,11 +24,7 @@ class Adagrad(UpdateRule):
     """
 
     name = "Adagrad"
-    numbers_after = ("step",)
-
-    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
-        """The accumulated squares."""
-        return ("sum",)
+    observes = Observes(after=("sum",), numbers=("step",))
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The denominator √Σ + ε and the step count t."""

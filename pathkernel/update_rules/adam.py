@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathkernel.update_rules.rule import Frozen, Memory, Observation, Settings, UpdateRule
+from pathkernel.update_rules.rule import Frozen, Memory, Observation, Observes, Settings, UpdateRule
 from pathkernel.update_rules.sgd import coupled_decay, signed
 
 
@@ -23,11 +23,10 @@ class Adam(UpdateRule):
 
     name = "Adam"
     memory = ("exp_avg",)
-    numbers_after = ("step",)
-
-    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
-        """The second moment, or its running maximum."""
-        return ("max_exp_avg_sq",) if settings["amsgrad"] else ("exp_avg_sq",)
+    # The second moment, or its running maximum.
+    observes = Observes(
+        after=lambda settings: ("max_exp_avg_sq",) if settings["amsgrad"] else ("exp_avg_sq",), numbers=("step",)
+    )
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The denominator √v̂ + ε, the step count t, and the decay."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pathkernel.update_rules.adam import decay_of_displacement, decay_of_gradient, decoupled_decay, step_count
-from pathkernel.update_rules.rule import Frozen, Memory, Observation, Settings, UpdateRule
+from pathkernel.update_rules.rule import Frozen, Memory, Observation, Observes, Settings, UpdateRule
 from pathkernel.update_rules.sgd import coupled_decay, signed
 
 
@@ -24,11 +24,7 @@ class Adamax(UpdateRule):
 
     name = "Adamax"
     memory = ("exp_avg",)
-    numbers_after = ("step",)
-
-    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
-        """The infinity norm."""
-        return ("exp_inf",)
+    observes = Observes(after=("exp_inf",), numbers=("step",))
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The infinity norm u⁺ and the bias correction 1 − β₁ᵗ."""
@@ -64,11 +60,7 @@ class NAdam(UpdateRule):
 
     name = "NAdam"
     memory = ("exp_avg",)
-    numbers_after = ("step", "mu_product")
-
-    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
-        """The second moment."""
-        return ("exp_avg_sq",)
+    observes = Observes(after=("exp_avg_sq",), numbers=("step", "mu_product"))
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The denominator √v̂ + ε, the weights of gradient and moment, and the decay."""
@@ -114,11 +106,7 @@ class RAdam(UpdateRule):
 
     name = "RAdam"
     memory = ("exp_avg",)
-    numbers_after = ("step",)
-
-    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
-        """The second moment."""
-        return ("exp_avg_sq",)
+    observes = Observes(after=("exp_avg_sq",), numbers=("step",))
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The denominator D (the number 1 in the early steps), the bias correction 1 − β₁ᵗ, and the decay."""

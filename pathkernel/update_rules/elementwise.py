@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathkernel.update_rules.rule import Frozen, Memory, Observation, Settings, UpdateRule
+from pathkernel.update_rules.rule import Frozen, Memory, Observation, Observes, Settings, UpdateRule
 
 
 class Elementwise(UpdateRule):
@@ -22,10 +22,7 @@ class Elementwise(UpdateRule):
     """
 
     name = "elementwise convention"
-
-    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
-        """Nothing: displacement and gradient are on record."""
-        return ()
+    observes = Observes()
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The displacement Δ_s, and the gradient g_s, infinite in place of 0 so that the ratio is 0 there."""

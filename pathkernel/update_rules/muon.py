@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pathkernel.update_rules.adam import decoupled_decay
-from pathkernel.update_rules.rule import Frozen, Memory, Observation, Settings, UpdateRule
+from pathkernel.update_rules.rule import Frozen, Memory, Observation, Observes, Settings, UpdateRule
 
 
 class Muon(UpdateRule):
@@ -36,10 +36,7 @@ class Muon(UpdateRule):
     name = "Muon"
     memory = ("momentum_buffer",)
     elementwise = False
-
-    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
-        """The momentum."""
-        return ("momentum_buffer",)
+    observes = Observes(after=("momentum_buffer",))
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """W, the missed direction O − W m̃ₛ, m̃ₛ / ‖m̃ₛ‖², and the decay."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pathkernel.update_rules.rule import Frozen, Memory, Observation, Settings, UpdateRule
+from pathkernel.update_rules.rule import Frozen, Memory, Observation, Observes, Settings, UpdateRule
 from pathkernel.update_rules.sgd import coupled_decay, signed
 
 
@@ -24,10 +24,8 @@ class RMSprop(UpdateRule):
 
     name = "RMSprop"
     memory = ("momentum_buffer",)
-
-    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
-        """The average of g², and that of g if it is subtracted."""
-        return ("square_avg", "grad_avg") if settings["centered"] else ("square_avg",)
+    # The average of g², and that of g if it is subtracted.
+    observes = Observes(after=lambda settings: ("square_avg", "grad_avg") if settings["centered"] else ("square_avg",))
 
     def keeps_memory(self, settings: Settings) -> bool:
         """True with momentum."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pathkernel.update_rules.elementwise import nonzero, per_rate
-from pathkernel.update_rules.rule import Frozen, Memory, Observation, Settings, UpdateRule
+from pathkernel.update_rules.rule import Frozen, Memory, Observation, Observes, Settings, UpdateRule
 from pathkernel.update_rules.sgd import signed
 
 
@@ -27,10 +27,8 @@ class Rprop(UpdateRule):
     """
 
     name = "Rprop"
-
-    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
-        """The step sizes, and the gradient as it was followed."""
-        return ("prev", "step_size")
+    # The step sizes, and the gradient as it was followed.
+    observes = Observes(after=("prev", "step_size"))
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
         """The step sizes, and the magnitude of the gradient, infinite where the entry did not move."""

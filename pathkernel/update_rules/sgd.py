@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pathkernel.update_rules.rule import Frozen, Memory, Observation, Settings, UpdateRule
+from pathkernel.update_rules.rule import Frozen, Memory, Observation, Observes, Settings, UpdateRule
 
 
 def signed(gradient: Tensor, settings: Settings) -> Tensor:
@@ -31,10 +31,7 @@ class SGD(UpdateRule):
 
     name = "SGD"
     memory = ("momentum_buffer",)
-
-    def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
-        """Nothing."""
-        return ()
+    observes = Observes()
 
     def keeps_memory(self, settings: Settings) -> bool:
         """True with momentum."""

@@ -16,7 +16,7 @@ from pathkernel.update_rules.elementwise import Elementwise
 from pathkernel.update_rules.muon import Muon
 from pathkernel.update_rules.rmsprop import RMSprop
 from pathkernel.update_rules.rprop import Rprop
-from pathkernel.update_rules.rule import UpdateRule
+from pathkernel.update_rules.rule import UpdateRule, check_declaration
 from pathkernel.update_rules.sgd import SGD
 
 RULES: dict[type[Optimizer], type[UpdateRule]] = {
@@ -55,8 +55,11 @@ def rule_of(optimizer: Optimizer, rule: str | UpdateRule | None = None) -> Updat
     ------
     UnsupportedOptimizerError
         For a class without a rule, an unknown name, or sparse gradients.
+    RecordingError
+        For a rule that does not say what it reads as `pathkernel.update_rules.rule.Observes` does.
     """
     if isinstance(rule, UpdateRule):
+        check_declaration(rule)
         return rule
     if isinstance(optimizer, optim.SparseAdam):
         raise UnsupportedOptimizerError(
@@ -75,6 +78,7 @@ def rule_of(optimizer: Optimizer, rule: str | UpdateRule | None = None) -> Updat
     own = vars(type(optimizer)).get("rule")  # of this very class: a subclass may step differently
     rule_class = own if isinstance(own, type) and issubclass(own, UpdateRule) else RULES.get(type(optimizer))
     if rule_class is not None:
+        check_declaration(rule_class())
         return rule_class()
     if isinstance(optimizer, optim.LBFGS):
         raise UnsupportedOptimizerError(

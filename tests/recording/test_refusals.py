@@ -22,6 +22,8 @@ import scipy.sparse
 import torch
 from cases import LOSSES, OPTIMIZERS, SAMPLES, Recording, make_inputs, make_model, record
 from refusals import OUTSIDE
+from refusals_of_models import MODELS
+from refusals_of_optimizers import OF_OPTIMIZERS
 from sklearn.kernel_ridge import KernelRidge
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -48,14 +50,12 @@ ELSEWHERE = {
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
     "errors.py": "here",
-    "testing.py": "tests/test_testing.py",
-    "gradients/sample_wise.py": "tests/gradients",
-    "gradients/structural_copy.py": "tests/gradients",
-    "kernel_machine/memory_plan.py": "tests/kernel_machine",
+    "recording/observing.py": "tests/recording/test_observing.py",
     "recording/resume.py": "tests/recording/test_resume.py",
-    "runtime": "tests/runtime",
-    "trajectory/reference_outputs.py": "tests/trajectory",
-    "trajectory/replay.py": "tests/trajectory",
+    "runtime/workspace.py": "tests/runtime",
+    "tangent_kernel/engines/proved.py": "tests/tangent_kernel/test_proved.py",
+    "trajectory/observer.py": "tests/recording/test_observing.py",
+    "update_rules/rule.py": "tests/update_rules/test_declaration.py",
 }
 """Where refusals of the rest are tested, beside what they belong to; some need a broken file or a second process."""
 CE = nn.CrossEntropyLoss()
@@ -1144,7 +1144,7 @@ REFUSALS: dict[str, Case] = {
 }
 
 
-REFUSALS |= OUTSIDE
+REFUSALS |= OUTSIDE | MODELS | OF_OPTIMIZERS
 
 
 def refuse(name: str) -> tuple[errors.PathKernelError, tuple[str, int]]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import pathkernel as pk
+from pathkernel.recording.step_capture import StepCapture
 from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt, result_or_error
 from pathkernel.storage.format import Lock
 from pathkernel.testing import interrupted
@@ -60,7 +61,7 @@ def test_who_presses_twice_is_not_kept_waiting() -> None:
 
 
 def test_it_may_come_earlier_where_that_is_said() -> None:
-    with defer_interrupts():
+    with defer_interrupts(divisible=True):
         deliver_interrupt()  # there is none
         press()
         with pytest.raises(KeyboardInterrupt):
@@ -76,6 +77,60 @@ def test_it_does_not_come_into_the_work_of_who_let_it_wait_first() -> None:
             deliver_interrupt()
         reached.append("outer")
     assert reached == ["outer"]
+
+
+def test_it_comes_into_the_work_of_who_lets_it_be_divided() -> None:
+    with pytest.raises(KeyboardInterrupt), defer_interrupts(divisible=True), defer_interrupts(divisible=True):
+        press()
+        deliver_interrupt()
+        pytest.fail("it was not delivered")
+
+
+def test_it_does_not_come_between_passes_of_what_is_done_whole() -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt), defer_interrupts():
+        with defer_interrupts(divisible=True):
+            press()
+            deliver_interrupt()
+            reached.append("inner")
+        deliver_interrupt()
+        reached.append("outer")
+    assert reached == ["inner", "outer"]
+
+
+def test_a_function_can_be_decorated() -> None:
+    reached = []
+
+    @defer_interrupts()
+    def work() -> None:
+        press()
+        reached.append("end")
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    assert reached == ["end", "end"]
+
+
+RIM = {
+    "kernel_machine": {"backward_sweep.py", "forward_sweep.py"},
+    "tangent_kernel": {"operators.py"},
+    "tangent_kernel/engines": {"auto.py", "jacobian.py", "layerwise.py", "projection.py"},
+    "gradients": {"model_function.py"},
+    "recording": {"forward.py", "recorder.py", "step_capture.py"},
+    "storage/format": {"arrays.py", "lock.py"},
+    "runtime": {"interrupts.py", "lazy.py"},
+}
+"""Where interrupts are deferred; `pathkernel.runtime.interrupts` says why. A new place is one to think about."""
+
+
+def test_interrupts_are_deferred_at_the_rim_and_nowhere_else() -> None:
+    package = Path(pk.__file__).parent
+    found: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        if "defer_interrupts" in path.read_text(encoding="utf-8"):
+            found.setdefault(path.parent.relative_to(package).as_posix(), set()).add(path.name)
+    assert found == RIM
 
 
 def test_one_that_came_before_is_not_delivered_again() -> None:
@@ -317,6 +372,82 @@ def test_a_step_of_the_optimizer_that_ctrl_c_comes_into_is_a_change_outside_it()
     machine = pk.KernelMachine(trained.trajectory, unexplained=np.inf)
     why = machine.explain(trained.X, outputs=0)
     assert why.relative_residual < 1e-4
+
+
+class Pressing(nn.Linear):
+    """Presses Ctrl-C in one of its passes, counted from one."""
+
+    passes, at = 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Pressing.passes += 1
+        if Pressing.passes == Pressing.at:
+            press()
+        return super().forward(x)
+
+
+BLOCKS: dict[str, Callable[[pk.Trajectory, Tensor], object]] = {
+    "layerwise": lambda trajectory, X: pk.PathKernel(trajectory, memory="60KB")(X),
+    "jacobian": lambda trajectory, X: pk.PathKernel(trajectory, engine="jacobian", memory=2000)(X),
+    "autograd": lambda trajectory, X: pk.PathKernel(trajectory, engine="autograd")(X),
+    "operator": lambda trajectory, X: pk.PathKernel(trajectory, engine="products").operator(X) @ np.ones(len(X)),
+    "explain": lambda trajectory, X: pk.KernelMachine(trajectory).explain(X[:2], outputs=0),
+    "predict": lambda trajectory, X: pk.KernelMachine(trajectory).predict(X[:2]),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_ctrl_c_within_a_pass_comes_before_the_next_one(kind: str) -> None:
+    """A long computation ends soon, whatever its passes are the blocks of."""
+    Pressing.at = 0
+    trained = Trained(Pressing(3, 2))
+    Pressing.passes = 0
+    BLOCKS[kind](trained.trajectory, trained.X)
+    whole, before = Pressing.passes, trained.standing()
+    assert whole > 4
+    for moment in (whole // 3, whole // 2):
+        Pressing.passes, Pressing.at = 0, moment
+        with pytest.raises(KeyboardInterrupt):
+            BLOCKS[kind](trained.trajectory, trained.X)
+        assert Pressing.passes == moment
+        assert trained.standing() == before
+
+
+def test_ctrl_c_within_a_pass_of_the_recorder_comes_after_its_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    Pressing.at = 0
+    trained = Trained(Pressing(3, 2), train=False)
+    see_before = StepCapture._see_before
+    reached = []
+
+    def pressed(self: StepCapture, *arguments: Any, **options: Any) -> None:
+        Pressing.at = Pressing.passes + 1  # the first of several: the first step is taken apart
+        see_before(self, *arguments, **options)
+        reached.append(Pressing.passes - Pressing.at)
+
+    monkeypatch.setattr(StepCapture, "_see_before", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        trained.train()
+    assert reached and reached[0] > 0
+
+
+@pytest.mark.parametrize("call", ["acquire", "release"])
+def test_a_lock_is_taken_and_given_up_whole(tmp_path: Path, call: str) -> None:
+    """filelock 4.2.0 leaves it taken where an error comes between the system's lock and its note of it."""
+    lock, reached = Lock(tmp_path), []
+    if call == "release":
+        lock.acquire()
+    itself = getattr(lock._lock, call)
+
+    def pressed() -> None:
+        itself()
+        press()
+        reached.append(call)
+
+    setattr(lock._lock, call, pressed)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(lock, call)()
+    assert reached == [call]
+    Lock(tmp_path).acquire()
 
 
 def test_a_lock_that_nobody_refers_to_any_more_is_given_up(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_every_engine_against_the_oracle(outputs, engine: str) -> None:
 def test_any_value_that_makes_an_engine() -> None:
     class Doubled(Engine):
         name = "doubled"
+        exact = False  # or it is compared with autograd, and refused
 
         def gram(self, theta, X, Y, context_X, context_Y, diagonal):
             plain = JacobianEngine(self.function, self.selection, self.memory)

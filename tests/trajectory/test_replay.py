@@ -323,6 +323,10 @@ COMPUTATIONS: dict[str, Any] = {
     "decision function": lambda run, X: pk.KernelMachine(run).decision_function(X),
     "path kernel": lambda run, X: pk.PathKernel(run)(X),
     "preconditioned path kernel": lambda run, X: pk.PathKernel(run, preconditioner="optimizer")(X),
+    "path kernel by length": lambda run, X: pk.PathKernel(run, measure="arc_length")(X),
+    "path kernel by length, Gauss": lambda run, X: pk.PathKernel(
+        run, measure="arc_length", quadrature=pk.GaussLegendre(2), outputs="full"
+    )(X),
 }
 
 
@@ -334,6 +338,35 @@ def test_each_step_is_trained_once(what: str, optimizer: str, monkeypatch: pytes
     monkeypatch.setattr(Replay, "take", lambda self, step: taken.append(step.index) or take(self, step))
     COMPUTATIONS[what](run.trajectory, make_inputs(3, dtype=torch.float32))
     assert sorted(taken) == list(range(LONG))
+
+
+@pytest.mark.parametrize("steps", [None, 5])
+@pytest.mark.parametrize("quadrature", ["left", "trapezoid", "midpoint"])
+def test_nodes_that_are_found_along_the_way_are_those_of_the_full_record(quadrature: str, steps: int | None) -> None:
+    X, options = make_inputs(3, dtype=torch.float32), {"measure": "arc_length", "quadrature": quadrature}
+    run, full = (train(each, "adamw", steps=LONG).trajectory for each in (Schedule(keyframes=EVERY), None))
+    kernel, expected = (pk.PathKernel(each, steps=steps, **options) for each in (run, full))
+    found = kernel(X)
+    np.testing.assert_array_equal(found, expected(X))
+    np.testing.assert_array_equal(kernel(X), found)  # with nodes that are known
+    np.testing.assert_array_equal(pk.PathKernel(run, steps=steps, **options).diagonal(X), expected.diagonal(X))
+    told = [[(node.position, node.time, node.weight, node.number) for node in k.nodes] for k in (kernel, expected)]
+    assert told[0] == told[1]
+    fresh = pk.PathKernel(run, steps=steps, **options)
+    assert repr(fresh) == repr(kernel)
+
+
+def test_a_kernel_by_length_is_of_the_path_at_the_time_it_was_made() -> None:
+    kernels: list[pk.PathKernel] = []
+
+    def between(step: int, model: nn.Module, recorder: Any) -> None:
+        if step == 2 * EVERY - 1:
+            kernels.append(pk.PathKernel(recorder.trajectory, measure="arc_length"))
+
+    X = make_inputs(3, dtype=torch.float32)
+    train(Schedule(keyframes=EVERY), "adamw", steps=LONG, between=between)
+    short = train(None, "adamw", steps=2 * EVERY).trajectory
+    np.testing.assert_array_equal(kernels[0](X), pk.PathKernel(short, measure="arc_length")(X))
 
 
 @pytest.mark.parametrize("what", ["explain", "decision function"])

@@ -18,15 +18,15 @@ from pathkernel.gradients.layers.factor import Factor
 from pathkernel.gradients.layers.factors import Dense, Piece, joined
 from pathkernel.gradients.layers.parameter_views import Handle, View
 from pathkernel.gradients.layers.rules import NoRule, SumOfSignals
-from pathkernel.gradients.layers.tracing import LayerCall, ParameterTracer, module_rules
+from pathkernel.gradients.layers.tracing import LayerCall, ParameterTracer, module_rules, overwritten
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import count
 from pathkernel.gradients.returned import batch_outputs, output_leaves
-from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt, result_or_error
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.workspace import Workspace, give_back_freed_memory
 
-FAILURES = (NoRule, *REFUSALS)
+FAILURES = (NoRule, ArithmeticError, *REFUSALS)
 """Exceptions that a rule raises in a call that it does not cover."""
 
 
@@ -84,6 +84,7 @@ class Tape:
         alone = len(leaves) == 1 and leaves[0].shape == self.outputs.shape
         self._head = tracer.outputs.get(id(leaves[0])) if alone else None
         self.calls, self.unsupported = tracer.calls, tracer.unsupported
+        self._read = tracer.read  # what layers read, and how often it had been written on
         tracer.calls = []  # rules know the tracer: a cycle would keep every pass until the garbage collector runs
         if tracer.overwritten:  # activations are gone
             self.unsupported |= dict.fromkeys(function.layout.names, "an input of a layer is overwritten in place")
@@ -119,7 +120,7 @@ class Tape:
             Where ``components`` are ``outputs[:, identity]``: the last layer's signals are then known.
         """
         signals = self._signals(components, identity)
-        with defer_interrupts(), torch.no_grad():
+        with self.function.without_graph():
             return self._pieces(signals, identity)
 
     def _pieces(self, signals: list[Tensor | None], identity: slice | None) -> list[Piece]:
@@ -161,6 +162,8 @@ class Tape:
 
         def pull() -> None:
             factor = call.gradients[key](signal)
+            if overwritten(self._read):  # every later use of an activation would be wrong, by this layer or another
+                raise NoRule(f"the rule of {call.function} writes on what its layer read")
             if self._is_head(call, identity):
                 factor = factor.as_head()
             for name, where, own in handle.pull(factor):
@@ -170,7 +173,6 @@ class Tape:
         if error is not None:
             reason = f"{call.function} could not be taken apart ({type(error).__name__})"
             self.plain |= dict.fromkeys(handle.names(), reason)
-        deliver_interrupt()
 
     def _pieces_of(self, name: str, parts: list[tuple[slice, Factor]]) -> list[Piece]:
         where = self.function.layout.slices[name]

@@ -21,7 +21,6 @@ from pathkernel.gradients.layers.parameter_views import VIEWS, Composed, Handle,
 from pathkernel.gradients.layers.pooling import REPLACEMENTS
 from pathkernel.gradients.layers.recurrent import decomposed
 from pathkernel.gradients.layers.rules import RULES, Gradient, NoRule, Rule
-from pathkernel.runtime.interrupts import defer_interrupts
 
 
 @dataclass
@@ -98,7 +97,7 @@ class ParameterTracer(TorchFunctionMode):
         self.outputs: dict[int, int] = {}
         self.unsupported: dict[str, str] = {}
         self.rearranges = False
-        self._inputs: list[tuple[Tensor, int]] = []
+        self.read: list[tuple[Tensor, int]] = []
         self._kept: list[Tensor] = []  # an identity is only good for as long as its tensor lives
         for name, value in parameters.items():
             self.known[id(value)] = (value, View(name, value.shape))
@@ -166,7 +165,7 @@ class ParameterTracer(TorchFunctionMode):
             arguments = _shapes(args, kwargs)
         handles = {key: self.handle(value) for key, value in bound.items()}
         own = {key: handle for key, handle in handles.items() if handle is not None}
-        self._inputs += before
+        self.read += before
         return self.note(name, result, own, gradients, arguments)
 
     def note(
@@ -196,7 +195,7 @@ class ParameterTracer(TorchFunctionMode):
     @property
     def overwritten(self) -> bool:
         """True where something that a layer read was changed in place afterwards."""
-        return any(leaf._version != version for leaf, version in self._inputs)
+        return overwritten(self.read)
 
     def module_call(self, module: nn.Module, rule: Rule, inputs: tuple[Any, ...]) -> Any:
         """Run a module whose class has a rule of its own as one call."""
@@ -209,7 +208,7 @@ class ParameterTracer(TorchFunctionMode):
             for handle in handles.values():
                 self.unsupported |= dict.fromkeys(handle.names(), f"the rule of {type(module).__name__} leaves it out")
             return result
-        self._inputs += [(leaf, leaf._version) for leaf in tensors_of(inputs)]
+        self.read += [(leaf, leaf._version) for leaf in tensors_of(inputs)]
         within = {key: _at(module, dict(module._parameters), gradient) for key, gradient in gradients.items()}
         return self.note(type(module).__name__, result, handles, within)
 
@@ -319,6 +318,11 @@ def _arguments(rule: Rule) -> tuple[str, ...]:
     return tuple(inspect.signature(rule).parameters)[1:]
 
 
+def overwritten(read: Iterable[tuple[Tensor, int]]) -> bool:
+    """Test that some tensor was written on since its version was noted."""
+    return any(leaf._version != version for leaf, version in read)
+
+
 @cache
 def _name(function: Any) -> str:
     return resolve_name(function) or getattr(function, "__name__", str(function))
@@ -328,13 +332,12 @@ def _at(module: nn.Module, parameters: dict[str, Any], gradient: Gradient) -> Gr
     """A rule's function, with the module's parameters as they are in the pass."""
 
     def evaluated(signal: Tensor) -> Factor:
-        with defer_interrupts():
-            live = dict(module._parameters)
-            module._parameters.update(parameters)
-            try:
-                return gradient(signal)
-            finally:
-                module._parameters.update(live)
+        live = dict(module._parameters)
+        module._parameters.update(parameters)
+        try:
+            return gradient(signal)
+        finally:
+            module._parameters.update(live)
 
     return evaluated
 

@@ -10,10 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pathkernel.runtime.interrupts import defer_interrupts
-
 LONGEST = 1.5e-2
-"""Seconds that one number may take to measure, beyond a few runs."""
+"""Seconds that one number may take to measure, beyond a few runs: four of them delay the first call. Chosen, not
+measured."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,17 @@ def machine(dtype: torch.dtype) -> Machine:
 
 @lru_cache
 def _measured(dtype: torch.dtype, threads: int) -> Machine:
-    with defer_interrupts(), torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        random = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
-        square, left, right = random(320, 320), random(64, 64, 64), random(64, 64, 64)
-        large, small = random((1 << 24) // dtype.itemsize), random(4)
-        return Machine(
-            products=2 * 320**3 / _seconds(lambda: square @ square),
-            batched=2 * 64 * 64**3 / _seconds(lambda: left @ right),
-            # Into fresh memory, as layers write their results: the system has to hand out its pages first.
-            bandwidth=3 * large.nbytes / _seconds(lambda: large + large),
-            call=_seconds(lambda: small + small, 32),
-        )
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
+    square, left, right = random(320, 320), random(64, 64, 64), random(64, 64, 64)
+    large, small = random((1 << 24) // dtype.itemsize), random(4)
+    return Machine(
+        products=2 * 320**3 / _seconds(lambda: square @ square),
+        batched=2 * 64 * 64**3 / _seconds(lambda: left @ right),
+        # Into fresh memory, as layers write their results: the system has to hand out its pages first.
+        bandwidth=3 * large.nbytes / _seconds(lambda: large + large),
+        call=_seconds(lambda: small + small, 32),
+    )
 
 
 def _seconds(operation: Callable[[], Tensor], repeat: int = 1) -> float:

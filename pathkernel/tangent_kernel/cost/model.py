@@ -44,17 +44,22 @@ EFFICIENCY = {
     "plain rows": 0.1,
 }
 """Share of the machine's rates that each kind of work reached, measured on networks of linear, convolutional and
-attention layers: the one place where the model is fitted to anything."""
+attention layers: the one place where the model is fitted to anything.
+
+By which script is not on record, nor on which machine. The rates are measured anew wherever `machine` runs; shares that
+are wrong elsewhere make "auto" take a slower engine, and `benchmarks/engines.py` times both ("pathkernel-plain").
+"""
 
 RECORDING = 10.0
-"""Calls' worth of Python for each operation on a tape or under `torch.func`."""
+"""Calls' worth of Python for each operation on a tape or under `torch.func`. Provenance as of `EFFICIENCY`."""
 
 JVP = 1.5
-"""A forward-mode sweep for each component, in units of the forward and backward passes of a tape."""
+"""A forward-mode sweep for each component, in units of the forward and backward passes of a tape. Provenance as of
+`EFFICIENCY`."""
 
 MARGIN = 2.0
 """Factor by which plain rows must be predicted to be faster: predictions are good to about as much, and rows take more
-memory."""
+memory. Chosen."""
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,25 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, memory_bytes, spread, take
+from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.tangent_kernel.cost.model import CostModel, choose
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples
 from pathkernel.tangent_kernel.engines.jacobian import AutogradEngine, JacobianEngine
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.engines.products import ProductsEngine
+from pathkernel.tangent_kernel.engines.proved import proved, refuse_abstract
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
 WORTH_CHOOSING = 10_000_000
-"""Numbers in the plain rows of a matrix below which its cost is not modelled: layer by layer takes milliseconds."""
+"""Numbers in the plain rows of a matrix below which its cost is not modelled: layer by layer takes milliseconds.
+Chosen, not measured."""
 
 
 PROBED = 8
-"""Samples that are passed through the network to see what a tape covers."""
+"""Samples that are passed through the network to see what a tape covers. Chosen, not measured."""
 
 
 class AutomaticEngine(LayerwiseEngine):
@@ -68,6 +71,7 @@ class AutomaticEngine(LayerwiseEngine):
             return "layerwise"
         return choose(CostModel(self, theta, X, context), n, m)[0]
 
+    @defer_interrupts(divisible=True)
     def gram(
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
@@ -109,16 +113,16 @@ class EngineValue(Protocol):
 def make_engine(
     engine: str | EngineValue | type[Engine], function: ModelFunction, selection: OutputSelection, memory: int | str
 ) -> Engine:
-    """The engine of that name or class, or the one that a value makes."""
+    """The engine of that name or class, or the one that a value makes; others' are proved before use."""
     if isinstance(engine, type) and issubclass(engine, Engine):
-        return engine(function, selection, memory_bytes(memory))
+        refuse_abstract(engine)
+        return proved(engine(function, selection, memory_bytes(memory)), engine.__name__)
     if not isinstance(engine, str | type) and isinstance(engine, EngineValue):
-        return engine.engine(function, selection, memory_bytes(memory))
-    check(
-        isinstance(engine, str) and engine in ENGINES,
-        InputError,
-        f"`engine={engine!r}` was given",
-        f"Engines are {', '.join(map(repr, ENGINES))}, a subclass of `Engine`, or a value with a method `engine`",
-        'Write `engine="auto"`',
-    )
+        return proved(engine.engine(function, selection, memory_bytes(memory)), repr(engine))
+    if not isinstance(engine, str) or engine not in ENGINES:
+        raise InputError(
+            f"`engine={engine!r}` was given",
+            f"Engines are {', '.join(map(repr, ENGINES))}, a subclass of `Engine`, or a value with a method `engine`",
+            'Write `engine="auto"`',
+        )
     return ENGINES[str(engine)](function, selection, memory_bytes(memory))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import moved, take
 from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts, PlainJacobianProducts
@@ -42,6 +42,10 @@ class Engine(ABC):
 
     .. math:: K(x, x') = \langle M \nabla h(x), \nabla h(x') \rangle,\qquad M = \mathrm{diag}(d) \succeq 0
 
+    Passes run inside ``with self.function.evaluating(gradients=True):``, which puts the network in evaluation mode.
+    What somebody else's engine returns is compared with plain autograd, a few entries for each way to a result, before
+    it is used; see `pathkernel.tangent_kernel.engines.proved`.
+
     Parameters
     ----------
     function
@@ -56,16 +60,15 @@ class Engine(ABC):
     name: ClassVar[str]
 
     exact: ClassVar[bool] = True
-    """True where matrices are the kernel's to rounding."""
+    """True where matrices are the kernel's to rounding; False frees an engine that approximates from the proof."""
 
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
-        check(
-            function.dtype in (torch.float64, torch.float32, torch.bfloat16),
-            InputError,
-            f"`dtype={function.dtype}` was given",
-            "Kernels are computed in float64, in float32, or in float32 with matrix products of bfloat16 factors",
-            "Write `dtype=torch.float32`",
-        )
+        if function.dtype not in (torch.float64, torch.float32, torch.bfloat16):
+            raise InputError(
+                f"`dtype={function.dtype}` was given",
+                "Kernels are computed in float64, in float32, or in float32 with matrix products of bfloat16 factors",
+                "Write `dtype=torch.float32`",
+            )
         self.products, self.selection, self.memory = function.dtype, selection, memory
         self.choices: dict[tuple[int, int | None], str] = {}
         # Gradients rounded to 8 bits on their way back would be of no use; their inner products average errors out.
@@ -139,13 +142,12 @@ def check_budget(needed: float, memory: int, of: str) -> None:
     InputError
         With both sizes.
     """
-    check(
-        needed <= memory,
-        InputError,
-        f"One sample takes {needed / 1e6:.3g} MB ({of}), and the budget is {memory / 1e6:.3g} MB",
-        "A budget has to hold at least one sample; it is kept, not exceeded in silence",
-        f'Write `memory="{max(1, round(4 * needed / 1e6))}MB"` or more',
-    )
+    if needed > memory:
+        raise InputError(
+            f"One sample takes {needed / 1e6:.3g} MB ({of}), and the budget is {memory / 1e6:.3g} MB",
+            "A budget has to hold at least one sample; it is kept, not exceeded in silence",
+            f'Write `memory="{max(1, round(4 * needed / 1e6))}MB"` or more',
+        )
 
 
 def number_of_components(engine: Engine, theta: Tensor, X: PyTree, context: PyTree) -> int:

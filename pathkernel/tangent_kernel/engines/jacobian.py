@@ -13,6 +13,7 @@ from pathkernel.gradients.matmul import product
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import sample_gradients
 from pathkernel.gradients.pytrees import blocks, count, take
+from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, check_budget
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
@@ -59,6 +60,7 @@ class JacobianEngine(Engine):
         products = product(left.reshape(n, k * p), right.reshape(m, j * p)).double()
         return products / k if self.selection.combine == "mean" else products
 
+    @defer_interrupts(divisible=True)
     def gram(
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
@@ -75,6 +77,7 @@ class JacobianEngine(Engine):
                 if result is None:
                     result = torch.empty(count(X), count(Y), *tile.shape[2:], dtype=torch.float64, device=tile.device)
                 result[i, j] = tile
+                deliver_interrupt()
         assert result is not None
         return result
 
@@ -99,9 +102,11 @@ class JacobianEngine(Engine):
                     tile = (tile + _transpose(tile)) / 2
                 result[i, j] = tile
                 result[j, i] = _transpose(tile)
+                deliver_interrupt()
         assert result is not None
         return result
 
+    @defer_interrupts(divisible=True)
     def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> Tensor:
         """K(x, x), one block of rows at a time."""
         pieces = []

@@ -13,7 +13,6 @@ from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import leaf_parameters, pulled_back, push_forward, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
-from pathkernel.runtime.interrupts import deliver_interrupt
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
 
@@ -90,7 +89,6 @@ class PlainJacobianProducts(JacobianProducts):
                         cotangent[:, slice(None) if c is None else c] = weights[piece, ..., d].to(values)
                         gradients = pulled_back(leaves, values, cotangent, retain=True)
                         result[place, d] += self.function.layout.flatten(gradients)
-                deliver_interrupt()
         return result
 
     def push(self, directions: Tensor, components: slice) -> Tensor:

@@ -17,6 +17,7 @@ from pathkernel.gradients.layers.factor import Factor
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import blocks, count, take
+from pathkernel.runtime.interrupts import deliver_interrupt
 from pathkernel.tangent_kernel.engines.engine import Samples
 from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts
 
@@ -24,7 +25,7 @@ Part = tuple[slice, Factor]
 """A part of θ, and gradients in it."""
 
 LARGEST_BLOCK = 1024
-"""Samples in one sweep, however large the budget: products are at full speed by then."""
+"""Samples in one sweep, however large the budget: products are at full speed by then. Chosen, not measured."""
 
 
 class LayerJacobianProducts(JacobianProducts):
@@ -72,6 +73,7 @@ class LayerJacobianProducts(JacobianProducts):
         for where, parts in self._parts(components):
             v = self.function.cast(weights[where])
             for place, factor in parts:
+                deliver_interrupt()
                 for c in range(own):
                     if self.full:
                         result[c, :, place] += factor.weighted_sum(v)
@@ -86,6 +88,7 @@ class LayerJacobianProducts(JacobianProducts):
             shape = where.stop - where.start, *(components.stop,) * self.full, directions.shape[1]
             total = torch.zeros(shape, dtype=torch.float64, device=directions.device)
             for place, factor in parts:
+                deliver_interrupt()
                 for c, along in enumerate(directions[:, :, place]):
                     if self.full:
                         total += factor.products_in_turn(along)

@@ -18,7 +18,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.per_sample import REFUSALS, values_of
 from pathkernel.gradients.pytrees import blocks, count, spread, take
-from pathkernel.runtime.interrupts import result_or_error
+from pathkernel.runtime.interrupts import defer_interrupts, result_or_error
 from pathkernel.runtime.workspace import Workspace, keep_freed_memory
 from pathkernel.tangent_kernel.engines.blocking import Plan, Sizes, cuts
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples, check_budget
@@ -36,10 +36,11 @@ from pathkernel.tangent_kernel.engines.tiles import (
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
 FEW = 4
-"""Samples of the passes in which is measured what one takes."""
+"""Samples of the passes in which is measured what one takes. Chosen, not measured."""
 
 KEPT = 0.75
-"""Part of the budget up to which memory is kept from one matrix to the next."""
+"""Part of the budget up to which memory is kept from one matrix to the next; passes through the network need the rest.
+Chosen, not measured."""
 
 
 class LayerwiseEngine(Engine):
@@ -137,6 +138,7 @@ class LayerwiseEngine(Engine):
 
     # -- the contract ----------------------------------------------------------------------------------------
 
+    @defer_interrupts(divisible=True)
     def gram(
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
@@ -165,6 +167,7 @@ class LayerwiseEngine(Engine):
             found += engine.gram(own, X, Y, context_X, context_Y, weights)
         return found
 
+    @defer_interrupts(divisible=True)
     def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> Tensor:
         """K(x, x), sample by sample."""
         form = self._form(preconditioner, 1, 1)

@@ -18,11 +18,12 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 from pathkernel.gradients.layers.factor import Factor
 from pathkernel.gradients.layers.factors import Dense, Lookup, Outer, Piece
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import blocks, count, take
+from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Node, Samples, number_of_components
 from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
@@ -30,7 +31,10 @@ from pathkernel.tangent_kernel.outputs import OutputSelection
 
 KINDS = ("tensor", "sparse", "rademacher", "gaussian")
 NONZEROS = 4
-"""Nonzeros in each column of a sparse map."""
+"""Nonzeros in each column of a sparse map: more lower the variance, and take as many times longer.
+
+Chosen, not measured; what a map leaves is measured with every result (`Features.error`).
+"""
 COLUMNS = 8192
 """Entries of a parameter that are drawn for at once; fixed, so that draws do not depend on the memory budget."""
 
@@ -60,20 +64,18 @@ class Projection:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(
-            isinstance(self.dim, int) and self.dim >= 1 and isinstance(self.seed, int) and self.seed >= 0,
-            InputError,
-            f"`{self!r}` was given",
-            "`dim` is an integer from 1 upwards, `seed` one from 0 upwards",
-            "Write for example `Projection(dim=1024)`",
-        )
-        check(
-            self.kind in KINDS,
-            InputError,
-            f"`Projection(kind={self.kind!r})` was given",
-            f"Kinds are {', '.join(map(repr, KINDS))}",
-            'Write `Projection(dim=1024, kind="tensor")`',
-        )
+        if not (isinstance(self.dim, int) and self.dim >= 1 and isinstance(self.seed, int) and self.seed >= 0):
+            raise InputError(
+                f"`{self!r}` was given",
+                "`dim` is an integer from 1 upwards, `seed` one from 0 upwards",
+                "Write for example `Projection(dim=1024)`",
+            )
+        if self.kind not in KINDS:
+            raise InputError(
+                f"`Projection(kind={self.kind!r})` was given",
+                f"Kinds are {', '.join(map(repr, KINDS))}",
+                'Write `Projection(dim=1024, kind="tensor")`',
+            )
 
     def engine(self, function: ModelFunction, selection: OutputSelection, memory: int) -> ProjectionEngine:
         """The engine of kernels under this map."""
@@ -99,6 +101,7 @@ class Projection:
         p, q, t = factor.width, factor.reading_size, factor.positions
         if isinstance(factor, Lookup) or t == 1:
             return True
+        # Two transforms forward and one back, dim log₂ dim each, against a sparse map of p q entries.
         transforms = 3 * self.dim * max(1, (self.dim - 1).bit_length())
         return t * (NONZEROS * (p + q) + transforms) <= NONZEROS * p * q
 
@@ -169,15 +172,18 @@ class ProjectionEngine(Engine):
         number: int = 0,
     ) -> None:
         super().__init__(function, selection, memory)
-        self.projection, self.number = projection, number
+        self.projection = projection
+        self.number = number
         self.layers = LayerwiseEngine(function, selection, memory)
 
+    @defer_interrupts(divisible=True)
     def features(
         self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal
     ) -> Float[Tensor, "n ... dim"]:
         """φ(x), float64 (n, dim); (n, K, dim) for full blocks."""
         layers = copy.copy(self.layers)
-        layers.function, layers.selection = self.function, self.selection
+        layers.function = self.function
+        layers.selection = self.selection
         first = slice(0, min(2, count(X)))
         pieces, tape = layers.pieces(theta, take(X, first), take(context, first))
         activations = sum(shape.numel() for shape in tape.shapes) * 4
@@ -237,8 +243,11 @@ class ProjectionEngine(Engine):
 
     def at(self, node: Node, selection: OutputSelection | None = None) -> ProjectionEngine:
         """Engine at a node of a path, with a random map of its own."""
-        engine, there = copy.copy(self), super().at(node, selection)
-        engine.function, engine.selection, engine.number = there.function, there.selection, node.number
+        engine = copy.copy(self)
+        there = super().at(node, selection)
+        engine.function = there.function
+        engine.selection = there.selection
+        engine.number = node.number
         return engine
 
 
@@ -256,7 +265,9 @@ class FeatureProducts(JacobianProducts):
     """
 
     def __init__(self, engine: ProjectionEngine, theta: Tensor, samples: Samples, memory: int) -> None:
-        self.engine, self.theta, self.samples = engine, theta, samples
+        self.engine = engine
+        self.theta = theta
+        self.samples = samples
         self.sketched = engine.projection.dim
         self.holds = count(samples[0]) * self.sketched * 8 <= memory
         self._held: Tensor | None = None
@@ -292,7 +303,8 @@ def products(left: Float[Tensor, "n ... dim"], right: Float[Tensor, "m ... dim"]
 
 def _weighted(piece: Piece, preconditioner: Diagonal) -> Iterator[tuple[int, Factor]]:
     """√d G, weight and bias as one sum of outer products where d is constant on each; each with its place in θ."""
-    factor, bias = piece.factor, piece.bias
+    factor = piece.factor
+    bias = piece.bias
     weights = [
         torch.ones(1) if preconditioner is None else preconditioner[where].unique()
         for where in (piece.where, *(() if bias is None else (bias,)))

@@ -15,22 +15,29 @@ from pathkernel.gradients.layers.factor import Factor, side_by_side
 from pathkernel.gradients.layers.factors import Dense, Piece
 from pathkernel.gradients.matmul import product
 from pathkernel.gradients.pytrees import blocks
+from pathkernel.runtime.interrupts import deliver_interrupt
 from pathkernel.runtime.workspace import Workspace
 
 TILE = 128
-"""Rows of a trace kernel computed at once: enough for products at full speed, few enough to leave out nearly half."""
+"""Rows of a trace kernel computed at once: enough for products at full speed, few enough to leave out nearly half.
+
+By which script this number and the four below were found is not on record. They change how long a matrix takes, and its
+last bits; `benchmarks/engines.py` times the matrices.
+"""
 
 HIGH = 512
-"""Rows of a trace kernel computed at once where nothing is left out."""
+"""Rows of a trace kernel computed at once where nothing is left out. Provenance as of `TILE`."""
 
 WIDE = 4096
-"""Columns from which rows are contracted by themselves; narrower ones are put beside each other."""
+"""Columns from which rows are contracted by themselves; narrower ones are put beside each other, so that one product
+pays for one pass over the tile. Provenance as of `TILE`."""
 
 EVEN = 64
-"""Columns of a product come in multiples of this."""
+"""Columns of a product come in multiples of this: odd shapes are slower. Provenance as of `TILE`."""
 
 PART = 32 << 20
-"""Bytes of rows formed at once where they are not kept."""
+"""Bytes of rows formed at once where they are not kept: few, for memory, but each part passes over the result once
+more. Provenance as of `TILE`."""
 
 
 class Metric:
@@ -176,7 +183,7 @@ class Group:
                 whole.rows.extend(
                     form.workspace.empty((own.shape[0], n, own.shape[2]), form.dtype, own.device) for own in rows
                 )
-            if whole is not group:
+            if whole is not group:  # one of several passes: the first made room for all of them
                 for (into, axis), (tensor, _) in zip(whole._tensors(), group._tensors(), strict=True):
                     into.narrow(axis, where.start, where.stop - where.start).copy_(tensor)
             for place, own in zip(whole.rows, rows, strict=True):
@@ -228,6 +235,7 @@ def _sorted(pieces: list[Piece], form: Form) -> tuple[list[Pairs], list[Rows], l
             unformed.append(replace(piece, bias=None))
         if piece.bias is not None:
             rows.append(Rows.of(Dense(piece.bias_rows()), piece.bias, form))
+    # A product of few columns is a call's overhead: biases and small layers make one product together.
     wide = [own for own in rows if own.shape[2] >= WIDE]
     narrow = [own for own in rows if own.shape[2] < WIDE]
     return pairs, wide + ([Rows.beside(narrow)] if narrow else []), unformed
@@ -262,7 +270,9 @@ def contract(
     count, n, _, m = result.shape
     shape = (count, n, m, same)
     widest = max([_row_bytes(own.signal) for own in right.pairs] + [_row_bytes(own) for own in right.rows], default=1)
+    # Activations meet once a panel for all components; only signals differ from one component to the next.
     for rows, columns in _panels(shape, _positions(left.pairs), widest, scratch):
+        deliver_interrupt()
         readings = [one.readings(two, rows, columns) for one, two in zip(left.pairs, right.pairs, strict=True)]
         for components, columns_of in _steps(shape, columns, widest, scratch):
             own, others = (components, rows), (columns_of, columns)
@@ -277,6 +287,7 @@ def contract(
             tile.copy_(total) if first else tile.add_(total)
     for piece, other in zip(left.unformed, right.unformed, strict=True):
         for mine, theirs in _formed(piece, other, same, form, scratch):
+            deliver_interrupt()
             for rows, columns in _panels(shape, 1, _row_bytes(theirs), scratch):
                 for components, columns_of in _steps(shape, columns, _row_bytes(theirs), scratch):
                     own, others = (components, rows), (columns_of, columns)
@@ -305,7 +316,8 @@ def own_products(piece: Piece, form: Form, limit: int) -> Tensor:
 
 def mirror(result: Float[Tensor, "J n J n"], groups: list[slice]) -> None:
     """Fill in the entries that `contract` left out, from those across the diagonal of the (J n, J n) matrix."""
-    count, tile = result.shape[0], min(512, result.shape[1])
+    count = result.shape[0]
+    tile = min(512, result.shape[1])
     above = torch.ones(tile, tile, dtype=torch.bool, device=result.device).triu()
     for place, i in enumerate(groups):
         for j in groups[place + 1 :]:

@@ -1,12 +1,8 @@
-"""Contract checks for update rules and stores, those of the package and your own; and Ctrl-C at any moment."""
+"""Contract of update rules, checked: a rule is what its optimizer does."""
 
 from __future__ import annotations
 
-import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
-from types import FrameType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pathkernel.errors import PathKernelError, check
+from pathkernel.errors import PathKernelError
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.quadrature import GaussLegendre
 from pathkernel.recording.recorder import KernelRecorder
 from pathkernel.trajectory.batch_gradients import RecordedGradients
-from pathkernel.trajectory.run import Extension
 from pathkernel.trajectory.step import Step
-from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Frozen, Memory, Settings, UpdateRule, adjoint
-
-__all__ = ["StoreContractError", "UpdateRuleError", "check_store", "check_update_rule", "interrupted"]
 
 ARITHMETIC = 1e-10
 """How far two float64 evaluations of one linear map may be apart, relative to the size of what they add up."""
@@ -44,7 +36,7 @@ class UpdateRuleError(PathKernelError, AssertionError):
 
 def check_update_rule(
     rule: UpdateRule,
-    make_optimizer: Callable[[Any], Optimizer],
+    make_optimizer: Callable[[Any], Optimizer | Sequence[Optimizer]],
     *,
     steps: int = 8,
     seed: int = 0,
@@ -66,9 +58,9 @@ def check_update_rule(
     Parameters
     ----------
     rule
-        The rule.
+        The rule; a `pathkernel.update_rules.joint.JointRule` for several optimizers, with one part for each.
     make_optimizer
-        Makes the optimizer from an iterable of parameters; it may leave some of them out.
+        Makes the optimizer, or a list of several, from an iterable of parameters; it may leave some of them out.
     steps
         Steps to train, at least 2, so that memory is carried.
     seed
@@ -103,7 +95,7 @@ def check_update_rule(
 
 def _train(
     rule: UpdateRule,
-    make_optimizer: Callable[[Any], Optimizer],
+    make_optimizer: Callable[[Any], Optimizer | Sequence[Optimizer]],
     steps: int,
     seed: int,
     dtype: torch.dtype,
@@ -117,8 +109,9 @@ def _train(
         for p in model.parameters():
             p.copy_(0.5 * torch.randn(p.shape, dtype=torch.float64, generator=generator))
     inputs, targets = (torch.randn(12, n, dtype=torch.float64, generator=generator).to(dtype) for n in (3, 2))
-    optimizer, loss = make_optimizer(model.parameters()), nn.MSELoss()
-    with KernelRecorder(model, optimizer, loss, data=(inputs, targets), rule=rule) as recorder:
+    made, loss = make_optimizer(model.parameters()), nn.MSELoss()
+    optimizers = [made] if isinstance(made, Optimizer) else list(made)
+    with KernelRecorder(model, optimizers, loss, data=(inputs, targets), rule=rule) as recorder:
         for s in range(steps):
             x, y = recorder.announce(torch.arange(4 * s, 4 * s + 5) % 12)
 
@@ -128,11 +121,13 @@ def _train(
                 value.backward()
                 return value
 
-            if by_closure:
-                optimizer.step(closure)  # type: ignore[arg-type]
-            else:
+            if not by_closure:
                 closure()
-                optimizer.step()
+            for optimizer in optimizers:
+                if by_closure:
+                    optimizer.step(closure)  # type: ignore[arg-type]
+                else:
+                    optimizer.step()
     return recorder.trajectory, inputs
 
 
@@ -250,7 +245,8 @@ def _check_steps(rule: UpdateRule, trajectory: Trajectory) -> None:
                 f"{error:.1e}, {relative}",
                 "Step, sources and carried memory together are what the optimizer did, to rounding",
                 "Compare `step` with the optimizer's source term by term; in `frozen`, copy what the optimizer "
-                "changes in place, and name in `keep_before` what is needed as it was before the step",
+                "changes in place, and name what is needed as it was before the step in `observes` "
+                "(`keep_before`)",
             )
 
 
@@ -277,193 +273,3 @@ def _check_completeness(rule: UpdateRule, trajectory: Trajectory, inputs: Tensor
             "Check that `stage_offsets` says where the gradients were taken, and that the steps are small: a query's "
             "gradient is averaged over each by 4 points",
         )
-
-
-class StoreContractError(PathKernelError, AssertionError):
-    """A store does not keep its contract."""
-
-
-def check_store(make_store: Callable[[], Store], *, steps: int = 11, seed: int = 0) -> None:
-    """Check that a store gives back what was put into it, to the last bit.
-
-    A small network with batch normalisation is trained in memory. Its steps are put into the store, and
-
-    1. ``len`` counts them at once, and each can be read right after it was appended, and all of them again;
-    2. vectors, ranges of them, batches, settings, frozen tensors and buffers come back with the same bits;
-    3. where a step ends with the tensor that the next begins with, it does so again; buffers that have not changed are
-       the same mapping again;
-    4. `flush` and `close` lose nothing, and the steps stay readable;
-    5. `extend` lengthens every vector, points by the given values and gradients by zeros.
-
-    Parameters
-    ----------
-    make_store
-        Makes an empty store.
-    steps
-        Steps to train.
-    seed
-        Of network and samples.
-
-    Raises
-    ------
-    StoreContractError
-        An `AssertionError` that says what came back otherwise, and at which step.
-
-    Examples
-    --------
-    >>> from pathkernel.trajectory.memory import MemoryStore
-    >>> check_store(MemoryStore)
-    """
-    trajectory = _small_run(steps, seed)
-    expected, store = list(trajectory.steps()), make_store()
-    store.note_end(trajectory.end)
-    store.begin(trajectory.run)
-    for step in expected:
-        store.append(step)
-        _require(len(store) == step.index + 1, f"`len` is {len(store)} after {step.index + 1} steps")
-        _compare(step, store.read(step.index), "right after it was appended")
-    store.flush()
-    _compare_all(expected, store, "after `flush`")
-    ranges = [slice(0, 3), slice(2, trajectory.layout.size)]
-    for step in expected:
-        _require(torch.equal(store.vector(step.index), step.before), f"`vector({step.index})` differs")
-        pieces = store.columns(step.index, ranges)
-        _require(
-            all(torch.equal(piece, step.before[where]) for piece, where in zip(pieces, ranges, strict=True)),
-            f"`columns` of step {step.index} differ",
-        )
-    pad = Extension(trajectory.run, {"late": torch.tensor([1.0, -2.0], dtype=trajectory.dtype)})
-    store.extend(pad.tail, pad)
-    longer = [_longer(step, pad.tail) for step in expected]
-    _compare_all(longer, store, "after `extend`")
-    store.close()
-    _compare_all(longer, store, "after `close`")
-
-
-def _small_run(steps: int, seed: int) -> Trajectory:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        first = nn.Linear(3, 4)
-        model = nn.Sequential(first, nn.BatchNorm1d(4), nn.Linear(4, 2))
-        X, y = torch.randn(12, 3), torch.randn(12, 2)
-        optimizer, loss = torch.optim.Adam(model.parameters(), lr=0.01), nn.MSELoss()
-        with KernelRecorder(model, optimizer, loss, data=(X, y), audit_every=0) as recorder:
-            for s in range(steps):
-                model.train(s < steps // 2)
-                x, target = recorder.announce([s % 12, (5 * s + 1) % 12], weights=None, inputs=X[[s % 12, 2]] + 1)
-                optimizer.zero_grad()
-                loss(model(x), target).backward()
-                optimizer.step()
-                if s % 3 == 2:
-                    with torch.no_grad(), recorder.channel("clamp"):
-                        first.weight.clamp_(-0.3, 0.3)
-    return recorder.trajectory
-
-
-def _longer(step: Step, tail: Tensor) -> Step:
-    def pad(vector: Tensor) -> Tensor:
-        return torch.cat([vector, tail])
-
-    return replace(
-        step,
-        before=pad(step.before),
-        after=pad(step.after),
-        gradient=torch.cat([step.gradient, torch.zeros_like(tail)]),
-        changes=tuple((name, pad(point)) for name, point in step.changes),
-    )
-
-
-def _compare_all(expected: list[Step], store: Store, when: str) -> None:
-    read = [store.read(0)]
-    _compare(expected[0], read[0], when)
-    for index in range(1, len(expected)):
-        before, now = store.read(index - 1), store.read(index)
-        _compare(expected[index], now, when)
-        shared = not expected[index].changes
-        _require(
-            not shared or before.after is now.before,
-            f"{when}, the end of step {index - 1} is not the very tensor that step {index} begins with",
-        )
-        kept = expected[index - 1].buffers is expected[index].buffers
-        _require(
-            not kept or before.buffers is now.buffers,
-            f"{when}, the buffers of steps {index - 1} and {index} are not the same mapping",
-        )
-
-
-def _compare(expected: Step, found: Step, when: str) -> None:
-    for field_ in fields(Step):
-        one, other = getattr(expected, field_.name), getattr(found, field_.name)
-        _require(
-            _equal_bits(one, other), f"{when}, `{field_.name}` of step {expected.index} is not what was put into it"
-        )
-
-
-def _equal_bits(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        alike = isinstance(other, Tensor) and (one.dtype, one.shape) == (other.dtype, other.shape)
-        return alike and one.numpy().tobytes() == other.numpy().tobytes()
-    if isinstance(one, Mapping):
-        return isinstance(other, Mapping) and set(one) == set(other) and all(_equal_bits(one[k], other[k]) for k in one)
-    if isinstance(one, (tuple, list)):
-        return type(one) is type(other) and len(one) == len(other) and all(map(_equal_bits, one, other))
-    if is_dataclass(one):
-        return type(one) is type(other) and all(
-            _equal_bits(getattr(one, f.name), getattr(other, f.name)) for f in fields(one)
-        )
-    return type(one) is type(other) and repr(one) == repr(other)
-
-
-def _require(holds: bool, found: str) -> None:
-    check(
-        holds,
-        StoreContractError,
-        found[0].upper() + found[1:],
-        "A store gives back what was put into it, to the last bit",
-        "Compare with `pathkernel.trajectory.memory.MemoryStore`, which keeps the contract in its plainest form",
-    )
-
-
-def interrupted(call: Callable[[], Any], moment: int = 0, at: Callable[[FrameType], bool] = lambda frame: True) -> int:
-    """Run a call, and let Ctrl-C come at one of its moments.
-
-    A moment is the beginning of a line of Python or of a function, here or in any library, in the main thread.
-
-    Parameters
-    ----------
-    call
-        To be run; what it returns is dropped.
-    moment
-        Which of its moments, from 1; 0 for none.
-    at
-        Whether a frame's moments count.
-
-    Returns
-    -------
-    int
-        How many moments there were.
-
-    Raises
-    ------
-    KeyboardInterrupt
-        Where the call lets it through.
-    """
-    passed = 0
-
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal passed
-        if event in ("call", "line") and at(frame):
-            passed += 1
-            if passed == moment:
-                sys.settrace(None)
-                signal.raise_signal(signal.SIGINT)
-        return trace
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(None)
-        signal.signal(signal.SIGINT, before)
-    return passed

@@ -1,0 +1,70 @@
+"""Everything that a path kernel's matrix depends on, by which one that is kept in a store is known again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.pytrees import take
+from pathkernel.path_kernel.nodes import PathMeasure, PathNode
+from pathkernel.storage import question
+from pathkernel.tangent_kernel.engines.engine import Engine, Samples
+from pathkernel.tangent_kernel.output_probes import OutputProbes
+from pathkernel.tangent_kernel.outputs import OutputSelection
+
+
+@dataclass(frozen=True)
+class Made:
+    """Parts that a path kernel is made of.
+
+    Attributes
+    ----------
+    measure, nodes
+        The weights of steps, and the points of the path.
+    selection, probes
+        The function of the outputs, and random outputs where they are drawn.
+    engine, engine_at
+        The engine as given, and the one that is used at a node.
+    dtype
+        Floating type of the arithmetic.
+    """
+
+    measure: PathMeasure
+    nodes: list[PathNode]
+    selection: OutputSelection
+    probes: OutputProbes | None
+    engine: Any
+    engine_at: Callable[[PathNode], Engine]
+    dtype: torch.dtype
+
+
+def matrix_identity(made: Made, function: ModelFunction, rows: Samples, columns: Samples | None) -> dict[str, Any]:
+    """Everything that a matrix depends on; not the budget. How its nodes were chosen, they say themselves."""
+    nodes, selection, trajectory = made.nodes, made.selection, made.measure.trajectory
+    ends = (nodes[0], nodes[-1])
+    points = [(function.with_(constants=node.buffers), node.theta) for node in ends]
+    points.append((points[1][0], question.nearby(trajectory)))
+    asked = question.behaviour(selection.function, points, *rows)
+    if not question.is_ours(made.engine):
+        first, context = take(rows, slice(0, 2))
+        entries = [
+            made.engine_at(node).gram(node.theta, first, None, context, None, node.preconditioner) for node in ends
+        ]
+        asked["entries"] = question.numbers(entries, question.NETWORK_ROUNDING[made.dtype])
+    weights = torch.tensor([(node.time, node.weight) for node in nodes], dtype=torch.float64)
+    return question.identity_of(
+        trajectory,
+        outputs=f"{selection.combine}, {selection.scalar}, {question.described(made.probes, 'outputs')}",
+        measure=f"{made.measure.name}, {made.measure.preconditioner}",
+        engine=question.described(made.engine, "engine"),
+        dtype=made.dtype,
+        nodes=question.samples_identity(torch.tensor([(node.position, node.number) for node in nodes])),
+        weights=question.numbers(weights.T, question.NETWORK_ROUNDING[torch.float64]),
+        rows=question.samples_identity(rows),
+        columns=question.samples_identity(columns),
+        **asked,
+    )
