@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pathkernel.quadrature import Midpoint as Midpoint
     from pathkernel.quadrature import Trapezoid as Trapezoid
     from pathkernel.recording.indexed import IndexedDataset as IndexedDataset
+    from pathkernel.recording.indexed import indexed as indexed
     from pathkernel.recording.recorder import KernelRecorder as KernelRecorder
     from pathkernel.storage.disk import DiskStore as DiskStore
     from pathkernel.tangent_kernel.engines.projection import Projection as Projection
@@ -77,6 +78,7 @@ _HOMES = {
     "Trapezoid": "quadrature",
     "UpdateRule": "update_rules.rule",
     "WeightsOnly": "trajectory.schedule",
+    "indexed": "recording.indexed",
     "layer_rule": "gradients.layers.rules",
 }
 

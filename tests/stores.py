@@ -38,6 +38,8 @@ def same(one: Any, other: Any, where: str = "") -> None:
         assert isinstance(other, Mapping) and set(one) == set(other), where
         for key in one:
             same(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, frozenset):
+        assert one == other, where
     elif isinstance(one, (tuple, list)):
         assert type(one) is type(other) and len(one) == len(other), where
         for place, (a, b) in enumerate(zip(one, other, strict=True)):

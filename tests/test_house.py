@@ -118,7 +118,7 @@ machine = pk.KernelMachine(recorder.trajectory, average="ema")
 MISTAKES = {
     "pk.KernelRecorder(model, optimizer, date=data)": 'Unexpected keyword argument "date" for "KernelRecorder"',
     'pk.KernelRecorder(model, optimizer, data=data, audit_every="often")': 'incompatible type "str"',
-    "pk.KernelRecorder(optimizer, model, data=data)": 'has incompatible type "Linear"; expected "Optimizer"',
+    "pk.KernelRecorder(optimizer, model, data=data)": 'has incompatible type "Linear"; expected "Optimizer |',
     "pk.KernelRecordre(model, optimizer, data=data)": 'Module has no attribute "KernelRecordre"',
     'pk.Keyframes("8")': 'Argument 1 to "Keyframes" has incompatible type "str"; expected "int"',
     "recorder.announce()": 'Missing positional argument "ids"',

@@ -672,5 +672,6 @@ def test_items_that_are_no_pairs(item: Any) -> None:
 
     model = network()
     data = Wrong(torch.ones(N, 4), LABELS)
-    error = refusal(lambda: pk.KernelRecorder(model, torch.optim.SGD(model.parameters()), CE, data=data))
+    recorder = pk.KernelRecorder(model, torch.optim.SGD(model.parameters()), CE, data=data)
+    error = refusal(lambda: next(recorder.batches(4)))
     assert "`data` is a Wrong whose items are a" in error.found and "pairs (input, target)" in error.expected

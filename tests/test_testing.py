@@ -13,8 +13,11 @@ from torch.optim import Optimizer
 from pathkernel import testing
 from pathkernel.errors import PathKernelError
 from pathkernel.testing import UpdateRuleError, check_update_rule
-from pathkernel.update_rules.adam import Adam
+from pathkernel.update_rules.adam import Adam, AdamW
 from pathkernel.update_rules.elementwise import Elementwise
+from pathkernel.update_rules.joint import JointRule
+from pathkernel.update_rules.muon import Muon
+from pathkernel.update_rules.rmsprop import RMSprop
 from pathkernel.update_rules.rule import UpdateRule
 from pathkernel.update_rules.sgd import SGD
 from pathkernel.update_rules.table import RULES
@@ -43,6 +46,37 @@ def test_training_by_closures(make: type[Optimizer]) -> None:
 
 def test_the_convention_keeps_the_contract() -> None:
     check_update_rule(Elementwise(), with_options(optim.SGD), steps=4)
+
+
+def muon_and_adamw(parameters: Any) -> list[Optimizer]:
+    every = list(parameters)
+    matrices, others = [p for p in every if p.ndim == 2], [p for p in every if p.ndim != 2]
+    return [optim.Muon(matrices, lr=0.02), optim.AdamW(others, lr=0.01)]
+
+
+def sgd_and_rmsprop(parameters: Any) -> list[Optimizer]:
+    every = list(parameters)
+    return [optim.SGD(every[:2], lr=0.1, momentum=0.9), optim.RMSprop(every[2:], lr=0.01, momentum=0.3)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "make"),
+    [(JointRule([Muon(), AdamW()]), muon_and_adamw), (JointRule([SGD(), RMSprop()]), sgd_and_rmsprop)],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_joint_rules_keep_the_contract(rule: JointRule, make: Any) -> None:
+    check_update_rule(rule, make, steps=4)
+    check_update_rule(rule, make, steps=3, closure=True, dtype=torch.float32)
+
+
+def test_a_joint_rule_with_a_wrong_part_is_named() -> None:
+    class Tripled(SGD):
+        def step(self, gradient, memory, frozen, settings):
+            delta, memory = super().step(gradient, memory, frozen, settings)
+            return 3 * delta, memory
+
+    with pytest.raises(UpdateRuleError, match=r"`0\.\w+` was moved"):
+        check_update_rule(JointRule([Tripled(), RMSprop()]), sgd_and_rmsprop, steps=2)
 
 
 # -- rules that are wrong ----------------------------------------------------------------------------------------------

@@ -53,12 +53,19 @@ class ForwardState:
         (device type, floating type) of automatic mixed precision, or None.
     buffers
         Buffers that had changed since recording began, as the pass found them; None where that is not known.
+    arguments
+        What the network was given that is of no sample (None, flags, numbers, tensors that all samples share), by name,
+        or by place where it has none. The very same mapping as of the pass before where nothing has changed.
     """
 
     modes: Modes = False
     generators: Mapping[str, Tensor] = field(default_factory=dict)
     autocast: tuple[str, torch.dtype] | None = None
     buffers: Mapping[str, Tensor] | None = None
+    arguments: Mapping[str | int, Any] = field(default_factory=dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"arguments": {}, **state})  # pickled before there was the field
 
 
 EVALUATION = ForwardState()
@@ -99,7 +106,7 @@ def generators_at(states: Mapping[str, Tensor]) -> Iterator[None]:
         yield
 
 
-class _Switch:
+class Switch:
     """A setting of the whole process that is changed while anybody needs it, and put back when nobody does any more.
 
     Context managers that put back what they found are not enough: with two threads, the second one finds what the first
@@ -203,18 +210,18 @@ def _without_fallback_warnings() -> Iterator[None]:
         switches._debug_only_display_vmap_fallback_warnings(enabled)
 
 
-QUIET_FALLBACKS = _Switch(_without_fallback_warnings)
+QUIET_FALLBACKS = Switch(_without_fallback_warnings)
 """`vmap` warns of operations that it treats one sample after the other, which is no fault of the user's."""
 
 # Forward differentiation has no rule for fused attention, fused encoder layers and the recurrent layers of oneDNN and
 # cuDNN, the last of which cannot be differentiated in evaluation at all.
-PLAIN_ATTENTION = _Switch(lambda: sdpa_kernel(SDPBackend.MATH))
-PLAIN_ENCODERS = _Switch(_without_fused_encoders)
-PLAIN_RECURRENCE = _Switch(_without_fused_recurrence)
+PLAIN_ATTENTION = Switch(lambda: sdpa_kernel(SDPBackend.MATH))
+PLAIN_ENCODERS = Switch(_without_fused_encoders)
+PLAIN_RECURRENCE = Switch(_without_fused_recurrence)
 
 # TensorFloat-32, which cuDNN takes for convolutions unless it is told not to, rounds to eleven bits: rows that are
 # formed in two ways could not be compared.
-FULL_PRECISION = _Switch(_without_tensor_floats)
+FULL_PRECISION = Switch(_without_tensor_floats)
 RANDOM = threading.RLock()
 """Lock of passes that draw random numbers: torch's generators belong to the process."""
 

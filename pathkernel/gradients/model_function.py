@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Parameters, PyTree
+from pathkernel.gradients.arguments import arguments_of, call_of, keyed, places_of, shared_arguments
+from pathkernel.gradients.batch_axes import BatchAxes, BatchAxis
+from pathkernel.gradients.checkpoints import PASS_THROUGH
 from pathkernel.gradients.forward_state import (
     EVALUATION,
     FULL_PRECISION,
@@ -36,8 +39,8 @@ from pathkernel.gradients.forward_state import (
     module_mode,
 )
 from pathkernel.gradients.parameters import ParameterLayout, constants_of
-from pathkernel.gradients.pytrees import arguments_of, blocks, cast_floating, count, moved, take
-from pathkernel.gradients.returned import Returns, batch_outputs, selected
+from pathkernel.gradients.pytrees import blocks, cast_floating, count, moved, take
+from pathkernel.gradients.returned import Returns, batch_outputs, map_outputs, selected
 from pathkernel.gradients.structural_copy import StructuralCopy
 from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 
@@ -61,6 +64,10 @@ class ModelFunction:
         Name of the submodule whose output stands for f; the module's own output by default.
     returns
         What of the module's own output is f; see `pathkernel.gradients.returned`.
+    watch
+        Names of the submodules that are called in place of the module, each with what the one before returned.
+    batch_axis
+        Where samples lie in what the module takes and returns; see `pathkernel.gradients.batch_axes`.
     """
 
     def __init__(
@@ -72,12 +79,15 @@ class ModelFunction:
         state: ForwardState = EVALUATION,
         submodule: str | None = None,
         returns: Returns = None,
+        watch: tuple[str, ...] = (),
+        batch_axis: BatchAxis = 0,
     ) -> None:
         check_gradients_are_possible()
-        self.layout, self.dtype, self.returns = layout, dtype, returns
+        self.layout, self.dtype, self.returns, self.watch = layout, dtype, returns, watch
         self.state, self.submodule = state, submodule
         self.structure = StructuralCopy(module)
         self.device = device_of(module)
+        self.axes = BatchAxes.of(batch_axis, self.called[0].forward)
         self.constants = self.cast({**constants_of(module, layout), **(constants or {})})
         self.recurrent = any(isinstance(child, (nn.RNNBase, nn.RNNCellBase)) for child in self.module.modules())
         self.row_routes: dict[Any, str] = {}
@@ -88,6 +98,11 @@ class ModelFunction:
     def module(self) -> nn.Module:
         """The copy of the module that passes run on."""
         return self.structure.module
+
+    @property
+    def called(self) -> list[nn.Module]:
+        """What is called of the copy, one part after the other."""
+        return [self.module.get_submodule(name) for name in self.watch or ("",)]
 
     def with_(
         self,
@@ -137,6 +152,7 @@ class ModelFunction:
             defer_interrupts(divisible=True),
             self.lock,
             RANDOM if self.state.generators else nullcontext(),
+            PASS_THROUGH,
             module_mode(self.module, self.state.modes),
             generators_at(self.state.generators),
             nullcontext() if as_trained else PLAIN_ATTENTION,
@@ -173,13 +189,12 @@ class ModelFunction:
         return self.layout.unflatten(self.cast(vector))
 
     def call(self, parameters: Parameters, inputs: PyTree) -> Any:
-        """The network's outputs for a batch; see `pathkernel.gradients.pytrees.arguments_of`."""
+        """The network's outputs for a batch, samples first; see `pathkernel.gradients.arguments.call_of`."""
         deliver_interrupt()  # whatever is a loop of passes need not think of it
         structure, evaluation = self.structure, self.state.modes is False
         inputs = moved(inputs, self.device)
         if structure.writes_inputs is not False:  # they are the user's
             inputs = pytree.tree_map(lambda leaf: leaf.clone(), inputs)
-        arguments = arguments_of(self.module.forward, inputs)
         # Layers in train mode write to their buffers, and some networks do so in evaluation.
         written = structure.written if evaluation and structure.written is not None else structure.buffers
         copies = {name: self.constants[name].clone() for name in written}
@@ -191,7 +206,7 @@ class ModelFunction:
                 handle = inner.register_forward_hook(lambda _, __, out: found.append(out))
             structure.fill({**self.constants, **copies, **parameters})
             try:
-                returned = self.module(*arguments)
+                returned = self._run(inputs)
                 if structure.writes_inputs is None:
                     structure.writes_inputs = any(leaf._version > 0 for leaf in pytree.tree_leaves(inputs))
                 if evaluation and structure.written is None:
@@ -201,7 +216,25 @@ class ModelFunction:
                     handle.remove()
                 if not self._kept:
                     structure.clear()
-        return selected(returned, self.returns) if self.submodule is None else found[-1]
+        outputs = selected(returned, self.returns) if self.submodule is None else found[-1]
+        return map_outputs(self.axes.output_first, outputs) if self.axes.outputs else outputs
+
+    def _run(self, inputs: PyTree) -> Any:
+        first, *others = self.called
+        shared = shared_arguments(self.state.arguments, self.dtype, self.device) if self.state.arguments else {}
+        if shared or not self.axes.are_first:
+            arguments, named = call_of(first.forward, inputs, shared)
+        else:
+            arguments, named = arguments_of(first.forward, inputs)
+        if not self.axes.are_first:
+            places = keyed(places_of(first.forward), arguments, {})
+            moved_in = [v if key in shared else self.axes.inward(key, v) for key, v in places.items()]
+            arguments = tuple(moved_in)
+            named = {key: v if key in shared else self.axes.inward(key, v) for key, v in named.items()}
+        returned = first(*arguments, **named)
+        for part in others:
+            returned = part(returned)
+        return returned
 
     def batch(self, parameters: Parameters, inputs: PyTree) -> Tensor:
         """Outputs (B, C) of a batch, flattened sample by sample."""

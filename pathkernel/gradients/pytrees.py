@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -144,26 +143,6 @@ def check_rows(inputs: PyTree, asker: str) -> None:
             "Every array has one row for each sample along its first axis, and all have as many",
             "Write `X[None]` for a single sample",
         )
-
-
-def arguments_of(function: Callable[..., Any], inputs: PyTree) -> tuple[Any, ...]:
-    """Samples as the arguments of a network's ``forward``.
-
-    A tuple is spread over them, and so is a list where ``forward`` cannot do with one argument.
-    """
-    if isinstance(inputs, tuple):
-        return inputs
-    if isinstance(inputs, list) and not _takes(function, inputs) and _takes(function, *inputs):
-        return tuple(inputs)
-    return (inputs,)
-
-
-def _takes(function: Callable[..., Any], *arguments: Any) -> bool:
-    try:
-        inspect.signature(function).bind(*arguments)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def take(tree: PyTree, index: Any) -> PyTree:

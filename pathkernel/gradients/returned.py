@@ -97,6 +97,23 @@ def check_returns(returns: Any) -> Returns:
     )
 
 
+def one_of_two(returns: Returns, outputs: Returns) -> Returns:
+    """One argument under either of its names.
+
+    Raises
+    ------
+    InputError
+        Where both are given.
+    """
+    if returns is not None and outputs is not None:
+        raise InputError(
+            f"Both `returns={returns!r}` and `outputs={outputs!r}` were given",
+            "They are two names of one argument, which says what the outputs are among all that the network returns",
+            "Leave one of them out",
+        )
+    return outputs if returns is None else returns
+
+
 def selected(returned: Any, returns: Returns) -> Any:
     """The outputs among what a network returned.
 

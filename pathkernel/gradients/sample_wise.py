@@ -132,7 +132,11 @@ def _check(function: ModelFunction, theta: Tensor, few: PyTree) -> None:
             if drew
             else "The network's outputs for the same samples differ from one pass to the next in evaluation",
             "A kernel is made of a function of one sample: the same outputs for the same sample, every time",
-            "Draw random numbers in training mode only (`if self.training:`), and return the mean in evaluation",
+            "Draw random numbers in training mode only (`if self.training:`), and return the mean in evaluation"
+            if drew
+            else "Let a state that it carries from one pass to the next, as the hidden one of a recurrent network, be "
+            "an input and an output, `logits, h = model(x, h)`, announced with `recorder.announce(ids, inputs=(x, h))`;"
+            " draw random numbers in training mode only (`if self.training:`)",
         )
     for i, own in enumerate(alone):
         if isinstance(own, Exception):

@@ -26,7 +26,10 @@ from pathkernel.errors import UnsupportedModelError
 LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event, threading.local)
 """Objects that have no copies and hold nothing that a pass depends on."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)  # fmt: skip
 
 
 class StructuralCopy:
@@ -237,7 +240,7 @@ def _content(cell: Any) -> Any:
 
 def _of_training(hook: Any) -> bool:
     """Test that a hook belongs to a recorder, which watches the module and none of its copies."""
-    return getattr(hook, "of_training", False) is True
+    return getattr(getattr(hook, "hook", hook), "of_training", False) is True  # torch wraps those on `load_state_dict`
 
 
 Slot = tuple[Any, Any, str]

@@ -173,7 +173,7 @@ class BackwardSweep:
             vector = self._zeros(self.layout.size)
             for name, shift in found.displacement.items():
                 vector[self.layout.slices[name]] = shift.reshape(-1)
-            self.accumulator.channels["unexplained"] += q @ vector
+            self.accumulator.channels[found.channel] += q @ vector
         for name in {**found.memory, **found.scale}:
             own = self.layout.slices[name]
             for where in self._blocks(name):
@@ -182,7 +182,7 @@ class BackwardSweep:
                     continue
                 if name in found.memory:
                     added = found.memory[name].reshape(-1)[where.start - own.start : where.stop - own.start]
-                    self.accumulator.channels["unexplained"] += cotangent.double() @ added
+                    self.accumulator.channels[found.channel] += cotangent.double() @ added
                 if name in found.scale:
                     self.memory[where.start] = [self._keep(0, where, cotangent * found.scale[name])]
 

@@ -18,6 +18,8 @@ def is_classifier(trajectory: Trajectory) -> bool:
         return task == "classification"
     if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss, nn.BCEWithLogitsLoss)):
         return True
+    if trajectory.data.announced:  # no targets are on record
+        return False
     target = pytree.tree_leaves(trajectory.data.example[1])[0]
     return not target.is_floating_point() and target.dim() == 1
 

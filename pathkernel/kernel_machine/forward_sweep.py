@@ -110,9 +110,9 @@ def _beyond_the_rule(
             for slot in slots:
                 slot[slices[name]] *= scale
     for name, added in found.memory.items():
-        memory["unexplained"][0][slices[name]] += added.reshape(-1)
+        memory[found.channel][0][slices[name]] += added.reshape(-1)
     for name, shift in found.displacement.items():
-        moved["unexplained"][slices[name]] += shift.reshape(-1)
+        moved[found.channel][slices[name]] += shift.reshape(-1)
 
 
 @dataclass(frozen=True)

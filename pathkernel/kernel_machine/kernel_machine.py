@@ -74,6 +74,10 @@ class KernelMachine:
         `pathkernel.kernel_machine.forms`. All are exact; the certificate and the shares come with each.
     average
         Name of a recorded average (EMA, SWA): explains the averaged network. ``weights=`` is its older name.
+    at
+        After how many optimizer steps: explains the network as it was then, the checkpoint that was kept, whatever the
+        model holds now; see `Trajectory.until`. None (default) is the end of the record, with what was changed after
+        the last step.
     unexplained
         Largest part of the change of the outputs that may come from unnamed changes before it is an error.
     engine
@@ -132,6 +136,7 @@ class KernelMachine:
         quadrature: str | Quadrature = "auto",
         form: str = "folded",
         average: str | None = None,
+        at: int | None = None,
         unexplained: float = 0.01,
         engine: str = "auto",
         memory: int | str = "1GB",
@@ -139,6 +144,8 @@ class KernelMachine:
         progress: bool = False,
         weights: str | None = None,
     ) -> None:
+        if at is not None:
+            trajectory = trajectory.until(at)
         trajectory.require_steps("KernelMachine")
         average = weights if average is None else average
         self.trajectory = trajectory

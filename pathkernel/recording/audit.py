@@ -58,6 +58,8 @@ class Circumstances:
         The batch that was announced before these, if any.
     taken
         Whether the optimizer has moved already.
+    differs
+        In what the network was given something else than the data hold; empty where that is not known.
     """
 
     unseen: int = 0
@@ -67,6 +69,7 @@ class Circumstances:
     drew_from: tuple[str, ...] = ()
     announced_before: MicroBatch | None = None
     taken: bool = False
+    differs: str = ""
 
 
 def audit(trajectory: Trajectory, step: Step, seen: Circumstances) -> None:
@@ -158,6 +161,28 @@ def check_outputs(trajectory: Trajectory, step: Step, batch: MicroBatch, seen: S
     )
 
 
+def check_inputs(trajectory: Trajectory, differences: Sequence[str], taken: bool) -> None:
+    """Refuse a step whose network was given something else than the data hold under the announced ids.
+
+    The gradient need not tell: with a bias, inputs on another scale look like the clipping of single parameters.
+
+    Raises
+    ------
+    SampleIdError
+        With the argument that differs.
+    """
+    if not differences:
+        return
+    raise SampleIdError(
+        f"At step {len(trajectory)} the network was given something else than `data` holds under the announced "
+        f"ids: {differences[0]}",
+        "The samples that the network sees are those of the announced ids; inputs that are not in `data` are kept "
+        f"where the recorder is told so; the optimizer has {'moved already' if taken else 'not moved'}",
+        "If they are to differ (augmented, scaled, padded), write `recorder.track(loader, keep=True)`, "
+        "`KernelRecorder(..., keep=True)`, or `recorder.announce(ids, inputs=x)`; otherwise check the ids",
+    )
+
+
 def _is_nothing(step: Step, compared: ComparedGradient) -> bool:
     """True where both are so small that a loss which was evaluated again says nothing of them."""
     largest = max(compared.recorded.norm().item(), compared.expected.norm().item())
@@ -173,7 +198,8 @@ def check_captured(trajectory: Trajectory, batches: Sequence[MicroBatch], watche
     SampleIdError
         With the cause as far as it can be told.
     """
-    if trajectory.objective.known is not None or all([batch.captured for batch in batches]):
+    at_hand = not trajectory.data.announced and all([batch.has_targets for batch in batches])
+    if (trajectory.objective.known is not None and at_hand) or all([batch.captured for batch in batches]):
         return
     unseen = sum(not batch.captured for batch in batches)
     raise SampleIdError(
@@ -221,6 +247,11 @@ def _cause(trajectory: Trajectory, step: Step, gradients: RecordedGradients, see
                 ". It is that of the batch that was announced before: batches are announced one too early, as by "
                 "prefetching"
             )
+    if seen.differs:
+        return (
+            f". What the network was given is not what `data` holds under these ids: {seen.differs}. If that is what "
+            "it is to be (augmented, scaled, padded), write `recorder.track(loader, keep=True)`"
+        )
     if trajectory.returns is not None:
         return (
             ". Slopes were taken at what `returns=` picks out of what the network returned: a loss on the rest goes "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel.errors import InputError
+from pathkernel.gradients.arguments import places_of, same_arguments
 from pathkernel.gradients.forward_state import ForwardState, generator_states
-from pathkernel.gradients.returned import Returns, batch_outputs, output_leaves, returned_loss, selected
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.returned import batch_outputs, output_leaves, returned_loss, selected
+from pathkernel.recording.calls import SeenCall
+from pathkernel.recording.compiled import CompiledCall
 from pathkernel.recording.modules import WatchedModules
 from pathkernel.runtime.interrupts import defer_interrupts
 
@@ -57,6 +62,10 @@ class ForwardPass:
         That of θ; None where nobody will ask.
     drew_from
         Random generators that it drew from and that no record holds, where somebody will ask.
+    call
+        What the network was given.
+    first
+        Puts the samples first in an output.
 
     Attributes
     ----------
@@ -67,12 +76,18 @@ class ForwardPass:
     """
 
     def __init__(
-        self, state: ForwardState, leaves: list[Tensor], checksum: int | None = None, drew_from: tuple[str, ...] = ()
+        self,
+        state: ForwardState,
+        leaves: list[Tensor],
+        checksum: int | None = None,
+        drew_from: tuple[str, ...] = (),
+        call: SeenCall | None = None,
+        first: Callable[[Tensor], Tensor] = lambda leaf: leaf,
     ) -> None:
-        self.state, self.checksum, self.drew_from = state, checksum, drew_from
-        self.shapes: Shapes = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+        self.state, self.checksum, self.drew_from, self.call, self._first = state, checksum, drew_from, call, first
+        self.shapes: Shapes = [(first(leaf).shape, leaf.dtype, leaf.device) for leaf in leaves]
         self.owner: Any = None
-        self.outputs = None if checksum is None else [leaf.detach().clone() for leaf in leaves]
+        self.outputs = None if checksum is None else [first(leaf.detach()).clone() for leaf in leaves]
         self._arrived: dict[str | None, dict[int | None, Tensor]] = {}
 
     @property
@@ -82,6 +97,7 @@ class ForwardPass:
 
     def add(self, channel: str | None, place: int | None, cotangent: Tensor) -> None:
         """Add what one backward pass brought to an output; the place None stands for the returned loss."""
+        cotangent = cotangent if place is None else self._first(cotangent)
         arrived = self._arrived.setdefault(channel, {})
         before = arrived.get(place)
         arrived[place] = cotangent if before is None else before + cotangent
@@ -147,12 +163,14 @@ class ForwardWatcher:
 
     Parameters
     ----------
-    model
-        The module that the loop calls.
+    parts
+        The modules that the loop calls, one after the other, each with what the one before returned.
+    names
+        Theirs, for messages.
     modules
-        Its submodules.
-    returns
-        What of the returned is the output, see `pathkernel.gradients.returned`.
+        The submodules of the network.
+    called
+        The network as a function: what it takes and returns.
     ran
         Called with each forward pass that has a graph.
     begins
@@ -168,6 +186,8 @@ class ForwardWatcher:
         Under which name backward passes run at the moment; None for no name.
     differentiated
         Names under which a backward pass has added to gradients since they were taken last.
+    copies
+        Whether to copy what the network is given in the passes to come.
     checked
         Whether to keep a checksum of θ with the passes to come, and how it is found; None where not.
     enters, ended
@@ -181,26 +201,34 @@ class ForwardWatcher:
 
     def __init__(
         self,
-        model: nn.Module,
+        parts: Sequence[nn.Module],
+        names: Sequence[str],
         modules: WatchedModules,
-        returns: Returns,
+        called: ModelFunction,
         ran: Callable[[ForwardPass], None],
         begins: Callable[[], None],
         arrived: Callable[[ForwardPass], None],
         unseen: Callable[[nn.Parameter], None],
     ) -> None:
-        self.model, self.modules, self.returns = model, modules, returns
+        self.parts, self.names, self.modules, self.returns = tuple(parts), tuple(names), modules, called.returns
         self.ran, self.begins, self.arrived, self.unseen = ran, begins, arrived, unseen
-        self.device = next(model.parameters()).device
+        self.device, self._first, self._places = (
+            called.device,
+            called.axes.output_first,
+            places_of(called.called[0].forward),
+        )
+        self.copies = False
         self.checked: Callable[[], int] | None = None
         self.enters: Callable[[], None] | None = None
         self.ended: Callable[[], None] | None = None
         self.channel: str | None = None
         self.differentiated: set[str] = set()
         self._before: tuple[Any, ...] | None = None
+        self._passed_on: Any = None
         self._checksum: int | None = None
         self._elsewhere: dict[str, Any] | None = None
         self._handles: list[Any] = []
+        self._last: list[Any] = []
         self._listening: dict[int, Any] = {}
         self._under_way: dict[int, BackwardPass] = {}
 
@@ -208,14 +236,32 @@ class ForwardWatcher:
 
     def start(self) -> None:
         """Put the hooks on."""
-        self._handles = [self.model.register_forward_pre_hook(Hook(self._enter))]
-        self._hook_last()
+        first, *others = self.parts
+        if not self._watch_compiled():
+            # Before the hooks of others, which the copies that are run again have, too.
+            self._handles = [first.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True)]
+            self._hook_last()
+        for former, part, names in zip(self.parts, others, itertools.pairwise(self.names), strict=False):
+            self._handles += [
+                former.register_forward_hook(Hook(self._pass_on)),
+                part.register_forward_pre_hook(Hook(partial(self._take_over, names)), prepend=True, with_kwargs=True),
+            ]
+
+    def _watch_compiled(self) -> bool:
+        """Watch a module that was compiled in place from outside; True where it was."""
+        if len(self.parts) > 1 or self.parts[0]._compiled_call_impl is None:
+            return False
+        if not any(isinstance(handle, CompiledCall) for handle in self._handles):
+            for handle in (*self._handles, *self._last):
+                handle.remove()
+            self._handles, self._last = [CompiledCall(self.parts[0], self._enter, self._leave)], []
+        return True
 
     def stop(self) -> None:
         """Take the hooks off."""
-        for handle in (*self._handles, *self._listening.values()):
+        for handle in (*self._handles, *self._last, *self._listening.values()):
             handle.remove()
-        self._handles, self._listening, self._before = [], {}, None
+        self._handles, self._last, self._listening, self._before, self._passed_on = [], [], {}, None, None
         self._under_way = {}
 
     @property
@@ -230,6 +276,7 @@ class ForwardWatcher:
 
     def listen(self, parameters: list[nn.Parameter]) -> None:
         """Be told when gradients are added to those of some parameters."""
+        self._watch_compiled()
         for p in parameters:
             if p.requires_grad and id(p) not in self._listening:
                 self._listening[id(p)] = p.register_post_accumulate_grad_hook(self._accumulated)
@@ -238,31 +285,60 @@ class ForwardWatcher:
 
     def _hook_last(self) -> None:
         """Be the last forward hook: what others make of the outputs is what the loop gets."""
-        for handle in self._handles[1:]:
+        for handle in self._last:
             handle.remove()
-        self._handles[1:] = [self.model.register_forward_hook(Hook(self._leave))]
+        self._last = [self.parts[-1].register_forward_hook(Hook(self._leave))]
 
-    def _enter(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def _pass_on(self, module: nn.Module, arguments: tuple[Any, ...], returned: Any) -> None:
+        """Called with what one part returned: the next is given it."""
+        if self._before is not None:
+            self._passed_on = (returned,)
+
+    def _take_over(
+        self, names: tuple[str, str], module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
+        """Called with what the next part is given.
+
+        Raises
+        ------
+        InputError
+            Where it is something else than what the part before returned.
+        """
+        if self._before is None:
+            return
+        passed_on, self._passed_on = self._passed_on, None
+        if passed_on is None or named or not same_arguments({0: arguments}, {0: passed_on}):
+            self._before = None
+            raise InputError(
+                f"The part {names[1]!r} of the network was given something else than what {names[0]!r} returned",
+                "Parts that are watched are called one after the other, each with what the one before returned and "
+                "nothing else",
+                "Put what the loop does in between into a module, or write `KernelRecorder(..., watch=name)` with the "
+                "name of a module that calls both",
+            )
+
+    def _enter(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or _is_transformed():
             return
         if self._under_way and torch._C._current_graph_task_id() < 0:
             self._under_way = {}  # of backward passes that ended with an error, of which nobody is told
         if self.enters is not None and not self._under_way:
             self.enters()
-        if next(reversed(module._forward_hooks)) != self._handles[1].id:
+        if self._last and next(reversed(self.parts[-1]._forward_hooks)) != self._last[0].id:
             self._hook_last()
         kind = self.device.type
         autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
         self._checksum = None if self.checked is None else self.checked()
         self._elsewhere = None if self.checked is None else self.modules.other_generators()
         self._before = (
-            self.modules.modes(), generator_states(self.device), autocast, self.modules.changed_buffers()
+            self.modules.modes(), generator_states(self.device), autocast, self.modules.changed_buffers(),
+            SeenCall.of(self._places, arguments, named, self.copies),
         )  # fmt: skip
 
     def _leave(self, module: nn.Module, arguments: tuple[Any, ...], returned: Any) -> None:
         if self._before is None:
             return
-        (modes, generators, autocast, buffers), self._before = self._before, None
+        (modes, generators, autocast, buffers, call), self._before = self._before, None
         drew = any(not torch.equal(generators[name], now) for name, now in generator_states(self.device).items())
         state = ForwardState(modes, generators if drew else {}, autocast, buffers)
         loss = None
@@ -279,7 +355,7 @@ class ForwardWatcher:
             return
         found = {} if self._elsewhere is None else self.modules.other_generators()
         drew_from = tuple(name for name in found if found[name] != (self._elsewhere or {}).get(name, found[name]))
-        one = ForwardPass(state, leaves, self._checksum, drew_from)
+        one = ForwardPass(state, leaves, self._checksum, drew_from, call, self._first)
         for place, leaf in hooked.items():
             _on_gradient(leaf, partial(self._cotangent, one, place))
         # In each pass: what is computed from what may depend on the mode, or on a buffer that says how far training is.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pathkernel.errors import SampleIdError
+from pathkernel.gradients.batch_axes import BatchAxis
+from pathkernel.trajectory.samples import Samples
 
 
 class IndexedSample(NamedTuple):
@@ -67,27 +72,179 @@ class IndexedCollate:
         return IndexedBatch(ids, self.collate([sample.item for sample in samples]))
 
 
-def indexed_loader(loader: DataLoader) -> DataLoader:
-    """Make a loader over an `IndexedDataset` yield `IndexedBatch`, once.
+IdsOf = str | int | Callable[[Any], Any] | None
+"""Where ids are in a batch: a key, a place, or a function of it; None where they are not in it."""
+
+
+def with_ids(loader: DataLoader) -> DataLoader:
+    """A loader like another one that yields `IndexedBatch`: of the same sampler, generator and worker processes.
 
     Raises
     ------
     SampleIdError
-        When the loader's dataset carries no ids, or the loader does not batch.
+        When the loader does not batch.
     """
-    dataset = getattr(loader, "dataset", None)
-    if not isinstance(dataset, IndexedDataset):
-        raise SampleIdError(
-            f"`track` was given a {type(loader).__name__} over a {type(dataset).__name__}",
-            "Its samples must carry their ids through samplers and worker processes",
-            "Write `recorder.track(DataLoader(pk.IndexedDataset(dataset), ...))`",
-        )
+    dataset = loader.dataset
     if loader.batch_sampler is None:
         raise SampleIdError(
             "`track` was given a DataLoader with `batch_size=None`",
             "Ids are collected while samples are collated into batches",
             "Give the DataLoader a `batch_size`, or announce batches yourself with `recorder.batch(ids)`",
         )
-    if not isinstance(loader.collate_fn, IndexedCollate):
-        loader.collate_fn = IndexedCollate(loader.collate_fn)
-    return loader
+    if isinstance(dataset, IndexedDataset):
+        if not isinstance(loader.collate_fn, IndexedCollate):
+            loader.collate_fn = IndexedCollate(loader.collate_fn)
+        return loader
+    again = copy.copy(loader)
+    # A DataLoader takes no new dataset, which might be of another length.
+    vars(again).update(dataset=IndexedDataset(dataset), collate_fn=IndexedCollate(loader.collate_fn), _iterator=None)
+    return again
+
+
+class CountedBatches:
+    """An iterable of batches whose samples are counted as they come, or have their ids in a field.
+
+    Parameters
+    ----------
+    loader
+        The iterable.
+    ids
+        Where ids are in a batch.
+    axis
+        Along which samples lie in the first tensor of a batch.
+    start
+        Called where it is gone through, for the first id; by default, ids go on from where they were.
+    """
+
+    def __init__(
+        self, loader: Iterable[Any], ids: IdsOf, axis: int = 0, start: Callable[[], int] | None = None
+    ) -> None:
+        self.loader, self.ids, self.axis, self.start = loader, ids, axis, start
+        self.counted = 0
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[IndexedBatch]:
+        if self.start is not None:
+            self.counted = self.start()
+        for batch in self.loader:
+            if isinstance(batch, IndexedBatch):
+                yield batch
+                continue
+            if self.ids is not None:
+                yield IndexedBatch(ids_in(batch, self.ids), batch)
+                continue
+            first, self.counted = self.counted, self.counted + self._samples(batch)
+            yield IndexedBatch(torch.arange(first, self.counted), batch)
+
+    def _samples(self, batch: Any) -> int:
+        leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim]
+        if not leaves:
+            raise SampleIdError(
+                f"`track` was given a loader whose batches are a {type(batch).__name__} without any tensor",
+                "Samples are counted along the first axis of a batch's first tensor, where ids are not in the batch",
+                "Write `recorder.track(loader, ids=...)` with a key, a place, or a function of the batch",
+            )
+        return leaves[0].shape[self.axis if leaves[0].ndim > self.axis else 0]
+
+
+def ids_in(batch: Any, ids: IdsOf) -> Tensor:
+    """The ids of a batch that has them in a field, (B,).
+
+    Raises
+    ------
+    SampleIdError
+        Where there is no such field.
+    """
+    if callable(ids):
+        return torch.as_tensor(ids(batch))
+    try:
+        named = isinstance(ids, str) and not isinstance(batch, Mapping)
+        return torch.as_tensor(getattr(batch, ids) if named else batch[ids])  # type: ignore[arg-type]
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError):
+        keys = f" with the keys {', '.join(map(repr, list(batch)[:8]))}" if isinstance(batch, Mapping) else ""
+        raise SampleIdError(
+            f"`ids={ids!r}` was given, and a batch is a {type(batch).__name__}{keys}",
+            "It names the field of a batch that holds its samples' ids: a key, a place, or a function of the batch",
+            'Write for example `recorder.track(loader, ids="index")`',
+        ) from None
+
+
+def is_map_style(loader: Any) -> bool:
+    """True for a `torch.utils.data.DataLoader` over a dataset whose items have places."""
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def indexed(loader: Iterable[Any], ids: IdsOf = None) -> Any:
+    """A loader whose batches carry the ids of their samples, for loops that `KernelRecorder.track` has no place in.
+
+    `KernelRecorder.take_ids` takes them off again, right before the forward pass.
+
+    Parameters
+    ----------
+    loader
+        A `torch.utils.data.DataLoader`, of which a copy with the same sampler and workers is returned; or any iterable
+        of batches, whose samples are counted as they come.
+    ids
+        Where ids are in a batch: a key, a place, or a function of it.
+
+    Returns
+    -------
+    DataLoader or iterable
+        Its batches are pairs ``(ids, batch)``.
+
+    Examples
+    --------
+    >>> import torch, pathkernel as pk
+    >>> data = torch.utils.data.TensorDataset(torch.zeros(4, 2), torch.zeros(4))
+    >>> next(iter(pk.indexed(torch.utils.data.DataLoader(data, batch_size=2)))).ids.tolist()
+    [0, 1]
+    """
+    return with_ids(loader) if ids is None and is_map_style(loader) else CountedBatches(loader, ids)  # type: ignore[arg-type]
+
+
+class TrackedLoaders:
+    """Loaders that a recorder goes through, each of which is made to yield ids once.
+
+    Parameters
+    ----------
+    data
+        The training samples.
+    batch_axis
+        As given to the recorder.
+    """
+
+    def __init__(self, data: Samples, batch_axis: BatchAxis) -> None:
+        self.data, self._axis = data, batch_axis if isinstance(batch_axis, int) else 0
+        self._known: dict[int, tuple[Any, Any]] = {}
+
+    def batches(self, loader: Iterable[Any], ids: IdsOf) -> Iterable[IndexedBatch]:
+        """The batches of a loader, with their ids.
+
+        Raises
+        ------
+        SampleIdError
+            Where they have none, and counted ones would not be places in the data.
+        """
+        if not getattr(loader, "persistent_workers", False):
+            return self._with_ids(loader, ids)
+        if id(loader) not in self._known:  # worker processes that persist belong to one object
+            self._known[id(loader)] = loader, self._with_ids(loader, ids)
+        return self._known[id(loader)][1]
+
+    def _with_ids(self, loader: Any, ids: IdsOf) -> Iterable[IndexedBatch]:
+        if ids is None and is_map_style(loader):
+            return loader if isinstance(loader.collate_fn, IndexedCollate) else with_ids(loader)
+        if isinstance(loader, CountedBatches):
+            return loader
+        if ids is None and not self.data.announced:
+            dataset = getattr(loader, "dataset", None)
+            raise SampleIdError(
+                f"`track` was given a {type(loader).__name__}"
+                + ("" if dataset is None else f" over a {type(dataset).__name__}"),
+                "Ids are the samples' places in `data`, and travel in the batch through samplers and worker processes",
+                "Give it a DataLoader over a map-style dataset; say where ids are, `track(loader, ids=...)`; or leave "
+                "`data=` out, and samples are counted as they come",
+            )
+        return CountedBatches(loader, ids, self._axis, lambda: len(self.data) if self.data.limit is None else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,7 @@ class JointCapture(StepCapture):
     _stepping: Part | None = None
     _stepped: frozenset[int] = frozenset()
     _members: Any = None
+    _has_closure = False
 
     def _hook(self) -> None:
         optimizers = self._both().optimizers
@@ -83,6 +85,7 @@ class JointCapture(StepCapture):
             one._observers,
             one._averages,
             one.audit_every,
+            one.pending.inputs.keep,
             one._stopped,
         )
         both.taken, both.changes, both.gradient_changes = one.taken, one.changes, one.gradient_changes
@@ -116,11 +119,11 @@ class JointCapture(StepCapture):
 
     # -- between steps ------------------------------------------------------------------------------------------
 
-    def announce(self, batch: MicroBatch) -> None:
+    def announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
         """Take note of the samples of the next backward passes: each optimizer may step once by them."""
         self.settle()
         self._stepped = frozenset()
-        super().announce(batch)
+        super().announce(batch, keep, handed_out)
 
     def record_end_state(self) -> None:
         """Put on record where parameters and buffers stand while the recorder watches."""
@@ -148,7 +151,10 @@ class JointCapture(StepCapture):
 
     def _see_before_own(self, place: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         last = self.hooks[place].step_begins()
-        self.opened = None  # of a step that ended with an error
+        if self.opened is not None:  # a step that ended with an error
+            self.opened, self._stepping = None, None
+            if self.joint is not None and not self.joint.own:
+                self.joint, self.pending.in_use = None, False
         if self._trajectory.store.stopped:
             self._stopped()
             self._let_go()
@@ -174,7 +180,7 @@ class JointCapture(StepCapture):
             self._check_gradient(gradient, part.live)
             if known and not joint.own:
                 self._check_first(joint, part, gradient)
-        self.joint, self._stepping = joint, part
+        self.joint, self._stepping, self._has_closure = joint, part, closure is not None
         self.pending.in_use = known
         self.opened = OpenStep.of(part.live, part.rule, before, gradient, last)
 
@@ -235,9 +241,11 @@ class JointCapture(StepCapture):
             Whether a backward pass has just ended. One that did not end is none: what optimizers did within it is a
             change outside of them.
         """
-        if self.joint is None or self.opened is not None or (self.joint.in_backward and self._is_in_backward(ended)):
+        if self.joint is None or self._in_closure or (self.joint.in_backward and self._is_in_backward(ended)):
             return
-        with defer_interrupts():
+        self.opened = self._stepping = None  # passes and announcements inside a step come from closures alone
+        # It may be called from a forward pass, which the loop makes in mixed precision.
+        with defer_interrupts(), torch.autocast(self._trajectory.device.type, enabled=False):
             joint, self.joint, self.pending.in_use = self.joint, None, False
             if joint.own and not self._trajectory.store.stopped:
                 if ended or not joint.in_backward:
@@ -245,8 +253,19 @@ class JointCapture(StepCapture):
             else:  # all of them skipped a step that overflowed
                 self._let_go()
 
+    @property
+    def _in_closure(self) -> bool:
+        return self.opened is not None and self._has_closure
+
     def _is_in_backward(self, ended: bool) -> bool:
         return not ended and self.pending.watcher.in_backward
+
+    def _drop_batches(self) -> tuple[MicroBatch, ...]:
+        """The batches of a step that is not taken by one optimizer; what others did with them is on record."""
+        batches = self.pending.batches
+        self.settle()
+        self.pending.forget()
+        return batches
 
     def _let_go(self) -> None:
         self.joint, self.pending.in_use = None, False

@@ -185,6 +185,12 @@ class KeyframeKeeper:
         before, self._checksum = self._checksum, self.live.checksum()
         return before != self._checksum
 
+    @property
+    def checksum(self) -> int:
+        """That of θ when it was last looked at."""
+        assert self._checksum is not None
+        return self._checksum
+
     def warn_of_change(self, index: int) -> None:
         """Say once that θ is stored where it is changed outside the optimizer and under no name."""
         self._warn(

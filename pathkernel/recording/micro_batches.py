@@ -3,46 +3,50 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, SampleIdError
 from pathkernel.gradients.forward_state import ForwardState
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count
-from pathkernel.gradients.returned import Returns
 from pathkernel.recording.forward import ForwardPass, ForwardWatcher, Shapes, zero_outputs
+from pathkernel.recording.kept_inputs import KeptInputs
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.modules import WatchedModules
+from pathkernel.recording.sources import Sources
 from pathkernel.trajectory.step import MicroBatch
 
 
-def checked_ids(ids: Tensor, samples: int, axes: int = 1) -> Tensor:
+def checked_ids(ids: Tensor, samples: int | None, axes: int = 1) -> Tensor:
     """Sample ids, (B,) int64, or (B, k) of the k samples of each row.
 
     Raises
     ------
     SampleIdError
-        Unless they are integers from 0 to ``samples`` − 1, with so many axes.
+        Unless they are integers from 0, to ``samples`` − 1 where that is known, with so many axes.
     """
     integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     low, high = ids.aminmax() if integral and ids.numel() else (0, 0)
-    if not integral or ids.dim() != axes or ids.numel() == 0 or int(low) < 0 or int(high) >= samples:
+    beyond = samples is not None and int(high) >= samples
+    if not integral or ids.dim() != axes or ids.numel() == 0 or int(low) < 0 or beyond:
         raise SampleIdError(
             f"Sample ids {ids.tolist() if ids.numel() <= 8 else f'of shape {tuple(ids.shape)}'} "
             f"({str(ids.dtype).removeprefix('torch.')}) were announced"
             + (f", from {ids.min().item()} to {ids.max().item()}" if ids.numel() else ""),
-            f"Ids are a list of integers from 0 to {samples - 1}, the rows of `data`",
+            "Ids are a list of integers from 0" + ("" if samples is None else f" to {samples - 1}, the rows of `data`"),
             "Write `recorder.batch(ids)` with the positions of the batch's samples in `data`",
         )
     return ids.to(torch.int64).cpu().clone()
 
 
-def checked_batch(samples: int, ids: Any, weights: Any, inputs: PyTree, targets: PyTree) -> MicroBatch:
+def checked_batch(samples: int | None, ids: Any, weights: Any, inputs: PyTree, targets: PyTree) -> MicroBatch:
     """A batch as `pathkernel.KernelRecorder.announce` takes it, of data with so many samples.
 
     Raises
@@ -53,7 +57,7 @@ def checked_batch(samples: int, ids: Any, weights: Any, inputs: PyTree, targets:
     ids = torch.as_tensor(ids)
     parts = None
     if ids.dim() == 2:
-        ids, parts, weights = checked_ids(ids, samples, axes=2), _checked_parts(ids, weights, inputs), None
+        ids, parts, weights = checked_ids(ids, samples, axes=2), _checked_parts(ids, weights), None
     else:
         ids = checked_ids(ids, samples)
     if weights is not None:
@@ -64,6 +68,16 @@ def checked_batch(samples: int, ids: Any, weights: Any, inputs: PyTree, targets:
                 "Every sample of a batch has one weight",
                 "Write `recorder.announce(ids, weights=w)` with `len(w) == len(ids)`",
             )
+    turned = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if _lies_across(leaf, len(ids))]
+    if turned:
+        raise SampleIdError(
+            f"{len(ids)} ids came with inputs of shape {', '.join(map(str, turned))}, whose samples lie along the "
+            "second axis",
+            "Samples lie along the first axis of every input; torch's recurrent layers have those of their states "
+            "along the second, whatever `batch_first` says",
+            "Turn states around inside `forward`, where they come in and go out: "
+            "`z, h = self.rnn(x, h.transpose(0, 1).contiguous()); return z, h.transpose(0, 1)`",
+        )
     for name, given in (("inputs", inputs), ("targets", targets)):
         if given is not None and count(given) != len(ids):
             raise SampleIdError(
@@ -74,13 +88,13 @@ def checked_batch(samples: int, ids: Any, weights: Any, inputs: PyTree, targets:
     return MicroBatch(ids, weights, inputs, targets, parts=parts)
 
 
-def _checked_parts(ids: Tensor, weights: Any, inputs: PyTree) -> Tensor:
+def _checked_parts(ids: Tensor, weights: Any) -> Tensor:
     """Parts of the rows that belong to each of several samples, (B, k) float64.
 
     Raises
     ------
     SampleIdError
-        Unless they add up to 1 in each row, and the rows themselves were given.
+        Unless they add up to 1 in each row.
     """
     given = None if weights is None else torch.as_tensor(weights).detach().double().cpu()
     if given is not None and given.dim() == 1 and len(given) == ids.shape[1]:
@@ -93,15 +107,14 @@ def _checked_parts(ids: Tensor, weights: Any, inputs: PyTree) -> Tensor:
             f"Ids of shape {tuple(ids.shape)} were announced {found}",
             "Where several samples share a row, a part of it belongs to each: weights of the same shape, or one for "
             "each place, that add up to 1",
-            "Write `recorder.announce(torch.stack([ids, ids[order]], 1), weights=[lam, 1 - lam], inputs=mixed)`",
-        )
-    if inputs is None:
-        raise SampleIdError(
-            f"Ids of shape {tuple(ids.shape)} were announced without inputs",
-            "A row that several samples share is none of the training data",
-            "Write `recorder.announce(ids, weights=weights, inputs=mixed)` with what the network sees",
+            "Write `recorder.announce(torch.stack([ids, ids[order]], 1), weights=[lam, 1 - lam])`",
         )
     return given.clone()
+
+
+def _lies_across(leaf: Any, n: int) -> bool:
+    """True for a state of a recurrent layer, of shape (layers, n, H)."""
+    return isinstance(leaf, Tensor) and leaf.dim() >= 2 and leaf.shape[0] != n and leaf.shape[1] == n
 
 
 class AnnouncedBatch:
@@ -113,6 +126,10 @@ class AnnouncedBatch:
         As announced.
     state
         How a pass of it runs that is not seen: in the modes of that moment.
+    keep
+        Whether what the network is given is kept; None where it says nothing.
+    handed_out
+        Tensors that were handed out under these ids.
 
     Attributes
     ----------
@@ -126,8 +143,10 @@ class AnnouncedBatch:
         How the last forward pass of it ran, and the shapes of its outputs; the pass itself lives as long as its graph.
     """
 
-    def __init__(self, batch: MicroBatch, state: ForwardState) -> None:
-        self.batch, self.state = batch, state
+    def __init__(
+        self, batch: MicroBatch, state: ForwardState, keep: bool | None = None, handed_out: Sequence[Tensor] = ()
+    ) -> None:
+        self.batch, self.state, self.keep, self.handed_out = batch, state, keep, handed_out
         self.passes: list[ForwardPass] = []
         self.waiting: list[weakref.ref[ForwardPass]] = []
         self.arrived = False
@@ -159,16 +178,20 @@ class PendingBatches:
 
     Parameters
     ----------
-    model
-        The module that the loop calls.
+    parts, names
+        The modules that the loop calls, one after the other, and their names.
     live
         The parameters in training.
     stages
         Gradients that a step takes of the same batch.
     modules
         The submodules of the model.
-    returns
-        What of the returned is the network's output.
+    function
+        The network.
+    inputs
+        Decides what is kept of what the network was given.
+    sources
+        Counts the samples of passes that have no ids.
     keep
         Decides what is kept of λ, (n, C): all of it or some, see `pathkernel.trajectory.cotangents.kept_cotangents`.
     dropped
@@ -181,21 +204,35 @@ class PendingBatches:
     several
         Whether a network has several optimizers: one may step by a loss before the backward pass of another loss on the
         same outputs.
+    first
+        Called with the first forward pass of a batch, as it would be kept; None where nobody asks any more.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        parts: Sequence[nn.Module],
+        names: Sequence[str],
         live: LiveParameters,
         stages: int,
         modules: WatchedModules,
-        returns: Returns,
-        keep: Callable[[Tensor], tuple[Tensor | None, Tensor | None]],
+        function: ModelFunction,
+        inputs: KeptInputs,
+        sources: Sources,
+        keep: Callable[[Tensor, MicroBatch], tuple[Tensor | None, Tensor | None]],
         dropped: Callable[[], None],
     ) -> None:
         self.live, self.stages, self.keep, self.dropped, self._modules = live, stages, keep, dropped, modules
+        self.inputs, self.sources = inputs, sources
+        self.first: Callable[[MicroBatch], None] | None = None
         self.watcher = ForwardWatcher(
-            model, modules, returns, self._ran, self._backward_begins, self._pass_arrived, self._unseen_arrived
+            parts,
+            names,
+            modules,
+            function,
+            self._ran,
+            self._backward_begins,
+            self._pass_arrived,
+            self._unseen_arrived,
         )
         self._announced: list[AnnouncedBatch] = []
         self._strangers: list[ForwardPass] = []
@@ -208,6 +245,7 @@ class PendingBatches:
 
     def start(self) -> None:
         """Begin to listen."""
+        self.watcher.copies = self.inputs.copies(None)
         self.watcher.start()
         self.listen()
 
@@ -221,13 +259,14 @@ class PendingBatches:
         if self.watcher.started:
             self.watcher.listen(list(self.live.named.values()))
 
-    def announce(self, batch: MicroBatch) -> None:
-        """Take note of the samples of the next backward pass."""
+    def announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
+        """Take note of the samples of the next backward pass; see `AnnouncedBatch`."""
         self._announced = [one for one in self._announced if one.used]
         modes = self._modules.modes()
         if modes != self._unseen.modes:
             self._unseen = ForwardState(modes)
-        self._announced.append(AnnouncedBatch(batch, self._unseen))
+        self._announced.append(AnnouncedBatch(batch, self._unseen, keep, handed_out))
+        self.watcher.copies = self.inputs.copies(keep) or not batch.has_targets
         self._taken = self._spent = None
         self.listen()
 
@@ -243,6 +282,7 @@ class PendingBatches:
         if self._taken is None:
             if self._announced:
                 self._check_strangers()
+            self.inputs.differences = []
             found = [batch for one in self._announced for batch in self._micro_batches(one)]
             if not found and self._announced:  # nothing was seen: perhaps the gradient was made in another way
                 last = self._announced[-1]
@@ -264,10 +304,10 @@ class PendingBatches:
     @property
     def named(self) -> list[tuple[MicroBatch, list[Tensor]]]:
         """Samples whose slopes came under a name, with the outputs of their pass, where somebody will ask for these."""
-        every = [(one.batch, each) for one in self._announced for each in one.passes]
+        every = [(one, each) for one in self._announced for each in one.passes]
         return [
-            (self._seen(batch, each, channel), each.outputs)
-            for batch, each in every
+            (self._seen(announced, each, channel), each.outputs)
+            for announced, each in every
             for channel in each.channels
             if channel is not None and each.outputs is not None
         ]
@@ -314,11 +354,18 @@ class PendingBatches:
     # -- forward ------------------------------------------------------------------------------------------------
 
     def _ran(self, one: ForwardPass) -> None:
+        if self.sources.name is not None and one.call is not None:
+            counted = self.sources.batch(one.call, self.inputs.reader)
+            self.announce(counted, keep=True)
         last = self._announced[-1] if self._announced else self._spent
         if last is not None:
             last.waiting.append(weakref.ref(one))
             last.ran = one.state, one.shapes
             one.owner = last
+            if self.first is not None and one.call is not None:
+                first, self.first = self.first, None
+                inputs, shared = self.inputs.of(last.batch, one.call, True, (), due=False)
+                first(replace(last.batch, inputs=inputs, state=replace(one.state, arguments=shared)))
 
     # -- backward -----------------------------------------------------------------------------------------------
 
@@ -391,14 +438,13 @@ class PendingBatches:
 
     def _micro_batches(self, announced: AnnouncedBatch) -> list[MicroBatch]:
         """The announced batch, once for each pass, or with the passes of several stages."""
-        batch = announced.batch
         if not announced.passes:
             return [announced.unseen] if announced.arrived else []
         if self.stages > 1:
-            first, *later = [self._seen(batch, one, one.channels[0]) for one in announced.passes[: self.stages]]
+            first, *later = [self._seen(announced, one, one.channels[0]) for one in announced.passes[: self.stages]]
             states, cotangents = tuple(one.state for one in later), tuple(one.cotangents for one in later)
             return [replace(first, later=states, later_cotangents=cotangents)]
-        return [self._seen(batch, one, channel) for one in announced.passes for channel in one.channels]
+        return [self._seen(announced, one, channel) for one in announced.passes for channel in one.channels]
 
     def _round_outputs(self, announced: AnnouncedBatch) -> MicroBatch | None:
         """A batch of whose outputs nothing came back: all that the backward passes brought has a name, as a penalty."""
@@ -409,11 +455,12 @@ class PendingBatches:
         nothing = zero_outputs(shapes, len(batch.ids))
         if nothing is None:
             return None
-        cotangents, sampled = self.keep(nothing)
+        cotangents, sampled = self.keep(nothing, batch)
         return replace(batch, state=state, cotangents=cotangents, sampled_cotangents=sampled)
 
-    def _seen(self, batch: MicroBatch, one: ForwardPass, channel: str | None) -> MicroBatch:
+    def _seen(self, announced: AnnouncedBatch, one: ForwardPass, channel: str | None) -> MicroBatch:
         """A batch as a pass ran, with what is kept of the cotangents that came under a name."""
+        batch = announced.batch
         n = len(batch.ids)
         try:
             cotangents = one.cotangents(channel, n)
@@ -428,13 +475,18 @@ class PendingBatches:
         if self._scale != 1.0:
             cotangents = None if cotangents is None else cotangents / self._scale
             slope = None if slope is None else slope / self._scale
-        whole, some = (None, None) if cotangents is None else self.keep(cotangents)
+        whole, some = (None, None) if cotangents is None else self.keep(cotangents, batch)
+        inputs, state = batch.inputs, one.state
+        if one.call is not None:
+            due = one.checksum is not None and channel is None
+            inputs, shared = self.inputs.of(batch, one.call, announced.keep, announced.handed_out, due)
+            state = replace(state, arguments=shared) if shared else state
         return MicroBatch(
             batch.ids,
             batch.weights,
-            batch.inputs,
+            inputs,
             batch.targets,
-            one.state,
+            state,
             cotangents=whole,
             sampled_cotangents=some,
             loss_slope=slope,
@@ -444,6 +496,15 @@ class PendingBatches:
         )
 
     def _check_strangers(self) -> None:
+        if any(one.owner is not None for one in self._strangers):
+            raise SampleIdError(
+                "A backward pass went through the graph of a forward pass from before the last step, which was kept "
+                "(`retain_graph=True`, a loss that was kept, or a state that was not detached)",
+                "The gradient of a step is of passes at its own weights; what an earlier step has used is on record "
+                "there",
+                "Detach what is carried from step to step (`h = h.detach()`, `total += loss.item()`), and call "
+                "`backward()` before the next `optimizer.step()`",
+            )
         if self._strangers:
             shapes = ", ".join(str(tuple(shape)) for shape, _, _ in self._strangers[0].shapes)
             raise SampleIdError(

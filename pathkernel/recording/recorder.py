@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,17 +13,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.errors import InputError, RecordingError
+from pathkernel.errors import RecordingError, SampleIdError
+from pathkernel.gradients.batch_axes import BatchAxis, check_batch_axis
 from pathkernel.gradients.losses import Objective, check_recorded_loss, check_reduction, check_task
 from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.gradients.pytrees import copied_samples
-from pathkernel.gradients.returned import Returns, check_returns
+from pathkernel.gradients.returned import Returns, check_returns, one_of_two
 from pathkernel.recording.attaching import joined, others_of
-from pathkernel.recording.indexed import indexed_loader
+from pathkernel.recording.indexed import IdsOf, IndexedBatch, TrackedLoaders
 from pathkernel.recording.joint_capture import JointCapture
+from pathkernel.recording.kept_inputs import handed_out
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.micro_batches import PendingBatches, checked_batch, checked_ids
 from pathkernel.recording.open_recorders import OPEN, caller, make_way, say_that_it_was_forked
@@ -31,8 +32,9 @@ from pathkernel.recording.optimizers import JointOptimizer, rules_of, unwrapped_
 from pathkernel.recording.readings import StepHooks
 from pathkernel.recording.step_capture import StepCapture
 from pathkernel.recording.store_choice import store_at, store_for
-from pathkernel.recording.trial import check_network
+from pathkernel.recording.trial import check_network, is_at_hand
 from pathkernel.recording.validation import check_optimizer, unwrapped
+from pathkernel.recording.watched import Watch, watched_parts
 from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.memory import MemoryStore
@@ -72,10 +74,21 @@ class KernelRecorder:
         ``outputs="loss"``, probabilities and batches whose slopes take too much room need it. ``"returned"`` for a
         network that returns its own loss.
     data
-        The training samples: ``(X, y)`` of arrays or tensors, or a map-style dataset of ``(input, target)``.
-    returns
+        The training samples: ``(X, y)`` of arrays or tensors, or a map-style dataset of ``(input, target)``. Their
+        number, or nothing, where the network is given something else, which is kept.
+    returns, outputs
         What the network's outputs are among all that it returns: a key or attribute, an index, or a function of it;
-        everything by default.
+        everything by default. Two names of one argument.
+    watch
+        What the loop calls, where that is not ``model`` itself: the name of a submodule, the submodule, or several
+        names of parts that are called one after the other, each with what the one before returned.
+    batch_axis
+        Where samples lie in what the network takes and returns: an axis for all, a tuple by the place of an argument,
+        or a dict by its name, with ``"outputs"``, and None for an argument that all samples share. Everywhere outside
+        the network's own call (data, kept inputs, queries, slopes) samples are first.
+    keep
+        Whether arguments of the network are kept that are not what ``data`` hold; see `track`. By default, what batches
+        of `track` give the network differently, and everything where the data are not at hand.
     task
         ``"classification"`` or ``"regression"``: what `KernelMachine.predict` returns, and which outputs it explains by
         default; by default, as the loss and the targets tell.
@@ -143,6 +156,10 @@ class KernelRecorder:
         data: Any = None,
         *,
         returns: Returns = None,
+        outputs: Returns = None,
+        watch: Watch = None,
+        batch_axis: BatchAxis = 0,
+        keep: bool | None = None,
         task: str | None = None,
         rule: UpdateRule | str | Sequence[UpdateRule | str | None] | None = None,
         reduction: str = "mean",
@@ -154,18 +171,14 @@ class KernelRecorder:
         observers: Sequence[StepObserver] = (),
     ) -> None:
         outer, model = model, unwrapped(model)
-        if data is None:
-            raise InputError(
-                "`data` is missing",
-                "The recorder needs the training samples, whose ids the batches are announced with",
-                "Write `KernelRecorder(model, optimizer, loss, data=(X_train, y_train))`",
-            )
+        returns, parts = one_of_two(returns, outputs), watched_parts(model, watch)
         self.model = model
         self.optimizer: Optimizer | JointOptimizer | None = None
         self._made: StepCapture | None = None
         self._path: Trajectory | None = None
         self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
         self._checked = self._waits = False
+        self._keep = keep
         self._process, self._begun, self._in_with, self._told = os.getpid(), "", False, False
         self._make = partial(
             self._make_for,
@@ -173,6 +186,9 @@ class KernelRecorder:
             loss=loss,
             data=data,
             returns=returns,
+            parts=parts,
+            batch_axis=batch_axis,
+            keep=keep,
             task=task,
             rule=rule,
             reduction=reduction,
@@ -194,6 +210,9 @@ class KernelRecorder:
         loss: Loss | str | None,
         data: Any,
         returns: Returns,
+        parts: tuple[str, ...],
+        batch_axis: BatchAxis,
+        keep: bool | None,
         task: str | None,
         rule: UpdateRule | str | Sequence[UpdateRule | str | None] | None,
         reduction: str,
@@ -227,11 +246,19 @@ class KernelRecorder:
             returns=check_returns(returns),
             task=check_task(task),
             schedule=level,
+            watch=parts,
+            batch_axis=check_batch_axis(batch_axis),
         )
         if run.data.holds_integers:
             run.data.suit(run.function(), initial)
         self._live = live = LiveParameters(named, optimizer)
         self._observers = level.observers if isinstance(level, Streaming) else tuple(observers)
+        if run.data.limit is None and self._observers:
+            raise RecordingError(
+                f"{type(self._observers[0]).__name__} was given to a recorder that counts samples as they come",
+                "What watches training adds up shares while it runs, and has to know how many samples there are",
+                "Write `KernelRecorder(..., data=number_of_samples)`",
+            )
         self._averages = dict(averages or {})
         kept, keyframes = store_for(store_at(store), run, live, bool(self._averages), bool(self._observers))
         self._path = path = Trajectory(run, kept)
@@ -248,9 +275,11 @@ class KernelRecorder:
             self._observers,
             self._averages,
             audit_every,
+            keep,
             # The optimizer's hooks keep a recorder alive by this that nobody else names any more.
             stopped=partial(say_that_it_was_forked, self),
         )
+        self._loaders = TrackedLoaders(run.data, run.batch_axis)
 
     @property
     def _capture(self) -> StepCapture:
@@ -360,7 +389,7 @@ class KernelRecorder:
         """Put on record what the network makes of a few samples at the end."""
         trajectory, reference = self._trajectory, self._trajectory.run.reference
         if self._handles and reference is not None and not trajectory.store.stopped:
-            function = trajectory.function().with_(constants=trajectory.final_buffers)
+            function = trajectory.run.function().with_(constants=trajectory.final_buffers)
             trajectory.stand(replace(trajectory.end, outputs=reference.at(function, self._live.vector())))
 
     def _detach(self) -> None:
@@ -379,7 +408,10 @@ class KernelRecorder:
             return
         from pathkernel.recording.resume import resume  # not before it is needed
 
+        run = replace(run, optimizer=self._replayed())
         place = resume(run, trajectory.store, self._live, self._averages)
+        if self._capture.keyframes is not None:
+            self._capture.taken = place.steps  # abridged steps are counted by it
         self._capture.changes, self._capture.end_of_steps = place.changes, place.end
         self._capture.modules.resume(place.run.constants, place.buffers)
         trajectory.begin(place.run, End(averages=place.averages))
@@ -493,15 +525,51 @@ class KernelRecorder:
             self._announce(MicroBatch(ids))
             yield inputs, targets
 
-    def track(self, loader: DataLoader) -> Iterator[Any]:
-        """Iterate over a loader on an `IndexedDataset`; the loop sees the batches as without ids.
+    def track(self, loader: Iterable[Any], *, keep: bool | None = None, ids: IdsOf = None) -> Iterator[Any]:
+        """Iterate over a loader; the loop sees its batches as they are.
 
         Ids travel inside the batch, so samplers, worker processes, pre-fetching and an early ``break`` cannot
         detach them.
+
+        Parameters
+        ----------
+        loader
+            A `torch.utils.data.DataLoader` over a map-style dataset, whose samples have their places in it as ids; or
+            any iterable of batches, whose samples are counted as they come (anew for each loader where ``data`` is
+            their number, on and on where it is not given).
+        keep
+            True keeps the arguments that the network is given, and ids alone where ``data`` hold the same to the last
+            bit: for random augmentation, scaling in the loop, padding. By default, the first batches and audited ones
+            are compared: where the network was given the loader's own tensors and these differ from the data, they are
+            kept from there on; where it was given something else, the step is refused, since ids may be wrong.
+        ids
+            Where ids are in a batch: a key, a place, or a function of the batch.
         """
-        for ids, batch in indexed_loader(loader):
-            self._announce(MicroBatch(checked_ids(ids, len(self._trajectory.data))))
+        for found, batch in self._loaders.batches(loader, ids):
+            self._announce(MicroBatch(checked_ids(found, self._trajectory.data.limit)), keep, handed_out(batch))
             yield batch
+
+    def take_ids(self, batch: IndexedBatch, *, keep: bool | None = None) -> Any:
+        """Announce the samples of a batch of `pathkernel.indexed`, and return it without their ids.
+
+        For loops that are not ours to write, where `track` has no place.
+
+        Parameters
+        ----------
+        batch
+            As the loader gave it.
+        keep
+            As for `track`.
+        """
+        if not isinstance(batch, IndexedBatch):
+            raise SampleIdError(
+                f"`take_ids` was given a {type(batch).__name__}",
+                "Batches with the ids of their samples come from `pathkernel.indexed(loader)`",
+                "Write `recorder.take_ids(batch)` for `batch in pk.indexed(loader)`",
+            )
+        found = MicroBatch(checked_ids(batch.ids, self._trajectory.data.limit))
+        self._announce(found, keep, handed_out(batch.batch))
+        return batch.batch
 
     def announce(
         self, ids: Any, weights: Any = None, inputs: PyTree = None, targets: PyTree = None
@@ -525,21 +593,69 @@ class KernelRecorder:
 
         Returns
         -------
-        The inputs and targets to train on.
+        The inputs and targets to train on, as far as they are at hand.
         """
-        batch = checked_batch(len(self._trajectory.data), ids, weights, inputs, targets)
+        data = self._trajectory.data
+        batch = checked_batch(data.limit, ids, weights, inputs, targets)
         # Copies: the loop may fill the same arrays with its next batch.
         self._announce(replace(batch, inputs=copied_samples(inputs), targets=copied_samples(targets)))
-        return samples_of(batch, self._trajectory.data)
+        return (batch.inputs, batch.targets) if data.announced else samples_of(batch, data)
 
     batch = announce
     """Older name of `announce`."""
 
-    def _announce(self, batch: MicroBatch) -> None:
+    @contextmanager
+    def source(self, name: str) -> Iterator[None]:
+        """Take the forward passes inside for passes of samples that are not of the training data.
+
+        Their samples are counted as they come, what the network was given is kept, and they have columns of their own
+        behind those of the training samples: ``why.shares[:, why.sources[name]]``. For what a generator makes, for
+        latents, for rows that nobody can number.
+
+        Parameters
+        ----------
+        name
+            Of the source, such as ``"generated"``.
+
+        Examples
+        --------
+        >>> import torch, pathkernel as pk
+        >>> real, critic, loss = torch.randn(8, 2), torch.nn.Linear(2, 1), torch.nn.BCEWithLogitsLoss()
+        >>> optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
+        >>> with pk.KernelRecorder(critic, optimizer, data=(real, torch.ones(8, 1))) as recorder:
+        ...     for x, one in recorder.batches(4):
+        ...         optimizer.zero_grad()
+        ...         loss(critic(x), one).backward()
+        ...         with recorder.source("generated"):
+        ...             loss(critic(torch.randn(4, 2)), torch.zeros(4, 1)).backward()
+        ...         optimizer.step()
+        >>> why = pk.KernelMachine(recorder.trajectory).explain(real[:1])
+        >>> why.shares.shape, why.sources
+        ((1, 16), {'generated': slice(8, 16, None)})
+        """
+        pending = self._pending
         if not self._checked:
-            check_network(self._trajectory, self._live.vector(), batch)
+            pending.first = partial(check_network, self._trajectory, self._live.vector())
             self._checked = True
-        self._capture.announce(batch)
+        copies, pending.watcher.copies = pending.watcher.copies, True
+        try:
+            with pending.sources.of(name):
+                yield
+        finally:
+            pending.watcher.copies = copies
+
+    def _announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
+        self._trajectory.data.meet(batch.ids)
+        keep = keep if batch.has_targets else True
+        if not self._checked:
+            trial = partial(check_network, self._trajectory, self._live.vector())
+            wanted = self._keep if keep is None else keep
+            if not wanted and is_at_hand(self._trajectory.run, batch):
+                trial(batch)
+            else:  # on what the network is given
+                self._pending.first = trial
+            self._checked = True
+        self._capture.announce(batch, keep, handed_out)
 
     @contextmanager
     def channel(self, name: str) -> Iterator[None]:

@@ -15,12 +15,14 @@ from pathkernel.gradients.pytrees import moved
 from pathkernel.recording.live import LiveParameters
 from pathkernel.storage.disk import DiskStore
 from pathkernel.storage.header import FUNCTION, Header
-from pathkernel.storage.opening import constants_now, known_rule, mismatches, reference_outputs
+from pathkernel.storage.opening import constants_now, known_rule, learn_samples, mismatches, reference_outputs
 from pathkernel.trajectory.averages import AverageRecord, averaged_values
 from pathkernel.trajectory.frozen_state import FrozenOnReading
+from pathkernel.trajectory.replay import Replay, ReplayStore, state_of
 from pathkernel.trajectory.run import End, Run, Start
-from pathkernel.trajectory.schedule import EVERY_STEP
+from pathkernel.trajectory.step import LOADED
 from pathkernel.trajectory.store import Store
+from pathkernel.trajectory.thinned import ThinnedStore
 from pathkernel.update_rules.rule import UpdateRule
 
 WINDOW = 300
@@ -77,23 +79,27 @@ def resume(run: Run, store: Store, live: LiveParameters, averages: Mapping[str, 
     StoreError
         Where somebody else is writing, or the record was finished and would be overwritten from its start.
     """
-    assert isinstance(store, DiskStore)
-    store.lock()
+    replay = store.replay if isinstance(store, ReplayStore) else None
+    disk = store.inner if isinstance(store, ReplayStore | ThinnedStore) else store
+    assert isinstance(disk, DiskStore)
+    disk.lock()
     try:
-        return _joined(run, store, live, averages)
+        return _joined(run, disk, live, averages, replay)
     except BaseException:
-        store.unlock()
+        disk.unlock()
         raise
 
 
-def _joined(run: Run, store: DiskStore, live: LiveParameters, averages: Mapping[str, Any]) -> Resumed:
+def _joined(
+    run: Run, store: DiskStore, live: LiveParameters, averages: Mapping[str, Any], replay: Replay | None
+) -> Resumed:
     header = store.load()
     check(
-        header.schedule == EVERY_STEP,
+        header.schedule == run.schedule,
         StoreError,
-        f"`{store.path}` holds a recording with `{header.schedule!r}`",
-        "Only a recording that keeps every step in full goes on",
-        "Give `store=` another path, or delete this folder",
+        f"`{store.path}` holds a recording with `{header.schedule!r}`, and `schedule={run.schedule!r}` was given",
+        "A recording goes on as it began: what is kept of its steps is the same from start to end",
+        f"Write `KernelRecorder(..., schedule={header.schedule!r})`, give `store=` another path, or delete this folder",
     )
     _check_identity(run, header, averages, store)
     region = _region(header, live, store)
@@ -107,7 +113,11 @@ def _joined(run: Run, store: DiskStore, live: LiveParameters, averages: Mapping[
     initial = torch.cat([start["initial"], *moved(store.tails, store.device)])
     tail = end["tail"] if end is not None else ()
     store.rule = run.rule
-    place = _find(store, live, run.rule, initial, tail, start["initial_memory"])
+    constants = constants_now(start["constants"], header.layouts[: region + 1])
+    run = replace(run, layout=layout, start=Start(initial, constants, start["initial_memory"]))
+    if replay is not None:
+        replay.run = run
+    place = _find(store, live, run, tail, replay)
     check(
         place.steps > 0 or len(store) == 0 or end is None,
         StoreError,
@@ -117,9 +127,9 @@ def _joined(run: Run, store: DiskStore, live: LiveParameters, averages: Mapping[
         "another path",
     )
     buffers = moved(_buffers(run.model, store, place.steps, start["constants"], end), store.device)
-    constants = constants_now(start["constants"], header.layouts[: region + 1])
+    learn_samples(run.data, store)
     reference = reference_outputs(store, run.data)
-    run = replace(run, layout=layout, start=Start(initial, constants, start["initial_memory"]), reference=reference)
+    run = replace(run, reference=reference)
     if reference is not None:
         reference.check("KernelRecorder", (run.function(), initial), None)
     records = _averages_then(store, place.steps, averages, start["averages"], end)
@@ -136,6 +146,8 @@ def _check_identity(run: Run, header: Header, averages: Mapping[str, Any], store
     returns = FUNCTION if callable(run.returns) else run.returns
     if header.returns != returns:
         problems.append(f"returns: {returns!r}, not {header.returns!r}")
+    if (header.watch, header.batch_axis) != (run.watch, run.batch_axis):
+        problems.append(f"watch, batch_axis: {(run.watch, run.batch_axis)}, not {(header.watch, header.batch_axis)}")
     if set(averages) != set(header.averages):
         problems.append(f"averages: {sorted(averages)}, not {sorted(header.averages)}")
     check(
@@ -162,20 +174,28 @@ def _region(header: Header, live: LiveParameters, store: DiskStore) -> int:
 
 
 def _find(
-    store: DiskStore,
-    live: LiveParameters,
-    rule: UpdateRule,
-    initial: Tensor,
-    tail: tuple[tuple[str, Tensor], ...],
-    memory: Mapping[str, tuple[Tensor, ...]],
+    store: DiskStore, live: LiveParameters, run: Run, tail: tuple[tuple[str, Tensor], ...], replay: Replay | None
 ) -> Place:
-    """Where θ and the optimizer's memory are those of the record, the last such place."""
-    theta, matched = live.vector(), None
-    for place in _places(store, initial, tail):
-        point = place.changes[-1][1] if place.changes else place.end
-        if torch.equal(point, theta):
+    """Where θ and the optimizer's memory are those of the record, the last such place.
+
+    Where θ alone is on record, it alone tells.
+    """
+    theta, matched, memory = live.vector(), None, run.initial_memory
+    mark = live.checksum() if replay is not None else 0
+    for place in _places(store, run.initial, tail):
+        if not place.changes and not place.end.numel():  # a step that is trained again
+            notes = store.read(place.steps - 1).replay
+            same = notes is not None and notes.checksum == mark
+        else:
+            same = torch.equal(place.changes[-1][1] if place.changes else place.end, theta)
+        if same:
             matched = place.steps
-            if _remembers(store, live, rule, place.steps, memory):
+            if not place.end.numel():
+                assert replay is not None
+                end = _trained_again(store, live, replay, place.steps)
+                if end is not None:
+                    return replace(place, end=end)
+            elif getattr(run.schedule, "weights_only", False) or _remembers(store, live, run.rule, place.steps, memory):
                 return place
     steps = len(store)
     check(
@@ -213,6 +233,23 @@ def _steps_since(store: DiskStore, live: LiveParameters, initial: Mapping[str, t
     if not len(store) and not initial:
         recorded = torch.zeros(1)
     return None if recorded is None or not counts else round(max(map(float, counts)) - float(recorded.max()))
+
+
+def _trained_again(store: DiskStore, live: LiveParameters, replay: Replay, steps: int) -> Tensor | None:
+    """θ after some steps, (P,), where the optimizer's state is what these leave, to the last bit; else None."""
+    end = ReplayStore(store.until(steps), replay).read(steps - 1).after
+    held, expected = state_of(live.optimizer, live.named), replay.state()
+    same = held.keys() == expected.keys() and all(_same(held[name], own) for name, own in expected.items())
+    return end if same else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """True where two values of an optimizer's state are equal, wherever they lie."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one.to(other), other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return bool(one == other)
 
 
 def _places(store: DiskStore, initial: Tensor, tail: tuple[tuple[str, Tensor], ...]) -> Iterator[Place]:
@@ -284,6 +321,8 @@ def _memory_after(
     }
     for index in range(first, steps):
         step = store.read(index)
+        if not step.gradient.numel() or any(name == LOADED for name, _ in step.changes):
+            return {}  # it was trained again, or its memory was loaded
         gradients = layout.unflatten(step.gradient.double())
         parameters = layout.unflatten(step.before.double())
         for name in step.active:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from torch.optim import Optimizer
 
 from pathkernel.errors import NonFiniteStepError, RecordingError, SampleIdError
 from pathkernel.gradients.forward_state import generators_untouched
-from pathkernel.recording.audit import Circumstances, audit, check_captured, check_outputs, is_due
+from pathkernel.recording.audit import Circumstances, audit, check_captured, check_inputs, check_outputs, is_due
+from pathkernel.recording.compiled import check_random_numbers
+from pathkernel.recording.kept_inputs import KeptInputs
 from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
+from pathkernel.recording.loading import LoadWatch, check_memory_is_told
 from pathkernel.recording.loss_scale import loss_scale
 from pathkernel.recording.micro_batches import PendingBatches
 from pathkernel.recording.modules import WatchedModules
@@ -23,14 +27,16 @@ from pathkernel.recording.observing import show
 from pathkernel.recording.open_step import OpenStep
 from pathkernel.recording.optimizers import JointOptimizer, held
 from pathkernel.recording.readings import Reading, StepHooks, TakenStep, best_reading, readings
+from pathkernel.recording.sources import Sources
 from pathkernel.recording.strangers import StrangerWatch
 from pathkernel.recording.trial import try_out
 from pathkernel.recording.validation import check_optimizer, refuse_other_tensors
+from pathkernel.recording.watched import check_others_are_at_rest
 from pathkernel.runtime.checksum import checksum
 from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.trajectory.cotangents import kept_cotangents
 from pathkernel.trajectory.observer import StepObserver
-from pathkernel.trajectory.step import MicroBatch, Step
+from pathkernel.trajectory.step import LOADED, MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Frozen, UpdateRule
 
@@ -48,7 +54,7 @@ class StepCapture:
         The record.
     keyframes
         The keeper of what a replay needs, where steps are trained again when they are read; else None.
-    observers, averages, audit_every
+    observers, averages, audit_every, keep
         As `pathkernel.KernelRecorder` takes them.
     stopped
         Called before a step that is not recorded, since the disk gave out or this is a forked child.
@@ -78,6 +84,7 @@ class StepCapture:
         observers: Sequence[StepObserver],
         averages: Mapping[str, nn.Module | Mapping[str, Tensor]],
         audit_every: int | None,
+        keep: bool | None,
         stopped: Callable[[], None],
     ) -> None:
         self.live, self.keyframes, self.audit_every = live, keyframes, audit_every
@@ -85,8 +92,19 @@ class StepCapture:
         self._observers, self._averages, self._stopped = observers, averages, stopped
         run = trajectory.run
         self.modules = WatchedModules(model, run.constants)
+        function = run.function()
+        parts = [outer] if not run.watch else [model.get_submodule(name) for name in run.watch]
         self.pending = PendingBatches(
-            outer, live, run.rule.stages, self.modules, run.returns, self._kept, self._forget_edits
+            parts,
+            run.watch,
+            live,
+            run.rule.stages,
+            self.modules,
+            function,
+            KeptInputs(run.data, function, keep),
+            Sources(trajectory),
+            self._kept,
+            self._forget_edits,
         )
         self.hooks: list[StepHooks] = []
         self.opened: OpenStep | None = None
@@ -94,6 +112,13 @@ class StepCapture:
         self.changes: list[tuple[str, Tensor]] = []
         self.gradient_changes: dict[str, Tensor] = {}
         self.end_of_steps = trajectory.initial
+        self._loads = LoadWatch(
+            model,
+            before=partial(self._note_load, "unexplained"),
+            after=partial(self._note_load, LOADED),
+            of_optimizer=self._note_loaded_state,
+        )
+        self._marks: list[int | None] = []  # checksums of θ before each of the changes, with keyframes
         self._announced: tuple[MicroBatch | None, MicroBatch | None] = None, None  # last, and the one before
         self._tried = False
         self._strangers = StrangerWatch(model, self._is_idle)
@@ -103,6 +128,7 @@ class StepCapture:
         self._hook()
         self._strangers.start(held(self.optimizer))
         self.pending.start()
+        self._loads.start(held(self.optimizer))
         if self.keyframes is not None:
             self.keyframes.start()
 
@@ -124,12 +150,14 @@ class StepCapture:
             self._unhook()
             self._hook()
             self._strangers.start(held(optimizer))
+            self._loads.start(held(optimizer))
 
     def stop(self) -> None:
         """Take all hooks off."""
         self._unhook()
         self._strangers.stop()
         self.pending.stop()
+        self._loads.stop()
         if self.keyframes is not None:
             self.keyframes.stop()
 
@@ -140,17 +168,21 @@ class StepCapture:
 
     # -- between steps ------------------------------------------------------------------------------------------
 
-    def announce(self, batch: MicroBatch) -> None:
-        """Take note of the samples of the next backward pass."""
+    def announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
+        """Take note of the samples of the next backward pass; see `PendingBatches.announce`."""
         self._announced = self._announced[1], batch
         # Where the gradient will be audited, θ at the forward pass is known again at the step.
         due = self.hooks and is_due(self.taken, self.audit_every)
         self.pending.watcher.checked = self.live.checksum if due else None
-        self.pending.announce(batch)
+        self.pending.announce(batch, keep, handed_out)
 
-    def _kept(self, cotangents: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _kept(self, cotangents: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
         """The part of λ that is kept, whole or sampled."""
-        return kept_cotangents(cotangents, self._trajectory.layout.size, self._trajectory.objective)
+        run = self._trajectory.run
+        # Of samples whose targets are not at hand no loss is evaluated again.
+        unknown = run.objective.known is not None and (run.data.announced or not batch.has_targets)
+        objective = replace(run.objective, loss=None) if unknown else run.objective
+        return kept_cotangents(cotangents, run.layout.size, objective)
 
     def _forget_edits(self) -> None:
         self.gradient_changes = {}
@@ -172,12 +204,53 @@ class StepCapture:
                 record.observe(source, trajectory.layout, last, self.end_of_steps, self._last_point())
 
     def note_change(self, name: str) -> None:
-        """Put a change of the parameters since they were last seen on record."""
+        """Put a change of the parameters since they were last seen on record.
+
+        One that ends where another began takes that one and all between them back: averages that are swapped in for
+        validation leave nothing.
+        """
         keeper = self.keyframes
-        if keeper.moved() if keeper is not None else not self.live.is_at(self._last_point()):
-            self.changes.append((name, self.live.vector()))
-            if keeper is not None and name == "unexplained":
-                keeper.warn_of_change(self.taken)
+        if keeper is None:
+            if self.live.is_at(self._last_point()):
+                return
+            points = [self.end_of_steps, *(point for _, point in self.changes[:-1])]
+            back = [place for place, point in enumerate(points) if self.changes and self.live.is_at(point)]
+        else:
+            unknown = [None] * (len(self.changes) - len(self._marks))
+            self._marks = [*unknown, *self._marks[: len(self.changes)], keeper.checksum]
+            if not keeper.moved():
+                self._marks.pop()
+                return
+            back = [place for place, mark in enumerate(self._marks) if mark == keeper.checksum]
+            del self._marks[back[-1] if back else len(self._marks) :]
+        if back:
+            del self.changes[back[-1] :]
+            return
+        self.changes.append((name, self.live.vector()))
+        if keeper is not None and name == "unexplained":
+            keeper.warn_of_change(self.taken)
+
+    def _note_load(self, name: str) -> None:
+        """Note what changed before weights are loaded, and what was loaded."""
+        if self.opened is None and not self._trajectory.store.stopped:
+            self.note_change(name)
+
+    def _note_loaded_state(self) -> None:
+        """The next step begins from another state of the optimizer, which a replay has to be given."""
+        if self.keyframes is not None:
+            self.keyframes.start()
+
+    def _check_loads(self) -> None:
+        """Before a step: what was loaded since the last one is on record, and can be."""
+        self._loads.finish()
+        if self._loads.parameters:
+            self._check_same()
+        if self._loads.state:
+            check_memory_is_told(self._trajectory.rule, self.taken)
+            self.note_change("unexplained")
+            if all(name != LOADED for name, _ in self.changes):  # tells whose the memory is
+                self.changes.append((LOADED, self.changes[-1][1] if self.changes else self.live.vector()))
+        self._loads.reset()
 
     def _last_point(self) -> Tensor:
         return self.changes[-1][1] if self.changes else self.end_of_steps
@@ -195,6 +268,7 @@ class StepCapture:
             self.pending.forget()
             return
         self._check_parameters()
+        self._check_loads()
         self.pending.scale_of_loss(loss_scale())
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer first
         scaled = is_scaled(optimizer)
@@ -202,6 +276,8 @@ class StepCapture:
         # With a closure, forward and backward run inside the step: gradient and batch are only known afterwards.
         if closure is None:
             self._check_pending()
+            if not self._tried:
+                check_random_numbers(self._outer, self.pending.batches)
             # Now, where the gradient is there already: some implementations (SGD's foreach Nesterov) write on it. A
             # fused optimizer under loss scaling skips overflowed steps and divides by the scale by itself.
             if not scaled and (self.keyframes is None or not self.live.gradient_is_finite()):
@@ -273,6 +349,8 @@ class StepCapture:
         step = self.slim_step(*keeper.vectors)
         self.pending.take()
         self.changes, self.gradient_changes = [], {}
+        if self._averages:  # how they move is seen from θ
+            self.end_of_steps = self.live.vector()
         self._keep(step)
 
     def _keep(self, step: Step) -> None:
@@ -400,6 +478,7 @@ class StepCapture:
         if self._observers or not getattr(self._trajectory.schedule, "weights_only", False):
             if not all(batch.captured for batch in batches):
                 self._check_same()  # the outputs of other tensors lead to no gradient that is on record
+            check_others_are_at_rest(self._model, self._trajectory.run.watch, self.live)
             check_captured(self._trajectory, batches, type(self._outer).__name__, taken)
 
     def _check_gradient(self, gradient: Tensor, live: LiveParameters) -> None:
@@ -409,14 +488,18 @@ class StepCapture:
         finite = torch.stack([value.isfinite().all() for value in named.values()])
         if not finite.all():
             bad = [name for name, good in zip(named, finite.tolist(), strict=True) if not good]
-            ids = torch.cat([batch.ids for batch in self.pending.take()]).tolist()
-            index = len(self._trajectory)
+            index, batches = len(self._trajectory), self._drop_batches()
+            ids = torch.cat([batch.ids for batch in batches]).tolist()
             raise NonFiniteStepError(
                 f"At step {index} the gradient of {', '.join(f'`{n}`' for n in bad)} holds NaN or infinity; "
                 f"its samples are {ids[:16]}{' …' if len(ids) > 16 else ''}",
                 f"Gradients are finite numbers; the optimizer has not moved, and the {index} steps before stay valid",
                 "Look at these samples, lower the learning rate, or skip the step when the loss is not finite",
             )
+
+    def _drop_batches(self) -> tuple[MicroBatch, ...]:
+        """The batches of a step that is not taken; nothing is pending afterwards."""
+        return self.pending.take()
 
     @property
     def _gradient_is_elsewhere(self) -> bool:
@@ -429,7 +512,8 @@ class StepCapture:
         if not self._tried and self.audit_every != 0:
             reference = self._trajectory.run.reference
             if reference is not None:  # hooks may have been put on the network since recording began
-                reference.check("KernelRecorder", (self._trajectory.function(), self._trajectory.initial), None)
+                run = self._trajectory.run
+                reference.check("KernelRecorder", (run.function(), run.initial), None)
             try_out(self._trajectory, step)
             self._tried = True
 
@@ -453,9 +537,11 @@ class StepCapture:
             drew_from=tuple(dict.fromkeys(name for one in passes for name in one.drew_from)),
             announced_before=self._announced[0],
             taken=taken,
+            differs=next(iter(self.pending.inputs.differences), ""),
         )
         with generators_untouched():  # a network may draw from Python's or numpy's generator
             audit(trajectory, step, seen)
+            check_inputs(trajectory, self.pending.inputs.take_differences(), taken)
             for batch, outputs in self.pending.named:
                 check_outputs(trajectory, step, batch, outputs, taken)
 

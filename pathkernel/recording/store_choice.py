@@ -13,7 +13,7 @@ from pathkernel.recording.live import LiveParameters
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.replay import ReplayStore
 from pathkernel.trajectory.run import Run
-from pathkernel.trajectory.schedule import EVERY_STEP, Schedule, Streaming
+from pathkernel.trajectory.schedule import EVERY_STEP, KEYFRAMES, Keyframes, Schedule, Streaming
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.thinned import LastStepStore, ThinnedStore
 
@@ -57,17 +57,11 @@ def store_for(
         )
     if schedule == EVERY_STEP:
         return store, None
-    if averages:
+    if averages and not isinstance(schedule, Keyframes):
         raise RecordingError(
             f"`averages` were given, and `schedule={schedule!r}`",
-            "How an average moved is seen from θ at every step",
-            "Leave out `schedule`, or leave out `averages`",
-        )
-    if store.exists:
-        raise RecordingError(
-            f"`store=` holds steps of an earlier run, and `schedule={schedule!r}`",
-            "A recording that goes on in a store keeps every step in full",
-            "Give `store=` another path, or leave out `schedule`",
+            "How an average moved is seen from θ at every step, and its machine needs all of them",
+            f"Write `schedule=Keyframes({KEYFRAMES})`, leave out `schedule`, or leave out `averages`",
         )
     if isinstance(schedule, Streaming):
         return LastStepStore(), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import replace
 
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor
 
 from pathkernel.errors import CertificateWarning, PathKernelError, RecordingError, UnsupportedModelError
-from pathkernel.gradients.forward_state import generators_untouched
+from pathkernel.gradients.arguments import arguments_of
+from pathkernel.gradients.forward_state import ForwardState, generators_untouched
 from pathkernel.gradients.gradient_source import weighted_sum
 from pathkernel.gradients.pytrees import as_tensors, spread, take
 from pathkernel.gradients.sample_wise import SAMPLES, ComparedSamples, check_sample_wise
 from pathkernel.recording.audit import MEMORY
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.trajectory.batch_gradients import EngineReplaced, Passes, RecordedGradients
+from pathkernel.trajectory.run import Run
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -30,7 +33,9 @@ def check_network(trajectory: Trajectory, theta: Tensor, batch: MicroBatch) -> N
     with generators_untouched():
         inputs = trajectory.data[few][0] if batch.inputs is None else batch.inputs
     inputs = as_tensors(inputs, trajectory.dtype)
-    function = trajectory.function()
+    function = trajectory.run.function()
+    if batch.state.arguments:
+        function = function.with_(state=ForwardState(arguments=batch.state.arguments))
     ran = result_or_error(lambda: check_sample_wise(function, theta, inputs), (Exception,))
     # Where the loop gives the network something else than these samples, the audit says so.
     if isinstance(ran, ComparedSamples):
@@ -45,6 +50,21 @@ def check_network(trajectory: Trajectory, theta: Tensor, batch: MicroBatch) -> N
         )
     elif isinstance(ran, PathKernelError):
         raise ran
+
+
+def is_at_hand(run: Run, batch: MicroBatch) -> bool:
+    """True where the data hold what the network takes of some samples, so that it can be run before its first pass."""
+    if batch.inputs is not None or run.data.announced:
+        return batch.inputs is not None and not run.data.announced
+
+    def fits() -> bool:
+        few = batch.ids[spread(len(batch.ids), SAMPLES)]
+        with generators_untouched():
+            arguments, named = arguments_of(run.function().called[0].forward, run.data[few][0])
+        inspect.signature(run.function().called[0].forward).bind(*arguments, **named)
+        return True
+
+    return result_or_error(fits, (Exception,)) is True
 
 
 def try_out(trajectory: Trajectory, step: Step) -> None:
@@ -87,7 +107,8 @@ def try_out(trajectory: Trajectory, step: Step) -> None:
             f"({type(ran).__name__}: {str(ran)[:300]})",
             "What was trained is run again when predictions are explained, sample by sample and in evaluation mode",
             "Let `forward` depend on its inputs, parameters and buffers alone and take batches of any size; where the "
-            "loop gives it other inputs than the data, announce them with `recorder.batch(ids, inputs=x)`",
+            "loop gives it other inputs than the data, announce them with `recorder.batch(ids, inputs=x)`; say of an "
+            "argument that all samples share, and that is as long as a batch, `batch_axis={name: None}`",
         ) from ran
 
 

@@ -76,14 +76,14 @@ def accumulated(rows: np.ndarray) -> np.ndarray:
 
 
 class Serials:
-    """Numbers mappings of buffers, so that the same object gets the same number for as long as it is in use."""
+    """Numbers mappings of buffers, and of shared arguments: the same object gets the same number while it is in use."""
 
     def __init__(self, following: int = 0) -> None:
         self.following = following
-        self.current: list[tuple[Mapping[str, Tensor], int]] = []
+        self.current: list[tuple[Mapping[Any, Any], int]] = []
         self._used: set[int] = set()
 
-    def of(self, mapping: Mapping[str, Tensor]) -> int:
+    def of(self, mapping: Mapping[Any, Any]) -> int:
         """The number of a mapping."""
         for known, serial in self.current:
             if known is mapping:
@@ -155,7 +155,7 @@ class BlockEncoder:
         self.streams, self.serials, self.first_extra = streams, serials, first_extra
         self._tables: dict[str, dict[str, int]] = {"groups": {}, "settings": {}, "modes": {}, "active": {}}
         self._values: dict[str, list[Any]] = {name: [] for name in self._tables}
-        self._mappings: dict[int, Mapping[str, Tensor]] = {}
+        self._mappings: dict[int, Mapping[Any, Any]] = {}
 
     def encode(self, steps: Sequence[Step], previous: Tensor | None) -> EncodedBlock:
         """The block of some steps; ``previous`` is the end of the step before them."""
@@ -212,7 +212,7 @@ class BlockEncoder:
             self._values[table].append(value)
         return places[text]
 
-    def _mapping(self, mapping: Mapping[str, Tensor]) -> int:
+    def _mapping(self, mapping: Mapping[Any, Any]) -> int:
         serial = self.serials.of(mapping)
         self._mappings[serial] = mapping
         return serial
@@ -227,7 +227,8 @@ class BlockEncoder:
     def _state(self, state: ForwardState) -> list[Any]:
         modes = state.modes if isinstance(state.modes, bool) else dict(state.modes)
         buffers = None if state.buffers is None else self._mapping(state.buffers)
-        return [self._shared("modes", modes), dict(state.generators), state.autocast, buffers]
+        shared = [self._mapping(state.arguments)] if state.arguments else []
+        return [self._shared("modes", modes), dict(state.generators), state.autocast, buffers, *shared]
 
     def _frozen(self, block: EncodedBlock, step: Step, row: int) -> dict[str, Any]:
         """Frozen tensors, or the optimizer's state that they follow from.
@@ -349,14 +350,17 @@ def decode_step(
         raise ValueError("a learning rate that is no number")
 
     def state(encoded: list[Any]) -> ForwardState:
-        modes, generators, autocast, buffers = encoded
+        modes, generators, autocast, buffers, *shared = encoded
         mapping = None if buffers is None else rows.mapping(buffers)
         mixed = () if autocast is None else (autocast[0],)
         if not all(DEVICES.fullmatch(name) for name in (*generators, *mixed)):  # torch looks their modules up by name
             raise ValueError("a device that there is not")
         if autocast is not None and not (len(autocast) == 2 and isinstance(autocast[1], torch.dtype)):
             raise ValueError("mixed precision of no floating type")
-        return ForwardState(record["modes"][modes], generators, autocast, mapping)
+        arguments: Mapping[Any, Any] = rows.mapping(shared[0]) if shared else {}
+        if not all(isinstance(key, (str, int)) for key in arguments):
+            raise ValueError("arguments without names")
+        return ForwardState(record["modes"][modes], generators, autocast, mapping, arguments)
 
     def batch(encoded: list[Any]) -> MicroBatch:
         ids, weights, inputs, targets, states, *rest = encoded

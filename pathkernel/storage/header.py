@@ -19,6 +19,7 @@ import torch
 
 from pathkernel._version import __version__
 from pathkernel.errors import InputError, StoreError
+from pathkernel.gradients.batch_axes import BatchAxis, batch_axis_of_json, batch_axis_to_json
 from pathkernel.gradients.losses import check_task
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.runtime.checksum import DTYPES
@@ -29,9 +30,9 @@ from pathkernel.trajectory.run import Run
 from pathkernel.trajectory.schedule import EVERY_STEP, Nothing, Schedule
 from pathkernel.update_rules.joint import JointRule
 
-FORMAT, VERSION = "pathkernel trajectory", 3
+FORMAT, VERSION = "pathkernel trajectory", 4
 """Version 2 gives a step its length, which thinned paths need; version 3 keeps the slopes of the loss at the outputs of
-each batch, and what of the returned the outputs are."""
+each batch, and what of the returned the outputs are; version 4 keeps what networks were given beside samples."""
 FUNCTION = "<function>"
 """Stands in a header for a ``returns=`` that is a function, which has to be passed again."""
 MAX_NUMBERS = 2**44
@@ -56,6 +57,8 @@ class StoredEnd:
         Serial number of the final buffers, as in the blocks' records.
     outputs
         `ReferenceOutputs.final` as lists; None where it is not known.
+    samples
+        How many there were, where they were counted, else 0; and `pathkernel.trajectory.samples.Samples.lengths`.
     """
 
     values: tuple[str, int]
@@ -63,6 +66,7 @@ class StoredEnd:
     weights: str
     buffers: int
     outputs: list[list[float]] | None = None
+    samples: tuple[int, list[list[int]]] = field(default_factory=lambda: (0, []))
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class Header:
         None while the recording goes on, or where it was cut off.
     returns, task
         As given to the recorder; `FUNCTION` in place of a function.
+    watch, batch_axis
+        See `pathkernel.trajectory.run.Run`.
     """
 
     dtype: torch.dtype
@@ -123,6 +129,8 @@ class Header:
     end: StoredEnd | None = None
     returns: str | int | None = None
     task: str | None = None
+    watch: tuple[str, ...] = ()
+    batch_axis: BatchAxis = 0
 
     @classmethod
     def of(cls, run: Run, averages: Iterable[str], capacity: int) -> Header:
@@ -149,11 +157,15 @@ class Header:
             outputs=reference_identity(run.reference),
             returns=FUNCTION if callable(run.returns) else run.returns,
             task=run.task,
+            watch=run.watch,
+            batch_axis=run.batch_axis,
         )
 
     def to_json(self) -> dict[str, Any]:
         """The group's attributes."""
-        end = None if self.end is None else {**vars(self.end), "values": list(self.end.values)}
+        end = None
+        if self.end is not None:
+            end = {**vars(self.end), "values": list(self.end.values), "samples": list(self.end.samples)}
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -173,6 +185,8 @@ class Header:
             "outputs": None if self.outputs is None else dict(self.outputs),
             "returns": self.returns,
             "task": self.task,
+            "watch": list(self.watch),
+            "batch_axis": batch_axis_to_json(self.batch_axis),
             "checksums": dict(self.checksums),
             "end": end,
         }
@@ -219,7 +233,9 @@ class Header:
                 raise ValueError(f"{name[:40]!r} is no name of an array with an end")
             values = name, _count(length)
             final = None if end.get("outputs") is None else _matrix(end["outputs"])
-            end = StoredEnd(values, _count(end["steps"]), _text(end["weights"]), int(end["buffers"]), final)
+            number, lengths = end.get("samples", (0, []))  # missing before version 4
+            seen = _count(number), [[int(length) for length in own] for own in lengths]
+            end = StoredEnd(values, _count(end["steps"]), _text(end["weights"]), int(end["buffers"]), final, seen)
         layouts = tuple(_layout(table) for table in content["regions"])
         tails = tuple(_count(n) for n in content["tails"])
         if not layouts or len(tails) != len(layouts) - 1:
@@ -259,6 +275,8 @@ class Header:
             end=end,
             returns=_returns(content.get("returns")),
             task=check_task(content.get("task")),
+            watch=tuple(_text(name) for name in content.get("watch", [])),
+            batch_axis=batch_axis_of_json(content.get("batch_axis", 0)),
         )
 
     def digest(self) -> str:
@@ -268,6 +286,8 @@ class Header:
         said["optimizer"] = None if self.replay is None else self.replay["optimizer"]
         if self.returns is not None:
             said["returns"] = self.returns
+        if self.watch or self.batch_axis:
+            said["call"] = [content["watch"], content["batch_axis"]]
         text = json.dumps(said, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

@@ -17,7 +17,6 @@ from pathkernel._typing import Loss, Parameters
 from pathkernel.errors import CorruptBlockError, ModelMismatchError, StoreError, brief, quoted
 from pathkernel.gradients.forward_state import device_of, generators_untouched
 from pathkernel.gradients.losses import Objective, check_recorded_loss
-from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout, constants_of
 from pathkernel.gradients.pytrees import moved
 from pathkernel.gradients.returned import Returns, check_returns
@@ -83,11 +82,14 @@ def open_trajectory(
         task=header.task,
         schedule=header.schedule,
         optimizer=replayed,
+        watch=known_parts(header, model),
+        batch_axis=header.batch_axis,
     )
     if samples.holds_integers:
         samples.suit(run.function(), run.initial)
     run = replace(run, reference=reference_outputs(store, samples))
     store.run = run
+    learn_samples(samples, store)
     check_outputs(f"Trajectory.open({str(path)!r})", run, header)
     kept: Store = store
     if replayed is not None:
@@ -125,7 +127,7 @@ def check_outputs(asker: str, run: Run, header: Header) -> None:
         reference.check(asker, (run.function(), run.initial), None)
         return
     constants = constants_of(run.model, run.layout)
-    function = ModelFunction(run.model, run.layout, constants, header.dtype, returns=run.returns)
+    function = run.function_of(constants, header.dtype)
     reference = replace(reference, final=outputs_at_the_end(header))
     reference.check(asker, None, (function, run.live_parameters(header.dtype)))
 
@@ -216,6 +218,35 @@ def known_returns(header: Header, returns: Returns) -> Returns:
             "Write `Trajectory.open(path, ..., returns=...)` as for the recorder",
         )
     return returns if recorded == FUNCTION else recorded
+
+
+def learn_samples(data: Samples, store: DiskStore) -> None:
+    """Tell samples what is on record of them: how many were counted, and how they look."""
+    assert store.header is not None
+    count, lengths = (0, []) if store.header.end is None else store.header.end.samples
+    if count:
+        data.meet(torch.tensor([count - 1]))
+    if lengths:
+        data.note_lengths(lengths)
+    if data.announced:
+        for index in range(len(store) if data.limit is None and not count else min(1, len(store))):
+            for batch in store.read(index).batches:
+                data.meet(batch.ids)
+                if batch.inputs is not None:
+                    data.note(batch.inputs)
+
+
+def known_parts(header: Header, model: nn.Module) -> tuple[str, ...]:
+    """Submodules that the loop called in place of the network."""
+    names = {name for name, _ in model.named_modules()}
+    if missing := [name for name in header.watch if name not in names]:
+        raise ModelMismatchError(
+            f"The recorded loop called the submodules {', '.join(map(quoted, header.watch))}, and the model has no "
+            f"{', '.join(map(quoted, missing))}",
+            "A trajectory is read with the network that it was recorded with",
+            "Pass the same `model=`",
+        )
+    return header.watch
 
 
 def _sensible(store: DiskStore, read: Callable[[], T]) -> T:

@@ -233,7 +233,8 @@ class StepWriter:
             if serial >= 0:
                 stored.pinned[serial] = standing.final_buffers
             outputs = None if standing.outputs is None else standing.outputs.tolist()
-            end = StoredEnd((name, length), len(stored), identity.weights(run.model), serial, outputs)
+            samples = 0 if run.data.limit is not None else len(run.data), run.data.lengths
+            end = StoredEnd((name, length), len(stored), identity.weights(run.model), serial, outputs, samples)
             self._write_header(stored.header.ended(end, checksum))
         except OSError as error:
             self._give_out(error)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pathkernel.errors import RecordingError
+from pathkernel.errors import RecordingError, TrajectoryError, check
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.trajectory.step import Segment
 
@@ -39,12 +39,15 @@ class AverageRecord:
         After each optimizer step: a, and whether the average was taken after changes made outside the optimizer.
     last
         Its values when last seen: those of the averaged network at the end.
+    unknown
+        Buffers that are not known there: of an earlier point of the path, where the record does not tell what they did.
     """
 
     name: str
     initial: dict[str, Tensor]
     updates: list[tuple[float, bool]] = field(default_factory=list)
     last: dict[str, Tensor] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
 
     @classmethod
     def begin(cls, name: str, source: nn.Module | Mapping[str, Tensor], layout: ParameterLayout) -> AverageRecord:
@@ -60,7 +63,22 @@ class AverageRecord:
         return cls(name, values, [], values)
 
     def constants(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The averaged network's own buffers by these names, as they were at the end."""
+        """The averaged network's own buffers by these names, as they were at the end.
+
+        Raises
+        ------
+        TrajectoryError
+            Where they are not known.
+        """
+        check(
+            not self.unknown,
+            TrajectoryError,
+            f"{', '.join(f'`{name}`' for name in self.unknown)} of the average {self.name!r} in mid-run was asked for",
+            "On record are the buffers of an average at the start and at the end; these neither stayed, nor followed "
+            "the network's own, nor were averaged as the weights are (`torch.optim.swa_utils.update_bn` finds them "
+            "anew)",
+            "Explain the average at the end of the record, or the network itself at this step",
+        )
         return {name: self.last[name] for name in names if name in self.last}
 
     def observe(

@@ -14,6 +14,8 @@ between the recorded displacement and the rule's. Beyond rounding it is found he
 - where the displacement does not tell what the memory was (a rule without memory, with several slots, or that mixes
   entries), e_s itself is ``"unexplained"``.
 
+Where a state was loaded before the step, which its changes tell, both are ``"loaded"``.
+
 Gradients are those on record, not recomputed ones: what samples add up to is still to be compared with Δ_s.
 
 Where steps are trained again from keyframes, m is on record at each of these. So the path falls into stretches that are
@@ -35,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pathkernel.trajectory.step import Step
+from pathkernel.trajectory.step import LOADED, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Frozen, Memory, Settings, UpdateRule
 
@@ -74,11 +76,14 @@ class Discrepancy:
         What was added to the memory (after that), in the parameter's shape, float64.
     displacement
         What was added to the displacement.
+    channel
+        Under which name these are booked: ``"loaded"`` where a state was loaded before the step.
     """
 
     scale: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     displacement: Mapping[str, Tensor] = field(default_factory=dict)
+    channel: str = "unexplained"
 
     def __bool__(self) -> bool:
         return bool(self.scale or self.memory or self.displacement)
@@ -220,7 +225,8 @@ class Discrepancies:
             kind: {name: self._read(name, place) for name, place in places}
             for kind, places in self._places.get(step.index, {}).items()
         }
-        return Discrepancy(self._scales.get(step.index, {}), **found)
+        loaded = any(name == LOADED for name, _ in step.changes)
+        return Discrepancy(self._scales.get(step.index, {}), **found, channel=LOADED if loaded else "unexplained")
 
     def largest(self) -> tuple[float, int, str]:
         """Largest displacement of a parameter beyond the rule that has no name, its step, and the parameter."""

@@ -33,6 +33,10 @@ class MemoryStore(Store):
     def __len__(self) -> int:
         return len(self._steps)
 
+    def until(self, length: int) -> MemoryStore:
+        """The first steps alone, so many of them."""
+        return MemoryStore(self._steps[:length])
+
     def extend(self, tail: Tensor, pad: Extension) -> None:
         """Lengthen every vector of every step."""
         self._steps = [padded(step, tail, pad) for step in self._steps]

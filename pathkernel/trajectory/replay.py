@@ -88,6 +88,11 @@ class ReplayStore(Store):
         """True where the inner store takes no more steps."""
         return self.inner.stopped
 
+    @property
+    def exists(self) -> bool:  # type: ignore[override]
+        """True where the inner store holds steps of an earlier run."""
+        return self.inner.exists
+
     def begin(self, run: Run) -> None:
         """Begin the inner store; see `Store.begin`."""
         self.replay.run = run
@@ -103,6 +108,10 @@ class ReplayStore(Store):
 
     def __len__(self) -> int:
         return len(self.inner)
+
+    def until(self, length: int) -> ReplayStore:
+        """The first steps alone, so many of them; what comes after the last is not trained again."""
+        return ReplayStore(self.inner.until(length), self.replay, self.threads)
 
     def extend(self, tail: Tensor, pad: Extension) -> None:
         """Refuse: checksums on record are of the parameters that there were.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,15 @@ from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.update_rules.rule import Observation
 
 
-def state_of(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
+class HoldsState(Protocol):
+    """An optimizer, or several as one."""
+
+    @property
+    def state(self) -> Any:
+        """Its state by parameter."""
+
+
+def state_of(optimizer: HoldsState, named: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
     """A copy of the optimizer's state by parameter name."""
     return {name: _copied(dict(optimizer.state[p])) for name, p in named.items() if p in optimizer.state}
 
@@ -171,6 +179,11 @@ class Replay:
 
     def _gradients(self) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """A copy of the optimizer's state where the replay stands, by parameter name."""
+        assert self._optimizer is not None
+        return state_of(self._optimizer, self._parameters)
 
     def checksum(self) -> int:
         """CRC32C of θ where the replay stands."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pathkernel._typing import Parameters
+from pathkernel.gradients.batch_axes import BatchAxis
 from pathkernel.gradients.forward_state import device_of
 from pathkernel.gradients.losses import Objective
 from pathkernel.gradients.model_function import ModelFunction
@@ -115,6 +117,10 @@ class Run:
         What the network made of a few training samples at θ_0; None where that is not known.
     optimizer
         Where steps are trained again when they are read: by what.
+    watch
+        Names of the submodules that the loop calls in place of the network, one after the other.
+    batch_axis
+        Where samples lie in what the network takes and returns; see `pathkernel.gradients.batch_axes`.
     """
 
     model: nn.Module
@@ -128,6 +134,8 @@ class Run:
     schedule: RecordingLevel = EVERY_STEP
     reference: ReferenceOutputs | None = None
     optimizer: RecordedOptimizer | None = None
+    watch: tuple[str, ...] = ()
+    batch_axis: BatchAxis = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """All parts, the start included where it was not read yet."""
@@ -185,7 +193,19 @@ class Run:
 
     def function(self, dtype: torch.dtype | None = None) -> ModelFunction:
         """The network as a pure function of θ."""
-        return ModelFunction(self.model, self.layout, self.constants, dtype or self.dtype, returns=self.returns)
+        return self.function_of(self.constants, dtype)
+
+    def function_of(self, constants: Parameters, dtype: torch.dtype | None = None) -> ModelFunction:
+        """The network with other constants."""
+        return ModelFunction(
+            self.model,
+            self.layout,
+            constants,
+            dtype or self.dtype,
+            returns=self.returns,
+            watch=self.watch,
+            batch_axis=self.batch_axis,
+        )
 
     def live_parameters(self, dtype: torch.dtype | None = None) -> Tensor:
         """θ as it is in the network now, (P,)."""

@@ -27,9 +27,20 @@ class Samples:
     ----------
     data
         ``(X, y)`` of arrays or tensors (nested tuples, lists or dicts of them too) with samples along the first
-        axis, or a map-style `torch.utils.data.Dataset` whose items are ``(input, target)``.
+        axis, or a map-style `torch.utils.data.Dataset` whose items are ``(input, target)``. Or how many samples there
+        are, None where they are counted as they come, or a dataset with items of another form: then all that is known
+        of them is what the batches on record hold.
     dtype
         Floating type for samples that come as numpy arrays.
+
+    Attributes
+    ----------
+    announced
+        Whether inputs are known from batches alone.
+    limit
+        How many ids there may be; None where they are counted.
+    lengths
+        Of the axes of each input in the batches on record, but the first; -1 where it varies.
 
     Raises
     ------
@@ -37,10 +48,16 @@ class Samples:
         For data of another form.
     """
 
+    announced = _counted = False  # where a pickle of an earlier version does not say
+
     def __init__(self, data: Any, dtype: torch.dtype) -> None:
         self.dataset: Dataset | None = None
         self.dtype = dtype
         self._floats = False
+        self.lengths: list[list[int]] = []
+        if data is None or (isinstance(data, int) and not isinstance(data, bool) and data > 0):
+            self.announced, self._counted, self._length = True, data is None, data or 0
+            return
         if isinstance(data, Dataset):
             self.dataset = data
             self._length = _length_of(data)
@@ -57,8 +74,9 @@ class Samples:
         else:
             raise InputError(
                 f"`data` is a {type(data).__name__}",
-                "Training data come as `(X, y)` arrays or tensors, or as a map-style Dataset of (input, target)",
-                "Write `data=(X_train, y_train)` or `data=dataset`",
+                "Training data come as `(X, y)` arrays or tensors, or as a map-style Dataset of (input, target); or as "
+                "their number, or not at all, where the network's inputs are kept",
+                "Write `data=(X_train, y_train)`, `data=dataset` or `data=len(dataset)`",
             )
         if self._length == 0:
             raise InputError(
@@ -66,13 +84,56 @@ class Samples:
             )
         if self.dataset is not None:
             with generators_untouched():
-                _check_item(self.dataset[0], type(data).__name__)
+                item = self.dataset[0]
+            self.announced = not isinstance(item, (tuple, list)) or len(item) < 2
 
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def limit(self) -> int | None:
+        """How many ids there may be; None where they are counted."""
+        return None if self._counted else self._length
+
+    def meet(self, ids: Tensor) -> None:
+        """Count samples that are announced, where nobody said how many there are."""
+        if self._counted:
+            self._length = max(self._length, int(ids.max()) + 1)
+
+    def note(self, inputs: PyTree) -> None:
+        """Take note of inputs of a batch, by which queries are known that look alike."""
+        if self.announced and "example" not in vars(self):
+            self.example = (pytree.tree_map(lambda leaf: leaf[:1].clone(), inputs), None)
+        if not self.lengths:
+            self.note_lengths([list(shape) for shape in self.sample_shapes])
+        self.note_lengths([list(leaf.shape[1:]) for leaf in pytree.tree_leaves(inputs)])
+
+    def note_lengths(self, found: list[list[int]]) -> None:
+        """Take note of the lengths of the axes of each input; those that vary are not compared."""
+        if len(self.lengths) != len(found):
+            self.lengths = found
+        elif self.lengths != found:
+            self.lengths = [
+                [a if a == b else -1 for a, b in zip(known, new, strict=False)]
+                for known, new in zip(self.lengths, found, strict=True)
+            ]
+
     def __getitem__(self, ids: Tensor) -> tuple[PyTree, PyTree]:
-        """Inputs and targets of the given ids, samples along the first axis."""
+        """Inputs and targets of the given ids, samples along the first axis.
+
+        Raises
+        ------
+        InputError
+            Where they are known from the batches on record alone.
+        """
+        if self.announced:
+            raise InputError(
+                f"Training samples were asked for by their ids, and `data` is {self._described}",
+                "They are then known from the batches on record alone; random batches and training targets are taken "
+                "from arrays `(X, y)`, or from a dataset of pairs (input, target)",
+                "Write `data=(X_train, y_train)`, or wrap the dataset in one whose `__getitem__` returns "
+                "`(item_without_label, item['label'])`; or go through a loader with `recorder.track(loader)`",
+            )
         if self.dataset is None:
             inputs, targets = take(self._inputs, ids), take(self._targets, ids)
         else:
@@ -81,10 +142,29 @@ class Samples:
             inputs, targets = (as_tensors(part, self.dtype) for part in collated)
         return (with_floats(inputs, self.dtype) if self._floats else inputs), targets
 
+    def targets(self, ids: Tensor) -> PyTree:
+        """Targets of the given ids alone: inputs need not make a batch."""
+        if self.dataset is None:
+            return self[ids][1]
+        return as_tensors(default_collate([self.dataset[int(i)][1] for i in ids]), self.dtype)
+
+    @property
+    def _described(self) -> str:
+        if self.dataset is None:
+            return "not given" if self._counted else "the number of samples alone"
+        with generators_untouched():
+            item = self.dataset[0]
+        what = f"a {type(item).__name__}"
+        if isinstance(item, Mapping):
+            what += f" with the keys {', '.join(map(repr, list(item)[:8]))}"
+        if isinstance(item, (tuple, list)):
+            what += f" of length {len(item)}"
+        return f"a {type(self.dataset).__name__} whose items are {what}"
+
     @property
     def holds_integers(self) -> bool:
-        """True where some inputs are integers or booleans."""
-        return not all(leaf.is_floating_point() for leaf in pytree.tree_leaves(self.example[0]))
+        """True where some inputs are integers or booleans, as far as data are at hand."""
+        return not self.announced and not all(leaf.is_floating_point() for leaf in pytree.tree_leaves(self.example[0]))
 
     def suit(self, function: ModelFunction, theta: Tensor) -> None:
         """Give integers in the network's floating type if it takes no integers at θ."""
@@ -101,7 +181,10 @@ class Samples:
 
     @cached_property
     def example(self) -> tuple[PyTree, PyTree]:
-        """Input and target of the first sample, as a batch of one; random generators stay as they are."""
+        """Input and target of the first sample, as a batch of one; random generators stay as they are.
+
+        Where inputs are known from batches alone, the first of the first batch, and None for its target.
+        """
         with generators_untouched():
             return self[torch.zeros(1, dtype=torch.int64)]
 
@@ -119,12 +202,17 @@ class Samples:
             For another shape, naming it; for two single rows, as scikit-learn's pairwise callers pass them; for
             numbers with a fraction where the training samples were integers.
         """
+        example = self.example[0]
+        if isinstance(example, dict) and isinstance(X, Mapping):
+            X = _in_order(X, example, asker)
+            example = {key: example[key] for key in X}
         inputs = as_tensors(X, self.dtype)
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs)]
-        expected = self.sample_shapes
+        expected = [tuple(leaf.shape[1:]) for leaf in pytree.tree_leaves(example)]
         if shapes == expected and shapes != [()]:
             raise single_sample(asker, "Path kernels", shapes[0])
-        if [shape[1:] for shape in shapes] != expected or not all(shapes):
+        rows = [shape[1:] for shape in shapes]
+        if not (rows == expected or self._looks_alike(rows)) or not all(shapes):
             raise InputError(
                 f"`{asker}` was given samples of shape {', '.join(map(str, shapes))}",
                 f"The network was trained on samples of shape {', '.join(str(('n', *s)) for s in expected)}".replace(
@@ -134,8 +222,33 @@ class Samples:
             )
         check_rows(inputs, asker)
         leaves, tree = pytree.tree_flatten(inputs)
-        trained = pytree.tree_leaves(self.example[0])
-        return pytree.tree_unflatten([as_trained(*pair, asker) for pair in zip(leaves, trained, strict=True)], tree)
+        trained = pytree.tree_leaves(example)
+        return pytree.tree_unflatten([as_trained(*pair, asker) for pair in zip(leaves, trained, strict=False)], tree)
+
+    def _looks_alike(self, rows: list[tuple[int, ...]]) -> bool:
+        """Test that rows have the shapes of batches on record, of which some lengths vary."""
+        known = getattr(self, "lengths", [])
+        return len(rows) == len(known) and all(
+            len(row) == len(own) and all(k in (-1, size) for k, size in zip(own, row, strict=True))
+            for row, own in zip(rows, known, strict=True)
+        )
+
+
+def _in_order(X: Mapping[Any, Any], example: Mapping[Any, Any], asker: str) -> dict[Any, Any]:
+    """Query samples by the names of the inputs in training, in their order; labels and the like may be left out.
+
+    Raises
+    ------
+    InputError
+        For a name that there was none of.
+    """
+    if strange := [key for key in X if key not in example]:
+        raise InputError(
+            f"`{asker}` was given samples with the keys {', '.join(map(repr, X))}",
+            f"In training they had {', '.join(map(repr, example))}",
+            f"Leave out {', '.join(map(repr, strange))}",
+        )
+    return {key: X[key] for key in example if key in X}
 
 
 def as_trained(leaf: Tensor, trained: Tensor, asker: str) -> Tensor:
@@ -166,33 +279,18 @@ def _length_of(data: Dataset) -> int:
         raise InputError(
             f"`data` is a {type(data).__name__}, which has no length",
             "Samples have ids from 0 to N - 1: training data are a map-style Dataset with `__len__` and `__getitem__`",
-            "Write `data=dataset` with a map-style dataset, or read the stream into arrays `(X, y)` first",
+            "Leave `data=` out and write `recorder.track(loader)`, which counts ids; or write `data=dataset` with a "
+            "map-style dataset, or read the stream into arrays `(X, y)` first",
         )
     return len(data)
 
 
-def _check_item(item: Any, dataset: str) -> None:
-    if not isinstance(item, (tuple, list)) or len(item) < 2:
-        what = f"a {type(item).__name__}"
-        if isinstance(item, Mapping):
-            what += f" with the keys {', '.join(map(repr, list(item)[:8]))}"
-        if isinstance(item, (tuple, list)):
-            what += f" of length {len(item)}"
-        raise InputError(
-            f"`data` is a {dataset} whose items are {what}",
-            "Its items are pairs (input, target); the input may be a dict or a tuple of several",
-            "Wrap it in a Dataset whose `__getitem__` returns `(item_without_label, item['label'])`, and hand on the "
-            "loop's batches alike",
-        )
-
-
 def samples_of(batch: MicroBatch, data: Samples) -> tuple[PyTree, PyTree]:
-    """Inputs and targets as the network saw them."""
-    inputs, targets = (batch.inputs, batch.targets)
-    if targets is None and (batch.parts is not None or batch.source is not None):
-        return as_tensors(inputs, data.dtype), None  # rows that are none of the data's
-    if inputs is None or targets is None:
-        stored_inputs, stored_targets = data[batch.ids]
-        inputs = stored_inputs if inputs is None else inputs
-        targets = stored_targets if targets is None else targets
-    return as_tensors(inputs, data.dtype), as_tensors(targets, data.dtype)
+    """Inputs and targets as the network saw them; None for targets that nobody knows, or asks for."""
+    inputs, targets = batch.inputs, batch.targets
+    if inputs is None:
+        inputs, stored = data[batch.ids]
+        targets = stored if targets is None else targets
+    elif targets is None and batch.has_targets and not data.announced and batch.cotangents is None:
+        targets = data.targets(batch.ids)
+    return as_tensors(inputs, data.dtype), None if targets is None else as_tensors(targets, data.dtype)

@@ -16,6 +16,10 @@ Settings = tuple[Mapping[str, Any], ...]
 """Numbers and flags of every parameter group."""
 
 
+LOADED = "loaded"
+"""The channel of weights that were loaded into the network, and of memory that was loaded into its optimizer."""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     r"""The samples of one forward and backward pass; a step owns one or, under gradient accumulation, many.
@@ -73,6 +77,11 @@ class MicroBatch:
         state = self.later[stage - 1] if stage <= len(self.later) else self.state
         own = self.later_cotangents[stage - 1] if stage <= len(self.later_cotangents) else None
         return replace(self, state=state, cotangents=own, sampled_cotangents=None)
+
+    @property
+    def has_targets(self) -> bool:
+        """True where each row is one sample of the training data, with its target."""
+        return self.parts is None and self.source is None
 
     @property
     def captured(self) -> bool:

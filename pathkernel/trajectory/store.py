@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pathkernel.errors import TrajectoryError
 from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.step import Step
 
@@ -73,6 +74,10 @@ class Store(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
+    def until(self, length: int) -> Store:
+        """The first steps alone, so many of them, for reading."""
+        return FirstSteps(self, length)
+
     @abstractmethod
     def extend(self, tail: Tensor, pad: Extension) -> None:
         """Lengthen every stored vector: points of the path by ``tail``, gradients by zeros.
@@ -108,6 +113,67 @@ class Store(ABC):
         """Ranges of θ before the step with this index: what a few parameters were, without the others."""
         vector = self.vector(index)
         return [vector[where] for where in ranges]
+
+
+class FirstSteps(Store):
+    """The first steps of a store, for reading.
+
+    Parameters
+    ----------
+    inner
+        The store, which may go on growing.
+    length
+        How many of its steps there are here.
+    """
+
+    def __init__(self, inner: Store, length: int) -> None:
+        self.inner, self.length = inner, length
+
+    @property
+    def replays(self) -> bool:  # type: ignore[override]
+        """Whether reading a step may mean to train it again."""
+        return self.inner.replays
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, index: int) -> Step:
+        """The step with this index; see `Store.read`."""
+        return self.inner.read(range(self.length)[index])
+
+    def summary(self, index: int) -> StepSummary:
+        """As of `Store.summary`."""
+        return self.inner.summary(range(self.length)[index])
+
+    def vector(self, index: int) -> Tensor:
+        """As of `Store.vector`."""
+        return self.inner.vector(range(self.length)[index])
+
+    def columns(self, index: int, ranges: Sequence[slice]) -> list[Tensor]:
+        """As of `Store.columns`."""
+        return self.inner.columns(range(self.length)[index], ranges)
+
+    def append(self, step: Step) -> None:
+        """Refuse; see `extend`."""
+        raise _only_for_reading("A step was appended")
+
+    def extend(self, tail: Tensor, pad: Extension) -> None:
+        """Refuse: a part of a path is read.
+
+        Raises
+        ------
+        TrajectoryError
+            Always.
+        """
+        raise _only_for_reading("Parameters joined θ")
+
+
+def _only_for_reading(found: str) -> TrajectoryError:
+    return TrajectoryError(
+        f"{found} in the first part of a trajectory",
+        "`trajectory.until(step)` is a view of what has been recorded, and nothing is recorded into it",
+        "Record into a store of its own",
+    )
 
 
 def padded(step: Step, tail: Tensor, pad: Extension) -> Step:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pathkernel.errors import TrajectoryError
+from pathkernel.gradients.forward_state import EVALUATION, ForwardState
+from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.run import End, Extension, Run
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.store import Store, padded
@@ -37,6 +39,11 @@ class ThinnedStore(Store):
     def stopped(self) -> bool:  # type: ignore[override]
         """True where the inner store takes no more steps."""
         return self.inner.stopped
+
+    @property
+    def exists(self) -> bool:  # type: ignore[override]
+        """True where the inner store holds steps of an earlier run."""
+        return self.inner.exists
 
     def begin(self, run: Run) -> None:
         """Begin the inner store; see `Store.begin`."""
@@ -66,6 +73,12 @@ class ThinnedStore(Store):
     def __len__(self) -> int:
         return len(self.inner) + (self._open is not None)
 
+    def until(self, length: int) -> Store:
+        """The first joined steps alone, so many of them; the stretch that is open as it is now."""
+        if length <= len(self.inner):
+            return self.inner.until(length)
+        return MemoryStore([self.read(index) for index in range(length)])
+
     def extend(self, tail: Tensor, pad: Extension) -> None:
         """Lengthen every stored vector."""
         self.inner.extend(tail, pad)
@@ -88,9 +101,16 @@ class ThinnedStore(Store):
         self.inner.close()
 
 
+def _of_theta_alone(batch: MicroBatch) -> MicroBatch:
+    """The samples of a batch, and what the network was given beside them."""
+    shared = batch.state.arguments
+    state = ForwardState(arguments=shared) if shared else EVALUATION
+    return MicroBatch(batch.ids, batch.weights, state=state, source=batch.source, parts=batch.parts)
+
+
 def joined(stretch: Step | None, step: Step, index: int) -> Step:
     """A stretch and the step after it as one step of θ alone."""
-    batches = tuple(MicroBatch(b.ids, b.weights, source=b.source, parts=b.parts) for b in step.batches)
+    batches = tuple(map(_of_theta_alone, step.batches))
     alone = replace(
         step,
         index=index,

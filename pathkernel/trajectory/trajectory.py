@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.errors import InputError, ModelMismatchError, TrajectoryError
 from pathkernel.gradients.acceptance import check_finite, not_finite
+from pathkernel.gradients.forward_state import ForwardState
 from pathkernel.gradients.losses import Objective
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.returned import Returns
 from pathkernel.runtime.pickling import with_memory_of_their_own
+from pathkernel.runtime.threads import on_the_cpu
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
@@ -29,6 +31,7 @@ from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.store import Store
+from pathkernel.trajectory.until import end_after, records_until
 from pathkernel.update_rules.rule import UpdateRule
 
 
@@ -135,6 +138,47 @@ class Trajectory:
         store = MemoryStore([replace(step, index=0)])
         return cls(alone, store, replace(end or End(final_buffers=step.buffers), averages={}, is_live=False))
 
+    def until(self, step: int) -> Trajectory:
+        """The path as it was right after its first ``step`` optimizer steps: the checkpoint that was saved there.
+
+        Its end is θ right after step ``step`` − 1, with the buffers as that step's forward pass left them and the
+        averages as they had moved by then. It shares the record and reads no more of it than these steps; the network
+        itself may stand anywhere.
+
+        Parameters
+        ----------
+        step
+            From 0, the untrained network, to the number of optimizer steps, the network before what was changed after
+            the last of them. On a thinned path one of the steps at which θ was kept.
+
+        Raises
+        ------
+        InputError
+            For any other number, with those that there are.
+        TrajectoryError
+            Where no path was kept.
+
+        Examples
+        --------
+        >>> import torch, pathkernel as pk
+        >>> X, y = torch.randn(32, 4), torch.randn(32, 1)
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), torch.nn.MSELoss()
+        >>> with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+        ...     for x, target in recorder.batches(batch_size=8):
+        ...         optimizer.zero_grad()
+        ...         loss(model(x), target).backward()
+        ...         optimizer.step()
+        >>> recorder.trajectory.until(3)
+        Trajectory(3 steps of SGD, P = 5, N = 32, float32)
+        """
+        count = records_until(self, step)
+        store = self.store.until(count)
+        ends_early = Trajectory(self.run, store, End(is_live=False))
+        first = Trajectory(self.run, store, lambda: end_after(self, ends_early))
+        first.lock = self.lock
+        return first
+
     @classmethod
     def open(
         cls,
@@ -142,7 +186,7 @@ class Trajectory:
         *,
         model: nn.Module,
         loss: Loss | str | None = None,
-        data: Any,
+        data: Any = None,
         rule: UpdateRule | None = None,
         regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None = None,
         optimizer: type[Optimizer] | None = None,
@@ -160,7 +204,7 @@ class Trajectory:
             The network with its weights at the end of the recording.
         loss, data, regularizers
             As given to the recorder. The loss may be left out where the slopes of all batches are on record; what needs
-            it says so.
+            it says so. So may the data, where the recorder was given none.
         rule
             An update rule of your own; those of the package are found by their name.
         optimizer
@@ -286,8 +330,17 @@ class Trajectory:
         return self.layout.unflatten(self.vector(s).clone())
 
     def function(self, dtype: torch.dtype | None = None) -> ModelFunction:
-        """The recorded network as a pure function of θ."""
-        return self.run.function(dtype)
+        """The recorded network as a pure function of θ, called as in its last recorded pass: see `arguments`."""
+        function, shared = self.run.function(dtype), self.arguments
+        return function.with_(state=ForwardState(arguments=shared)) if shared else function
+
+    @property
+    def arguments(self) -> Mapping[str | int, Any]:
+        """What the network was given in the last recorded pass that is of no sample; queries are given it, too."""
+        if not len(self):
+            return {}
+        batches = self.store.summary(len(self) - 1).record.batches
+        return batches[-1].state.arguments if batches else {}
 
     def queries(self, X: PyTree, asker: str) -> PyTree:
         """Query samples as tensors, shaped and typed as the training samples.
@@ -322,10 +375,23 @@ class Trajectory:
         ModelMismatchError
             When a parameter is missing, has another shape, or has other values than at the last recorded step; when
             a buffer or a parameter outside the record is no longer what it was when recording began; or when the
-            outputs of a few training samples are no longer what they were at both ends of the record.
+            outputs of a few training samples are no longer what they were at both ends of the record. Of the first part
+            of a path, the network's present weights say nothing, and outputs are compared at its start.
         """
-        if not self.end.is_live:
-            return
+        with on_the_cpu():
+            self._check_model(asker)
+
+    def _check_model(self, asker: str) -> None:
+        function, live_end = self.run.function(), self.end.is_live
+        if live_end:
+            self._check_weights(asker)
+        if (reference := self.reference) is not None:
+            final = None
+            if live_end and reference.final is not None:
+                final = function.with_(constants=self.final_buffers), self.final
+            reference.check(asker, (function, self.initial), final)
+
+    def _check_weights(self, asker: str) -> None:
         live = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         problems = []
         for name, recorded in {**self.constants, **self.final_buffers, **self.layout.unflatten(self.final)}.items():
@@ -344,11 +410,6 @@ class Trajectory:
                 "Put them back with `model.load_state_dict({**trajectory.constants, **trajectory.final_buffers, "
                 "**trajectory.parameters(-1)}, strict=False)`, or record the further training too",
             )
-        if (reference := self.reference) is not None:
-            function, final = self.function(), None
-            if reference.final is not None:
-                final = function.with_(constants=self.final_buffers), self.final
-            reference.check(asker, (function, self.initial), final)
 
 
 def _parts_of_earlier(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -486,3 +486,21 @@ def test_repr_names_the_run_and_the_quadrature() -> None:
     machine = pk.KernelMachine(record(optimizer="adam").trajectory, quadrature="trapezoid")
     run = "KernelMachine(Trajectory(6 steps of Adam, P = 43, N = 10, float64), quadrature=Trapezoid(), form='folded'"
     assert repr(machine).startswith(run) and "not a kernel for scikit-learn" in repr(machine)
+
+
+def test_a_device_that_stands_around_the_call() -> None:
+    """`torch.device("meta")`, or a default device, is for the tensors of the loop: numbers are the same."""
+    torch.manual_seed(0)
+    X, y, loss = torch.randn(8, 4), torch.randint(3, (8,)), torch.nn.CrossEntropyLoss()
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+        for x, target in recorder.batches(4):
+            optimizer.zero_grad()
+            loss(model(x), target).backward()
+            optimizer.step()
+    expected = pk.KernelMachine(recorder.trajectory).explain(X[:2], outputs=0).shares
+    with torch.device("meta"):
+        machine, kernel = pk.KernelMachine(recorder.trajectory), pk.PathKernel(recorder.trajectory)
+        np.testing.assert_array_equal(machine.explain(X[:2], outputs=0).shares, expected)
+        assert kernel(X[:2]).shape == (2, 2) and machine.predict(X).shape == (8,)

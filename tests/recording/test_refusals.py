@@ -22,6 +22,7 @@ import scipy.sparse
 import torch
 from cases import LOSSES, OPTIMIZERS, SAMPLES, Recording, make_inputs, make_model, record
 from refusals import OUTSIDE
+from refusals_of_calls import CALLS
 from refusals_of_models import MODELS
 from refusals_of_optimizers import OF_OPTIMIZERS
 from sklearn.kernel_ridge import KernelRidge
@@ -527,7 +528,7 @@ def gone_on_with(schedule: Any) -> None:
     """Record into a store twice, the second time with a schedule."""
     with tempfile.TemporaryDirectory() as folder:
         Scene(store=f"{folder}/run").recorder.close()
-        Scene(store=f"{folder}/run", schedule=schedule)
+        Scene(store=f"{folder}/run", schedule=schedule).recorder.start()
 
 
 def two_on_one_store() -> None:
@@ -701,9 +702,9 @@ REFUSALS: dict[str, Case] = {
         ("`predict_proba` needs the loss", "Shares, predictions and path kernels", "loss=nn.CrossEntropyLoss()"),
     ),
     "recorder without data": (
-        lambda: pk.KernelRecorder(model := make_model(), torch.optim.SGD(model.parameters()), CE),
+        lambda: next(pk.KernelRecorder(model := make_model(), torch.optim.SGD(model.parameters()), CE).batches(2)),
         errors.InputError,
-        ("`data` is missing", "training samples", "data=(X_train, y_train)"),
+        ("`data` is not given", "pairs (input, target)", "data=(X_train, y_train)"),
     ),
     "gradient set by hand, and no loss": (
         step_by_hand,
@@ -798,9 +799,9 @@ REFUSALS: dict[str, Case] = {
     ),
     # recording: sample ids
     "loader without ids": (
-        lambda: next(Scene().recorder.track(DataLoader(TensorDataset(X3)))),
+        lambda: next(Scene().recorder.track(DataLoader(Stream()))),
         errors.SampleIdError,
-        ("DataLoader over a TensorDataset", "carry their ids", "pk.IndexedDataset(dataset)"),
+        ("DataLoader over a Stream", "places in `data`", "track(loader, ids=...)"),
     ),
     "loader without batches": (
         lambda: next(Scene().recorder.track(indexed(batch_size=None))),
@@ -1016,7 +1017,7 @@ REFUSALS: dict[str, Case] = {
         ("a Stream, which has no length", "ids from 0 to N - 1", "a map-style dataset"),
     ),
     "items that are dicts": (
-        lambda: Scene(data=Records()),
+        lambda: next(Scene(data=Records(), steps=0).recorder.batches(2)),
         errors.InputError,
         ("a Records whose items are a dict with the keys 'x', 'y'", "pairs (input, target)", "(item_without_label"),
     ),
@@ -1105,15 +1106,15 @@ REFUSALS: dict[str, Case] = {
         errors.InputError,
         ("the budget is 1e-06 MB", "A budget has to hold at least these", 'MB"` or more'),
     ),
-    "averages and keyframes": (
-        lambda: Scene(schedule=pk.Schedule(keyframes=4), averages={"ema": make_model()}),
+    "averages and a thinned path": (
+        lambda: Scene(schedule=pk.Every(4), averages={"ema": make_model()}),
         errors.RecordingError,
         ("`averages` were given", "from θ at every step", "leave out `averages`"),
     ),
     "keyframes in a store that is gone on with": (
         lambda: gone_on_with(pk.Schedule(keyframes=4)),
-        errors.RecordingError,
-        ("holds steps of an earlier run", "keeps every step in full", "another path"),
+        errors.StoreError,
+        ("with `Every()`, and `schedule=Keyframes(4)` was given", "goes on as it began", "schedule=Every()"),
     ),
     "two recorders on one store": (
         two_on_one_store,
@@ -1144,7 +1145,7 @@ REFUSALS: dict[str, Case] = {
 }
 
 
-REFUSALS |= OUTSIDE | MODELS | OF_OPTIMIZERS
+REFUSALS |= OUTSIDE | MODELS | OF_OPTIMIZERS | CALLS
 
 
 def refuse(name: str) -> tuple[errors.PathKernelError, tuple[str, int]]:

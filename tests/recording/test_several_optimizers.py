@@ -459,6 +459,44 @@ def test_a_step_that_overflowed_belongs_to_nobody() -> None:
     complete(recorder.trajectory)
 
 
+def test_a_gradient_that_is_no_number_leaves_what_the_others_did_on_record() -> None:
+    model = network()
+    body, head = body_and_head(model)
+    with pk.KernelRecorder(model, [body, head], CE, data=(X, Y), audit_every=1) as recorder:
+        for k in range(3):
+            x, y = recorder.announce(torch.arange(8) + k)
+            model.zero_grad()
+            CE(model(x), y).backward()
+            body.step()
+            if k == 1:
+                model[3].bias.grad[0] = torch.nan
+                with pytest.raises(errors.NonFiniteStepError, match=r"`3\.bias`.*its samples are \[1, 2, 3"):
+                    head.step()
+            else:
+                head.step()
+    assert [len(step.active) for step in recorder.trajectory.steps()] == [6, 4, 6]
+    complete(recorder.trajectory)
+
+
+def test_a_step_that_ends_with_an_error_is_none() -> None:
+    model = network()
+    body, head = body_and_head(model)
+    with pk.KernelRecorder(model, [body, head], CE, data=(X, Y), audit_every=1) as recorder:
+        for k in range(3):
+            x, y = recorder.announce(torch.arange(8) + k)
+            model.zero_grad()
+            CE(model(x), y).backward()
+            body.step()
+            head.param_groups[0]["betas"] = "nonsense" if k == 1 else (0.9, 0.999)
+            if k == 1:
+                with pytest.raises(ValueError, match="unpack"):
+                    head.step()
+            else:
+                head.step()
+    assert [len(step.active) for step in recorder.trajectory.steps()] == [6, 4, 6]
+    complete(recorder.trajectory)
+
+
 # -- streaming and path kernels ---------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,9 @@ import pathkernel as pk
 RATE, STEPS = 0.1, 5
 
 
-def mixed_run(store: str | None = None, **options: object) -> tuple[pk.KernelRecorder, Tensor, np.ndarray]:
+def mixed_run(
+    store: str | None = None, inputs: bool = True, **options: object
+) -> tuple[pk.KernelRecorder, Tensor, np.ndarray]:
     """A linear network trained on mixed rows, queries, and the shares by the closed form of a linear network.
 
     ``f(x) = w x + b`` has the gradient ``(x, 1)``, so that a row r moves ``f(q)`` by ``-rate λ_r (x_r q + 1)``.
@@ -33,7 +35,8 @@ def mixed_run(store: str | None = None, **options: object) -> tuple[pk.KernelRec
             first = torch.randperm(12, generator=g)[:6]
             second, part = first[torch.randperm(6, generator=g)], torch.rand((), generator=g).double().item()
             x = part * X[first] + (1 - part) * X[second]
-            recorder.announce(torch.stack([first, second], 1), weights=[part, 1 - part], inputs=x)
+            given = {"inputs": x} if inputs else {}
+            recorder.announce(torch.stack([first, second], 1), weights=[part, 1 - part], **given)
             optimizer.zero_grad()
             z = model(x)
             (part * loss(z, y[first]) + (1 - part) * loss(z, y[second])).backward()
@@ -45,9 +48,10 @@ def mixed_run(store: str | None = None, **options: object) -> tuple[pk.KernelRec
     return recorder, queries, shares
 
 
+@pytest.mark.parametrize("inputs", [True, False])
 @pytest.mark.parametrize("form", ["folded", "average", "ensemble"])
-def test_each_sample_gets_its_part_of_the_row(form: str) -> None:
-    recorder, queries, expected = mixed_run()
+def test_each_sample_gets_its_part_of_the_row(form: str, inputs: bool) -> None:
+    recorder, queries, expected = mixed_run(inputs=inputs)
     why = pk.KernelMachine(recorder.trajectory, form=form).explain(queries)
     np.testing.assert_allclose(why.shares, expected, atol=1e-14)
     assert why.residual.max() < 1e-12
@@ -80,5 +84,3 @@ def test_parts_that_do_not_add_up_are_refused(weights: object) -> None:
     )
     with pytest.raises(pk.errors.SampleIdError, match=re.escape("Ids of shape (2, 2) were announced with")):
         recorder.announce([[0, 1], [1, 2]], weights=weights, inputs=torch.zeros(2, 3))
-    with pytest.raises(pk.errors.SampleIdError, match="without inputs"):
-        recorder.announce([[0, 1], [1, 2]], weights=[0.5, 0.5])

@@ -697,8 +697,6 @@ def test_optimizers_of_the_benchmark(optimizer: str, level: str, tmp_path: Path)
 @pytest.mark.parametrize(("optimizer", "network"), exactness.LOOP_CASES)
 @pytest.mark.parametrize("level", FEW)
 def test_loops_of_the_benchmark(optimizer: str, network: str, name: str, level: str, tmp_path: Path) -> None:
-    if name == "ema" and "keyframes" in level:
-        pytest.skip("averages are recorded with every step only")
     compare(of_the_benchmark(optimizer, network, "cross_entropy", name, torch.float32), level, tmp_path)
 
 

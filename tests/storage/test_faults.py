@@ -121,8 +121,8 @@ def changed(path: Path, change: Any, file: str = "zarr.json") -> None:
 
 
 def test_newer_format(store: Path) -> None:
-    changed(store, lambda c: c["attributes"].update(version=4, versions={"pathkernel": "9.1"}))
-    with pytest.raises(StoreError, match=r"has version 4 of the format, .* Install pathkernel 9\.1 or later"):
+    changed(store, lambda c: c["attributes"].update(version=5, versions={"pathkernel": "9.1"}))
+    with pytest.raises(StoreError, match=r"has version 5 of the format, .* Install pathkernel 9\.1 or later"):
         DiskStore.open(store)
 
 

@@ -198,11 +198,12 @@ def assert_complete(run: Run, tolerance: float = 1e-9) -> None:
         assert np.abs(machine.decision_function(run.queries) - run.outputs()).max() <= tolerance * scale
 
 
-def assert_shares(run: Run, tolerance: float = 1e-8) -> None:
+def assert_shares(run: Run, tolerance: float = 1e-8, channel: str = "unexplained") -> None:
     why = run.explained()
     scale = np.abs(run.shares).max()
     np.testing.assert_allclose(why.shares, run.shares, rtol=0, atol=tolerance * scale)
-    found = why.channels.get("unexplained", np.zeros(len(run.queries)))
+    assert not {"unexplained", "loaded"} & (set(why.channels) - {channel})
+    found = why.channels.get(channel, np.zeros(len(run.queries)))
     np.testing.assert_allclose(found, run.unnamed, rtol=0, atol=tolerance * scale)
 
 
@@ -274,12 +275,19 @@ def test_memory_that_is_multiplied_is_multiplied_for_every_sample(name: str, kin
 
 
 class Loader:
-    """Loads the state of an earlier step."""
+    """Loads the state of an earlier step, or writes its memory by hand, of which the recorder is not told."""
+
+    def __init__(self, by_hand: bool = False) -> None:
+        self.by_hand = by_hand
 
     def __call__(self, s: int, optimizer: Optimizer, model: nn.Module) -> None:
         if s == 3:
             self.saved = copy.deepcopy(optimizer.state_dict())
-        if s == 9:
+            self.slots = copy.deepcopy(slots(optimizer))
+        if s == 9 and self.by_hand:
+            for slot, saved in zip(slots(optimizer), self.slots, strict=True):
+                slot.copy_(saved)
+        elif s == 9:
             optimizer.load_state_dict(self.saved)
 
 
@@ -295,6 +303,7 @@ def one_entry(optimizer: Optimizer, model: nn.Module) -> None:
 
 REPLACED: dict[str, tuple[Callable[[], Edit], set[int]]] = {
     "state of an earlier step": (Loader, {9}),
+    "memory of an earlier step": (lambda: Loader(by_hand=True), {9}),
     "noise on all": (lambda: at(6, noise), {6}),
     "one entry": (lambda: at(6, one_entry), {6}),
     "noise after each step": (lambda: lambda s, o, m: at(s, noise)(s, o, m), set(range(STEPS))),
@@ -302,16 +311,17 @@ REPLACED: dict[str, tuple[Callable[[], Edit], set[int]]] = {
 
 
 @pytest.mark.parametrize(("name", "kind"), cases(REPLACED, "state of an earlier step"))
-def test_what_is_added_to_the_memory_is_unexplained_for_as_long_as_it_acts(name: str, kind: str) -> None:
+def test_what_is_added_to_the_memory_has_its_channel_for_as_long_as_it_acts(name: str, kind: str) -> None:
+    """Without a name it is unexplained; what `load_state_dict` put there is loaded."""
     make, steps = REPLACED[name]
     run = train(kind, make(), lambda s, _: None if s in steps else 1.0)
     assert_complete(run)
-    assert_shares(run)
+    assert_shares(run, channel="loaded" if name == "state of an earlier step" else "unexplained")
     assert np.abs(run.unnamed).max() > 1e-5
 
 
 def test_a_large_part_without_a_name_is_refused_with_the_step() -> None:
-    run = train("adam", Loader(), oracle=False)
+    run = train("adam", Loader(by_hand=True), oracle=False)
     machine = pk.KernelMachine(run.trajectory)
     for ask in (machine.explain, machine.decision_function, machine.predict):
         with pytest.raises(TrajectoryError) as caught:

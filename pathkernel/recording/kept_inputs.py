@@ -1,0 +1,154 @@
+"""What the network was given in training, kept where it is not what the data hold under the announced ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pathkernel._typing import PyTree
+from pathkernel.gradients.arguments import Key, arguments_of, keyed
+from pathkernel.gradients.forward_state import generators_untouched
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.recording.calls import CallReader, SeenCall, changed_since, differing, identical
+from pathkernel.runtime.interrupts import result_or_error
+from pathkernel.trajectory.samples import Samples
+from pathkernel.trajectory.step import MicroBatch
+
+
+class KeptInputs:
+    """Decides what is kept of the arguments of forward passes.
+
+    Without data, all that is of the samples. With data, where inputs are to be kept (``keep=True``), what is not the
+    data's to the last bit. Otherwise passes are compared with the data when their step is audited: batches that reached
+    the network as `KernelRecorder.track` handed them out, with their ids in them, are kept from there on where they
+    differ; all others are noted, since their ids may be wrong.
+
+    Parameters
+    ----------
+    data
+        The training samples.
+    function
+        The network.
+    keep
+        What holds for batches that say nothing of it.
+
+    Attributes
+    ----------
+    differences
+        What was noted since they were taken last.
+    """
+
+    def __init__(self, data: Samples, function: ModelFunction, keep: bool | None) -> None:
+        self.data, self.keep, self.dtype = data, keep, function.dtype
+        self.forward = function.called[0].forward
+        self._axes = function.axes
+        self._reader = None if data.announced else self._read_data()
+        self._always = self._other_data = False
+        self.differences: list[str] = []
+
+    def _read_data(self) -> CallReader:
+        example = result_or_error(lambda: self.data.example[0], (Exception,))
+        return CallReader(self.forward, self._axes, None if isinstance(example, Exception) else example)
+
+    @property
+    def reader(self) -> CallReader:
+        """Takes calls apart."""
+        if self._reader is None:
+            self._reader = CallReader(self.forward, self._axes, None)
+        return self._reader
+
+    def copies(self, keep: bool | None) -> bool:
+        """True where arguments are copied before the pass: somebody may write on them."""
+        return bool(self.keep if keep is None else keep) or self._always or self.data.announced
+
+    def of(
+        self, batch: MicroBatch, call: SeenCall, keep: bool | None, handed_out: Sequence[Tensor], due: bool
+    ) -> tuple[PyTree, Mapping[Key, Any]]:
+        """Inputs of a batch as they are kept, or None; and what its samples shared.
+
+        Parameters
+        ----------
+        batch
+            As announced.
+        call
+            What the network was given.
+        keep
+            As `KernelRecorder.track` takes it.
+        handed_out
+            Tensors that `KernelRecorder.track` handed out under these ids.
+        due
+            Whether the step is audited.
+        """
+        n, reader = len(batch.ids), self.reader
+        samples, shared = reader.read(call, n)
+        if not samples:
+            return batch.inputs, shared
+        if not batch.has_targets and batch.inputs is None:  # rows that are none of the data's
+            return self._kept(samples, call), shared
+        alike = samples.keys() == set(reader.in_data)
+        if batch.inputs is not None and not self.data.announced:
+            return (batch.inputs if alike else self._kept(samples, call)), shared
+        if self.data.announced:
+            return self._kept(samples, call), shared
+        wanted = bool(self.keep if keep is None else keep)
+        if not (wanted or self._always or due):
+            return (None if samples.keys() <= set(reader.in_data) else self._kept(samples, call)), shared
+        expected = None if self._other_data else self._in_data(batch.ids)
+        if expected is not None and identical(samples, expected, self.dtype):
+            return None, shared
+        own = {key: value for key, value in samples.items() if key in reader.in_data}
+        if wanted or self._always:
+            # Items of a dataset are not fetched twice for every batch, once they have been seen to be others.
+            self._other_data = self.data.dataset is not None
+            if due and not wanted and not self._was_handed_out(own or samples, handed_out):
+                self.differences.append("they are not what `track` handed out under these ids")
+            return self._kept(samples, call), shared
+        difference = "the data cannot be read as a batch" if expected is None else differing(own, expected, self.dtype)
+        if difference and self._was_handed_out(own or samples, handed_out):
+            self._always, self._other_data = True, self.data.dataset is not None
+            return self._kept(samples, call), shared
+        if difference:
+            self.differences.append(difference)
+        return (None if alike or not samples.keys() - own.keys() else self._kept(samples, call)), shared
+
+    def _in_data(self, ids: Tensor) -> dict[Key, Any] | None:
+        """Arguments that the data hold for some ids; None where they are no batch."""
+
+        def fetched() -> dict[Key, Any]:
+            with generators_untouched():
+                arguments, named = arguments_of(self.forward, self.data[ids][0])
+            return keyed(self.reader.places, arguments, named)
+
+        found = result_or_error(fetched, (Exception,))
+        return None if isinstance(found, Exception) else found
+
+    def _kept(self, samples: Mapping[Key, Any], call: SeenCall) -> PyTree:
+        if not call.is_intact:
+            raise changed_since()
+        inputs = self.reader.inputs(samples, call)
+        self.data.note(inputs)
+        return pytree.tree_map(lambda leaf: leaf.contiguous() if call.copied else leaf.clone(), inputs)
+
+    def _was_handed_out(self, samples: Mapping[Key, Any], handed_out: Sequence[Tensor]) -> bool:
+        """True where all that the network saw of the samples are tensors that came with their ids."""
+        leaves = pytree.tree_leaves(dict(samples))
+        return all(any(self._is(leaf, other) for other in handed_out) for leaf in leaves)
+
+    def _is(self, leaf: Tensor, other: Tensor) -> bool:
+        same = leaf.data_ptr() == other.data_ptr() and leaf.shape == other.shape
+        return same or not differing({"": leaf}, {"": other}, self.dtype)
+
+    def take_differences(self) -> list[str]:
+        """What was noted."""
+        found, self.differences = self.differences, []
+        return found
+
+
+def handed_out(batch: Any) -> tuple[Tensor, ...]:
+    """Tensors of a batch, however they are nested."""
+    leaves = pytree.tree_leaves(batch)
+    return tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))
