@@ -328,10 +328,22 @@ class PendingBatches:
             self._scale, self._taken = scale, None
 
     def take(self) -> tuple[MicroBatch, ...]:
-        """The batches of a step; nothing is pending afterwards."""
-        taken = self.batches
+        """The batches of a step; nothing is pending afterwards, but a batch that was announced ahead of its pass."""
+        taken, ahead = self.batches, self._ahead
+        if ahead is not None:
+            self._announced.remove(ahead)
         self.forget()
+        if ahead is not None:
+            self._announced.append(ahead)
         return taken
+
+    @property
+    def _ahead(self) -> AnnouncedBatch | None:
+        """The last batch, where it came while those before it were under way, as loaders that fetch ahead give it."""
+        if not self._announced or not any(one.used for one in self._announced[:-1]):
+            return None
+        last = self._announced[-1]
+        return last if last.ran is None and not last.used else None
 
     def release(self) -> None:
         """No further optimizer steps by a batch that has been stepped by."""
