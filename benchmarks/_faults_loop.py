@@ -129,7 +129,7 @@ def wrong_ids(bench: Bench) -> Iterator[Outcome]:
 
 
 def outside_changes(bench: Bench) -> Iterator[Outcome]:
-    """Weights that are moved without the optimizer, or with one that the recorder does not see."""
+    """Weights that are moved without the optimizer, or with one that the recorder was not given."""
 
     def noise(training: Training) -> None:
         with torch.no_grad():
@@ -145,7 +145,17 @@ def outside_changes(bench: Bench) -> Iterator[Outcome]:
         p.grad = torch.ones_like(p)
         other.step()
 
-    for change in [noise, rewound, hookless] * bench.count(1, 10):
+    for _ in range(bench.count(1, 10)):
+
+        def stranger() -> None:
+            training = Training("adamw")
+            with training.recorder() as recorder:
+                for _ in training.train(recorder, bench.random.randrange(1, STEPS)):
+                    pass
+                hookless(training)
+
+        yield refused(stranger, RecordingError, "of the class SGD, is about to move")
+    for change in [noise, rewound] * bench.count(1, 10):
         training, at = Training("adamw"), bench.random.randrange(1, STEPS)
         with training.recorder() as recorder:
             for _ in training.train(recorder, at):

@@ -213,6 +213,9 @@ def _without_fallback_warnings() -> Iterator[None]:
 QUIET_FALLBACKS = Switch(_without_fallback_warnings)
 """`vmap` warns of operations that it treats one sample after the other, which is no fault of the user's."""
 
+PLAIN_CALLS = Switch(lambda: torch.compiler.set_stance("force_eager"))
+"""Compiled parts of a network would be compiled again for every kind of pass, up to a limit that the loop shares."""
+
 # Forward differentiation has no rule for fused attention, fused encoder layers and the recurrent layers of oneDNN and
 # cuDNN, the last of which cannot be differentiated in evaluation at all.
 PLAIN_ATTENTION = Switch(lambda: sdpa_kernel(SDPBackend.MATH))

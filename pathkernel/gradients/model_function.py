@@ -29,6 +29,7 @@ from pathkernel.gradients.forward_state import (
     EVALUATION,
     FULL_PRECISION,
     PLAIN_ATTENTION,
+    PLAIN_CALLS,
     PLAIN_ENCODERS,
     PLAIN_RECURRENCE,
     RANDOM,
@@ -90,6 +91,7 @@ class ModelFunction:
         self.axes = BatchAxes.of(batch_axis, self.called[0].forward)
         self.constants = self.cast({**constants_of(module, layout), **(constants or {})})
         self.recurrent = any(isinstance(child, (nn.RNNBase, nn.RNNCellBase)) for child in self.module.modules())
+        self.compiled = any(hasattr(child, "_orig_mod") for child in self.module.modules())
         self.row_routes: dict[Any, str] = {}
         self.sample_wise: set[Any] = set()
         self.lock, self._kept = threading.RLock(), False
@@ -153,6 +155,7 @@ class ModelFunction:
             self.lock,
             RANDOM if self.state.generators else nullcontext(),
             PASS_THROUGH,
+            PLAIN_CALLS if self.compiled and not as_trained else nullcontext(),
             module_mode(self.module, self.state.modes),
             generators_at(self.state.generators),
             nullcontext() if as_trained else PLAIN_ATTENTION,

@@ -44,11 +44,14 @@ class SeenCall:
         def held(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
+            versions.append(leaf._version)
             return leaf.detach().clone() if copied else leaf.detach()
 
-        every = {key: pytree.tree_map(held, value) for key, value in keyed(places, arguments, named).items()}
-        versions = tuple(leaf._version for leaf in pytree.tree_leaves(every) if isinstance(leaf, Tensor))
-        return cls(every, frozenset(named), versions, copied)
+        versions: list[int] = []
+        every = keyed(places, arguments, named)
+        for key, value in every.items():  # most are tensors, and torch's own way through a tree takes longer
+            every[key] = held(value) if isinstance(value, Tensor) else pytree.tree_map(held, value)
+        return cls(every, frozenset(named), tuple(versions), copied)
 
     @property
     def is_intact(self) -> bool:
@@ -81,7 +84,7 @@ class CallReader:
         if example is not None:
             arguments, named = arguments_of(forward, example)
             self.in_data = tuple(keyed(self.places, arguments, named))
-        self._shared_keys: set[Key] = set()
+        self._keys, self._shared_keys = frozenset(self.in_data), set[Key]()
         self._shared: Mapping[Key, Any] = {}
 
     def read(self, call: SeenCall, n: int) -> tuple[dict[Key, Any], Mapping[Key, Any]]:
@@ -92,7 +95,7 @@ class CallReader:
         InputError
             For an argument that holds both.
         """
-        if len(call.arguments) == len(self.in_data) and call.arguments.keys() == set(self.in_data):
+        if call.arguments.keys() == self._keys:
             samples = {key: self._first(key, value) for key, value in call.arguments.items()}
             self._shared = self._shared and {}
             return samples, self._shared
@@ -143,7 +146,7 @@ class CallReader:
 
         Alone, a tuple of those given by place, or a dict of those given by name.
         """
-        if self.example is not None and samples.keys() == set(self.in_data):
+        if self.example is not None and samples.keys() == self._keys:
             if isinstance(self.example, dict) and not arguments_of(self.forward, self.example)[0]:
                 return {key: samples[key] for key in self.example}
             values = tuple(samples[key] for key in self.in_data)

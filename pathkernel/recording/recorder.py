@@ -36,6 +36,7 @@ from pathkernel.recording.trial import check_network, is_at_hand
 from pathkernel.recording.validation import check_optimizer, unwrapped
 from pathkernel.recording.watched import Watch, watched_parts
 from pathkernel.runtime.interrupts import defer_interrupts
+from pathkernel.runtime.threads import made_on_the_cpu, on_the_cpu
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.observer import StepObserver
@@ -148,6 +149,7 @@ class KernelRecorder:
     4
     """
 
+    @made_on_the_cpu
     def __init__(
         self,
         model: nn.Module,
@@ -331,7 +333,7 @@ class KernelRecorder:
         make_way(self)
         self._begun, self._process, self._in_with = caller(), os.getpid(), False
         try:
-            with defer_interrupts():
+            with defer_interrupts(), on_the_cpu():
                 self._start()
         except KeyboardInterrupt:  # it came at the end, and nobody will call `close`
             with defer_interrupts():
@@ -357,7 +359,7 @@ class KernelRecorder:
 
     def close(self) -> Trajectory:
         """Let go of the optimizer and return the trajectory; recording may be started again."""
-        with defer_interrupts():
+        with defer_interrupts(), on_the_cpu():
             # A step that Ctrl-C came into: how far it got is a change outside the optimizer.
             self._capture.opened = None
             try:
@@ -379,7 +381,7 @@ class KernelRecorder:
         How many steps are on record, and on disk where there is a store; fewer than were taken where the disk gave out,
         or where `Every(n)` joins them: the stretch at hand ends here.
         """
-        with defer_interrupts():
+        with defer_interrupts(), on_the_cpu():
             self._capture.record_end_state()
             if self._handles:
                 self._trajectory.store.write_end()
@@ -517,7 +519,7 @@ class KernelRecorder:
             Source of the order; torch's global one by default, as in `torch.utils.data.DataLoader`.
         """
         n = len(self._trajectory.data)
-        order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+        order = torch.randperm(n, generator=generator, device="cpu") if shuffle else torch.arange(n, device="cpu")
         for ids in order.split(batch_size):
             if drop_last and len(ids) < batch_size:
                 break
@@ -596,9 +598,11 @@ class KernelRecorder:
         The inputs and targets to train on, as far as they are at hand.
         """
         data = self._trajectory.data
-        batch = checked_batch(data.limit, ids, weights, inputs, targets)
-        # Copies: the loop may fill the same arrays with its next batch.
-        self._announce(replace(batch, inputs=copied_samples(inputs), targets=copied_samples(targets)))
+        with on_the_cpu():
+            batch = checked_batch(data.limit, ids, weights, inputs, targets)
+            # Copies: the loop may fill the same arrays with its next batch.
+            kept = replace(batch, inputs=copied_samples(inputs), targets=copied_samples(targets))
+        self._announce(kept)
         return (batch.inputs, batch.targets) if data.announced else samples_of(batch, data)
 
     batch = announce
@@ -645,17 +649,18 @@ class KernelRecorder:
             pending.watcher.copies = copies
 
     def _announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
-        self._trajectory.data.meet(batch.ids)
-        keep = keep if batch.has_targets else True
-        if not self._checked:
-            trial = partial(check_network, self._trajectory, self._live.vector())
-            wanted = self._keep if keep is None else keep
-            if not wanted and is_at_hand(self._trajectory.run, batch):
-                trial(batch)
-            else:  # on what the network is given
-                self._pending.first = trial
-            self._checked = True
-        self._capture.announce(batch, keep, handed_out)
+        with on_the_cpu():
+            self._trajectory.data.meet(batch.ids)
+            keep = keep if batch.has_targets else True
+            if not self._checked:
+                trial = partial(check_network, self._trajectory, self._live.vector())
+                wanted = self._keep if keep is None else keep
+                if not wanted and is_at_hand(self._trajectory.run, batch):
+                    trial(batch)
+                else:  # on what the network is given
+                    self._pending.first = trial
+                self._checked = True
+            self._capture.announce(batch, keep, handed_out)
 
     @contextmanager
     def channel(self, name: str) -> Iterator[None]:

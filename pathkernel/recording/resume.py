@@ -81,7 +81,12 @@ def resume(run: Run, store: Store, live: LiveParameters, averages: Mapping[str, 
     """
     replay = store.replay if isinstance(store, ReplayStore) else None
     disk = store.inner if isinstance(store, ReplayStore | ThinnedStore) else store
-    assert isinstance(disk, DiskStore)
+    if not isinstance(disk, DiskStore):
+        raise StoreError(
+            f"A {type(disk).__name__} holds steps of an earlier run",
+            "A recording goes on in a folder, which tells where the weights lie on its path",
+            "Give `store=` a path or a `DiskStore`, or an empty store",
+        )
     disk.lock()
     try:
         return _joined(run, disk, live, averages, replay)

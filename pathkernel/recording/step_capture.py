@@ -34,6 +34,7 @@ from pathkernel.recording.validation import check_optimizer, refuse_other_tensor
 from pathkernel.recording.watched import check_others_are_at_rest
 from pathkernel.runtime.checksum import checksum
 from pathkernel.runtime.interrupts import defer_interrupts
+from pathkernel.runtime.threads import on_the_cpu
 from pathkernel.trajectory.cotangents import kept_cotangents
 from pathkernel.trajectory.observer import StepObserver
 from pathkernel.trajectory.step import LOADED, MicroBatch, Step
@@ -249,7 +250,8 @@ class StepCapture:
             check_memory_is_told(self._trajectory.rule, self.taken)
             self.note_change("unexplained")
             if all(name != LOADED for name, _ in self.changes):  # tells whose the memory is
-                self.changes.append((LOADED, self.changes[-1][1] if self.changes else self.live.vector()))
+                known = self.changes or self.keyframes is None
+                self.changes.append((LOADED, self._last_point() if known else self.live.vector()))
         self._loads.reset()
 
     def _last_point(self) -> Tensor:
@@ -258,7 +260,7 @@ class StepCapture:
     # -- the optimizer's own hooks ----------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with defer_interrupts():
+        with defer_interrupts(), on_the_cpu():
             self._see_before(optimizer, args, kwargs)
 
     def _see_before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -368,7 +370,7 @@ class StepCapture:
         show(whole, self._observers, self._trajectory)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        with defer_interrupts():  # a step is on record whole, or not at all
+        with defer_interrupts(), on_the_cpu():  # a step is on record whole, or not at all
             self._see_after(optimizer)
 
     def _see_after(self, optimizer: Optimizer) -> None:

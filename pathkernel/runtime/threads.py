@@ -17,6 +17,17 @@ def on_the_cpu() -> AbstractContextManager[Any]:
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
+def made_on_the_cpu(method: M) -> M:
+    """A method that makes its tensors `on_the_cpu`."""
+
+    @functools.wraps(method)
+    def there(*arguments: Any, **options: Any) -> Any:
+        with on_the_cpu():
+            return method(*arguments, **options)
+
+    return there  # type: ignore[return-value]
+
+
 def one_at_a_time(method: M) -> M:
     """A method that waits until no other thread is in one of the object's, or of another object with the same `lock`.
 

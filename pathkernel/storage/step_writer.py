@@ -233,7 +233,7 @@ class StepWriter:
             if serial >= 0:
                 stored.pinned[serial] = standing.final_buffers
             outputs = None if standing.outputs is None else standing.outputs.tolist()
-            samples = 0 if run.data.limit is not None else len(run.data), run.data.lengths
+            samples = 0 if run.data.limit is not None else len(run.data), list(run.data.lengths)
             end = StoredEnd((name, length), len(stored), identity.weights(run.model), serial, outputs, samples)
             self._write_header(stored.header.ended(end, checksum))
         except OSError as error:

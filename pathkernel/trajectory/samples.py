@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -49,12 +49,12 @@ class Samples:
     """
 
     announced = _counted = False  # where a pickle of an earlier version does not say
+    lengths: Sequence[list[int]] = ()
 
     def __init__(self, data: Any, dtype: torch.dtype) -> None:
         self.dataset: Dataset | None = None
         self.dtype = dtype
         self._floats = False
-        self.lengths: list[list[int]] = []
         if data is None or (isinstance(data, int) and not isinstance(data, bool) and data > 0):
             self.announced, self._counted, self._length = True, data is None, data or 0
             return
@@ -108,11 +108,11 @@ class Samples:
             self.note_lengths([list(shape) for shape in self.sample_shapes])
         self.note_lengths([list(leaf.shape[1:]) for leaf in pytree.tree_leaves(inputs)])
 
-    def note_lengths(self, found: list[list[int]]) -> None:
+    def note_lengths(self, found: Sequence[list[int]]) -> None:
         """Take note of the lengths of the axes of each input; those that vary are not compared."""
         if len(self.lengths) != len(found):
             self.lengths = found
-        elif self.lengths != found:
+        elif list(self.lengths) != list(found):
             self.lengths = [
                 [a if a == b else -1 for a, b in zip(known, new, strict=False)]
                 for known, new in zip(self.lengths, found, strict=True)
@@ -206,16 +206,20 @@ class Samples:
             numbers with a fraction where the training samples were integers.
         """
         example = self.example[0]
+        places = pytree.tree_unflatten(range(len(pytree.tree_leaves(example))), pytree.tree_structure(example))
         if isinstance(example, dict) and isinstance(X, Mapping):
             X = _in_order(X, example, asker)
-            example = {key: example[key] for key in X}
+            example, places = {key: example[key] for key in X}, {key: places[key] for key in X}
+        elif self.announced and isinstance(example, tuple):  # labels and the like, behind the others, may be left out
+            given = len(X) if isinstance(X, tuple) else 1
+            example, places = example[:given], places[:given]
         inputs = as_tensors(X, self.dtype)
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs)]
         expected = [tuple(leaf.shape[1:]) for leaf in pytree.tree_leaves(example)]
         if shapes == expected and shapes != [()]:
             raise single_sample(asker, "Path kernels", shapes[0])
         rows = [shape[1:] for shape in shapes]
-        if not (rows == expected or self._looks_alike(rows)) or not all(shapes):
+        if not (rows == expected or self._looks_alike(rows, pytree.tree_leaves(places))) or not all(shapes):
             raise InputError(
                 f"`{asker}` was given samples of shape {', '.join(map(str, shapes))}",
                 f"The network was trained on samples of shape {', '.join(str(('n', *s)) for s in expected)}".replace(
@@ -228,12 +232,15 @@ class Samples:
         trained = pytree.tree_leaves(example)
         return pytree.tree_unflatten([as_trained(*pair, asker) for pair in zip(leaves, trained, strict=False)], tree)
 
-    def _looks_alike(self, rows: list[tuple[int, ...]]) -> bool:
-        """Test that rows have the shapes of batches on record, of which some lengths vary."""
-        known = getattr(self, "lengths", [])
-        return len(rows) == len(known) and all(
-            len(row) == len(own) and all(k in (-1, size) for k, size in zip(own, row, strict=True))
-            for row, own in zip(rows, known, strict=True)
+    def _looks_alike(self, rows: list[tuple[int, ...]], places: list[int]) -> bool:
+        """Test that rows have the shapes of inputs on record, of which some lengths vary."""
+        lengths = self.lengths
+        if len(rows) != len(places) or not all(place < len(lengths) for place in places):
+            return False
+        return all(
+            len(row) == len(lengths[place])
+            and all(k in (-1, size) for k, size in zip(lengths[place], row, strict=True))
+            for row, place in zip(rows, places, strict=True)
         )
 
 

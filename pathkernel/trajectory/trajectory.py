@@ -408,7 +408,8 @@ class Trajectory:
                 "The model's parameters must be those at the end of the trajectory, and all else what it was "
                 "throughout, so that nobody explains one network with another one's history",
                 "Put them back with `model.load_state_dict({**trajectory.constants, **trajectory.final_buffers, "
-                "**trajectory.parameters(-1)}, strict=False)`, or record the further training too",
+                "**trajectory.parameters(-1)}, strict=False)`, record the further training too, or take the path up to "
+                "a checkpoint with `trajectory.until(step)` (`KernelMachine(trajectory, at=step)`)",
             )
 
 

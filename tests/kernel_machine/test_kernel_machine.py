@@ -494,8 +494,8 @@ def test_a_device_that_stands_around_the_call() -> None:
     X, y, loss = torch.randn(8, 4), torch.randint(3, (8,)), torch.nn.CrossEntropyLoss()
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
-        for x, target in recorder.batches(4):
+    with torch.device("meta"), pk.KernelRecorder(model, optimizer, loss, data=(X, y), audit_every=1) as recorder:
+        for x, target in recorder.batches(4, shuffle=True):
             optimizer.zero_grad()
             loss(model(x), target).backward()
             optimizer.step()

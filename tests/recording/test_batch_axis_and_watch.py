@@ -74,6 +74,37 @@ def test_time_first(axes, carried, tmp_path):
         assert torch.allclose(torch.as_tensor(why.output).flatten(), expected, atol=1e-12)
 
 
+class Language(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.words, self.rnn, self.drop = nn.Embedding(7, 4), nn.LSTM(4, 5), nn.Dropout(0.2)
+        self.out = nn.Linear(5, 7)
+
+    def forward(self, x, hidden):
+        h, hidden = self.rnn(self.drop(self.words(x)), hidden)
+        return self.out(self.drop(h)), hidden
+
+
+@pytest.mark.parametrize("schedule", [None, pk.Keyframes(2)], ids=["whole", "keyframes"])
+def test_truncated_backpropagation_through_time(schedule):
+    """Hidden states are carried on as inputs, (1, B, H) each; nothing is known of the data."""
+    model, stream = Language(), torch.randint(7, (31, B))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    hidden = torch.zeros(1, B, 5), torch.zeros(1, B, 5)
+    with pk.KernelRecorder(model, optimizer, outputs=0, batch_axis=1, schedule=schedule, audit_every=1) as recorder:
+        for k in range(0, 30, 10):
+            recorder.announce(torch.arange(B) + B * (k // 10))
+            optimizer.zero_grad()
+            z, hidden = model(stream[k : k + 10], tuple(h.detach() for h in hidden))
+            CE(z.flatten(0, 1), stream[k + 1 : k + 11].flatten()).backward()
+            optimizer.step()
+    state = torch.zeros(B, 1, 5)
+    why = pk.KernelMachine(recorder.trajectory).explain((stream[:10].T, (state, state)), outputs=5)
+    assert why.shares.shape == (B, 3 * B)
+    assert max(*why.residual, why.split_error) <= 1e-5
+
+
 def test_samples_first_gives_the_same_shares():
     (X, y), model = sequences(), recurrent()
 

@@ -133,6 +133,29 @@ def test_compiled_in_place_after_recording_began() -> None:
     assert pk.KernelMachine(recorder.trajectory).explain(X[:2]).relative_residual < 1e-10
 
 
+def test_parts_that_are_compiled_are_read_uncompiled() -> None:
+    """Passes of the library would fill the compiler's cache, and the loop's own would then run uncompiled."""
+    passes: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        passes.append(1)
+        return graph.forward
+
+    def make() -> tuple[nn.Module, nn.Module]:
+        model = Net(plain)
+        model.mid = torch.compile(model.mid, backend=backend)
+        return model, model
+
+    check(make, audit_every=1)
+    passes.clear()
+    torch._dynamo.reset()
+    model, _ = make()
+    trajectory = train(model, model, record=True, audit_every=1)
+    why = pk.KernelMachine(trajectory).explain(data()[0][:2])
+    assert len(passes) == 1  # in the loop
+    assert why.relative_residual < 1e-10
+
+
 # -- gradient checkpoints -----------------------------------------------------------------------------------------
 
 

@@ -242,6 +242,17 @@ def test_streams_are_counted_over_loaders():
     assert len(recorder.trajectory.data) == 2 * N
 
 
+@pytest.mark.parametrize("data", [{}, {"data": 2 * N}], ids=["counted", "length"])
+def test_a_recording_without_data_goes_on(data, tmp_path):
+    model, optimizer = prepared(CASES["stream"])
+    for _ in range(2):
+        with pk.KernelRecorder(model, optimizer, CE, store=tmp_path / "run", **data) as recorder:
+            loop(model, optimizer, recorder.track(DataLoader(Stream(), batch_size=8)), as_it_is)
+    first = [batch.ids[0].item() for step in recorder.trajectory.steps() for batch in step.batches]
+    assert first == (list(range(0, N, 8)) * 2 if data else list(range(0, 2 * N, 8)))
+    assert pk.KernelMachine(recorder.trajectory).explain(X[:2], outputs=1).residual.max() <= 1e-5
+
+
 def test_worker_processes_persist():
     model, optimizer = prepared(CASES["plain dataset"])
     loader = DataLoader(TensorDataset(X, Y), batch_size=8, num_workers=1, persistent_workers=True)
@@ -285,6 +296,43 @@ def test_keyframes_and_pickles(name):
     again = pickle.loads(pickle.dumps(trajectory)) if "padded" not in name else trajectory
     why = pk.KernelMachine(again).explain(seen[0][:2], outputs=1)
     assert max(*why.residual, why.split_error) <= 1e-5
+
+
+class WithLoss(nn.Module):
+    """Returns ``(logits, loss)``; without labels, the logits of the last place alone, as GPTs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 6), nn.Linear(6, 7)
+
+    def forward(self, ids, labels=None):
+        if labels is None:
+            return self.head(torch.tanh(self.words(ids[:, -1:]))), None
+        logits = self.head(torch.tanh(self.words(ids)))
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("given", ["by place", "by name"])
+def test_labels_by_place_or_by_name_without_data(given, tmp_path):
+    torch.manual_seed(5)
+    model, text = WithLoss().double(), torch.randint(7, (N, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pk.KernelRecorder(model, optimizer, outputs=0, audit_every=1, store=tmp_path / "run") as recorder:
+        for i in torch.arange(N).split(8):
+            recorder.announce(i)
+            x, target = text[i, :-1], text[i, 1:]
+            optimizer.zero_grad()
+            _, loss = model(x, target) if given == "by place" else model(ids=x, labels=target)
+            loss.backward()
+            optimizer.step()
+    opened = pk.Trajectory.open(tmp_path / "run", model=model)
+    x, target = text[:2, :-1], text[:2, 1:]
+    queries = [x, (x, target)] if given == "by place" else [{"ids": x}, {"labels": target, "ids": x}]
+    for query, outputs in zip(queries, (7, 4 * 7), strict=True):
+        for record in (recorder.trajectory, opened):
+            why = pk.KernelMachine(record).explain(query, outputs="all")
+            assert len(why.output) == 2 * outputs
+            assert max(*why.residual, why.split_error) <= 1e-10
 
 
 def test_queries_look_like_what_was_announced():

@@ -150,9 +150,10 @@ def test_refusals(name: str) -> None:
     assert all((caught.value.found, caught.value.expected, caught.value.write))
 
 
-def test_a_store_that_holds_steps_goes_on_with_all_of_them() -> None:
-    with pytest.raises(errors.RecordingError, match="`store=` holds steps of an earlier run"):
-        train(Schedule(keyframes=3), store=Old())
+@pytest.mark.parametrize("schedule", [None, Schedule(keyframes=3), Schedule(every=2)])
+def test_a_store_that_holds_steps_and_is_no_folder_is_not_gone_on_with(schedule: Any) -> None:
+    with pytest.raises(errors.StoreError, match=r"A Old holds steps of an earlier run.*goes on in a folder"):
+        train(schedule, store=Old())
 
 
 # -- what is kept, and what it takes -----------------------------------------------------------------------------------

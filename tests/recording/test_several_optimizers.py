@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import generator
+from several import (
+    BATCH,
+    CE,
+    QUERIES,
+    SAMPLES,
+    Step,
+    X,
+    Y,
+    adafactor_and_sgd,
+    all_step,
+    at_other_rates,
+    body_and_head,
+    by_closures,
+    clipped_apart,
+    clipped_together,
+    complete,
+    muon_and_adamw,
+    network,
+    one_after_the_other,
+    scaled,
+    three,
+    train,
+    two_rates,
+)
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import pathkernel as pk
 from pathkernel import errors
@@ -19,119 +42,6 @@ from pathkernel.update_rules.joint import JointRule
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")  # of one that does not step at first
 
-CE = nn.CrossEntropyLoss()
-SAMPLES, BATCH = 24, 8
-X = torch.randn(SAMPLES, 5, dtype=torch.float64, generator=generator(1))
-Y = torch.randint(3, (SAMPLES,), generator=generator(2))
-QUERIES = torch.randn(3, 5, dtype=torch.float64, generator=generator(3))
-
-
-def network(seed: int = 0) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3)).double()
-
-
-def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    return [torch.optim.Muon(matrices, lr=0.02), AdamW([p for p in model.parameters() if p.ndim != 2], lr=3e-3)]
-
-
-def body_and_head(model: Any) -> list[Optimizer]:
-    body = SGD(model[:3].parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-    return [body, AdamW(model[3].parameters(), lr=1e-2)]
-
-
-def three(model: Any) -> list[Optimizer]:
-    return [
-        SGD(model[0].parameters(), lr=0.1, momentum=0.9, nesterov=True),
-        RMSprop(model[1].parameters(), lr=1e-3),
-        Adam(model[3].parameters(), lr=1e-2, amsgrad=True, weight_decay=0.01),
-    ]
-
-
-def adafactor_and_sgd(model: Any) -> list[Optimizer]:
-    return [torch.optim.Adafactor(model[0].parameters(), lr=1e-2), SGD(model[1:].parameters(), lr=0.1)]
-
-
-def two_rates(model: Any) -> list[Optimizer]:
-    return [AdamW(model[:3].parameters(), lr=1e-3), AdamW(model[3].parameters(), lr=1e-2)]
-
-
-Step = Callable[[int, nn.Module, Sequence[Optimizer], Callable[[], Tensor]], None]
-
-
-def all_step(k: int, model: nn.Module, optimizers: Sequence[Optimizer], loss: Callable[[], Tensor]) -> None:
-    """All gradients are cleared, one backward pass, all step."""
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss().backward()
-    for optimizer in optimizers:
-        optimizer.step()
-
-
-def one_after_the_other(k: int, model: nn.Module, optimizers: Sequence[Optimizer], loss: Callable[[], Tensor]) -> None:
-    """Each clears its gradients before the next one steps."""
-    loss().backward()
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def clipped_together(k: int, model: nn.Module, optimizers: Sequence[Optimizer], loss: Callable[[], Tensor]) -> None:
-    model.zero_grad()
-    loss().backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 0.2)
-    for optimizer in optimizers:
-        optimizer.step()
-
-
-def clipped_apart(k: int, model: nn.Module, optimizers: Sequence[Optimizer], loss: Callable[[], Tensor]) -> None:
-    """Each optimizer's gradients have a norm of their own, and the second are clipped when the first has moved."""
-    model.zero_grad()
-    loss().backward()
-    for bound, optimizer in zip((0.1, 0.05, 0.02), optimizers, strict=False):
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], bound)
-        optimizer.step()
-
-
-def at_other_rates(k: int, model: nn.Module, optimizers: Sequence[Optimizer], loss: Callable[[], Tensor]) -> None:
-    """The second steps every other time; the gradients that it does not use are cleared or stay."""
-    first, *others = optimizers
-    first.zero_grad()
-    if k % 3:
-        others[0].zero_grad()
-    loss().backward()
-    first.step()
-    if k % 2:
-        for other in others:
-            other.zero_grad()
-        loss().backward()
-        for other in others:
-            other.step()
-
-
-def by_closures(k: int, model: nn.Module, optimizers: Sequence[Optimizer], loss: Callable[[], Tensor]) -> None:
-    def closure() -> Tensor:
-        model.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    for optimizer in optimizers:
-        optimizer.step(closure)
-
-
-def scaled(k: int, model: nn.Module, optimizers: Sequence[Optimizer], loss: Callable[[], Tensor]) -> None:
-    scaler = SCALERS.setdefault(id(model), torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2))
-    model.zero_grad()
-    scaler.scale(loss()).backward()
-    for optimizer in optimizers:
-        scaler.step(optimizer)
-    scaler.update()
-
-
-SCALERS: dict[int, Any] = {}
 RUNS = [
     (muon_and_adamw, all_step),
     (three, one_after_the_other),
@@ -142,54 +52,6 @@ RUNS = [
     (muon_and_adamw, scaled),
     (adafactor_and_sgd, all_step),
 ]
-
-
-def train(
-    make: Callable[[Any], Any],
-    loop: Step = all_step,
-    *,
-    epochs: int = 2,
-    recorded: bool = True,
-    slower: float = 0.1,
-    **options: Any,
-) -> tuple[nn.Module, pk.Trajectory | None]:
-    """Train, on record or not."""
-    model = network()
-    optimizers = make(model)
-    schedulers = [torch.optim.lr_scheduler.ExponentialLR(one, 0.9 - slower * k) for k, one in enumerate(optimizers)]
-
-    def run(announce: Callable[[Tensor], Any]) -> None:
-        for k, ids in enumerate(torch.arange(epochs * SAMPLES).split(BATCH)):
-
-            def loss(ids: Tensor = ids % SAMPLES) -> Tensor:
-                announce(ids)
-                return CE(model(X[ids]), Y[ids])
-
-            loop(k, model, optimizers, loss)
-            for scheduler in schedulers:
-                scheduler.step()
-
-    if not recorded:
-        run(lambda ids: None)
-        return model, None
-    with pk.KernelRecorder(model, optimizers, CE, data=(X, Y), **{"audit_every": 1, **options}) as recorder:
-        run(recorder.announce)
-    return model, recorder.trajectory
-
-
-def complete(trajectory: pk.Trajectory, **options: Any) -> pk.Attributions:
-    """The explanation, whose sum is what the network returns and whose rows are their samples'."""
-    machine = pk.KernelMachine(trajectory, **options)
-    why = machine.explain(QUERIES, outputs=0)
-    assert why.relative_residual <= 1e-10
-    assert why.split_error <= 1e-10
-    assert why.samples_checked == 1.0
-    assert set(why.channels) <= {"initial", "weight_decay", "rounding", "unexplained"}
-    assert np.abs(why.channels.get("unexplained", np.zeros(1))).max() <= 1e-14  # Muon's own rounding
-    with torch.no_grad():
-        live = trajectory.model(QUERIES).numpy()
-    np.testing.assert_allclose(machine.decision_function(QUERIES), live, atol=1e-10)
-    return why
 
 
 @pytest.mark.parametrize(("make", "loop"), RUNS)
@@ -327,6 +189,49 @@ def test_each_optimizer_steps_once_by_an_announcement() -> None:
         with pytest.raises(errors.SampleIdError, match="number 2 came without sample ids"):
             body.step()
     assert len(recorder.trajectory) == 2
+
+
+class Trunk(nn.Module):
+    """A policy and a value on one trunk, which the policy's optimizer holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.policy, self.value = nn.Linear(5, 6), nn.Linear(6, 2), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.trunk(x))
+        return torch.cat([self.policy(hidden), self.value(hidden)], 1)
+
+
+@pytest.mark.parametrize("cleared", [True, False])
+def test_what_another_loss_left_in_the_gradients_is_cleared_or_refused(cleared: bool) -> None:
+    """The value's loss flows into the trunk, whose optimizer has its turn after the value's has moved."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Trunk().double()
+    fast = SGD(model.value.parameters(), lr=0.1, momentum=0.9)
+    slow = AdamW([*model.trunk.parameters(), *model.policy.parameters()], lr=0.01)
+    goal = X.sum(1, keepdim=True)
+
+    def run() -> pk.Trajectory:
+        with pk.KernelRecorder(model, [fast, slow], data=(X, goal), task="regression", audit_every=1) as recorder:
+            for x, target in recorder.batches(BATCH):
+                fast.zero_grad()
+                (model(x)[:, 2:] - target).square().mean().backward()
+                fast.step()
+                if cleared:
+                    slow.zero_grad()
+                (model(x)[:, :2] * target).mean().backward()
+                slow.step()
+        return recorder.trajectory
+
+    if cleared:
+        trajectory = run()
+        assert [len(step.active) for step in trajectory.steps()] == [2, 4] * 3
+        complete(trajectory)
+    else:
+        with pytest.raises(errors.SampleIdError, match=r"At step 1 .* not moved"):
+            run()
 
 
 def test_one_that_never_steps_is_inactive() -> None:
@@ -495,84 +400,6 @@ def test_a_step_that_ends_with_an_error_is_none() -> None:
                 head.step()
     assert [len(step.active) for step in recorder.trajectory.steps()] == [6, 4, 6]
     complete(recorder.trajectory)
-
-
-# -- streaming and path kernels ---------------------------------------------------------------------------------------
-
-
-def test_observers_and_path_kernels_work() -> None:
-    plain = lambda model: [SGD(model[0].parameters(), lr=0.1), SGD(model[1:].parameters(), lr=0.02)]  # noqa: E731
-    shares, gram = pk.StreamingShares(QUERIES, outputs=0), pk.StreamingGram(QUERIES)
-    _, trajectory = train(plain, observers=[shares, gram])
-    assert trajectory is not None
-    np.testing.assert_allclose(shares.result.shares, complete(trajectory).shares, atol=1e-12)
-    np.testing.assert_allclose(gram.result, pk.PathKernel(trajectory)(QUERIES), rtol=1e-9)
-    _, adaptive = train(three, epochs=1)
-    assert adaptive is not None
-    kernel = pk.PathKernel(adaptive, preconditioner="optimizer")(QUERIES)
-    assert np.linalg.eigvalsh(kernel).min() >= -1e-12 * np.abs(kernel).max()
-    _, matrices = train(muon_and_adamw, epochs=1)
-    with pytest.raises(errors.InputError, match="Muon and AdamW"):
-        pk.PathKernel(matrices, preconditioner="optimizer")
-
-
-def test_streamed_shares_refuse_an_optimizer_with_memory() -> None:
-    with pytest.raises(errors.TrajectoryError, match="SGD and AdamW"):
-        train(body_and_head, observers=[pk.StreamingShares(QUERIES)])
-
-
-@pytest.mark.parametrize("form", ["average", "ensemble", "chord"])
-def test_the_other_forms_have_the_same_sum(form: str) -> None:
-    _, trajectory = train(body_and_head, epochs=1)
-    assert trajectory is not None
-    other = pk.KernelMachine(trajectory, form=form).explain(QUERIES, outputs=0)
-    np.testing.assert_allclose(other.reconstruction, complete(trajectory).reconstruction, atol=1e-10)
-
-
-# -- stores ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [muon_and_adamw, two_rates, adafactor_and_sgd])
-def test_a_store_gives_the_same_explanation(make: Callable[[Any], Any], tmp_path: Any) -> None:
-    model, trajectory = train(make, at_other_rates, store=tmp_path / "run")
-    again = pk.Trajectory.open(tmp_path / "run", model=model, loss=CE, data=(X, Y))
-    assert type(again.rule) is type(trajectory.rule)
-    _, in_memory = train(make, at_other_rates)
-    assert trajectory is not None
-    assert in_memory is not None
-    one, other = (pk.KernelMachine(t).explain(QUERIES, outputs=0) for t in (in_memory, again))
-    np.testing.assert_array_equal(one.shares, other.shares)
-    for name, values in one.channels.items():
-        np.testing.assert_array_equal(values, other.channels[name])
-
-
-def test_a_recording_of_several_goes_on_from_a_checkpoint(tmp_path: Any) -> None:
-    """Another process: model and optimizers from a checkpoint, then the same batches as without a break."""
-
-    def steps(recorder: pk.KernelRecorder, model: nn.Module, optimizers: Sequence[Optimizer], ids: Tensor) -> None:
-        for batch in ids.split(BATCH):
-            x, y = recorder.announce(batch)
-            model.zero_grad()
-            CE(model(x), y).backward()
-            for optimizer in optimizers:
-                optimizer.step()
-
-    model = network()
-    optimizers = muon_and_adamw(model)
-    with pk.KernelRecorder(model, optimizers, CE, data=(X, Y), store=tmp_path / "run") as recorder:
-        steps(recorder, model, optimizers, torch.arange(16))
-        recorder.flush()
-        saved = copy.deepcopy([model.state_dict(), *(one.state_dict() for one in optimizers)])
-        steps(recorder, model, optimizers, torch.arange(16, 24))
-    model = network(seed=5)
-    optimizers = muon_and_adamw(model)
-    for one, state in zip((model, *optimizers), saved, strict=True):
-        one.load_state_dict(state)
-    with pk.KernelRecorder(model, optimizers, CE, data=(X, Y), store=tmp_path / "run") as recorder:
-        steps(recorder, model, optimizers, torch.arange(16, 24))
-    assert len(recorder.trajectory) == 3
-    complete(recorder.trajectory)
-    complete(pk.Trajectory.open(tmp_path / "run", model=model, loss=CE, data=(X, Y)))
 
 
 # -- refused by name, and unwrapped  ----------------------------------------------------------------------------------

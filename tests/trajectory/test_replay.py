@@ -461,8 +461,8 @@ def test_what_only_a_full_record_can_follow_is_refused() -> None:
     X, y = make_inputs(20, dtype=torch.float32), torch.zeros(20).long()
     averaged = torch.optim.swa_utils.AveragedModel(model)
     opt = torch.optim.SGD(model[0].parameters(), lr=0.1)
-    with pytest.raises(errors.RecordingError, match="`averages` were given, and `schedule=Keyframes"):
-        pk.KernelRecorder(model, opt, CE, data=(X, y), schedule=Schedule(keyframes=2), averages={"swa": averaged})
+    with pytest.raises(errors.RecordingError, match="`averages` were given, and `schedule=Every"):
+        pk.KernelRecorder(model, opt, CE, data=(X, y), schedule=Schedule(every=2), averages={"swa": averaged})
     model[2].requires_grad_(False)
     with pk.KernelRecorder(model, opt, CE, data=(X, y), schedule=Schedule(keyframes=2), audit_every=0) as recorder:
         x, target = recorder.batch([1, 2])
