@@ -22,6 +22,9 @@ class Program:
         Its first argument (epochs, steps) in a quick run.
     outputs
         Which output of each query is explained, as `KernelMachine.explain` takes it.
+    part
+        Name of a submodule that is explained in place of the network, where that compares the samples of a batch: it
+        has no prediction, and no kernel, for a sample of its own.
     tolerance
         Largest residual and split error: what rounding in the network's arithmetic leaves.
     refused
@@ -37,6 +40,7 @@ class Program:
     outputs: Any = None
     tolerance: float = 1e-5
     refused: str = ""
+    part: str = ""
     axes: tuple[int, ...] = ()
     rows: Callable[[Any], Tensor] | None = None
 
@@ -79,7 +83,7 @@ PROGRAMS = {
     "tabular": Program("two inputs, early stopping, best weights loaded", 6),
     "mixup": Program("mixup, BatchNorm", 1),
     "augmentation": Program("random augmentation in the Dataset, BatchNorm", 1),
-    "clip": Program("contrastive, similarity matrix, learnt temperature", 1, outputs=0),
+    "clip": Program("contrastive, similarity matrix, learnt temperature", 1, outputs=0, part="visual"),
     "wgan_gp": Program("critic with gradient penalty", 1, outputs=0),
     "checkpointing": Program("gradient checkpointing, dropout", 1),
     "compiled": Program("torch.compile, dropout", 1),

@@ -13,7 +13,8 @@ agreement               part of the queries of which the machine predicts what t
 bit_identical_training  whether weights and buffers end with the same bits as without the recorder
 overhead                seconds with the recorder, relative to those without
 explain_ok              whether shares and channels are finite and add up to the outputs, within the tolerance
-path_kernel_ok          whether the path kernel of the queries is finite, symmetric, and positive semi-definite
+path_kernel_ok          whether the path kernel of the queries is finite, symmetric, and positive semi-definite; None
+                        for a network that has none, since it compares the samples of a batch with each other
 error, warning          first lines of what went wrong, and of what the certificate doubts; the benchmark goes on
 
 A program that cannot be recorded is to be refused by name before its first step. Exit status 1 where a loop was not
@@ -140,12 +141,17 @@ def kept_step(trajectory: pk.Trajectory, network: nn.Module) -> int | None:
 
 def outputs_of(network: nn.Module, queries: Any, returns: Any, program: Program) -> np.ndarray:
     """What the network itself says, (n, C)."""
+    found: list[Any] = []
+    part = network.get_submodule(program.part) if program.part else network
+    handle = part.register_forward_hook(lambda module, arguments, returned: found.append(returned))
     network.eval()
     with torch.no_grad():
         if isinstance(queries, dict):
-            returned = network(**queries)
+            network(**queries)
         else:
-            returned = network(*queries) if isinstance(queries, tuple) else network(queries)
+            network(*queries) if isinstance(queries, tuple) else network(queries)
+    handle.remove()
+    returned = found[-1]
     if isinstance(returns, str):
         returned = returned[returns] if isinstance(returned, dict) else getattr(returned, returns)
     elif returns is not None:
@@ -156,13 +162,18 @@ def outputs_of(network: nn.Module, queries: Any, returns: Any, program: Program)
     return torch.cat([part.flatten(1) if part.dim() > 1 else part[:, None] for part in parts], dim=1).double().numpy()
 
 
-def agreement_of(machine: pk.KernelMachine, queries: Any, outputs: np.ndarray, tolerance: float) -> float:
+def agreement_of(
+    machine: pk.KernelMachine, why: pk.Attributions, queries: Any, outputs: np.ndarray, program: Program
+) -> float:
     """Part of the queries of which the machine says what the network does: the class, or all outputs."""
     if machine.is_classifier:
         classes = outputs.argmax(axis=1) if outputs.shape[1] > 1 else outputs[:, 0] > 0
         return float((machine.predict(queries) == classes).mean())
-    found = machine.decision_function(queries).reshape(outputs.shape)
-    return float((np.abs(found - outputs).max(axis=1) <= 10 * tolerance * np.abs(outputs).max()).mean())
+    if program.part:
+        found, outputs = why.reconstruction[:, None], outputs[:, [program.outputs]]
+    else:
+        found = machine.decision_function(queries).reshape(outputs.shape)
+    return float((np.abs(found - outputs).max(axis=1) <= 10 * program.tolerance * np.abs(outputs).max()).mean())
 
 
 def is_kernel_matrix(K: np.ndarray) -> bool:
@@ -181,7 +192,8 @@ def examine(recorder: pk.KernelRecorder, network: nn.Module, queries: Any, retur
     path = trajectory if kept is None else trajectory.until(kept)
     outputs = outputs_of(network, queries, returns, program)
     queries = program.samples_first(queries)
-    why = machine.explain(queries, outputs=program.outputs)
+    asked = (program.part, program.outputs) if program.part else program.outputs
+    why = machine.explain(queries, outputs=asked)
     scale = np.abs(why.output).max()
     residual = float(np.abs(why.left_over).max() / scale)
     finite = all(np.isfinite(part).all() for part in (why.shares, *why.channels.values()))
@@ -189,8 +201,8 @@ def examine(recorder: pk.KernelRecorder, network: nn.Module, queries: Any, retur
         "residual": residual,
         "split_error": None if np.isnan(why.split_error) else why.split_error,
         "explain_ok": bool(finite and why.shares.any() and residual <= program.tolerance),
-        "agreement": agreement_of(machine, queries, outputs, program.tolerance),
-        "path_kernel_ok": is_kernel_matrix(pk.PathKernel(path)(queries)),
+        "agreement": agreement_of(machine, why, queries, outputs, program),
+        "path_kernel_ok": None if program.part else is_kernel_matrix(pk.PathKernel(path)(queries)),
         "samples": why.shares.shape[1],
         "channels": ", ".join(why.channels),
     }
@@ -284,7 +296,7 @@ def verdict(row: Row) -> str:
         ("residual", row["residual"] is None or row["residual"] <= program.tolerance),
         ("split error", row["split_error"] is None or row["split_error"] <= program.tolerance),
         ("agreement", row["agreement"] is None or row["agreement"] == 1),
-        ("path kernel", row["path_kernel_ok"]),
+        ("path kernel", row["path_kernel_ok"] or bool(program.part and row["explain_ok"])),
     ]
     return ", ".join(what for what, good in lacks if not good)
 

@@ -89,8 +89,8 @@ def main(max_steps=60):
         step += 1
         if step >= max_steps:
             break
-    x, y = next(iter(DataLoader(train_dataset, batch_size=4)))
-    return {model: (x, y)}
+    x, _ = next(iter(DataLoader(train_dataset, batch_size=4)))
+    return {model: x}
 
 
 if __name__ == "__main__":

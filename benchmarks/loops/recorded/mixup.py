@@ -49,7 +49,7 @@ def main(epochs=4, alpha=1.0):
                 lam = np.random.beta(alpha, alpha)
                 index = torch.randperm(len(targets))
                 mixed = lam * inputs + (1 - lam) * inputs[index]
-                recorder.announce(torch.stack([ids, ids[index]], 1), torch.tensor([[lam, 1 - lam]] * len(ids)), mixed)
+                recorder.announce(torch.stack([ids, ids[index]], 1), [lam, 1 - lam], mixed)
                 outputs = net(mixed)
                 loss = mixup_criterion(criterion, outputs, targets, targets[index], lam)
                 optimizer.zero_grad()
