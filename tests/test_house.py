@@ -172,7 +172,9 @@ def blocks_of(page: str, language: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["tutorials/quick_start", "how_to/long_runs", "how_to/real_training_loops"])
+@pytest.mark.parametrize(
+    "page", ["tutorials/quick_start", "how_to/long_runs", "how_to/real_training_loops", "how_to/models_that"]
+)
 def test_pages_run_as_printed(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

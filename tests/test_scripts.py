@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -25,14 +28,21 @@ KEYS = {
     "compilation.py": {"network", "milliseconds_eager", "milliseconds_compiled", "ratio"},
     "engines.py": {"workload", "method", "seconds", "floor_seconds", "peak_mb", "error"},
     "faults.py": {"fault", "trials", "survived", "lost", "silently_wrong"},
+    "loops.py": {
+        *("loop", "lines", "recorded", "residual", "split_error", "agreement", "bit_identical_training"),
+        *("overhead", "explain_ok", "path_kernel_ok"),
+    },
     "recording.py": {"model", "optimizer", "level", "ratio", "milliseconds_per_step", "target"},
     "structure.py": {"figure", "value"},
     "sgd_or_adam.py": {"optimizer", "rank_correlation", "residual_exact", "residual_as_sgd"},
 }
 
 
-PARTS = {"certificate.py": ("--parts", "coupled", "refused", "broken", "alarms")}
-"""Of benchmarks whose other parts are tests by themselves (zoo, bars, threads), or depend on the machine's speed."""
+PARTS = {
+    "certificate.py": ("--parts", "coupled", "refused", "broken", "alarms"),
+    "loops.py": ("--only", "makemore", "gcn", "tabular", "bfloat16", "lbfgs"),
+}
+"""Of benchmarks whose other parts are tests by themselves (zoo, bars, threads), take long, or depend on the machine."""
 
 
 def run(script: Path, *arguments: str) -> None:
@@ -59,3 +69,55 @@ def test_benchmarks_keep_their_limits_and_write_flat_rows(name: str, tmp_path: P
 
 def test_every_benchmark_is_tried() -> None:
     assert {path.name for path in (ROOT / "benchmarks").glob("[!_]*.py")} == set(KEYS)
+
+
+# -- benchmarks/loops.py -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location("benchmark_loops", ROOT / "benchmarks" / "loops.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_program_is_there_plain_and_recorded(loops: ModuleType) -> None:
+    for version in ("plain", "recorded"):
+        assert {path.stem for path in (loops.PLACE / version).glob("*.py")} == set(loops.PROGRAMS)
+    for plain in (loops.PLACE / "plain").glob("*.py"):
+        assert "https://" in plain.read_text("utf-8")  # what it was written in the manner of
+        assert "pathkernel" not in plain.read_text("utf-8")
+        assert "pk.KernelRecorder(" in (loops.PLACE / "recorded" / plain.name).read_text("utf-8")
+
+
+PLAIN = """import torch
+
+for x, y in loader:
+    loss(model(x), y).backward()
+    for p in parameters:
+        p.add_(p.grad)
+print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    "recorded, lines",
+    [
+        (PLAIN, 0),
+        (PLAIN.replace("import torch\n", "import torch\nimport pathkernel as pk\nfrom a import b\n\n"), 0),
+        (PLAIN.replace("in loader", "in recorder.track(loader)"), 1),
+        (PLAIN.replace('print("done")\n', ""), 1),
+        (PLAIN.replace("    for p in parameters:\n        p.add_(p.grad)\n", "    optimizer.step()\n"), 2),
+        # A block around the loop moves it to the right, which changes none of its lines.
+        (re.sub("^(for|    )", r"    \1", PLAIN, flags=re.MULTILINE).replace("    for x", "with a:\n    for x"), 1),
+    ],
+)
+def test_lines_of_a_program_are_those_added_changed_or_lost(
+    loops: ModuleType, tmp_path: Path, recorded: str, lines: int
+) -> None:
+    (tmp_path / "plain.py").write_text(PLAIN)
+    (tmp_path / "recorded.py").write_text(recorded)
+    assert loops.changed_lines(tmp_path / "plain.py", tmp_path / "recorded.py") == lines

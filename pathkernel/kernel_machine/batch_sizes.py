@@ -103,7 +103,8 @@ class SmallBatch:
     def __init__(self, gradients: RecordedGradients, step: Step, batch: MicroBatch, pushed: int) -> None:
         index = torch.arange(4) % len(batch.ids)
         inputs, targets = (None if own is None else take(own, index) for own in (batch.inputs, batch.targets))
-        few = MicroBatch(batch.ids[index], None, inputs, targets, source=batch.source)
+        parts = None if batch.parts is None else batch.parts[index]
+        few = MicroBatch(batch.ids[index], None, inputs, targets, source=batch.source, parts=parts)
         self.inputs, _ = samples_of(few, gradients.trajectory.data)
         # What a pass takes does not depend on θ, which is not on record for a step that is trained again.
         self.point = step.before if step.before.numel() else gradients.trajectory.final

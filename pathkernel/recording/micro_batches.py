@@ -334,17 +334,29 @@ class PendingBatches:
             self._scale, self._taken = scale, None
 
     def take(self) -> tuple[MicroBatch, ...]:
-        """The batches of a step; nothing is pending afterwards."""
-        taken, uncounted = self.batches, self._uncounted()
+        """The batches of a step; nothing is pending afterwards, but a batch that was announced ahead of its pass."""
+        taken, ahead, uncounted = self.batches, self._ahead, self._uncounted()
         self.sources.count([one.batch for one in uncounted])
         for one in uncounted:
             one.counted = True
+        if ahead is not None:
+            self._announced.remove(ahead)
         self.forget()
+        if ahead is not None:
+            self._announced.append(ahead)
         return taken
 
     def _uncounted(self) -> list[AnnouncedBatch]:
         """Batches of sources whose samples have no ids yet; passes whose gradients were cleared get none."""
         return [one for one in self._announced if one.batch.source is not None and one.passes and not one.counted]
+
+    @property
+    def _ahead(self) -> AnnouncedBatch | None:
+        """The last batch, where it came while those before it were under way, as loaders that fetch ahead give it."""
+        if not self._announced or not any(one.used for one in self._announced[:-1]):
+            return None
+        last = self._announced[-1]
+        return last if last.ran is None and not last.used else None
 
     def release(self) -> None:
         """No further optimizer steps by a batch that has been stepped by."""

@@ -119,7 +119,7 @@ class Samples:
             ]
 
     def __getitem__(self, ids: Tensor) -> tuple[PyTree, PyTree]:
-        """Inputs and targets of the given ids, samples along the first axis.
+        """Inputs and targets of the given ids, samples along the first axis, or axes where ids have several.
 
         Raises
         ------
@@ -137,9 +137,12 @@ class Samples:
         if self.dataset is None:
             inputs, targets = take(self._inputs, ids), take(self._targets, ids)
         else:
-            items = [self.dataset[int(i)] for i in ids]
+            items = [self.dataset[int(i)] for i in ids.flatten()]
             collated = default_collate([(item[0], item[1]) for item in items])
-            inputs, targets = (as_tensors(part, self.dtype) for part in collated)
+            inputs, targets = (
+                pytree.tree_map(lambda leaf: leaf.unflatten(0, ids.shape), as_tensors(part, self.dtype))
+                for part in collated
+            )
         return (with_floats(inputs, self.dtype) if self._floats else inputs), targets
 
     def targets(self, ids: Tensor) -> PyTree:

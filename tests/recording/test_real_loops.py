@@ -180,6 +180,48 @@ def test_ragged_means_divided_by_their_number_weigh_small_micro_batches_more() -
     np.testing.assert_allclose(complete(run).shares, oracle(run, rows, 0.1)[0], atol=DOUBLE.shares)
 
 
+AHEAD = [[0, 1, 2], [3, 4], [5, 6, 7], [8, 9], [10, 11, 0], [2, 5]]
+
+
+@pytest.mark.parametrize("by_loader", [False, True])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_next_batch_may_come_while_one_is_under_way(ahead: bool, by_loader: bool) -> None:
+    """As where the next batch is fetched between forward and backward pass, also the last one before a step."""
+    X, y = data()
+    model = make_model()
+    optimizer = adam(model)
+    dataset = torch.utils.data.TensorDataset(X, y)
+    loader = pk.indexed(torch.utils.data.DataLoader(dataset, batch_sampler=AHEAD))  # type: ignore[arg-type]
+    with pk.KernelRecorder(model, optimizer, CE, data=dataset, audit_every=1) as recorder:
+        given = (recorder.take_ids(batch) for batch in loader) if by_loader else map(recorder.announce, AHEAD)
+        batch = next(given)
+        for k in range(len(AHEAD)):
+            value = CE(model(batch[0]), batch[1]) / 2
+            if ahead:
+                batch = next(given, None)
+            value.backward()
+            if k % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+            if not ahead:
+                batch = next(given, None)
+    why = complete(recorder.trajectory)
+    steps = list(recorder.trajectory.steps())
+    assert [[batch.ids.tolist() for batch in step.batches] for step in steps] == [AHEAD[:2], AHEAD[2:4], AHEAD[4:]]
+    assert why.samples_checked == 1
+
+
+def test_a_batch_that_came_ahead_and_is_never_run_is_not_blamed() -> None:
+    def fetch(k: int, recorder: pk.KernelRecorder) -> None:
+        recorder.announce([11, 10])  # between the backward pass and the step
+
+    trajectory = train(model := make_model(), momentum(model), edit=fetch)
+    assert [[batch.ids.tolist() for batch in step.batches] for step in trajectory.steps()] == [
+        [list(ids)] for ids in BATCHES
+    ]
+    complete(trajectory)
+
+
 def test_many_micro_batches() -> None:
     order = torch.randperm(SAMPLES, generator=generator(4)).tolist()
     run = accumulate([[(i,) for i in order] * 2] * 3, lambda micro, micros: 1 / len(micros))

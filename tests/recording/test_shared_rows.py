@@ -16,7 +16,7 @@ RATE, STEPS = 0.1, 5
 
 
 def mixed_run(
-    store: str | None = None, inputs: bool = True, **options: object
+    store: str | None = None, inputs: bool = True, as_dataset: bool = False, **options: object
 ) -> tuple[pk.KernelRecorder, Tensor, np.ndarray]:
     """A linear network trained on mixed rows, queries, and the shares by the closed form of a linear network.
 
@@ -30,7 +30,8 @@ def mixed_run(
         model = nn.Linear(3, 1).double()
     optimizer, loss = torch.optim.SGD(model.parameters(), lr=RATE), nn.MSELoss()
     shares = np.zeros((4, 12))
-    with pk.KernelRecorder(model, optimizer, loss, data=(X, y), store=store, **options) as recorder:  # type: ignore[arg-type]
+    data = torch.utils.data.TensorDataset(X, y) if as_dataset else (X, y)
+    with pk.KernelRecorder(model, optimizer, loss, data=data, store=store, **options) as recorder:  # type: ignore[arg-type]
         for _ in range(STEPS):
             first = torch.randperm(12, generator=g)[:6]
             second, part = first[torch.randperm(6, generator=g)], torch.rand((), generator=g).double().item()
@@ -48,10 +49,11 @@ def mixed_run(
     return recorder, queries, shares
 
 
+@pytest.mark.parametrize("as_dataset", [False, True])
 @pytest.mark.parametrize("inputs", [True, False])
 @pytest.mark.parametrize("form", ["folded", "average", "ensemble"])
-def test_each_sample_gets_its_part_of_the_row(form: str, inputs: bool) -> None:
-    recorder, queries, expected = mixed_run(inputs=inputs)
+def test_each_sample_gets_its_part_of_the_row(form: str, inputs: bool, as_dataset: bool) -> None:
+    recorder, queries, expected = mixed_run(inputs=inputs, as_dataset=as_dataset)
     why = pk.KernelMachine(recorder.trajectory, form=form).explain(queries)
     np.testing.assert_allclose(why.shares, expected, atol=1e-14)
     assert why.residual.max() < 1e-12
