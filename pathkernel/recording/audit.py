@@ -60,6 +60,8 @@ class Circumstances:
         Whether the optimizer has moved already.
     differs
         In what the network was given something else than the data hold; empty where that is not known.
+    several
+        Whether it is one of several.
     """
 
     unseen: int = 0
@@ -70,6 +72,7 @@ class Circumstances:
     announced_before: MicroBatch | None = None
     taken: bool = False
     differs: str = ""
+    several: bool = False
 
 
 def audit(trajectory: Trajectory, step: Step, seen: Circumstances) -> None:
@@ -256,6 +259,11 @@ def _cause(trajectory: Trajectory, step: Step, gradients: RecordedGradients, see
         return (
             ". Slopes were taken at what `returns=` picks out of what the network returned: a loss on the rest goes "
             "round these outputs"
+        )
+    if seen.several:
+        return (
+            ". Of several optimizers each uses gradients of passes that were made since the others moved: clear what "
+            "earlier passes left there (`optimizer.zero_grad()` before `backward()`)"
         )
     return ""
 

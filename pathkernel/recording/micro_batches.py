@@ -139,6 +139,8 @@ class AnnouncedBatch:
         Those whose gradients may arrive yet; they live as long as their graphs.
     arrived
         Whether a gradient has arrived of a pass that was not seen.
+    counted
+        Whether its samples have ids for good, where they are of a source.
     ran
         How the last forward pass of it ran, and the shapes of its outputs; the pass itself lives as long as its graph.
     """
@@ -150,6 +152,7 @@ class AnnouncedBatch:
         self.passes: list[ForwardPass] = []
         self.waiting: list[weakref.ref[ForwardPass]] = []
         self.arrived = False
+        self.counted = False
         self.ran: tuple[ForwardState, Shapes] | None = None
 
     def drop(self) -> None:
@@ -283,6 +286,9 @@ class PendingBatches:
             if self._announced:
                 self._check_strangers()
             self.inputs.differences = []
+            uncounted = self._uncounted()
+            for one, batch in zip(uncounted, self.sources.number([one.batch for one in uncounted]), strict=True):
+                one.batch = batch
             found = [batch for one in self._announced for batch in self._micro_batches(one)]
             if not found and self._announced:  # nothing was seen: perhaps the gradient was made in another way
                 last = self._announced[-1]
@@ -329,13 +335,20 @@ class PendingBatches:
 
     def take(self) -> tuple[MicroBatch, ...]:
         """The batches of a step; nothing is pending afterwards, but a batch that was announced ahead of its pass."""
-        taken, ahead = self.batches, self._ahead
+        taken, ahead, uncounted = self.batches, self._ahead, self._uncounted()
+        self.sources.count([one.batch for one in uncounted])
+        for one in uncounted:
+            one.counted = True
         if ahead is not None:
             self._announced.remove(ahead)
         self.forget()
         if ahead is not None:
             self._announced.append(ahead)
         return taken
+
+    def _uncounted(self) -> list[AnnouncedBatch]:
+        """Batches of sources whose samples have no ids yet; passes whose gradients were cleared get none."""
+        return [one for one in self._announced if one.batch.source is not None and one.passes and not one.counted]
 
     @property
     def _ahead(self) -> AnnouncedBatch | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -58,17 +59,34 @@ class Sources:
             self.name = before
 
     def batch(self, call: SeenCall, reader: CallReader) -> MicroBatch:
-        """The samples of a pass that is of the source at hand, with new ids."""
-        assert self.name is not None
+        """The samples of a pass that is of the source at hand, to be numbered when a step uses its gradient."""
+        return MicroBatch(torch.arange(_samples(call, reader)), source=self.name)
+
+    def number(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Batches of sources with the next ids of theirs, which `count` makes final."""
+        found, counted = [], dict(self._so_far())
+        for batch in batches:
+            assert batch.source is not None
+            first = counted.get(batch.source, 0)
+            counted[batch.source] = first + len(batch.ids)
+            found.append(replace(batch, ids=torch.arange(first, first + len(batch.ids))))
+        return found
+
+    def count(self, batches: Sequence[MicroBatch]) -> None:
+        """Take note that a step has used some batches."""
+        for batch in batches:
+            assert batch.source is not None
+            counted = self._so_far()
+            counted[batch.source] = counted.get(batch.source, 0) + len(batch.ids)
+
+    def _so_far(self) -> dict[str, int]:
         if self._counted is None:
             columns = Columns(0)
             for index in range(len(self.trajectory)):  # of a recording that goes on
                 for batch in self.trajectory.store.summary(index).record.batches:
                     columns.meet(batch)
             self._counted = columns.sources
-        first, n = self._counted.get(self.name, 0), _samples(call, reader)
-        self._counted[self.name] = first + n
-        return MicroBatch(torch.arange(first, first + n), source=self.name)
+        return self._counted
 
 
 def _samples(call: SeenCall, reader: CallReader) -> int:

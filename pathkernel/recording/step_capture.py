@@ -540,6 +540,7 @@ class StepCapture:
             announced_before=self._announced[0],
             taken=taken,
             differs=next(iter(self.pending.inputs.differences), ""),
+            several=isinstance(self.optimizer, JointOptimizer),
         )
         with generators_untouched():  # a network may draw from Python's or numpy's generator
             audit(trajectory, step, seen)

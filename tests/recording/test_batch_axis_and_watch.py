@@ -191,6 +191,21 @@ def test_parts_that_the_loop_calls(kind, tmp_path):
         assert torch.allclose(torch.as_tensor(why.output).flatten(), call(model, X[:3])[:, 1], atol=1e-12)
 
 
+def test_shares_of_parts_are_those_of_the_module_that_calls_them():
+    (X, y), model, shares = points(), Container(), []
+    whole = nn.Sequential(copy.deepcopy(model.encoder), copy.deepcopy(model.head))
+    for net, call, watch in ((model, WATCHED["parts"][1], ("encoder", "head")), (whole, lambda m, x: m(x), None)):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with pk.KernelRecorder(net, optimizer, CE, (X, y), watch=watch) as recorder:
+            for i in torch.arange(N).split(B):
+                recorder.announce(i)
+                optimizer.zero_grad()
+                CE(call(net, X[i]), y[i]).backward()
+                optimizer.step()
+        shares.append(torch.as_tensor(pk.KernelMachine(recorder.trajectory).explain(X[:3], outputs=1).shares))
+    assert torch.allclose(*shares, atol=1e-13)
+
+
 def test_parts_with_something_in_between_are_refused():
     (X, y), model = points(), Container()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

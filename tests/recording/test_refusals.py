@@ -31,17 +31,20 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pathkernel as pk
 from pathkernel import errors
+from pathkernel.gradients.forward_state import ForwardState
 from pathkernel.gradients.losses import Objective, check_reduction
 from pathkernel.gradients.pytrees import as_tensors, memory_bytes
 from pathkernel.gradients.returned import batch_outputs, selected
 from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.optimizers.runge_kutta import Heun
 from pathkernel.quadrature import as_quadrature
+from pathkernel.recording.compiled import check_random_numbers
 from pathkernel.recording.trial import try_out
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.cotangents import kept_cotangents
 from pathkernel.trajectory.replay import Replay
 from pathkernel.trajectory.step import MicroBatch, Step
+from pathkernel.trajectory.store import FirstSteps
 from pathkernel.update_rules.sgd import SGD
 from pathkernel.update_rules.table import rule_of
 
@@ -537,7 +540,85 @@ def two_on_one_store() -> None:
         Scene(store=f"{folder}/run").recorder.start()
 
 
+def a_kept_graph() -> None:
+    """The loss of a step goes into that of the next."""
+    model, x, total = nn.Linear(4, 3).double(), make_inputs(2), torch.zeros(())
+    with recorder_of(model) as recorder:
+        for _ in range(2):
+            recorder.batch([0, 1])
+            recorder.optimizer.zero_grad()
+            total = total + CE(model(x), torch.tensor([0, 1]))
+            total.backward(retain_graph=True)
+            recorder.optimizer.step()
+
+
+def a_loaded_momentum() -> None:
+    """That of Muon, which mixes its entries."""
+    model, x = nn.Linear(4, 3, bias=False).double(), make_inputs(2)
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.1)
+    with recorder_of(model, optimizer) as recorder:
+        for _ in range(2):
+            recorder.batch([0, 1])
+            optimizer.zero_grad()
+            CE(model(x), torch.tensor([0, 1])).backward()
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+
+
+def random_numbers_of_a_compiler() -> None:
+    """A module that was compiled in place by inductor, of which a pass drew random numbers."""
+    model = nn.Linear(1, 1)
+
+    def call() -> None: ...
+
+    call.get_compiler_config = lambda: {"fallback_random": False}  # type: ignore[attr-defined]
+    model._compiled_call_impl = call
+    state = ForwardState(generators={"cpu": torch.get_rng_state()})
+    check_random_numbers(model, [MicroBatch(torch.arange(1), state=state)])
+
+
 REFUSALS: dict[str, Case] = {
+    # checkpoints, and what is loaded, kept and compiled
+    "a step that there is not": (
+        lambda: run().trajectory.until(9),
+        errors.InputError,
+        ("until step 9 was asked for", "on record 0 to 2", "`trajectory.until(2)`"),
+    ),
+    "a step put into the first part of a path": (
+        lambda: FirstSteps(run().trajectory.store, 1).append(run().trajectory.store.read(0)),
+        errors.TrajectoryError,
+        ("A step was appended", "a view of what has been recorded", "a store of its own"),
+    ),
+    "parameters put into the first part of a path": (
+        lambda: FirstSteps(run().trajectory.store, 1).extend(torch.zeros(1), None),
+        errors.TrajectoryError,
+        ("Parameters joined θ", "a view of what has been recorded", "a store of its own"),
+    ),
+    "statistics of an average in mid-run": (
+        lambda: AverageRecord("ema", {}, unknown=("1.running_mean",)).constants([]),
+        errors.TrajectoryError,
+        ("`1.running_mean` of the average 'ema' in mid-run", "at the start and at the end", "at the end of the record"),
+    ),
+    "a momentum that was loaded": (
+        a_loaded_momentum,
+        errors.RecordingError,
+        ("before step 1 of Muon", "not what the recorded samples left", "Load the weights alone"),
+    ),
+    "a graph that was kept": (
+        a_kept_graph,
+        errors.SampleIdError,
+        ("from before the last step", "passes at its own weights", "h = h.detach()"),
+    ),
+    "a state that lies across": (
+        lambda: Scene(steps=0).recorder.announce([0, 1, 2], inputs=torch.zeros(1, 3, 5)),
+        errors.SampleIdError,
+        ("3 ids came with inputs of shape (1, 3, 5)", "along the first axis", "h.transpose(0, 1)"),
+    ),
+    "random numbers of a compiler": (
+        random_numbers_of_a_compiler,
+        errors.RecordingError,
+        ("Linear is compiled by inductor", "numbers of its own", "fallback_random = True"),
+    ),
     # recording: model and optimizer
     "optimizer without a rule": (
         lambda: recorder_of(model := make_model(), Unheard(model.parameters(), {"lr": 0.1})),

@@ -230,7 +230,7 @@ def test_what_another_loss_left_in_the_gradients_is_cleared_or_refused(cleared: 
         assert [len(step.active) for step in trajectory.steps()] == [2, 4] * 3
         complete(trajectory)
     else:
-        with pytest.raises(errors.SampleIdError, match=r"At step 1 .* not moved"):
+        with pytest.raises(errors.SampleIdError, match=r"At step 1 .*clear what earlier passes left.*not moved"):
             run()
 
 

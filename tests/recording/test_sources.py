@@ -49,7 +49,8 @@ def train(record: bool, **options: Any) -> tuple[nn.Module, nn.Module, dict[str,
         fakes.append(moved(z, 0, fake.detach(), query))
         of_critic.step()
         of_maker.zero_grad()
-        z = critic(fake)
+        with critic_recorder.source("generated"):  # whose gradients in the critic are cleared: nobody's
+            z = critic(fake)
         slope = torch.autograd.grad(loss(z, torch.ones_like(z)), fake, retain_graph=True)[0]
         latents.append((-RATE * slope[:, :1] * (noise @ latent.T + 1)).numpy()[:, 0])  # of the first output
         loss(z, torch.ones_like(z)).backward()
