@@ -40,7 +40,7 @@ KEYS = {
 
 PARTS = {
     "certificate.py": ("--parts", "coupled", "refused", "broken", "alarms"),
-    "loops.py": ("--only", "makemore", "gcn", "tabular", "bfloat16", "lbfgs"),
+    "loops.py": ("--only", "makemore", "gcn", "tabular", "truncated_bptt", "lbfgs"),
 }
 """Of benchmarks whose other parts are tests by themselves (zoo, bars, threads), take long, or depend on the machine."""
 
