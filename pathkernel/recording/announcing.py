@@ -15,10 +15,10 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.errors import RecordingError, SampleIdError
 from pathkernel.gradients.pytrees import copied_samples
+from pathkernel.recording.announced_batch import checked_batch, checked_ids
 from pathkernel.recording.indexed import IdsOf, IndexedBatch
 from pathkernel.recording.kept_inputs import handed_out
 from pathkernel.recording.made import Made
-from pathkernel.recording.micro_batches import checked_batch, checked_ids
 from pathkernel.recording.trial import check_network, is_at_hand
 from pathkernel.runtime.threads import on_the_cpu
 from pathkernel.trajectory.samples import samples_of
