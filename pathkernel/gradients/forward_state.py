@@ -98,12 +98,18 @@ def generators_at(states: Mapping[str, Tensor]) -> Iterator[None]:
     if not states:
         yield
         return
-    devices = [name for name in states if name != "cpu"]
-    with torch.random.fork_rng(devices=devices):
-        torch.random.set_rng_state(states["cpu"])
-        for name in devices:
-            torch.cuda.set_rng_state(states[name], name)
+    with torch.random.fork_rng(devices=[name for name in states if name != "cpu"]):
+        set_generators(states)
         yield
+
+
+def set_generators(states: Mapping[str, Tensor]) -> None:
+    """Set torch's random generators to the states of `generator_states`."""
+    for name, state in states.items():
+        if name == "cpu":
+            torch.random.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, name)
 
 
 class Switch:

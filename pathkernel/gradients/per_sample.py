@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import grad, jacrev, jvp, vmap
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Parameters, PyTree
 from pathkernel.errors import InputError
-from pathkernel.gradients.forward_state import QUIET_FALLBACKS
+from pathkernel.gradients.forward_state import QUIET_FALLBACKS, generator_states, set_generators
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import cast_floating, count, moved, take
 from pathkernel.runtime.interrupts import result_or_error
@@ -253,6 +254,9 @@ def output_products(
         return function.batch(function.layout.unflatten(theta), inputs)
 
     along = directions.to(point)
+    pushed = push or push_forward
+    if pushed is push_forward and function.state.generators:
+        pushed = push_dual
     load_transformations()
 
     def at_once() -> Tensor:
@@ -265,7 +269,7 @@ def output_products(
         for some in along.split(1 if function.state.generators else len(along)):
             with function.evaluating(gradients=False), function.kept():
                 for direction in some:
-                    found.append((push or push_forward)(outputs, point, direction).double())
+                    found.append(pushed(outputs, point, direction).double())
         return torch.stack(found)
 
     together = ("directions", function.submodule, function.layout.names)
@@ -382,7 +386,28 @@ def push_forward(function: Callable[[Tensor], Tensor], point: Tensor, direction:
     return _push_by_reversing(function, point, direction) if isinstance(found, Exception) else found
 
 
+def push_dual(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor) -> Tensor:
+    """`push_forward` of a function that draws random numbers, as dropout does.
+
+    By dual numbers: under `torch.func.jvp` a tensor whose axes are not in the order of memory is filled with the same
+    random numbers in another order, which makes it another function.
+    """
+
+    def pushed() -> Tensor:
+        with forward_ad.dual_level():
+            primal, tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(point, direction)))
+        return torch.zeros_like(primal) if tangent is None else tangent
+
+    states = generator_states(point.device)
+    found = result_or_error(pushed, REFUSALS)
+    if not isinstance(found, Exception):
+        return found
+    set_generators(states)
+    return _push_by_reversing(function, point, direction)
+
+
 def _push_by_reversing(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor) -> Tensor:
+    states = generator_states(point.device)
     with torch.enable_grad():
         theta = point.detach().clone().requires_grad_(True)
         outputs = function(theta)
@@ -396,6 +421,7 @@ def _push_by_reversing(function: Callable[[Tensor], Tensor], point: Tensor, dire
     scale, rounding = (u * found).abs().sum().item() + abs(left), math.sqrt(torch.finfo(outputs.dtype).eps)
     once = not abs(left - right) <= rounding * scale
     # Reentrant checkpoints hide the parameters that they use from `grad`, and not from `backward`.
+    set_generators(states)  # it is called once more, and may draw random numbers
     with torch.enable_grad():
         whole = point.detach().clone().requires_grad_(True)
         function(whole).backward(u.detach())
