@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,11 +74,34 @@ class BatchAxes:
         axis = self.of_argument(key)
         return pytree.tree_map(lambda leaf: leaf.movedim(axis_in(leaf, axis or 0), 0), value) if axis else value
 
-    def output_first(self, leaf: Any) -> Any:
-        """A part of what the network returned, with samples first."""
-        if not self.outputs or not isinstance(leaf, Tensor):
+    def output_first(self, leaf: Any, n: int = 0, steps: Collection[int] = ()) -> Any:
+        """A part of what the network returned, with samples first.
+
+        Parameters
+        ----------
+        leaf
+            As the network returned it. With samples along axis 1 it may be flattened: (T·n, …) for (T, n, …).
+        n, steps
+            How many samples the network was given, and how many steps of time, see `steps_of`.
+        """
+        if not self.outputs or not isinstance(leaf, Tensor) or not leaf.dim():
             return leaf
-        return leaf.movedim(axis_in(leaf, self.outputs), 0) if leaf.dim() else leaf
+        if self.outputs == 1 and n and leaf.shape[0] % n == 0 and leaf.shape[0] // n in steps:
+            # A table (T, n) for T steps is none of T / n of them, whatever other argument is that long.
+            as_usual = leaf.dim() > 1 and leaf.shape[1] == n and (leaf.dim() > 2 or leaf.shape[0] in steps)
+            leaf = leaf if as_usual else leaf.unflatten(0, (-1, n))
+        return leaf.movedim(axis_in(leaf, self.outputs), 0)
+
+    def steps_of(self, arguments: Mapping[Key, Any]) -> tuple[int, frozenset[int]]:
+        """Number of samples, and lengths of the axis before theirs, in arguments whose samples lie along axis 1."""
+        leaves = [
+            leaf
+            for key, value in arguments.items()
+            if self.of_argument(key) == 1
+            for leaf in pytree.tree_leaves(value)
+            if isinstance(leaf, Tensor) and leaf.dim() > 1
+        ]
+        return (leaves[0].shape[1] if leaves else 0), frozenset(leaf.shape[0] for leaf in leaves)
 
 
 def axis_in(leaf: Tensor, axis: int) -> int:

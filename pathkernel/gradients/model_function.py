@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -209,7 +210,7 @@ class ModelFunction:
                 handle = inner.register_forward_hook(lambda _, __, out: found.append(out))
             structure.fill({**self.constants, **copies, **parameters})
             try:
-                returned = self._run(inputs)
+                returned, n, steps = self._run(inputs)
                 if structure.writes_inputs is None:
                     structure.writes_inputs = any(leaf._version > 0 for leaf in pytree.tree_leaves(inputs))
                 if evaluation and structure.written is None:
@@ -220,10 +221,13 @@ class ModelFunction:
                 if not self._kept:
                     structure.clear()
         outputs = selected(returned, self.returns) if self.submodule is None else found[-1]
-        return map_outputs(self.axes.output_first, outputs) if self.axes.outputs else outputs
+        first = partial(self.axes.output_first, n=n, steps=steps)
+        return map_outputs(first, outputs) if self.axes.outputs else outputs
 
-    def _run(self, inputs: PyTree) -> Any:
+    def _run(self, inputs: PyTree) -> tuple[Any, int, Collection[int]]:
+        """What the network returned, and `BatchAxes.steps_of` of what it was given."""
         first, *others = self.called
+        n, steps = 0, frozenset[int]()
         shared = shared_arguments(self.state.arguments, self.dtype, self.device) if self.state.arguments else {}
         if shared or not self.axes.are_first:
             arguments, named = call_of(first.forward, inputs, shared)
@@ -234,10 +238,11 @@ class ModelFunction:
             moved_in = [v if key in shared else self.axes.inward(key, v) for key, v in places.items()]
             arguments = tuple(moved_in)
             named = {key: v if key in shared else self.axes.inward(key, v) for key, v in named.items()}
+            n, steps = self.axes.steps_of(dict(zip([*places, *named], [*arguments, *named.values()], strict=True)))
         returned = first(*arguments, **named)
         for part in others:
             returned = part(returned)
-        return returned
+        return returned, n, steps
 
     def batch(self, parameters: Parameters, inputs: PyTree) -> Tensor:
         """Outputs (B, C) of a batch, flattened sample by sample."""

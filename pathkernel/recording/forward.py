@@ -104,11 +104,8 @@ class ForwardWatcher:
     ) -> None:
         self.parts, self.names, self.modules, self.returns = tuple(parts), tuple(names), modules, called.returns
         self.ran, self.begins, self.arrived, self.unseen = ran, begins, arrived, unseen
-        self.device, self._first, self._places = (
-            called.device,
-            called.axes.output_first,
-            places_of(called.called[0].forward),
-        )
+        self.device, self._axes = called.device, called.axes
+        self._places = places_of(called.called[0].forward)
         self.copies = False
         self.checked: Callable[[], int] | None = None
         self.enters: Callable[[], None] | None = None
@@ -247,7 +244,7 @@ class ForwardWatcher:
             return
         found = {} if self._elsewhere is None else self.modules.other_generators()
         drew_from = tuple(name for name in found if found[name] != (self._elsewhere or {}).get(name, found[name]))
-        one = ForwardPass(state, leaves, self._checksum, drew_from, call, self._first)
+        one = ForwardPass(state, leaves, self._checksum, drew_from, call, self._samples_first(call))
         for place, leaf in hooked.items():
             _on_gradient(leaf, partial(self._cotangent, one, place))
         # In each pass: what is computed from what may depend on the mode, or on a buffer that says how far training is.
@@ -256,6 +253,13 @@ class ForwardWatcher:
         if loss is not None and loss.requires_grad:
             _on_gradient(loss, partial(self._cotangent, one, None))
         self.ran(one)
+
+    def _samples_first(self, call: SeenCall) -> Callable[[Tensor], Tensor]:
+        """What puts the samples first in the outputs of a pass."""
+        if not self._axes.outputs:
+            return self._axes.output_first
+        n, steps = self._axes.steps_of(call.arguments)
+        return partial(self._axes.output_first, n=n, steps=steps)
 
     # -- backward -----------------------------------------------------------------------------------------------
 

@@ -75,8 +75,9 @@ class KernelRecorder(AnnouncesSamples):
         names of parts that are called one after the other, each with what the one before returned.
     batch_axis
         Where samples lie in what the network takes and returns: an axis for all, a tuple by the place of an argument,
-        or a dict by its name, with ``"outputs"``, and None for an argument that all samples share. Everywhere outside
-        the network's own call (data, kept inputs, queries, slopes) samples are first.
+        or a dict by its name, with ``"outputs"``, and None for an argument that all samples share. Outputs
+        (T·B, …) of a network that takes (T, B, …) are those of (T, B, …), flattened. Everywhere outside the network's
+        own call (data, kept inputs, queries, slopes) samples are first.
     keep
         Whether arguments of the network are kept that are not what ``data`` hold; see `track`. By default, what batches
         of `track` give the network differently, and everything where the data are not at hand.

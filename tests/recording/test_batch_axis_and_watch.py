@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -130,6 +131,48 @@ def test_samples_first_gives_the_same_shares():
             optimizer.step()
     shares.append(pk.KernelMachine(recorder.trajectory).explain(X[:2], outputs=1).shares)
     assert torch.allclose(*map(torch.as_tensor, shares), atol=1e-12)
+
+
+class Flat(nn.Module):
+    """A recurrent network of two layers whose outputs have time first, flattened or not, or samples first."""
+
+    def __init__(self, form, width):
+        super().__init__()
+        self.form, self.rnn, self.out = form, nn.RNN(3, 4, 2, dtype=torch.float64), nn.Linear(4, width).double()
+
+    def forward(self, x, state):
+        x = x.transpose(0, 1) if self.form == "samples" else x
+        z = self.out(self.rnn(x, state)[0])
+        z = z.squeeze(-1) if z.shape[-1] == 1 else z
+        forms = {"time": z, "flat": z.flatten(0, 1), "samples": z.transpose(0, 1)}
+        return forms[self.form]
+
+
+@pytest.mark.parametrize("width", [1, 2, B, 2 * B])
+@pytest.mark.parametrize("steps", [2, B, 2 * B])
+def test_time_and_samples_flattened_are_taken_apart(steps, width):
+    """Also where the number of outputs, steps, samples or layers is that of another."""
+    torch.manual_seed(2)
+    X, y = torch.randn(N, steps, 3, dtype=torch.float64), torch.randn(N, steps, width, dtype=torch.float64)
+    shares = {}
+    for form in ("samples", "time", "flat"):
+        torch.manual_seed(1)
+        model = Flat(form, width)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        axes = {"state": 1} if form == "samples" else 1
+        with pk.KernelRecorder(model, optimizer, data=N, batch_axis=axes, task="regression", audit_every=1) as recorder:
+            for i in torch.arange(N).split(B):
+                recorder.announce(i)
+                optimizer.zero_grad()
+                target = y[i] if form == "samples" else y[i].transpose(0, 1)
+                z = model(X[i] if form == "samples" else X[i].transpose(0, 1), torch.zeros(2, len(i), 4).double())
+                (z.reshape(target.shape) - target).square().mean().backward()
+                optimizer.step()
+        why = pk.KernelMachine(recorder.trajectory).explain((X[:3], torch.zeros(3, 2, 4).double()), outputs="all")
+        assert max(*why.residual, why.split_error) <= 1e-10
+        shares[form] = why.shares
+    np.testing.assert_allclose(shares["time"], shares["samples"], atol=1e-14)
+    np.testing.assert_allclose(shares["flat"], shares["samples"], atol=1e-14)
 
 
 @pytest.mark.parametrize("axis", [-1, True, "x", (), {"x": "first"}], ids=repr)

@@ -1,10 +1,10 @@
 """A word-level LSTM language model, updated by hand, in the manner of pytorch/examples, word_language_model/main.py.
 
-https://github.com/pytorch/examples/blob/0f4dca7/word_language_model/main.py; later versions flatten the outputs, which
-mixes the axes of time and samples
+https://github.com/pytorch/examples/blob/main/word_language_model/main.py
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 bptt, clip, eval_batch_size = 12, 0.25, 4
@@ -23,8 +23,9 @@ class RNNModel(nn.Module):
         emb = self.drop(self.encoder(input))
         output, hidden = self.rnn(emb, hidden)
         output = self.drop(output)
-        decoded = self.decoder(output.view(output.size(0) * output.size(1), output.size(2)))
-        return decoded.view(output.size(0), output.size(1), decoded.size(1)), hidden
+        decoded = self.decoder(output)
+        decoded = decoded.view(-1, self.ntoken)
+        return F.log_softmax(decoded, dim=1), hidden
 
     def init_hidden(self, bsz):
         weight = next(self.parameters())
@@ -67,7 +68,7 @@ def evaluate(model, data_source, criterion):
             data, targets = get_batch(data_source, i)
             output, hidden = model(data, hidden)
             hidden = repackage_hidden(hidden)
-            total_loss += len(data) * criterion(output.view(-1, model.ntoken), targets).item()
+            total_loss += len(data) * criterion(output, targets).item()
     return total_loss / (len(data_source) - 1)
 
 
@@ -76,7 +77,7 @@ def main(epochs=4):
     train_data = batchify(text(784), 8)
     val_data = batchify(text(100), eval_batch_size)
     model = RNNModel(ntoken=16, ninp=12, nhid=12, nlayers=2, dropout=0.2)
-    criterion = nn.CrossEntropyLoss()
+    criterion = nn.NLLLoss()
 
     def train():
         model.train()
@@ -86,7 +87,7 @@ def main(epochs=4):
             model.zero_grad()
             hidden = repackage_hidden(hidden)
             output, hidden = model(data, hidden)
-            loss = criterion(output.view(-1, model.ntoken), targets)
+            loss = criterion(output, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             for p in model.parameters():
