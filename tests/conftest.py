@@ -6,6 +6,7 @@ import os
 import random
 
 import hypothesis
+import pytest
 import torch
 from beartype._check.code import codemain
 from beartype._util.kind.integer import utilintget
@@ -58,3 +59,35 @@ torch.set_num_threads(1)
 # The same examples in every run: a failure is a fact about the code, not about the day.
 hypothesis.settings.register_profile("pathkernel", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("pathkernel")
+
+
+TABLES = {
+    "tests/gradients/test_split.py": 2,
+    "tests/gradients/test_zoo.py": 3,
+    "tests/kernel_machine/test_memory_plan.py": 3,
+    "tests/kernel_machine/test_shares_error.py": 2,
+    "tests/recording/test_training_is_as_without.py": 3,
+    "tests/runtime/test_pickling.py": 2,
+    "tests/tangent_kernel/test_layerwise.py": 2,
+    "tests/update_rules/test_torch_optimizers.py": 2,
+}
+"""Large tables, of which every run takes the first and every so many rows; ``-m exhaustive`` takes the rest. Together they
+would take longer than all other tests."""
+
+SMALL_TABLE = 8
+"""Rows up to which a table is run whole."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the rows of large tables that are left out unless asked for."""
+    rows: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        path, _, name = item.nodeid.partition("::")
+        if path in TABLES and hasattr(item, "callspec"):
+            rows.setdefault(f"{path}::{name.partition('[')[0]}", []).append(item)
+    for function, own in rows.items():
+        every = TABLES[function.partition("::")[0]]
+        for place, item in enumerate(own):
+            if len(own) > SMALL_TABLE and place % every:
+                item.add_marker(pytest.mark.exhaustive)
