@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
@@ -265,7 +264,7 @@ class KernelMachine:
             curve = self._curve(self._selection.every_output(X))
             accumulator = self._settled(lambda: self._forward(curve))
             output = curve.final.cpu()
-            self._check_unexplained(accumulator, output)
+            check_unexplained(accumulator, self.trajectory, output, self._recorded.discrepancies, self.unexplained)
             check_end(accumulator, curve, output, self._recorded.discrepancies)
         return sum(accumulator.channels.values(), torch.zeros(())).reshape(-1, curve.queries.components).numpy()
 
@@ -345,7 +344,7 @@ class KernelMachine:
                 lambda: self._backward(curve, asked) if store is None else self._stored(store, curve, asked)
             )
             output = curve.final.cpu()
-            self._check_unexplained(accumulator, output)
+            check_unexplained(accumulator, self.trajectory, output, self._recorded.discrepancies, self.unexplained)
         recorded = self._recorded
         engines, sources = recorded.certificate.engines, recorded.columns.slices
         why = attributions_of(accumulator, output, (samples, indices), len(self.trajectory), engines, sources)
@@ -423,10 +422,6 @@ class KernelMachine:
         identity = explanation_identity(curve, self.quadrature, self.form, self.engine, self.average, asked)
         columns = len(self._recorded.columns)
         return kept_explanation(store, identity, curve, columns, lambda block: self._backward(block, asked))
-
-    def _check_unexplained(self, accumulator: Accumulator, output: Tensor) -> None:
-        discrepancies = self._recorded.discrepancies
-        check_unexplained(accumulator, self.trajectory, output, discrepancies, self.unexplained)
 
     def _swept(self, curve: Curve, asked: Asked, plan: Plan) -> Accumulator:
         curve.queries.passes = plan.passes

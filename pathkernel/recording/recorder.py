@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -14,38 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.errors import RecordingError, SampleIdError
-from pathkernel.gradients.batch_axes import BatchAxis, check_batch_axis
-from pathkernel.gradients.losses import Objective, check_recorded_loss, check_reduction, check_task
-from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
-from pathkernel.gradients.pytrees import copied_samples
-from pathkernel.gradients.returned import Returns, check_returns, one_of_two
+from pathkernel._typing import Loss, Parameters
+from pathkernel.errors import RecordingError
+from pathkernel.gradients.batch_axes import BatchAxis
+from pathkernel.gradients.returned import Returns, one_of_two
+from pathkernel.recording.announcing import AnnouncesSamples
 from pathkernel.recording.attaching import joined, others_of
-from pathkernel.recording.indexed import IdsOf, IndexedBatch, TrackedLoaders
 from pathkernel.recording.joint_capture import JointCapture
-from pathkernel.recording.kept_inputs import handed_out
 from pathkernel.recording.live import LiveParameters
-from pathkernel.recording.micro_batches import PendingBatches, checked_batch, checked_ids
+from pathkernel.recording.made import Given, Made, made_for
 from pathkernel.recording.open_recorders import OPEN, caller, make_way, say_that_it_was_forked
-from pathkernel.recording.optimizers import JointOptimizer, rules_of, unwrapped_optimizers
+from pathkernel.recording.optimizers import JointOptimizer, unwrapped_optimizers
 from pathkernel.recording.readings import StepHooks
 from pathkernel.recording.step_capture import StepCapture
-from pathkernel.recording.store_choice import store_at, store_for
-from pathkernel.recording.trial import check_network, is_at_hand
 from pathkernel.recording.validation import check_optimizer, unwrapped
 from pathkernel.recording.watched import Watch, watched_parts
 from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.runtime.threads import made_on_the_cpu, on_the_cpu
-from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.observer import StepObserver
 from pathkernel.trajectory.reference_outputs import ReferenceOutputs
 from pathkernel.trajectory.replay import ReplayStore
-from pathkernel.trajectory.run import End, RecordedOptimizer, Run, Start
-from pathkernel.trajectory.samples import Samples, samples_of
-from pathkernel.trajectory.schedule import RecordingLevel, Streaming, as_schedule
-from pathkernel.trajectory.step import MicroBatch
+from pathkernel.trajectory.run import End, RecordedOptimizer, Start
+from pathkernel.trajectory.schedule import RecordingLevel
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.joint import JointRule
@@ -55,7 +45,7 @@ from pathkernel.update_rules.table import rule_of
 T = TypeVar("T")
 
 
-class KernelRecorder:
+class KernelRecorder(AnnouncesSamples):
     """Watch a training loop and keep its parameter trajectory.
 
     The loop stays as it is and trains to the same bits; only the sample ids have to arrive with the batch, by
@@ -174,22 +164,15 @@ class KernelRecorder:
         observers: Sequence[StepObserver] = (),
     ) -> None:
         outer, model = model, unwrapped(model)
-        returns, parts = one_of_two(returns, outputs), watched_parts(model, watch)
         self.model = model
         self.optimizer: Optimizer | JointOptimizer | None = None
-        self._made: StepCapture | None = None
-        self._path: Trajectory | None = None
-        self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
-        self._checked = self._waits = False
-        self._keep = keep
-        self._process, self._begun, self._in_with, self._told = os.getpid(), "", False, False
-        self._make = partial(
-            self._make_for,
+        self._given = Given(
             outer=outer,
+            model=model,
             loss=loss,
             data=data,
-            returns=returns,
-            parts=parts,
+            returns=one_of_two(returns, outputs),
+            watch=watched_parts(model, watch),
             batch_axis=batch_axis,
             keep=keep,
             task=task,
@@ -202,109 +185,40 @@ class KernelRecorder:
             schedule=schedule,
             observers=observers,
         )
+        self._made: Made | None = None
+        self._memory_at_close: dict[str, tuple[Tensor, ...]] = {}
+        self._checked = self._waits = False
+        self._keep = keep
+        self._process, self._begun, self._in_with, self._told = os.getpid(), "", False, False
         if optimizer is not None:
             self._make(unwrapped_optimizers(optimizer, rule))
 
-    def _make_for(
-        self,
-        optimizers: list[Optimizer],
-        *,
-        outer: nn.Module,
-        loss: Loss | str | None,
-        data: Any,
-        returns: Returns,
-        parts: tuple[str, ...],
-        batch_axis: BatchAxis,
-        keep: bool | None,
-        task: str | None,
-        rule: UpdateRule | str | Sequence[UpdateRule | str | None] | None,
-        reduction: str,
-        regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None,
-        averages: Mapping[str, nn.Module | Mapping[str, Tensor]] | None,
-        audit_every: int | None,
-        store: str | os.PathLike[str] | Store | None,
-        schedule: RecordingLevel | None,
-        observers: Sequence[StepObserver],
-    ) -> None:
-        """Make everything that follows from the optimizers: the rule, the run, the record and what watches."""
-        model = self.model
-        rules = rules_of(optimizers, rule)
-        alone = len(optimizers) == 1
-        optimizer: Optimizer | JointOptimizer = optimizers[0] if alone else JointOptimizer(optimizers, rules)
-        rule = optimizer.rule if isinstance(optimizer, JointOptimizer) else rules[0]
-        check_optimizer(model, optimizer, rule)
-        self.optimizer = optimizer
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        named = named_trainable(model, also=trained)
-        layout = ParameterLayout.of(named)
-        initial = layout.flatten({name: p.detach() for name, p in named.items()})
-        level = as_schedule(schedule, observers)
-        run = Run(
-            model=model,
-            objective=Objective(check_recorded_loss(loss), check_reduction(reduction), dict(regularizers or {})),
-            data=Samples(data, initial.dtype),
-            rule=rule,
-            layout=layout,
-            start=Start(initial, constants_of(model, layout)),
-            returns=check_returns(returns),
-            task=check_task(task),
-            schedule=level,
-            watch=parts,
-            batch_axis=check_batch_axis(batch_axis),
-        )
-        if run.data.holds_integers:
-            run.data.suit(run.function(), initial)
-        self._live = live = LiveParameters(named, optimizer)
-        self._observers = level.observers if isinstance(level, Streaming) else tuple(observers)
-        if run.data.limit is None and self._observers:
-            raise RecordingError(
-                f"{type(self._observers[0]).__name__} was given to a recorder that counts samples as they come",
-                "What watches training adds up shares while it runs, and has to know how many samples there are",
-                "Write `KernelRecorder(..., data=number_of_samples)`",
-            )
-        self._averages = dict(averages or {})
-        kept, keyframes = store_for(store_at(store), run, live, bool(self._averages), bool(self._observers))
-        self._path = path = Trajectory(run, kept)
-        records = {name: AverageRecord.begin(name, source, layout) for name, source in self._averages.items()}
-        path.stand(End(averages=records))
-        capture = StepCapture if isinstance(optimizer, Optimizer) else JointCapture
-        self._made = capture(
-            outer,
-            model,
-            optimizer,
-            live,
-            path,
-            keyframes,
-            self._observers,
-            self._averages,
-            audit_every,
-            keep,
-            # The optimizer's hooks keep a recorder alive by this that nobody else names any more.
-            stopped=partial(say_that_it_was_forked, self),
-        )
-        self._loaders = TrackedLoaders(run.data, run.batch_axis)
+    def _make(self, optimizers: list[Optimizer]) -> None:
+        # The optimizer's hooks keep a recorder alive by this that nobody else names any more.
+        self._made = made_for(self._given, optimizers, stopped=partial(say_that_it_was_forked, self))
+        self.optimizer = self._made.capture.optimizer
 
     @property
-    def _capture(self) -> StepCapture:
-        return self._with_optimizer(self._made)
-
-    @property
-    def _trajectory(self) -> Trajectory:
-        return self._with_optimizer(self._path)
-
-    @staticmethod
-    def _with_optimizer(part: T | None) -> T:
-        if part is None:
+    def _parts(self) -> Made:
+        if self._made is None:
             raise RecordingError(
                 "The recorder has no optimizer yet",
                 "What is recorded are the steps of optimizers",
                 "Write `KernelRecorder(model, optimizer, ...)`, or `recorder.attach(optimizer)` before training",
             )
-        return part
+        return self._made
 
     @property
-    def _pending(self) -> PendingBatches:
-        return self._capture.pending
+    def _capture(self) -> StepCapture:
+        return self._parts.capture
+
+    @property
+    def _trajectory(self) -> Trajectory:
+        return self._parts.trajectory
+
+    @property
+    def _live(self) -> LiveParameters:
+        return self._parts.live
 
     # -- the life of a recording ------------------------------------------------------------------------------
 
@@ -353,7 +267,7 @@ class KernelRecorder:
             )
         else:
             trajectory.begin(trajectory.run, replace(trajectory.end, outputs=None))
-        for observer in self._observers:
+        for observer in self._parts.observers:
             observer.begin(trajectory, self._live.settings())
         self._capture.start()
         OPEN.add(self)
@@ -412,7 +326,7 @@ class KernelRecorder:
         from pathkernel.recording.resume import resume  # not before it is needed
 
         run = replace(run, optimizer=self._replayed())
-        place = resume(run, trajectory.store, self._live, self._averages)
+        place = resume(run, trajectory.store, self._live, self._parts.averages)
         if self._capture.keyframes is not None:
             self._capture.taken = place.steps  # abridged steps are counted by it
         self._capture.changes, self._capture.end_of_steps = place.changes, place.end
@@ -433,7 +347,7 @@ class KernelRecorder:
 
     @property
     def _handles(self) -> list[StepHooks]:
-        return [] if self._made is None else self._made.hooks
+        return [] if self._made is None else self._made.capture.hooks
 
     @property
     def trajectory(self) -> Trajectory:
@@ -458,17 +372,17 @@ class KernelRecorder:
         RecordingError
             Where the record would have to begin anew.
         """
-        given = self._make.keywords["rule"]
+        given: Any = self._given.rule
         rule = None if isinstance(given, (list, tuple, JointRule)) else given
         new = unwrapped_optimizers(optimizer, rule)
-        if self._made is None or self._may_begin_anew(self._made):
+        if self._made is None or self._may_begin_anew(self._made.capture):
             self._begin_anew(new, given)
             return
         for one in new:
             now = joined(self._capture.optimizer, self._trajectory.rule, one, rule_of(one, rule))
             check_optimizer(self.model, now, self._trajectory.rule)
             if isinstance(now, JointOptimizer) and not isinstance(self._capture, JointCapture):
-                self._made = JointCapture.instead_of(self._capture, now)
+                self._made = replace(self._parts, capture=JointCapture.instead_of(self._capture, now))
             else:
                 self._capture.take_over(now)
             self.optimizer = now
@@ -481,232 +395,22 @@ class KernelRecorder:
 
     def _begin_anew(self, new: list[Optimizer], given: Any) -> None:
         """Make everything anew with further optimizers."""
-        capture, last = self._made, None
+        last = None
         kept: list[Optimizer] = []
-        if capture is not None:
+        if self._made is not None:
+            capture = self._made.capture
             kept, given = others_of(capture.optimizer, new, given)
             last = capture.pending.last if self._handles else None
             self._waits = self._waits or bool(self._handles)
             self._detach()
-        self._make([*kept, *new], rule=given)
+        self._given = replace(self._given, rule=given)
+        self._make([*kept, *new])
         if self._waits:
             in_with, self._waits = self._in_with, False
             self.start()
             self._in_with = in_with
         if last is not None:
             self._announce(last)
-
-    # -- sample ids arrive with the batch ----------------------------------------------------------------------
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        shuffle: bool = False,
-        drop_last: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[tuple[PyTree, PyTree]]:
-        """One epoch of mini-batches ``(x, y)`` of the training data.
-
-        Parameters
-        ----------
-        batch_size
-            Samples per batch.
-        shuffle
-            Draw a new order.
-        drop_last
-            Leave out a last batch that is not full.
-        generator
-            Source of the order; torch's global one by default, as in `torch.utils.data.DataLoader`.
-        """
-        n = len(self._trajectory.data)
-        order = torch.randperm(n, generator=generator, device="cpu") if shuffle else torch.arange(n, device="cpu")
-        for ids in order.split(batch_size):
-            if drop_last and len(ids) < batch_size:
-                break
-            inputs, targets = self._trajectory.data[ids]
-            self._announce(MicroBatch(ids))
-            yield inputs, targets
-
-    def track(self, loader: Iterable[Any], *, keep: bool | None = None, ids: IdsOf = None) -> Iterator[Any]:
-        """Iterate over a loader; the loop sees its batches as they are.
-
-        Ids travel inside the batch, so samplers, worker processes, pre-fetching and an early ``break`` cannot
-        detach them.
-
-        Parameters
-        ----------
-        loader
-            A `torch.utils.data.DataLoader` over a map-style dataset, whose samples have their places in it as ids; or
-            any iterable of batches, whose samples are counted as they come (anew for each loader where ``data`` is
-            their number, on and on where it is not given).
-        keep
-            True keeps the arguments that the network is given, and ids alone where ``data`` hold the same to the last
-            bit: for random augmentation, scaling in the loop, padding. By default, the first batches and audited ones
-            are compared: where the network was given the loader's own tensors and these differ from the data, they are
-            kept from there on; where it was given something else, the step is refused, since ids may be wrong.
-        ids
-            Where ids are in a batch: a key, a place, or a function of the batch.
-        """
-        for found, batch in self._loaders.batches(loader, ids):
-            self._announce(MicroBatch(checked_ids(found, self._trajectory.data.limit)), keep, handed_out(batch))
-            yield batch
-
-    def take_ids(self, batch: IndexedBatch, *, keep: bool | None = None) -> Any:
-        """Announce the samples of a batch of `pathkernel.indexed`, and return it without their ids.
-
-        For loops that are not ours to write, where `track` has no place.
-
-        Parameters
-        ----------
-        batch
-            As the loader gave it.
-        keep
-            As for `track`.
-        """
-        if not isinstance(batch, IndexedBatch):
-            raise SampleIdError(
-                f"`take_ids` was given a {type(batch).__name__}",
-                "Batches with the ids of their samples come from `pathkernel.indexed(loader)`",
-                "Write `recorder.take_ids(batch)` for `batch in pk.indexed(loader)`",
-            )
-        found = MicroBatch(checked_ids(batch.ids, self._trajectory.data.limit))
-        self._announce(found, keep, handed_out(batch.batch))
-        return batch.batch
-
-    def announce(
-        self, ids: Any, weights: Any = None, inputs: PyTree = None, targets: PyTree = None
-    ) -> tuple[PyTree, PyTree]:
-        """Announce the samples of the next forward pass, for loops that know their ids.
-
-        A second pass after one announcement is another one of the same samples; announced after the forward pass, it
-        holds for that pass if the batch announced before has had its own.
-
-        Parameters
-        ----------
-        ids
-            (B,) sample ids; (B, k) where k samples share each row, as in mixup.
-        weights
-            (B,) coefficient of each sample's loss in the batch loss; None where the recorded loss reduces the batch.
-            Used only where that is evaluated again: slopes from the training pass hold them already. With ids (B, k):
-            (B, k) or (k,), which part of what a row contributed is booked under each of its samples, a convention; they
-            add up to 1, so that the total stays exact.
-        inputs, targets
-            What the network sees where it differs from the training data, such as augmented images.
-
-        Returns
-        -------
-        The inputs and targets to train on, as far as they are at hand.
-        """
-        data = self._trajectory.data
-        with on_the_cpu():
-            batch = checked_batch(data.limit, ids, weights, inputs, targets)
-            # Copies: the loop may fill the same arrays with its next batch.
-            kept = replace(batch, inputs=copied_samples(inputs), targets=copied_samples(targets))
-        self._announce(kept)
-        return (batch.inputs, batch.targets) if data.announced else samples_of(batch, data)
-
-    batch = announce
-    """Older name of `announce`."""
-
-    @contextmanager
-    def source(self, name: str) -> Iterator[None]:
-        """Take the forward passes inside for passes of samples that are not of the training data.
-
-        Their samples are counted as they come, what the network was given is kept, and they have columns of their own
-        behind those of the training samples: ``why.shares[:, why.sources[name]]``. For what a generator makes, for
-        latents, for rows that nobody can number.
-
-        Parameters
-        ----------
-        name
-            Of the source, such as ``"generated"``.
-
-        Examples
-        --------
-        >>> import torch, pathkernel as pk
-        >>> real, critic, loss = torch.randn(8, 2), torch.nn.Linear(2, 1), torch.nn.BCEWithLogitsLoss()
-        >>> optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
-        >>> with pk.KernelRecorder(critic, optimizer, data=(real, torch.ones(8, 1))) as recorder:
-        ...     for x, one in recorder.batches(4):
-        ...         optimizer.zero_grad()
-        ...         loss(critic(x), one).backward()
-        ...         with recorder.source("generated"):
-        ...             loss(critic(torch.randn(4, 2)), torch.zeros(4, 1)).backward()
-        ...         optimizer.step()
-        >>> why = pk.KernelMachine(recorder.trajectory).explain(real[:1])
-        >>> why.shares.shape, why.sources
-        ((1, 16), {'generated': slice(8, 16, None)})
-        """
-        pending = self._pending
-        if not self._checked:
-            pending.first = partial(check_network, self._trajectory, self._live.vector())
-            self._checked = True
-        copies, pending.watcher.copies = pending.watcher.copies, True
-        try:
-            with pending.sources.of(name):
-                yield
-        finally:
-            pending.watcher.copies = copies
-
-    def _announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
-        with on_the_cpu():
-            self._trajectory.data.meet(batch.ids)
-            keep = keep if batch.has_targets else True
-            if not self._checked:
-                trial = partial(check_network, self._trajectory, self._live.vector())
-                wanted = self._keep if keep is None else keep
-                if not wanted and is_at_hand(self._trajectory.run, batch):
-                    trial(batch)
-                else:  # on what the network is given
-                    self._pending.first = trial
-                self._checked = True
-            self._capture.announce(batch, keep, handed_out)
-
-    @contextmanager
-    def channel(self, name: str) -> Iterator[None]:
-        r"""Book what is done inside under a name: edits of weights and gradients, gradients that go round the outputs.
-
-        Parameters
-        ----------
-        name
-            The channel of the explanation. Changes of parameters outside the optimizer that are not made in such a
-            block are booked as ``"unexplained"``; changes of gradients that are not are refused by the audit.
-
-        Notes
-        -----
-        Where a backward pass runs inside, the channel gets what it added to the gradients minus the announced samples'
-        part :math:`\sum_i J_i^\top \lambda_i` that came through the outputs: a gradient penalty, a loss on a hidden
-        layer, a regulariser on the weights. What is done to all gradients afterwards, such as clipping, is done to it.
-        """
-        capture = self._capture
-        inside = capture.opened is not None  # in a closure: the optimizer may have moved the parameters to look ahead
-        if not inside:
-            capture.note_change("unexplained")
-            capture.pending.forget_cleared()
-        before = {n: gradient.clone() for n, gradient in self._live.gradients().items()}
-        watcher = capture.pending.watcher
-        outer, watcher.channel = watcher.channel, name
-        try:
-            yield
-        finally:
-            watcher.channel = outer
-        if not inside:
-            capture.note_change(name)
-        edits = {n: g - before.get(n, torch.zeros_like(g)) for n, g in self._live.gradients().items()}
-        if any(bool(edit.any()) for edit in edits.values()):
-            self._check_one_stage(name)
-            edit = self._live.padded(edits)
-            capture.gradient_changes[name] = capture.gradient_changes.get(name, torch.zeros_like(edit)) + edit
-
-    def _check_one_stage(self, name: str) -> None:
-        rule = self._trajectory.rule
-        if rule.stages > 1:
-            raise RecordingError(
-                f"Gradients were edited under the name `{name}`, and a step of {rule.name} takes {rule.stages} of them",
-                "Edits of gradients are booked for optimizers that take one gradient in a step",
-                "Edit the weights after the step instead, or train with an optimizer that has one stage",
-            )
 
 
 def _equal(one: dict[str, tuple[Tensor, ...]], other: dict[str, tuple[Tensor, ...]]) -> bool:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pathkernel.errors import InputError
+from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.trajectory.averages import AverageRecord
 from pathkernel.trajectory.run import End
-from pathkernel.trajectory.schedule import Nothing
-from pathkernel.trajectory.step import Step
+from pathkernel.trajectory.schedule import Nothing, RecordingLevel
+from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.store import Store
-
-if TYPE_CHECKING:
-    from pathkernel.trajectory.trajectory import Trajectory
 
 FOLLOWED = 1e-3
 """By what a buffer of an average may differ from a rule that it is said to follow, relative to its change."""
@@ -26,7 +24,40 @@ ROUNDING = 1e-6
 """Rounding of an average before it is cut to a whole number, as torch does where a buffer is one."""
 
 
-def records_until(trajectory: Trajectory, step: int) -> int:
+class Path(Protocol):
+    """A recorded path, as far as its first part depends on it; `pathkernel.Trajectory` is one."""
+
+    @property
+    def store(self) -> Store:
+        """Its steps."""
+
+    @property
+    def schedule(self) -> RecordingLevel:
+        """What was kept of each step."""
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """Where each parameter lies in θ."""
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """Parameters outside θ and buffers at its start."""
+
+    @property
+    def final_buffers(self) -> Mapping[str, Tensor]:
+        """Buffers at its end that have changed."""
+
+    @property
+    def averages(self) -> dict[str, AverageRecord]:
+        """Averages of the weights, by name."""
+
+    def __len__(self) -> int: ...
+
+    def segments(self) -> Iterator[Segment]:
+        """Its straight pieces."""
+
+
+def records_until(trajectory: Path, step: int) -> int:
     """How many records the first ``step`` optimizer steps of a path take; on a thinned one these join several each.
 
     Raises
@@ -66,7 +97,7 @@ def _listed(nodes: range | list[int]) -> str:
     return ", ".join(map(str, shown))
 
 
-def end_after(whole: Trajectory, first: Trajectory) -> End:
+def end_after(whole: Path, first: Path) -> End:
     """Where the first part of a path ends: right after its last step, before anything else was changed.
 
     Parameters
@@ -81,7 +112,7 @@ def end_after(whole: Trajectory, first: Trajectory) -> End:
     return End(final_buffers=buffers, averages=averages, is_live=False)
 
 
-def _average_after(record: AverageRecord, whole: Trajectory, first: Trajectory) -> AverageRecord:
+def _average_after(record: AverageRecord, whole: Path, first: Path) -> AverageRecord:
     """An average as it was after the first steps of a path, its buffers as far as the record tells."""
     layout, updates = whole.layout, list(record.updates[: len(first)])
     if updates and updates[-1][1]:  # taken after changes that were made after the last of these steps
@@ -105,7 +136,7 @@ def _average_after(record: AverageRecord, whole: Trajectory, first: Trajectory) 
     return replace(record, updates=updates, last={**record.last, **last, **buffers}, unknown=unknown)
 
 
-def _buffers_after(record: AverageRecord, whole: Trajectory, steps: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _buffers_after(record: AverageRecord, whole: Path, steps: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Buffers of an average after some steps, and the names of those of which that is not known.
 
     On record are their first and their last values. They stay what they were, follow the network's own, or are averaged
@@ -135,7 +166,7 @@ def _buffers_after(record: AverageRecord, whole: Trajectory, steps: int) -> tupl
 
 
 def _averaged(
-    record: AverageRecord, names: Iterable[str], steps: Iterable[Step], whole: Trajectory, until: int
+    record: AverageRecord, names: Iterable[str], steps: Iterable[Step], whole: Path, until: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Buffers averaged as the weights are: after some steps, and after all of them."""
     now = {name: record.initial[name].double() for name in names}
@@ -148,7 +179,7 @@ def _averaged(
     return then, now
 
 
-def _own(name: str, buffers: Mapping[str, Tensor], whole: Trajectory) -> Tensor:
+def _own(name: str, buffers: Mapping[str, Tensor], whole: Path) -> Tensor:
     """A buffer of the network itself, where those that have changed are given."""
     return buffers.get(name, whole.constants[name])
 

@@ -678,7 +678,7 @@ def test_batches_that_are_only_looked_at_are_forgotten() -> None:
         for _ in range(20):
             for x, _ in recorder.batches(4):
                 model(x)
-        assert len(recorder._pending._announced) <= 2
+        assert len(recorder._capture.pending._announced) <= 2
 
 
 def test_loss_scaling_with_a_named_regularizer() -> None:

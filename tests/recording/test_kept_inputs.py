@@ -258,7 +258,7 @@ def test_worker_processes_persist():
     loader = DataLoader(TensorDataset(X, Y), batch_size=8, num_workers=1, persistent_workers=True)
     with pk.KernelRecorder(model, optimizer, CE, (X, Y)) as recorder:
         loop(model, optimizer, recorder.track(loader), as_it_is)
-        ((_, tracked),) = recorder._loaders._known.values()
+        ((_, tracked),) = recorder._parts.loaders._known.values()
         workers = tracked._iterator._workers
         loop(model, optimizer, recorder.track(loader), as_it_is)
         assert tracked._iterator._workers is workers and loader._iterator is None
