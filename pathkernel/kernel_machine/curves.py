@@ -145,7 +145,7 @@ class PathCurve(Curve):
     def _book_buffers(self, accumulator: Accumulator, view: GradientStep, later: GradientStep | None) -> None:
         """Book the effect of a change of buffers (running statistics) on f between a segment and the one after it."""
         buffers = self.trajectory.final_buffers if later is None else later.segment.buffers
-        if buffers is not view.segment.buffers:
+        if buffers is not view.segment.buffers and (buffers or view.segment.buffers):
             after = self.queries.under(buffers).values(view.segment.end) if later is None else later.start_value
             accumulator.channels["buffers"] += after - view.end_value
 

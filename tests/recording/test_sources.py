@@ -95,6 +95,30 @@ def test_a_source_is_read_back_from_disk(tmp_path: Any) -> None:
     np.testing.assert_allclose(why.shares[0, why.sources["generated"]], told["fakes"], atol=1e-14)
 
 
+@pytest.mark.parametrize("number", [None, 10])
+def test_a_source_without_data_is_read_back_from_disk(number: int | None, tmp_path: Any) -> None:
+    """Its samples are none of the data's, whose number is given or counted."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = nn.Linear(2, 1).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    X = torch.randn(12, 2, generator=generator(5)).double()
+    with (
+        pk.KernelRecorder(model, optimizer, data=number, store=tmp_path / "run", task="regression") as recorder,
+        recorder.source("rows"),
+    ):
+        for x in X.split(4):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    why = pk.KernelMachine(recorder.trajectory).explain(X[:2])
+    opened = pk.Trajectory.open(tmp_path / "run", model=model, data=number)
+    again = pk.KernelMachine(opened).explain(X[:2])
+    assert why.shares.shape == (2, 12 + (number or 0)) and again.sources == why.sources
+    np.testing.assert_array_equal(again.shares, why.shares)
+    assert list(again.channels) == list(why.channels)
+
+
 def test_a_frame_names_the_source() -> None:
     pytest.importorskip("pandas")
     _, _, told = train(record=True)
