@@ -71,8 +71,8 @@ TABLES = {
     "tests/tangent_kernel/test_layerwise.py": 2,
     "tests/update_rules/test_torch_optimizers.py": 2,
 }
-"""Large tables, of which every run takes the first and every so many rows; ``-m exhaustive`` takes the rest. Together they
-would take longer than all other tests."""
+"""Large tables, of which every run takes the first and every so many rows; ``-m exhaustive`` takes the rest. Together
+they would take longer than all other tests."""
 
 SMALL_TABLE = 8
 """Rows up to which a table is run whole."""
