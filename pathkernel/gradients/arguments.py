@@ -97,7 +97,7 @@ def call_of(
 
 
 def shared_arguments(shared: Mapping[Key, Any], dtype: torch.dtype, device: torch.device) -> Mapping[Key, Any]:
-    """What samples share, its tensors on a device, and in a floating type where that is the finer one."""
+    """Arguments that samples share, with tensors on a device, and in a floating type where that is the finer one."""
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(dict(shared))):
         return shared
 

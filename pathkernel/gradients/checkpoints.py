@@ -22,7 +22,7 @@ _READING = threading.local()
 
 
 class _Reentrant(torch_checkpoint.CheckpointFunction):
-    """What stands in for `torch.utils.checkpoint.CheckpointFunction`, which differentiates inside ``backward``."""
+    """Stand-in for `torch.utils.checkpoint.CheckpointFunction`, which differentiates inside ``backward``."""
 
     @classmethod
     def apply(cls, function: Any, preserve: bool, *arguments: Any) -> Any:

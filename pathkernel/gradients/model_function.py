@@ -104,7 +104,7 @@ class ModelFunction:
 
     @property
     def called(self) -> list[nn.Module]:
-        """What is called of the copy, one part after the other."""
+        """Modules of the copy that are called, one after the other."""
         return [self.module.get_submodule(name) for name in self.watch or ("",)]
 
     def with_(
@@ -225,7 +225,7 @@ class ModelFunction:
         return map_outputs(first, outputs) if self.axes.outputs else outputs
 
     def _run(self, inputs: PyTree) -> tuple[Any, int, Collection[int]]:
-        """What the network returned, and `BatchAxes.steps_of` of what it was given."""
+        """The network's own return value, and `BatchAxes.steps_of` of what it was given."""
         first, *others = self.called
         n, steps = 0, frozenset[int]()
         shared = shared_arguments(self.state.arguments, self.dtype, self.device) if self.state.arguments else {}

@@ -34,7 +34,7 @@ class AnnouncesSamples(ABC):
     @property
     @abstractmethod
     def _parts(self) -> Made:
-        """What watches."""
+        """Parts that watch."""
 
     def batches(
         self,

@@ -13,7 +13,7 @@ from pathkernel.trajectory.step import MicroBatch
 
 
 class CompiledCall:
-    """What is called before and after the compiled call of a module that was compiled in place, ``model.compile()``.
+    """Calls before and after the compiled call of a module that was compiled in place, ``model.compile()``.
 
     The module's hooks would be compiled with it, and between graphs that hooks break, rounding is another one.
 

@@ -255,7 +255,7 @@ class ForwardWatcher:
         self.ran(one)
 
     def _samples_first(self, call: SeenCall) -> Callable[[Tensor], Tensor]:
-        """What puts the samples first in the outputs of a pass."""
+        """Function that puts the samples first in the outputs of a pass."""
         if not self._axes.outputs:
             return self._axes.output_first
         n, steps = self._axes.steps_of(call.arguments)

@@ -66,7 +66,7 @@ class Part:
 
 @dataclass(frozen=True)
 class OwnStep:
-    """What one of several optimizers did.
+    """Part of a step that one of several optimizers took.
 
     Attributes
     ----------
@@ -158,7 +158,7 @@ class JointStep:
     def frozen(
         self, rule: UpdateRule, every: LiveParameters, gradient: Tensor, after: Tensor, settings: Settings
     ) -> Mapping[str, Frozen]:
-        """What is frozen in the step, by parameter name; found on reading where all of the rules allow it."""
+        """Constants that are frozen in the step, by parameter name; found on reading where all of the rules allow it."""
         states = [own.frozen.state for own in self.own.values() if isinstance(own.frozen, FrozenOnReading)]
         own_types = {own.after.dtype for own in self.own.values()} | {self.before.dtype}
         if len(states) < len(self.own) or len(own_types) > 1:

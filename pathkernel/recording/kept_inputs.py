@@ -1,4 +1,4 @@
-"""What the network was given in training, kept where it is not what the data hold under the announced ids."""
+"""Inputs of the network in training, kept where they are not what the data hold under the announced ids."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class KeptInputs:
         return same or not differing({"": leaf}, {"": other}, self.dtype)
 
     def take_differences(self) -> list[str]:
-        """What was noted."""
+        """Differences that were noted; they are noted no more."""
         found, self.differences = self.differences, []
         return found
 

@@ -187,7 +187,7 @@ class KeyframeKeeper:
 
     @property
     def checksum(self) -> int:
-        """That of θ when it was last looked at."""
+        """Checksum of θ when it was last looked at."""
         assert self._checksum is not None
         return self._checksum
 

@@ -36,11 +36,11 @@ class Groups(Protocol):
 
     @property
     def param_groups(self) -> Any:
-        """Its parameter groups, a list of dicts."""
+        """Parameter groups, a list of dicts."""
 
     @property
     def state(self) -> Any:
-        """Its state, by parameter."""
+        """State, by parameter."""
 
 
 class FlatViews:

@@ -1,4 +1,4 @@
-"""What watches a training run, made from what the user gave the recorder."""
+"""Parts of a recorder, made from what the user gave it."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class JointOptimizer:
         ]
 
     def marks(self, place: int) -> dict[str, int]:
-        """What joins the settings of an optimizer's groups."""
+        """Marks that join the settings of an optimizer's groups."""
         own = {OPTIMIZER: place}
         return {**own, RULE: self.places[place]} if isinstance(self.rule, JointRule) else own
 

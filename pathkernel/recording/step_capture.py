@@ -328,7 +328,7 @@ class StepCapture(StepChecks):
         )
 
     def _edits(self, active: frozenset[str] | None) -> dict[str, Tensor]:
-        """What was done to gradients under a name, of some parameters or of all."""
+        """Changes of gradients under a name, of some parameters or of all."""
         if active is None or not self.gradient_changes:
             return self.gradient_changes
         mask = torch.zeros_like(self.end_of_steps)

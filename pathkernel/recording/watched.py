@@ -1,4 +1,4 @@
-"""Which part of the network the loop calls."""
+"""The part of the network that the loop calls."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def known_rule(header: Header, rule: UpdateRule | None) -> UpdateRule:
 
 
 def _renamed(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """What a header says of a rule, by the names that classes have now."""
+    """A rule as a header has it, by the names that classes have now."""
     found = {**recorded, "class": current_name(recorded["class"])}
     return {**found, "parts": list(map(_renamed, found["parts"]))} if "parts" in found else found
 

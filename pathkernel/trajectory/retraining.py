@@ -30,7 +30,7 @@ class HoldsState(Protocol):
 
     @property
     def state(self) -> Any:
-        """Its state by parameter."""
+        """State by parameter."""
 
 
 def state_of(optimizer: HoldsState, named: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:

@@ -43,7 +43,7 @@ class Store(ABC):
     """Whether steps are no longer taken, because the disk gave out and training was to go on."""
 
     replays: bool = False
-    """Whether reading a step may mean to train it again."""
+    """True where reading a step may mean to train it again."""
 
     exists: bool = False
     """Whether steps of an earlier run are there, to be gone on with."""
@@ -131,7 +131,7 @@ class FirstSteps(Store):
 
     @property
     def replays(self) -> bool:  # type: ignore[override]
-        """Whether reading a step may mean to train it again."""
+        """True where reading a step may mean to train it again."""
         return self.inner.replays
 
     def __len__(self) -> int:

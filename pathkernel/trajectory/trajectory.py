@@ -336,7 +336,7 @@ class Trajectory:
 
     @property
     def arguments(self) -> Mapping[str | int, Any]:
-        """What the network was given in the last recorded pass that is of no sample; queries are given it, too."""
+        """Arguments of the last recorded pass that are of no sample; queries are given them, too."""
         if not len(self):
             return {}
         batches = self.store.summary(len(self) - 1).record.batches

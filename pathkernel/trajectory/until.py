@@ -29,11 +29,11 @@ class Path(Protocol):
 
     @property
     def store(self) -> Store:
-        """Its steps."""
+        """Steps on record."""
 
     @property
     def schedule(self) -> RecordingLevel:
-        """What was kept of each step."""
+        """Level of record."""
 
     @property
     def layout(self) -> ParameterLayout:
@@ -54,7 +54,7 @@ class Path(Protocol):
     def __len__(self) -> int: ...
 
     def segments(self) -> Iterator[Segment]:
-        """Its straight pieces."""
+        """Straight pieces of the path."""
 
 
 def records_until(trajectory: Path, step: int) -> int:

@@ -85,11 +85,11 @@ class JointRule(UpdateRule):
         return delta, (*own, *(torch.zeros_like(slot) for slot in memory[slots:]))
 
     def frozen(self, observed: Observation, settings: Settings) -> dict[str, Any]:
-        """What the part freezes."""
+        """Constants that the part freezes."""
         return self.of(settings).frozen(observed, settings)
 
     def keep_after(self, settings: Settings) -> tuple[str, ...] | None:
-        """What the part keeps."""
+        """Keys of the tensors that the part keeps."""
         return kept_after(self.of(settings), settings)
 
     def keeps_memory(self, settings: Settings) -> bool:
@@ -97,11 +97,11 @@ class JointRule(UpdateRule):
         return self.of(settings).keeps_memory(settings)
 
     def gradient_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
-        """Those of the part."""
+        """Terms that the part adds to the gradient."""
         return self.of(settings).gradient_sources(parameter, frozen, settings)
 
     def displacement_sources(self, parameter: Tensor, frozen: Frozen, settings: Settings) -> dict[str, Tensor]:
-        """Those of the part."""
+        """Terms that the part adds to the displacement."""
         return self.of(settings).displacement_sources(parameter, frozen, settings)
 
     def refusal(self, settings: Settings) -> str | None:
@@ -109,7 +109,7 @@ class JointRule(UpdateRule):
         return self.of(settings).refusal(settings)
 
     def preconditioner(self, shape: torch.Size, frozen: Frozen, settings: Settings, like: Tensor) -> Tensor:
-        """That of the part."""
+        """Preconditioner of the part."""
         return self.of(settings).preconditioner(shape, frozen, settings, like)
 
 
