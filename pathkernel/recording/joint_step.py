@@ -158,7 +158,7 @@ class JointStep:
     def frozen(
         self, rule: UpdateRule, every: LiveParameters, gradient: Tensor, after: Tensor, settings: Settings
     ) -> Mapping[str, Frozen]:
-        """Constants that are frozen in the step, by parameter name; found on reading where all of the rules allow it."""
+        """Constants that are frozen in the step, by parameter name; found on reading where all rules allow it."""
         states = [own.frozen.state for own in self.own.values() if isinstance(own.frozen, FrozenOnReading)]
         own_types = {own.after.dtype for own in self.own.values()} | {self.before.dtype}
         if len(states) < len(self.own) or len(own_types) > 1:
