@@ -47,6 +47,7 @@ def open_trajectory(
     regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None,
     optimizer: type[Optimizer] | None = None,
     returns: Returns = None,
+    at: int | None = None,
 ) -> Trajectory:
     """Open a trajectory; see `Trajectory.open`."""
     store = DiskStore.open(path)
@@ -55,14 +56,15 @@ def open_trajectory(
     samples = Samples(data, header.dtype)
     check_recorded_loss(loss)
     problems = mismatches(header, model, loss, samples, regularizers or {})
-    if not problems and header.end is not None and header.end.weights != identity.weights(model):
+    if not problems and at is None and header.end is not None and header.end.weights != identity.weights(model):
         problems = ["weights: they are not those at the end of the recording"]
     if problems:
         raise ModelMismatchError(
             f"`{path}` was recorded with other objects: {'. '.join(problems)}",
             "A trajectory is read with the network at the end of its recording, and with the loss and the data of the "
             "recording, so that nobody explains one network with another one's history",
-            "Load the weights that training ended with, and pass the same `loss=`, `data=` and `regularizers=`",
+            "Load the weights that training ended with, and pass the same `loss=`, `data=` and `regularizers=`; for "
+            "those of a checkpoint that was kept, say after how many steps: `at=step`",
         )
     recorded_rule = known_rule(header, rule)
     store.rule = recorded_rule
@@ -90,11 +92,26 @@ def open_trajectory(
     run = replace(run, reference=reference_outputs(store, samples))
     store.run = run
     learn_samples(samples, store)
-    check_outputs(f"Trajectory.open({str(path)!r})", run, header)
+    if at is None:
+        check_outputs(f"Trajectory.open({str(path)!r})", run, header)
     kept: Store = store
     if replayed is not None:
         kept = ReplayStore(store, Replay(run, replayed.kind, replayed.constants), replayed.threads)
-    return Trajectory(run, kept, lambda: _sensible(store, lambda: end_of(store, run)))
+    whole = Trajectory(run, kept, lambda: _sensible(store, lambda: end_of(store, run)))
+    return whole if at is None else _until(whole, at, f"Trajectory.open({str(path)!r}, at={at})")
+
+
+def _until(whole: Trajectory, at: int, asker: str) -> Trajectory:
+    """The path up to a step, whose weights the network has."""
+    first = whole.until(at)
+    if not torch.equal(first.run.live_parameters(first.dtype).to(first.final), first.final):
+        raise ModelMismatchError(
+            f"`{asker}` was given a network with other weights than after step {at}",
+            "The network of a checkpoint has the weights that training had when it was made",
+            "Load the checkpoint, or say after how many steps it was made",
+        )
+    first.check_model(asker)
+    return first
 
 
 def mismatches(

@@ -191,6 +191,7 @@ class Trajectory:
         regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None = None,
         optimizer: type[Optimizer] | None = None,
         returns: Returns = None,
+        at: int | None = None,
     ) -> Trajectory:
         """A trajectory that was recorded with ``store=path``, with the objects that it was recorded with.
 
@@ -211,6 +212,9 @@ class Trajectory:
             The class of an optimizer of your own, for a recording with keyframes; those of torch are found by name.
         returns
             As given to the recorder, where that was a function; a key or an index is on record.
+        at
+            Where the network has the weights of a checkpoint that was kept: after how many steps it was made. The path
+            ends there, as that of `until`.
 
         Raises
         ------
@@ -224,7 +228,7 @@ class Trajectory:
         """
         from pathkernel.storage.opening import open_trajectory  # not before it is needed
 
-        return open_trajectory(path, model, loss, data, rule, regularizers, optimizer, returns)
+        return open_trajectory(path, model, loss, data, rule, regularizers, optimizer, returns, at)
 
     def __getstate__(self) -> dict[str, Any]:
         """All parts, those that were not read yet included, but the lock; a store on disk travels as its path."""

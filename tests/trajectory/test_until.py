@@ -226,3 +226,20 @@ def test_forward_that_was_changed_since() -> None:
     run.model[2] = nn.ReLU()
     with pytest.raises(ModelMismatchError, match="at the start of the recording"):
         pk.KernelMachine(run.trajectory, at=3)
+
+
+@pytest.mark.parametrize("level", [pk.Every(), pk.Keyframes(3)], ids=["every", "keyframes"])
+def test_store_is_opened_with_the_checkpoint_that_was_kept(level: Any, tmp_path: Path) -> None:
+    """In a later process, where only the best weights are left: ``Trajectory.open(at=step)``."""
+    run = Run(schedule=level, store=tmp_path / "run")
+    run.model.load_state_dict(run.kept[3][0])
+    with pytest.raises(ModelMismatchError, match="at=step"):
+        pk.Trajectory.open(tmp_path / "run", model=run.model, data=run.data)
+    with pytest.raises(ModelMismatchError, match="other weights than after step 2"):
+        pk.Trajectory.open(tmp_path / "run", model=run.model, data=run.data, at=2)
+    opened = pk.Trajectory.open(tmp_path / "run", model=run.model, data=run.data, at=3)
+    assert len(opened) == 3
+    machine = pk.KernelMachine(opened)
+    np.testing.assert_allclose(machine.decision_function(QUERIES), run.outputs(3), atol=1e-12)
+    why = machine.explain(QUERIES, outputs=1)
+    np.testing.assert_allclose(why.reconstruction, run.outputs(3)[:, 1], atol=1e-12)
