@@ -231,7 +231,8 @@ def learn_samples(data: Samples, store: DiskStore) -> None:
     if data.announced:
         for index in range(len(store) if data.limit is None and not count else min(1, len(store))):
             for batch in store.read(index).batches:
-                data.meet(batch.ids)
+                if batch.source is None:
+                    data.meet(batch.ids)
                 if batch.inputs is not None:
                     data.note(batch.inputs)
 
