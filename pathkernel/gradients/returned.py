@@ -134,6 +134,8 @@ def selected(returned: Any, returns: Returns) -> Any:
                 "Write for example `returns=lambda returned: returned.logits`",
             ) from found
         return found
+    if isinstance(returned, Tensor):  # as networks do that return more in training, or with labels, alone
+        return returned
     try:
         if isinstance(returns, str) and not isinstance(returned, Mapping):
             return getattr(returned, returns)

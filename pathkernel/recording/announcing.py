@@ -16,7 +16,7 @@ from pathkernel._typing import PyTree
 from pathkernel.errors import RecordingError, SampleIdError
 from pathkernel.gradients.pytrees import copied_samples
 from pathkernel.recording.announced_batch import checked_batch, checked_ids
-from pathkernel.recording.indexed import IdsOf, IndexedBatch
+from pathkernel.recording.indexed import IdsOf, IndexedBatch, NumberedBatch
 from pathkernel.recording.kept_inputs import handed_out
 from pathkernel.recording.made import Made
 from pathkernel.recording.trial import check_network, is_at_hand
@@ -75,20 +75,21 @@ class AnnouncesSamples(ABC):
         Parameters
         ----------
         loader
-            A `torch.utils.data.DataLoader` over a map-style dataset, whose samples have their places in it as ids; or
-            any iterable of batches, whose samples are counted as they come (anew for each loader where ``data`` is
-            their number, on and on where it is not given).
+            A `torch.utils.data.DataLoader` over a map-style dataset, whose samples have their places in it as ids (in
+            the data, where it is a `torch.utils.data.Subset` of these); or any iterable of batches, whose samples are
+            counted as they come (anew for each loader where ``data`` is their number, on and on where it is not given).
         keep
             True keeps the arguments that the network is given, and ids alone where ``data`` hold the same to the last
             bit: for random augmentation, scaling in the loop, padding. By default, the first batches and audited ones
             are compared: where the network was given the loader's own tensors and these differ from the data, they are
-            kept from there on; where it was given something else, the step is refused, since ids may be wrong.
+            kept from there on; where it was given something else, or ids are from a field, the step is refused, since
+            ids may be wrong.
         ids
             Where ids are in a batch: a key, a place, or a function of the batch.
         """
-        for found, batch in self._parts.loaders.batches(loader, ids):
-            self._announce(MicroBatch(checked_ids(found, self._parts.trajectory.data.limit)), keep, handed_out(batch))
-            yield batch
+        for batch in self._parts.loaders.batches(loader, ids):
+            self._announce_indexed(batch, keep)
+            yield batch.batch
 
     def take_ids(self, batch: IndexedBatch, *, keep: bool | None = None) -> Any:
         """Announce the samples of a batch of `pathkernel.indexed`, and return it without their ids.
@@ -108,9 +109,13 @@ class AnnouncesSamples(ABC):
                 "Batches with the ids of their samples come from `pathkernel.indexed(loader)`",
                 "Write `recorder.take_ids(batch)` for `batch in pk.indexed(loader)`",
             )
-        found = MicroBatch(checked_ids(batch.ids, self._parts.trajectory.data.limit))
-        self._announce(found, keep, handed_out(batch.batch))
+        self._announce_indexed(batch, keep)
         return batch.batch
+
+    def _announce_indexed(self, batch: IndexedBatch, keep: bool | None) -> None:
+        found = MicroBatch(checked_ids(batch.ids, self._parts.trajectory.data.limit))
+        # Ids that were counted, or stand in a field, may be of other samples: what differs is not kept by itself.
+        self._announce(found, keep, () if isinstance(batch, NumberedBatch) else handed_out(batch.batch))
 
     def announce(
         self, ids: Any, weights: Any = None, inputs: PyTree = None, targets: PyTree = None

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from pathkernel.errors import SampleIdError
 from pathkernel.gradients.batch_axes import BatchAxis
@@ -29,6 +29,10 @@ class IndexedBatch(NamedTuple):
 
     ids: Tensor
     batch: Any
+
+
+class NumberedBatch(IndexedBatch):
+    """A batch whose ids were not collected with its samples: they were counted, or are what a field of it says."""
 
 
 class IndexedDataset(Dataset):
@@ -133,10 +137,10 @@ class CountedBatches:
                 yield batch
                 continue
             if self.ids is not None:
-                yield IndexedBatch(ids_in(batch, self.ids), batch)
+                yield NumberedBatch(ids_in(batch, self.ids), batch)
                 continue
             first, self.counted = self.counted, self.counted + self._samples(batch)
-            yield IndexedBatch(torch.arange(first, self.counted), batch)
+            yield NumberedBatch(torch.arange(first, self.counted), batch)
 
     def _samples(self, batch: Any) -> int:
         leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim]
@@ -204,6 +208,43 @@ def indexed(loader: Iterable[Any], ids: IdsOf = None) -> Any:
     return with_ids(loader) if ids is None and is_map_style(loader) else CountedBatches(loader, ids)  # type: ignore[arg-type]
 
 
+def places_in(data: Samples, dataset: Any) -> Tensor | None:
+    """Places in the training data of the items of a `torch.utils.data.Subset` of them, as `random_split` makes it.
+
+    None where the items have their own places there: the dataset is the data, or is as long as these.
+    """
+    dataset = dataset.dataset if isinstance(dataset, IndexedDataset) else dataset
+    levels: list[tuple[Any, Tensor | None]] = [(dataset, None)]
+    while isinstance(dataset, Subset):
+        indices = torch.as_tensor([int(place) for place in dataset.indices], dtype=torch.int64)
+        last = levels[-1][1]
+        dataset = dataset.dataset
+        levels.append((dataset, indices if last is None else indices[last]))
+    of_data = data.dataset.dataset if isinstance(data.dataset, IndexedDataset) else data.dataset
+    known = [places for level, places in levels if level is of_data]
+    alike = [places for level, places in levels if hasattr(level, "__len__") and len(level) == data.limit]
+    return next(iter((*known, *alike)), None)
+
+
+class PartOfData:
+    """A loader over a subset of the training data, with ids that are places in all of them.
+
+    Parameters
+    ----------
+    loader
+        Yields `IndexedBatch`.
+    places
+        In the data, of the items of the loader's dataset.
+    """
+
+    def __init__(self, loader: Iterable[IndexedBatch], places: Tensor) -> None:
+        self.loader, self.places = loader, places
+
+    def __iter__(self) -> Iterator[IndexedBatch]:
+        for ids, batch in self.loader:
+            yield IndexedBatch(self.places[ids], batch)
+
+
 class TrackedLoaders:
     """Loaders that a recorder goes through, each of which is made to yield ids once.
 
@@ -235,7 +276,9 @@ class TrackedLoaders:
 
     def _with_ids(self, loader: Any, ids: IdsOf) -> Iterable[IndexedBatch]:
         if ids is None and is_map_style(loader):
-            return loader if isinstance(loader.collate_fn, IndexedCollate) else with_ids(loader)
+            places = places_in(self.data, loader.dataset)
+            found = loader if isinstance(loader.collate_fn, IndexedCollate) else with_ids(loader)
+            return found if places is None else PartOfData(found, places)
         if isinstance(loader, CountedBatches):
             return loader
         if ids is None and not self.data.announced:

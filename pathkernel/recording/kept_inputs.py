@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
+from pathkernel.errors import SampleIdError
 from pathkernel.gradients.arguments import Key, arguments_of, keyed
 from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.model_function import ModelFunction
@@ -86,6 +87,8 @@ class KeptInputs:
         n, reader = len(batch.ids), self.reader
         samples, shared = reader.read(call, n)
         if not samples:
+            if self.data.announced and batch.inputs is None:
+                raise _without_samples(call, n)
             return batch.inputs, shared
         if not batch.has_targets and batch.inputs is None:  # rows that are none of the data's
             return self._kept(samples, call), shared
@@ -146,6 +149,18 @@ class KeptInputs:
         """Differences that were noted; they are noted no more."""
         found, self.differences = self.differences, []
         return found
+
+
+def _without_samples(call: SeenCall, n: int) -> SampleIdError:
+    """The refusal of a pass none of whose arguments has a row for each announced sample."""
+    leaves = [leaf for leaf in pytree.tree_leaves(dict(call.arguments)) if isinstance(leaf, Tensor)]
+    shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves) or "none"
+    return SampleIdError(
+        f"{n} samples were announced, and the network was given no tensor with {n} rows (shapes: {shapes})",
+        "Where the data are not at hand, what the network is given is kept: tensors with one row for each sample",
+        "Say along which axis samples lie, `KernelRecorder(..., batch_axis=1)`, or announce the ids of the samples "
+        "that this pass is of",
+    )
 
 
 def handed_out(batch: Any) -> tuple[Tensor, ...]:

@@ -114,7 +114,8 @@ class PendingBatches:
 
     def announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
         """Take note of the samples of the next backward pass; see `AnnouncedBatch`."""
-        self._announced = [one for one in self._announced if one.used]
+        waits = None if batch.source is None else self._of_data  # passes of a source may come before its own
+        self._announced = [one for one in self._announced if one.used or one is waits]
         modes = self._modules.modes()
         if modes != self._unseen.modes:
             self._unseen = ForwardState(modes)
@@ -176,7 +177,12 @@ class PendingBatches:
     @property
     def last(self) -> MicroBatch | None:
         """The batch that was announced last; None where nothing is pending."""
-        return self._announced[-1].batch if self._announced else None
+        return None if self._of_data is None else self._of_data.batch
+
+    @property
+    def _of_data(self) -> AnnouncedBatch | None:
+        """The batch that was announced last, by the loop itself: passes outside of sources are of none."""
+        return next((one for one in reversed(self._announced) if one.batch.source is None), None)
 
     def scale_of_loss(self, scale: float) -> None:
         """Divide by what the loss of the step at hand was multiplied with: its gradients have been divided by it."""
@@ -203,10 +209,10 @@ class PendingBatches:
     @property
     def _ahead(self) -> AnnouncedBatch | None:
         """The last batch, where it came while those before it were under way, as loaders that fetch ahead give it."""
-        if not self._announced or not any(one.used for one in self._announced[:-1]):
+        last = self._of_data
+        if last is None or last.ran is not None or last.used:
             return None
-        last = self._announced[-1]
-        return last if last.ran is None and not last.used else None
+        return last if any(one.used for one in self._announced) else None
 
     def release(self) -> None:
         """No further optimizer steps by a batch that has been stepped by."""
@@ -218,7 +224,7 @@ class PendingBatches:
     def forget(self) -> None:
         """Let go of what was announced."""
         if self.several and self._announced:
-            self._spent = self._announced[-1]
+            self._spent = self._of_data or self._announced[-1]
         for stranger in self._strangers:
             stranger.forget()
         for one in self._announced:
@@ -232,7 +238,9 @@ class PendingBatches:
         if self.sources.name is not None and one.call is not None:
             counted = self.sources.batch(one.call, self.inputs.reader)
             self.announce(counted, keep=True)
-        last = self._announced[-1] if self._announced else self._spent
+            last: AnnouncedBatch | None = self._announced[-1]
+        else:
+            last = self._of_data if self._announced else self._spent
         if last is not None:
             last.waiting.append(weakref.ref(one))
             last.ran = one.state, one.shapes
@@ -267,14 +275,16 @@ class PendingBatches:
             if one is not kept:
                 one.drop()
         self._strangers, self._taken, self.watcher.differentiated = [], None, set()
-        self._announced = [one for one in self._announced if one.used or one is self._announced[-1]]
+        last = (*self._announced[-1:], self._of_data)
+        self._announced = [one for one in self._announced if one.used or one in last]
         self.dropped()
 
     def _pass_arrived(self, one: ForwardPass) -> None:
         owner = one.owner
-        if owner is None or (owner.passes and one not in owner.passes and self.stages == 1):
+        again = owner is not None and owner.batch.source is None and owner.passes and one not in owner.passes
+        if owner is None or (again and self.stages == 1):
             # It may be of a batch that was announced after the pass, and before its backward pass.
-            last = self._announced[-1] if self._announced else None
+            last = self._of_data
             if last is not None and not last.used:
                 owner = one.owner = last
         self._taken = None

@@ -286,3 +286,16 @@ def test_what_is_no_part_is_refused(watch):
     with pytest.raises(InputError, match="no part of the Container") as caught:
         pk.KernelRecorder(model, torch.optim.SGD(model.parameters(), lr=0.1), CE, points(), watch=watch)
     assert "'head'" in str(caught.value)
+
+
+def test_samples_on_another_axis_are_asked_for_where_the_data_are_not_at_hand() -> None:
+    """Time first, five steps of three samples, and nobody said so."""
+    rnn = nn.GRU(2, 4)
+    optimizer = torch.optim.SGD(rnn.parameters(), lr=0.1)
+    with (
+        pytest.raises(pk.errors.SampleIdError, match=r"no tensor with 3 rows \(shapes: \(5, 3, 2\)\).*batch_axis=1"),
+        pk.KernelRecorder(rnn, optimizer, data=9, returns=0) as recorder,
+    ):
+        recorder.announce([0, 1, 2])
+        rnn(torch.randn(5, 3, 2))[0].sum().backward()
+        optimizer.step()

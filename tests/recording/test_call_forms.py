@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -227,3 +228,35 @@ def test_an_argument_that_holds_both_is_refused():
         recorder.announce(torch.arange(4))
         model(X[:4], {"rows": torch.ones(4), "scale": 2.0}).sum().backward()
         optimizer.step()
+
+
+class Auxiliary(nn.Module):
+    """Returns more in training than in evaluation, as torchvision's Inception does, or more with labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.auxiliary = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+        z = self.body(x)
+        if self.training:
+            return z, self.auxiliary(x)
+        return z
+
+
+@pytest.mark.parametrize("returns", [0, lambda returned: returned[0] if isinstance(returned, tuple) else returned])
+def test_a_tensor_that_is_returned_alone_is_the_outputs(returns: Any) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3), torch.randint(2, (6,))
+    model = Auxiliary()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pk.KernelRecorder(model, optimizer, data=(x, y), returns=returns, task="classification") as recorder:
+        for features, target in recorder.batches(3):
+            optimizer.zero_grad()
+            z, _ = model(features)
+            nn.functional.cross_entropy(z, target).backward()
+            optimizer.step()
+    why = pk.KernelMachine(recorder.trajectory).explain(x[:2], outputs=1)
+    with torch.no_grad():
+        assert torch.allclose(torch.as_tensor(why.output).float(), model.eval()(x[:2])[:, 1], atol=1e-5)
+    assert why.residual.max() < 1e-5

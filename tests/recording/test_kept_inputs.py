@@ -378,6 +378,32 @@ def test_ids_from_a_field(ids):
     assert recorder.trajectory.store.read(0).batches[0].inputs is None
 
 
+class Mislabelled(IterableDataset):
+    def __iter__(self):
+        for i in range(N):
+            yield {"x": X[i], "y": Y[i], "index": (i + 1) % N}
+
+
+def counted(recorder):
+    """Batches in another order than the data, counted as they come."""
+    order = torch.arange(N).roll(5).split(8)
+    return (recorder.take_ids(batch) for batch in pk.indexed([{"x": X[i], "y": Y[i]} for i in order]))
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [lambda recorder: recorder.track(DataLoader(Mislabelled(), batch_size=8), ids="index"), counted],
+    ids=["field", "counted"],
+)
+def test_ids_that_did_not_come_with_their_samples_are_compared_with_the_data(batches):
+    """What differs from the data is kept by itself only where ids were collected with the samples."""
+    model, optimizer = prepared(CASES["nothing"])
+    before = model.weight.clone()
+    with pytest.raises(SampleIdError, match="keep=True"), pk.KernelRecorder(model, optimizer, CE, (X, Y)) as recorder:
+        loop(model, optimizer, batches(recorder), lambda b: (b["x"], b["y"]))
+    assert torch.equal(model.weight, before)
+
+
 def test_a_field_that_is_not_there():
     recorder = pk.KernelRecorder(*prepared(CASES["nothing"]), CE, (X, Y))
     with pytest.raises(SampleIdError, match="'x', 'y', 'index'"):

@@ -182,6 +182,19 @@ def test_levels_of_record_go_on_where_a_process_died(tmp_path: Path, level: str)
     same_trajectories(whole, resumed)
 
 
+@pytest.mark.parametrize("at", [5, 8])
+def test_keyframes_go_on_where_the_optimizer_remembers_nothing(tmp_path: Path, at: int) -> None:
+    """SGD without momentum has no state, and its retraining an empty one for each parameter."""
+    whole, _ = Plain("sgd").train(12, None, pk.Keyframes(4))
+    first = Plain("sgd")
+    first.train(at, tmp_path / "run", pk.Keyframes(4))
+    checkpoint = first.checkpoint()
+    second = Plain("sgd")
+    second.restore(checkpoint)
+    resumed, _ = second.train(12, tmp_path / "run", pk.Keyframes(4))
+    same_trajectories(whole, resumed)
+
+
 def test_keyframes_go_on_with_the_whole_optimizer(tmp_path: Path) -> None:
     """Its state is trained again up to the checkpoint, and compared to the last bit."""
     first = Plain("adam")
