@@ -171,7 +171,7 @@ def test_average_whose_counter_is_rounded() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
     x, y = make_inputs(SAMPLES, dtype=torch.float32), torch.randint(3, (SAMPLES,), generator=generator(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     with pk.KernelRecorder(model, optimizer, CE, data=(x, y), averages={"ema": average}) as recorder:
         for step in range(30):
             recorder.announce((torch.arange(6) + step) % SAMPLES)
