@@ -65,10 +65,12 @@ def check_unexplained(
     if size <= allowed * moved:
         return
     where, write = _most_unexplained(trajectory, discrepancies)
+    part = size / max(moved, 1e-300)  # changes that took back what training did are larger than what is left
+    enough = max(1.0, float(f"{2 * part:.1g}"))
     raise TrajectoryError(
-        f"{size / max(moved, 1e-300):.1%} of what moved these outputs is unexplained; most of it is {where}",
+        f"{part:.1%} of what moved these outputs is unexplained; most of it is {where}",
         f"No more than {allowed:.1%} may come from changes that no sample and no named channel stands for",
-        f"{write}, or allow more with `KernelMachine(..., unexplained=1.0)`",
+        f"{write}, or allow more with `KernelMachine(..., unexplained={enough})`",
     )
 
 

@@ -14,7 +14,7 @@ from pathkernel.errors import RecordingError
 from pathkernel.recording.joint_step import JointStep, OwnStep, Part
 from pathkernel.recording.loss_scale import loss_scale
 from pathkernel.recording.open_step import OpenStep
-from pathkernel.recording.optimizers import JointOptimizer
+from pathkernel.recording.optimizers import JointOptimizer, refuse_shared
 from pathkernel.recording.readings import Reading, StepHooks
 from pathkernel.recording.step_capture import StepCapture, is_scaled
 from pathkernel.runtime.interrupts import defer_interrupts
@@ -50,7 +50,7 @@ class JointCapture(StepCapture):
             for place, one in enumerate(optimizers)
         ]
         watcher = self.pending.watcher
-        watcher.enters = self.settle
+        watcher.enters = self._pass_enters
         watcher.ended = partial(self.settle, ended=True)
         if not isinstance(watcher.begins, _Settling):
             watcher.begins = _Settling(self, watcher.begins)
@@ -112,6 +112,7 @@ class JointCapture(StepCapture):
         members = self.live.members
         if members is not self._members:
             both = self._both()
+            refuse_shared(both.optimizers)
             found = enumerate(zip(both.optimizers, both.rules, strict=True))
             self._parts = [Part(place, one, rule, both.marks(place), self.live) for place, (one, rule) in found]
             self._members = members
@@ -169,7 +170,13 @@ class JointCapture(StepCapture):
             self.pending.release()
         # Within a backward pass it is known when that ends which samples it is of.
         known = closure is None and not in_backward
-        joint = self._begun(in_backward, known) if self.joint is None else self.joint
+        if self.joint is None:
+            joint = self._begun(in_backward, known)
+        else:
+            joint = self.joint
+            if self._loads.state:
+                self._check_loads()
+                self._loads.state = True  # it may be that of one that has stepped, and then tells of the next step
         part = self.parts()[place]
         before = part.live.vector()
         if not torch.equal(part.of(joint.at, before), before):
@@ -187,6 +194,7 @@ class JointCapture(StepCapture):
     def _begun(self, in_backward: bool, known: bool) -> JointStep:
         """A step that the first optimizer is about to begin."""
         self._check_parameters()
+        self._check_loads()
         self.pending.scale_of_loss(loss_scale())
         if known:
             self._check_pending()
@@ -229,6 +237,13 @@ class JointCapture(StepCapture):
         part.into(joint.at, after)
         if len(joint.own) == len(self.hooks) and not joint.in_backward:
             self.settle()
+
+    def _pass_enters(self) -> None:
+        """End the step before a forward pass; not before one with other tensors, which `functional_call` lends."""
+        if self.joint is not None:
+            found = dict(self._model.named_parameters())
+            if all(found.get(name) is p for name, p in self.live.named.items()):
+                self.settle()
 
     # -- the step is put together -------------------------------------------------------------------------------
 

@@ -225,13 +225,11 @@ class LiveParameters:
         return tuple(dict.fromkeys(key for keys in wanted for key in keys))  # type: ignore[union-attr]
 
     def fresh(self, rule: UpdateRule) -> frozenset[str]:
-        """Parameters with a gradient and without linear memory."""
+        """Parameters without linear memory, whether they have a gradient or not: with a closure none has one yet."""
         if not rule.memory:
             return frozenset()
-        active = self.active()
         states = zip(self.named, self._states(), strict=True)
-        without = [name for name, state in states if name in active and _lacks(state, rule.memory)]
-        return active if len(without) == len(active) else frozenset(without)
+        return frozenset(name for name, state in states if _lacks(state, rule.memory))
 
     def state_vectors(self, keys: tuple[str, ...]) -> dict[str, Tensor]:
         """Tensors of the optimizer's state as vectors (P,), copies, zero where a parameter has none."""

@@ -28,7 +28,8 @@ class OpenStep:
     keys
         Keys of the state tensors to keep after the step; None where the rule looks at the live state.
     vectors, fresh
-        Of the state before the step, where it does not; see `pathkernel.trajectory.frozen_state.OptimizerState`.
+        Of the state before the step, where it does not; see `pathkernel.trajectory.frozen_state.OptimizerState`. Those
+        without a gradient are among the fresh: it may only arrive inside the step.
     states
         Where it does: the optimizer's state by parameter; see `pathkernel.update_rules.rule.Observation`.
     active
@@ -72,7 +73,9 @@ class OpenStep:
         if self.keys is not None:
             vectors = live.state_vectors(self.keys)
             numbers = live.state_numbers(rule.numbers_after, active)
-            state = OptimizerState(self.vectors, vectors, numbers, self.fresh, device)
+            # One set for many steps: most often all have a memory, or none.
+            fresh = active if self.fresh >= active else self.fresh & active
+            state = OptimizerState(self.vectors, vectors, numbers, fresh, device)
             evaluate = partial(frozen_in, rule, layout)
             return FrozenOnReading(state, evaluate, before, gradient, after, active, live.groups, settings)
         at, received, moved = (layout.unflatten(v) for v in (before, gradient, after - before))

@@ -115,7 +115,7 @@ def unwrapped_optimizers(given: Any, rule: Any = None) -> list[Optimizer]:
             "Several optimizers are given as a list with each of them once",
             "Write `KernelRecorder(model, [muon, adamw], ...)`",
         )
-    _refuse_shared(found)
+    refuse_shared(found)
     return found
 
 
@@ -148,7 +148,14 @@ def _refuse_two_passes(optimizer: Optimizer) -> None:
         )
 
 
-def _refuse_shared(optimizers: Sequence[Optimizer]) -> None:
+def refuse_shared(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that hold a parameter together.
+
+    Raises
+    ------
+    RecordingError
+        For a parameter in two of them.
+    """
     holders: dict[int, Optimizer] = {}
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group["params"]):

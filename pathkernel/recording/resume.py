@@ -132,7 +132,7 @@ def _joined(
         "another path",
     )
     buffers = moved(_buffers(run.model, store, place.steps, start["constants"], end), store.device)
-    learn_samples(run.data, store)
+    learn_samples(run.data, store, place.steps)
     reference = reference_outputs(store, run.data)
     run = replace(run, reference=reference)
     if reference is not None:

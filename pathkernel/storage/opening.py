@@ -237,18 +237,30 @@ def known_returns(header: Header, returns: Returns) -> Returns:
     return returns if recorded == FUNCTION else recorded
 
 
-def learn_samples(data: Samples, store: DiskStore) -> None:
-    """Tell samples what is on record of them: how many were counted, and how they look."""
+def learn_samples(data: Samples, store: DiskStore, steps: int | None = None) -> None:
+    """Tell samples what is on record of them: how many were counted, and how they look.
+
+    Parameters
+    ----------
+    data, store
+        The samples, and the record.
+    steps
+        How many records of it count; all by default. Those behind a checkpoint that is gone on from come again.
+    """
     assert store.header is not None
     count, lengths = (0, []) if store.header.end is None else store.header.end.samples
-    if count:
+    steps = len(store) if steps is None else steps
+    if count and steps == len(store):
         data.meet(torch.tensor([count - 1]))
+    else:
+        count = 0
     if lengths:
         data.note_lengths(lengths)
     if data.announced:
-        for index in range(len(store) if data.limit is None and not count else min(1, len(store))):
+        counted = steps if data.limit is None and not count else 0
+        for index in range(max(counted, min(1, len(store)))):
             for batch in store.read(index).batches:
-                if batch.source is None:  # other ids are those of the source
+                if index < counted and batch.source is None:  # others are counted by their sources
                     data.meet(batch.ids)
                 if batch.inputs is not None:
                     data.note(batch.inputs)

@@ -363,11 +363,14 @@ class Trajectory:
         """Refuse an empty path, one of which too little was kept, and a model that is no longer the recorded one."""
         self.schedule.require(asker)
         if not len(self):
+            record = "Call `optimizer.step()` inside `with KernelRecorder(...) as recorder:` before using "
             raise TrajectoryError(
                 f"`{asker}` was given a trajectory with no steps",
                 "A path needs at least one recorded optimizer step",
-                "Call `optimizer.step()` inside `with KernelRecorder(...) as recorder:` before using "
-                "`recorder.trajectory`",
+                f"{record}`recorder.trajectory`"
+                if self.end.is_live
+                else "Write `until(1)` or `at=1`, or a later "
+                "step: at 0 the network is the untrained one, in whose outputs no sample has a share",
             )
         self.check_model(asker)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pathkernel.errors import InputError
 from pathkernel.gradients.parameters import ParameterLayout
@@ -34,6 +37,10 @@ class Path(Protocol):
     @property
     def schedule(self) -> RecordingLevel:
         """Level of record."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Network of the run."""
 
     @property
     def layout(self) -> ParameterLayout:
@@ -70,6 +77,7 @@ def records_until(trajectory: Path, step: int) -> int:
     store, schedule = trajectory.store, trajectory.schedule
     if isinstance(schedule, Nothing):
         schedule.require("Trajectory.until")
+    step = step_number(step)
     whole = isinstance(step, int) and not isinstance(step, bool)
     thinned = getattr(schedule, "every", 1) > 1
     nodes = _nodes(store) if thinned else range(len(store) + 1)
@@ -83,6 +91,14 @@ def records_until(trajectory: Path, step: int) -> int:
         "end of the whole trajectory",
         f"Write `trajectory.until({below})`; for the end of the record, leave `until` and `at=` out",
     )
+
+
+def step_number(given: Any) -> Any:
+    """An integer of numpy or a tensor of one as Python's own, as ``argmin`` gives them; anything else as it is."""
+    if isinstance(given, (np.integer, Tensor)) and getattr(given, "dtype", None) != torch.bool:
+        with contextlib.suppress(TypeError):  # of a tensor that is no whole number
+            return operator.index(given)
+    return given
 
 
 def _nodes(store: Store) -> list[int]:
@@ -161,8 +177,26 @@ def _buffers_after(record: AverageRecord, whole: Path, steps: int) -> tuple[dict
         return found, ()
     steps_of = (whole.store.summary(index).record for index in range(len(record.updates)))
     then, end = _averaged(record, rest, steps_of, whole, steps)
-    unknown = tuple(name for name in rest if not _close(end[name], record.last[name].double(), record.initial[name]))
+    counters = _counters(whole.model)
+    unknown = tuple(
+        name
+        for name in rest
+        if name not in counters and not _close(end[name], record.last[name].double(), record.initial[name])
+    )
     return found | {name: then[name].to(record.last[name].dtype) for name in rest}, unknown
+
+
+def _counters(model: nn.Module) -> set[str]:
+    """Counters of batches in batch normalisation, which no evaluation reads.
+
+    Averaged and cut to a whole number at each update, they come out one less or more by rounding alone, and differ from
+    then on.
+    """
+    return {
+        f"{name}.num_batches_tracked" if name else "num_batches_tracked"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
 
 
 def _averaged(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -657,6 +658,25 @@ def test_an_unnamed_change_after_the_last_step_is_found_too() -> None:
     with pytest.raises(errors.TrajectoryError, match=r"a change of `0.bias` by 1.1 after the last step"):
         pk.KernelMachine(run).explain(queries())
     complete(run, ["unexplained"], unexplained=10.0)
+
+
+def test_what_is_advised_lets_through_changes_larger_than_what_is_left() -> None:
+    """Weights set most of the way back by hand took more than training left."""
+    model = make_model()
+    start = [p.detach().clone() for p in model.parameters()]
+
+    def after(k: int, recorder: pk.KernelRecorder) -> None:
+        if k == len(BATCHES) - 1:
+            with torch.no_grad():
+                for p, before in zip(model.parameters(), start, strict=True):
+                    p.lerp_(before, 0.8)
+
+    run = train(model, momentum(model), after=after)
+    with pytest.raises(errors.TrajectoryError, match=r"[1-9]\d\d\.\d% of what moved these outputs is unexpl") as caught:
+        pk.KernelMachine(run).explain(queries())
+    advised = re.search(r"unexplained=([\d.]+)\)", caught.value.write)
+    assert advised is not None
+    complete(run, ["unexplained"], unexplained=float(advised[1]))
 
 
 def test_small_unnamed_changes_are_let_through() -> None:

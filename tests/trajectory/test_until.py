@@ -165,6 +165,28 @@ def test_average_at_a_step(average: Callable[[nn.Module], AveragedModel], tmp_pa
             np.testing.assert_allclose(why.reconstruction, expected[:, 0], atol=1e-12)
 
 
+def test_average_whose_counter_is_rounded() -> None:
+    """Cut to a whole number from the very edge of one, it is off by what rounding decides; no evaluation reads it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+    x, y = make_inputs(SAMPLES, dtype=torch.float32), torch.randint(3, (SAMPLES,), generator=generator(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    with pk.KernelRecorder(model, optimizer, CE, data=(x, y), averages={"ema": average}) as recorder:
+        for step in range(30):
+            recorder.announce((torch.arange(6) + step) % SAMPLES)
+            model.zero_grad()
+            CE(model(x[(torch.arange(6) + step) % SAMPLES]), y[(torch.arange(6) + step) % SAMPLES]).backward()
+            optimizer.step()
+            average.update_parameters(model)
+            if step == 19:
+                kept = copy.deepcopy(average)
+    with torch.no_grad():
+        expected = kept.eval()(QUERIES.float()).numpy()
+    machine = pk.KernelMachine(recorder.trajectory, average="ema", at=20)
+    np.testing.assert_allclose(machine.decision_function(QUERIES.float()), expected, atol=1e-5)
+
+
 def test_average_with_keyframes() -> None:
     """Its moves and its machine are those of a record in full, to the last bit."""
     whole, replayed = Run("adamw", averages=ema), Run("adamw", averages=ema, schedule=pk.Keyframes(3))
@@ -209,8 +231,11 @@ def test_refusals() -> None:
             run.trajectory.until(step)
     with pytest.raises(InputError, match="leave `until` and `at=` out"):
         pk.KernelMachine(run.trajectory, at=-1)
-    with pytest.raises(TrajectoryError, match="no steps"):
+    with pytest.raises(TrajectoryError, match=r"no steps.*`at=1`.*the untrained one"):
         pk.KernelMachine(run.trajectory, at=0)
+    for number in (np.bool_(True), torch.tensor(True), torch.tensor(2.0), torch.tensor([1, 2])):
+        with pytest.raises(InputError, match="was asked for"):
+            run.trajectory.until(number)
     first = run.trajectory.until(2)
     with pytest.raises(TrajectoryError, match="view of what has been recorded"):
         run.trajectory.store.__class__.__mro__[1].until(run.trajectory.store, 2).append(None)
@@ -218,6 +243,14 @@ def test_refusals() -> None:
     streamed = Run(schedule=pk.Nothing(), observers=[pk.StreamingGram(QUERIES)])
     with pytest.raises(TrajectoryError, match="streamed"):
         streamed.trajectory.until(2)
+
+
+def test_steps_as_argmin_gives_them() -> None:
+    """Whole numbers of numpy and tensors of one."""
+    run = Run()
+    for number in (np.int64(3), np.int32(3), torch.tensor(3)):
+        assert len(run.trajectory.until(number)) == 3
+        check_at(run.trajectory, run, number)
 
 
 def test_forward_that_was_changed_since() -> None:
