@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pathkernel as pk
 from pathkernel import errors
+from pathkernel.gradients.sample_wise import ComparedSamples
 
 CE = nn.CrossEntropyLoss()
 N, B = 8, 4
@@ -28,6 +29,11 @@ class Net(nn.Module):
 
     def forward(self, *x: Any, **named: Any) -> Tensor:
         return self.run(self.first, *x, **named)
+
+
+def in_a_source(model: nn.Module) -> None:
+    with recorder(model) as recording, recording.source("generated"):
+        model()
 
 
 class Named(nn.Module):
@@ -144,6 +150,31 @@ CALLS: dict[str, Row] = {
         lambda: recorder(Container().first, None, observers=[pk.StreamingShares(X)]),
         errors.RecordingError,
         ("StreamingShares was given", "how many samples", "data=number_of_samples"),
+    ),
+    "similarities of a batch": (
+        lambda: pk.TangentKernel(Net(lambda net, x: net(x) @ net(x).T))(X),
+        ComparedSamples,
+        ("For one sample the network returned 1 numbers", "similarities", 'outputs="encoder"'),
+    ),
+    "rows that several samples share, without weights": (
+        lambda: recorder(Container().first).announce([[0, 1], [1, 2]]),
+        errors.SampleIdError,
+        ("of shape (2, 2) were announced without weights", "add up to 1", "weights=[lam, 1 - lam]"),
+    ),
+    "a source without a name": (
+        lambda: recorder(Container().first).source("").__enter__(),
+        errors.InputError,
+        ("`recorder.source('')`", "has a name", 'recorder.source("generated")'),
+    ),
+    "a pass of a source without a tensor": (
+        lambda: in_a_source(Net(lambda net: net(X))),
+        errors.SampleIdError,
+        ("was given no tensor", "counted by the first tensor", "recorder.announce(ids)"),
+    ),
+    "no argument of the announced samples": (
+        lambda: step(Container().first, lambda net, x: net(x[:3]).repeat(2, 1)[:B], data=None),
+        errors.SampleIdError,
+        ("no tensor with 4 rows (shapes: (3, 4))", "one row for each sample", "batch_axis=1"),
     ),
     "queries with a name that there was not": (
         lambda: in_order({"x": X, "mask": X}),

@@ -54,6 +54,7 @@ ELSEWHERE = {
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
     "errors.py": "here",
+    "gradients/layers/tape.py": "tests/gradients",
     "recording/observing.py": "tests/recording/test_observing.py",
     "recording/resume.py": "tests/recording/test_resume.py",
     "runtime/workspace.py": "tests/runtime",
