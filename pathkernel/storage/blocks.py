@@ -406,12 +406,15 @@ class Recent:
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
         """Value under a key, made where there is none."""
-        if key not in self._held:
-            self._held[key] = make()
+        return self.put(key, self._held[key] if key in self._held else make())
+
+    def put(self, key: Any, value: Any) -> Any:
+        """Hold a value under a key, and return it."""
+        self._held[key] = value
         self._held.move_to_end(key)
         while len(self._held) > self.size:
             self._held.popitem(last=False)
-        return self._held[key]
+        return value
 
     def values(self) -> list[Any]:
         """All that is held."""

@@ -231,10 +231,10 @@ class StoredSteps:
             following = self._in_memory(steps) if steps < len(self) else None
             if following is not None:
                 end = following.before
-                return end if torch.equal(end, make()) else None
+                return self._boundaries.put(number, end) if torch.equal(end, make()) else None
             end_of_path = self.uncommitted.end
             if end_of_path is not None and end_of_path[0] == steps:
-                return end_of_path[1]
+                return self._boundaries.put(number, end_of_path[1])  # the next block may begin with it
         return self._boundaries.get(number, make)
 
     def _known_mapping(self, serial: int) -> Mapping[str, Tensor] | None:
