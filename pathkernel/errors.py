@@ -87,11 +87,5 @@ def quoted(value: object, length: int = 200) -> str:
     return brief(repr(value), length)
 
 
-def check(condition: bool, error: type[PathKernelError], found: str, expected: str, write: str) -> None:
-    """Raise ``error`` with its three parts unless ``condition`` holds."""
-    if not condition:
-        raise error(found, expected, write)
-
-
 SENSELESS = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError)
 """What values of another form than the format's lead to."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 from pathkernel.recording.recorder import KernelRecorder
 from pathkernel.trajectory.frozen_state import FrozenOnReading
 from pathkernel.trajectory.schedule import PRECONDITIONED, RunSize, Schedule
@@ -98,13 +98,12 @@ def plan_table(
     """
     counts = {"batch_size": batch_size, "bytes_per_number": bytes_per_number, "every": every, "queries": queries}
     for name, value in counts.items():
-        check(
-            isinstance(value, int) and value >= 1,
-            InputError,
-            f"`{name}={value!r}` was given",
-            "It is an integer from 1 upwards",
-            "Write for example `plan_table('1.2M', 10_000, batch_size=64)`",
-        )
+        if not isinstance(value, int) or value < 1:
+            raise InputError(
+                f"`{name}={value!r}` was given",
+                "It is an integer from 1 upwards",
+                "Write for example `plan_table('1.2M', 10_000, batch_size=64)`",
+            )
     length = parse_size(steps)
     statistics, frozen = state_numbers(optimizer)
     run = RunSize(parse_size(parameters), length, batch_size, bytes_per_number, statistics, frozen)
@@ -174,13 +173,12 @@ def parse_size(text: int | str) -> int:
         value = round(float(number) * UNITS[unit])
     except (ValueError, KeyError, OverflowError):
         value = 0
-    check(
-        value >= 1,
-        InputError,
-        f"The size {text!r} was given",
-        "Sizes are positive numbers, with k, M or B for thousands, millions and billions",
-        "Write for example 85k, 1.2M or 124M",
-    )
+    if value < 1:
+        raise InputError(
+            f"The size {text!r} was given",
+            "Sizes are positive numbers, with k, M or B for thousands, millions and billions",
+            "Write for example 85k, 1.2M or 124M",
+        )
     return value
 
 
@@ -189,13 +187,12 @@ def state_numbers(optimizer: str) -> tuple[float, float]:
     name = optimizer.lower()
     base = {"momentum": "sgd", "nesterov": "sgd", "amsgrad": "adam"}.get(name, name)
     known = {cls.__name__.lower(): cls for cls in RULES}
-    check(
-        base in known,
-        InputError,
-        f"`optimizer={optimizer!r}` was given",
-        f"Optimizers are {', '.join([*sorted(known), *EXTRA_SETTINGS])}",
-        'Write for example `optimizer="adamw"`; one of your own takes as much as the one that keeps as many tensors',
-    )
+    if base not in known:
+        raise InputError(
+            f"`optimizer={optimizer!r}` was given",
+            f"Optimizers are {', '.join([*sorted(known), *EXTRA_SETTINGS])}",
+            'Write for example `optimizer="adamw"`; one of your own takes as much as one that keeps as many tensors',
+        )
     settings: dict[str, Any] = {"lr": 1e-3} if base == "sgd" else {}
     X = torch.ones(2, PROBE)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

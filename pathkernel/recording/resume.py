@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pathkernel.errors import ModelMismatchError, RecordingError, StoreError, check
+from pathkernel.errors import ModelMismatchError, RecordingError, StoreError
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.pytrees import moved
 from pathkernel.recording.live import LiveParameters
@@ -99,13 +99,13 @@ def _joined(
     run: Run, store: DiskStore, live: LiveParameters, averages: Mapping[str, Any], replay: Replay | None
 ) -> Resumed:
     header = store.load()
-    check(
-        header.schedule == run.schedule,
-        StoreError,
-        f"`{store.path}` holds a recording with `{header.schedule!r}`, and `schedule={run.schedule!r}` was given",
-        "A recording goes on as it began: what is kept of its steps is the same from start to end",
-        f"Write `KernelRecorder(..., schedule={header.schedule!r})`, give `store=` another path, or delete this folder",
-    )
+    if header.schedule != run.schedule:
+        raise StoreError(
+            f"`{store.path}` holds a recording with `{header.schedule!r}`, and `schedule={run.schedule!r}` was given",
+            "A recording goes on as it began: what is kept of its steps is the same from start to end",
+            f"Write `KernelRecorder(..., schedule={header.schedule!r})`, give `store=` another path, or delete this "
+            "folder",
+        )
     _check_identity(run, header, averages, store)
     region = _region(header, live, store)
     layout = header.layouts[region]
@@ -123,14 +123,13 @@ def _joined(
     if replay is not None:
         replay.run = run
     place = _find(store, live, run, tail, replay)
-    check(
-        place.steps > 0 or len(store) == 0 or end is None,
-        StoreError,
-        f"`{store.path}` holds a finished recording of {len(store)} steps, and the weights are those of its start",
-        "A recording goes on from a checkpoint; from the start, all of it would be overwritten",
-        "Load a checkpoint of model and optimizer before `KernelRecorder(...)` starts, delete the folder, or give "
-        "another path",
-    )
+    if place.steps == 0 and len(store) and end is not None:
+        raise StoreError(
+            f"`{store.path}` holds a finished recording of {len(store)} steps, and the weights are those of its start",
+            "A recording goes on from a checkpoint; from the start, all of it would be overwritten",
+            "Load a checkpoint of model and optimizer before `KernelRecorder(...)` starts, delete the folder, or give "
+            "another path",
+        )
     buffers = moved(_buffers(run.model, store, place.steps, start["constants"], end), store.device)
     learn_samples(run.data, store, place.steps)
     reference = reference_outputs(store, run.data)
@@ -155,26 +154,24 @@ def _check_identity(run: Run, header: Header, averages: Mapping[str, Any], store
         problems.append(f"watch, batch_axis: {(run.watch, run.batch_axis)}, not {(header.watch, header.batch_axis)}")
     if set(averages) != set(header.averages):
         problems.append(f"averages: {sorted(averages)}, not {sorted(header.averages)}")
-    check(
-        not problems,
-        ModelMismatchError,
-        f"`{store.path}` holds the record of another training run: {'. '.join(problems)}",
-        "A recording goes on with the same model, loss and data",
-        "Give `store=` another path, or delete this folder",
-    )
+    if problems:
+        raise ModelMismatchError(
+            f"`{store.path}` holds the record of another training run: {'. '.join(problems)}",
+            "A recording goes on with the same model, loss and data",
+            "Give `store=` another path, or delete this folder",
+        )
 
 
 def _region(header: Header, live: LiveParameters, store: DiskStore) -> int:
     """Index of the θ on record that has the parameters which are trained now."""
     found = [i for i, layout in enumerate(header.layouts) if set(layout.names) == set(live.named)]
-    check(
-        bool(found),
-        ModelMismatchError,
-        f"`{store.path}` holds the record of {len(header.layouts[-1].names)} parameters, and {len(live.named)} are "
-        "trained now, others among them",
-        "A recording goes on with the same parameters in training",
-        "Freeze and unfreeze parameters as in the run that was recorded, or give `store=` another path",
-    )
+    if not bool(found):
+        raise ModelMismatchError(
+            f"`{store.path}` holds the record of {len(header.layouts[-1].names)} parameters, and {len(live.named)} are "
+            "trained now, others among them",
+            "A recording goes on with the same parameters in training",
+            "Freeze and unfreeze parameters as in the run that was recorded, or give `store=` another path",
+        )
     return found[-1]
 
 
@@ -203,23 +200,21 @@ def _find(
             elif getattr(run.schedule, "weights_only", False) or _remembers(store, live, run.rule, place.steps, memory):
                 return place
     steps = len(store)
-    check(
-        matched is None,
-        ModelMismatchError,
-        f"The weights are those of `{store.path}` after step {matched}, and the optimizer's state is not",
-        "A recording goes on from a checkpoint of model and optimizer",
-        "Restore the optimizer too, with `optimizer.load_state_dict(...)`, before recording starts",
-    )
+    if matched is not None:
+        raise ModelMismatchError(
+            f"The weights are those of `{store.path}` after step {matched}, and the optimizer's state is not",
+            "A recording goes on from a checkpoint of model and optimizer",
+            "Restore the optimizer too, with `optimizer.load_state_dict(...)`, before recording starts",
+        )
     newer = _steps_since(store, live, memory) if store.end_values() is None else None
-    check(
-        newer is None or newer <= 0,
-        ModelMismatchError,
-        f"The checkpoint is {newer} step{'s' * (newer != 1)} newer than the {steps} steps that were in `{store.path}` "
-        "when its process ended",
-        "A recording goes on from a point of its path, and steps that had not been written are lost",
-        f"Load a checkpoint from step {steps} or earlier before recording starts, or record on from here into another "
-        "path (`store=`); next time, call `recorder.flush()` before each `torch.save` of a checkpoint",
-    )
+    if newer is not None and newer > 0:
+        raise ModelMismatchError(
+            f"The checkpoint is {newer} step{'s' * (newer != 1)} newer than the {steps} steps that were in "
+            f"`{store.path}` when its process ended",
+            "A recording goes on from a point of its path, and steps that had not been written are lost",
+            f"Load a checkpoint from step {steps} or earlier before recording starts, or record on from here into "
+            "another path (`store=`); next time, call `recorder.flush()` before each `torch.save` of a checkpoint",
+        )
     raise ModelMismatchError(
         f"The weights are nowhere on the path of {steps} steps in `{store.path}`",
         "A recording goes on from a point of the path: a checkpoint that was made while it was recorded, and not "
@@ -366,14 +361,13 @@ def _averages_then(
     made, records = store.updates(), {}
     for name, source in averages.items():
         updates = list(end["averages"][name]["updates"]) if end is not None else made[name]
-        check(
-            len(updates) >= steps,
-            RecordingError,
-            f"How the average {name!r} moved is on disk up to step {len(updates)}, and the checkpoint is that of step "
-            f"{steps}",
-            "What an average did after a step is written with the next block",
-            "Load an earlier checkpoint, or leave the average out of `averages=` and give `store=` another path",
-        )
+        if len(updates) < steps:
+            raise RecordingError(
+                f"How the average {name!r} moved is on disk up to step {len(updates)}, and the checkpoint is that of "
+                f"step {steps}",
+                "What an average did after a step is written with the next block",
+                "Load an earlier checkpoint, or leave the average out of `averages=` and give `store=` another path",
+            )
         now = {key: value.detach().clone() for key, value in averaged_values(source).items()}
         records[name] = AverageRecord(name, initial[name], [tuple(u) for u in updates[:steps]], now)
     return records

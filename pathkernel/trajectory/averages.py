@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pathkernel.errors import RecordingError, TrajectoryError, check
+from pathkernel.errors import RecordingError, TrajectoryError
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.trajectory.step import Segment
 
@@ -70,15 +70,15 @@ class AverageRecord:
         TrajectoryError
             Where they are not known.
         """
-        check(
-            not self.unknown,
-            TrajectoryError,
-            f"{', '.join(f'`{name}`' for name in self.unknown)} of the average {self.name!r} in mid-run was asked for",
-            "On record are the buffers of an average at the start and at the end; these neither stayed, nor followed "
-            "the network's own, nor were averaged as the weights are (`torch.optim.swa_utils.update_bn` finds them "
-            "anew)",
-            "Explain the average at the end of the record, or the network itself at this step",
-        )
+        if self.unknown:
+            raise TrajectoryError(
+                f"{', '.join(f'`{name}`' for name in self.unknown)} of the average {self.name!r} in mid-run was asked "
+                "for",
+                "On record are the buffers of an average at the start and at the end; these neither stayed, nor "
+                "followed the network's own, nor were averaged as the weights are (`torch.optim.swa_utils.update_bn` "
+                "finds them anew)",
+                "Explain the average at the end of the record, or the network itself at this step",
+            )
         return {name: self.last[name] for name in names if name in self.last}
 
     def observe(

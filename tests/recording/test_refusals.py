@@ -1296,7 +1296,7 @@ def test_every_refusal_is_tested() -> None:
         [],
         [-1, 0],
         [0, SAMPLES],
-        [[0, 1]],
+        [[[0, 1]]],
         [0.0, 1.0],
         [True, False],
         torch.tensor(3),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, check
+from pathkernel.errors import InputError
 from pathkernel.gradients.pytrees import count, take
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Node, Samples, number_of_components
 from pathkernel.tangent_kernel.engines.jacobian import AutogradEngine
@@ -74,13 +74,12 @@ def refuse_abstract(engine: type[Engine]) -> None:
         Naming them.
     """
     missing = sorted(getattr(engine, "__abstractmethods__", ())) if inspect.isabstract(engine) else []
-    check(
-        not missing,
-        InputError,
-        f"`engine={engine.__name__}` has no {' and no '.join(f'`{name}`' for name in missing)}",
-        "An engine has both methods `gram` and `diagonal`",
-        "Define them in the class, as `pathkernel.tangent_kernel.engines.Engine` describes them",
-    )
+    if missing:
+        raise InputError(
+            f"`engine={engine.__name__}` has no {' and no '.join(f'`{name}`' for name in missing)}",
+            "An engine has both methods `gram` and `diagonal`",
+            "Define them in the class, as `pathkernel.tangent_kernel.engines.Engine` describes them",
+        )
 
 
 class ProvedEngine(Engine):
