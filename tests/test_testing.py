@@ -10,9 +10,9 @@ import torch
 from torch import optim
 from torch.optim import Optimizer
 
-from pathkernel import testing
 from pathkernel.errors import PathKernelError
 from pathkernel.testing import UpdateRuleError, check_update_rule
+from pathkernel.testing import update_rules as contract
 from pathkernel.update_rules.adam import Adam, AdamW
 from pathkernel.update_rules.elementwise import Elementwise
 from pathkernel.update_rules.joint import JointRule
@@ -287,5 +287,5 @@ def test_a_rule_of_two_stages() -> None:
 
 
 def test_the_steps_of_a_rule_of_two_stages() -> None:
-    trajectory, _ = testing._train(HeunRule(), lambda p: Heun(p, 0.1), 4, 0, torch.float64, by_closure=True)
-    testing._check_steps(HeunRule(), trajectory)
+    trajectory, _ = contract._train(HeunRule(), lambda p: Heun(p, 0.1), 4, 0, torch.float64, by_closure=True)
+    contract._check_steps(HeunRule(), trajectory)

@@ -87,6 +87,7 @@ class Trajectory:
         self._run = run
         self._store = MemoryStore() if store is None else store
         self._end = End() if end is None else end
+        self._arguments: Mapping[str | int, Any] | None = None
         self.lock = threading.RLock()
 
     @property
@@ -233,11 +234,12 @@ class Trajectory:
     def __getstate__(self) -> dict[str, Any]:
         """All parts, those that were not read yet included, but the lock; a store on disk travels as its path."""
         end = replace(self.end, tail=with_memory_of_their_own(self.tail))
-        return {"run": self.run, "store": self.store, "end": end}
+        return {"run": self.run, "store": self.store, "end": end, "arguments": self.arguments}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         parts = state if "run" in state else _parts_of_earlier(state)
         self._run, self._store, self._end = parts["run"], parts["store"], parts["end"]
+        self._arguments = parts.get("arguments")  # which takes no look into the store
         self.lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -341,6 +343,8 @@ class Trajectory:
     @property
     def arguments(self) -> Mapping[str | int, Any]:
         """Arguments of the last recorded pass that are of no sample; queries are given them, too."""
+        if self._arguments is not None:
+            return self._arguments
         if not len(self):
             return {}
         batches = self.store.summary(len(self) - 1).record.batches

@@ -117,7 +117,7 @@ RIM = {
     "tangent_kernel": {"operators.py"},
     "tangent_kernel/engines": {"auto.py", "jacobian.py", "layerwise.py", "projection.py"},
     "gradients": {"model_function.py"},
-    "recording": {"forward.py", "recorder.py", "step_capture.py"},
+    "recording": {"forward.py", "joint_capture.py", "loading.py", "recorder.py", "step_capture.py"},
     "storage/format": {"arrays.py", "lock.py"},
     "runtime": {"interrupts.py", "lazy.py"},
 }
