@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ class Sources:
     def __init__(self, trajectory: Trajectory) -> None:
         self.trajectory = trajectory
         self.name: str | None = None
-        self._counted: dict[str, int] | None = None
+        self._counted: Columns | None = None
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
@@ -64,7 +64,9 @@ class Sources:
 
     def number(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Batches of sources with the next ids of theirs, which `count` makes final."""
-        found, counted = [], dict(self._so_far())
+        if not batches:  # recordings without sources do not read what is on record
+            return []
+        found, counted = [], dict(self._columns().sources)
         for batch in batches:
             assert batch.source is not None
             first = counted.get(batch.source, 0)
@@ -72,30 +74,27 @@ class Sources:
             found.append(replace(batch, ids=torch.arange(first, first + len(batch.ids))))
         return found
 
-    def count(self, batches: Sequence[MicroBatch]) -> None:
+    def count(self, numbered: Sequence[MicroBatch]) -> None:
         """Take note that a step has used some batches."""
-        for batch in batches:
-            assert batch.source is not None
-            counted = self._so_far()
-            counted[batch.source] = counted.get(batch.source, 0) + len(batch.ids)
+        for batch in numbered:
+            self._columns().meet(batch)
 
-    def _so_far(self) -> dict[str, int]:
+    def _columns(self) -> Columns:
+        """Counts so far; of a recording that goes on, those of its record."""
         if self._counted is None:
-            columns = Columns(0)
-            for index in range(len(self.trajectory)):  # of a recording that goes on
+            self._counted = Columns(0)
+            for index in range(len(self.trajectory)):
                 for batch in self.trajectory.store.summary(index).record.batches:
-                    columns.meet(batch)
-            self._counted = columns.sources
+                    self._counted.meet(batch)
         return self._counted
 
 
 def _samples(call: SeenCall, reader: CallReader) -> int:
     """How many samples a pass is of: the rows of its first tensor that has any."""
-    rows: Callable[..., int] = reader.rows
     for key, value in call.arguments.items():
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, Tensor) and leaf.dim():
-                return rows(key, leaf)
+                return reader.rows(key, leaf)
     raise SampleIdError(
         "A forward pass inside `recorder.source(...)` was given no tensor with samples along an axis",
         "Samples of a source are counted by the first tensor that the network is given",

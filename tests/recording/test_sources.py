@@ -11,6 +11,7 @@ from cases import generator
 from torch import Tensor, nn
 
 import pathkernel as pk
+from pathkernel.recording.sources import Sources
 
 RATE, STEPS, B = 0.05, 6, 4
 
@@ -145,3 +146,11 @@ def test_a_source_has_a_name(name: Any) -> None:
     )
     with pytest.raises(pk.errors.InputError, match="was called"), recorder.source(name):
         pass
+
+
+def test_recordings_without_sources_do_not_read_their_record() -> None:
+    class Unread:
+        def __len__(self) -> int:
+            raise AssertionError("the record was read")
+
+    assert Sources(Unread()).number([]) == []  # type: ignore[arg-type]

@@ -91,3 +91,36 @@ def test_passes_that_couple_samples_are_not_joined(monkeypatch: pytest.MonkeyPat
     trajectory, queries = recorded("coupled")
     _, sizes = explained(trajectory, queries, monkeypatch, small=16)
     assert sizes == [1] * 18
+
+
+class Scaled(nn.Module):
+    """A network that is given a tensor which all samples of a pass share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.linear(x) * scale
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_passes_that_were_given_other_shared_tensors_are_not_joined(
+    changes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = generator(4)
+    X = torch.randn(6, 4, generator=g).double()
+    model = Scaled().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pk.KernelRecorder(model, optimizer, data=(X, torch.zeros(6))) as recorder:
+        for ids in torch.arange(6).split(3):
+            optimizer.zero_grad()
+            for i in ids:
+                recorder.announce(i[None])
+                scale = torch.tensor([1.0, 2.0 + int(i) * changes]).double()
+                model(X[i][None], scale).square().sum().backward()
+            optimizer.step()
+    why, sizes = explained(recorder.trajectory, X[:2], monkeypatch, small=16)
+    single, _ = explained(recorder.trajectory, X[:2], monkeypatch, small=0)
+    assert sizes == ([1] * 6 if changes else [3, 3])
+    np.testing.assert_allclose(why.shares, single.shares, atol=1e-14)
