@@ -167,7 +167,7 @@ class ProvedEngine(Engine):
     def fix_choices(
         self, theta: Tensor, samples: Samples, sizes: Iterable[tuple[int, int | None]], fixed: Mapping[str, str]
     ) -> dict[str, str]:
-        """Attributes of the engine itself."""
+        """Choices of the engine itself."""
         return self.given.fix_choices(theta, samples, sizes, fixed)
 
     def _is_due(self, *way: Any) -> bool:
