@@ -182,7 +182,8 @@ def check_inputs(trajectory: Trajectory, differences: Sequence[str], taken: bool
         "The samples that the network sees are those of the announced ids; inputs that are not in `data` are kept "
         f"where the recorder is told so; the optimizer has {'moved already' if taken else 'not moved'}",
         "If they are to differ (augmented, scaled, padded), write `recorder.track(loader, keep=True)`, "
-        "`KernelRecorder(..., keep=True)`, or `recorder.announce(ids, inputs=x)`; otherwise check the ids",
+        "`KernelRecorder(..., keep=True)`, or `recorder.announce(ids, inputs=x)`; otherwise check the ids, and "
+        "call `next` on `track` right before the forward pass",
     )
 
 

@@ -50,6 +50,11 @@ class KeptInputs:
         self._reader = None if data.announced else self._read_data()
         self._always = self._other_data = False
         self.differences: list[str] = []
+        self._handed_out: tuple[Sequence[Tensor], Sequence[Tensor]] = (), ()  # with the batch before, and with the last
+
+    def announced(self, handed_out: Sequence[Tensor]) -> None:
+        """Take note of what `KernelRecorder.track` hands out with a batch."""
+        self._handed_out = self._handed_out[1], handed_out
 
     def _read_data(self) -> CallReader:
         example = result_or_error(lambda: self.data.example[0], (Exception,))
@@ -90,6 +95,11 @@ class KeptInputs:
             if self.data.announced and batch.inputs is None:
                 raise _without_samples(call, n)
             return batch.inputs, shared
+        if due and self._came_before(samples, handed_out):
+            self.differences.append(
+                "they were handed out by `track` with the batch before, as where batches are fetched ahead of their "
+                "pass"
+            )
         if not batch.has_targets and batch.inputs is None:  # rows that are none of the data's
             return self._kept(samples, call), shared
         alike = samples.keys() == set(reader.in_data)
@@ -140,6 +150,13 @@ class KeptInputs:
         """True where all that the network saw of the samples are tensors that came with their ids."""
         leaves = pytree.tree_leaves(dict(samples))
         return all(any(self._is(leaf, other) for other in handed_out) for leaf in leaves)
+
+    def _came_before(self, samples: Mapping[Key, Any], handed_out: Sequence[Tensor]) -> bool:
+        """True where what the network saw was handed out with the batch before this one, and not with this."""
+        before = self._handed_out[0]
+        if not (before and handed_out is self._handed_out[1]) or self._was_handed_out(samples, handed_out):
+            return False
+        return self._was_handed_out(samples, before)
 
     def _is(self, leaf: Tensor, other: Tensor) -> bool:
         same = leaf.data_ptr() == other.data_ptr() and leaf.shape == other.shape

@@ -120,6 +120,8 @@ class PendingBatches:
         if modes != self._unseen.modes:
             self._unseen = ForwardState(modes)
         self._announced.append(AnnouncedBatch(batch, self._unseen, keep, handed_out))
+        if batch.source is None:
+            self.inputs.announced(handed_out)
         self.watcher.copies = self.inputs.copies(keep) or not batch.has_targets
         self._taken = self._spent = None
         self.listen()

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from cases import generator
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -431,3 +432,25 @@ def test_loops_of_others(make):
     assert pk.KernelMachine(recorder.trajectory).explain(X[:2], outputs=1).residual.max() <= 1e-5
     with pytest.raises(SampleIdError, match=r"pathkernel\.indexed"):
         recorder.take_ids((X, Y))
+
+
+@pytest.mark.parametrize("data", ["tensors", "number", "nothing"])
+def test_batches_that_are_fetched_ahead_of_their_pass_are_refused(data: str) -> None:
+    """Inputs may be anything with ``keep=True``; those of the batch before say that ids have shifted."""
+    g = generator(7)
+    X, y = torch.randn(12, 4, generator=g), torch.randint(3, (12,), generator=g)
+    model = nn.Linear(4, 3)
+    optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+    given = {"tensors": (X, y), "number": 12, "nothing": None}[data]
+    loader = DataLoader(TensorDataset(X, y), batch_size=4)
+    with (
+        pytest.raises(pk.errors.SampleIdError, match="handed out by `track` with the batch before"),
+        pk.KernelRecorder(model, optimizer, data=given) as recorder,
+    ):
+        batches = recorder.track(loader, keep=True)
+        following = next(batches, None)
+        while following is not None:
+            (x, target), following = following, next(batches, None)
+            optimizer.zero_grad()
+            loss(model(x), target).backward()
+            optimizer.step()
