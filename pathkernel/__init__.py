@@ -11,6 +11,7 @@ from pathkernel.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
     from pathkernel import analysis as analysis
+    from pathkernel import callbacks as callbacks
     from pathkernel import dynamics as dynamics
     from pathkernel import errors as errors
     from pathkernel import optimizers as optimizers
@@ -82,7 +83,7 @@ _HOMES = {
     "layer_rule": "gradients.layers.rules",
 }
 
-_SUBMODULES = ("analysis", "dynamics", "errors", "optimizers", "plotting", "testing")
+_SUBMODULES = ("analysis", "callbacks", "dynamics", "errors", "optimizers", "plotting", "testing")
 
 __all__ = sorted([*_HOMES, *_SUBMODULES, "__version__"])
 if not TYPE_CHECKING:  # to which it would say that there is every name

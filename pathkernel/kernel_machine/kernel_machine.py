@@ -229,6 +229,10 @@ class KernelMachine:
         outputs = self._reconstruct(X)
         return outputs[:, 0] if outputs.shape[1] == 1 else outputs
 
+    def __call__(self, X: PyTree) -> np.ndarray:
+        """The network's outputs, reconstructed: `decision_function`."""
+        return self.decision_function(X)
+
     def predict(self, X: PyTree) -> np.ndarray:
         """Class indices (n,) for classifiers; outputs (n,) or (n, C) for regressors."""
         outputs = self.decision_function(X)

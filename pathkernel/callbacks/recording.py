@@ -1,0 +1,147 @@
+"""What the callbacks have in common: a recorder whose life is that of a framework's training."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pathkernel._typing import Loss, Parameters, PyTree
+from pathkernel.errors import InputError, TrajectoryError
+from pathkernel.gradients.batch_axes import BatchAxis
+from pathkernel.gradients.returned import Returns
+from pathkernel.kernel_machine.kernel_machine import KernelMachine
+from pathkernel.recording.recorder import KernelRecorder
+from pathkernel.recording.watched import Watch
+from pathkernel.trajectory.observer import StepObserver
+from pathkernel.trajectory.schedule import RecordingLevel
+from pathkernel.trajectory.store import Store
+from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.update_rules.rule import UpdateRule
+
+
+class RecorderOptions(TypedDict, total=False):
+    """Arguments of `pathkernel.KernelRecorder` that a callback hands on: all but the model and the optimizers."""
+
+    loss: Loss | str | None
+    data: Any
+    returns: Returns
+    outputs: Returns
+    watch: Watch
+    batch_axis: BatchAxis
+    keep: bool | None
+    task: str | None
+    rule: UpdateRule | str | Sequence[UpdateRule | str | None] | None
+    reduction: str
+    regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None
+    averages: Mapping[str, nn.Module | Mapping[str, Tensor]] | None
+    audit_every: int | None
+    store: str | os.PathLike[str] | Store | None
+    schedule: RecordingLevel | None
+    observers: Sequence[StepObserver]
+
+
+class FrameworkRecording:
+    """The recording of a network that a framework trains, over one or several calls of its ``fit``.
+
+    Parameters
+    ----------
+    callback
+        Name of the callback's class, for messages.
+    options
+        What its user gave it for `pathkernel.KernelRecorder`.
+
+    Attributes
+    ----------
+    recorder
+        The recorder, once training has begun.
+
+    Raises
+    ------
+    InputError
+        For an option that the recorder does not have.
+    """
+
+    def __init__(self, callback: str, options: RecorderOptions) -> None:
+        unknown = sorted(set(options) - set(RecorderOptions.__annotations__))
+        if unknown:
+            raise InputError(
+                f"{callback} was given {', '.join(f'`{name}=`' for name in unknown)}",
+                f"It takes what the recorder takes: {', '.join(RecorderOptions.__annotations__)}",
+                f'Write for example `{callback}(returns="logits", store="runs/first")`',
+            )
+        self._callback, self._options = callback, options
+        self.recorder: KernelRecorder | None = None
+        self._machine: KernelMachine | None = None
+
+    def start(self, model: nn.Module, optimizers: Sequence[Optimizer], **found: Any) -> KernelRecorder:
+        """Record from here on.
+
+        Parameters
+        ----------
+        model, optimizers
+            What the framework trains.
+        found
+            Options that follow from what the framework was given; the user's own go before.
+        """
+        options = {**found, **self._options}
+        self._machine = None
+        self.recorder = KernelRecorder(model, list(optimizers), **options)
+        self.recorder.start()
+        return self.recorder
+
+    def close(self) -> None:
+        """Let go of the optimizers."""
+        if self.recorder is not None:
+            self._machine = None
+            self.recorder.close()
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The path recorded so far.
+
+        Raises
+        ------
+        TrajectoryError
+            Before training.
+        """
+        if self.recorder is None:
+            raise TrajectoryError(
+                f"The {self._callback} has not seen any training yet",
+                "What is recorded are the steps of a framework's optimizer",
+                f"Give the {self._callback} to the framework's callbacks, and train",
+            )
+        return self.recorder.trajectory
+
+    @property
+    def machine(self) -> KernelMachine:
+        """The trained network as a kernel machine."""
+        if self._machine is None or len(self._machine.trajectory) != len(self.trajectory):
+            self._machine = KernelMachine(self.trajectory)
+        return self._machine
+
+    def certificate(self, X: PyTree) -> dict[str, float]:
+        """How far the kernel machine is from the network at some samples: numbers for a logger.
+
+        Parameters
+        ----------
+        X
+            Samples.
+
+        Returns
+        -------
+        ``residual``, ``quadrature_error`` and ``split_error``, the first two relative to the largest output; without
+        those that were not measured.
+        """
+        why = self.machine.explain(X)
+        largest = max(float(abs(why.output).max()), 1e-12)
+        errors = {
+            "residual": why.relative_residual,
+            "quadrature_error": float(abs(why.quadrature_error).max()) / largest,
+            "split_error": why.split_error,
+        }
+        return {name: error for name, error in errors.items() if math.isfinite(error)}
