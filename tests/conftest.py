@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 
 import hypothesis
 import pytest
@@ -62,20 +63,41 @@ hypothesis.settings.load_profile("pathkernel")
 
 
 TABLES = {
-    "tests/gradients/test_split.py": 2,
-    "tests/gradients/test_zoo.py": 3,
-    "tests/kernel_machine/test_memory_plan.py": 3,
-    "tests/kernel_machine/test_shares_error.py": 2,
-    "tests/recording/test_training_is_as_without.py": 3,
-    "tests/runtime/test_pickling.py": 2,
-    "tests/tangent_kernel/test_layerwise.py": 2,
-    "tests/update_rules/test_torch_optimizers.py": 2,
+    "tests/gradients/test_split.py": 4,
+    "tests/gradients/test_zoo.py": 5,
+    "tests/kernel_machine/test_backward_sweep.py": 3,
+    "tests/kernel_machine/test_forms.py": 3,
+    "tests/kernel_machine/test_kernel_machine.py": 3,
+    "tests/kernel_machine/test_memory_plan.py": 5,
+    "tests/kernel_machine/test_shares_error.py": 4,
+    "tests/recording/test_batch_axis_and_watch.py": 3,
+    "tests/recording/test_call_forms.py": 3,
+    "tests/recording/test_captured_cotangents.py": 3,
+    "tests/recording/test_kept_inputs.py": 3,
+    "tests/recording/test_losses_and_shapes.py": 3,
+    "tests/recording/test_recorder.py": 4,
+    "tests/recording/test_resume.py": 3,
+    "tests/recording/test_training_is_as_without.py": 4,
+    "tests/runtime/test_pickling.py": 4,
+    "tests/tangent_kernel/test_layerwise.py": 4,
+    "tests/tangent_kernel/test_operators.py": 3,
+    "tests/tangent_kernel/test_projection.py": 3,
+    "tests/tangent_kernel/test_tangent_kernel.py": 3,
+    "tests/trajectory/test_replay.py": 3,
+    "tests/update_rules/test_torch_optimizers.py": 5,
 }
-"""Large tables, of which every run takes the first and every so many rows; ``-m exhaustive`` takes the rest. Together
-they would take longer than all other tests."""
+"""Large tables, of which every run takes the first and every so many rows, and rows for what these leave out of the
+optimizers, levels, networks … that a table combines; ``-m exhaustive`` takes the rest. Together they would take longer
+than all other tests."""
 
 SMALL_TABLE = 8
 """Rows up to which a table is run whole."""
+
+MANY = 30
+"""Values up to which a parameter of a table, if it is not the only one, has each of them in a row that is run."""
+
+OF_ONE = 3
+"""At most so many rows to one that is run, where a table has one parameter: every row is something else."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -87,7 +109,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if path in TABLES and hasattr(item, "callspec"):
             rows.setdefault(f"{path}::{name.partition('[')[0]}", []).append(item)
     for function, own in rows.items():
-        every = TABLES[function.partition("::")[0]]
-        for place, item in enumerate(own):
-            if len(own) > SMALL_TABLE and place % every:
-                item.add_marker(pytest.mark.exhaustive)
+        if len(own) > SMALL_TABLE:
+            run = rows_to_run(own, TABLES[function.partition("::")[0]])
+            for item in own:
+                if item not in run:
+                    item.add_marker(pytest.mark.exhaustive)
+
+
+def rows_to_run(table: list[pytest.Item], every: int) -> set[pytest.Item]:
+    """Every so many rows, and the first with a value that none of them has."""
+    values = {item: {(name, id(value)) for name, value in item.callspec.params.items()} for item in table}
+    many = Counter(name for name, _ in set().union(*values.values()))
+    every = min(every, OF_ONE) if max(many.values()) == len(table) else every
+    there = [item for item in table if not item.get_closest_marker("exhaustive")]
+    run = {item for item in table[::every] if item in there}
+    tried = set().union(*(values[item] for item in run))
+    for item in there:
+        new = {name for name, _ in values[item] - tried}
+        if any(many[name] <= MANY and many[name] < len(table) for name in new):
+            run.add(item)
+            tried |= values[item]
+    return run

@@ -46,6 +46,7 @@ KEYS = {
 
 PARTS = {
     "certificate.py": ("--parts", "coupled", "refused", "broken", "alarms"),
+    "engines.py": ("--only", "W1 trace", "W2 full", "W3 loss", "path Gram", "shares SGD", "memory", "scaling"),
     "loops.py": ("--only", "makemore", "gcn", "tabular", "truncated_bptt", "lbfgs"),
 }
 """Of benchmarks whose other parts are tests by themselves (zoo, bars, threads), take long, or depend on the machine."""

@@ -175,7 +175,9 @@ class OneKink(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:The median quadrature error")
-@pytest.mark.parametrize("at", [1e-4, 1e-3, 0.02, 0.11, 0.5, 0.93, 0.999])
+@pytest.mark.parametrize(
+    "at", [1e-4, 0.11, 0.999, *(pytest.param(at, marks=pytest.mark.exhaustive) for at in (1e-3, 0.02, 0.5, 0.93))]
+)
 def test_a_single_kink_is_found_wherever_it_is(at: float) -> None:
     """Also beside the ends of the step, where no rule of few nodes has one."""
     net, loss = OneKink(0.0).double(), nn.MSELoss()
@@ -197,7 +199,9 @@ def test_a_single_kink_is_found_wherever_it_is(at: float) -> None:
 # -- long runs, of which some steps are checked --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("model", "optimizer"), [("tanh", "adam"), ("relu", "sgd")])
+@pytest.mark.parametrize(
+    ("model", "optimizer"), [pytest.param("tanh", "adam", marks=pytest.mark.exhaustive), ("relu", "sgd")]
+)
 def test_of_a_long_run_some_steps_stand_for_all(model: str, optimizer: str) -> None:
     batches = tuple((k % 10, (3 * k + 1) % 10) for k in range(5 * PIECES_VERIFIED // 2))
     run = record(model, optimizer=optimizer, batches=batches)
