@@ -113,7 +113,7 @@ def fuzz(original: Path, folder: Path, seed: int, inputs: int, told_at: Path) ->
 
 def made_up(bench: Bench) -> Iterator[Outcome]:
     """Stores made up by a mutation fuzzer, read by processes whose memory is limited."""
-    one, left = stored(bench.folder), bench.count(2000, 110_000)
+    one, left = stored(bench.folder), bench.count(1000, 110_000)
     while left > 0:
         inputs, seed = min(INPUTS, left), bench.random.getrandbits(32)
         left -= inputs

@@ -177,8 +177,8 @@ def standing(training: Training) -> list[Any]:
 
 
 FAULTS = [
-    Fault("Ctrl-C at any line of the store", "none", recordings(in_the_store, 20, 250)),
-    Fault("Ctrl-C at any moment of a recording", "none", recordings(anywhere, 20, 300)),
-    Fault("Ctrl-C at any moment of a Gram matrix", "the sum in hand", computations("gram", 10, 300)),
-    Fault("Ctrl-C at any moment of an attribution", "all of it", computations("explain", 5, 100)),
+    Fault("Ctrl-C at any line of the store", "none", recordings(in_the_store, 8, 250)),
+    Fault("Ctrl-C at any moment of a recording", "none", recordings(anywhere, 8, 300)),
+    Fault("Ctrl-C at any moment of a Gram matrix", "the sum in hand", computations("gram", 5, 300)),
+    Fault("Ctrl-C at any moment of an attribution", "all of it", computations("explain", 3, 100)),
 ]

@@ -2,59 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
+from _programs import Program
 from torch import Tensor
-from torch.utils import _pytree as pytree
-
-
-@dataclass(frozen=True)
-class Program:
-    """A training program, once plain and once recorded, in `loops/plain` and `loops/recorded`.
-
-    Attributes
-    ----------
-    what
-        In words.
-    short
-        Its first argument (epochs, steps) in a quick run.
-    outputs
-        Which output of each query is explained, as `KernelMachine.explain` takes it.
-    part
-        Name of a submodule that is explained in place of the network, where that compares the samples of a batch: it
-        has no prediction, and no kernel, for a sample of its own.
-    tolerance
-        Largest residual and split error: what rounding in the network's arithmetic leaves.
-    refused
-        Name of what the recorder refuses before the first step; empty where it is to record.
-    axes
-        Along which samples lie in the inputs of the network, one after the other, where not along the first.
-    rows
-        From what the network returned to outputs with one row for each query; None where they have that already.
-    """
-
-    what: str
-    short: int
-    outputs: Any = None
-    tolerance: float = 1e-5
-    refused: str = ""
-    part: str = ""
-    axes: tuple[int, ...] = ()
-    rows: Callable[[Any], Tensor] | None = None
-
-    def samples_first(self, queries: Any) -> Any:
-        """Queries as a machine takes them."""
-        if not self.axes:
-            return queries
-        every = queries if isinstance(queries, tuple) else (queries,)
-        moved = tuple(
-            pytree.tree_map(lambda leaf, axis=axis: leaf.movedim(axis, 0), one)
-            for one, axis in zip(every, self.axes, strict=True)
-        )
-        return moved if isinstance(queries, tuple) else moved[0]
-
 
 QUERIES = 4
 """Samples of which every program gives as many for explanation."""

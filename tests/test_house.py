@@ -147,7 +147,11 @@ def test_types_reach_users(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_docs_build(tmp_path: Path) -> None:
+@pytest.mark.parametrize("installed", ["as it is", pytest.param("with frameworks", marks=pytest.mark.frameworks)])
+def test_docs_build(installed: str, tmp_path: Path) -> None:
+    if installed == "with frameworks":
+        for needed in ("sphinx", "lightning", "transformers", "skorch"):
+            pytest.importorskip(needed)
     # Built from a copy, so that nothing generated lands in the tree; the gallery's examples are shown, not run.
     for folder in ("docs", "examples"):
         generated = shutil.ignore_patterns("_build", "auto_examples", "generated", "__pycache__", "sg_*.rst")
@@ -158,6 +162,11 @@ def test_docs_build(tmp_path: Path) -> None:
     # Whole without a network: no page loads a script, a style or a picture from elsewhere.
     loaded = re.compile(r"""<(?:script|img|link)[^>]+(?:src|href)=["'](?:https?:)?//[^"']+""")
     assert not [found for page in html.rglob("*.html") for found in loaded.findall(page.read_text("utf-8"))]
+    # Callbacks have pages whether their frameworks are installed or not, with the callbacks' own docstrings.
+    for name in ("LightningRecorder", "TrainerRecorder", "SkorchRecorder"):
+        page = (html / "reference" / "generated" / f"pathkernel.callbacks.{name}.html").read_text("utf-8")
+        described = page[page.index("<dt ") : page.index("</article>")]
+        assert re.search(r"<p>[^<]*\brecord", described)
     page = (html / "explanation" / "mathematics.html").read_text("utf-8")
     script = re.search(r'src="([^"?]*mathjax[^"?]*)', page)
     assert script and (html / "explanation" / script[1]).resolve().is_file()

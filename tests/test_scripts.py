@@ -14,7 +14,13 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
+NEEDED = {"05_lightning": "lightning"}
+"""Examples that need a framework, and which."""
+
+EXAMPLES = [
+    pytest.param(path, marks=pytest.mark.frameworks if path.stem in NEEDED else (), id=path.stem)
+    for path in sorted((ROOT / "examples").glob("[0-9]*.py"))
+]
 KEYS = {
     "exactness.py": {
         *("optimizer", "network", "loss", "dtype", "quadrature", "residual", "quadrature_error"),
@@ -53,8 +59,10 @@ def run(script: Path, *arguments: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_check_themselves(example: Path) -> None:
+    if example.stem in NEEDED:
+        pytest.importorskip(NEEDED[example.stem])
     run(example)
 
 
@@ -68,7 +76,9 @@ def test_benchmarks_keep_their_limits_and_write_flat_rows(name: str, tmp_path: P
 
 
 def test_every_benchmark_is_tried() -> None:
-    assert {path.name for path in (ROOT / "benchmarks").glob("[!_]*.py")} == set(KEYS)
+    elsewhere = {"frameworks.py": "tests/callbacks/test_benchmark.py"}  # which runs where the frameworks are
+    assert all(name in (ROOT / test).read_text("utf-8") for name, test in elsewhere.items())
+    assert {path.name for path in (ROOT / "benchmarks").glob("[!_]*.py")} == {*KEYS, *elsewhere}
 
 
 # -- benchmarks/loops.py -----------------------------------------------------------------------------------------------
@@ -120,4 +130,6 @@ def test_lines_of_a_program_are_those_added_changed_or_lost(
 ) -> None:
     (tmp_path / "plain.py").write_text(PLAIN)
     (tmp_path / "recorded.py").write_text(recorded)
-    assert loops.changed_lines(tmp_path / "plain.py", tmp_path / "recorded.py") == lines
+    from _programs import changed_lines  # the fixture has put its folder on the path
+
+    assert changed_lines(tmp_path / "plain.py", tmp_path / "recorded.py") == lines

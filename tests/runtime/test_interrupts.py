@@ -23,7 +23,7 @@ from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt, r
 from pathkernel.storage.format import Lock
 from pathkernel.testing import interrupted
 
-INTERRUPTS = 80
+INTERRUPTS = [16, pytest.param(80, marks=pytest.mark.exhaustive)]
 """Moments tried of each kind of work, spread over all of it."""
 
 
@@ -281,9 +281,9 @@ class Trained:
         return [*((name, id(v), v.tolist()) for name, v in named), modules, flags, modes, sdpa, random, autocast]
 
 
-def spread(many: int) -> list[int]:
+def spread(many: int, interrupts: int) -> list[int]:
     """Some moments of many, never the same place in a loop's turn."""
-    return sorted({1 + (k * many) // INTERRUPTS + k % 7 for k in range(INTERRUPTS)})
+    return sorted({1 + (k * many) // interrupts + k % 7 for k in range(interrupts)})
 
 
 def in_handling_of_modes(frame: FrameType) -> bool:
@@ -322,12 +322,15 @@ WORK: dict[str, Callable[[pk.Trajectory, Tensor, Path], np.ndarray]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("interrupts", INTERRUPTS)
 @pytest.mark.parametrize("kind", WORK)
-def test_after_ctrl_c_at_any_moment_all_is_as_before_and_the_same_call_goes_on(kind: str, tmp_path: Path) -> None:
+def test_after_ctrl_c_at_any_moment_all_is_as_before_and_the_same_call_goes_on(
+    kind: str, interrupts: int, tmp_path: Path
+) -> None:
     trained = Trained()
     work = lambda name: WORK[kind](trained.trajectory, trained.X, tmp_path / name)  # noqa: E731
     whole, before = work("whole"), trained.standing()
-    for moment in spread(interrupted(lambda: work("counted"), at=outside_of_shape_checks)):
+    for moment in spread(interrupted(lambda: work("counted"), at=outside_of_shape_checks), interrupts):
         with contextlib.suppress(KeyboardInterrupt):
             interrupted(lambda name=str(moment): work(name), moment, outside_of_shape_checks)
         assert trained.standing() == before, moment
@@ -335,8 +338,9 @@ def test_after_ctrl_c_at_any_moment_all_is_as_before_and_the_same_call_goes_on(k
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("interrupts", INTERRUPTS)
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_recording_stands_whole_after_ctrl_c_at_any_moment(on_disk: bool, tmp_path: Path) -> None:
+def test_recording_stands_whole_after_ctrl_c_at_any_moment(on_disk: bool, interrupts: int, tmp_path: Path) -> None:
     def elsewhere(frame: FrameType) -> bool:
         itself = frame.f_code.co_filename == __file__ or frame.f_code is pk.KernelRecorder.__exit__.__code__
         return not itself and outside_of_shape_checks(frame)
@@ -350,7 +354,7 @@ def test_recording_stands_whole_after_ctrl_c_at_any_moment(on_disk: bool, tmp_pa
 
     whole, many = run(0)
     path = [(step.before.tolist(), step.after.tolist()) for step in whole.trajectory.steps()]
-    for moment in spread(many):
+    for moment in spread(many, interrupts):
         trained = run(moment)[0]
         found = [(step.before.tolist(), step.after.tolist()) for step in trained.trajectory.steps()]
         assert found == path[: len(found)] and trained.taken <= len(found) <= trained.taken + 1, moment
