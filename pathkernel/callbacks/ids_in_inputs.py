@@ -49,14 +49,14 @@ class CollateWithIds:
 
 
 class WatchedBatches:
-    """A sampler of batches that tells when somebody has let go of an epoch that was gone through.
+    """A sampler of batches that tells when somebody lets go of an epoch that he goes through.
 
     Parameters
     ----------
     batches
         The sampler.
     let_go
-        Called then.
+        Called then: where the epoch is over, or its loop has been left, by whatever error.
     """
 
     def __init__(self, batches: Any, let_go: Callable[[], None]) -> None:
@@ -75,7 +75,7 @@ class WatchedBatches:
 
 
 class _Epoch:
-    """The batches of one epoch; nobody holds it any more once the loop over it has been left, by whatever error."""
+    """The batches of one epoch."""
 
     def __init__(self, batches: Iterator[Any], let_go: Callable[[], None]) -> None:
         self._batches, self._let_go = batches, let_go
@@ -100,7 +100,7 @@ class LoaderWithIds:
     loader
         The loader, or what Accelerate wrapped around it.
     let_go
-        Called when somebody lets go of an epoch.
+        Called when somebody lets go of an epoch; see `WatchedBatches`.
     """
 
     def __init__(self, loader: Any, let_go: Callable[[], None]) -> None:

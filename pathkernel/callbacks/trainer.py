@@ -28,7 +28,7 @@ from pathkernel.trajectory.trajectory import Trajectory
 
 check_version("transformers")
 
-from transformers import TrainerCallback  # noqa: E402 - its absence has a message of our own
+from transformers import Trainer, TrainerCallback  # noqa: E402 - its absence has a message of our own
 
 FOLDER = "pathkernel"
 """Name of the store in the Trainer's own folder."""
@@ -111,7 +111,7 @@ class TrainerRecorder(TrainerCallback):
         self._dataset: Any = None
         self._places: Tensor | None = None
         self._counted: int | None = None
-        self._announced = self._in_epoch = False
+        self._announced = False
 
     # -- what the Trainer calls -----------------------------------------------------------------------------------
 
@@ -127,20 +127,12 @@ class TrainerRecorder(TrainerCallback):
             self.close()
             raise
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note that the loop is about to go through the loader."""
-        self._in_epoch = True
-
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look after the recording: that it is on, and on the optimizer that will step."""
-        if self.recorder is None:
+        """See that the recording is on the optimizer that will step: hooks are lost in copies."""
+        if self.recorder is None or self._hook is None:
             return
-        if self._hook is None:  # somebody else went through the loader and left, while the loop did not
-            self.recorder.start()
-            self._watch(kwargs["model"], kwargs.get("train_dataloader"))
-        self._in_epoch = True
         (optimizer,) = unwrapped_optimizers(kwargs["optimizer"], self._options.get("rule"))
-        if optimizer is not self.recorder.optimizer:  # hooks are lost in copies
+        if optimizer is not self.recorder.optimizer:
             self.recorder.attach(optimizer)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -179,8 +171,7 @@ class TrainerRecorder(TrainerCallback):
         self._flush()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note that the loop leaves the loader, and write as `on_step_end` does."""
-        self._in_epoch = False
+        """Write as `on_step_end` does."""
         if control.should_save:
             self._flush()
 
@@ -229,7 +220,7 @@ class TrainerRecorder(TrainerCallback):
         The Trainer tells no callback of an error in training. The recording ends all the same when the error has been
         dealt with; while somebody holds it, with the frames of the loop in its traceback, this ends it.
         """
-        hook, loader, self._hook, self._loader, self._in_epoch = self._hook, self._loader, None, None, False
+        hook, loader, self._hook, self._loader = self._hook, self._loader, None, None
         if hook is not None:
             hook.remove()
         if loader is not None:
@@ -321,9 +312,14 @@ class TrainerRecorder(TrainerCallback):
 
 
 def _let_go(callback: weakref.ref[TrainerRecorder]) -> None:
-    """Close a recording whose loop was left in the midst of an epoch, as by an error in it."""
+    """Close a recording whose loop has been left by an error: somebody lets go of an epoch outside of the Trainer."""
     found = None if sys.is_finalizing() else callback()
-    if found is not None and found._in_epoch:
+    frame = sys._getframe() if found is not None else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == Trainer.__module__:
+            return
+        frame = frame.f_back
+    if found is not None:
         found.close()
 
 
