@@ -10,7 +10,22 @@ from _programs import Program
 
 LIGHTNING: dict[str, Program] = {}
 
-TRAINER: dict[str, Program] = {}
+TRAINER: dict[str, Program] = {
+    "trainer_classification": Program("BERT shape, default collator, columns removed", 4, length=20),
+    "trainer_language_model": Program(
+        "GPT-2 shape, padding, accumulation, mean over tokens", 3, outputs=50, length=10, returns="logits"
+    ),
+    "trainer_masked": Program(
+        "BERT shape, attention masks, masks drawn anew", 4, outputs=50, length=12, returns="logits"
+    ),
+    "trainer_accumulation": Program("accumulation, clipping, schedule, smoothed labels, validation", 4, length=15),
+    "trainer_checkpointing": Program(
+        "GPT-2 shape, gradient checkpoints, fused AdamW", 3, outputs=50, length=10, returns="logits"
+    ),
+    "trainer_resume": Program("cut off, gone on with from a checkpoint", 8, length=12),
+    # Rows and batches round differently, by up to the distance of 1 and the next number.
+    "trainer_bfloat16": Program("mixed precision, bfloat16", 4, length=12, tolerance=2**-7),
+}
 
 SKORCH: dict[str, Program] = {}
 

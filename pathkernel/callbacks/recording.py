@@ -40,7 +40,7 @@ class RecorderOptions(TypedDict, total=False):
     regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None
     averages: Mapping[str, nn.Module | Mapping[str, Tensor]] | None
     audit_every: int | None
-    store: str | os.PathLike[str] | Store | None
+    store: str | os.PathLike[str] | Store | bool | None
     schedule: RecordingLevel | None
     observers: Sequence[StepObserver]
 
@@ -124,20 +124,22 @@ class FrameworkRecording:
             self._machine = KernelMachine(self.trajectory)
         return self._machine
 
-    def certificate(self, X: PyTree) -> dict[str, float]:
+    def certificate(self, X: PyTree, outputs: Any = None) -> dict[str, float]:
         """How far the kernel machine is from the network at some samples: numbers for a logger.
 
         Parameters
         ----------
         X
             Samples.
+        outputs
+            Which outputs of each, as `KernelMachine.explain` takes them.
 
         Returns
         -------
         ``residual``, ``quadrature_error`` and ``split_error``, the first two relative to the largest output; without
         those that were not measured.
         """
-        why = self.machine.explain(X)
+        why = self.machine.explain(X, outputs)
         largest = max(float(abs(why.output).max()), 1e-12)
         errors = {
             "residual": why.relative_residual,

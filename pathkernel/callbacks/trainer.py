@@ -2,12 +2,381 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, IterableDataset
+
+from pathkernel._typing import PyTree
+from pathkernel.callbacks.ids_in_inputs import ENTRY, LoaderWithIds, TakesIds, base_loader
+from pathkernel.callbacks.recording import FrameworkRecording, RecorderOptions
 from pathkernel.callbacks.versions import check_version
+from pathkernel.errors import InputError, ModelMismatchError, RecordingError, SampleIdError
+from pathkernel.kernel_machine.kernel_machine import KernelMachine
+from pathkernel.recording.indexed import IndexedBatch, NumberedBatch, places_in
+from pathkernel.recording.optimizers import unwrapped_optimizers
+from pathkernel.recording.recorder import KernelRecorder
+from pathkernel.trajectory.samples import samples_of
+from pathkernel.trajectory.trajectory import Trajectory
 
 check_version("transformers")
 
-from transformers import TrainerCallback  # noqa: E402 - its absence has a message of our own
+from transformers import Trainer, TrainerCallback  # noqa: E402 - its absence has a message of our own
+
+FOLDER = "pathkernel"
+"""Name of the store in the Trainer's own folder."""
 
 
 class TrainerRecorder(TrainerCallback):
-    """Callback of the Trainer of transformers that records training."""
+    """Callback of the Trainer of transformers that records training.
+
+    Samples have their places in the training dataset as ids. These travel with the batch, as one more entry, from the
+    loader to the model's call, where they are taken off again: through samplers, worker processes, the removal of
+    unused columns, collators that pad or mask, and the micro-batches of an accumulated step that the Trainer fetches
+    ahead. What the model was given is kept. Training goes through the same bits as without the callback.
+
+    Parameters
+    ----------
+    ids
+        Name of a column that holds the samples' ids already (with ``remove_unused_columns=False``, or the Trainer drops
+        it). It is taken off before the model sees it. By default ids are places in the dataset, and those of an
+        iterable dataset are counted in the order of training.
+    certify
+        Of how many training samples the residual, the quadrature error and the split error are measured when training
+        ends, and put into ``state.log_history``. They are explained for that: 0, or a Trainer that reports to no
+        logger (``report_to="none"``), measures nothing.
+    options
+        Those of `pathkernel.KernelRecorder`, all but model and optimizer. By default ``returns="logits"``,
+        ``loss="returned"``, ``data`` the number of samples, and ``task="classification"`` for a network that classifies
+        sequences or images. ``store=True`` is a folder in ``args.output_dir``.
+
+    Attributes
+    ----------
+    recorder
+        The recorder, from when training has begun.
+
+    Raises
+    ------
+    MissingExtraError
+        For a version of transformers that is too old or too new.
+    InputError
+        For an option that the recorder does not have.
+
+    Notes
+    -----
+    Called twice, ``trainer.train()`` goes on in the same record where model, optimizer and dataset are the same and the
+    weights are those that it ended with. Where they are those of a checkpoint, it goes on in its store from there, and
+    without a store begins a new record, with a warning: what was trained before is then the untrained network of the
+    explanation. With another model, as ``model_init`` makes it, a new record begins.
+
+    Examples
+    --------
+    >>> import torch, pathkernel as pk
+    >>> from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+    >>> config = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    >>> data = [{"input_ids": torch.randint(30, (6,)), "labels": i % 2} for i in range(16)]
+    >>> args = TrainingArguments("/tmp/pk-doc", max_steps=3, use_cpu=True, report_to="none", disable_tqdm=True)
+    >>> callback = pk.callbacks.TrainerRecorder()
+    >>> trainer = Trainer(BertForSequenceClassification(config), args, train_dataset=data, callbacks=[callback])
+    >>> done = trainer.train()  # doctest: +ELLIPSIS
+    {...
+    >>> why = callback.machine.explain({"input_ids": data[0]["input_ids"][None]})
+    >>> why.shares.shape
+    (1, 16)
+    """
+
+    def __init__(self, *, ids: str | None = None, certify: int = 2, **options: Unpack[RecorderOptions]) -> None:
+        check_version("transformers")
+        if not isinstance(certify, int) or isinstance(certify, bool) or certify < 0:
+            raise InputError(
+                f"`certify={certify!r}` was given",
+                "It is how many training samples are explained when training ends, to measure how exactly",
+                "Write `TrainerRecorder(certify=2)`, or 0 for none",
+            )
+        self.ids, self.certify = ids, certify
+        self._in_run = options.get("store") is True
+        if self._in_run or options.get("store") is False:
+            options["store"] = None
+        self._options = options
+        self._recording = FrameworkRecording("TrainerRecorder", options)
+        self._loader: LoaderWithIds | None = None
+        self._hook: Any = None
+        self._dataset: Any = None
+        self._places: Tensor | None = None
+        self._counted: int | None = None
+        self._announced = False
+
+    # -- what the Trainer calls -----------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Begin to record, or go on."""
+        self.close()  # training before this one may have ended with an error, of which nobody is told
+        _check_one_device(args)
+        try:
+            self._begin(args, state, model, optimizer, kwargs.get("train_dataloader"))
+        except BaseException:
+            self.close()
+            raise
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See that the recording is on the optimizer that will step: hooks are lost in copies."""
+        if self.recorder is None or self._hook is None:
+            return
+        (optimizer,) = unwrapped_optimizers(kwargs["optimizer"], self._options.get("rule"))
+        if optimizer is not self.recorder.optimizer:
+            self.recorder.attach(optimizer)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse a step whose batch never said whose it is.
+
+        Raises
+        ------
+        SampleIdError
+            Where no call of the model held ids.
+        """
+        if self._hook is None or self._announced:
+            return
+        raise SampleIdError(
+            "The model was called in training without the ids of its samples",
+            f"They are the entry {self.ids or ENTRY!r} of the inputs, which is taken off when the model is called",
+            "Write `model(**inputs)` in `compute_loss`, with all entries of the batch"
+            + (" and set `remove_unused_columns=False`, or the Trainer drops the column" if self.ids else ""),
+        )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that the batches have been used."""
+        self._announced = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write all that is on record where a checkpoint is about to be saved: it can only be gone on from if it is."""
+        if control.should_save:
+            self._flush()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write all that is on record where the Trainer may save its best model next."""
+        if control.should_save or str(getattr(args.save_strategy, "value", args.save_strategy)) == "best":
+            self._flush()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write all that is on record, where somebody saved by other ways."""
+        self._flush()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write as `on_step_end` does."""
+        if control.should_save:
+            self._flush()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the recording, and measure how exactly the machine is the network."""
+        self.close()
+        loggers = args.report_to if isinstance(args.report_to, (list, tuple)) else [args.report_to]
+        if self.certify and any(name not in (None, "none") for name in loggers) and len(self.trajectory):
+            found = self.certificate()
+            state.log_history.append({**found, "epoch": state.epoch, "step": state.global_step})
+
+    # -- what the user asks -----------------------------------------------------------------------------------------
+
+    @property
+    def recorder(self) -> KernelRecorder | None:
+        """The recorder; None before training."""
+        return self._recording.recorder
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The path recorded so far."""
+        return self._recording.trajectory
+
+    @property
+    def machine(self) -> KernelMachine:
+        """The trained network as a kernel machine: ``callback.machine(inputs)`` for a dict of the model's inputs."""
+        return self._recording.machine
+
+    def certificate(self, X: PyTree = None) -> dict[str, float]:
+        """How far the machine is from the network, in its largest output for each sample: numbers for a logger.
+
+        Parameters
+        ----------
+        X
+            A dict of the model's inputs; by default, the first samples on record, as many as ``certify`` says.
+
+        Returns
+        -------
+        ``residual``, ``quadrature_error`` and ``split_error``; see `FrameworkRecording.certificate`.
+        """
+        return self._recording.certificate(self._first_samples() if X is None else X, outputs=torch.max)
+
+    def close(self) -> None:
+        """End the recording, and put back what carried the ids.
+
+        The Trainer tells no callback of an error in training. The recording ends all the same when the error has been
+        dealt with; while somebody holds it, with the frames of the loop in its traceback, this ends it.
+        """
+        hook, loader, self._hook, self._loader = self._hook, self._loader, None, None
+        if hook is not None:
+            hook.remove()
+        if loader is not None:
+            loader.put_back()
+        if hook is not None:
+            self._recording.close()
+
+    # -- how ids come to the recorder ---------------------------------------------------------------------------------
+
+    def _begin(self, args: Any, state: Any, model: nn.Module, optimizer: Any, loader: Any) -> None:
+        """Record the training that is about to begin, in the record of the one before where it goes on."""
+        (optimizer,) = unwrapped_optimizers(optimizer, self._options.get("rule"))
+        dataset = getattr(base_loader(loader), "dataset", None)
+        again = self._goes_on(model, optimizer, dataset)
+        self._dataset = dataset
+        if not again:
+            found = _found_in(args, model, dataset, self.ids)
+            if self._in_run:
+                found["store"] = Path(args.output_dir) / FOLDER
+                self._options.pop("store", None)
+            earlier = (
+                self.recorder is not None and self.recorder.model is model and "store" not in {**found, **self._options}
+            )
+            recorder = self._recording.start(model, [optimizer], **found)
+            if len(recorder.trajectory) == 0 and (earlier or state.global_step):
+                warnings.warn(
+                    f"The record begins at step {state.global_step} of a training that had begun before, with weights "
+                    "that are not the last on record: the network is explained from there on. "
+                    "`TrainerRecorder(store=True)` goes on from a checkpoint.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        self._watch(model, loader)
+
+    def _goes_on(self, model: nn.Module, optimizer: Any, dataset: Any) -> bool:
+        """Go on in the record of the training before, where this one does; True if so."""
+        recorder = self.recorder
+        if recorder is None or recorder.model is not model or recorder.optimizer is not optimizer:
+            return False
+        if not _same_samples(self._dataset, dataset) or not len(recorder.trajectory):
+            return False
+        try:
+            recorder.trajectory.check_model("TrainerRecorder")
+            recorder.start()
+        except (ModelMismatchError, RecordingError):
+            return False
+        return True
+
+    def _watch(self, model: nn.Module, loader: Any) -> None:
+        """Let ids travel with the batches of a loader, and take them off in the calls of the model."""
+        assert self.recorder is not None
+        data = self.recorder.trajectory.data
+        inner = base_loader(loader)
+        has_places = isinstance(inner, DataLoader) and not isinstance(inner.dataset, IterableDataset)
+        self._places = self._counted = None
+        if self.ids is None and has_places and inner.batch_sampler is not None:
+            self._places = places_in(data, inner.dataset)
+            myself = weakref.ref(self)
+            self._loader = LoaderWithIds(inner, lambda: _let_go(myself))
+        elif self.ids is None:
+            self._counted = len(data)
+        # Before the recorder's own hook, which sees what the model is given.
+        hook = TakesIds(self.ids or ENTRY, self._taken)
+        self._hook = model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+
+    def _taken(self, ids: Tensor | None, inputs: dict[str, Any]) -> None:
+        """Announce the samples of a call of the model."""
+        assert self.recorder is not None
+        kind = IndexedBatch
+        if ids is None:
+            if self._counted is None or not self.recorder.model.training:
+                return
+            kind, first = NumberedBatch, self._counted
+            self._counted += _rows(inputs)
+            ids = torch.arange(first, self._counted)
+        ids = ids.cpu()
+        self.recorder.take_ids(kind(ids if self._places is None else self._places[ids], inputs))
+        self._announced = True
+
+    def _flush(self) -> None:
+        if self.recorder is not None and self._hook is not None:
+            self.recorder.flush()
+
+    def _first_samples(self) -> PyTree:
+        """Inputs of the first samples on record."""
+        trajectory = self.trajectory
+        inputs, _ = samples_of(trajectory.store.read(0).batches[0], trajectory.data)
+        return pytree.tree_map(lambda leaf: leaf[: self.certify or 1], inputs)
+
+
+def _let_go(callback: weakref.ref[TrainerRecorder]) -> None:
+    """Close a recording whose loop has been left by an error: somebody lets go of an epoch outside of the Trainer."""
+    found = None if sys.is_finalizing() else callback()
+    frame = sys._getframe() if found is not None else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == Trainer.__module__:
+            return
+        frame = frame.f_back
+    if found is not None:
+        found.close()
+
+
+def _check_one_device(args: Any) -> None:
+    """Refuse training by several processes, on several devices, or of a copy that the Trainer compiles.
+
+    Raises
+    ------
+    RecordingError
+        Naming what it is.
+    """
+    found = [
+        *([f"on {args.n_gpu} GPUs (DataParallel)"] if args.n_gpu > 1 else []),
+        *([f"by {args.world_size} processes"] if args.world_size > 1 else []),
+    ]
+    if found:
+        raise RecordingError(
+            f"The Trainer trains {' and '.join(found)}",
+            "The whole gradient of a step and all its samples are seen where one process trains on one device",
+            "Set `CUDA_VISIBLE_DEVICES` to one device and start the script with `python`, or leave TrainerRecorder out",
+        )
+
+
+def _found_in(args: Any, model: nn.Module, dataset: Any, ids: str | None) -> dict[str, Any]:
+    """Options of the recorder that follow from what the Trainer was given."""
+    found: dict[str, Any] = {"returns": "logits"}
+    if not args.label_smoothing_factor:  # with it, the Trainer evaluates the loss
+        found["loss"] = "returned"
+    if ids is None and not isinstance(dataset, IterableDataset):
+        with contextlib.suppress(TypeError):
+            found["data"] = len(dataset)
+    config, name = getattr(model, "config", None), type(model).__name__
+    regression = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", 2) < 2
+    if name.endswith(("ForSequenceClassification", "ForImageClassification", "ForMultipleChoice")) and not regression:
+        found["task"] = "classification"
+    return found
+
+
+def _same_samples(one: Any, other: Any) -> bool:
+    """True where two training sets are the same object, or made alike from the same (as by the removal of columns)."""
+    mark = getattr(one, "_fingerprint", None)
+    return one is other or (mark is not None and mark == getattr(other, "_fingerprint", None))
+
+
+def _rows(inputs: dict[str, Any]) -> int:
+    """How many samples a batch has.
+
+    Raises
+    ------
+    SampleIdError
+        Where it holds no tensor.
+    """
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return len(leaf)
+    raise SampleIdError(
+        "The model was called in training without a tensor",
+        "Samples of an iterable dataset are counted along the first axis of the model's first input",
+        'Write `TrainerRecorder(ids="index")` with the name of an entry that holds their ids',
+    )

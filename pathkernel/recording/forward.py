@@ -14,6 +14,7 @@ from pathkernel.errors import InputError
 from pathkernel.gradients.arguments import places_of, same_arguments
 from pathkernel.gradients.forward_state import ForwardState, generator_states
 from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.own_autocast import own_autocast
 from pathkernel.gradients.returned import output_leaves, returned_loss, selected
 from pathkernel.recording.calls import SeenCall
 from pathkernel.recording.compiled import CompiledCall
@@ -216,7 +217,8 @@ class ForwardWatcher:
         if self._last and next(reversed(self.parts[-1]._forward_hooks)) != self._last[0].id:
             self._hook_last()
         kind = self.device.type
-        autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        around = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        autocast = around or own_autocast(self.parts[0])
         self._checksum = None if self.checked is None else self.checked()
         self._elsewhere = None if self.checked is None else self.modules.other_generators()
         self._before = (
@@ -247,6 +249,8 @@ class ForwardWatcher:
         one = ForwardPass(state, leaves, self._checksum, drew_from, call, self._samples_first(call))
         for place, leaf in hooked.items():
             _on_gradient(leaf, partial(self._cotangent, one, place))
+            if loss is not None:
+                _beside_copy(leaf, partial(self._cotangent, one, place))
         # In each pass: what is computed from what may depend on the mode, or on a buffer that says how far training is.
         for place, node, edge in edges_between(hooked) if len(hooked) > 1 else ():
             node.register_hook(partial(self._through_another, one, place, edge))
@@ -346,6 +350,34 @@ def edges_between(leaves: dict[int, Tensor]) -> list[tuple[int, Any, int]]:
 def _is_transformed() -> bool:
     """True while a transformation of `torch.func` is under way, whose tensors take no hooks."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _beside_copy(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Be given the gradient that comes to what a tensor is a copy of in another floating type, but not through it.
+
+    Frameworks return float32 copies of what a network computed in bfloat16, loss included; a loss that the network
+    computes itself comes from what was copied, whose slope is the copy's.
+    """
+    copy = tensor.grad_fn
+    if copy is None or copy.name() != "ToCopyBackward0":
+        return
+    (source, number), through = copy.next_functions[0], list[Tensor]()
+
+    def of_copy(passed_on: tuple[Tensor | None, ...], _: Any) -> None:
+        through.extend(gradient for gradient in passed_on[:1] if gradient is not None)
+
+    def of_source(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[number]
+        if gradient is not None:
+            beside = gradient - sum(through, torch.zeros_like(gradient))
+            if bool(beside.any()):
+                hook(beside.to(tensor_type))
+        through.clear()
+
+    tensor_type = tensor.dtype
+    if source is not None and type(source).__name__ != "AccumulateGrad":
+        copy.register_hook(of_copy)
+        source.register_prehook(of_source)
 
 
 def _on_gradient(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:

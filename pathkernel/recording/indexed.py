@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +62,12 @@ class IndexedDataset(Dataset):
 
     def __getitem__(self, index: int) -> IndexedSample:
         return IndexedSample(int(index), self.dataset[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[IndexedSample]:
+        """The samples of a batch, fetched at once where the dataset does so by itself, as loaders ask it to."""
+        at_once = getattr(self.dataset, "__getitems__", None)
+        items = at_once(indices) if at_once else [self.dataset[index] for index in indices]
+        return [IndexedSample(int(index), item) for index, item in zip(indices, items, strict=True)]
 
 
 class IndexedCollate:
