@@ -208,18 +208,36 @@ def indexed(loader: Iterable[Any], ids: IdsOf = None) -> Any:
     return with_ids(loader) if ids is None and is_map_style(loader) else CountedBatches(loader, ids)  # type: ignore[arg-type]
 
 
+def levels_of(dataset: Any, until: Any = None) -> list[tuple[Any, Tensor | None]]:
+    """A dataset and those that it is a `torch.utils.data.Subset` of, each with the places of its items there.
+
+    Parameters
+    ----------
+    dataset
+        The outermost.
+    until
+        The last that is asked for; by default, the first that is no subset.
+
+    Returns
+    -------
+    Datasets, each with (n,) int64; None for places in the outermost itself.
+    """
+    dataset = dataset.dataset if isinstance(dataset, IndexedDataset) else dataset
+    levels: list[tuple[Any, Tensor | None]] = [(dataset, None)]
+    while isinstance(dataset, Subset) and dataset is not until:
+        indices = torch.as_tensor([int(place) for place in dataset.indices], dtype=torch.int64)
+        last = levels[-1][1]
+        dataset = dataset.dataset
+        levels.append((dataset, indices if last is None else indices[last]))
+    return levels
+
+
 def places_in(data: Samples, dataset: Any) -> Tensor | None:
     """Places in the training data of the items of a `torch.utils.data.Subset` of them, as `random_split` makes it.
 
     None where the items have their own places there: the dataset is the data, or is as long as these.
     """
-    dataset = dataset.dataset if isinstance(dataset, IndexedDataset) else dataset
-    levels: list[tuple[Any, Tensor | None]] = [(dataset, None)]
-    while isinstance(dataset, Subset):
-        indices = torch.as_tensor([int(place) for place in dataset.indices], dtype=torch.int64)
-        last = levels[-1][1]
-        dataset = dataset.dataset
-        levels.append((dataset, indices if last is None else indices[last]))
+    levels = levels_of(dataset)
     of_data = data.dataset.dataset if isinstance(data.dataset, IndexedDataset) else data.dataset
     known = [places for level, places in levels if level is of_data]
     alike = [places for level, places in levels if hasattr(level, "__len__") and len(level) == data.limit]
