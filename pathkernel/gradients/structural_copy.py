@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pathkernel.errors import UnsupportedModelError
+from pathkernel.gradients.own_autocast import without_autocast
 
 LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event, threading.local)
 """Objects that have no copies and hold nothing that a pass depends on."""
@@ -121,6 +122,8 @@ class _Copier:
         found = kind.__new__(kind)
         self._remember(module, found)
         state = _state_of(module)
+        if (inside := without_autocast(module)) is not None:  # passes enter the autocast that is on record
+            state["forward"] = inside
         attributes = vars(found)
         children = state.pop("_modules")
         attributes["_modules"] = type(children)()

@@ -14,6 +14,7 @@ from pathkernel.errors import InputError
 from pathkernel.gradients.arguments import places_of, same_arguments
 from pathkernel.gradients.forward_state import ForwardState, generator_states
 from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.own_autocast import own_autocast
 from pathkernel.gradients.returned import output_leaves, returned_loss, selected
 from pathkernel.recording.calls import SeenCall
 from pathkernel.recording.compiled import CompiledCall
@@ -216,7 +217,8 @@ class ForwardWatcher:
         if self._last and next(reversed(self.parts[-1]._forward_hooks)) != self._last[0].id:
             self._hook_last()
         kind = self.device.type
-        autocast = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        around = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        autocast = around or own_autocast(self.parts[0])
         self._checksum = None if self.checked is None else self.checked()
         self._elsewhere = None if self.checked is None else self.modules.other_generators()
         self._before = (
