@@ -11,7 +11,7 @@ import torch
 
 from pathkernel.callbacks.kept_weights import is_at_end
 from pathkernel.callbacks.recording import FrameworkRecording, RecorderOptions
-from pathkernel.callbacks.skorch_data import found_data, loss_of, same_data, task_of
+from pathkernel.callbacks.skorch_net import found_data, loss_of, same_data, task_of
 from pathkernel.callbacks.versions import check_version
 from pathkernel.errors import InputError, PathKernelError, RecordingError, TrajectoryError
 from pathkernel.gradients.forward_state import generators_untouched
@@ -184,6 +184,8 @@ class SkorchRecorder(Callback):
     def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
         """Wait for the loader of the training data, which the net makes next."""
         self._training = False
+        if self._anew:
+            self._recording, self._saved, self._lost = None, None, ""
         if self._waiting is not None and vars(net).get("fit_loop") is self._waiting:  # nothing came of it
             del vars(net)["fit_loop"]
         loop = net.fit_loop
@@ -197,7 +199,8 @@ class SkorchRecorder(Callback):
                 if not training:
                     return iterator(dataset, training=training)
                 _restore(net, "get_iterator", iterator)
-                return self._record(net, X, y, dataset, iterator(dataset, training=True))
+                loader = iterator(dataset, training=True)
+                return RecordedBatches(loader, lambda: self._begin(net, X, dataset, loader), self._hand_out)
 
             vars(net)["get_iterator"] = get_iterator
             self._training = True
@@ -244,26 +247,26 @@ class SkorchRecorder(Callback):
 
     # -- recording ----------------------------------------------------------------------------------------------
 
-    def _record(self, net: Any, X: Any, y: Any, dataset: Any, loader: Any) -> RecordedBatches:
-        """Start recording, or go on, and make the loader's batches carry ids."""
-        modules, optimizers = (net.module_,), [getattr(net, f"{name}_") for name in net._optimizers]
-        data, ids = found_data(dataset, X)
-        before, self._of = self._of, (*modules, *optimizers, data)
-        going_on = not self._anew and len(before) == len(self._of)
-        going_on = going_on and all(one is other for one, other in zip(before[:-1], self._of[:-1], strict=True))
+    def _begin(self, net: Any, X: Any, dataset: Any, loader: Any) -> tuple[KernelRecorder, Any]:
+        """Start recording, or go on, and say what the recorder is to go through."""
+        optimizers = [getattr(net, f"{name}_") for name in net._optimizers]
+        data, places = found_data(dataset, X)
+        (*before, data_before), (*now, _) = self._of or (None,), (net.module_, *optimizers, data)
+        self._of = (*now, data)
         counted = "data" in self._options and self._options["data"] is None
-        going_on = going_on and (counted or same_data(before[-1], data))
-        recorder = self._go_on() if going_on else None
+        again = same_data(data_before, data)
+        same = len(before) == len(now) and all(one is other for one, other in zip(before, now, strict=True))
+        recorder = self._go_on() if same and (again or counted) and not self._anew else None
         if recorder is None:
             found = {"data": data, "loss": loss_of(net), "task": task_of(net)}
-            self._recording, self._saved, self._lost = FrameworkRecording(type(self).__name__, self._options), None, ""
+            self._recording = FrameworkRecording(type(self).__name__, self._options)
             recorder = self._recording.start(net.module_, optimizers, **found)
             self._anew, self._offset = False, 0
-        elif counted and not same_data(before[-1], data):
+        elif counted and not again:
             self._offset = len(recorder.trajectory.data)
-        if counted and ids is not None and is_map_style(loader):
-            return RecordedBatches(self, recorder, loader, PartOfData(indexed(loader), ids + self._offset))
-        return RecordedBatches(self, recorder, loader, loader)
+        if counted and places is not None and is_map_style(loader):
+            return recorder, PartOfData(indexed(loader), places + self._offset)
+        return recorder, loader
 
     def _go_on(self) -> KernelRecorder | None:
         """The recorder of the last training, started again; None where the net is not as that left it."""
@@ -275,6 +278,9 @@ class SkorchRecorder(Callback):
         except RecordingError:  # steps were taken without it
             return None
         return recorder
+
+    def _hand_out(self, batch: Any) -> None:
+        self._handed = batch
 
     def _close(self) -> None:
         self._handed = None
@@ -321,24 +327,29 @@ class SkorchRecorder(Callback):
 class RecordedBatches:
     """A net's loader whose batches are announced as they come.
 
+    Recording starts with the first of them: callbacks that make the weights anew have had their turn.
+
     Parameters
     ----------
-    callback
-        Is told each batch.
-    recorder
-        The recorder that they are announced to.
     loader
         As the net made it.
-    source
-        What the recorder goes through.
+    begin
+        Starts recording, and returns the recorder and what it is to go through.
+    hand_out
+        Is told each batch.
     """
 
-    def __init__(self, callback: SkorchRecorder, recorder: KernelRecorder, loader: Any, source: Any) -> None:
-        self._callback, self._recorder, self._loader, self._source = callback, recorder, loader, source
+    def __init__(
+        self, loader: Any, begin: Callable[[], tuple[KernelRecorder, Any]], hand_out: Callable[[Any], None]
+    ) -> None:
+        self._loader, self._begin, self._hand_out = loader, begin, hand_out
+        self._begun: tuple[KernelRecorder, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._recorder.track(self._source):
-            self._callback._handed = batch
+        self._begun = self._begun or self._begin()
+        recorder, source = self._begun
+        for batch in recorder.track(source):
+            self._hand_out(batch)
             yield batch
 
     def __len__(self) -> int:

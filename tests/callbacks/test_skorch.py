@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import pathkernel as pk
-from pathkernel.errors import InputError, MissingExtraError, RecordingError, TrajectoryError
+from pathkernel.errors import InputError, MissingExtraError, RecordingError, SampleIdError, TrajectoryError
 
 skorch = pytest.importorskip("skorch")
 
@@ -25,7 +25,16 @@ from sklearn.base import clone  # noqa: E402
 from sklearn.model_selection import GridSearchCV, cross_val_score  # noqa: E402
 from sklearn.pipeline import Pipeline  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
-from skorch.callbacks import Callback, Checkpoint, EarlyStopping, GradientNormClipping, LRScheduler  # noqa: E402
+from skorch.callbacks import (  # noqa: E402
+    Callback,
+    Checkpoint,
+    EarlyStopping,
+    Freezer,
+    GradientNormClipping,
+    Initializer,
+    LRScheduler,
+    Unfreezer,
+)
 from skorch.dataset import ValidSplit  # noqa: E402
 from skorch.helper import SliceDict, predefined_split  # noqa: E402
 from torch.utils.data import Dataset, TensorDataset  # noqa: E402
@@ -250,6 +259,40 @@ def test_a_subset_has_ids_of_its_own() -> None:
     assert len(net.history) == 2
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Samples without places."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(torch.from_numpy(x), int(y)) for x, y in zip(X, Y, strict=True)])
+
+
+def test_a_stream_is_counted() -> None:
+    recorder = recording(audit_every=1)
+    options = {"train_split": None, "classes": [0, 1, 2], "iterator_train__shuffle": False}
+    net = trained(classifier([recorder], module=Net, **options), Stream(), None)
+    assert assert_explained(recorder, net).shares.shape == (3, 2 * N)  # in two epochs
+
+
+class OwnLoader:
+    """Batches of a loader that is none of torch's."""
+
+    def __init__(self, dataset: Any, batch_size: int) -> None:
+        self.batches = [slice(i, i + batch_size) for i in range(0, len(dataset), batch_size)]
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            yield torch.from_numpy(X[batch]), torch.from_numpy(Y[batch])
+
+
+def test_a_loader_without_ids_is_refused_unless_samples_are_to_be_counted() -> None:
+    options = {"iterator_train": OwnLoader, "train_split": None, "criterion": nn.CrossEntropyLoss, "verbose": 0}
+    with pytest.raises(SampleIdError, match="`track` was given a OwnLoader"):
+        trained(skorch.NeuralNetClassifier(Net, callbacks=[recording()], **options))
+    recorder = recording(data=None)
+    net = trained(skorch.NeuralNetClassifier(Net, callbacks=[recorder], max_epochs=1, **options))
+    assert assert_explained(recorder, net).shares.shape == (3, N)
+
+
 class TwoInputs(nn.Module):
     """Takes its inputs by name."""
 
@@ -272,6 +315,27 @@ def test_inputs_by_name_and_further_arguments(kind: type) -> None:
     with torch.no_grad():  # queries are given what was shared in training; `net.predict` is not
         expected = net.module_(torch.from_numpy(X), torch.from_numpy(X[:, :2]), scale=3.0)
     np.testing.assert_allclose(recorder.machine(dict(inputs)), expected, atol=1e-5)
+
+
+def test_data_frames_and_sparse_matrices() -> None:
+    pandas, sparse = pytest.importorskip("pandas"), pytest.importorskip("scipy.sparse")
+    recorder = recording()
+    frame = pandas.DataFrame({"left": X[:, 0], "right": X[:, 1]})
+    net = trained(classifier([recorder], module=Columns), frame.copy(), Y)
+    columns = {name: frame[[name]].to_numpy().copy() for name in frame}
+    np.testing.assert_allclose(recorder.machine(columns), net.forward(frame.copy()), atol=1e-5)
+    assert_explained(recorder, trained(classifier([recorder]), sparse.csr_matrix(X), Y))
+
+
+class Columns(nn.Module):
+    """Takes columns of a data frame by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 3)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.cat([left, right], dim=1))
 
 
 def test_tensors_and_one_batch_of_all() -> None:
@@ -422,6 +486,15 @@ def test_clipping_and_schedules(first: bool) -> None:
     assert_explained(recorder, trained(net))
     rates = [step.hyperparameters[0]["lr"] for step in recorder.trajectory.steps()]
     assert rates == [0.3, 0.3, 0.3, 0.15, 0.15, 0.15]
+
+
+def test_weights_that_callbacks_make_and_freeze_before_the_first_batch() -> None:
+    recorder = recording(audit_every=1)
+    others = [Initializer("body.2.weight", fn=nn.init.zeros_), Freezer("body.0.*"), Unfreezer("body.0.*", at=2)]
+    net = classifier([recorder, *others], max_epochs=3)
+    why = assert_explained(recorder, trained(net))
+    assert not recorder.trajectory.parameters(0)["body.2.weight"].any()
+    assert set(why.channels) <= {"initial", "rounding"}
 
 
 def test_training_that_is_stopped_early() -> None:
@@ -658,7 +731,7 @@ def test_nets_are_copied_while_they_are_trained(tmp_path: Path) -> None:
 
 
 def test_a_store_is_opened_with_the_nets_own_loss(tmp_path: Path) -> None:
-    from pathkernel.callbacks.skorch_data import loss_of
+    from pathkernel.callbacks.skorch_net import loss_of
 
     recorder = recording(store=tmp_path / "run")
     net = trained(classifier([recorder], module__last="softmax", criterion=nn.NLLLoss))
@@ -734,8 +807,10 @@ def test_no_training_no_record() -> None:
     recorder = recording()
     with pytest.raises(TrajectoryError, match="SkorchRecorder has not seen any training yet"):
         _ = recorder.machine
-    net = classifier([recorder], max_epochs=0).fit(X, Y)
-    assert len(recorder.trajectory) == 0 and len(net.history) == 0
+    net = trained(classifier([recorder]))
+    net.set_params(max_epochs=0).fit(X, Y)
+    with pytest.raises(TrajectoryError, match="SkorchRecorder has not seen any training yet"):
+        _ = recorder.machine  # of a net that was made anew, and not trained
 
 
 @pytest.fixture(autouse=True)
