@@ -435,6 +435,30 @@ def test_a_loss_of_the_nets_own_is_taken_from_the_pass() -> None:
     assert (recorder.machine.predict(X) == net.predict(X)).all()
 
 
+class Sparse(skorch.NeuralNetClassifier):
+    """With an L1 term, as the documentation of skorch has it."""
+
+    def get_loss(self, y_pred: torch.Tensor, y_true: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().get_loss(y_pred, y_true, *args, **kwargs) + 0.01 * sum(w.abs().sum() for w in weights(self))
+
+
+def weights(net: Any) -> list[torch.Tensor]:
+    return [p for name, p in net.module_.named_parameters() if name.endswith("weight")]
+
+
+def l1(parameters: Any) -> torch.Tensor:
+    return 0.01 * sum(p.abs().sum() for name, p in parameters.items() if name.endswith("weight"))
+
+
+def test_terms_of_parameters_alone_have_a_name() -> None:
+    options = {"criterion": nn.CrossEntropyLoss, "verbose": 0, "max_epochs": 2, "train_split": None}
+    recorder = recording(regularizers={"l1": l1})
+    why = assert_explained(recorder, trained(Sparse(Net, callbacks=[recorder], **options)))
+    assert abs(why.channels["l1"]).max() > 0
+    with pytest.raises(SampleIdError, match="regularizers="):
+        trained(Sparse(Net, callbacks=[recording()], **options))
+
+
 def test_accumulated_gradients_as_skorch_documents_them() -> None:
     class Accumulates(skorch.NeuralNetClassifier):
         def get_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
