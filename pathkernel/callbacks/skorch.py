@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
@@ -103,7 +105,7 @@ class SkorchRecorder(Callback):
     def _forget(self) -> None:
         """Be as before any training."""
         self._recording: FrameworkRecording | None = None
-        self._of: tuple[Any, ...] = ()
+        self._of: Trained | None = None
         self._handed: Any = None
         self._training = False
         self._waiting: Callable[..., Any] | None = None
@@ -251,11 +253,11 @@ class SkorchRecorder(Callback):
         """Start recording, or go on, and say what the recorder is to go through."""
         optimizers = [getattr(net, f"{name}_") for name in net._optimizers]
         data, places = found_data(dataset, X)
-        (*before, data_before), (*now, _) = self._of or (None,), (net.module_, *optimizers, data)
-        self._of = (*now, data)
+        trained, now = self._of, Trained(net.module_, optimizers, data)
+        self._of = now
         counted = "data" in self._options and self._options["data"] is None
-        again = same_data(data_before, data)
-        same = len(before) == len(now) and all(one is other for one, other in zip(before, now, strict=True))
+        again = trained is not None and same_data(trained.data, data)
+        same = trained is not None and trained.is_same_network(now)
         recorder = self._go_on() if same and (again or counted) and not self._anew else None
         if recorder is None:
             found = {"data": data, "loss": loss_of(net), "task": task_of(net)}
@@ -322,6 +324,26 @@ class SkorchRecorder(Callback):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
         self.__dict__.update(state)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a call of ``fit`` trains.
+
+    Attributes
+    ----------
+    module, optimizers, data
+        The objects themselves.
+    """
+
+    module: Any
+    optimizers: list[Any]
+    data: Any
+
+    def is_same_network(self, other: Trained) -> bool:
+        """Test that another call trained the same module by the same optimizers."""
+        own, its = (self.module, *self.optimizers), (other.module, *other.optimizers)
+        return len(own) == len(its) and all(map(operator.is_, own, its))
 
 
 class RecordedBatches:

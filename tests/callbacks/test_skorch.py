@@ -479,6 +479,35 @@ def test_accumulated_gradients_as_skorch_documents_them() -> None:
     assert [len(step.batches) for step in recorder.trajectory.steps()] == [2] * 30
 
 
+class TwoOptimizers(skorch.NeuralNetClassifier):
+    """Each layer has an optimizer, which runs the closure of the step again."""
+
+    def initialize_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.get_params_for_optimizer("optimizer", self.module_.body[0].named_parameters())
+        self.optimizer_ = self.optimizer(*args, **kwargs)
+        self.optimizer2_ = torch.optim.Adam(self.module_.body[2].parameters(), lr=0.01)
+        return self
+
+
+class OneBackward(TwoOptimizers):
+    """Both step by one backward pass."""
+
+    def train_step(self, batch: Any, **fit_params: Any) -> Any:
+        self._zero_grad_optimizer()
+        step = self.train_step_single(batch, **fit_params)
+        self._step_optimizer(None)
+        return step
+
+
+@pytest.mark.parametrize(("kind", "steps"), [(TwoOptimizers, 6), (OneBackward, 3)])
+def test_several_optimizers(kind: type, steps: int) -> None:
+    recorder = recording(audit_every=1)
+    options = {"criterion": nn.CrossEntropyLoss, "verbose": 0, "batch_size": 16, "max_epochs": 1}
+    net = trained(kind(Net, callbacks=[recorder], **options))
+    assert_explained(recorder, net)
+    assert len(recorder.trajectory) == steps
+
+
 def test_several_outputs_of_which_the_first_is_predicted() -> None:
     class Coder(nn.Module):
         def __init__(self) -> None:
