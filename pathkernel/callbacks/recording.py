@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel._typing import Loss, Parameters, PyTree
+from pathkernel.callbacks.kept_weights import steps_of_weights
 from pathkernel.errors import InputError, TrajectoryError
 from pathkernel.gradients.batch_axes import BatchAxis
 from pathkernel.gradients.returned import Returns
@@ -54,6 +55,8 @@ class FrameworkRecording:
         Name of the callback's class, for messages.
     options
         What its user gave it for `pathkernel.KernelRecorder`.
+    record
+        The path of an earlier training, where nothing is recorded any more.
 
     Attributes
     ----------
@@ -66,7 +69,7 @@ class FrameworkRecording:
         For an option that the recorder does not have.
     """
 
-    def __init__(self, callback: str, options: RecorderOptions) -> None:
+    def __init__(self, callback: str, options: RecorderOptions, record: Trajectory | None = None) -> None:
         unknown = sorted(set(options) - set(RecorderOptions.__annotations__))
         if unknown:
             raise InputError(
@@ -76,7 +79,9 @@ class FrameworkRecording:
             )
         self._callback, self._options = callback, options
         self.recorder: KernelRecorder | None = None
+        self._record = record
         self._machine: KernelMachine | None = None
+        self._machine_of: tuple[int, int | None] = 0, None
 
     def start(self, model: nn.Module, optimizers: Sequence[Optimizer], **found: Any) -> KernelRecorder:
         """Record from here on.
@@ -109,6 +114,8 @@ class FrameworkRecording:
         TrajectoryError
             Before training.
         """
+        if self._record is not None:
+            return self._record
         if self.recorder is None:
             raise TrajectoryError(
                 f"The {self._callback} has not seen any training yet",
@@ -119,9 +126,13 @@ class FrameworkRecording:
 
     @property
     def machine(self) -> KernelMachine:
-        """The trained network as a kernel machine."""
-        if self._machine is None or len(self._machine.trajectory) != len(self.trajectory):
-            self._machine = KernelMachine(self.trajectory)
+        """The network as a kernel machine: with the weights that it has now, the last on its path or earlier ones."""
+        trajectory = self.trajectory
+        of = len(trajectory), steps_of_weights(trajectory)
+        if self._machine is None or self._machine_of != of:
+            self._machine, self._machine_of = KernelMachine(trajectory, at=of[1]), of
+        elif of[1] is None:  # which a machine is asked when it is made
+            trajectory.check_model("KernelMachine")
         return self._machine
 
     def certificate(self, X: PyTree, outputs: Any = None) -> dict[str, float]:

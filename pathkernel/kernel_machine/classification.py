@@ -27,11 +27,16 @@ def is_classifier(trajectory: Trajectory) -> bool:
 def probabilities(loss: Loss, outputs: Tensor) -> Tensor:
     """Class probabilities (n, C) of outputs under the loss that a network was trained with.
 
+    A loss that has a method ``probabilities`` says them itself.
+
     Raises
     ------
     InputError
         For losses that define none.
     """
+    own = getattr(loss, "probabilities", None)
+    if callable(own):
+        return own(outputs)
     if isinstance(loss, nn.CrossEntropyLoss):
         return outputs.softmax(dim=1)
     if isinstance(loss, nn.NLLLoss):

@@ -86,7 +86,49 @@ IdsOf = str | int | Callable[[Any], Any] | None
 """Where ids are in a batch: a key, a place, or a function of it; None where they are not in it."""
 
 
-def with_ids(loader: DataLoader) -> DataLoader:
+INNER = {"accelerate": "base_dataloader", "lightning": "_dataloader", "lightning_fabric": "_dataloader"}
+"""Under which name the loaders of a framework hold the DataLoader that they go through."""
+
+
+def inner_name(loader: Any) -> str | None:
+    """Name under which a loader that a framework prepared holds the DataLoader that it goes through; None for others.
+
+    Those of accelerate call themselves DataLoaders, and their type tells.
+    """
+    name = INNER.get(type(loader).__module__.partition(".")[0])
+    return name if name is not None and isinstance(vars(loader).get(name), DataLoader) else None
+
+
+class PreparedLoader:
+    """A loader that a framework prepared, whose batches carry ids while it is gone through.
+
+    The framework's own loader is gone through, which counts epochs, moves batches and knows when it is at its end.
+
+    Parameters
+    ----------
+    loader
+        Loader of accelerate or Fabric.
+    name
+        See `inner_name`.
+    """
+
+    def __init__(self, loader: Any, name: str) -> None:
+        self.loader, self._name = loader, name
+        self._inner = getattr(loader, name)
+        self._indexed = with_ids(self._inner)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[IndexedBatch]:
+        setattr(self.loader, self._name, self._indexed)
+        try:
+            yield from self.loader
+        finally:
+            setattr(self.loader, self._name, self._inner)
+
+
+def with_ids(loader: DataLoader) -> Any:
     """A loader like another one that yields `IndexedBatch`: of the same sampler, generator and worker processes.
 
     Raises
@@ -94,6 +136,9 @@ def with_ids(loader: DataLoader) -> DataLoader:
     SampleIdError
         When the loader does not batch.
     """
+    name = inner_name(loader)
+    if name is not None:
+        return PreparedLoader(loader, name)
     dataset = loader.dataset
     if loader.batch_sampler is None:
         raise SampleIdError(
@@ -182,8 +227,9 @@ def ids_in(batch: Any, ids: IdsOf) -> Tensor:
 
 
 def is_map_style(loader: Any) -> bool:
-    """True for a `torch.utils.data.DataLoader` over a dataset whose items have places."""
-    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    """True for a DataLoader, prepared by a framework or not, over a dataset whose items have places."""
+    loads = isinstance(loader, DataLoader) or inner_name(loader) is not None
+    return loads and not isinstance(loader.dataset, IterableDataset)
 
 
 def indexed(loader: Iterable[Any], ids: IdsOf = None) -> Any:
@@ -214,18 +260,36 @@ def indexed(loader: Iterable[Any], ids: IdsOf = None) -> Any:
     return with_ids(loader) if ids is None and is_map_style(loader) else CountedBatches(loader, ids)  # type: ignore[arg-type]
 
 
+def levels_of(dataset: Any, until: Any = None) -> list[tuple[Any, Tensor | None]]:
+    """A dataset and those that it is a `torch.utils.data.Subset` of, each with the places of its items there.
+
+    Parameters
+    ----------
+    dataset
+        The outermost.
+    until
+        The last that is asked for; by default, the first that is no subset.
+
+    Returns
+    -------
+    Datasets, each with (n,) int64; None for places in the outermost itself.
+    """
+    dataset = dataset.dataset if isinstance(dataset, IndexedDataset) else dataset
+    levels: list[tuple[Any, Tensor | None]] = [(dataset, None)]
+    while isinstance(dataset, Subset) and dataset is not until:
+        indices = torch.as_tensor([int(place) for place in dataset.indices], dtype=torch.int64)
+        last = levels[-1][1]
+        dataset = dataset.dataset
+        levels.append((dataset, indices if last is None else indices[last]))
+    return levels
+
+
 def places_in(data: Samples, dataset: Any) -> Tensor | None:
     """Places in the training data of the items of a `torch.utils.data.Subset` of them, as `random_split` makes it.
 
     None where the items have their own places there: the dataset is the data, or is as long as these.
     """
-    dataset = dataset.dataset if isinstance(dataset, IndexedDataset) else dataset
-    levels: list[tuple[Any, Tensor | None]] = [(dataset, None)]
-    while isinstance(dataset, Subset):
-        indices = torch.as_tensor([int(place) for place in dataset.indices], dtype=torch.int64)
-        last = levels[-1][1]
-        dataset = dataset.dataset
-        levels.append((dataset, indices if last is None else indices[last]))
+    levels = levels_of(dataset)
     of_data = data.dataset.dataset if isinstance(data.dataset, IndexedDataset) else data.dataset
     known = [places for level, places in levels if level is of_data]
     alike = [places for level, places in levels if hasattr(level, "__len__") and len(level) == data.limit]

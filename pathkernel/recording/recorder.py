@@ -26,7 +26,7 @@ from pathkernel.recording.open_recorders import OPEN, caller, make_way, say_that
 from pathkernel.recording.optimizers import JointOptimizer, unwrapped_optimizers
 from pathkernel.recording.readings import StepHooks
 from pathkernel.recording.step_capture import StepCapture
-from pathkernel.recording.validation import check_optimizer, unwrapped
+from pathkernel.recording.validation import check_optimizer, inside_fabric, unwrapped
 from pathkernel.recording.watched import Watch, watched_parts
 from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.runtime.threads import made_on_the_cpu, on_the_cpu
@@ -163,7 +163,8 @@ class KernelRecorder(AnnouncesSamples):
         schedule: RecordingLevel | None = None,
         observers: Sequence[StepObserver] = (),
     ) -> None:
-        outer, model = model, unwrapped(model)
+        outer = inside_fabric(model)
+        model = unwrapped(outer)
         self.model = model
         self.optimizer: Optimizer | JointOptimizer | None = None
         self._given = Given(

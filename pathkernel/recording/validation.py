@@ -25,6 +25,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = compiled_from
 
 
+def inside_fabric(model: nn.Module) -> nn.Module:
+    """The module inside Fabric's wrapper, which switches mixed precision on and casts what it returns."""
+    inside = getattr(model, "_forward_module", None)
+    set_up = isinstance(inside, nn.Module) and isinstance(getattr(model, "_original_module", None), nn.Module)
+    return inside if set_up else model  # type: ignore[return-value]
+
+
 def refuse_other_tensors(names: Sequence[str]) -> None:
     """Refuse parameters, by name, that are other tensors than on record.
 

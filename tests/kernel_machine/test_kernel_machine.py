@@ -335,6 +335,26 @@ def test_log_probabilities_are_read_as_such() -> None:
     np.testing.assert_allclose(machine.predict_proba(data[0]), expected, atol=DOUBLE.shares)
 
 
+class LossOfProbabilities(nn.Module):
+    """A loss of a network that returns probabilities; it says so."""
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.nll_loss(output.log(), target)
+
+    def probabilities(self, outputs: torch.Tensor) -> torch.Tensor:
+        """The outputs themselves."""
+        return outputs
+
+
+def test_a_loss_may_say_itself_what_probabilities_are() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(dim=1)).double()
+    data = make_inputs(SAMPLES), LOSSES["ce_mean"].targets(SAMPLES)
+    trajectory = train_on(model, torch.optim.SGD(model.parameters(), lr=0.5), LossOfProbabilities(), data)
+    with torch.no_grad():
+        expected = model(data[0])
+    np.testing.assert_allclose(pk.KernelMachine(trajectory).predict_proba(data[0]), expected, atol=DOUBLE.shares)
+
+
 # -- which outputs ----------------------------------------------------------------------------------------------------
 
 

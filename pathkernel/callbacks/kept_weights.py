@@ -1,0 +1,48 @@
+"""Where a network stands on its path, which frameworks may lead back to its best checkpoint when training ends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pathkernel.trajectory.trajectory import Trajectory
+
+
+def steps_of_weights(trajectory: Trajectory) -> int | None:
+    """After how many steps of its path a network had the weights that it has now.
+
+    Returns
+    -------
+    The last such number; None where the path ends with them, and where they are not on it.
+
+    Raises
+    ------
+    TrajectoryError
+        Where too little of the path was kept for a kernel machine.
+    """
+    trajectory.schedule.require("KernelMachine")
+    theta = _theta(trajectory)
+    if theta is None or not len(trajectory):
+        return None
+    if torch.equal(trajectory.end_of_steps.to(theta), theta):
+        return len(trajectory) if trajectory.tail else None
+    earlier = (steps for steps in range(len(trajectory) - 1, 0, -1) if _is_after(trajectory, steps, theta))
+    return next(earlier, None)
+
+
+def is_at_end(trajectory: Trajectory) -> bool:
+    """Test that a network has the weights that its path ends with."""
+    theta = _theta(trajectory)
+    return theta is not None and torch.equal(trajectory.final.to(theta), theta)
+
+
+def _theta(trajectory: Trajectory) -> Tensor | None:
+    """θ as the network has it now; None where it has other parameters."""
+    live, layout = dict(trajectory.model.named_parameters()), trajectory.layout
+    if not all(name in live for name in layout.names):
+        return None
+    return layout.flatten({name: live[name].detach() for name in layout.names})
+
+
+def _is_after(trajectory: Trajectory, steps: int, theta: Tensor) -> bool:
+    return torch.equal(trajectory.until(steps).end_of_steps.to(theta), theta)
