@@ -40,7 +40,7 @@ class RecorderOptions(TypedDict, total=False):
     regularizers: Mapping[str, Callable[[Parameters], Tensor]] | None
     averages: Mapping[str, nn.Module | Mapping[str, Tensor]] | None
     audit_every: int | None
-    store: str | os.PathLike[str] | Store | None
+    store: str | os.PathLike[str] | Store | bool | None
     schedule: RecordingLevel | None
     observers: Sequence[StepObserver]
 
