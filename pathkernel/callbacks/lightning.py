@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
-from pathkernel.callbacks.lightning_loaders import Arrived, Numbering, TrainLoaders, flattened
-from pathkernel.callbacks.lightning_network import Network, network_of, refuse_several_processes
+from pathkernel.callbacks.lightning_averages import averages_of, go_before_averages, refuse_averages
+from pathkernel.callbacks.lightning_loaders import Arrived, Numbering, TrainLoaders, Wrapped, flattened
+from pathkernel.callbacks.lightning_network import Network, network_of, refuse_several_processes, without_empty_closure
 from pathkernel.callbacks.lightning_passes import CalledParts, PassesOfBatches
 from pathkernel.callbacks.recording import FrameworkRecording, RecorderOptions
 from pathkernel.callbacks.versions import check_version
@@ -27,6 +28,7 @@ from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.recording.indexed import IdsOf
 from pathkernel.recording.optimizers import held
 from pathkernel.recording.recorder import KernelRecorder
+from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.trajectory import Trajectory
 
 DISTRIBUTION = "lightning" if find_spec("lightning") or not find_spec("pytorch_lightning") else "pytorch-lightning"
@@ -135,6 +137,7 @@ class LightningRecorder(Callback):
         self._average: str | None = None
         self._averaged: KernelMachine | None = None
         self._store_on_record: str | None = None
+        self._data: Samples | None = None
         self._forget_fit()
 
     def _forget_fit(self) -> None:
@@ -145,7 +148,7 @@ class LightningRecorder(Callback):
         self._passes: PassesOfBatches | None = None
         self._called: CalledParts | None = None
         self._arrived: list[Arrived] = []
-        self._wrapped: list[tuple[Any, str]] = []
+        self._undone: list[Any] = []
         self._runs = False
 
     # -- results --------------------------------------------------------------------------------------------------
@@ -185,15 +188,12 @@ class LightningRecorder(Callback):
             return
         refuse_several_processes(trainer)
         self._end_fit()
-        number = isinstance(self._options.get("data"), int)
-        self._loaders = TrainLoaders(self._ids, anew=number)
-        strategy, precision = trainer.strategy, trainer.precision_plugin
-        self._wrap(strategy, "process_dataloader", partial(self._process, trainer, strategy.process_dataloader))
-        self._wrap(precision, "convert_input", partial(self._convert, precision.convert_input))
-
-    def _wrap(self, owner: Any, name: str, replacement: Any) -> None:
-        setattr(owner, name, replacement)
-        self._wrapped.append((owner, name))
+        self._loaders = TrainLoaders(self._ids, anew=self._options.get("data") is not None)
+        self._undone = [
+            Wrapped(trainer.strategy, "process_dataloader", partial(self._process, trainer)),
+            Wrapped(trainer.precision_plugin, "convert_input", self._convert),
+        ]
+        go_before_averages(trainer, self)
 
     def _process(self, trainer: Any, process: Any, loader: Any) -> Any:
         """A loader as the strategy processes it; one for training with ids."""
@@ -209,8 +209,8 @@ class LightningRecorder(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find out what is trained."""
         self._network = network_of(pl_module, trainer.optimizers, self._options.get("watch"))
+        refuse_averages(trainer, pl_module)
         assert self._loaders is not None
-        self._loaders.forget()
         if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             self._loaders.fetched = partial(self._fetched, trainer)
 
@@ -231,7 +231,7 @@ class LightningRecorder(Callback):
 
     def _announce(self, trainer: Any, arrived: list[tuple[Arrived, Any]]) -> None:
         recorder, loaders = self.recorder, flattened(trainer.train_dataloader)
-        assert recorder is not None
+        assert recorder is not None and self._data is not None
         if self._numbering is None or loaders != self._train_loaders:  # loaders may be made anew between epochs
             self._numbering, self._train_loaders = Numbering(loaders), loaders
         if not arrived and self._source is None:
@@ -241,7 +241,7 @@ class LightningRecorder(Callback):
                 "tuple of several",
                 "Let the loader yield the batches that are trained on, or change them in `on_before_batch_transfer`",
             )
-        batches = [self._numbering.batch(one, batch, recorder.trajectory.data) for one, batch in arrived]
+        batches = [self._numbering.batch(one, batch, self._data) for one, batch in arrived]
         if self._passes is not None:
             self._passes.expect(batches)
         else:
@@ -281,11 +281,9 @@ class LightningRecorder(Callback):
             if self._runs:
                 self._recording.close()
         finally:
-            for hooked in (self._passes, self._called):
+            for hooked in (self._passes, self._called, *self._undone):
                 if hooked is not None:
                     hooked.remove()
-            for owner, name in self._wrapped:
-                vars(owner).pop(name, None)
             self._forget_fit()
 
     # -- the recorder ---------------------------------------------------------------------------------------------
@@ -296,8 +294,9 @@ class LightningRecorder(Callback):
         loaders = flattened(trainer.train_dataloader)
         self._numbering, self._train_loaders = Numbering(loaders), loaders
         data = self._options["data"] if "data" in self._options else self._numbering.data
+        self._step_plainly(network.optimizers)
         if not self._goes_on(network, data):
-            averages = _averages(trainer, module, network)
+            averages = averages_of(trainer, module, network.model)
             self._average, self._averaged = next(iter(averages), None), None
             found = {"data": data, "keep": True, "averages": averages}
             given = {"watch": network.watch, "store": self._store(trainer)}
@@ -307,6 +306,7 @@ class LightningRecorder(Callback):
         self._runs, self._begun = True, (network, data)
         recorder = self.recorder
         assert recorder is not None
+        self._data = recorder.trajectory.data
         if self._source is not None or len(loaders) > 1:
             self._passes = PassesOfBatches(recorder, network.first, self._source)
         self._called = CalledParts(module)
@@ -334,7 +334,12 @@ class LightningRecorder(Callback):
             own = {id(p) for p in self._network.model.parameters()}
             new = [one for one in trainer.optimizers if id(one) not in watched and _holds(one, own)]
             if new:
+                self._step_plainly(new)
                 self.recorder.attach(new)
+
+    def _step_plainly(self, optimizers: Sequence[Any]) -> None:
+        """Have optimizers step without a closure where that has no passes in it."""
+        self._undone += [one.register_step_pre_hook(without_empty_closure) for one in optimizers]
 
     def _store(self, trainer: Any) -> Any:
         given: Any = self._options.get("store")
@@ -422,18 +427,6 @@ def _is_at_end(model: nn.Module, trajectory: Trajectory) -> bool:
     now = dict(model.named_parameters())
     end = trajectory.parameters(len(trajectory))
     return all(name in now and torch.equal(value.to(now[name].device), now[name]) for name, value in end.items())
-
-
-def _averages(trainer: Any, module: nn.Module, network: Network) -> dict[str, nn.Module]:
-    """Averages of the network that callbacks keep, by the names of their classes."""
-    found: dict[str, nn.Module] = {}
-    name = next((name for name, child in module.named_modules() if child is network.model), None)
-    for callback in trainer.callbacks:
-        average = getattr(callback, "_average_model", None)
-        if isinstance(average, nn.Module) and name is not None:
-            inner: Any = average.module if isinstance(average, torch.optim.swa_utils.AveragedModel) else average
-            found[type(callback).__name__] = inner.get_submodule(name)
-    return found
 
 
 def _some(trajectory: Trajectory, n: int) -> PyTree:

@@ -73,44 +73,38 @@ class TrainLoaders:
 
     def __init__(self, ids: IdsOf = None, anew: bool = False) -> None:
         self._ids, self._anew = ids, anew
-        self._going: weakref.WeakSet[CarriedBatches] = weakref.WeakSet()
+        self._going: weakref.WeakKeyDictionary[CarriedBatches, deque[IndexedBatch]] = weakref.WeakKeyDictionary()
         self.fetched: Callable[[Arrived], None] | None = None
 
     def carrying(self, loader: Any) -> Any:
-        """A loader like another one, of the same batches in the same order; see `with_ids`.
+        """A loader like another one, of the same batches in the same order; see `pathkernel.indexed`.
 
         Raises
         ------
         SampleIdError
             Where samples cannot be told.
         """
-        return _carrying(loader, self._ids, self._anew, self._begun)
+        found = loader if isinstance(loader, _CarriesIds) else _carrying(loader, self._ids, self._anew)
+        found._listeners.append(weakref.ref(self))
+        return found
 
-    def _begun(self, batches: CarriedBatches) -> None:
-        batches.fetched = self._fetched
-        self._going.add(batches)
-
-    def _fetched(self, batches: CarriedBatches, found: IndexedBatch) -> None:
+    def see(self, batches: CarriedBatches, found: IndexedBatch) -> None:
+        """Take note of a batch that is handed out."""
         if self.fetched is not None:
             self.fetched(Arrived(batches.loader, found, ()))
         else:
-            batches.handed_out.append(found)
+            self._going.setdefault(batches, deque(maxlen=AHEAD)).append(found)
 
     def arrived(self, batch: Any) -> list[Arrived]:
         """The batches that something fetched is, or consists of, in its order."""
-        known = [(batches, found) for batches in self._going for found in batches.handed_out]
+        known = [(batches, found) for batches, handed_out in self._going.items() for found in handed_out]
         arrived = []
         for way, part in _parts(batch, (), lambda one: any(one is found.batch for _, found in known)):
             batches, found = next(pair for pair in known if pair[1].batch is part)
-            while batches.handed_out and batches.handed_out.popleft() is not found:
+            while self._going[batches].popleft() is not found:
                 pass  # somebody else asked for those
             arrived.append(Arrived(batches.loader, found, way))
         return arrived
-
-    def forget(self) -> None:
-        """Let go of batches that nobody asked for."""
-        for batches in self._going:
-            batches.handed_out.clear()
 
 
 def _parts(
@@ -137,24 +131,22 @@ class CarriedBatches:
 
     Attributes
     ----------
-    handed_out
-        The last ones.
-    fetched
-        Called with each.
+    loader
+        As given.
     """
 
     def __init__(self, batches: Iterator[IndexedBatch], loader: Any) -> None:
         self._batches, self.loader = batches, loader
-        self.handed_out: deque[IndexedBatch] = deque(maxlen=AHEAD)
-        self.fetched: Callable[[CarriedBatches, IndexedBatch], None] | None = None
 
     def __iter__(self) -> CarriedBatches:
         return self
 
     def __next__(self) -> Any:
         found = next(self._batches)
-        if self.fetched is not None and found.batch is not None:
-            self.fetched(self, found)
+        for listener in self.loader._listeners:
+            one = listener()
+            if one is not None and found.batch is not None:
+                one.see(self, found)
         return found.batch
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -165,12 +157,10 @@ class _CarriesIds:
     """Part of a loader that is made from another one: it yields its batches, whose ids are noted."""
 
     _within: Any
-    _begun: Callable[[CarriedBatches], None]
+    _listeners: list[weakref.ref[TrainLoaders]]
 
     def __iter__(self) -> Iterator[Any]:
-        batches = CarriedBatches(iter(self._within), self)
-        self._begun(batches)
-        return batches
+        return CarriedBatches(iter(self._within), self)
 
 
 class _CarryingLoader(_CarriesIds):
@@ -222,13 +212,13 @@ class _StatefulIterable(_CarryingIterable):
         self._loader.load_state_dict(state)  # type: ignore[attr-defined]
 
 
-def _carrying(loader: Any, ids: IdsOf, anew: bool, begun: Callable[[CarriedBatches], None]) -> Any:
+def _carrying(loader: Any, ids: IdsOf, anew: bool) -> Any:
     counted = _start_at_zero if anew else None
     if not isinstance(loader, DataLoader):
         stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         other = (_StatefulIterable if stateful else _CarryingIterable)(loader)
         other._within = loader if isinstance(loader, CountedBatches) else CountedBatches(loader, ids, start=counted)
-        other._begun = begun
+        other._listeners = []
         return other
     kind = type(loader)
     works = copy.copy(loader)
@@ -246,12 +236,45 @@ def _carrying(loader: Any, ids: IdsOf, anew: bool, begun: Callable[[CarriedBatch
     made: Any = type(kind.__name__, (_CarryingLoader, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
     again = made.__new__(made)  # a DataLoader takes no new dataset, so that none is made from its arguments
     vars(again).update({name: value for name, value in vars(loader).items() if name != "_iterator"})
-    vars(again).update(_within=within, _works=works, _begun=begun)
+    vars(again).update(_within=within, _works=works, _listeners=[])
     return again
 
 
 def _start_at_zero() -> int:
     return 0
+
+
+class Wrapped:
+    """A method of an object with something around it, until it is removed.
+
+    Parameters
+    ----------
+    owner, name
+        The object, and the name of its method.
+    around
+        Called with the method and the arguments.
+    """
+
+    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        self._owner, self._name, self._around = owner, name, around
+        self._inner, self._is_own = getattr(owner, name), name in vars(owner)
+        setattr(owner, name, self)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Call what is around the method."""
+        return self._around(self._inner, *arguments, **named)
+
+    def remove(self) -> None:
+        """Put the method back, whatever was put around it since."""
+        outer = vars(self._owner).get(self._name)
+        if outer is self:
+            delattr(self._owner, self._name)
+            if self._is_own:
+                setattr(self._owner, self._name, self._inner)
+        while isinstance(outer, Wrapped) and outer is not self:
+            if outer._inner is self:
+                outer._inner, outer._is_own = self._inner, self._is_own
+            outer = outer._inner
 
 
 class Numbering:

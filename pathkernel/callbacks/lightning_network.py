@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -156,3 +158,20 @@ def refuse_several_processes(trainer: Any) -> None:
             "A recorder sees the passes of one process, on one device",
             'Write `Trainer(devices=1, strategy="auto")`',
         )
+
+
+def without_empty_closure(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Hook before a step that takes the closure of Lightning's manual optimization out of it.
+
+    ``optimizer.step()`` without a closure reaches the optimizer with one that does nothing but call the hooks
+    ``on_before_optimizer_step``. These are called here: a step with a closure looks as if its passes were within.
+    """
+    closure = kwargs.get("closure")
+    own = closure.args[-1] if isinstance(closure, partial) and closure.args else None
+    if closure is None or getattr(own, "__name__", "") != "do_nothing_closure":
+        return None
+    with torch.enable_grad():  # as the optimizer would call it
+        closure()
+    return args, {**kwargs, "closure": None}
