@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import copy
-import csv
-import logging
-import pickle
-import random
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from importlib import metadata
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytestmark = pytest.mark.frameworks
@@ -22,141 +15,32 @@ L = pytest.importorskip("lightning")
 
 import torch  # noqa: E402
 from lightning.pytorch import callbacks as others  # noqa: E402
-from lightning.pytorch.loggers import CSVLogger  # noqa: E402
-from lightning.pytorch.tuner import Tuner  # noqa: E402
+from lightning_fits import (  # noqa: E402
+    Classifier,
+    N,
+    WithForward,
+    X,
+    Y,
+    a_loader,
+    a_trainer,
+    both,
+    ids_are_places,
+    inputs_on_record,
+    is_the_network,
+    quiet,
+    with_dropout,
+)
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset  # noqa: E402
 
 from pathkernel.callbacks.lightning import LightningRecorder  # noqa: E402
-from pathkernel.errors import (  # noqa: E402
-    CertificateWarning,
-    InputError,
-    MissingExtraError,
-    RecordingError,
-    SampleIdError,
-)
-from pathkernel.trajectory.trajectory import Trajectory  # noqa: E402
-
-RESIDUAL = 1e-5
-"""What rounding in float32 may leave, relative to the largest output: networks, losses and steps are of size one."""
-
-N = 21
-
-
-def _samples(n: int = N, seed: int = 7) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, generator=generator), torch.randint(2, (n,), generator=generator)
-
-
-X, Y = _samples()
-DATA = TensorDataset(X, Y)
+from pathkernel.errors import InputError, RecordingError  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*(LeafSpec|does not have many workers|tensorboardX).*")
+    with quiet():
         yield
-
-
-class Classifier(L.LightningModule):
-    """A module without ``forward``: its only part is called."""
-
-    def __init__(self, net: nn.Module | None = None) -> None:
-        super().__init__()
-        self.net = net or nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.parameters(), lr=0.02)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)]
-
-
-class WithForward(Classifier):
-    """A module that is called itself, and validates."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self(batch[0]), batch[1])
-        self.log("loss", loss)
-        return loss
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("validation", F.cross_entropy(self(batch[0]), batch[1]))
-
-
-def with_dropout() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(3, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2)
-    )
-
-
-def a_loader(data: Any = DATA, **options: Any) -> DataLoader:
-    return DataLoader(data, **{"batch_size": 5, "shuffle": True, **options})
-
-
-def a_trainer(*callbacks: Any, **options: Any) -> Any:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    quiet |= {"enable_model_summary": False, "accelerator": "cpu", "max_epochs": 2}
-    return L.Trainer(callbacks=[one for one in callbacks if one is not None], **{**quiet, **options})
-
-
-Fit = Callable[[LightningRecorder | None], nn.Module]
-"""A program: trains a module with the callback, or without it, and returns it."""
-
-
-def both(fit: Fit, make: Callable[[], LightningRecorder] | None = None) -> tuple[nn.Module, LightningRecorder]:
-    """Run a program without the callback and with it: weights, buffers and generators end with the same bits."""
-    callback = (make or (lambda: LightningRecorder(task="classification")))()
-    ends = []
-    for one in (None, callback):
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
-        module = fit(one)
-        ends.append((module.state_dict(), torch.get_rng_state(), random.getstate(), np.random.get_state()[1]))
-    (plain, *generators), (recorded, *after) = ends
-    assert plain.keys() == recorded.keys()
-    assert all(torch.equal(plain[name], recorded[name]) for name in plain)
-    assert torch.equal(generators[0], after[0])
-    assert generators[1] == after[1]
-    assert np.array_equal(generators[2], after[2])
-    return module, callback
-
-
-def is_the_network(
-    callback: LightningRecorder, network: nn.Module, queries: Any = X[:3], tolerance: float = RESIDUAL, **asked: Any
-) -> None:
-    """The machine says what the network says, and its parts add up to it."""
-    machine = callback.machine
-    why = machine.explain(queries, **asked)
-    scale = abs(why.output).max()
-    assert abs(why.left_over).max() <= tolerance * max(scale, 1)
-    assert why.split_error <= tolerance
-    assert why.shares.any()
-    network.eval()
-    with torch.no_grad():
-        outputs = network(*queries) if isinstance(queries, tuple) else network(queries)
-    outputs = outputs.double().numpy()
-    np.testing.assert_allclose(machine(queries).reshape(outputs.shape), outputs, rtol=0, atol=tolerance)
-
-
-def inputs_on_record(callback: LightningRecorder) -> list[tuple[Tensor, Any]]:
-    return [(batch.ids, batch.inputs) for step in callback.trajectory.steps() for batch in step.batches]
-
-
-def ids_are_places(callback: LightningRecorder) -> None:
-    """Each batch was what the data hold under its ids, to the last bit: otherwise it had been kept."""
-    assert all(inputs is None for _, inputs in inputs_on_record(callback))
-    assert len({int(i) for ids, _ in inputs_on_record(callback) for i in ids}) > 10
 
 
 # -- the plain case ----------------------------------------------------------------------------------------------------
@@ -172,9 +56,12 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "anomalies detected": {"detect_anomaly": True},
 }
 
+KINDS = (WithForward, Classifier)
 
-@pytest.mark.parametrize("options", TRAINERS.values(), ids=TRAINERS)
-@pytest.mark.parametrize("kind", [Classifier, WithForward], ids=["part", "forward"])
+
+@pytest.mark.parametrize(
+    ("options", "kind"), list(zip(TRAINERS.values(), itertools.cycle(KINDS), strict=False)), ids=TRAINERS
+)
 def test_a_fit_is_recorded(kind: type[Classifier], options: dict[str, Any]) -> None:
     def fit(callback: LightningRecorder | None) -> nn.Module:
         module = kind(with_dropout())
@@ -194,16 +81,16 @@ def test_bfloat16() -> None:
         a_trainer(callback, precision="bf16-mixed").fit(module, a_loader())
         return module
 
-    module, callback = both(fit)
+    _, callback = both(fit)
     why = callback.machine.explain(X[:3])
     assert abs(why.left_over).max() <= 2e-3 * abs(why.output).max()
     assert inputs_on_record(callback)[0][1] is None
 
 
-def test_ids_are_found_where_batches_are_drawn(subtests: Any = None) -> None:
+def test_ids_are_found_where_batches_are_drawn() -> None:
     """The record's gradient is that of the samples whose ids it has: computed by autograd alone."""
     module, callback = Classifier(), LightningRecorder()
-    a_trainer(callback, max_epochs=1).fit(module, a_loader(num_workers=0))
+    a_trainer(callback, max_epochs=1).fit(module, a_loader())
     for step in callback.trajectory.steps():
         own = copy.deepcopy(module.net)
         own.load_state_dict(callback.trajectory.parameters(step.index))
@@ -212,245 +99,6 @@ def test_ids_are_found_where_batches_are_drawn(subtests: Any = None) -> None:
         F.cross_entropy(own(X[ids]), Y[ids]).backward()
         expected = torch.cat([p.grad.flatten() for p in own.parameters()])
         torch.testing.assert_close(step.gradient, expected, rtol=1e-5, atol=1e-7)
-
-
-# -- loaders -----------------------------------------------------------------------------------------------------------
-
-
-def test_worker_processes_that_persist() -> None:
-    def fit(callback: LightningRecorder | None) -> nn.Module:
-        module = Classifier()
-        a_trainer(callback).fit(module, a_loader(num_workers=1, persistent_workers=True))
-        return module
-
-    module, callback = both(fit)
-    is_the_network(callback, module.net)
-    ids_are_places(callback)
-
-
-def test_samples_of_a_subset_have_their_places_in_the_data() -> None:
-    part = Subset(DATA, list(range(N - 1, 4, -1)))
-
-    def fit(callback: LightningRecorder | None) -> nn.Module:
-        module = Classifier()
-        a_trainer(callback).fit(module, a_loader(part))
-        return module
-
-    module, callback = both(fit, lambda: LightningRecorder(data=DATA, task="classification"))
-    is_the_network(callback, module.net)
-    ids_are_places(callback)
-    assert min(int(ids.min()) for ids, _ in inputs_on_record(callback)) == 5
-
-
-class DataModule(L.LightningDataModule):
-    def train_dataloader(self) -> DataLoader:
-        return a_loader()
-
-
-class OwnLoader(Classifier):
-    def train_dataloader(self) -> DataLoader:
-        return a_loader()
-
-
-def test_data_modules_and_loaders_of_the_module() -> None:
-    for module, given in ((Classifier(), {"datamodule": DataModule()}), (OwnLoader(), {})):
-        callback = LightningRecorder(task="classification")
-        a_trainer(callback).fit(module, **given)
-        is_the_network(callback, module.net)
-        ids_are_places(callback)
-
-
-X2, Y2 = _samples(12, 8)
-EVERY = torch.cat([X, X2])
-
-
-class TwoSources(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        (x, y), (u, _) = batch["labelled"], batch["unlabelled"]
-        return F.cross_entropy(self.net(x), y) + 0.1 * self.net(u.view(-1, 3)).square().mean()
-
-
-class Joined(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        (x, y), (u, _) = batch
-        z = self.net(torch.cat([x, u]))
-        return F.cross_entropy(z[: len(x)], y) + 0.1 * z[len(x) :].square().mean()
-
-
-@pytest.mark.parametrize("joined", [False, True])
-def test_several_loaders_have_their_samples_one_after_the_other(joined: bool) -> None:
-    second = TensorDataset(X2, Y2)
-
-    def fit(callback: LightningRecorder | None) -> nn.Module:
-        module: Classifier = Joined() if joined else TwoSources()
-        one, two = a_loader(batch_size=7 if joined else 5), a_loader(second, batch_size=5)
-        a_trainer(callback).fit(module, [one, two] if joined else {"labelled": one, "unlabelled": two})
-        return module
-
-    module, callback = both(fit)
-    is_the_network(callback, module.net)
-    assert len(callback.trajectory.data) == N + 12
-    for ids, inputs in inputs_on_record(callback):
-        torch.testing.assert_close(EVERY[ids], inputs, rtol=0, atol=0)
-
-
-def test_a_pass_of_which_the_loader_is_not_known_is_refused() -> None:
-    class Scaled(TwoSources):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return F.cross_entropy(self.net(2 * batch["labelled"][0]), batch["labelled"][1])
-
-    loaders = {"labelled": a_loader(), "unlabelled": a_loader(TensorDataset(X2, Y2))}
-    with pytest.raises(SampleIdError, match=r"5 rows.*batches have 5, 5 samples.*torch\.cat"):
-        a_trainer(LightningRecorder()).fit(Scaled(), loaders)
-
-
-class Stream(IterableDataset):
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(list(zip(X, Y, strict=True)))
-
-
-class Batches:
-    """An iterable of batches, whose state is in checkpoints."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter([(X[:10], Y[:10]), (X[10:], Y[10:])])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seen": 1}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-
-@pytest.mark.parametrize("data", [None, N, DATA], ids=["counted", "number", "data"])
-@pytest.mark.parametrize("batches", [False, True])
-def test_streams_are_counted(data: Any, batches: bool) -> None:
-    options = {} if data is None else {"data": data}
-
-    def fit(callback: LightningRecorder | None) -> nn.Module:
-        module = Classifier()
-        a_trainer(callback).fit(module, Batches() if batches else DataLoader(Stream(), batch_size=5))
-        return module
-
-    module, callback = both(fit, lambda: LightningRecorder(task="classification", **options))
-    is_the_network(callback, module.net)
-    assert len(callback.trajectory.data) == (2 * N if data is None else N)
-    for ids, inputs in inputs_on_record(callback):
-        assert inputs is None if data is DATA else torch.equal(X[ids % N], inputs)
-
-
-class FetchesItself(Classifier):
-    def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
-        batch, _, _ = next(dataloader_iter)
-        return super().training_step(batch, 0)
-
-
-def test_a_step_that_asks_for_its_batches() -> None:
-    def fit(callback: LightningRecorder | None) -> nn.Module:
-        module = FetchesItself()
-        a_trainer(callback).fit(module, a_loader())
-        return module
-
-    module, callback = both(fit)
-    is_the_network(callback, module.net)
-    ids_are_places(callback)
-
-
-class Augmented(Classifier):
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return [batch[0] + 0.1 * torch.randn_like(batch[0]), batch[1]]
-
-
-def test_what_the_network_saw_is_kept() -> None:
-    def fit(callback: LightningRecorder | None) -> nn.Module:
-        module = Augmented()
-        a_trainer(callback).fit(module, a_loader())
-        return module
-
-    module, callback = both(fit)
-    is_the_network(callback, module.net)
-    for ids, inputs in inputs_on_record(callback):
-        assert 0 < (inputs - X[ids]).std() < 0.3
-
-
-class Words(Dataset):
-    """Items of another form than (input, target), of any length."""
-
-    def __len__(self) -> int:
-        return N
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"x": X[i].repeat(1 + i % 3), "y": Y[i]}
-
-
-def _padded(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    x = nn.utils.rnn.pad_sequence([item["x"] for item in items], batch_first=True)
-    return {"x": x.unsqueeze(2), "y": torch.stack([item["y"] for item in items])}
-
-
-class Reads(Classifier):
-    def __init__(self) -> None:
-        super().__init__(nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.AdaptiveAvgPool2d((1, 6)), nn.Flatten()))
-        self.net.append(nn.Linear(6, 2))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(batch["x"]), batch["y"])
-
-
-def test_padded_batches_of_dicts() -> None:
-    def fit(callback: LightningRecorder | None) -> nn.Module:
-        module = Reads()
-        a_trainer(callback).fit(module, a_loader(Words(), collate_fn=_padded))
-        return module
-
-    module, callback = both(fit)
-    is_the_network(callback, module.net, X[:3, :, None])
-    assert all(len(ids) == len(inputs) for ids, inputs in inputs_on_record(callback))
-
-
-def test_the_module_meets_the_loader_that_it_gave() -> None:
-    class Looks(OwnLoader):
-        def on_train_batch_end(self, *_: Any) -> None:
-            loader = self.trainer.train_dataloader
-            assert isinstance(loader, DataLoader)
-            assert loader.dataset is DATA
-            assert isinstance(next(iter(loader)), list)  # it may go through it, too
-
-    callback = LightningRecorder()
-    module = Looks()
-    a_trainer(callback).fit(module)
-    is_the_network(callback, module.net)
-    ids_are_places(callback)
-
-
-class OwnIteration(DataLoader):
-    def __iter__(self) -> Iterator[Any]:
-        return (batch for batch in super().__iter__())
-
-
-def test_a_loader_with_an_iteration_of_its_own_says_where_ids_are() -> None:
-    numbered = TensorDataset(X, Y, torch.arange(N))
-    with pytest.raises(SampleIdError, match=r"OwnIteration, which has an `__iter__` of its own.*ids="):
-        a_trainer(LightningRecorder()).fit(Classifier(), OwnIteration(numbered, batch_size=5, shuffle=True))
-    callback, module = LightningRecorder(ids=2, data=DATA, task="classification"), Classifier()
-    a_trainer(callback).fit(module, OwnIteration(numbered, batch_size=5, shuffle=True))
-    is_the_network(callback, module.net)
-    ids_are_places(callback)
-
-
-def test_a_batch_that_no_loader_gave_is_refused() -> None:
-    class Other(Classifier):
-        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-            return batch
-
-    callback = LightningRecorder()
-    trainer = a_trainer(callback)
-    convert = trainer.precision_plugin.convert_input
-    trainer.precision_plugin.convert_input = convert  # one that was put there
-    trainer.fit(Other(), a_loader())
-    assert vars(trainer.precision_plugin)["convert_input"] is convert
-    with pytest.raises(SampleIdError, match="none of those that the train loaders gave"):
-        callback._announce(trainer, [])
 
 
 # -- several optimizers, several networks ------------------------------------------------------------------------------
