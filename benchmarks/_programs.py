@@ -321,10 +321,15 @@ def measure(program: Program, name: str, place: Path, length: tuple[int, ...], r
 
     with tempfile.TemporaryDirectory() as scratch:
         folders = (Path(scratch) / f"{number}" for number in range(1 + 2 * repeats))
-        expected = Run(plain, length, next(folders))
+        plain_runs: list[Run] = []
         runs: list[Run] = []
 
+        def run_plain() -> Row:
+            plain_runs.append(Run(plain, length, next(folders)))
+            return {}
+
         def record() -> Row:
+            expected = plain_runs[0]
             fast, slow = [expected.seconds], []
             for _ in range(repeats):
                 runs.append(Run(recorded, length, next(folders)))
@@ -347,7 +352,9 @@ def measure(program: Program, name: str, place: Path, length: tuple[int, ...], r
                 raise RuntimeError(f"{len(found)} of {len(run.queries)} networks of the program were recorded")
             return worst(found)
 
-        if step(record):
+        if not step(run_plain):
+            row["error"] = f"without the recorder: {row['error']}"
+        elif step(record):
             step(explain)
     return row
 

@@ -93,6 +93,9 @@ than all other tests."""
 SMALL_TABLE = 8
 """Rows up to which a table is run whole."""
 
+LONGEST = ("test_scripts.py", "test_house.py")
+"""Files whose slow tests take up to a minute each."""
+
 MANY = 30
 """Values up to which a parameter of a table, if it is not the only one, has each of them in a row that is run."""
 
@@ -102,7 +105,9 @@ OF_ONE = 3
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the rows of large tables that are left out unless asked for."""
+    """Mark the rows of large tables that are left out unless asked for, and begin with what takes longest."""
+    # pytest-xdist gives each worker tests that follow each other: these would keep one busy when all others are done.
+    items.sort(key=lambda item: not (item.path.name in LONGEST and item.get_closest_marker("slow")))
     rows: dict[str, list[pytest.Item]] = {}
     for item in items:
         path, _, name = item.nodeid.partition("::")
