@@ -5,7 +5,6 @@ https://huggingface.co/docs/accelerate/quicktour
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from sklearn.datasets import load_digits
 from torch import nn
@@ -16,7 +15,6 @@ def main(steps):
     set_seed(0)
     images, labels = load_digits(return_X_y=True)
     X, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
-    AcceleratorState._reset_state(reset_partial_state=True)  # of other programs in this process
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -36,7 +34,6 @@ def main(steps):
             accelerator.backward(loss)
             optimizer.step()
             scheduler.step()
-    AcceleratorState._reset_state(reset_partial_state=True)
     return {accelerator.unwrap_model(model): X[256:260]}
 
 
