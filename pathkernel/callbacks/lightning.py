@@ -113,8 +113,7 @@ class LightningRecorder(Callback):
     >>> X, y = torch.randn(12, 4), torch.randint(3, (12,))
     >>> loader = DataLoader(TensorDataset(X, y), batch_size=4, shuffle=True)
     >>> callback = pk.callbacks.LightningRecorder(task="classification")
-    >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    >>> L.Trainer(max_epochs=2, callbacks=[callback], accelerator="cpu", **quiet).fit(Classifier(), loader)
+    >>> L.Trainer(max_epochs=2, callbacks=[callback], accelerator="cpu", barebones=True).fit(Classifier(), loader)
     >>> len(callback.trajectory)
     6
     >>> callback.machine.explain(X[:2]).shares.shape
@@ -293,7 +292,7 @@ class LightningRecorder(Callback):
         network = self._network = network_of(module, trainer.optimizers, self._options.get("watch"))
         loaders = flattened(trainer.train_dataloader)
         self._numbering, self._train_loaders = Numbering(loaders), loaders
-        data = self._options["data"] if "data" in self._options else self._numbering.data
+        data = self._options.get("data", self._numbering.data)
         self._step_plainly(network.optimizers)
         if not self._goes_on(network, data):
             averages = averages_of(trainer, module, network.model)

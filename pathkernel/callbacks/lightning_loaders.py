@@ -107,9 +107,7 @@ class TrainLoaders:
         return arrived
 
 
-def _parts(
-    batch: Any, way: tuple[Any, ...], known: Callable[[Any], bool]
-) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _parts(batch: Any, way: tuple[Any, ...], known: Callable[[Any], bool]) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Known parts of a nested batch, with the keys that lead to them."""
     if known(batch):
         yield way, batch
@@ -230,7 +228,8 @@ def _carrying(loader: Any, ids: IdsOf, anew: bool) -> Any:
                 "Say where ids are in its batches, `LightningRecorder(ids=...)` with a key, a place, or a function of "
                 "the batch",
             )
-        works = within = with_ids(works)
+        works = with_ids(works)
+        within: Any = works
     else:
         within = CountedBatches(works, ids, start=counted)
     made: Any = type(kind.__name__, (_CarryingLoader, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})

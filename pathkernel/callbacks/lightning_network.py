@@ -111,9 +111,9 @@ def _only_part(module: nn.Module, optimizers: Sequence[Optimizer]) -> str:
         f"The {type(module).__name__} has no `forward`, and {len(names)} parts that are trained and can be called"
         + (f": {', '.join(map(quoted, names[:8]))}" if names else ""),
         "The part that `training_step` calls is watched; it is found by itself where there is one",
-        f'Write `LightningRecorder(watch="{names[0] if names else "net"}")` for one of them, which takes the optimizers '
-        f"that hold its parameters; or `LightningRecorder({several})` for parts that are called one after the other, "
-        "each with what the one before returned",
+        f'Write `LightningRecorder(watch="{names[0] if names else "net"}")` for one of them, which takes the '
+        f"optimizers that hold its parameters; or `LightningRecorder({several})` for parts that are called one after "
+        "the other, each with what the one before returned",
     )
 
 
