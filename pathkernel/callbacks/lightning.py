@@ -348,7 +348,7 @@ class LightningRecorder(Callback):
                 return last
             watch = self._options.get("watch")
             name = FOLDER if not isinstance(watch, str) else f"{FOLDER}-{watch}"
-            return str(Path(trainer.log_dir or trainer.default_root_dir) / name)
+            return str(Path(trainer.log_dir or trainer.default_root_dir).absolute() / name)
         return given or None
 
     @property
@@ -383,8 +383,14 @@ class LightningRecorder(Callback):
         try:
             with generators_untouched():
                 found = self._recording.certificate(_some(self.trajectory, self._certify))
-        except PathKernelError as error:  # training has ended well, and what comes after it is to go on
-            warnings.warn(CertificateWarning(error.found, error.expected, error.write), stacklevel=2)
+        except Exception as error:  # training has ended well, and what comes after it is to go on
+            found_instead = error.found if isinstance(error, PathKernelError) else f"{type(error).__name__}: {error}"
+            doubt = CertificateWarning(
+                f"The record could not be explained for the logger: {found_instead}",
+                "Some samples are explained when training ends, and how right that is goes to the trainer's loggers",
+                error.write if isinstance(error, PathKernelError) else "Write `LightningRecorder(certify=0)` for none",
+            )
+            warnings.warn(doubt, stacklevel=2)
             return
         for logger in trainer.loggers:
             logger.log_metrics({f"{FOLDER}/{name}": value for name, value in found.items()}, step=trainer.global_step)
@@ -429,17 +435,16 @@ def _is_at_end(model: nn.Module, trajectory: Trajectory) -> bool:
 
 
 def _some(trajectory: Trajectory, n: int) -> PyTree:
-    """Inputs of some samples of the last batch, as the network was given them, or of the first of the data."""
-    data = trajectory.data
-    if not data.announced:
-        return data[torch.arange(min(n, len(data)))][0]
+    """Inputs of the first samples of the last batch, as the network was given them."""
     for step in reversed(range(len(trajectory))):
         for batch in trajectory.store.read(step).batches:
             if batch.inputs is not None:
                 inputs = pytree.tree_map(lambda leaf: leaf[:n], batch.inputs)
                 return dict(inputs) if isinstance(inputs, Mapping) else inputs
+            if not trajectory.data.announced:
+                return trajectory.data[batch.ids[:n]][0]
     raise InputError(
         "No batch on record holds its inputs",
-        "Samples that are explained for the logger are of the training data, or of a batch on record",
-        "Write `LightningRecorder(data=(X, y))`, or `certify=0`",
+        "Samples that are explained for the logger are those of the last batch on record",
+        "Record steps in full, without `schedule=`, or write `LightningRecorder(certify=0)`",
     )
