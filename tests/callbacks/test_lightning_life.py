@@ -366,16 +366,6 @@ def test_a_version_that_is_not_known_is_named_at_construction(version: str, monk
         LightningRecorder()
 
 
-def test_examples_in_the_docstrings_run() -> None:
-    import doctest
-
-    from pathkernel.callbacks import lightning
-
-    found = doctest.testmod(lightning, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
-    assert found.attempted > 8
-    assert not found.failed
-
-
 def test_lightning_by_its_older_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where `pytorch_lightning` alone is installed, its callbacks are what ours is made from."""
     import importlib
