@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import PyTree
 from pathkernel.callbacks.lightning_averages import averages_of, go_before_averages, refuse_averages
 from pathkernel.callbacks.lightning_loaders import Arrived, Numbering, TrainLoaders, Wrapped, flattened
-from pathkernel.callbacks.lightning_network import Network, network_of, refuse_several_processes, without_empty_closure
+from pathkernel.callbacks.lightning_network import Network, network_of, refuse_what_is_not_seen, without_empty_closure
 from pathkernel.callbacks.lightning_passes import CalledParts, PassesOfBatches
 from pathkernel.callbacks.recording import FrameworkRecording, RecorderOptions
 from pathkernel.callbacks.versions import check_version
@@ -185,7 +185,7 @@ class LightningRecorder(Callback):
         """Make train loaders carry ids, before the trainer goes through them."""
         if stage != "fit":
             return
-        refuse_several_processes(trainer)
+        refuse_what_is_not_seen(trainer, pl_module)
         self._end_fit()
         self._loaders = TrainLoaders(self._ids, anew=self._options.get("data") is not None)
         self._undone = [

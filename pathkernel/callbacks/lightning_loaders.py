@@ -228,6 +228,12 @@ def _carrying(loader: Any, ids: IdsOf, anew: bool) -> Any:
                 "Say where ids are in its batches, `LightningRecorder(ids=...)` with a key, a place, or a function of "
                 "the batch",
             )
+        if loader.batch_sampler is None:
+            raise SampleIdError(
+                f"The train loader is a {kind.__name__} with `batch_size=None`",
+                "Ids are put into batches as they are collated, which such a loader does not do",
+                "Give the loader a `batch_size`; or say where ids are in its batches, `LightningRecorder(ids=...)`",
+            )
         works = with_ids(works)
         within: Any = works
     else:

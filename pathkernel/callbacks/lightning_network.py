@@ -141,14 +141,24 @@ def held(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def refuse_several_processes(trainer: Any) -> None:
-    """Refuse strategies that train in several processes, or wrap the module for these.
+def refuse_what_is_not_seen(trainer: Any, module: nn.Module) -> None:
+    """Refuse a fit whose passes a recorder does not see as the module's code has them.
+
+    These are strategies that train in several processes, or wrap the module for these, and a module whose training step
+    is compiled as a whole.
 
     Raises
     ------
     RecordingError
-        With the name of the strategy.
+        With the name of the strategy, or of the module.
     """
+    if getattr(module, "_compiler_ctx", None) is not None:
+        raise RecordingError(
+            f"The {type(module).__name__} is compiled with its `training_step`",
+            "A recorder sees the forward passes of a network: compiled code of a whole step has none",
+            "Compile the network alone, `self.net.compile()` or `self.net = torch.compile(self.net)` in the module, "
+            "and give `fit` the module itself",
+        )
     strategy = trainer.strategy
     parallel = any(kind.__name__ in ("ParallelStrategy", "XLAStrategy") for kind in type(strategy).__mro__)
     if parallel or getattr(trainer, "world_size", 1) > 1:

@@ -336,8 +336,12 @@ class StepCapture(StepChecks):
             mask[self.live.layout.slices[name]] = 1.0
         return {name: change * mask for name, change in self.gradient_changes.items()}
 
+    def _is_empty(self, optimizer: Any, closure: bool) -> bool:
+        """True for a step that may have moved nothing: it overflowed, or its closure made no backward pass."""
+        return getattr(optimizer, "found_inf", None) is not None or (closure and not self.live.active())
+
     def _after_replayed(self, keeper: KeyframeKeeper) -> None:
-        if getattr(self.optimizer, "found_inf", None) is not None and not keeper.moved():
+        if self._is_empty(self.optimizer, closure=True) and not keeper.moved():
             self.pending.forget()
             self._forget_edits()
             return
@@ -378,8 +382,8 @@ class StepCapture(StepChecks):
         opened, self.opened = self.opened, None
         before = opened.before
         trajectory = self._trajectory
-        if getattr(optimizer, "found_inf", None) is not None and self.live.is_at(before):
-            # A fused optimizer skipped a step that overflowed under loss scaling.
+        if self._is_empty(optimizer, closure=opened.gradient is None) and self.live.is_at(before):
+            # A fused optimizer skipped a step that overflowed under loss scaling, or a framework a batch.
             self.pending.forget()
             self._forget_edits()
             return

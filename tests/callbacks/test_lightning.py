@@ -267,6 +267,46 @@ def test_strategies_of_several_processes_are_refused() -> None:
         a_trainer(LightningRecorder(), strategy="ddp", devices=1).fit(Classifier(), a_loader())
 
 
+def test_a_module_that_is_compiled_as_a_whole_is_refused() -> None:
+    compiled = torch.compile(WithForward(), backend="eager")
+    with pytest.raises(RecordingError, match=r"WithForward is compiled with its `training_step`.*self\.net\.compile"):
+        a_trainer(LightningRecorder()).fit(compiled, a_loader())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_network_that_is_compiled_alone(in_place: bool) -> None:
+    def fit(callback: LightningRecorder | None) -> nn.Module:
+        module = Classifier()
+        if in_place:
+            module.net.compile(backend="eager")
+        else:
+            module.net = torch.compile(module.net, backend="eager")
+        a_trainer(callback).fit(module, a_loader())
+        return module
+
+    module, callback = both(fit)
+    is_the_network(callback, module.net)
+    ids_are_places(callback)
+
+
+def test_batches_that_are_skipped_are_nobody_s() -> None:
+    class Skips(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+            return None if batch_idx == 2 else super().training_step(batch, batch_idx)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 4 else None
+
+    def fit(callback: LightningRecorder | None) -> nn.Module:
+        module = Skips()
+        a_trainer(callback, max_epochs=4).fit(module, a_loader())
+        return module
+
+    module, callback = both(fit)
+    is_the_network(callback, module.net)
+    assert len(callback.trajectory) == 12
+
+
 def test_an_optimizer_that_was_copied_is_attached_again() -> None:
     class Copies(others.Callback):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:

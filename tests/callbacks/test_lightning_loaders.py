@@ -261,6 +261,11 @@ def test_a_loader_with_an_iteration_of_its_own_says_where_ids_are() -> None:
     ids_are_places(callback)
 
 
+def test_a_loader_that_does_not_batch_is_refused() -> None:
+    with pytest.raises(SampleIdError, match=r"DataLoader with `batch_size=None`.*ids="):
+        a_trainer(LightningRecorder()).fit(Classifier(), DataLoader(DATA, batch_size=None))
+
+
 def test_a_batch_that_no_loader_gave_is_refused() -> None:
     class Other(Classifier):
         def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

@@ -83,3 +83,33 @@ def test_the_first_gradient_of_a_damped_memory(make: Callable[[Any], Any], sched
     why = pk.KernelMachine(recorder.trajectory).explain(QUERIES, outputs=0)
     np.testing.assert_allclose(why.shares, unrolled(batches), atol=1e-12)
     assert "unexplained" not in why.channels
+
+
+@pytest.mark.parametrize("schedule", [None, pk.Keyframes(4)])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_closure_without_a_backward_pass_makes_no_step(schedule: Any, decay: float) -> None:
+    """As of frameworks that skip a batch: the optimizer is called, finds no gradient, and moves nothing."""
+    model = linear()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=decay)
+    batches = [torch.arange(k, k + BATCH) for k in range(0, SAMPLES - BATCH, 2)]
+    taken = []
+    with pk.KernelRecorder(model, optimizer, CE, data=(X, Y), schedule=schedule) as recorder:
+        for k, ids in enumerate(batches):
+            x, y = recorder.announce(ids)
+
+            def closure(x: Tensor = x, y: Tensor = y, skipped: bool = k % 3 == 1) -> Tensor | None:
+                optimizer.zero_grad()
+                loss = CE(model(x), y)
+                if skipped:
+                    return None
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)  # type: ignore[call-overload]
+            taken += [] if k % 3 == 1 else [ids]
+    assert [batch.ids.tolist() for step in recorder.trajectory.steps() for batch in step.batches] == [
+        ids.tolist() for ids in taken
+    ]
+    machine = pk.KernelMachine(recorder.trajectory)
+    with torch.no_grad():
+        np.testing.assert_allclose(machine.decision_function(QUERIES), model(QUERIES).numpy(), rtol=0, atol=1e-12)
