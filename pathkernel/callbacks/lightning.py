@@ -18,7 +18,13 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import PyTree
 from pathkernel.callbacks.lightning_averages import averages_of, go_before_averages, refuse_averages
 from pathkernel.callbacks.lightning_loaders import Arrived, Numbering, TrainLoaders, Wrapped, flattened
-from pathkernel.callbacks.lightning_network import Network, network_of, refuse_what_is_not_seen, without_empty_closure
+from pathkernel.callbacks.lightning_network import (
+    Network,
+    held,
+    network_of,
+    refuse_what_is_not_seen,
+    without_empty_closure,
+)
 from pathkernel.callbacks.lightning_passes import CalledParts, PassesOfBatches
 from pathkernel.callbacks.recording import FrameworkRecording, RecorderOptions
 from pathkernel.callbacks.versions import check_version
@@ -26,7 +32,6 @@ from pathkernel.errors import CertificateWarning, InputError, PathKernelError, S
 from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.recording.indexed import IdsOf
-from pathkernel.recording.optimizers import held
 from pathkernel.recording.recorder import KernelRecorder
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.trajectory import Trajectory
@@ -87,8 +92,8 @@ class LightningRecorder(Callback):
     Notes
     -----
     *A second fit* goes on in the same record where it trains the same network on the same dataset from the weights that
-    the record ends with; momentum that a new optimizer does not have is forgotten, by the record too. Otherwise a new
-    record begins.
+    the record ends with; momentum that a new optimizer does not have is forgotten, by the record too. Otherwise, and
+    where weights are averaged, a new record begins.
 
     *Checkpoints*: what was recorded is on disk before a checkpoint is saved, which says where the store is. A fit from
     the checkpoint (``ckpt_path=``) goes on in that store, with ``store=True`` in a new run, too.
@@ -147,6 +152,7 @@ class LightningRecorder(Callback):
         self._passes: PassesOfBatches | None = None
         self._called: CalledParts | None = None
         self._arrived: list[Arrived] = []
+        self._optimizers: list[Any] = []
         self._undone: list[Any] = []
         self._runs = False
 
@@ -218,7 +224,7 @@ class LightningRecorder(Callback):
         if not self._runs:
             self._begin(trainer, pl_module)
         else:
-            self._follow(trainer, pl_module)
+            self._follow(trainer)
         if self._loaders is not None and self._loaders.fetched is None:
             arrived, self._arrived = self._arrived, []
             self._announce(trainer, [(one, one.in_(batch)) for one in arrived])
@@ -294,8 +300,8 @@ class LightningRecorder(Callback):
         self._numbering, self._train_loaders = Numbering(loaders), loaders
         data = self._options.get("data", self._numbering.data)
         self._step_plainly(network.optimizers)
-        if not self._goes_on(network, data):
-            averages = averages_of(trainer, module, network.model)
+        averages = averages_of(trainer, module, network.model)
+        if averages or self._average or not self._goes_on(network, data):
             self._average, self._averaged = next(iter(averages), None), None
             found = {"data": data, "keep": True, "averages": averages}
             given = {"watch": network.watch, "store": self._store(trainer)}
@@ -305,7 +311,7 @@ class LightningRecorder(Callback):
         self._runs, self._begun = True, (network, data)
         recorder = self.recorder
         assert recorder is not None
-        self._data = recorder.trajectory.data
+        self._data, self._optimizers = recorder.trajectory.data, list(trainer.optimizers)
         if self._source is not None or len(loaders) > 1:
             self._passes = PassesOfBatches(recorder, network.first, self._source)
         self._called = CalledParts(module)
@@ -325,16 +331,17 @@ class LightningRecorder(Callback):
         recorder.attach(list(network.optimizers))
         return True
 
-    def _follow(self, trainer: Any, module: nn.Module) -> None:
+    def _follow(self, trainer: Any) -> None:
         """Attach optimizers that have taken the place of others."""
         assert self._network is not None and self.recorder is not None
-        if len(trainer.optimizers) and self.recorder.optimizer is not None:
-            watched = {id(one) for one in held(self.recorder.optimizer)}
-            own = {id(p) for p in self._network.model.parameters()}
-            new = [one for one in trainer.optimizers if id(one) not in watched and _holds(one, own)]
-            if new:
-                self._step_plainly(new)
-                self.recorder.attach(new)
+        if all(any(one is known for known in self._optimizers) for one in trainer.optimizers):
+            return
+        own = {id(p) for p in self._network.model.parameters()}
+        found = [one for one in trainer.optimizers if not any(one is known for known in self._optimizers)]
+        self._optimizers = list(trainer.optimizers)
+        if new := [one for one in found if held(one) & own]:
+            self._step_plainly(new)
+            self.recorder.attach(new)
 
     def _step_plainly(self, optimizers: Sequence[Any]) -> None:
         """Have optimizers step without a closure where that has no passes in it."""
@@ -416,10 +423,6 @@ def _told(exception: BaseException) -> Iterator[None]:
         yield
     except Exception as error:
         exception.add_note(f"The recorder was closed with an error of its own: {error}")
-
-
-def _holds(optimizer: Any, parameters: set[int]) -> bool:
-    return any(id(p) in parameters for group in optimizer.param_groups for p in group["params"])
 
 
 def _named(watch: Any) -> str:
