@@ -262,7 +262,10 @@ def test_the_machine_is_the_averaged_network(name: str, first: bool) -> None:
         module = WithForward(with_dropout() if name.startswith("EMA") else None)
         own = AVERAGES[name]()
         pair = (own, callback) if first else (callback, own)
-        a_trainer(*pair, max_epochs=4).fit(module, a_loader(drop_last=True), a_loader(shuffle=False))
+        trainer = a_trainer(*pair, max_epochs=4)
+        order = trainer.callbacks
+        trainer.fit(module, a_loader(drop_last=True), a_loader(shuffle=False))
+        assert trainer.callbacks is order
         return module
 
     module, callback = both(fit)
