@@ -375,8 +375,8 @@ def test_nothing_is_explained_for_nobody(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_explanation_that_fails_does_not_end_the_fit(tmp_path: Path) -> None:
     from pathkernel.trajectory.schedule import WeightsOnly
 
-    callback = LightningRecorder(schedule=WeightsOnly())
-    with pytest.warns(CertificateWarning):
+    callback = LightningRecorder(schedule=WeightsOnly(), data=None)
+    with pytest.warns(CertificateWarning, match="No batch on record holds its inputs"):
         a_trainer(callback, logger=CSVLogger(tmp_path)).fit(Classifier(), a_loader())
     assert len(callback.trajectory) == 10
 

@@ -50,6 +50,7 @@ from pathkernel.update_rules.table import rule_of
 
 PACKAGE = Path(errors.__file__).parent
 ELSEWHERE = {
+    "callbacks": "tests/callbacks",
     "cli": "tests/cli",
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
