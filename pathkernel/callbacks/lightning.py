@@ -11,16 +11,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
-from pathkernel.callbacks.lightning_averages import averages_of, go_before_averages, refuse_averages
+from pathkernel.callbacks.lightning_averages import BeforeAverages, averages_of, refuse_averages
 from pathkernel.callbacks.lightning_loaders import Arrived, Numbering, TrainLoaders, Wrapped, flattened
 from pathkernel.callbacks.lightning_network import (
     Network,
     held,
+    is_at_end,
     network_of,
     refuse_what_is_not_seen,
     without_empty_closure,
@@ -197,8 +197,8 @@ class LightningRecorder(Callback):
         self._undone = [
             Wrapped(trainer.strategy, "process_dataloader", partial(self._process, trainer)),
             Wrapped(trainer.precision_plugin, "convert_input", self._convert),
+            BeforeAverages(trainer, self),
         ]
-        go_before_averages(trainer, self)
 
     def _process(self, trainer: Any, process: Any, loader: Any) -> Any:
         """A loader as the strategy processes it; one for training with ids."""
@@ -325,7 +325,7 @@ class LightningRecorder(Callback):
         kinds = [[type(one) for one in each.optimizers] for each in (before, network)]
         if before.watch is None or before.model is network.model:
             same = same and before.model is network.model
-        if not same or kinds[0] != kinds[1] or not _is_at_end(network.model, recorder.trajectory):
+        if not same or kinds[0] != kinds[1] or not is_at_end(network.model, recorder.trajectory):
             return False
         recorder.start()
         recorder.attach(list(network.optimizers))
@@ -428,13 +428,6 @@ def _told(exception: BaseException) -> Iterator[None]:
 def _named(watch: Any) -> str:
     parts = watch if isinstance(watch, (list, tuple)) else [watch]
     return ",".join(part if isinstance(part, str) else type(part).__name__ for part in parts)
-
-
-def _is_at_end(model: nn.Module, trajectory: Trajectory) -> bool:
-    """True where the weights are those that a record ends with."""
-    now = dict(model.named_parameters())
-    end = trajectory.parameters(len(trajectory))
-    return all(name in now and torch.equal(value.to(now[name].device), now[name]) for name, value in end.items())
 
 
 def _some(trajectory: Trajectory, n: int) -> PyTree:

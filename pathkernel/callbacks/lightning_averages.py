@@ -10,16 +10,30 @@ from torch import nn
 from pathkernel.errors import RecordingError
 
 
-def go_before_averages(trainer: Any, callback: Any) -> None:
-    """Have a trainer call a callback before those that average.
+class BeforeAverages:
+    """The place of a callback before those that average, until it is removed.
 
     When training ends these copy the average into the network, which is then at the end of no step.
+
+    Parameters
+    ----------
+    trainer, callback
+        The trainer, and one of its callbacks.
     """
-    others = [one for one in trainer.callbacks if one is not callback]
-    first = next((place for place, one in enumerate(others) if _averages(one)), len(others))
-    if first < trainer.callbacks.index(callback):
-        # Another list: the trainer is going through this one.
-        trainer.callbacks = [*others[:first], callback, *others[first:]]
+
+    def __init__(self, trainer: Any, callback: Any) -> None:
+        self._trainer, self._given = trainer, trainer.callbacks
+        others = [one for one in trainer.callbacks if one is not callback]
+        first = next((place for place, one in enumerate(others) if _averages(one)), len(others))
+        if first < trainer.callbacks.index(callback):
+            # Another list: the trainer is going through this one.
+            trainer.callbacks = [*others[:first], callback, *others[first:]]
+        self._made = trainer.callbacks
+
+    def remove(self) -> None:
+        """Put the callbacks back into their order, unless somebody else has changed it."""
+        if self._trainer.callbacks is self._made:
+            self._trainer.callbacks = self._given
 
 
 def averages_of(trainer: Any, module: nn.Module, network: nn.Module) -> dict[str, nn.Module]:

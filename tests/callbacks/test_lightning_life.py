@@ -216,6 +216,23 @@ def test_the_module_can_be_copied_while_it_trains() -> None:
     is_the_network(callback, module.net)
 
 
+def test_all_is_put_back_when_a_fit_ends() -> None:
+    module = Classifier()
+    callback, loader = LightningRecorder(task="classification", watch=module.net), a_loader()
+    trainer = a_trainer(callback)
+    order, before = trainer.callbacks, dict(vars(loader))
+    trainer.fit(module, loader)
+    assert trainer.callbacks is order
+    assert {**vars(loader), "_iterator": None} == {**before, "_iterator": None}
+    assert (
+        not {"process_dataloader", "convert_input"} & (vars(trainer.strategy) | vars(trainer.precision_plugin)).keys()
+    )
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    assert not trainer.optimizers[0]._optimizer_step_pre_hooks
+    assert not any(p._post_accumulate_grad_hooks for p in module.parameters() if p._post_accumulate_grad_hooks)
+    is_the_network(callback, module.net)
+
+
 def test_a_fit_without_steps_leaves_the_record_as_it_was() -> None:
     callback, module = LightningRecorder(task="classification"), Classifier()
     a_trainer(callback, limit_train_batches=0).fit(module, a_loader())
@@ -245,12 +262,32 @@ def test_the_machine_is_the_averaged_network(name: str, first: bool) -> None:
         module = WithForward(with_dropout() if name.startswith("EMA") else None)
         own = AVERAGES[name]()
         pair = (own, callback) if first else (callback, own)
-        a_trainer(*pair, max_epochs=4).fit(module, a_loader(drop_last=True), a_loader(shuffle=False))
+        trainer = a_trainer(*pair, max_epochs=4)
+        order = trainer.callbacks
+        trainer.fit(module, a_loader(drop_last=True), a_loader(shuffle=False))
+        assert trainer.callbacks is order
         return module
 
     module, callback = both(fit)
     is_the_network(callback, module)
     assert list(callback.trajectory.averages) == [name]
+
+
+def test_an_averaged_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    if not hasattr(others, "EMAWeightAveraging"):
+        pytest.skip("this version of Lightning has none")
+    callback = LightningRecorder(task="classification", store=tmp_path / "store")
+    average, saves = AVERAGES["EMAWeightAveraging"], others.ModelCheckpoint(tmp_path / "saved", save_top_k=-1)
+    a_trainer(callback, average(), saves, enable_checkpointing=True, max_epochs=3).fit(WithForward(), a_loader())
+    module, saved = WithForward(), sorted((tmp_path / "saved").iterdir())[1]
+    a_trainer(callback, average(), max_epochs=4).fit(module, a_loader(), ckpt_path=saved)
+    assert len(callback.trajectory) == 20
+    is_the_network(callback, module)
+    again = LightningRecorder(task="classification")
+    a_trainer(again, average()).fit(module, a_loader())
+    a_trainer(again, average()).fit(module, a_loader())  # from the average: no point of the first record
+    assert len(again.trajectory) == 10
+    is_the_network(again, module)
 
 
 def test_an_average_with_statistics_found_anew_is_refused() -> None:
@@ -338,8 +375,8 @@ def test_nothing_is_explained_for_nobody(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_explanation_that_fails_does_not_end_the_fit(tmp_path: Path) -> None:
     from pathkernel.trajectory.schedule import WeightsOnly
 
-    callback = LightningRecorder(schedule=WeightsOnly())
-    with pytest.warns(CertificateWarning):
+    callback = LightningRecorder(schedule=WeightsOnly(), data=None)
+    with pytest.warns(CertificateWarning, match="No batch on record holds its inputs"):
         a_trainer(callback, logger=CSVLogger(tmp_path)).fit(Classifier(), a_loader())
     assert len(callback.trajectory) == 10
 
