@@ -38,7 +38,7 @@ from transformers import (  # noqa: E402
 V, N, LONGEST = 24, 20, 6
 EXACT = 1e-5
 """Of the largest output, float32."""
-Recorder = pk.callbacks.TrainerRecorder if metadata.version("transformers") else None
+Recorder = pk.callbacks.TrainerRecorder
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 OLD = VERSION < (5, 0)
 RESUMES = pytest.mark.skipif(VERSION < (4, 48), reason="its Trainer cannot read its random states under torch 2.6")
