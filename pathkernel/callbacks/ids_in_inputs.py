@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any, ClassVar
 
@@ -155,3 +156,32 @@ class TakesIds:
 
     def __reduce__(self) -> tuple[type[TakesIds], tuple[str]]:
         return TakesIds, (self.entry,)  # the whole record would come along
+
+
+class TakesIdsOfCompiled:
+    """Takes ids off in the calls of a module that was compiled in place (`torch.nn.Module.compile`), from outside.
+
+    Parameters
+    ----------
+    module
+        The module.
+    hook
+        What takes them off.
+    """
+
+    def __init__(self, module: nn.Module, hook: TakesIds) -> None:
+        self._module = module
+        self._compiled = compiled = module._compiled_call_impl
+        assert compiled is not None
+
+        @functools.wraps(compiled)
+        def called(*arguments: Any, **named: Any) -> Any:
+            arguments, named = hook(module, arguments, named)
+            return compiled(*arguments, **named)
+
+        self._called = module._compiled_call_impl = called  # copies and pickles of a module leave it out
+
+    def remove(self) -> None:
+        """Call the module as before, unless it was compiled anew since."""
+        if self._module._compiled_call_impl is self._called:
+            self._module._compiled_call_impl = self._compiled

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from pathkernel._typing import PyTree
-from pathkernel.callbacks.ids_in_inputs import ENTRY, LoaderWithIds, TakesIds, base_loader
+from pathkernel.callbacks.ids_in_inputs import ENTRY, LoaderWithIds, TakesIds, TakesIdsOfCompiled, base_loader
 from pathkernel.callbacks.recording import FrameworkRecording, RecorderOptions
 from pathkernel.callbacks.versions import check_version
 from pathkernel.errors import InputError, ModelMismatchError, RecordingError, SampleIdError
@@ -120,7 +120,7 @@ class TrainerRecorder(TrainerCallback):
     ) -> None:
         """Begin to record, or go on."""
         self.close()  # training before this one may have ended with an error, of which nobody is told
-        _check_one_device(args)
+        _check_arguments(args)
         try:
             self._begin(args, state, model, optimizer, kwargs.get("train_dataloader"))
         except BaseException:
@@ -284,7 +284,10 @@ class TrainerRecorder(TrainerCallback):
             self._counted = len(data)
         # Before the recorder's own hook, which sees what the model is given.
         hook = TakesIds(self.ids or ENTRY, self._taken)
-        self._hook = model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+        if model._compiled_call_impl is not None:
+            self._hook = TakesIdsOfCompiled(model, hook)
+        else:
+            self._hook = model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
     def _taken(self, ids: Tensor | None, inputs: dict[str, Any]) -> None:
         """Announce the samples of a call of the model."""
@@ -323,23 +326,35 @@ def _let_go(callback: weakref.ref[TrainerRecorder]) -> None:
         found.close()
 
 
-def _check_one_device(args: Any) -> None:
-    """Refuse training by several processes, on several devices, or of a copy that the Trainer compiles.
+def _check_arguments(args: Any) -> None:
+    """Refuse what is not recorded: several processes or devices, and what the Trainer does to the model meanwhile.
 
     Raises
     ------
     RecordingError
         Naming what it is.
     """
-    found = [
+    several = [
         *([f"on {args.n_gpu} GPUs (DataParallel)"] if args.n_gpu > 1 else []),
         *([f"by {args.world_size} processes"] if args.world_size > 1 else []),
     ]
-    if found:
+    if several:
         raise RecordingError(
-            f"The Trainer trains {' and '.join(found)}",
+            f"The Trainer trains {' and '.join(several)}",
             "The whole gradient of a step and all its samples are seen where one process trains on one device",
             "Set `CUDA_VISIBLE_DEVICES` to one device and start the script with `python`, or leave TrainerRecorder out",
+        )
+    if getattr(args, "torch_compile", False):
+        raise RecordingError(
+            "The Trainer compiles the model (`torch_compile=True`), and calls another module in its place",
+            "Passes are seen where the loop calls the model that the callbacks are given",
+            "Write `model.compile()` before the Trainer is made, and leave out `torch_compile`",
+        )
+    if getattr(args, "neftune_noise_alpha", None) is not None:
+        raise RecordingError(
+            "The Trainer adds noise to the embeddings (`neftune_noise_alpha`), by a hook that it takes off afterwards",
+            "Recorded batches are run again when the network is explained, with all that was in the network",
+            "Leave out `neftune_noise_alpha`, or add the noise in the model's own `forward`",
         )
 
 

@@ -38,7 +38,7 @@ from transformers import (  # noqa: E402
 V, N, LONGEST = 24, 20, 6
 EXACT = 1e-5
 """Of the largest output, float32."""
-Recorder = pk.callbacks.TrainerRecorder if metadata.version("transformers") else None
+Recorder = pk.callbacks.TrainerRecorder
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 OLD = VERSION < (5, 0)
 RESUMES = pytest.mark.skipif(VERSION < (4, 48), reason="its Trainer cannot read its random states under torch 2.6")
@@ -701,6 +701,59 @@ def test_several_devices_are_refused(n_gpu: int, world_size: int, found: str) ->
     args = SimpleNamespace(n_gpu=n_gpu, world_size=world_size)
     with pytest.raises(RecordingError, match=rf"{found}.*one device"):
         Recorder().on_train_begin(args, None, None)
+
+
+@pytest.mark.parametrize("option", ["torch_compile", "neftune_noise_alpha"])
+def test_what_the_trainer_does_to_the_model_meanwhile_is_refused(option: str) -> None:
+    args = SimpleNamespace(n_gpu=1, world_size=1, **{option: 1})
+    with pytest.raises(RecordingError, match=f"`{option}"):
+        Recorder().on_train_begin(args, None, None)
+
+
+def test_a_model_that_was_compiled_in_place(tmp_path: Path) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(V, 4), nn.Linear(4, 3)
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+            z = self.out(self.words(input_ids).mean(1))
+            return {"loss": nn.functional.cross_entropy(z, labels), "logits": z}
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = Plain()
+        model.compile(backend="eager")
+        return model
+
+    plain = bits(trained(tmp_path, make, Texts(mask=False)))
+    callback = Recorder()
+    trainer = trained(tmp_path, make, Texts(mask=False), callback)
+    assert same(plain, bits(trainer))
+    assert untouched(trainer)
+    assert set(callback.trajectory.store.read(0).batches[0].inputs) == {"input_ids", "labels"}
+    assert len(callback.trajectory) == 5
+
+
+def test_an_encoder_with_a_decoder(tmp_path: Path) -> None:
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
+
+    class Pairs(Texts):
+        def __getitem__(self, i: int) -> dict[str, Any]:
+            return {"input_ids": self.ids[i], "labels": self.ids[(i + 1) % N][:3]}
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": V, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    fixed = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "learning_rate": 2e-3}
+    args = Seq2SeqTrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=4, **fixed)
+    callback = Recorder()
+    Seq2SeqTrainer(model, args, train_dataset=Pairs(), callbacks=[callback]).train()
+    check_rows(callback.trajectory, Pairs())
+    X = {name: torch.stack([Pairs()[i][name] for i in range(2)]) for name in Pairs()[0]}
+    why = callback.machine.explain(X, outputs=torch.max)
+    assert why.relative_residual <= EXACT
+    assert why.split_error <= EXACT
 
 
 def test_what_cannot_be_recorded_is_said_before_training_and_leaves_nothing(tmp_path: Path) -> None:
