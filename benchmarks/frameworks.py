@@ -42,7 +42,6 @@ import numpy as np
 import torch
 from _frameworks_programs import CASES, LINES_LIMIT, PROGRAMS
 from _programs import Program, Row, measure, shown
-from accelerate.state import AcceleratorState
 
 PLACE = Path(__file__).resolve().parent / "frameworks"
 FRAMEWORKS = {name: framework for framework, programs in PROGRAMS.items() for name in programs}
@@ -66,7 +65,9 @@ def measure_case(name: str, quick: bool) -> Row:
     program = program_of(name)
     length = program.short if quick else program.length
     assert length is not None
-    # Accelerate's state, with its precision, is one for all that a process does.
+    from accelerate.state import AcceleratorState
+
+    # With its precision, it is one for all that a process does.
     AcceleratorState._reset_state(reset_partial_state=True)
     figures = measure(program, name, PLACE, (length,), 1 if quick else 3, draws=True)
     return {"framework": FRAMEWORKS[name], "case": name, "what": program.what} | figures
