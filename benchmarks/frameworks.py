@@ -75,8 +75,8 @@ def measure_case(name: str, quick: bool) -> Row:
 
 # -- judgement ---------------------------------------------------------------------------------------------------------
 
-# Rows and passes of whole batches round differently. A value in bfloat16 is rounded by up to 2^-9 of it, and what a row is
-# made of four times each way (two layers, there and back): by up to 8 · 2^-9 together.
+# Rows and passes of whole batches round differently. A value in bfloat16 is rounded by up to 2^-9 of it, and what a row
+# is made of four times each way (two layers, there and back): by up to 8 · 2^-9 together.
 SPLIT_LIMIT = {"float32": 1e-5, "bfloat16": 2**-6}
 
 
