@@ -21,7 +21,7 @@ def steps_of_weights(trajectory: Trajectory) -> int | None:
         Where too little of the path was kept for a kernel machine.
     """
     trajectory.schedule.require("KernelMachine")
-    theta = _theta(trajectory)
+    theta = weights_now(trajectory)
     if theta is None or not len(trajectory):
         return None
     if torch.equal(trajectory.end_of_steps.to(theta), theta):
@@ -32,12 +32,12 @@ def steps_of_weights(trajectory: Trajectory) -> int | None:
 
 def is_at_end(trajectory: Trajectory) -> bool:
     """Test that a network has the weights that its path ends with."""
-    theta = _theta(trajectory)
+    theta = weights_now(trajectory)
     return theta is not None and torch.equal(trajectory.final.to(theta), theta)
 
 
-def _theta(trajectory: Trajectory) -> Tensor | None:
-    """θ as the network has it now; None where it has other parameters."""
+def weights_now(trajectory: Trajectory) -> Tensor | None:
+    """θ as the network has it now, (P,); None where it has other parameters."""
     live, layout = dict(trajectory.model.named_parameters()), trajectory.layout
     if not all(name in live for name in layout.names):
         return None

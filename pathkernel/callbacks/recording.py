@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.callbacks.kept_weights import steps_of_weights
+from pathkernel.callbacks.kept_weights import steps_of_weights, weights_now
 from pathkernel.errors import InputError, TrajectoryError
 from pathkernel.gradients.batch_axes import BatchAxis
 from pathkernel.gradients.returned import Returns
@@ -81,7 +82,7 @@ class FrameworkRecording:
         self.recorder: KernelRecorder | None = None
         self._record = record
         self._machine: KernelMachine | None = None
-        self._machine_of: tuple[int, int | None] = 0, None
+        self._machine_of: tuple[int, Tensor | None] = 0, None
 
     def start(self, model: nn.Module, optimizers: Sequence[Optimizer], **found: Any) -> KernelRecorder:
         """Record from here on.
@@ -128,11 +129,12 @@ class FrameworkRecording:
     def machine(self) -> KernelMachine:
         """The network as a kernel machine: with the weights that it has now, the last on its path or earlier ones."""
         trajectory = self.trajectory
-        of = len(trajectory), steps_of_weights(trajectory)
-        if self._machine is None or self._machine_of != of:
-            self._machine, self._machine_of = KernelMachine(trajectory, at=of[1]), of
-        elif of[1] is None:  # which a machine is asked when it is made
-            trajectory.check_model("KernelMachine")
+        theta = weights_now(trajectory)
+        steps, known = self._machine_of
+        same = steps == len(trajectory) and theta is not None and known is not None and torch.equal(theta, known)
+        if self._machine is None or not same:  # looking for weights on the path reads it
+            at = steps_of_weights(trajectory)
+            self._machine, self._machine_of = KernelMachine(trajectory, at=at), (len(trajectory), theta)
         return self._machine
 
     def certificate(self, X: PyTree, outputs: Any = None) -> dict[str, float]:
