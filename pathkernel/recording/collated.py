@@ -72,14 +72,15 @@ class Items:
 
     def _of_fields(self, ids: list[int], possible: list[list[set[int]]]) -> Tensor:
         """The ids where no field tells them by itself."""
-        if possible:
-            left = [set.intersection(*each) for each in zip(*possible, strict=True)]
-            if any(_in_order(ids, found) for found in (left, *(possible if not all(left) else ()))):
-                return self._left()
-            if all(len(each) == 1 for each in left):
-                return torch.tensor([next(iter(each)) for each in left], dtype=torch.int64)
-            raise _unclear()
-        return self._left()
+        as_left = self._left()
+        if all(_in_order(as_left.tolist(), found) for found in possible):
+            return as_left
+        together = [set.intersection(*each) for each in zip(*possible, strict=True)]
+        if any(_in_order(ids, found) for found in (together, *(possible if not all(together) else ()))):
+            return self.ids
+        if all(len(each) == 1 for each in together):
+            return torch.tensor([next(iter(each)) for each in together], dtype=torch.int64)
+        raise _unclear()
 
     def _left(self) -> Tensor:
         """In the order in which the collate function left its items."""

@@ -61,6 +61,11 @@ def test_items_that_are_sorted_in_place_and_made_unlike() -> None:
 
     assert ids_of(collate, items()) == BY_LENGTH
 
+    def labelled(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {"seen": collate(batch), "labels": torch.tensor([item["label"] for item in batch])}
+
+    assert ids_of(labelled, items()) == BY_LENGTH
+
 
 def test_items_that_are_dropped_and_repeated() -> None:
     def collate(batch: list[Any]) -> Any:
