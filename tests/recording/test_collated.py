@@ -107,6 +107,10 @@ def test_an_order_that_nothing_tells_is_refused() -> None:
 
     with pytest.raises(SampleIdError, match=r"not in the order of its items.*told by comparing.*`ids=\"index\"`"):
         ids_of(collate, items())
+    with pytest.raises(SampleIdError, match="one field is in another order than another"):
+        draw = torch.Generator().manual_seed(0)
+        pairs = [tuple(torch.randn(2, 3, generator=draw)) for _ in range(4)]
+        ids_of(lambda batch: [part.roll(k, 0) for k, part in enumerate(default_collate(batch), 1)], pairs)
     # Where the labels are one for each, they tell it.
     assert ids_of(collate, items(lambda i: i)) == BY_LENGTH
 
