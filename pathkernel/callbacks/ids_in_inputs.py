@@ -135,8 +135,8 @@ class TakesIds:
     entry
         Its name.
     taken
-        Called with the ids, None where there are none, and with the other inputs; None on copies of the network, which
-        are not being recorded.
+        Called with the ids, None where there are none, and with the other inputs, by name or by place; None on copies
+        of the network, which are not being recorded.
     """
 
     of_training: ClassVar[bool] = True
@@ -151,7 +151,7 @@ class TakesIds:
         """Take it off."""
         others = {name: value for name, value in named.items() if name != self.entry}
         if self.taken is not None and torch.is_grad_enabled():
-            self.taken(named.get(self.entry), others)
+            self.taken(named.get(self.entry), {**others, **{str(i): given for i, given in enumerate(arguments)}})
         return arguments, others
 
     def __reduce__(self) -> tuple[type[TakesIds], tuple[str]]:

@@ -7,7 +7,7 @@ import sys
 import warnings
 import weakref
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,12 @@ class TrainerRecorder(TrainerCallback):
         self._dataset: Any = None
         self._places: Tensor | None = None
         self._counted: int | None = None
-        self._announced = False
+        self._of: tuple[Any, Any] | None = None
+        self._announced: Announced | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies, and pickles in the midst of training, watch nothing.
+        return {**vars(self), "_loader": None, "_hook": None, "_dataset": None, "_of": None, "_announced": None}
 
     # -- what the Trainer calls -----------------------------------------------------------------------------------
 
@@ -119,8 +124,13 @@ class TrainerRecorder(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Begin to record, or go on."""
+        of = state, kwargs.get("train_dataloader")
+        if self._hook is not None and _is_same(self._of, of):
+            return  # given to the Trainer twice
         self.close()  # training before this one may have ended with an error, of which nobody is told
         _check_arguments(args)
+        _check_alone(model, of)
+        self._of = of
         try:
             self._begin(args, state, model, optimizer, kwargs.get("train_dataloader"))
         except BaseException:
@@ -128,9 +138,20 @@ class TrainerRecorder(TrainerCallback):
             raise
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See that the recording is on the optimizer that will step: hooks are lost in copies."""
-        if self.recorder is None or self._hook is None:
-            return
+        """See that the recording is on the optimizer that will step: hooks are lost in copies.
+
+        Raises
+        ------
+        RecordingError
+            Where another training took this recording away, or it was closed.
+        """
+        if self.recorder is None or self._hook is None or self._of is None or self._of[0] is not state:
+            raise RecordingError(
+                "This TrainerRecorder does not record the training that goes on: it was added after its beginning, "
+                "closed, or given to another Trainer that has begun since",
+                "One TrainerRecorder records one training at a time, from its beginning to its end",
+                "Give each Trainer a `TrainerRecorder()` of its own, and call `close()` when training is over",
+            )
         (optimizer,) = unwrapped_optimizers(kwargs["optimizer"], self._options.get("rule"))
         if optimizer is not self.recorder.optimizer:
             self.recorder.attach(optimizer)
@@ -143,7 +164,7 @@ class TrainerRecorder(TrainerCallback):
         SampleIdError
             Where no call of the model held ids.
         """
-        if self._hook is None or self._announced:
+        if self._hook is None or self._announced is not None:
             return
         raise SampleIdError(
             "The model was called in training without the ids of its samples",
@@ -154,7 +175,7 @@ class TrainerRecorder(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that the batches have been used."""
-        self._announced = False
+        self._announced = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write all that is on record where a checkpoint is about to be saved: it can only be gone on from if it is."""
@@ -221,6 +242,7 @@ class TrainerRecorder(TrainerCallback):
         dealt with; while somebody holds it, with the frames of the loop in its traceback, this ends it.
         """
         hook, loader, self._hook, self._loader = self._hook, self._loader, None, None
+        self._of = self._announced = None
         if hook is not None:
             hook.remove()
         if loader is not None:
@@ -241,14 +263,14 @@ class TrainerRecorder(TrainerCallback):
             if self._in_run:
                 found["store"] = Path(args.output_dir) / FOLDER
                 self._options.pop("store", None)
-            earlier = (
-                self.recorder is not None and self.recorder.model is model and "store" not in {**found, **self._options}
-            )
+            recorder = self.recorder
+            earlier = recorder is not None and recorder.model is model and len(recorder.trajectory) > 0
+            earlier = earlier and "store" not in {**found, **self._options}
             recorder = self._recording.start(model, [optimizer], **found)
             if len(recorder.trajectory) == 0 and (earlier or state.global_step):
                 warnings.warn(
-                    f"The record begins at step {state.global_step} of a training that had begun before, with weights "
-                    "that are not the last on record: the network is explained from there on. "
+                    f"The record begins at step {state.global_step} of a training that had begun before, with weights, "
+                    "samples or an optimizer that are not those on record: the network is explained from there on. "
                     "`TrainerRecorder(store=True)` goes on from a checkpoint.",
                     RuntimeWarning,
                     stacklevel=2,
@@ -282,6 +304,15 @@ class TrainerRecorder(TrainerCallback):
             self._loader = LoaderWithIds(inner, lambda: _let_go(myself))
         elif self.ids is None:
             self._counted = len(data)
+            if not isinstance(getattr(inner, "dataset", None), IterableDataset):
+                warnings.warn(
+                    f"The Trainer trains on the batches of a {type(inner).__name__}, which do not hold places in "
+                    "`train_dataset`. Samples are counted in the order of training, each time they come, and that is "
+                    "what ids are. Let `get_train_dataloader` return a DataLoader that batches a dataset, or name a "
+                    'column of ids: `TrainerRecorder(ids="index")`.',
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         # Before the recorder's own hook, which sees what the model is given.
         hook = TakesIds(self.ids or ENTRY, self._taken)
         if model._compiled_call_impl is not None:
@@ -290,18 +321,37 @@ class TrainerRecorder(TrainerCallback):
             self._hook = model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
     def _taken(self, ids: Tensor | None, inputs: dict[str, Any]) -> None:
-        """Announce the samples of a call of the model."""
+        """Announce the samples of a call of the model.
+
+        Raises
+        ------
+        SampleIdError
+            Where it is another call with other tensors, and nothing says of which samples.
+        """
         assert self.recorder is not None
-        kind = IndexedBatch
+        again = self._announced is not None and self._announced.is_of(inputs)
+        kind = IndexedBatch if self._counted is None else NumberedBatch
         if ids is None:
-            if self._counted is None or not self.recorder.model.training:
+            if not self.recorder.model.training or (self._counted is None and self._announced is None):
                 return
-            kind, first = NumberedBatch, self._counted
-            self._counted += _rows(inputs)
-            ids = torch.arange(first, self._counted)
+            if again:
+                assert self._announced is not None
+                ids = self._announced.ids
+            elif self._counted is not None:
+                first = self._counted
+                self._counted += _rows(inputs)
+                ids = torch.arange(first, self._counted)
+            else:
+                name = self.ids or ENTRY
+                raise SampleIdError(
+                    "The model was called again in training, with other tensors and without the ids of their samples",
+                    f"They are the entry {name!r} of the inputs; a row is booked to the sample whose id comes with it",
+                    f"Write `model(**inputs)` with all entries, or `model(..., {name}=inputs[{name!r}])` with that of "
+                    "the rows that it is given; what is not trained on is computed inside `torch.no_grad()`",
+                )
         ids = ids.cpu()
+        self._announced = Announced(ids, _tensors(inputs))
         self.recorder.take_ids(kind(ids if self._places is None else self._places[ids], inputs))
-        self._announced = True
 
     def _flush(self) -> None:
         if self.recorder is not None and self._hook is not None:
@@ -312,6 +362,50 @@ class TrainerRecorder(TrainerCallback):
         trajectory = self.trajectory
         inputs, _ = samples_of(trajectory.store.read(0).batches[0], trajectory.data)
         return pytree.tree_map(lambda leaf: leaf[: self.certify or 1], inputs)
+
+
+class Announced(NamedTuple):
+    """What the model was last given, and its ids."""
+
+    ids: Tensor
+    tensors: list[Tensor]
+
+    def is_of(self, inputs: dict[str, Any]) -> bool:
+        """True for a call with some of the very same tensors, and no others."""
+        given = _tensors(inputs)
+        return bool(given) and all(any(one is other for other in self.tensors) for one in given)
+
+
+def _tensors(inputs: dict[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+
+
+def _is_same(one: tuple[Any, Any] | None, other: tuple[Any, Any]) -> bool:
+    """True for one and the same training: its state and its loader."""
+    return one is not None and one[0] is other[0] and one[1] is other[1]
+
+
+def _check_alone(model: nn.Module | None, of: tuple[Any, Any]) -> None:
+    """Silence those that record an earlier training of a model, and refuse to be the second of one training.
+
+    Raises
+    ------
+    RecordingError
+        Where another callback records it.
+    """
+    for hook in () if model is None else model._forward_pre_hooks.values():
+        if not isinstance(hook, TakesIds):
+            continue
+        other = getattr(hook.taken, "__self__", None)
+        if not isinstance(other, TrainerRecorder):
+            continue
+        if _is_same(other._of, of):
+            raise RecordingError(
+                "The Trainer was given two TrainerRecorders",
+                "Ids of samples are taken off each batch once, and each step is recorded once",
+                "Give it one, and take both results from its `trajectory`",
+            )
+        hook.taken = None  # of a training that ended with an error
 
 
 def _let_go(callback: weakref.ref[TrainerRecorder]) -> None:
@@ -387,9 +481,8 @@ def _rows(inputs: dict[str, Any]) -> int:
     SampleIdError
         Where it holds no tensor.
     """
-    for leaf in pytree.tree_leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return len(leaf)
+    for leaf in _tensors(inputs):
+        return len(leaf)
     raise SampleIdError(
         "The model was called in training without a tensor",
         "Samples of an iterable dataset are counted along the first axis of the model's first input",

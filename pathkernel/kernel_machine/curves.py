@@ -131,7 +131,7 @@ class PathCurve(Curve):
         view: ProductStep | None = None
         for segment in self.trajectory.segments():
             directions = displacements(segment)
-            earlier, view = view, ProductStep(self.queries, segment, torch.stack(list(directions.values())), view)
+            earlier, view = view, ProductStep(self.queries, segment, _rows(directions, segment.displacement), view)
             if earlier is None:
                 self._book_first_buffers(accumulator, view)
             else:
@@ -223,7 +223,7 @@ class AverageCurve(Curve):
         directions = {name: event.a * gap for name, gap in gaps.items()}
         if event.segment.channel:
             directions = {event.segment.channel: event.segment.displacement}
-        view = ProductStep(self.queries, event.segment, torch.stack(list(directions.values())), view)
+        view = ProductStep(self.queries, event.segment, _rows(directions, event.segment.displacement), view)
         products = accumulator.add(self.quadrature.average(view))
         for column, name in enumerate(directions, start=1):
             accumulator.channels[name] += products[:, column]
@@ -280,10 +280,15 @@ class ChordCurve(Curve):
         for segment in self.trajectory.segments():
             for name, displacement in displacements(segment).items():
                 moved[name] = moved[name] + displacement
-        directions = torch.stack(list(moved.values()))
+        directions = _rows(moved, zeros)
         view: ProductStep | None = None
         for piece in self._pieces():
             view = ProductStep(self._trained, piece, directions, view)
             products = accumulator.add(self.quadrature.average(view)) / CHORD_PIECES
             for column, name in enumerate(moved, start=1):
                 accumulator.channels[name] += products[:, column]
+
+
+def _rows(directions: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """Displacements of channels, (D, P); none of a step whose gradients were all cleared."""
+    return torch.stack(list(directions.values())) if directions else like.new_empty(0, len(like))

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from pathkernel.errors import SampleIdError
 from pathkernel.gradients.batch_axes import BatchAxis
+from pathkernel.recording.collated import Items, keeps_order
 from pathkernel.trajectory.samples import Samples
 
 
@@ -77,9 +78,19 @@ class IndexedCollate:
         self.collate = collate
 
     def __call__(self, samples: list[IndexedSample]) -> IndexedBatch:
-        """Collate items as the user does, and their ids into a tensor."""
-        ids = torch.tensor([sample.id for sample in samples], dtype=torch.int64)
-        return IndexedBatch(ids, self.collate([sample.item for sample in samples]))
+        """Collate items as the user does, and their ids into a tensor: that of each row of the batch.
+
+        Raises
+        ------
+        SampleIdError
+            Where the rows are in another order than the items, and it cannot be told in which.
+        """
+        ids, items = torch.tensor([sample.id for sample in samples], dtype=torch.int64), [s.item for s in samples]
+        if keeps_order(self.collate):
+            return IndexedBatch(ids, self.collate(items))
+        before = Items(ids, items)
+        batch = self.collate(items)
+        return IndexedBatch(before.ids_of(batch), batch)
 
 
 IdsOf = str | int | Callable[[Any], Any] | None

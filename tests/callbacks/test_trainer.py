@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import pickle
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -764,3 +766,169 @@ def test_what_cannot_be_recorded_is_said_before_training_and_leaves_nothing(tmp_
     with pytest.raises(pk.errors.PathKernelError, match="LBFGS"):
         trainer.train()
     assert untouched(trainer)
+
+
+# -- rows and their ids ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_collator_that_sorts_keeps_the_ids(workers: int, tmp_path: Path) -> None:
+    class Sorting(Padding):
+        def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            return super().__call__(sorted(items, key=lambda item: -len(item["input_ids"])))
+
+    callback = Recorder()
+    more = {"data_collator": Sorting()}
+    plain = bits(trained(tmp_path, bert, Ragged(), more=more, dataloader_num_workers=workers))
+    trainer = trained(tmp_path, bert, Ragged(), callback, more=more, dataloader_num_workers=workers)
+    assert same(plain, bits(trainer))
+    check_rows(callback.trajectory, Ragged())
+    check(callback, trainer, Texts().queries())
+
+
+class Backwards(Trainer):
+    """A second call of the model, on other rows; with their ids, where `told`."""
+
+    told = False
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        other = {name: value.flip(0) for name, value in inputs.items() if self.told or name != "pathkernel_ids"}
+        return model(**inputs).loss + model(**other).loss
+
+
+class BackwardsTold(Backwards):
+    told = True
+
+
+class TwoPassesByName(Trainer):
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        others = {name: value for name, value in inputs.items() if name != "pathkernel_ids"}
+        return model(**inputs).loss + model(**others).loss
+
+
+def test_a_second_call_on_other_rows_has_their_ids_or_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SampleIdError, match=r"called again in training.*pathkernel_ids=inputs\['pathkernel_ids'\]"):
+        trained(tmp_path, bert, Texts(), Recorder(), trainer=Backwards)
+    for kind in (BackwardsTold, TwoPassesByName):
+        callback = Recorder()
+        trainer = trained(tmp_path, bert, Texts(), callback, trainer=kind)
+        check_rows(callback.trajectory, Texts())
+        check(callback, trainer, Texts().queries())
+
+
+class Counted(IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (Texts()[i] for i in range(N))
+
+
+def test_two_passes_of_a_stream_are_of_the_same_samples(tmp_path: Path) -> None:
+    callback = Recorder()
+    trainer = trained(tmp_path, bert, Counted(), callback, trainer=TwoPasses)
+    assert sorted(check_rows(callback.trajectory, Texts())) == sorted(2 * list(range(N)))
+    check(callback, trainer, Texts().queries())
+
+
+def test_batches_that_are_no_loaders_are_counted_with_a_warning(tmp_path: Path) -> None:
+    class Batches:
+        batch_size = 4
+
+        def __len__(self) -> int:
+            return 5
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return iter(torch.utils.data.DataLoader(Texts(), 4))
+
+    class Own(Trainer):
+        def get_train_dataloader(self) -> Any:
+            return Batches()
+
+    callback = Recorder()
+    with pytest.warns(RuntimeWarning, match=r"batches of a Batches.*counted.*ids=\"index\""):
+        trained(tmp_path, bert, Texts(), callback, trainer=Own)
+    assert check_rows(callback.trajectory, Texts()) == list(range(N))
+
+
+# -- one callback, one training ----------------------------------------------------------------------------------------
+
+
+def test_a_callback_that_is_given_twice(tmp_path: Path) -> None:
+    callback = Recorder()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        trainer = trained(tmp_path, bert, Texts(), callback, callback)
+    assert len(callback.trajectory) == 5
+    check(callback, trainer, Texts().queries())
+
+
+def test_two_callbacks_of_one_trainer_are_refused_before_training(tmp_path: Path) -> None:
+    callbacks = Recorder(), Recorder()
+    trainer = Trainer(bert(), arguments(tmp_path), train_dataset=Texts(), callbacks=list(callbacks))
+    with pytest.raises(RecordingError, match=r"two TrainerRecorders.*Give it one"):
+        trainer.train()
+    gc.collect()
+    callbacks[0].close()
+    assert untouched(trainer)
+    trainer.remove_callback(callbacks[1])
+    trainer.train()
+    check(callbacks[0], trainer, Texts().queries())
+
+
+class Does(TrainerCallback):
+    """Does something once, after the second step."""
+
+    def __init__(self, what: Callable[[], Any]) -> None:
+        self.what = what
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            what, self.what = self.what, lambda: None
+            self.found = what()
+
+
+def test_a_callback_that_another_training_takes_away_says_so(tmp_path: Path) -> None:
+    callback = Recorder()
+    for does in (lambda: trained(tmp_path, bert, Texts(), callback), callback.close):
+        with pytest.raises(RecordingError, match=r"does not record the training that goes on.*of its own"):
+            trained(tmp_path, bert, Texts(), callback, Does(does))
+
+
+def test_another_training_inside_leaves_it_alone(tmp_path: Path) -> None:
+    callback, inner = Recorder(), Recorder()
+    trainer = trained(tmp_path, bert, Texts(), callback, Does(lambda: trained(tmp_path, bert, Texts(), inner)))
+    for own in (callback, inner):
+        assert len(own.trajectory) == 5
+    check(callback, trainer, Texts().queries())
+
+
+def test_copies_in_the_midst_of_training_hold_what_was_recorded(tmp_path: Path) -> None:
+    callback = Recorder()
+    copies = Does(lambda: [copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))])
+    trainer = trained(tmp_path, bert, Texts(), callback, copies)
+    assert [len(each.trajectory) for each in copies.found] == [2, 2]
+    for each in copies.found:
+        each.close()
+        assert (
+            abs(each.machine(Texts().queries()) - pk.KernelMachine(callback.trajectory, at=2)(Texts().queries())).max()
+            < 1e-6
+        )
+    check(callback, trainer, Texts().queries())
+
+
+def test_a_training_that_ended_with_an_error_does_not_disturb_the_next(tmp_path: Path) -> None:
+    """While somebody holds the error, as notebooks do."""
+
+    class Ends(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss = model(**inputs).loss
+            if self.state.global_step == 2:
+                raise ValueError("cable")
+            return loss
+
+    first, second, model = Recorder(), Recorder(), bert()
+    with pytest.raises(ValueError, match="cable") as held:
+        trained(tmp_path, lambda: model, Texts(), first, trainer=Ends)
+    with pytest.warns(RuntimeWarning, match="still open"):
+        trainer = trained(tmp_path, lambda: model, Texts(), second)
+    assert held.value.args == ("cable",)
+    assert [len(first.trajectory), len(second.trajectory)] == [2, 5]
+    check(second, trainer, Texts().queries())

@@ -272,6 +272,26 @@ def test_both_sweeps_say_the_same(optimizer: str) -> None:
     close(forward, backward, DOUBLE.rounding)
 
 
+def test_a_step_whose_gradients_were_all_cleared() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3), torch.arange(8) % 2
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    with pk.KernelRecorder(model, optimizer, nn.CrossEntropyLoss(), data=(x, y)) as recorder:
+        for inputs, targets in recorder.batches(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            if len(recorder.trajectory) == 2:
+                optimizer.zero_grad()
+            optimizer.step()
+    machine = pk.KernelMachine(recorder.trajectory)
+    why = machine.explain(x, outputs=1)
+    expected = model(x).detach().numpy()
+    close(machine.decision_function(x), expected, 1e-6)
+    close(why.shares.sum(1) + why.channels["initial"], expected[:, 1], 1e-6)
+    assert not why.shares[:, 4:6].any()
+
+
 def test_a_classifier_predicts_the_class_of_the_network() -> None:
     run = record("relu", optimizer="adam", dtype=torch.float32)
     machine = pk.KernelMachine(run.trajectory)

@@ -56,6 +56,7 @@ ELSEWHERE = {
     "storage": "tests/storage",
     "errors.py": "here",
     "gradients/layers/tape.py": "tests/gradients",
+    "recording/collated.py": "tests/recording/test_collated.py",
     "recording/observing.py": "tests/recording/test_observing.py",
     "recording/resume.py": "tests/recording/test_resume.py",
     "runtime/workspace.py": "tests/runtime",
