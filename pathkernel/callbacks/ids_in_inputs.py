@@ -27,7 +27,7 @@ class CollateWithIds:
     """
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+        self.collate = IndexedCollate(collate)
 
     def __call__(self, samples: list[IndexedSample]) -> MutableMapping[str, Any]:
         """Collate items as the user does, and put their ids in.
@@ -37,7 +37,7 @@ class CollateWithIds:
         SampleIdError
             Where a batch is no dict.
         """
-        ids, batch = IndexedCollate(self.collate)(samples)
+        ids, batch = self.collate(samples)
         if not isinstance(batch, MutableMapping):
             raise SampleIdError(
                 f"The data collator made a {type(batch).__name__}",
