@@ -268,7 +268,7 @@ class KernelMachine:
             curve = self._curve(self._selection.every_output(X))
             accumulator = self._settled(lambda: self._forward(curve))
             output = curve.final.cpu()
-            check_unexplained(accumulator, self.trajectory, output, self._recorded.discrepancies, self.unexplained)
+            check_unexplained(accumulator, output, self._recorded, self.unexplained)
             check_end(accumulator, curve, output, self._recorded.discrepancies)
         return sum(accumulator.channels.values(), torch.zeros(())).reshape(-1, curve.queries.components).numpy()
 
@@ -348,7 +348,7 @@ class KernelMachine:
                 lambda: self._backward(curve, asked) if store is None else self._stored(store, curve, asked)
             )
             output = curve.final.cpu()
-            check_unexplained(accumulator, self.trajectory, output, self._recorded.discrepancies, self.unexplained)
+            check_unexplained(accumulator, output, self._recorded, self.unexplained)
         recorded = self._recorded
         engines, sources = recorded.certificate.engines, recorded.columns.slices
         why = attributions_of(accumulator, output, (samples, indices), len(self.trajectory), engines, sources)

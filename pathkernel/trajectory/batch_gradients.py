@@ -97,6 +97,8 @@ class RecordedGradients:
         self.columns = Columns(len(trajectory.data))
         self.examples: dict[Any, tuple[int, int, int]] = {}
         self._largest_gradient = largest_gradient
+        self._low: set[torch.dtype] = set()
+        self._every_captured = True
         self.discrepancies = self._discrepancies(taken)
 
     def _discrepancies(self, taken: bool) -> Discrepancies:
@@ -134,6 +136,9 @@ class RecordedGradients:
         self.most = max(self.most, sum(len(batch.ids) for batch in step.batches))
         for batch in step.batches:
             self.columns.meet(batch)
+            self._every_captured &= batch.captured
+            if batch.state.autocast:
+                self._low.add(batch.state.autocast[1])
         place = 0
         for run in runs_of(step.batches):
             state, size = run[0].state, sum(len(batch.ids) for batch in run)
@@ -141,6 +146,11 @@ class RecordedGradients:
             if size > self.examples.get(kind, (0,))[0]:
                 self.examples[kind] = size, step.index, place
             place += len(run)
+
+    @property
+    def rounded_to(self) -> frozenset[torch.dtype]:
+        """Floating types of passes under autocast; empty where some have no slopes on record."""
+        return frozenset(self._low) if self._every_captured else frozenset()
 
     @cached_property
     def largest(self) -> float:
