@@ -194,7 +194,7 @@ class SkorchRecorder(Callback):
         """
         if self._training and self._net is not net:
             raise RecordingError(
-                f"SkorchRecorder was given to a {type(net).__name__} that is trained while another net is trained with it",
+                f"SkorchRecorder was given to a {type(net).__name__} that begins while another net is trained with it",
                 "A callback has one record, that of the net that is trained",
                 "Write `SkorchRecorder()` for each of the two nets",
             )

@@ -97,7 +97,6 @@ class RecordedGradients:
         self.columns = Columns(len(trajectory.data))
         self.examples: dict[Any, tuple[int, int, int]] = {}
         self._largest_gradient = largest_gradient
-        self._low: set[torch.dtype] = set()
         self._every_captured = True
         self.discrepancies = self._discrepancies(taken)
 
@@ -137,8 +136,6 @@ class RecordedGradients:
         for batch in step.batches:
             self.columns.meet(batch)
             self._every_captured &= batch.captured
-            if batch.state.autocast:
-                self._low.add(batch.state.autocast[1])
         place = 0
         for run in runs_of(step.batches):
             state, size = run[0].state, sum(len(batch.ids) for batch in run)
@@ -149,8 +146,8 @@ class RecordedGradients:
 
     @property
     def rounded_to(self) -> frozenset[torch.dtype]:
-        """Floating types of passes under autocast; empty where some have no slopes on record."""
-        return frozenset(self._low) if self._every_captured else frozenset()
+        """Floating types of few bits that passes rounded to; empty where some have no slopes on record."""
+        return self.batches.met_low if self._every_captured else frozenset()
 
     @cached_property
     def largest(self) -> float:
@@ -318,4 +315,4 @@ class RecordedGradients:
         types = {self.trajectory.precision, self.function.dtype}
         if takes_tensor_floats(self.trajectory.model, self.trajectory.precision):
             types.add(torch.float16)  # which has as many bits
-        return types | {batch.state.autocast[1] for batch in step.batches if batch.state.autocast}
+        return types.union(*(self.batches.low(batch) for batch in step.batches))

@@ -685,7 +685,7 @@ def test_two_nets_are_not_trained_at_once_with_one_callback() -> None:
 
     recorder = recording()
     net = classifier([recorder, Nested()])
-    with pytest.raises(RecordingError, match=r"another net is trained with it.*A callback has one record.*each of the"):
+    with pytest.raises(RecordingError, match=r"another net is trained with it.*A callback has one.*each of the"):
         trained(net)
     assert not net.module_._forward_hooks and not net.optimizer_._optimizer_step_post_hooks
     assert_explained(recorder, net)  # as far as it came

@@ -69,6 +69,7 @@ def test_passes_without_slopes_on_record_are_judged_as_before() -> None:
             loss(outputs.float(), targets).backward()
             optimizer.step()
     machine = pk.KernelMachine(recorder.trajectory)
+    machine.explain(X[:3])
     assert machine._recorded.rounded_to == {torch.bfloat16}
     machine._recorded._every_captured = False
     assert not machine._recorded.rounded_to

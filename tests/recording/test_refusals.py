@@ -38,6 +38,7 @@ from pathkernel.gradients.returned import batch_outputs, selected
 from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.optimizers.runge_kutta import Heun
 from pathkernel.quadrature import as_quadrature
+from pathkernel.recording.collated_order import check_order
 from pathkernel.recording.compiled import check_random_numbers
 from pathkernel.recording.trial import try_out
 from pathkernel.trajectory.averages import AverageRecord
@@ -848,6 +849,11 @@ REFUSALS: dict[str, Case] = {
         machine_of_wrong_ids_with_small_gradients,
         errors.TrajectoryError,
         ("differences between the recorded gradients", "more than rounding", "audit_every=1"),
+    ),
+    "batches whose samples are sorted while they are collated": (
+        lambda: check_order([3.0, 1.0, 2.0], torch.tensor([1.0, 2.0, 3.0])),
+        errors.SampleIdError,
+        ("changed the order of samples: row 0", "in the order in which samples are handed", "`batch_sampler`"),
     ),
     "changes that nobody named": (
         changes_that_nobody_named,
