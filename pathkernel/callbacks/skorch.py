@@ -13,7 +13,7 @@ import torch
 
 from pathkernel.callbacks.kept_weights import is_at_end
 from pathkernel.callbacks.recording import FrameworkRecording, RecorderOptions
-from pathkernel.callbacks.skorch_net import found_data, loss_of, same_data, task_of
+from pathkernel.callbacks.skorch_net import check_optimizers, found_data, loss_of, same_data, task_of
 from pathkernel.callbacks.versions import check_version
 from pathkernel.errors import InputError, PathKernelError, RecordingError, TrajectoryError
 from pathkernel.gradients.forward_state import generators_untouched
@@ -66,7 +66,8 @@ class SkorchRecorder(Callback):
     module with its weights, its optimizer and the data are the same. Otherwise, and in each ``fit`` that begins anew, a
     new record begins; the one before is the user's who kept ``callback.trajectory``.
 
-    A copy or a pickle of a fitted net holds the record, if it can be pickled, and no recorder.
+    A copy or a pickle of a fitted net holds the record, if it can be pickled, with the data that it was trained on, and
+    no recorder: after ``net.trim_for_prediction()`` a pickle holds neither.
 
     Examples
     --------
@@ -107,7 +108,7 @@ class SkorchRecorder(Callback):
         self._recording: FrameworkRecording | None = None
         self._of: Trained | None = None
         self._handed: Any = None
-        self._training = False
+        self._training, self._net = False, None
         self._waiting: Callable[..., Any] | None = None
         self._anew, self._offset = True, 0
         self._saved: bytes | None = None
@@ -184,8 +185,20 @@ class SkorchRecorder(Callback):
         return self
 
     def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
-        """Wait for the loader of the training data, which the net makes next."""
-        self._training = False
+        """Wait for the loader of the training data, which the net makes next.
+
+        Raises
+        ------
+        RecordingError
+            Where another net is being trained with the callback.
+        """
+        if self._training and self._net is not net:
+            raise RecordingError(
+                f"SkorchRecorder was given to a {type(net).__name__} that begins while another net is trained with it",
+                "A callback has one record, that of the net that is trained",
+                "Write `SkorchRecorder()` for each of the two nets",
+            )
+        self._training, self._net = False, net
         if self._anew:
             self._recording, self._saved, self._lost = None, None, ""
         if self._waiting is not None and vars(net).get("fit_loop") is self._waiting:  # nothing came of it
@@ -202,6 +215,12 @@ class SkorchRecorder(Callback):
                     return iterator(dataset, training=training)
                 _restore(net, "get_iterator", iterator)
                 loader = iterator(dataset, training=True)
+                if isinstance(loader, RecordedBatches):
+                    raise RecordingError(
+                        f"The {type(net).__name__} has two different callbacks of type SkorchRecorder",
+                        "One of them records all that is trained",
+                        "Give the net one of them; what is to be kept of steps is said by `schedule=` and `observers=`",
+                    )
                 return RecordedBatches(loader, lambda: self._begin(net, X, dataset, loader), self._hand_out)
 
             vars(net)["get_iterator"] = get_iterator
@@ -212,7 +231,7 @@ class SkorchRecorder(Callback):
                 self._close()
                 raise
             finally:
-                self._training = False
+                self._training, self._net = False, None
                 if vars(net).get("get_iterator") is get_iterator:
                     _restore(net, "get_iterator", iterator)
 
@@ -252,6 +271,7 @@ class SkorchRecorder(Callback):
     def _begin(self, net: Any, X: Any, dataset: Any, loader: Any) -> tuple[KernelRecorder, Any]:
         """Start recording, or go on, and say what the recorder is to go through."""
         optimizers = [getattr(net, f"{name}_") for name in net._optimizers]
+        check_optimizers(net, optimizers)
         data, places = found_data(dataset, X)
         trained, now = self._of, Trained(net.module_, optimizers, data)
         self._of = now

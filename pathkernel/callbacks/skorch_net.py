@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import ClassifierMixin, RegressorMixin
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pathkernel.callbacks.versions import check_version
+from pathkernel.errors import RecordingError
 from pathkernel.recording.indexed import levels_of
 
 check_version("skorch")
@@ -77,6 +79,38 @@ def loss_of(net: Any) -> Callable[..., Tensor] | None:
     if ours or not isinstance(net, ClassifierMixin):
         return criterion
     return NetLoss(criterion, "", net._get_predict_nonlinearity())
+
+
+def check_optimizers(net: Any, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse a net that trains parameters of other modules than ``module_``.
+
+    Parameters
+    ----------
+    net
+        An initialized `skorch.NeuralNet`.
+    optimizers
+        Its own.
+
+    Raises
+    ------
+    RecordingError
+        With the names of these modules.
+    """
+    own = {id(parameter) for parameter in net.module_.parameters()}
+    held = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]} - own
+    others = [
+        name
+        for name in (f"{each}_" for each in (*net._modules, *net._criteria) if each != "module")
+        if any(id(parameter) in held for parameter in getattr(net, name).parameters())
+    ]
+    if others:
+        names = " and ".join(f"`{name}`" for name in others)
+        raise RecordingError(
+            f"The optimizer of the {type(net).__name__} holds parameters of {names}",
+            "SkorchRecorder records the training of `module_`, by optimizers of its parameters alone",
+            f"If {names} is not to be trained, make the optimizer in `initialize_optimizer` from "
+            "`self.module_.parameters()`; otherwise record a loop of your own with `pathkernel.KernelRecorder`",
+        )
 
 
 def task_of(net: Any) -> str | None:

@@ -9,6 +9,7 @@ from pathkernel.errors import TrajectoryError
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.quadrature import DiscreteGradient
+from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.discrepancies import Discrepancies
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -17,6 +18,14 @@ ROUNDING_LIMIT = 0.1
 
 Each step's gradient is checked by itself, but the gradients of a step may be small beside the largest of the run and
 still move the outputs. A bias before BatchNorm under Adam in float32 takes a few per cent.
+"""
+
+LOW_ROUNDING_LIMIT = 1.0
+"""The same for passes that were rounded to eight or eleven bits, and whose slopes are on record.
+
+Each step of theirs has been compared at its own scale, to 5e-2. Samples are rounded one by one there, which the sum
+that the loop took is not, and Adam divides what is left by itself wherever samples cancel: one run in twenty of a small
+network goes beyond a tenth, with ids that are right. More than all that moved the outputs is no account of them.
 """
 
 END = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -30,19 +39,17 @@ ROUNDED = 16.0
 """Factor by which the rounding of θ may have moved the outputs further than in proportion to θ itself."""
 
 
-def check_unexplained(
-    accumulator: Accumulator, trajectory: Trajectory, output: Tensor, discrepancies: Discrepancies, allowed: float
-) -> None:
+def check_unexplained(accumulator: Accumulator, output: Tensor, recorded: RecordedGradients, allowed: float) -> None:
     """Fail loudly where too much of the sum has no name.
 
     Parameters
     ----------
-    accumulator, trajectory
-        The sum, and the record that it is of.
+    accumulator
+        The sum.
     output
         What the network returns at the end, (Q,).
-    discrepancies
-        Of the steps.
+    recorded
+        The gradients that it is of.
     allowed
         Part of the change of the outputs that may be unexplained.
 
@@ -53,18 +60,31 @@ def check_unexplained(
     """
     moved = (output - accumulator.channels["initial"]).norm().item()
     rounding = accumulator.channels["rounding"].norm().item() if "rounding" in accumulator.channels else 0.0
-    if rounding > max(ROUNDING_LIMIT, allowed) * moved:
+    limit = LOW_ROUNDING_LIMIT if recorded.rounded_to else ROUNDING_LIMIT
+    if rounding > max(limit, allowed) * moved:
+        part = rounding / max(moved, 1e-300)
+        expected = f"They are rounding, and {ROUNDING_LIMIT:.0%} is more than rounding"
+        write = (
+            "Record with `KernelRecorder(..., audit_every=1)`, which tells at which step ids, inputs or loss are not "
+            "those of the loop, or in float64"
+        )
+        if recorded.rounded_to:
+            types = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in recorded.rounded_to))
+            expected = f"They are the rounding of {types}, of which a sum over samples says nothing beyond {limit:.0%}"
+            write = (
+                "Leave out parameters whose gradient is nothing but rounding (`bias=False` before BatchNorm), train "
+                f"in float32, or allow more with `KernelMachine(..., unexplained={float(f'{2 * part:.1g}')})`"
+            )
         raise TrajectoryError(
-            f"{rounding / max(moved, 1e-300):.1%} of what moved these outputs are differences between the recorded "
-            "gradients and those of the recorded samples",
-            f"They are rounding, and {ROUNDING_LIMIT:.0%} is more than rounding",
-            "Record with `KernelRecorder(..., audit_every=1)`, which tells at which step ids, inputs or loss "
-            "are not those of the loop, or in float64",
+            f"{part:.1%} of what moved these outputs are differences between the recorded gradients and those of the "
+            "recorded samples",
+            expected,
+            write,
         )
     size = accumulator.channels["unexplained"].norm().item() if "unexplained" in accumulator.channels else 0.0
     if size <= allowed * moved:
         return
-    where, write = _most_unexplained(trajectory, discrepancies)
+    where, write = _most_unexplained(recorded.trajectory, recorded.discrepancies)
     part = size / max(moved, 1e-300)  # changes that took back what training did are larger than what is left
     enough = max(1.0, float(f"{2 * part:.1g}"))
     raise TrajectoryError(

@@ -11,6 +11,8 @@ import torch
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
+from pathkernel.gradients.forward_state import generators_untouched
+from pathkernel.gradients.low_types import low_types
 from pathkernel.gradients.per_sample import load_transformations
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes
 from pathkernel.kernel_machine.accumulator import Accumulator, attributions_of, concatenate
@@ -29,6 +31,7 @@ from pathkernel.kernel_machine.memory_plan import Plan, plan_backward
 from pathkernel.kernel_machine.queries import Queries
 from pathkernel.kernel_machine.query_selection import QuerySelection, shapes_of
 from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.runtime.workspace import FreedMemory, give_back_freed_memory
@@ -89,7 +92,8 @@ class KernelMachine:
         taken in blocks, and batches in passes, that fit it (`pathkernel.kernel_machine.memory_plan`); a budget too
         small for the least of them is refused, with one that is not.
     dtype
-        Floating type of gradients, by default the recorded one. Sums are float64.
+        Floating type of gradients, by default the recorded one, and float64 for a network that enters autocast in its
+        own ``forward``, which rounds nothing then. Sums are float64.
     progress
         Show a progress bar over the steps.
 
@@ -192,10 +196,20 @@ class KernelMachine:
     def _make(self) -> None:
         """Make the attributes that are not saved."""
         load_transformations()  # is not a call's, whose memory has a budget
-        self.function = self.trajectory.function(self._dtype)
+        self.function = self.trajectory.function(self._dtype or self._unrounded())
         self._gradients: RecordedGradients | None = None
         self._plans: tuple[RecordedGradients | None, dict[Any, Any]] = None, {}
         self._selection = QuerySelection(self.trajectory, self.function, self.average, self.engine, self.memory)
+
+    def _unrounded(self) -> torch.dtype | None:
+        """Type in which a network that enters autocast by itself rounds nothing, None for the recorded one."""
+        data = self.trajectory.data
+
+        def low() -> bool:
+            with generators_untouched():
+                return bool(low_types(self.trajectory.function(), self.trajectory.initial, data.example[0]))
+
+        return torch.float64 if result_or_error(low, (Exception,)) is True else None
 
     def __getstate__(self) -> dict[str, Any]:
         check_picklable(quadrature=self.quadrature)
@@ -268,7 +282,7 @@ class KernelMachine:
             curve = self._curve(self._selection.every_output(X))
             accumulator = self._settled(lambda: self._forward(curve))
             output = curve.final.cpu()
-            check_unexplained(accumulator, self.trajectory, output, self._recorded.discrepancies, self.unexplained)
+            check_unexplained(accumulator, output, self._recorded, self.unexplained)
             check_end(accumulator, curve, output, self._recorded.discrepancies)
         return sum(accumulator.channels.values(), torch.zeros(())).reshape(-1, curve.queries.components).numpy()
 
@@ -348,7 +362,7 @@ class KernelMachine:
                 lambda: self._backward(curve, asked) if store is None else self._stored(store, curve, asked)
             )
             output = curve.final.cpu()
-            check_unexplained(accumulator, self.trajectory, output, self._recorded.discrepancies, self.unexplained)
+            check_unexplained(accumulator, output, self._recorded, self.unexplained)
         recorded = self._recorded
         engines, sources = recorded.certificate.engines, recorded.columns.slices
         why = attributions_of(accumulator, output, (samples, indices), len(self.trajectory), engines, sources)

@@ -97,6 +97,7 @@ class RecordedGradients:
         self.columns = Columns(len(trajectory.data))
         self.examples: dict[Any, tuple[int, int, int]] = {}
         self._largest_gradient = largest_gradient
+        self._every_captured = True
         self.discrepancies = self._discrepancies(taken)
 
     def _discrepancies(self, taken: bool) -> Discrepancies:
@@ -134,6 +135,7 @@ class RecordedGradients:
         self.most = max(self.most, sum(len(batch.ids) for batch in step.batches))
         for batch in step.batches:
             self.columns.meet(batch)
+            self._every_captured &= batch.captured
         place = 0
         for run in runs_of(step.batches):
             state, size = run[0].state, sum(len(batch.ids) for batch in run)
@@ -141,6 +143,11 @@ class RecordedGradients:
             if size > self.examples.get(kind, (0,))[0]:
                 self.examples[kind] = size, step.index, place
             place += len(run)
+
+    @property
+    def rounded_to(self) -> frozenset[torch.dtype]:
+        """Floating types of few bits that passes rounded to; empty where some have no slopes on record."""
+        return self.batches.met_low if self._every_captured else frozenset()
 
     @cached_property
     def largest(self) -> float:
@@ -308,4 +315,4 @@ class RecordedGradients:
         types = {self.trajectory.precision, self.function.dtype}
         if takes_tensor_floats(self.trajectory.model, self.trajectory.precision):
             types.add(torch.float16)  # which has as many bits
-        return types | {batch.state.autocast[1] for batch in step.batches if batch.state.autocast}
+        return types.union(*(self.batches.low(batch) for batch in step.batches))

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Parameters, PyTree
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
-from pathkernel.gradients.forward_state import Modes
+from pathkernel.gradients.forward_state import Modes, generators_untouched
 from pathkernel.gradients.gradient_source import BY_ROWS, GradientSource, weighted_sum
 from pathkernel.gradients.layers.tape import Tape
 from pathkernel.gradients.losses import (
@@ -26,6 +26,7 @@ from pathkernel.gradients.losses import (
     loss_slopes,
     weighted_gradient,
 )
+from pathkernel.gradients.low_types import low_types
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import random_directions
 from pathkernel.gradients.pytrees import blocks, count, take
@@ -80,6 +81,7 @@ class RecomputedBatches:
         # Mixed precision rounds every product; rows by torch.func round as the loop did.
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
         self.check = SplitCheck(trajectory, coupled=engine == "autograd")
+        self._low: dict[Any, frozenset[torch.dtype]] = {}
         self._separate: dict[Any, bool] = {}
         self._joinable: dict[Any, bool] = {}
         self._comparing: dict[Any, bool] = {}
@@ -87,9 +89,26 @@ class RecomputedBatches:
     def replayed(self, step: Step, batch: MicroBatch) -> ModelFunction:
         """The network as a micro-batch ran it."""
         # Mixed precision is entered again from the recorded type: other types would not be rounded alike.
-        function = self.recorded if batch.state.autocast else self.function
+        function = self.recorded if self.low(batch) else self.function
         buffers = step.buffers if batch.state.buffers is None else batch.state.buffers
         return function.with_(constants=buffers, state=batch.state)
+
+    def low(self, batch: MicroBatch) -> frozenset[torch.dtype]:
+        """Floating types of few bits that a pass rounded to: under autocast around the network, or inside it."""
+        key = hashable(batch.state.modes), batch.state.autocast
+        if batch.state.autocast:
+            self._low[key] = frozenset({batch.state.autocast[1]})
+        if key not in self._low:
+            with generators_untouched():
+                inputs, _ = samples_of(batch, self.trajectory.data)
+                function = self.recorded.with_(constants=batch.state.buffers, state=batch.state)
+                self._low[key] = low_types(function, self.trajectory.initial, inputs)
+        return self._low[key]
+
+    @property
+    def met_low(self) -> frozenset[torch.dtype]:
+        """Those of all passes that were run again."""
+        return frozenset().union(*self._low.values())
 
     def joined(self, step: Step) -> Step:
         """A step with runs of small passes as one pass each, where the network gives the same for them together."""
@@ -152,16 +171,16 @@ class RecomputedBatches:
         for batch in step.batches:
             function = self.replayed(step, batch)
             inputs, targets = samples_of(batch, self.trajectory.data)
-            measured = self.check.is_due(step, batch, inputs)
+            measured, low = self.check.is_due(step, batch, inputs), bool(self.low(batch))
             found: list[Tensor] = []
             for rows, piece, cotangents in self._rows(batch, function, point, inputs, targets, passes):
                 if measured and piece is not None:
                     v = random_directions(function.layout.size, DIRECTIONS)
-                    self.check.measure(function, batch, point, take(inputs, piece), cotangents[piece], rows @ v.T)
+                    self.check.measure(function, point, take(inputs, piece), cotangents[piece], rows @ v.T, low)
                 elif measured:  # a part of the rows of a whole batch
                     found.append(rows @ random_directions(function.layout.size, DIRECTIONS).T)
                     if sum(len(part) for part in found) == len(cotangents):
-                        self.check.measure(function, batch, point, inputs, cotangents, torch.cat(found))
+                        self.check.measure(function, point, inputs, cotangents, torch.cat(found), low)
                 yield rows
                 give_back_freed_memory()
 
@@ -241,7 +260,7 @@ class RecomputedBatches:
 
     def source_of(self, batch: MicroBatch) -> GradientSource:
         """Source of the gradients of a batch."""
-        return self.rounded if batch.state.autocast else self.source
+        return self.rounded if self.low(batch) else self.source
 
     def inseparable(self, batch: MicroBatch, point: Tensor, inputs: PyTree) -> bool:
         """True where a batch cannot be run a few samples at a time: samples are coupled, or the pass is random."""
@@ -257,7 +276,7 @@ class RecomputedBatches:
             return False
         # What is random in training is proved as it is in evaluation, where each sample can be run by itself. That its
         # training mode couples no samples is seen once.
-        if batch.state.autocast or self.source.engine in BY_ROWS:
+        if self.low(batch) or self.source.engine in BY_ROWS:
             return True
         key = hashable(batch.state.modes)
         if key not in self._separate:

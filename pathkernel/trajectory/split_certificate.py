@@ -117,13 +117,13 @@ class SplitCheck:
     def measure(
         self,
         function: ModelFunction,
-        batch: MicroBatch,
         point: Tensor,
         inputs: PyTree,
         cotangents: Tensor,
         found: Tensor,
+        low: bool,
     ) -> None:
-        """Compare ⟨row, v⟩, (n, D), with the same samples run forward.
+        """Compare ⟨row, v⟩, (n, D), with the same samples run forward, in few bits (``low``) or not.
 
         Raises
         ------
@@ -133,7 +133,7 @@ class SplitCheck:
         v = random_directions(function.layout.size, DIRECTIONS)
         error = error_of_rows(function, point, inputs, v, found.unsqueeze(1), cotangents.unsqueeze(1))
         exact = ROW_LIMIT[torch.promote_types(function.dtype, torch.float32)]
-        limit = exact if batch.state.autocast is None else AUTOCAST_LIMIT
+        limit = AUTOCAST_LIMIT if low else exact
         if error > limit and not self.coupled:
             raise self.replaced()
         self.certificate.note(error, limit)

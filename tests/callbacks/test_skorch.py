@@ -677,6 +677,77 @@ def test_a_callback_of_two_nets_has_the_record_of_the_last() -> None:
 # -- scikit-learn -----------------------------------------------------------------------------------------------
 
 
+def test_two_nets_are_not_trained_at_once_with_one_callback() -> None:
+    class Nested(Callback):
+        def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
+            if len(net.history) == 2:
+                trained(classifier([recorder]))
+
+    recorder = recording()
+    net = classifier([recorder, Nested()])
+    with pytest.raises(RecordingError, match=r"another net is trained with it.*A callback has one.*each of the"):
+        trained(net)
+    assert not net.module_._forward_hooks and not net.optimizer_._optimizer_step_post_hooks
+    assert_explained(recorder, net)  # as far as it came
+    trained(other := classifier([recorder]))
+    assert_explained(recorder, other)
+
+
+def test_two_callbacks_of_one_net() -> None:
+    net = classifier([("one", recording()), ("other", recording())])
+    with pytest.raises(RecordingError, match=r"has two different callbacks.*records all.*Give the net one"):
+        trained(net)
+    assert not {"fit_loop", "get_iterator"} & vars(net).keys()
+    recorder = recording()
+    trained(twice := classifier([recorder, recorder]))
+    assert_explained(recorder, twice)
+    assert len(recorder.trajectory) == 2 * 3
+
+
+def test_batches_that_are_collated_in_another_order_are_refused() -> None:
+    net = classifier([recording()], iterator_train__collate_fn=_largest_first)
+    with pytest.raises(SampleIdError, match=r"`collate_fn` changed the order of samples"):
+        trained(net)
+
+
+def _largest_first(items: list[Any]) -> Any:
+    return torch.utils.data.default_collate(sorted(items, key=lambda item: -float(item[0][0])))
+
+
+def test_modules_that_are_trained_beside_the_net_are_named() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return nn.functional.cross_entropy(outputs * self.scale, targets)
+
+    class Taught(skorch.NeuralNetClassifier):
+        def initialize_module(self) -> Any:
+            super().initialize_module()
+            self.teacher_ = Net()
+            return self
+
+        def get_loss(self, y_pred: Any, y_true: Any, X: Any = None, training: bool = False) -> Any:
+            told = self.teacher_(X).detach()
+            return super().get_loss(y_pred, y_true, X=X, training=training) + (y_pred - told).square().mean()
+
+    class OfModule(Taught):
+        def initialize_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            self.optimizer_ = torch.optim.SGD(self.module_.parameters(), lr=self.lr)
+            return self
+
+    with pytest.raises(RecordingError, match=r"holds parameters of `criterion_`.*training of `module_`.*make the opt"):
+        trained(classifier([recording()], criterion=Scaled))
+    options: dict[str, Any] = {"criterion": nn.CrossEntropyLoss, "max_epochs": 2, "verbose": 0}
+    with pytest.raises(RecordingError, match="The optimizer of the Taught holds parameters of `teacher_`"):
+        trained(Taught(Net, callbacks=[recording()], **options))
+    recorder = recording()  # as it is advised
+    net = trained(OfModule(Net, callbacks=[recorder], **options))
+    assert_explained(recorder, net)
+
+
 def test_clones_have_the_same_arguments_and_no_record() -> None:
     loss = nn.CrossEntropyLoss()
     recorder = recording(certify=0, audit_every=3, loss=loss, data=None)
