@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from pathkernel.errors import SampleIdError
 from pathkernel.gradients.batch_axes import BatchAxis
+from pathkernel.recording.collated_order import collated_order
 from pathkernel.trajectory.samples import Samples
 
 
@@ -77,9 +78,15 @@ class IndexedCollate:
         self.collate = collate
 
     def __call__(self, samples: list[IndexedSample]) -> IndexedBatch:
-        """Collate items as the user does, and their ids into a tensor."""
+        """Collate items as the user does, and their ids into a tensor, in the order of the batch."""
         ids = torch.tensor([sample.id for sample in samples], dtype=torch.int64)
-        return IndexedBatch(ids, self.collate([sample.item for sample in samples]))
+        items = [sample.item for sample in samples]
+        given = list(items)
+        batch = self.collate(given)
+        if self.collate is default_collate or len(items) < 2:
+            return IndexedBatch(ids, batch)
+        order = collated_order(items, given, batch)
+        return IndexedBatch(ids if order is None else ids[order], batch)
 
 
 IdsOf = str | int | Callable[[Any], Any] | None
