@@ -42,9 +42,9 @@ DISTRIBUTION = "lightning" if find_spec("lightning") or not find_spec("pytorch_l
 check_version(DISTRIBUTION)
 
 if DISTRIBUTION == "lightning":
-    from lightning.pytorch import Callback
+    from lightning.pytorch import Callback, utilities
 else:
-    from pytorch_lightning import Callback
+    from pytorch_lightning import Callback, utilities
 
 FOLDER = "pathkernel"
 """Name of the store in the run's own folder."""
@@ -250,7 +250,7 @@ class LightningRecorder(Callback):
         if self._passes is not None:
             self._passes.expect(batches)
         else:
-            recorder.take_ids(batches[0])
+            recorder.take_ids(batches[0], rows=arrived[0][0].found.batch if len(arrived) == 1 else None)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let go of the batch."""
@@ -387,6 +387,12 @@ class LightningRecorder(Callback):
         """Give the certificate of some training samples to the loggers."""
         if not (trainer.loggers and self._certify and len(self.trajectory)):
             return
+        n, steps = self._certify, len(self.trajectory)
+        utilities.rank_zero_info(
+            f"LightningRecorder explains {n} training sample{'s' * (n > 1)} for the logger, and goes through all "
+            f"{steps} step{'s' * (steps > 1)} to do so: this may take a while. `LightningRecorder(certify=0)` leaves "
+            "it out."
+        )
         try:
             with generators_untouched():
                 found = self._recording.certificate(_some(self.trajectory, self._certify))
