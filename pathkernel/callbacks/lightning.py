@@ -247,10 +247,11 @@ class LightningRecorder(Callback):
                 "Let the loader yield the batches that are trained on, or change them in `on_before_batch_transfer`",
             )
         batches = [self._numbering.batch(one, batch, self._data) for one, batch in arrived]
+        came = [one.found.batch for one, _ in arrived]
         if self._passes is not None:
-            self._passes.expect(batches)
+            self._passes.expect(batches, came)
         else:
-            recorder.take_ids(batches[0], rows=arrived[0][0].found.batch if len(arrived) == 1 else None)
+            recorder.take_ids(batches[0], rows=came[0])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let go of the batch."""

@@ -103,16 +103,25 @@ class TwoSources(Classifier):
 class Joined(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         (x, y), (u, _) = batch
-        z = self.net(torch.cat([x, u]))
+        z = self.joined(x, u)
         return F.cross_entropy(z[: len(x)], y) + 0.1 * z[len(x) :].square().mean()
 
+    def joined(self, x: Tensor, u: Tensor) -> Tensor:
+        return self.net(torch.cat([x, u]))
 
-@pytest.mark.parametrize("joined", [False, True])
-def test_several_loaders_have_theirsamples_one_after_the_other(joined: bool) -> None:
+
+class JoinedAnotherWay(Joined):
+    def joined(self, x: Tensor, u: Tensor) -> Tensor:
+        z = self.net(torch.cat([u, x]))
+        return torch.cat([z[len(u) :], z[: len(u)]])
+
+
+@pytest.mark.parametrize("joined", [None, Joined, JoinedAnotherWay])
+def test_several_loaders_have_theirsamples_one_after_the_other(joined: type[Joined] | None) -> None:
     second = TensorDataset(X2, Y2)
 
     def fit(callback: LightningRecorder | None) -> nn.Module:
-        module: Classifier = Joined() if joined else TwoSources()
+        module: Classifier = joined() if joined else TwoSources()
         one, two = a_loader(batch_size=7 if joined else 5), a_loader(second, batch_size=5)
         a_trainer(callback).fit(module, [one, two] if joined else {"labelled": one, "unlabelled": two})
         return module
