@@ -144,6 +144,13 @@ class LightningRecorder(Callback):
         self._data: Samples | None = None
         self._forget_fit()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to a fit that is under way: a copy has the record, and takes part in none."""
+        again = object.__new__(type(self))
+        vars(again).update(vars(self))
+        again._forget_fit()
+        return vars(again)
+
     def _forget_fit(self) -> None:
         self._loaders: TrainLoaders | None = None
         self._network: Network | None = None

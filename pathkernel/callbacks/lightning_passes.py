@@ -107,9 +107,8 @@ class PassesOfBatches:
 def _joined(batches: Sequence[Any]) -> list[Tensor]:
     """Tensors of several batches one after the other, where they have the same shape for a sample."""
     parts = zip(*[_tensors(batch) for batch in batches], strict=False)
-    return [
-        torch.cat(part) for part in parts if len({(leaf.shape[1:], leaf.dtype, leaf.dim() > 0) for leaf in part}) == 1
-    ]
+    alike = [part for part in parts if len({(leaf.dim(), leaf.shape[1:], leaf.dtype) for leaf in part}) == 1]
+    return [torch.cat(part) for part in alike if part[0].dim()]
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -200,6 +200,20 @@ def test_a_fit_that_is_interrupted_leaves_nothing_behind(error: type[BaseExcepti
     assert len(callback.trajectory) == before
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_callback_can_be_copied_while_it_records(copied: Any) -> None:
+    class Copies(others.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 3:
+                self.kept, self.network = copied(callback), copy.deepcopy(pl_module.net)
+
+    callback, copies, module = LightningRecorder(task="classification"), Copies(), Classifier()
+    a_trainer(callback, copies).fit(module, a_loader())
+    is_the_network(callback, module.net)
+    is_the_network(copies.kept, copies.network)
+    assert (len(copies.kept.trajectory), len(callback.trajectory)) == (3, 10)
+
+
 def test_the_module_can_be_copied_while_it_trains() -> None:
     class Copies(others.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
