@@ -147,9 +147,9 @@ class LightningRecorder(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """All but what belongs to a fit that is under way: a copy has the record, and takes part in none."""
         again = object.__new__(type(self))
-        vars(again).update(vars(self))
+        again.__dict__.update(self.__dict__)
         again._forget_fit()
-        return vars(again)
+        return again.__dict__
 
     def _forget_fit(self) -> None:
         self._loaders: TrainLoaders | None = None

@@ -16,7 +16,7 @@ from pathkernel.gradients.arguments import Key, arguments_of, keyed
 from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.recording.calls import CallReader, SeenCall, changed_since, differing, identical
-from pathkernel.recording.row_order import order_of
+from pathkernel.recording.row_order import numbers_of, order_of, tells
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch
@@ -53,7 +53,7 @@ class KeptInputs:
         self.forward = function.called[0].forward
         self._axes = function.axes
         self._reader = None if data.announced else self._read_data()
-        self._always = self._other_data = False
+        self._always = self._other_data = self._searched = False
         self.differences: list[str] = []
         self._handed_out: tuple[Sequence[Tensor], Sequence[Tensor]] = (), ()  # with the batch before, and with the last
 
@@ -132,9 +132,15 @@ class KeptInputs:
                 self._always = True
                 batch = _in_order(batch, samples, announced.rows)
         if wanted or self._always:
-            moved = batch if expected is None else _in_order(batch, own, self._rows_in_data(batch.ids))
+            try:
+                moved = batch if expected is None else _in_order(batch, own, self._rows_in_data(batch.ids))
+            except SampleIdError:
+                self._refuse_other_places(own)
+                raise
             if moved is not batch and own.keys() == samples.keys():
                 return moved, None
+            if due and moved is batch and expected:
+                self._refuse_other_places(own)
             # Items of a dataset are not fetched twice for every batch, once they have been seen to be others.
             self._other_data = self.data.dataset is not None
             if due and not wanted and not self._was_handed_out(own or samples, handed_out):
@@ -143,6 +149,32 @@ class KeptInputs:
         if difference:
             self.differences.append(difference)
         return batch, None if alike or not samples.keys() - own.keys() else self._kept(samples, call)
+
+    def _refuse_other_places(self, samples: Mapping[Key, Any]) -> None:
+        """Refuse samples that arrays of data hold to the last bit, though not under the announced ids.
+
+        Raises
+        ------
+        SampleIdError
+            For the first batch of which that holds; later ones are not looked for.
+        """
+        if self._searched or self.differences or self.data.dataset is not None or not samples:
+            return
+        self._searched = True
+        places = torch.arange(len(self.data)).split(4096)
+        for leaf in pytree.tree_leaves(dict(samples)):
+            known = [one for part in places for one in pytree.tree_leaves(self._in_data(part))]
+            alike = [one.to(leaf) for one in known if one.shape[1:] == leaf.shape[1:]]
+            if not alike or not tells(leaf):
+                return
+            if not torch.isin(numbers_of(leaf), torch.cat([numbers_of(one) for one in alike])).all():
+                return
+        raise SampleIdError(
+            "The network was given samples that `data` holds in other places than under the announced ids",
+            "Ids are places in `data`, and those of a stream are counted as its samples come, as if it were in order",
+            'Have each item bring its place, and say where it is in the batch, `ids="index"`; or give the dataset of '
+            "the loader as `data=`, or leave `data=` out, and samples are counted",
+        )
 
     def _rows_in_data(self, ids: Tensor) -> list[Tensor]:
         """All that the data hold under some ids."""

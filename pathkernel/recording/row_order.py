@@ -84,14 +84,14 @@ def _best(leaf: Tensor, laid: Sequence[Tensor]) -> _Pair | None:
     best, most, numbers = None, (0, 0), numbers_of(leaf)
     for rows in laid:
         if rows.numel() == leaf.numel() and rows.is_complex() == leaf.is_complex():
-            pair = _Pair(numbers, numbers_of(rows.to(device=leaf.device, dtype=leaf.dtype)), _tells(leaf))
+            pair = _Pair(numbers, numbers_of(rows.to(device=leaf.device, dtype=leaf.dtype)), tells(leaf))
             found = int(pair.is_found.sum()), int((pair.given == pair.known).sum())
             if found > most:
                 best, most = pair, found
     return best
 
 
-def _tells(leaf: Tensor) -> bool:
+def tells(leaf: Tensor) -> bool:
     """True where rows are hardly alike by chance: of numbers with a fraction."""
     return leaf.is_floating_point() and bool((leaf != leaf.round()).any())
 

@@ -134,11 +134,11 @@ class _Mean(nn.Module):
         return torch.tanh(self.inner(x)).sum(1)
 
 
-def _train(loader: DataLoader, model: nn.Module, move: bool = False, **options: Any) -> pk.Trajectory:
+def _train(loader: DataLoader, model: nn.Module, move: bool = False, ids: Any = None, **options: Any) -> pk.Trajectory:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pk.KernelRecorder(model, optimizer, **options) as recorder:
         for _ in range(2):
-            for x, y in recorder.track(loader):
+            for x, y in recorder.track(loader, ids=ids):
                 order = torch.randperm(len(x)) if move else torch.arange(len(x))
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(x[order]), y[order]).backward()
@@ -178,3 +178,24 @@ def test_a_loader_that_sorts_whole_samples_of_data_at_hand() -> None:
     dataset = TensorDataset(A, LABELS)
     record = _train(DataLoader(dataset, batch_size=5, shuffle=True, collate_fn=collate), nn.Linear(5, 3), data=dataset)
     assert all(batch.inputs is None for step in record.steps() for batch in step.batches)
+
+
+def _first(batch: Any) -> Tensor:
+    """Ids that a field of a batch might hold, and that are wrong."""
+    return torch.arange(len(batch[0]))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_data_in_another_order_than_the_loader_are_refused(stream: bool) -> None:
+    rows = torch.randn(200, 5, generator=torch.Generator().manual_seed(6))
+    labels, moved = torch.arange(200) % 3, torch.arange(200).roll(70)
+    dataset = TensorDataset(rows[moved], labels[moved])
+    loader: Any = DataLoader(dataset, batch_size=5)
+    with pytest.raises(SampleIdError, match="in other places than under the announced ids"):
+        _train(
+            list(loader) if stream else loader,
+            nn.Linear(5, 3),
+            data=(rows, labels),
+            keep=True,
+            ids=_first if stream else None,
+        )
