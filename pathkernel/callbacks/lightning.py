@@ -42,9 +42,9 @@ DISTRIBUTION = "lightning" if find_spec("lightning") or not find_spec("pytorch_l
 check_version(DISTRIBUTION)
 
 if DISTRIBUTION == "lightning":
-    from lightning.pytorch import Callback
+    from lightning.pytorch import Callback, utilities
 else:
-    from pytorch_lightning import Callback
+    from pytorch_lightning import Callback, utilities
 
 FOLDER = "pathkernel"
 """Name of the store in the run's own folder."""
@@ -143,6 +143,13 @@ class LightningRecorder(Callback):
         self._store_on_record: str | None = None
         self._data: Samples | None = None
         self._forget_fit()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to a fit that is under way: a copy has the record, and takes part in none."""
+        again = object.__new__(type(self))
+        again.__dict__.update(self.__dict__)
+        again._forget_fit()
+        return again.__dict__
 
     def _forget_fit(self) -> None:
         self._loaders: TrainLoaders | None = None
@@ -247,10 +254,11 @@ class LightningRecorder(Callback):
                 "Let the loader yield the batches that are trained on, or change them in `on_before_batch_transfer`",
             )
         batches = [self._numbering.batch(one, batch, self._data) for one, batch in arrived]
+        came = [one.found.batch for one, _ in arrived]
         if self._passes is not None:
-            self._passes.expect(batches)
+            self._passes.expect(batches, came)
         else:
-            recorder.take_ids(batches[0])
+            recorder.take_ids(batches[0], rows=came[0])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let go of the batch."""
@@ -387,6 +395,12 @@ class LightningRecorder(Callback):
         """Give the certificate of some training samples to the loggers."""
         if not (trainer.loggers and self._certify and len(self.trajectory)):
             return
+        n, steps = self._certify, len(self.trajectory)
+        utilities.rank_zero_info(
+            f"LightningRecorder explains {n} training sample{'s' * (n > 1)} for the logger, and goes through all "
+            f"{steps} step{'s' * (steps > 1)} to do so: this may take a while. `LightningRecorder(certify=0)` leaves "
+            "it out."
+        )
         try:
             with generators_untouched():
                 found = self._recording.certificate(_some(self.trajectory, self._certify))

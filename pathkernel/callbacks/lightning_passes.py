@@ -36,21 +36,22 @@ class PassesOfBatches:
     def __init__(self, recorder: KernelRecorder, called: nn.Module, source: str | None) -> None:
         self._recorder, self._source = recorder, source
         self._batches: list[IndexedBatch] = []
+        self._came: list[Any] = []
         self._of: list[set[int]] = []
         self._last: Any = None
         self._inside = ExitStack()
         self._handle = called.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True)
 
-    def expect(self, batches: Sequence[IndexedBatch]) -> None:
-        """Take note of the batches of a training step."""
+    def expect(self, batches: Sequence[IndexedBatch], came: Sequence[Any]) -> None:
+        """Take note of the batches of a training step, and of how they came from their loaders."""
         self.leave()
-        self._batches, self._last = list(batches), None
+        self._batches, self._came, self._last = list(batches), list(came), None
         self._of = [{_memory(leaf) for leaf in _tensors(one.batch)} for one in batches]
 
     def leave(self) -> None:
         """Passes to come are of nothing that is known."""
         self._inside.close()
-        self._batches, self._of, self._last = [], [], None
+        self._batches, self._came, self._of, self._last = [], [], [], None
 
     def remove(self) -> None:
         """Take the hook off."""
@@ -70,7 +71,8 @@ class PassesOfBatches:
             return
         one = self._batches[hits[0]] if len(hits) == 1 else self._by_rows(given)
         if one is not self._last:
-            self._recorder.take_ids(one)
+            rows = next((own for each, own in zip(self._batches, self._came, strict=True) if each is one), None)
+            self._recorder.take_ids(one, rows=rows)
             self._last = one
 
     def _by_rows(self, given: Sequence[Tensor]) -> IndexedBatch:
@@ -88,7 +90,7 @@ class PassesOfBatches:
         if sizes and rows == sum(sizes):
             if self._joined is None or self._joined[0] is not self._batches:
                 ids = torch.cat([one.ids for one in self._batches])
-                self._joined = self._batches, NumberedBatch(ids, None)
+                self._joined = self._batches, NumberedBatch(ids, _joined(self._came))
             return self._joined[1]
         raise SampleIdError(
             f"The network was given {rows} rows, none of them in the memory of a batch, and the loaders' batches have "
@@ -100,6 +102,13 @@ class PassesOfBatches:
         )
 
     _joined: tuple[list[IndexedBatch], IndexedBatch] | None = None
+
+
+def _joined(batches: Sequence[Any]) -> list[Tensor]:
+    """Tensors of several batches one after the other, where they have the same shape for a sample."""
+    parts = zip(*[_tensors(batch) for batch in batches], strict=False)
+    alike = [part for part in parts if len({(leaf.dim(), leaf.shape[1:], leaf.dtype) for leaf in part}) == 1]
+    return [torch.cat(part) for part in alike if part[0].dim()]
 
 
 def _tensors(tree: Any) -> list[Tensor]:

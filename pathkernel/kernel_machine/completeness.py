@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from pathkernel.errors import TrajectoryError
+from pathkernel.errors import CertificateWarning, TrajectoryError
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.quadrature import DiscreteGradient
@@ -53,6 +55,11 @@ def check_unexplained(accumulator: Accumulator, output: Tensor, recorded: Record
     allowed
         Part of the change of the outputs that may be unexplained.
 
+    Warns
+    -----
+    CertificateWarning
+        Where more of it is the rounding of passes in few bits than would be let through in float32.
+
     Raises
     ------
     TrajectoryError
@@ -80,6 +87,16 @@ def check_unexplained(accumulator: Accumulator, output: Tensor, recorded: Record
             "recorded samples",
             expected,
             write,
+        )
+    if rounding > max(ROUNDING_LIMIT, allowed) * moved:
+        warnings.warn(
+            CertificateWarning(
+                f"{rounding / max(moved, 1e-300):.1%} of what moved these outputs are the rounding of the passes in "
+                "training",
+                "Shares account for the rest; in float32 rounding takes less than a per cent",
+                'See `why.channels["rounding"]`; train in float32 where shares are to account for all',
+            ),
+            stacklevel=5,
         )
     size = accumulator.channels["unexplained"].norm().item() if "unexplained" in accumulator.channels else 0.0
     if size <= allowed * moved:

@@ -125,6 +125,8 @@ class AnnouncedBatch:
         Whether what the network is given is kept; None where it says nothing.
     handed_out
         Tensors that were handed out under these ids.
+    rows
+        Tensors of the batch as its ids were taken, in whose order these are.
 
     Attributes
     ----------
@@ -141,9 +143,14 @@ class AnnouncedBatch:
     """
 
     def __init__(
-        self, batch: MicroBatch, state: ForwardState, keep: bool | None = None, handed_out: Sequence[Tensor] = ()
+        self,
+        batch: MicroBatch,
+        state: ForwardState,
+        keep: bool | None = None,
+        handed_out: Sequence[Tensor] = (),
+        rows: Sequence[Tensor] = (),
     ) -> None:
-        self.batch, self.state, self.keep, self.handed_out = batch, state, keep, handed_out
+        self.batch, self.state, self.keep, self.handed_out, self.rows = batch, state, keep, handed_out, rows
         self.passes: list[ForwardPass] = []
         self.waiting: list[weakref.ref[ForwardPass]] = []
         self.arrived = False

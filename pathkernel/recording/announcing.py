@@ -91,7 +91,7 @@ class AnnouncesSamples(ABC):
             self._announce_indexed(batch, keep)
             yield batch.batch
 
-    def take_ids(self, batch: IndexedBatch, *, keep: bool | None = None) -> Any:
+    def take_ids(self, batch: IndexedBatch, *, keep: bool | None = None, rows: Any = None) -> Any:
         """Announce the samples of a batch of `pathkernel.indexed`, and return it without their ids.
 
         For loops that are not ours to write, where `track` has no place.
@@ -102,6 +102,8 @@ class AnnouncesSamples(ABC):
             As the loader gave it.
         keep
             As for `track`.
+        rows
+            The batch as the loader gave it, where it was changed since: its rows are in the order of the ids.
         """
         if not isinstance(batch, IndexedBatch):
             raise SampleIdError(
@@ -109,13 +111,14 @@ class AnnouncesSamples(ABC):
                 "Batches with the ids of their samples come from `pathkernel.indexed(loader)`",
                 "Write `recorder.take_ids(batch)` for `batch in pk.indexed(loader)`",
             )
-        self._announce_indexed(batch, keep)
+        self._announce_indexed(batch, keep, handed_out(rows))
         return batch.batch
 
-    def _announce_indexed(self, batch: IndexedBatch, keep: bool | None) -> None:
+    def _announce_indexed(self, batch: IndexedBatch, keep: bool | None, rows: Sequence[Tensor] = ()) -> None:
         found = MicroBatch(checked_ids(batch.ids, self._parts.trajectory.data.limit))
         # Ids that were counted, or stand in a field, may be of other samples: what differs is not kept by itself.
-        self._announce(found, keep, () if isinstance(batch, NumberedBatch) else handed_out(batch.batch))
+        tensors = handed_out(batch.batch)
+        self._announce(found, keep, () if isinstance(batch, NumberedBatch) else tensors, rows or tensors)
 
     def announce(
         self, ids: Any, weights: Any = None, inputs: PyTree = None, targets: PyTree = None
@@ -192,7 +195,13 @@ class AnnouncesSamples(ABC):
         finally:
             pending.watcher.copies = copies
 
-    def _announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
+    def _announce(
+        self,
+        batch: MicroBatch,
+        keep: bool | None = None,
+        handed_out: Sequence[Tensor] = (),
+        rows: Sequence[Tensor] = (),
+    ) -> None:
         with on_the_cpu():
             self._parts.trajectory.data.meet(batch.ids)
             keep = keep if batch.has_targets else True
@@ -204,7 +213,7 @@ class AnnouncesSamples(ABC):
                 else:  # on what the network is given
                     self._parts.capture.pending.first = trial
                 self._checked = True
-            self._parts.capture.announce(batch, keep, handed_out)
+            self._parts.capture.announce(batch, keep, handed_out, rows)
 
     @contextmanager
     def channel(self, name: str) -> Iterator[None]:

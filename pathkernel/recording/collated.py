@@ -53,7 +53,7 @@ class Items:
         ids = self.ids.tolist()
         certain: list[list[int]] = []
         possible: list[list[set[int]]] = []
-        for path, rows in ((path, _samples_first(leaf, len(ids))) for path, leaf in _leaves(batch)):
+        for path, rows in ((path, rows) for path, leaf in _leaves(batch) for rows in _samples_first(leaf, len(ids))):
             for own, values in self._columns.items():
                 found = _matches(ids, values, rows)
                 if found is None or (own != path and np.ndim(rows) < 2):  # few numbers are alike by chance
@@ -111,10 +111,11 @@ def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
                 yield from _leaves(each, (*path, i))
 
 
-def _samples_first(rows: Any, n: int) -> Any:
-    """A tensor with its samples along the first axis, where they lie along the second: (T, B, ...)."""
-    along_second = isinstance(rows, (Tensor, np.ndarray)) and rows.ndim > 1 and rows.shape[1] == n != rows.shape[0]
-    return rows.swapaxes(0, 1) if along_second else rows
+def _samples_first(rows: Any, n: int) -> Iterator[Any]:
+    """A tensor as it is; and with its samples first, where they may lie along the second axis: (T, B, ...)."""
+    yield rows
+    if isinstance(rows, (Tensor, np.ndarray)) and rows.ndim > 1 and rows.shape[1] == n:
+        yield rows.swapaxes(0, 1)
 
 
 def _columns(items: Sequence[Mapping[Path, Any]]) -> dict[Path, list[Any]]:

@@ -120,11 +120,17 @@ class JointCapture(StepCapture):
 
     # -- between steps ------------------------------------------------------------------------------------------
 
-    def announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
+    def announce(
+        self,
+        batch: MicroBatch,
+        keep: bool | None = None,
+        handed_out: Sequence[Tensor] = (),
+        rows: Sequence[Tensor] = (),
+    ) -> None:
         """Take note of the samples of the next backward passes: each optimizer may step once by them."""
         self.settle()
         self._stepped = frozenset()
-        super().announce(batch, keep, handed_out)
+        super().announce(batch, keep, handed_out, rows)
 
     def record_end_state(self) -> None:
         """Put on record where parameters and buffers stand while the recorder watches."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,13 @@ from pathkernel.gradients.arguments import Key, arguments_of, keyed
 from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.recording.calls import CallReader, SeenCall, changed_since, differing, identical
+from pathkernel.recording.row_order import numbers_of, order_of, tells
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch
+
+if TYPE_CHECKING:
+    from pathkernel.recording.announced_batch import AnnouncedBatch
 
 
 class KeptInputs:
@@ -48,7 +53,7 @@ class KeptInputs:
         self.forward = function.called[0].forward
         self._axes = function.axes
         self._reader = None if data.announced else self._read_data()
-        self._always = self._other_data = False
+        self._always = self._other_data = self._searched = False
         self.differences: list[str] = []
         self._handed_out: tuple[Sequence[Tensor], Sequence[Tensor]] = (), ()  # with the batch before, and with the last
 
@@ -72,9 +77,9 @@ class KeptInputs:
         return bool(self.keep if keep is None else keep) or self._always or self.data.announced
 
     def of(
-        self, batch: MicroBatch, call: SeenCall, keep: bool | None, handed_out: Sequence[Tensor], due: bool
-    ) -> tuple[PyTree, Mapping[Key, Any]]:
-        """Inputs of a batch as they are kept, or None; and what its samples shared.
+        self, batch: MicroBatch, call: SeenCall, announced: AnnouncedBatch, due: bool
+    ) -> tuple[MicroBatch, PyTree, Mapping[Key, Any]]:
+        """A batch with its ids in the order of its rows, its inputs as they are kept, or None, and what samples shared.
 
         Parameters
         ----------
@@ -82,10 +87,8 @@ class KeptInputs:
             As announced.
         call
             What the network was given.
-        keep
-            As `KernelRecorder.track` takes it.
-        handed_out
-            Tensors that `KernelRecorder.track` handed out under these ids.
+        announced
+            How it was announced.
         due
             Whether the step is audited.
         """
@@ -94,39 +97,89 @@ class KeptInputs:
         if not samples:
             if self.data.announced and batch.inputs is None:
                 raise _without_samples(call, n)
-            return batch.inputs, shared
+            return batch, batch.inputs, shared
+        if call.copied:
+            batch = _in_order(batch, samples, announced.rows)
+        return *self._inputs(batch, call, samples, announced, due), shared
+
+    def _inputs(
+        self, batch: MicroBatch, call: SeenCall, samples: Mapping[Key, Any], announced: AnnouncedBatch, due: bool
+    ) -> tuple[MicroBatch, PyTree]:
+        keep, handed_out, reader = announced.keep, announced.handed_out, self.reader
         if due and self._came_before(samples, handed_out):
             self.differences.append(
                 "they were handed out by `track` with the batch before, as where batches are fetched ahead of their "
                 "pass"
             )
         if not batch.has_targets and batch.inputs is None:  # rows that are none of the data's
-            return self._kept(samples, call), shared
+            return batch, self._kept(samples, call)
         alike = samples.keys() == set(reader.in_data)
         if batch.inputs is not None and not self.data.announced:
-            return (batch.inputs if alike else self._kept(samples, call)), shared
+            return batch, batch.inputs if alike else self._kept(samples, call)
         if self.data.announced:
-            return self._kept(samples, call), shared
+            return batch, self._kept(samples, call)
         wanted = bool(self.keep if keep is None else keep)
         if not (wanted or self._always or due):
-            return (None if samples.keys() <= set(reader.in_data) else self._kept(samples, call)), shared
+            return batch, None if samples.keys() <= set(reader.in_data) else self._kept(samples, call)
         expected = None if self._other_data else self._in_data(batch.ids)
         if expected is not None and identical(samples, expected, self.dtype):
-            return None, shared
+            return batch, None
         own = {key: value for key, value in samples.items() if key in reader.in_data}
+        difference = ""
+        if not (wanted or self._always):
+            difference = differing(own, expected, self.dtype) if expected else "the data cannot be read as a batch"
+            if difference and self._was_handed_out(own or samples, handed_out):
+                self._always = True
+                batch = _in_order(batch, samples, announced.rows)
         if wanted or self._always:
+            try:
+                moved = batch if expected is None else _in_order(batch, own, self._rows_in_data(batch.ids))
+            except SampleIdError:
+                self._refuse_other_places(own)
+                raise
+            if moved is not batch and own.keys() == samples.keys():
+                return moved, None
+            if due and moved is batch and expected:
+                self._refuse_other_places(own)
             # Items of a dataset are not fetched twice for every batch, once they have been seen to be others.
             self._other_data = self.data.dataset is not None
             if due and not wanted and not self._was_handed_out(own or samples, handed_out):
                 self.differences.append("they are not what `track` handed out under these ids")
-            return self._kept(samples, call), shared
-        difference = "the data cannot be read as a batch" if expected is None else differing(own, expected, self.dtype)
-        if difference and self._was_handed_out(own or samples, handed_out):
-            self._always, self._other_data = True, self.data.dataset is not None
-            return self._kept(samples, call), shared
+            return moved, self._kept(samples, call)
         if difference:
             self.differences.append(difference)
-        return (None if alike or not samples.keys() - own.keys() else self._kept(samples, call)), shared
+        return batch, None if alike or not samples.keys() - own.keys() else self._kept(samples, call)
+
+    def _refuse_other_places(self, samples: Mapping[Key, Any]) -> None:
+        """Refuse samples that arrays of data hold to the last bit, though not under the announced ids.
+
+        Raises
+        ------
+        SampleIdError
+            For the first batch of which that holds; later ones are not looked for.
+        """
+        if self._searched or self.differences or self.data.dataset is not None or not samples:
+            return
+        self._searched = True
+        places = torch.arange(len(self.data)).split(4096)
+        for leaf in pytree.tree_leaves(dict(samples)):
+            known = [one for part in places for one in pytree.tree_leaves(self._in_data(part))]
+            alike = [one.to(leaf) for one in known if one.shape[1:] == leaf.shape[1:]]
+            if not alike or not tells(leaf):
+                return
+            if not torch.isin(numbers_of(leaf), torch.cat([numbers_of(one) for one in alike])).all():
+                return
+        raise SampleIdError(
+            "The network was given samples that `data` holds in other places than under the announced ids",
+            "Ids are places in `data`, and those of a stream are counted as its samples come, as if it were in order",
+            'Have each item bring its place, and say where it is in the batch, `ids="index"`; or give the dataset of '
+            "the loader as `data=`, or leave `data=` out, and samples are counted",
+        )
+
+    def _rows_in_data(self, ids: Tensor) -> list[Tensor]:
+        """All that the data hold under some ids."""
+        with generators_untouched():
+            return [leaf for leaf in pytree.tree_leaves(self.data[ids]) if isinstance(leaf, Tensor)]
 
     def _in_data(self, ids: Tensor) -> dict[Key, Any] | None:
         """Arguments that the data hold for some ids; None where they are no batch."""
@@ -168,6 +221,16 @@ class KeptInputs:
         return found
 
 
+def _in_order(batch: MicroBatch, samples: Mapping[Key, Any], rows: Sequence[Tensor]) -> MicroBatch:
+    """A batch with its ids in the order of the rows that the network was given, where these lie in another one."""
+    n = len(batch.ids)
+    given = [leaf for leaf in pytree.tree_leaves(dict(samples)) if isinstance(leaf, Tensor) and leaf.shape[:1] == (n,)]
+    if not rows or not given or batch.weights is not None or batch.inputs is not None or batch.ids.dim() > 1:
+        return batch
+    order = order_of(given, rows, n)
+    return batch if order is None else replace(batch, ids=batch.ids[order])
+
+
 def _without_samples(call: SeenCall, n: int) -> SampleIdError:
     """The refusal of a pass none of whose arguments has a row for each announced sample."""
     leaves = [leaf for leaf in pytree.tree_leaves(dict(call.arguments)) if isinstance(leaf, Tensor)]
@@ -182,5 +245,5 @@ def _without_samples(call: SeenCall, n: int) -> SampleIdError:
 
 def handed_out(batch: Any) -> tuple[Tensor, ...]:
     """Tensors of a batch, however they are nested."""
-    leaves = pytree.tree_leaves(batch)
+    leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)  # of all kinds of mappings
     return tuple(leaf.detach() for leaf in leaves if isinstance(leaf, torch.Tensor))

@@ -112,14 +112,20 @@ class PendingBatches:
         if self.watcher.started:
             self.watcher.listen(list(self.live.named.values()))
 
-    def announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
+    def announce(
+        self,
+        batch: MicroBatch,
+        keep: bool | None = None,
+        handed_out: Sequence[Tensor] = (),
+        rows: Sequence[Tensor] = (),
+    ) -> None:
         """Take note of the samples of the next backward pass; see `AnnouncedBatch`."""
         waits = None if batch.source is None else self._of_data  # passes of a source may come before its own
         self._announced = [one for one in self._announced if one.used or one is waits]
         modes = self._modules.modes()
         if modes != self._unseen.modes:
             self._unseen = ForwardState(modes)
-        self._announced.append(AnnouncedBatch(batch, self._unseen, keep, handed_out))
+        self._announced.append(AnnouncedBatch(batch, self._unseen, keep, handed_out, rows))
         if batch.source is None:
             self.inputs.announced(handed_out)
         self.watcher.copies = self.inputs.copies(keep) or not batch.has_targets
@@ -249,8 +255,9 @@ class PendingBatches:
             one.owner = last
             if self.first is not None and one.call is not None:
                 first, self.first = self.first, None
-                inputs, shared = self.inputs.of(last.batch, one.call, True, (), due=False)
-                first(replace(last.batch, inputs=inputs, state=replace(one.state, arguments=shared)))
+                kept = AnnouncedBatch(last.batch, last.state, keep=True, rows=last.rows)
+                batch, inputs, shared = self.inputs.of(last.batch, one.call, kept, due=False)
+                first(replace(batch, inputs=inputs, state=replace(one.state, arguments=shared)))
 
     # -- backward -----------------------------------------------------------------------------------------------
 
@@ -366,7 +373,7 @@ class PendingBatches:
         inputs, state = batch.inputs, one.state
         if one.call is not None:
             due = one.checksum is not None and channel is None
-            inputs, shared = self.inputs.of(batch, one.call, announced.keep, announced.handed_out, due)
+            batch, inputs, shared = self.inputs.of(batch, one.call, announced, due)
             state = replace(state, arguments=shared) if shared else state
         return MicroBatch(
             batch.ids,

@@ -163,13 +163,19 @@ class StepCapture(StepChecks):
 
     # -- between steps ------------------------------------------------------------------------------------------
 
-    def announce(self, batch: MicroBatch, keep: bool | None = None, handed_out: Sequence[Tensor] = ()) -> None:
+    def announce(
+        self,
+        batch: MicroBatch,
+        keep: bool | None = None,
+        handed_out: Sequence[Tensor] = (),
+        rows: Sequence[Tensor] = (),
+    ) -> None:
         """Take note of the samples of the next backward pass; see `PendingBatches.announce`."""
         self._announced = self._announced[1], batch
         # Where the gradient will be audited, θ at the forward pass is known again at the step.
         due = self.hooks and is_due(self.taken, self.audit_every)
         self.pending.watcher.checked = self.live.checksum if due else None
-        self.pending.announce(batch, keep, handed_out)
+        self.pending.announce(batch, keep, handed_out, rows)
 
     def _kept(self, cotangents: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
         """The part of λ that is kept, whole or sampled."""

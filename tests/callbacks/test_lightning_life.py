@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import logging
 import pickle
 import sys
 from collections.abc import Iterator
@@ -202,6 +203,20 @@ def test_a_fit_that_is_interrupted_leaves_nothing_behind(error: type[BaseExcepti
     assert len(callback.trajectory) == before
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_callback_can_be_copied_while_it_records(copied: Any) -> None:
+    class Copies(others.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 3:
+                self.kept, self.network = copied(callback), copy.deepcopy(pl_module.net)
+
+    callback, copies, module = LightningRecorder(task="classification"), Copies(), Classifier()
+    a_trainer(callback, copies).fit(module, a_loader())
+    is_the_network(callback, module.net)
+    is_the_network(copies.kept, copies.network)
+    assert (len(copies.kept.trajectory), len(callback.trajectory)) == (3, 10)
+
+
 def test_the_module_can_be_copied_while_it_trains() -> None:
     class Copies(others.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
@@ -364,6 +379,17 @@ def test_the_certificate_is_logged(data: str, tmp_path: Path) -> None:
     assert float(row["pathkernel/split_error"]) < 1e-5
     assert float(row["pathkernel/quadrature_error"]) < 1
     assert row["step"] == "10"
+
+
+def test_an_explanation_is_announced_before_it_begins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+    for certify in (2, 0):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+            a_trainer(LightningRecorder(certify=certify), logger=CSVLogger(tmp_path)).fit(Classifier(), a_loader())
+        told = [one.message for one in caplog.records if "2 training samples" in one.message]
+        assert len(told) == bool(certify)
+        assert all("all 10 steps" in one and "certify=0" in one for one in told)
 
 
 def test_nothing_is_explained_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,14 @@ from lightning_fits import (  # noqa: E402
 )
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset  # noqa: E402
+from torch.utils.data import (  # noqa: E402
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from pathkernel.callbacks.lightning import LightningRecorder  # noqa: E402
 from pathkernel.errors import SampleIdError  # noqa: E402
@@ -96,16 +103,25 @@ class TwoSources(Classifier):
 class Joined(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         (x, y), (u, _) = batch
-        z = self.net(torch.cat([x, u]))
+        z = self.joined(x, u)
         return F.cross_entropy(z[: len(x)], y) + 0.1 * z[len(x) :].square().mean()
 
+    def joined(self, x: Tensor, u: Tensor) -> Tensor:
+        return self.net(torch.cat([x, u]))
 
-@pytest.mark.parametrize("joined", [False, True])
-def test_several_loaders_have_theirsamples_one_after_the_other(joined: bool) -> None:
+
+class JoinedAnotherWay(Joined):
+    def joined(self, x: Tensor, u: Tensor) -> Tensor:
+        z = self.net(torch.cat([u, x]))
+        return torch.cat([z[len(u) :], z[: len(u)]])
+
+
+@pytest.mark.parametrize("joined", [None, Joined, JoinedAnotherWay])
+def test_several_loaders_have_theirsamples_one_after_the_other(joined: type[Joined] | None) -> None:
     second = TensorDataset(X2, Y2)
 
     def fit(callback: LightningRecorder | None) -> nn.Module:
-        module: Classifier = Joined() if joined else TwoSources()
+        module: Classifier = joined() if joined else TwoSources()
         one, two = a_loader(batch_size=7 if joined else 5), a_loader(second, batch_size=5)
         a_trainer(callback).fit(module, [one, two] if joined else {"labelled": one, "unlabelled": two})
         return module
@@ -194,6 +210,59 @@ def test_what_the_network_saw_is_kept() -> None:
     is_the_network(callback, module.net)
     for ids, inputs in inputs_on_record(callback):
         assert 0 < (inputs - X[ids]).std() < 0.3
+
+
+def _places_of(inputs: Tensor) -> Tensor:
+    return (inputs[:, None] == X).all(dim=2).to(torch.int8).argmax(dim=1)
+
+
+class Moves(Classifier):
+    """Rows are put into another order, in one of the places where people do."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.seen = where, []
+
+    def _moved(self, batch: Any, where: str) -> Any:
+        if where != self.where:
+            return batch
+        order = torch.randperm(len(batch[0]))
+        return [batch[0][order], batch[1][order]]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._moved(batch, "before")
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._moved(batch, "after")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.where == "in place":
+            order = torch.randperm(len(batch[0]))
+            for part in batch:
+                part.copy_(part[order].clone())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = self._moved(batch, "step")
+        self.seen.append(_places_of(batch[0]))
+        return super().training_step(batch, batch_idx)
+
+
+def _by_size(items: list[Any]) -> Any:
+    return default_collate(sorted(items, key=lambda item: float(item[0].sum())))
+
+
+@pytest.mark.parametrize("where", ["before", "after", "in place", "step", "collate"])
+def test_rows_in_another_order_have_their_ids(where: str) -> None:
+    def fit(callback: LightningRecorder | None) -> Moves:
+        module = Moves(where)
+        a_trainer(callback).fit(module, a_loader(collate_fn=_by_size if where == "collate" else None))
+        return module
+
+    module, callback = both(fit)
+    is_the_network(callback, module.net)
+    ids_are_places(callback)
+    found = [ids for ids, _ in inputs_on_record(callback)]
+    assert all(torch.equal(ids, places) for ids, places in zip(found, module.seen, strict=True))
 
 
 class Words(Dataset):

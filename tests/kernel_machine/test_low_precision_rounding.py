@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import pathkernel as pk
-from pathkernel.errors import TrajectoryError
+from pathkernel.errors import CertificateWarning, TrajectoryError
 from pathkernel.kernel_machine.completeness import check_unexplained
 
 
@@ -28,7 +28,8 @@ def test_in_float32_a_tenth_is_no_rounding() -> None:
 
 
 def test_in_few_bits_it_is_up_to_all_that_moved_the_outputs() -> None:
-    check(0.7, torch.bfloat16)
+    with pytest.warns(CertificateWarning, match=r"70.0% of what moved .* rounding of the passes .*why.channels"):
+        check(0.7, torch.bfloat16)
     with pytest.raises(
         TrajectoryError, match=r"467.0% .* the rounding of bfloat16, .* beyond 100%.*`bias=False` .*unexplained=9.0\)"
     ):
