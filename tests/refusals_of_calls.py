@@ -36,6 +36,15 @@ def in_a_source(model: nn.Module) -> None:
         model()
 
 
+def of_data_in_another_order() -> None:
+    data, model = TensorDataset(X + 1 / 3, Y), nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pk.KernelRecorder(model, optimizer, data=(X.roll(3, 0) + 1 / 3, Y.roll(3)), keep=True) as recording:
+        for x, y in recording.track(DataLoader(data, batch_size=B)):
+            CE(model(x), y).backward()
+            optimizer.step()
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -175,6 +184,11 @@ CALLS: dict[str, Row] = {
         lambda: step(Container().first, lambda net, x: net(x[:3]).repeat(2, 1)[:B], data=None),
         errors.SampleIdError,
         ("no tensor with 4 rows (shapes: (3, 4))", "one row for each sample", "batch_axis=1"),
+    ),
+    "data in another order than the loader's": (
+        of_data_in_another_order,
+        errors.SampleIdError,
+        ("holds in other places than under the announced ids", "places in `data`", "the dataset of the loader"),
     ),
     "queries with a name that there was not": (
         lambda: in_order({"x": X, "mask": X}),

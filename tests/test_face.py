@@ -95,7 +95,10 @@ def listed_in_the_reference() -> set[str]:
 
 
 def test_the_reference_lists_every_public_name() -> None:
-    listed = {resolved(name) for name in listed_in_the_reference()}
+    names = listed_in_the_reference()
+    callbacks = {name for name in names if name.startswith("pathkernel.callbacks.")}  # their frameworks may be missing
+    assert callbacks == {f"pathkernel.callbacks.{name}" for name in pk.callbacks.__all__}
+    listed = {resolved(name) for name in names - callbacks}
     missing = [name for name in pk.__all__ if not name.startswith("_") and not inspect.ismodule(getattr(pk, name))]
     missing = [name for name in missing if getattr(pk, name) not in listed]
     for module in (pk.errors, pk.testing, pk.plotting, pk.analysis, pk.optimizers):

@@ -57,6 +57,7 @@ ELSEWHERE = {
     "errors.py": "here",
     "gradients/layers/tape.py": "tests/gradients",
     "recording/collated.py": "tests/recording/test_collated.py",
+    "recording/row_order.py": "tests/recording/test_row_order.py",
     "recording/observing.py": "tests/recording/test_observing.py",
     "recording/resume.py": "tests/recording/test_resume.py",
     "runtime/workspace.py": "tests/runtime",
