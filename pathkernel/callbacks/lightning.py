@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from pathkernel._typing import PyTree
 from pathkernel.callbacks.lightning_averages import BeforeAverages, averages_of, refuse_averages
 from pathkernel.callbacks.lightning_loaders import Arrived, Numbering, TrainLoaders, Wrapped, flattened
 from pathkernel.callbacks.lightning_network import (
@@ -26,7 +24,7 @@ from pathkernel.callbacks.lightning_network import (
     without_empty_closure,
 )
 from pathkernel.callbacks.lightning_passes import CalledParts, PassesOfBatches
-from pathkernel.callbacks.recording import FrameworkRecording, RecorderOptions
+from pathkernel.callbacks.recording import FrameworkRecording, RecorderOptions, some_samples
 from pathkernel.callbacks.versions import check_version
 from pathkernel.errors import CertificateWarning, InputError, PathKernelError, SampleIdError
 from pathkernel.gradients.forward_state import generators_untouched
@@ -403,7 +401,7 @@ class LightningRecorder(Callback):
         )
         try:
             with generators_untouched():
-                found = self._recording.certificate(_some(self.trajectory, self._certify))
+                found = self._recording.certificate(some_samples(self.trajectory, self._certify))
         except Exception as error:  # training has ended well, and what comes after it is to go on
             found_instead = error.found if isinstance(error, PathKernelError) else f"{type(error).__name__}: {error}"
             doubt = CertificateWarning(
@@ -442,19 +440,3 @@ def _told(exception: BaseException) -> Iterator[None]:
 def _named(watch: Any) -> str:
     parts = watch if isinstance(watch, (list, tuple)) else [watch]
     return ",".join(part if isinstance(part, str) else type(part).__name__ for part in parts)
-
-
-def _some(trajectory: Trajectory, n: int) -> PyTree:
-    """Inputs of the first samples of the last batch, as the network was given them."""
-    for step in reversed(range(len(trajectory))):
-        for batch in trajectory.store.read(step).batches:
-            if batch.inputs is not None:
-                inputs = pytree.tree_map(lambda leaf: leaf[:n], batch.inputs)
-                return dict(inputs) if isinstance(inputs, Mapping) else inputs
-            if not trajectory.data.announced:
-                return trajectory.data[batch.ids[:n]][0]
-    raise InputError(
-        "No batch on record holds its inputs",
-        "Samples that are explained for the logger are those of the last batch on record",
-        "Record steps in full, without `schedule=`, or write `LightningRecorder(certify=0)`",
-    )

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.callbacks.kept_weights import steps_of_weights, weights_now
@@ -160,3 +161,25 @@ class FrameworkRecording:
             "split_error": why.split_error,
         }
         return {name: error for name, error in errors.items() if math.isfinite(error)}
+
+
+def some_samples(trajectory: Trajectory, n: int) -> PyTree:
+    """Inputs of the first samples of the last batch, as the network was given them.
+
+    Raises
+    ------
+    InputError
+        Where no batch on record holds its inputs.
+    """
+    for step in reversed(range(len(trajectory))):
+        for batch in trajectory.store.read(step).batches:
+            if batch.inputs is not None:
+                inputs = pytree.tree_map(lambda leaf: leaf[:n], batch.inputs)
+                return dict(inputs) if isinstance(inputs, Mapping) else inputs
+            if not trajectory.data.announced:
+                return trajectory.data[batch.ids[:n]][0]
+    raise InputError(
+        "No batch on record holds its inputs",
+        "Samples that are explained for the logger are those of the last batch on record",
+        "Record steps in full, without `schedule=`, or write `LightningRecorder(certify=0)`",
+    )

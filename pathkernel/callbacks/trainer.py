@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import warnings
 import weakref
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from pathkernel._typing import PyTree
 from pathkernel.callbacks.ids_in_inputs import ENTRY, LoaderWithIds, TakesIds, TakesIdsOfCompiled, base_loader
 from pathkernel.callbacks.recording import FrameworkRecording, RecorderOptions
+from pathkernel.callbacks.trainer_arguments import check_arguments, found_in, same_samples
 from pathkernel.callbacks.versions import check_version
 from pathkernel.errors import InputError, ModelMismatchError, RecordingError, SampleIdError
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
@@ -128,7 +128,7 @@ class TrainerRecorder(TrainerCallback):
         if self._hook is not None and _is_same(self._of, of):
             return  # given to the Trainer twice
         self.close()  # training before this one may have ended with an error, of which nobody is told
-        _check_arguments(args)
+        check_arguments(args)
         _check_alone(model, of)
         self._of = of
         try:
@@ -259,7 +259,7 @@ class TrainerRecorder(TrainerCallback):
         again = self._goes_on(model, optimizer, dataset)
         self._dataset = dataset
         if not again:
-            found = _found_in(args, model, dataset, self.ids)
+            found = found_in(args, model, dataset, self.ids)
             if self._in_run:
                 found["store"] = Path(args.output_dir) / FOLDER
                 self._options.pop("store", None)
@@ -282,7 +282,7 @@ class TrainerRecorder(TrainerCallback):
         recorder = self.recorder
         if recorder is None or recorder.model is not model or recorder.optimizer is not optimizer:
             return False
-        if not _same_samples(self._dataset, dataset) or not len(recorder.trajectory):
+        if not same_samples(self._dataset, dataset) or not len(recorder.trajectory):
             return False
         try:
             recorder.trajectory.check_model("TrainerRecorder")
@@ -418,59 +418,6 @@ def _let_go(callback: weakref.ref[TrainerRecorder]) -> None:
         frame = frame.f_back
     if found is not None:
         found.close()
-
-
-def _check_arguments(args: Any) -> None:
-    """Refuse what is not recorded: several processes or devices, and what the Trainer does to the model meanwhile.
-
-    Raises
-    ------
-    RecordingError
-        Naming what it is.
-    """
-    several = [
-        *([f"on {args.n_gpu} GPUs (DataParallel)"] if args.n_gpu > 1 else []),
-        *([f"by {args.world_size} processes"] if args.world_size > 1 else []),
-    ]
-    if several:
-        raise RecordingError(
-            f"The Trainer trains {' and '.join(several)}",
-            "The whole gradient of a step and all its samples are seen where one process trains on one device",
-            "Set `CUDA_VISIBLE_DEVICES` to one device and start the script with `python`, or leave TrainerRecorder out",
-        )
-    if getattr(args, "torch_compile", False):
-        raise RecordingError(
-            "The Trainer compiles the model (`torch_compile=True`), and calls another module in its place",
-            "Passes are seen where the loop calls the model that the callbacks are given",
-            "Write `model.compile()` before the Trainer is made, and leave out `torch_compile`",
-        )
-    if getattr(args, "neftune_noise_alpha", None) is not None:
-        raise RecordingError(
-            "The Trainer adds noise to the embeddings (`neftune_noise_alpha`), by a hook that it takes off afterwards",
-            "Recorded batches are run again when the network is explained, with all that was in the network",
-            "Leave out `neftune_noise_alpha`, or add the noise in the model's own `forward`",
-        )
-
-
-def _found_in(args: Any, model: nn.Module, dataset: Any, ids: str | None) -> dict[str, Any]:
-    """Options of the recorder that follow from what the Trainer was given."""
-    found: dict[str, Any] = {"returns": "logits"}
-    if not args.label_smoothing_factor:  # with it, the Trainer evaluates the loss
-        found["loss"] = "returned"
-    if ids is None and not isinstance(dataset, IterableDataset):
-        with contextlib.suppress(TypeError):
-            found["data"] = len(dataset)
-    config, name = getattr(model, "config", None), type(model).__name__
-    regression = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", 2) < 2
-    if name.endswith(("ForSequenceClassification", "ForImageClassification", "ForMultipleChoice")) and not regression:
-        found["task"] = "classification"
-    return found
-
-
-def _same_samples(one: Any, other: Any) -> bool:
-    """True where two training sets are the same object, or made alike from the same (as by the removal of columns)."""
-    mark = getattr(one, "_fingerprint", None)
-    return one is other or (mark is not None and mark == getattr(other, "_fingerprint", None))
 
 
 def _rows(inputs: dict[str, Any]) -> int:
