@@ -6,6 +6,32 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+Place = tuple[int, ...]
+"""Number of a torch function among those that a pass calls; inside one that is decomposed, the outer number first.
+Nothing that is found out about a pass changes it."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Calls whose results are of samples or of none otherwise than their arguments tell.
+
+    Attributes
+    ----------
+    shared
+        Results that have no part for each sample though some argument is no parameter: rows of a table of positions
+        that ``arange`` names.
+    spread
+        Results of parameters alone that have one: a learned query that is repeated for every sample, and what a layer
+        makes of it.
+    """
+
+    shared: frozenset[Place] = frozenset()
+    spread: frozenset[Place] = frozenset()
+
+
+NO_ROLES = Roles()
+"""All results are what their arguments tell."""
+
 
 @dataclass(frozen=True)
 class Arrangement:

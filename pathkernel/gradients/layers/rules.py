@@ -144,6 +144,39 @@ def embedding(
     return {"weight": gradient}
 
 
+@layer_rule(F.embedding_bag)
+def embedding_bag(
+    samples: Samples,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> dict[str, Gradient]:
+    """y = Σ_t c_t W[index_t], with given c or one over the number of indices; ``padding_idx`` is none of them."""
+    if input.dim() != 2 or max_norm is not None or scale_grad_by_freq or mode not in ("sum", "mean"):
+        raise NoRule
+
+    def gradient(signal: Tensor) -> Lookup:
+        indices = samples(input)
+        read = torch.ones_like(indices, dtype=signal.dtype)
+        if padding_idx is not None:
+            read = (indices != padding_idx % len(weight)).to(signal.dtype)
+        if mode == "mean":
+            read = read / read.sum(dim=1, keepdim=True).clamp_min(1)
+        if per_sample_weights is not None:
+            read = read * samples(per_sample_weights)
+        return Lookup(signal.unsqueeze(2) * read[:, None, :, None], indices, weight.shape[0])
+
+    return {"weight": gradient}
+
+
 def _affine(normalized: Callable[[], Tensor], shape: torch.Size, channels_second: bool) -> dict[str, Gradient]:
     """Scale and shift after a normalisation: y = x̂ ∘ w + b."""
 

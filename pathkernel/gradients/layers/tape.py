@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.gradients.layers.batch_axis import Arrangement
+from pathkernel.gradients.forward_state import QUIET_FALLBACKS
+from pathkernel.gradients.layers.batch_axis import NO_ROLES, Arrangement, Roles
 from pathkernel.gradients.layers.factor import Factor
 from pathkernel.gradients.layers.factors import Dense, Piece, joined
 from pathkernel.gradients.layers.parameter_views import Handle, View
 from pathkernel.gradients.layers.rules import NoRule, SumOfSignals
-from pathkernel.gradients.layers.tracing import LayerCall, ParameterTracer, module_rules, overwritten
+from pathkernel.gradients.layers.tracing import LayerCall, ParameterTracer, module_rules
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import count
@@ -54,6 +55,8 @@ class Tape:
         Parameters to leave out, and why; None while this is being found out.
     workspace
         Memory for signals; by default none is kept.
+    roles
+        Results that are of samples or of none otherwise than their arguments tell.
     """
 
     def __init__(
@@ -64,16 +67,17 @@ class Tape:
         arrangements: Sequence[Arrangement] = (),
         plain: Mapping[str, str] | None = None,
         workspace: Workspace | None = None,
+        roles: Roles = NO_ROLES,
     ) -> None:
         give_back_freed_memory()  # of the pass before
         self.function, self.n, self.workspace = function, count(inputs), workspace or Workspace(0)
-        self.arrangements = tuple(arrangements)
+        self.arrangements, self.roles = tuple(arrangements), roles
         arrangement = lambda i: arrangements[i] if i < len(arrangements) else Arrangement()  # noqa: E731
         parameters = {name: value.detach() for name, value in function.parameters(theta).items()}
-        tracer = ParameterTracer(parameters, self.n, arrangement, function.constants.values())
+        tracer = ParameterTracer(parameters, self.n, arrangement, function.constants.values(), roles)
         inputs = function.cast(inputs)
         covered = plain is None or not plain.keys() >= set(function.layout.names)
-        watching = (module_rules(function.module, tracer), tracer) if covered else ()
+        watching = (module_rules(function, tracer), tracer) if covered else ()
         with function.evaluating(gradients=True), ExitStack() as stack:
             for watch in watching:
                 stack.enter_context(watch)
@@ -83,11 +87,13 @@ class Tape:
         leaves = [leaf for leaf in output_leaves(returned) if isinstance(leaf, Tensor)]
         alone = len(leaves) == 1 and leaves[0].shape == self.outputs.shape
         self._head = tracer.outputs.get(id(leaves[0])) if alone else None
-        self.calls, self.unsupported = tracer.calls, tracer.unsupported
-        self._read = tracer.read  # what layers read, and how often it had been written on
+        self.calls, self.unsupported, self.composed = tracer.calls, tracer.unsupported, tracer.composed
         tracer.calls = []  # rules know the tracer: a cycle would keep every pass until the garbage collector runs
-        if tracer.overwritten:  # activations are gone
-            self.unsupported |= dict.fromkeys(function.layout.names, "an input of a layer is overwritten in place")
+        for leaf, version, number in tracer.read:
+            if leaf._version != version:  # activations are gone
+                names = set().union(*(handle.names() for handle in self.calls[number].handles.values()))
+                self.unsupported |= dict.fromkeys(names, "an input of a layer is overwritten in place")
+        self._read = [(leaf, leaf._version) for leaf, _, _ in tracer.read]
         self.proving = plain is None
         self.plain: dict[str, str] = dict(plain or {})
         if self.proving:
@@ -95,14 +101,15 @@ class Tape:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """Calls in their order, and what has no rule."""
-        return (*(call.signature for call in self.calls), tuple(sorted(self.unsupported)))
+        """Calls in their order, what has no rule, and where parameters alone were at work."""
+        return (*(call.signature for call in self.calls), tuple(sorted(self.unsupported)), tuple(self.composed))
 
     @property
     def lengths(self) -> set[int]:
         """Lengths of the axes of all results, and of all arguments of functions without a rule."""
         arguments = (shape for call in self.calls for shape in call.arguments if shape is not None)
-        return {length for shape in (*self.shapes, *arguments) for length in shape}
+        composed = (shape for shapes in self.composed.values() for shape in shapes)
+        return {length for shape in (*self.shapes, *arguments, *composed) for length in shape}
 
     @property
     def shapes(self) -> list[torch.Size]:
@@ -120,7 +127,7 @@ class Tape:
             Where ``components`` are ``outputs[:, identity]``: the last layer's signals are then known.
         """
         signals = self._signals(components, identity)
-        with self.function.without_graph():
+        with self.function.without_graph(), QUIET_FALLBACKS:
             return self._pieces(signals, identity)
 
     def _pieces(self, signals: list[Tensor | None], identity: slice | None) -> list[Piece]:
@@ -162,12 +169,16 @@ class Tape:
 
         def pull() -> None:
             factor = call.gradients[key](signal)
-            if overwritten(self._read):  # every later use of an activation would be wrong, by this layer or another
+            if any(leaf._version != version for leaf, version in self._read):
+                # Every later use of an activation would be wrong, by this layer or another.
                 raise NoRule(f"the rule of {call.function} writes on what its layer read")
+            if (factor.samples, factor.components) != signal.shape[:2] or factor.samples != self.n:
+                raise NoRule(f"the rule of {call.function} gives gradients of another number of samples")
             if self._is_head(call, identity):
                 factor = factor.as_head()
-            for name, where, own in handle.pull(factor):
-                contributions[name].append((where, own))
+            for name, where, own in list(handle.pull(factor)):
+                if name not in self.plain:  # others of the same handle are wanted
+                    contributions[name].append((where, own))
 
         error = result_or_error(pull, FAILURES if self.proving else ())
         if error is not None:

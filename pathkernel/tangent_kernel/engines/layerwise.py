@@ -110,7 +110,7 @@ class LayerwiseEngine(Engine):
 
         def watched() -> None:
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                self.tapes.record(theta, X, self.function)
+                self.tapes.repeat(theta, X, self.function)
 
         # Transformations inside the network refuse hooks: its results are counted alone.
         result_or_error(watched, REFUSALS)
