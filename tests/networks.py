@@ -176,9 +176,10 @@ class _Squared(torch.autograd.Function):
 class OwnFunction(nn.Module):
     """A parameter that only a function of one's own meets."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 5) -> None:
         super().__init__()
-        self.layer, self.scale, self.head = nn.Linear(6, 5), nn.Parameter(torch.randn(5)), nn.Linear(5, 3)
+        self.layer, self.scale = nn.Linear(6, width), nn.Parameter(torch.randn(width))
+        self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(_Squared.apply(self.layer(x), self.scale).tanh())

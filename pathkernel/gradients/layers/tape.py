@@ -78,7 +78,7 @@ class Tape:
         inputs = function.cast(inputs)
         covered = plain is None or not plain.keys() >= set(function.layout.names)
         watching = (module_rules(function, tracer), tracer) if covered else ()
-        with function.evaluating(gradients=True), ExitStack() as stack:
+        with function.evaluating(gradients=True, fused_attention=True), ExitStack() as stack:
             for watch in watching:
                 stack.enter_context(watch)
             returned = function.call(parameters, inputs)

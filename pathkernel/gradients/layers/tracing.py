@@ -133,7 +133,9 @@ class ParameterTracer(TorchFunctionMode):
         self._place[-1] += 1
         tensors = tensors_of((args, kwargs))
         leaves = [leaf for leaf in tensors if id(leaf) in self.known]
-        self.rearranges |= function in REARRANGING or (function is GETITEM and picks(args))
+        # What an index picks from a parameter are rows of a table, as an embedding's are.
+        picked = function is GETITEM and picks(args) and self.handle(args[0]) is None
+        self.rearranges |= function in REARRANGING or picked
         if not leaves or not torch.is_grad_enabled():
             return REPLACEMENTS.get(function, function)(*args, **kwargs)
         others = [leaf for leaf in tensors if id(leaf) not in self.known]
