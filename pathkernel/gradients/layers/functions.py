@@ -23,7 +23,7 @@ REARRANGING = frozenset(
 )
 """Functions that may put samples in another order, or pick some of them, as their values have it."""
 
-GETITEM = Tensor.__getitem__
+GETITEM, SETITEM = Tensor.__getitem__, Tensor.__setitem__
 
 
 def picks(args: Any) -> bool:
@@ -50,6 +50,18 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return found
 
 
+def filled(target: Tensor, value: Tensor) -> Tensor:
+    """Value that takes the place of all entries of a tensor."""
+    return value.to(target).expand_as(target).clone()
+
+
+def mask_of(index: Any, target: Tensor) -> Tensor | None:
+    """Mask of the entries that a boolean index picks, None for indices of another kind."""
+    if not isinstance(index, Tensor) or index.dtype != torch.bool or index.shape != target.shape[: index.dim()]:
+        return None
+    return index.reshape(*index.shape, *(1,) * (target.dim() - index.dim()))
+
+
 IN_PLACE = {
     getattr(Tensor, name): function
     for names, function in (
@@ -59,5 +71,5 @@ IN_PLACE = {
         (("div_", "__itruediv__"), torch.div),
     )
     for name in names
-}
+} | {Tensor.copy_: filled, Tensor.__setitem__: filled}
 """Functions that write their result on their first argument → the same without."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 from torch.utils import _pytree as pytree
@@ -56,15 +57,16 @@ def local_gradients(
         result: Tensor = function(*args, **kwargs)
         return result if merged else result.squeeze(axis)
 
-    def pull(value: Tensor, samples: tuple[Tensor, ...], cotangents: Tensor) -> Tensor:
-        pull_back = vjp(lambda v: one(v, samples), value)[1]
-        return vmap(lambda cotangent: pull_back(cotangent)[0])(cotangents)
+    def pull(value: Tensor, samples: tuple[Tensor, ...], cotangent: Tensor) -> Tensor:
+        pulled: Tensor = vjp(lambda v: one(v, samples), value)[1](cotangent)[0]
+        return pulled
 
     value = leaves[place].detach()
     samples = tuple(arrangement.front(leaves[i].detach(), n) for i in tensors)
     if place in own:
         value = value.narrow(axis, 0, 1)
-    gradients = vmap(pull, in_dims=(None, 0, 0))(value, samples, signal)  # (n, K, *value)
-    if gradients.shape[2:] != value.shape:
+    # Component by component, as in the proof: an operation may be right in one `vmap`, and wrong in two.
+    gradients = [vmap(pull, in_dims=(None, 0, 0))(value, samples, own) for own in signal.unbind(1)]
+    if any(gradient.shape[1:] != value.shape for gradient in gradients):
         raise NoRule  # an operation that vmap does not treat right
-    return Dense(gradients.reshape(*signal.shape[:2], -1))
+    return Dense(torch.stack([gradient.reshape(len(gradient), -1) for gradient in gradients], dim=1))

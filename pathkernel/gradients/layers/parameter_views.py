@@ -174,6 +174,7 @@ class Composed(Handle):
             return self.function(*filled)
 
         pull_back = vjp(of_others, *(self.arguments[i] for i in others))[1]
-        pulled = vmap(pull_back)(rows.reshape(n * k, *self.shape))
-        for i, gradient in zip(others, pulled, strict=True):
-            yield from self.sources[i].pull(Dense(gradient.reshape(n, k, -1)))
+        # Component by component, as in the proof of a tape.
+        pulled = [vmap(pull_back)(own) for own in rows.reshape(n, k, *self.shape).unbind(1)]
+        for i, parts in zip(others, zip(*pulled, strict=True), strict=True):
+            yield from self.sources[i].pull(Dense(torch.stack([part.reshape(n, -1) for part in parts], dim=1)))

@@ -17,8 +17,18 @@ from torch.utils import _pytree as pytree
 
 from pathkernel.gradients.layers.batch_axis import NO_ROLES, Arrangement, Place, Roles
 from pathkernel.gradients.layers.factors import Dense, Factor
-from pathkernel.gradients.layers.functions import GETITEM, IN_PLACE, REARRANGING, picks, tensors_of
+from pathkernel.gradients.layers.functions import (
+    GETITEM,
+    IN_PLACE,
+    REARRANGING,
+    SETITEM,
+    filled,
+    mask_of,
+    picks,
+    tensors_of,
+)
 from pathkernel.gradients.layers.local import local_gradients
+from pathkernel.gradients.layers.packed import Packs
 from pathkernel.gradients.layers.parameter_views import VIEWS, Composed, Handle, View
 from pathkernel.gradients.layers.pooling import REPLACEMENTS
 from pathkernel.gradients.layers.recurrent import decomposed
@@ -114,6 +124,8 @@ class ParameterTracer(TorchFunctionMode):
         self.read: list[tuple[Tensor, int, int]] = []
         self._place = [0]
         self._begun = False
+        self._open: list[Any] = []
+        self.packs = Packs()
         self._kept: list[Tensor] = []  # an identity is only good for as long as its tensor lives
         for name, value in parameters.items():
             self.known[id(value)] = (value, View(name, value.shape))
@@ -137,16 +149,20 @@ class ParameterTracer(TorchFunctionMode):
         picked = function is GETITEM and picks(args) and self.handle(args[0]) is None
         self.rearranges |= function in REARRANGING or picked
         if not leaves or not torch.is_grad_enabled():
-            return REPLACEMENTS.get(function, function)(*args, **kwargs)
+            result = REPLACEMENTS.get(function, function)(*args, **kwargs)
+            self.packs.note(function, args, result)
+            return result
         others = [leaf for leaf in tensors if id(leaf) not in self.known]
         if function in VIEWS and not others and len(leaves) == 1 and isinstance(self.handle(args[0]), View):
             result = function(*args, **kwargs)
             self._register_view(result, function, args, kwargs)
             return result
-        body = None if function in RULES else decomposed(function)
+        closed = function in RULES or function in self._open
+        body = None if closed else self.packs.unrolled(function, args) or decomposed(function)
         if body is not None:
             # A function that cannot be decomposed in this call (packed sequences) is one operation after all.
             self._place.append(0)
+            self._open.append(function)  # some methods of tensors call themselves by another name
             try:
                 with self:
                     return body(*args, **kwargs)
@@ -155,6 +171,7 @@ class ParameterTracer(TorchFunctionMode):
                 return function(*args, **kwargs)
             finally:
                 self._place.pop()
+                self._open.pop()
         return self._used(function, args, kwargs, others)
 
     @property
@@ -178,17 +195,10 @@ class ParameterTracer(TorchFunctionMode):
 
     def _used(self, function: Any, args: Any, kwargs: Any, others: list[Tensor]) -> Any:
         if function in IN_PLACE and self.handle(args[0]) is None and not kwargs:
-            # Written into the argument once it is known where samples lie in it; what a layer read before is a copy.
-            before = args[0].clone()
-            found = self._used(IN_PLACE[function], (before, *args[1:]), {}, tensors_of(before))
-            written = args[0].copy_(found)
-            handle = self.handle(found)
-            if handle is not None:  # of parameters alone
-                self.known[id(written)] = (written, handle)
-            return written
+            return self._written(function, args)
         before = [(leaf, leaf._version) for leaf in others]
         result = function(*args, **kwargs)
-        if not any(leaf.is_floating_point() for leaf in tensors_of(result)):
+        if not any(leaf.is_floating_point() or leaf.is_complex() for leaf in tensors_of(result)):
             return result  # a shape, a type
         place, of_samples = self.place, any(id(leaf) not in self.fixed for leaf in others)
         if place in self.roles.shared or (not of_samples and place not in self.roles.spread):
@@ -199,6 +209,27 @@ class ParameterTracer(TorchFunctionMode):
         handles, gradients, arguments = self._gradients(function, args, kwargs, result)
         self.read += [(leaf, version, len(self.calls)) for leaf, version in before]
         return self.note(_name(function), result, handles, gradients, arguments)
+
+    def _written(self, function: Any, args: Any) -> Any:
+        """A parameter's part in a function that writes on its first argument, and the writing, one after the other."""
+        if function is SETITEM:
+            target, index, value = args
+            picked = mask_of(index, target)
+            if picked is None:
+                before = target[index].clone()
+                target[index] = self._used(filled, (before, value), {}, [before])
+            else:
+                before = target.clone()
+                target.copy_(self._used(torch.where, (picked, value, before), {}, [picked, before]))
+            return None
+        # What a layer read before is a copy.
+        before = args[0].clone()
+        found = self._used(IN_PLACE[function], (before, *args[1:]), {}, [before])
+        written = args[0].copy_(found)
+        handle = self.handle(found)
+        if handle is not None:  # of parameters alone
+            self.known[id(written)] = (written, handle)
+        return written
 
     def _gradients(
         self, function: Any, args: Any, kwargs: Any, result: Tensor
