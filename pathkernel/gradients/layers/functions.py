@@ -50,6 +50,18 @@ def tensors_of(tree: Any) -> list[Tensor]:
     return found
 
 
+RANDOM = frozenset(
+    _named("dropout", "dropout_", "feature_dropout", "feature_dropout_", "alpha_dropout", "alpha_dropout_")
+    | _named("feature_alpha_dropout", "feature_alpha_dropout_")
+)
+"""Functions of (tensor, probability, mode) that draw random numbers in train mode."""
+
+
+def draws(function: Any, args: Any) -> bool:
+    """Test that a call draws random numbers, so that another one has another result."""
+    return function in RANDOM and not (len(args) == 3 and (not args[1] or not args[2]))
+
+
 def filled(target: Tensor, value: Tensor) -> Tensor:
     """Value that takes the place of all entries of a tensor."""
     return value.to(target).expand_as(target).clone()

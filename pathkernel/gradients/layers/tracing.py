@@ -22,6 +22,7 @@ from pathkernel.gradients.layers.functions import (
     IN_PLACE,
     REARRANGING,
     SETITEM,
+    draws,
     filled,
     mask_of,
     picks,
@@ -352,6 +353,9 @@ class ParameterTracer(TorchFunctionMode):
 
     def _composed(self, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
         """Register a result that depends on parameters and on what is the same for all samples."""
+        if draws(function, args):
+            self._leave_out((args, kwargs), f"{_name(function)} draws random numbers for parameters")
+            return result
         parts = tensors_of(result)
         self.composed[self.place] = tuple(part.shape for part in parts)
         if function in VIEWS and isinstance(self.handle(args[0]), View) and not self._made_of(args[1:], kwargs):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import pathkernel as pk
 from pathkernel.gradients.layers import rules
 from pathkernel.gradients.layers.factors import Dense, Outer
+from pathkernel.gradients.layers.functions import draws
 
 WIDTH, LENGTH, VOCABULARY = 8, 6, 13
 
@@ -304,3 +305,34 @@ def test_a_rule_that_is_right_of_one_component_only_is_found_out(monkeypatch: py
     kernel = pk.TangentKernel(model, engine="layerwise")
     assert abs(kernel(X) - expected).max() <= 1e-10 * abs(expected).max()
     assert set(kernel.engine.tapes.coverage.plain) == {"0.weight", "2.weight"}
+
+
+class Dropped(nn.Module):
+    """Dropout of positions, of which no sample has a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.dropout = parameter(5, 4), nn.Dropout(0.5)
+        self.layer, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(x + self.dropout(self.places)))).mean(1)
+
+
+def test_random_functions_of_parameters_are_not_called_again() -> None:
+    torch.manual_seed(0)
+    model, X, y = Dropped().double().train(), torch.randn(6, 5, 4).double(), torch.randn(6, 2).double()
+    optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.05), nn.MSELoss()
+    with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+        for _ in range(2):
+            x, target = recorder.batch(torch.arange(6))
+            optimizer.zero_grad()
+            loss(model(x), target).backward()
+            optimizer.step()
+    found, expected = (
+        pk.KernelMachine(recorder.trajectory, engine=engine).explain(X[:2], outputs=0).shares
+        for engine in ("layerwise", "autograd")
+    )
+    assert abs(found - expected).max() <= 1e-10 * abs(expected).max()
+    assert not draws(F.relu, (model.places,)) and not draws(torch.dropout, (model.places, 0.5, False))
+    assert draws(torch.dropout, (model.places, 0.5, True))
