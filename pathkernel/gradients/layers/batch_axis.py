@@ -62,3 +62,21 @@ class Arrangement:
             split = tensor.unflatten(self.axis, (-1, n))
             return split.movedim(self.axis + 1, 0)
         return tensor.movedim(self.axis, 0) if self.axis else tensor
+
+
+@dataclass(frozen=True)
+class SamplesFirst:
+    """Function of the tensors of a call that brings the samples to the front.
+
+    Attributes
+    ----------
+    arrangement, n
+        Where the n samples lie in the call's result.
+    """
+
+    arrangement: Arrangement
+    n: int
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Samples on the first axis."""
+        return self.arrangement.front(tensor, self.n)

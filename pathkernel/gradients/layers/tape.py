@@ -17,9 +17,10 @@ from pathkernel.gradients.forward_state import QUIET_FALLBACKS
 from pathkernel.gradients.layers.batch_axis import NO_ROLES, Arrangement, Roles
 from pathkernel.gradients.layers.factor import Factor
 from pathkernel.gradients.layers.factors import Dense, Piece, joined
+from pathkernel.gradients.layers.modules import module_rules
 from pathkernel.gradients.layers.parameter_views import Handle, View
 from pathkernel.gradients.layers.rules import NoRule, SumOfSignals
-from pathkernel.gradients.layers.tracing import LayerCall, ParameterTracer, module_rules
+from pathkernel.gradients.layers.tracing import LayerCall, ParameterTracer
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import count

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from pathkernel.gradients.layers.batch_axis import NO_ROLES, Arrangement, Place, Roles
+from pathkernel.gradients.layers.batch_axis import NO_ROLES, Arrangement, Place, Roles, SamplesFirst
+from pathkernel.gradients.layers.einsum import einsum as einsum
 from pathkernel.gradients.layers.factors import Dense, Factor
 from pathkernel.gradients.layers.functions import (
     GETITEM,
@@ -34,7 +34,6 @@ from pathkernel.gradients.layers.parameter_views import VIEWS, Composed, Handle,
 from pathkernel.gradients.layers.pooling import REPLACEMENTS
 from pathkernel.gradients.layers.recurrent import decomposed
 from pathkernel.gradients.layers.rules import RULES, Gradient, NoRule, Rule
-from pathkernel.gradients.model_function import ModelFunction
 
 
 @dataclass
@@ -301,9 +300,8 @@ class ParameterTracer(TorchFunctionMode):
         within = {key: _at(module, dict(module._parameters), gradient) for key, gradient in gradients.items()}
         return self.note(type(module).__name__, result, handles, within)
 
-    def _samples(self) -> Callable[[Tensor], Tensor]:
-        index = len(self.calls)
-        return lambda tensor: self.arrangement(index).front(tensor, self.n)
+    def _samples(self) -> SamplesFirst:
+        return SamplesFirst(self.arrangement(len(self.calls)), self.n)
 
     def _local(
         self, function: Any, args: Any, kwargs: Any, covered: Container[int]
@@ -450,19 +448,3 @@ def _at(module: nn.Module, parameters: dict[str, Any], gradient: Gradient) -> Gr
             module._parameters.update(live)
 
     return evaluated
-
-
-@contextmanager
-def module_rules(function: ModelFunction, tracer: ParameterTracer) -> Iterator[None]:
-    """Let the modules whose class has a rule of its own be one call each, and the tracer know where a pass begins."""
-    beginning = function.called[0].register_forward_pre_hook(lambda *_: tracer.begin(), prepend=True)
-    patched = [child for child in function.module.modules() if type(child) in RULES and "forward" not in vars(child)]
-    for child in patched:
-        rule = RULES[type(child)]
-        child.forward = lambda *inputs, m=child, r=rule: tracer.module_call(m, r, inputs)
-    try:
-        yield
-    finally:
-        beginning.remove()
-        for child in patched:
-            del child.forward

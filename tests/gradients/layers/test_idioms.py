@@ -307,6 +307,49 @@ def test_a_rule_that_is_right_of_one_component_only_is_found_out(monkeypatch: py
     assert set(kernel.engine.tapes.coverage.plain) == {"0.weight", "2.weight"}
 
 
+EQUATIONS = {
+    "btd,dh->bth": ((WIDTH, 5), Outer),
+    "btd,hd->bth": ((5, WIDTH), Outer),
+    "...d,dhk->...hk": ((WIDTH, 2, 3), Outer),
+    "btd,dht->bh": ((WIDTH, 5, LENGTH), Dense),
+    "btd,tdh->bth": ((LENGTH, WIDTH, 5), Dense),
+    "btd,st->bsd": ((5, LENGTH), Outer),
+    "tbd,dh->tbh": ((WIDTH, 5), Outer),
+    "btd,d->bt": ((WIDTH,), Dense),
+    "btd,h->bh": ((5,), Dense),
+    "btd,td->b": ((LENGTH, WIDTH), Dense),
+    "btd,e->btde": ((3,), Dense),
+    "nd,hd->nh": ((5, WIDTH), Outer),
+}
+"""Equation → shape of the weight, and the form of its gradients."""
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_einsum(equation: str, swapped: bool) -> None:
+    torch.manual_seed(0)
+    shape, form = EQUATIONS[equation]
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        b, *_ = x.shape
+        y = net.layer(x).tanh()
+        y = y.transpose(0, 1) if equation.startswith("tb") else y.reshape(-1, WIDTH) if equation[0] == "n" else y
+        (one, two), arrow, out = equation.partition("->")[0].split(","), *equation.partition("->")[1:]
+        given = (f"{two},{one}{arrow}{out}", net.weight, y) if swapped else (equation, y, net.weight)
+        z = torch.einsum(*given).tanh()
+        return (z.transpose(0, 1) if equation.startswith("tb") else z).reshape(b, -1).square()
+
+    model = Network({"layer": nn.Linear(WIDTH, WIDTH), "weight": parameter(*shape)}, forward).double()
+    X = torch.randn(4, LENGTH, WIDTH, dtype=torch.float64)
+    kernel = pk.TangentKernel(model, engine="layerwise")
+    expected = pk.TangentKernel(model, engine="jacobian")(X)
+    assert abs(kernel(X) - expected).max() <= 1e-10 * abs(expected).max()
+    assert not kernel.engine.tapes.coverage.plain
+    pieces, _ = kernel.engine.pieces(kernel.theta, X, torch.zeros(4, 0))
+    where = kernel.function.layout.slices["weight"]
+    assert {type(piece.factor) for piece in pieces if piece.where == where} == {form}
+
+
 class Dropped(nn.Module):
     """Dropout of positions, of which no sample has a part."""
 
