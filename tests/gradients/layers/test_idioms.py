@@ -379,3 +379,31 @@ def test_random_functions_of_parameters_are_not_called_again() -> None:
     assert abs(found - expected).max() <= 1e-10 * abs(expected).max()
     assert not draws(F.relu, (model.places,)) and not draws(torch.dropout, (model.places, 0.5, False))
     assert draws(torch.dropout, (model.places, 0.5, True))
+
+
+class Cached(nn.Module):
+    """A table that is made of numbers when it is first needed, and again where more positions come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angles: Tensor | None = None
+        self.layer, self.places, self.head = nn.Linear(4, 4), nn.Embedding(9, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = x.shape[1]
+        if self.angles is None or len(self.angles) < t:
+            self.angles = torch.outer(torch.arange(t, dtype=x.dtype), torch.ones(4, dtype=x.dtype)).cos()
+        y = self.layer(x) * self.angles[:t].to(x) + self.places(torch.arange(t))
+        return self.head(y.tanh()).mean(1)
+
+
+def test_what_a_first_pass_computes_and_later_ones_have_at_hand_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = Cached().double()
+    kernel = pk.TangentKernel(model, engine="layerwise")
+    rows = pk.TangentKernel(model, engine="jacobian")
+    for t in (3, 5, 4, 3, 5):
+        X = torch.randn(4, t, 4, dtype=torch.float64)
+        expected = rows(X)
+        assert abs(kernel(X) - expected).max() <= 1e-10 * abs(expected).max()
+        assert not kernel.engine.tapes.coverage.plain
