@@ -53,6 +53,11 @@ class Arrangement:
     merged: str = ""
     batched: frozenset[int] = frozenset()
 
+    def holds(self, tensor: Tensor, n: int) -> bool:
+        """Test that there is a part for each of n samples."""
+        length = tensor.shape[self.axis] if tensor.dim() > self.axis else 0
+        return length > 0 and length % n == 0 if self.merged else length == n
+
     def front(self, tensor: Tensor, n: int) -> Tensor:
         """Samples on the first axis, positions next to them."""
         if self.merged == "samples":

@@ -67,9 +67,11 @@ def filled(target: Tensor, value: Tensor) -> Tensor:
     return value.to(target).expand_as(target).clone()
 
 
-def mask_of(index: Any, target: Tensor) -> Tensor | None:
-    """Mask of the entries that a boolean index picks, None for indices of another kind."""
+def mask_of(index: Any, target: Tensor, value: Tensor) -> Tensor | None:
+    """Mask of the entries that a boolean index picks for one value; None for others."""
     if not isinstance(index, Tensor) or index.dtype != torch.bool or index.shape != target.shape[: index.dim()]:
+        return None
+    if value.dim() > target.dim() - index.dim():  # a value for each entry
         return None
     return index.reshape(*index.shape, *(1,) * (target.dim() - index.dim()))
 

@@ -92,7 +92,7 @@ class Tape:
         tracer.calls = []  # rules know the tracer: a cycle would keep every pass until the garbage collector runs
         for leaf, version, number in tracer.read:
             if leaf._version != version:  # activations are gone
-                names = set().union(*(handle.names() for handle in self.calls[number].handles.values()))
+                names = self.calls[number].names()
                 self.unsupported |= dict.fromkeys(names, "an input of a layer is overwritten in place")
         self._read = [(leaf, leaf._version) for leaf, _, _ in tracer.read]
         self.proving = plain is None
@@ -210,7 +210,8 @@ class Tape:
         """δ of every call, (n, K, *output with the samples first)."""
         outputs, k = [call.output for call in self.calls], components.shape[1]
         signals: list[Tensor | None] = [None] * len(outputs)
-        wanted = [i for i, call in enumerate(self.calls) if not self._is_head(call, identity)]
+        covered = [not call.names() <= self.plain.keys() for call in self.calls]
+        wanted = [i for i, call in enumerate(self.calls) if covered[i] and not self._is_head(call, identity)]
         for c in range(k if wanted and components.requires_grad else 0):
             cotangent = torch.zeros_like(components)
             cotangent[:, c] = 1
@@ -218,12 +219,23 @@ class Tape:
                 components, [outputs[i] for i in wanted], cotangent, retain_graph=True, allow_unused=True
             )
             for i, part in zip(wanted, column, strict=True):
-                signals[i] = _with_column(signals[i], part, self.calls[i].arrangement, (self.n, k, c), self.workspace)
+                call = self.calls[i]
+                if part is not None and not call.arrangement.holds(part, self.n):
+                    self._refuse(call)
+                    continue
+                signals[i] = _with_column(signals[i], part, call.arrangement, (self.n, k, c), self.workspace)
         if identity is not None and self._head is not None:
             width = self.outputs.shape[1]
             unit = torch.eye(width, dtype=components.dtype, device=components.device)[identity]
             signals[self._head] = unit.expand(self.n, *unit.shape)
         return signals
+
+    def _refuse(self, call: LayerCall) -> None:
+        """Leave out the parameters of a call whose result cannot be cut into samples."""
+        reason = f"the result of {call.function} holds no part for each sample"
+        if not self.proving:
+            raise NoRule(reason)
+        self.plain |= dict.fromkeys(call.names(), reason)
 
 
 def _with_column(

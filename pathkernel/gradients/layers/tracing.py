@@ -66,6 +66,10 @@ class LayerCall:
     arguments: tuple[torch.Size | None, ...] = ()
     place: Place = ()
 
+    def names(self) -> set[str]:
+        """The parameters."""
+        return set().union(*(handle.names() for handle in self.handles.values()))
+
     @property
     def signature(self) -> tuple[Any, ...]:
         """Function and parameters: the same where what was proved of one pass holds for another."""
@@ -214,7 +218,7 @@ class ParameterTracer(TorchFunctionMode):
         """A parameter's part in a function that writes on its first argument, and the writing, one after the other."""
         if function is SETITEM:
             target, index, value = args
-            picked = mask_of(index, target)
+            picked = mask_of(index, target, value)
             if picked is None:
                 before = target[index].clone()
                 target[index] = self._used(filled, (before, value), {}, [before])
@@ -356,7 +360,8 @@ class ParameterTracer(TorchFunctionMode):
             return result
         parts = tensors_of(result)
         self.composed[self.place] = tuple(part.shape for part in parts)
-        if function in VIEWS and isinstance(self.handle(args[0]), View) and not self._made_of(args[1:], kwargs):
+        alone = not any(id(leaf) in self.known for leaf in tensors_of((args[1:], kwargs)))
+        if function in VIEWS and isinstance(self.handle(args[0]), View) and alone:
             self._register_view(result, function, args, kwargs)
             return result
         if isinstance(result, Tensor):
@@ -377,10 +382,6 @@ class ParameterTracer(TorchFunctionMode):
             pick = lambda *a, i=i, **k: function(*a, **k)[i]  # noqa: E731
             self.known[id(part)] = (part, self._composition(pick, args, kwargs, part.shape))
         return result
-
-    def _made_of(self, args: Any, kwargs: Any) -> bool:
-        """Test that there are parameters among arguments."""
-        return any(self.handle(leaf) is not None for leaf in tensors_of((args, kwargs)))
 
     def _by_shared_rule(self, function: Any, args: Any, kwargs: Any) -> tuple[dict[str, Any], Mapping[str, Gradient]]:
         """What a rule says where all samples have the same arguments."""

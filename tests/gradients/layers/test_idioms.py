@@ -381,6 +381,35 @@ def test_random_functions_of_parameters_are_not_called_again() -> None:
     assert draws(torch.dropout, (model.places, 0.5, True))
 
 
+class Experts(nn.Module):
+    """Each token goes to one expert, with tokens of any samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(WIDTH, 2), nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, WIDTH)
+        weights = self.gate(tokens).softmax(-1)
+        y = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            own = weights.argmax(-1) == i
+            y[own] = expert(tokens[own]) * weights[own, i : i + 1]
+        return self.head(y.view(x.shape)).mean(1)
+
+
+def test_what_cannot_be_cut_into_samples_is_plain_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    model, X = Experts().double(), torch.randn(5, LENGTH, WIDTH, dtype=torch.float64)
+    kernel = pk.TangentKernel(model, engine="layerwise")
+    expected = pk.TangentKernel(model, engine="autograd")(X)
+    assert abs(kernel(X) - expected).max() <= 1e-10 * abs(expected).max()
+    plain = kernel.engine.tapes.coverage.plain
+    assert set(plain) == {f"experts.{i}.{name}" for i in range(2) for name in ("weight", "bias")}
+    assert "holds no part for each sample" in plain["experts.0.weight"]
+
+
 class Cached(nn.Module):
     """A table that is made of numbers when it is first needed, and again where more positions come."""
 
