@@ -249,8 +249,7 @@ class ParameterTracer(TorchFunctionMode):
             return handles, own, ()
         if not own and self.place in self.roles.spread:
             return self._one_for_all(function, args, kwargs, result)
-        covered = {id(bound[key]) for key in own}
-        more, local = self._local(function, args, kwargs, covered)
+        more, local = self._local(function, args, kwargs, {id(bound[key]) for key in own})
         return {**{key: handles[key] for key in own}, **more}, {**own, **local}, _shapes(args, kwargs)
 
     def _by_rule(self, function: Any, args: Any, kwargs: Any) -> tuple[dict[str, Any], Mapping[str, Gradient]]:
