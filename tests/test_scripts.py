@@ -32,6 +32,9 @@ KEYS = {
     },
     "orders.py": {"quadrature", "step_size", "residual", "order"},
     "compilation.py": {"network", "milliseconds_eager", "milliseconds_compiled", "ratio"},
+    "coverage.py": {
+        *("architecture", "dtype", "parameters", "covered", "plain_parameters", "reason", "error", "error_of_shares"),
+    },
     "engines.py": {"workload", "method", "seconds", "floor_seconds", "peak_mb", "error"},
     "faults.py": {"fault", "trials", "survived", "lost", "silently_wrong"},
     "loops.py": {

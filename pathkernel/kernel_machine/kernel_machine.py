@@ -20,6 +20,7 @@ from pathkernel.kernel_machine.backward_sweep import backward_sweep
 from pathkernel.kernel_machine.classification import is_classifier, probabilities
 from pathkernel.kernel_machine.completeness import check_end, check_unexplained
 from pathkernel.kernel_machine.curves import AverageCurve, ChordCurve, Curve, PathCurve
+from pathkernel.kernel_machine.description import described
 from pathkernel.kernel_machine.explanation_identity import Asked, explanation_identity
 from pathkernel.kernel_machine.forms import BUILDERS, FORMS
 from pathkernel.kernel_machine.forward_plan import plan_forward
@@ -360,9 +361,12 @@ class KernelMachine:
         """An accumulator all of whose rows were formed in a way that was not found wrong at any batch."""
         while True:
             try:
-                return compute()
+                found = compute()
             except EngineReplaced:  # at most once: rows of whole batches come next, and nothing after them
                 continue
+            for source in (self._recorded.batches.source, *self._selection.sources.values()):
+                source.warn()
+            return found
 
     # -- the sweeps, in blocks of queries ---------------------------------------------------------------------
 
@@ -443,6 +447,11 @@ class KernelMachine:
             errors = backward_sweep(curve, self._recorded, progress=self.progress, cuts=plan.cuts)
             accumulator.shares_error = shares_error(errors, accumulator, self.function.dtype)
         return accumulator
+
+    @one_at_a_time
+    def describe(self) -> str:
+        """Description of the sum, and of how gradients are taken: which parameters no layer accounts for, and why."""
+        return f"{self!r}\n{described(self.trajectory, self.function, self.engine)}"
 
     def __repr__(self) -> str:
         average = "" if self.average is None else f", average={self.average!r}"
