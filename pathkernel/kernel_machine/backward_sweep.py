@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,17 +19,17 @@ from tqdm.auto import tqdm
 
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.inner_products import contracted, paired_names
-from pathkernel.gradients.matmul import product
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.forms import FormBuilder
+from pathkernel.kernel_machine.step_contributions import Contributions, StepGradients, module_of
 from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
-from pathkernel.trajectory.columns import Owners
-from pathkernel.trajectory.stage_gradients import WHOLE, Passes, StageGradients
+from pathkernel.trajectory.coupled_samples import CoupledSamples
+from pathkernel.trajectory.stage_gradients import WHOLE, Passes
 from pathkernel.trajectory.step import Segment, Step
 
 BLOCK = 2**19
@@ -111,6 +111,9 @@ class BackwardSweep:
         self.builder = builder
         self.cuts = cuts
         self._pushed = cuts.roomy and len(curve.queries) <= FEW
+        # Shares of each module take rows; streamed passes have no whole weights to be met with.
+        whole = by != "module" and not cuts.batch.streamed
+        self.passes = replace(cuts.batch, directions=len(curve.queries) if whole else 0)
         trajectory = self.trajectory
         count = len(curve.queries)
         self.layout = trajectory.layout
@@ -123,7 +126,7 @@ class BackwardSweep:
         # (N, Q), so that a batch adds to whole rows.
         device = trajectory.device
         self.shares = torch.zeros(len(gradients.columns), count, dtype=torch.float64, device=device)
-        modules = dict.fromkeys(_module(name) for name in self.layout.names) if by == "module" else ()
+        modules = dict.fromkeys(module_of(name) for name in self.layout.names) if by == "module" else ()
         self.modules = {module: torch.zeros_like(self.shares) for module in modules}
         accumulator.steps = self._zeros(count, len(trajectory)) if by == "step" else None
         self.memory: dict[int, list[Tensor | None]] = {}
@@ -138,7 +141,7 @@ class BackwardSweep:
             return
         give_back_freed_memory()
         adjoint = StepAdjoint(self.rule, step, self.shapes)
-        stages = self.gradients.stages(step, rows=True, passes=self.cuts.batch)
+        stages = self.gradients.stages(step, rows=True, passes=self.passes)
         give_back_freed_memory()
         in_gradient, in_displacement = self._sources(segment, step)
         if in_displacement:
@@ -146,7 +149,7 @@ class BackwardSweep:
             for column, name in enumerate(in_displacement):
                 self.accumulator.channels[name] += products[:, column]
         received = [StepGradients(stage, [*stage.channels.items(), *in_gradient.items()]) for stage in stages]
-        totals = [Contributions(self, step, one) for one in received]
+        totals = [Contributions(self.accumulator, self.shares, self.modules, step.index, one) for one in received]
         weights = [self._zeros(self.count, self.layout.size) for _ in stages if self.builder]
         if self.cuts.batch.streamed:
             self._streamed(step, adjoint, q, received, totals, weights)
@@ -158,6 +161,9 @@ class BackwardSweep:
                 deliver_interrupt()
                 for place, u, scale in pulled:
                     totals[place].add(name, received[place].products(where, u, self._pushed), scale)
+                    received[place].keep(where, u, scale)
+            for total in totals:
+                total.add_coupled()
         self._beyond_the_rule(step, q)
         for total in totals:
             total.add_to_accumulator()
@@ -209,10 +215,13 @@ class BackwardSweep:
         step: Step,
         q: FactoredGradients,
         received: StepGradients,
-        parts: Iterable[FactoredGradients],
+        parts: Iterable[FactoredGradients | CoupledSamples],
     ) -> dict[str, float]:
         """The rate of each parameter that is only scaled, where pieces are best met in pairs; often all or none."""
         if isinstance(received.stage.factor, Tensor) or self.memory or self.by == "module" or self.builder is not None:
+            return {}
+        formed = [part for part in parts if isinstance(part, FactoredGradients)]
+        if received.coupled:  # they are met with the weights of all parameters
             return {}
         rates: dict[str, float] = {}
         for name in step.active:
@@ -222,7 +231,7 @@ class BackwardSweep:
             rates[name] = linear.rate
         # A weight goes with its bias, also where one of the two stays as it is (frozen, or without a gradient).
         rates |= {name: 0.0 for name in self.layout.names if name not in step.active}
-        return {name: rates[name] for name in paired_names(q, tuple(parts)) if name in rates}
+        return {name: rates[name] for name in paired_names(q, formed) if name in rates}
 
     def _contract_scaled(
         self, q: FactoredGradients, rates: dict[str, float], received: StepGradients, total: Contributions
@@ -231,6 +240,7 @@ class BackwardSweep:
         begin = 0
         scale = self._scale(rates)
         for part in received.stage.parts:
+            assert isinstance(part, FactoredGradients)
             self._contract_scaled_part(q, rates, scale, received, total, begin, part)
             begin += len(part)
         self._contract_scaled_channels(q, scale, received, total)
@@ -325,6 +335,7 @@ class BackwardSweep:
             begin = 0
             part = next(parts, None)
             while part is not None:
+                assert isinstance(part, FactoredGradients)  # streamed ones are formed
                 if rates is None:
                     rates = self._scalar_rates(adjoint, step, q, one, [part])
                     columns = list(self._pull_back_memory(step, adjoint, q, rates, weights))
@@ -371,78 +382,3 @@ class BackwardSweep:
                     if cotangent is not None:
                         values = slot.reshape(-1)[where.start - own.start : where.stop - own.start]
                         self.accumulator.channels["memory"] += cotangent.double() @ values.to(cotangent.device).double()
-
-
-class StepGradients:
-    """Gradient of a step, as samples and named channels put it together."""
-
-    def __init__(self, stage: StageGradients, channels: list[tuple[str, Tensor]]) -> None:
-        self.stage = stage
-        self.names = [name for name, _ in channels]
-        self.vectors = [vector for _, vector in channels]
-        self.owners = stage.owners.to(stage.samples.device)
-
-    def products(self, where: slice, u: Tensor, push: bool) -> Tensor:
-        """g · u of every sample, then of every channel, over a block of columns: (B + channels, Q)."""
-        rest = self._rest(where, u)
-        if push and not isinstance(self.stage.factor, Tensor):
-            pushed = [part.directional_products(where, u).T * self.stage.factor for part in self.stage.parts]
-            return torch.cat([*pushed, *(row @ u.T for row in rest)])
-        return product(torch.cat([self.stage.columns(where, u.dtype), *rest]), u)
-
-    def part_products(self, part: FactoredGradients, where: slice, u: Tensor, push: bool) -> Tensor:
-        """g · u of the samples of one pass, (B, Q)."""
-        if push and not isinstance(self.stage.factor, Tensor):
-            return part.directional_products(where, u).T * self.stage.factor
-        return product(self.stage.scaled(part.columns(where, u.dtype), where), u)
-
-    def channel_products(self, where: slice, u: Tensor) -> Tensor:
-        """g · u of every channel, (channels, Q)."""
-        return torch.cat([u.new_zeros(0, len(u)), *(row @ u.T for row in self._rest(where, u))])
-
-    def _rest(self, where: slice, u: Tensor) -> list[Tensor]:
-        return [vector[where].to(u.dtype).unsqueeze(0) for vector in self.vectors]
-
-
-class Contributions:
-    """Inner products of a step's gradients with their weights, (B + channels, Q), on their way to the accumulator."""
-
-    def __init__(self, sweep: BackwardSweep, step: Step, received: StepGradients) -> None:
-        self.sweep = sweep
-        self.step = step
-        self.received = received
-        width = len(received.owners) + len(received.names)
-        self.sum = torch.zeros(width, sweep.count, dtype=torch.float64, device=sweep.shares.device)
-
-    def add(self, name: str, products: Tensor, scale: float = 1.0) -> None:
-        """Products over some columns of a parameter, of samples and channels."""
-        self.sum.add_(products, alpha=scale)
-        self._add_to_module(name, self.received.owners, products, scale)
-
-    def add_samples(self, name: str, begin: int, products: Tensor, scale: float) -> None:
-        """Products over some columns of a parameter, of some of the samples."""
-        self.add_rows(begin, products, scale)
-        self._add_to_module(name, self.received.owners.part(slice(begin, begin + len(products))), products, scale)
-
-    def _add_to_module(self, name: str, owners: Owners, products: Tensor, scale: float) -> None:
-        if self.sweep.modules:
-            owners.add(self.sweep.modules[_module(name)], products[: len(owners)].double(), scale)
-
-    def add_rows(self, begin: int, products: Tensor, scale: float = 1.0) -> None:
-        """Products with some of what was received."""
-        self.sum[begin : begin + len(products)].add_(products, alpha=scale)
-
-    def add_to_accumulator(self) -> None:
-        """Put everything where it belongs."""
-        accumulator = self.sweep.accumulator
-        count = len(self.received.owners)
-        samples = self.sum[:count]
-        self.received.owners.add(self.sweep.shares, samples)
-        for row, name in enumerate(self.received.names, start=count):
-            accumulator.channels[name] += self.sum[row]
-        if accumulator.steps is not None:
-            accumulator.steps[:, self.step.index] += samples.sum(dim=0)
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]

@@ -39,12 +39,13 @@ from pathkernel.gradients.pytrees import count, take
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.backward_sweep import BLOCK, FEW, Cuts
-from pathkernel.kernel_machine.batch_sizes import BatchSizes, kinds_of_batches
+from pathkernel.kernel_machine.batch_sizes import BatchSizes, kinds_of_batches, pushed_at_once
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.queries import Queries
 from pathkernel.quadrature import Adaptive, DiscreteGradient, FixedQuadrature, Quadrature
 from pathkernel.runtime.allocations import Allocations, Footprint, footprint
 from pathkernel.trajectory.batch_gradients import RecordedGradients
+from pathkernel.trajectory.coupled_samples import ALWAYS_ROWS, PROBED
 from pathkernel.trajectory.stage_gradients import Passes
 from pathkernel.trajectory.step import Step
 
@@ -152,6 +153,7 @@ class _Planner:
         self.queries = queries = curve.queries
         self.gradients = gradients
         self.memory = memory
+        self.by = by
         self.samples = count(queries.inputs)
         self.trajectory = trajectory = gradients.trajectory
         self.rule, self.k, self.size = trajectory.rule, queries.components, trajectory.layout.size
@@ -174,6 +176,23 @@ class _Planner:
 
     def plan(self) -> Plan:
         """Choose everything at once where there is ample room, else the cheapest way that fits."""
+        plan = self._cut()
+        cuts = plan.cuts
+        return replace(plan, cuts=replace(cuts, batch=replace(cuts.batch, width=self._width(plan))))
+
+    def _width(self, plan: Plan) -> int:
+        """Directions along which a whole batch is pushed at once in what its rows leave free, with their weights."""
+        kinds = [(size, one) for size, one in kinds_of_batches(self.gradients, 1, total=True) if one.coupled]
+        large = [(size, one) for size, one in kinds if size * self.size >= ALWAYS_ROWS]
+        if self.by == "module" or plan.cuts.batch.streamed or not large:
+            return plan.cuts.batch.width
+        query = self.query if plan.passes is None else self.rows
+        held = query.at_the_end.plus(0.0, self.throughout + self.weights + self.k * self.row).peak(plan.queries)
+        fixed = self.coefficients[1] + (STAGE + HELD) * self.vector + PROBED * self.row
+        free = (usable_bytes(self.memory) - held - fixed) / PASSING
+        return min(pushed_at_once(size, one, free, plan.cuts.batch.width) for size, one in large)
+
+    def _cut(self) -> Plan:
         usable, n = usable_bytes(self.memory), self.samples
         whole = Plan(n, None, Cuts(scratch=int(usable) // 4))
         few = self.queries.block(torch.arange(2) % n)
