@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from pathkernel._typing import Float, PyTree
+from pathkernel._typing import Float, Parameters, PyTree
 from pathkernel.gradients.forward_state import QUIET_FALLBACKS
 from pathkernel.gradients.losses import check_slopes
 from pathkernel.gradients.model_function import ModelFunction
@@ -40,22 +40,32 @@ def pushed_outputs(
         Directions that are pushed at once, by one pass of the network itself. Passes that draw random numbers take one
         after the other: each is to draw the same.
     """
-    inputs, point = function.cast(inputs), function.cast(vector)
+    inputs, point, layout = function.cast(inputs), function.cast(vector), function.layout
     random = bool(function.state.generators)
     load_transformations()
 
-    def outputs(theta: Tensor) -> Tensor:
-        return function.batch(function.layout.unflatten(theta), inputs)
+    def drawn(some: Tensor) -> Tensor:
+        """Along one direction, where random numbers are drawn."""
+        return push_dual(lambda theta: function.batch(layout.unflatten(theta), inputs), point, some[0]).unsqueeze(0)
 
-    def along(direction: Tensor) -> Tensor:
-        return push_dual(outputs, point, direction) if random else jvp(outputs, (point,), (direction,))[1]
+    def at_once(some: Tensor) -> Tensor:
+        # Parameter by parameter, each with its own storage: tangents that are parts of another are copied twice.
+        own = {name: value.clone() for name, value in layout.unflatten(point).items()}
+        tangents = {name: value.contiguous() for name, value in layout.unflatten(some).items()}
+
+        def along(tangent: Parameters) -> Tensor:
+            return jvp(lambda parameters: function.batch(parameters, inputs), (own,), (tangent,))[1]
+
+        if len(some) > 1:
+            return vmap(along)(tangents)
+        return along({name: value[0] for name, value in tangents.items()}).unsqueeze(0)
 
     def pushed() -> Tensor:
         found = []
         for piece in blocks(len(directions), 1 if random else width):
             some = directions[piece].to(point)
             with function.evaluating(gradients=False), function.kept(), QUIET_FALLBACKS:
-                found.append(vmap(along)(some) if len(some) > 1 else along(some[0]).unsqueeze(0))
+                found.append(drawn(some) if random else at_once(some))
         return torch.cat(found)
 
     found = result_or_error(pushed, REFUSALS)
@@ -78,7 +88,10 @@ def pushed_shares(
         Where λ is of another number of outputs.
     """
     pushed = pushed_outputs(function, vector, inputs, directions, width)
-    if pushed is None:
-        return None
+    return None if pushed is None else weighted_outputs(pushed, cotangents)
+
+
+def weighted_outputs(pushed: Float[Tensor, "D n C"], cotangents: Float[Tensor, "n C"]) -> Float[Tensor, "n D"]:
+    """λ_i · (J u)_i of derivatives of all outputs, float64; raises as `pushed_shares`."""
     check_slopes(pushed[0], cotangents)
     return torch.einsum("nc,dnc->nd", cotangents.double(), pushed.double())

@@ -113,7 +113,8 @@ class BackwardSweep:
         self._pushed = cuts.roomy and len(curve.queries) <= FEW
         # Shares of each module take rows; streamed passes have no whole weights to be met with.
         whole = by != "module" and not cuts.batch.streamed
-        self.passes = replace(cuts.batch, directions=len(curve.queries) if whole else 0)
+        directions = len(curve.queries) if whole else 0
+        self.passes = replace(cuts.batch, directions=directions, outputs=builder is not None)
         trajectory = self.trajectory
         count = len(curve.queries)
         self.layout = trajectory.layout
@@ -148,29 +149,41 @@ class BackwardSweep:
             products = q @ torch.stack(list(in_displacement.values()), dim=1)
             for column, name in enumerate(in_displacement):
                 self.accumulator.channels[name] += products[:, column]
-        received = [StepGradients(stage, [*stage.channels.items(), *in_gradient.items()]) for stage in stages]
+        dtype = accumulation_dtype(self.gradients.function.dtype)
+        received = [
+            StepGradients(stage, [*stage.channels.items(), *in_gradient.items()], dtype, self.builder is not None)
+            for stage in stages
+        ]
         totals = [Contributions(self.accumulator, self.shares, self.modules, step.index, one) for one in received]
-        weights = [self._zeros(self.count, self.layout.size) for _ in stages if self.builder]
+        built: list[set[int]] = [set() for _ in totals]
         if self.cuts.batch.streamed:
-            self._streamed(step, adjoint, q, received, totals, weights)
+            self._streamed(step, adjoint, q, received, totals)
         else:
             rates = self._scalar_rates(adjoint, step, q, received[0], stages[0].parts)
             if rates:
                 self._contract_scaled(q, rates, received[0], totals[0])
-            for name, where, pulled in self._pull_back_memory(step, adjoint, q, rates, weights):
+            for name, where, pulled in self._pull_back_memory(step, adjoint, q, rates):
                 deliver_interrupt()
                 for place, u, scale in pulled:
                     totals[place].add(name, received[place].products(where, u, self._pushed), scale)
                     received[place].keep(where, u, scale)
-            for total in totals:
-                total.add_coupled()
+            built = [total.add_coupled(self.builder) for total in totals]
         self._beyond_the_rule(step, q)
         for total in totals:
             total.add_to_accumulator()
-        for stage, weight in zip(stages, weights, strict=False):
-            assert self.builder is not None
-            for ids, slopes, kernel in self.gradients.batches.kernel(step, stage, weight, self.cuts.batch):
-                self.builder.add(step.index, ids, slopes, kernel)
+        for one, done in zip(received, built, strict=True):
+            if self.builder is not None:
+                self._build(self.builder, step, one, done)
+
+    def _build(self, builder: FormBuilder, step: Step, received: StepGradients, done: set[int]) -> None:
+        """Give a form the kernels of the micro-batches that it does not have."""
+        if len(done) == len(received.stage.batches):
+            return
+        size = self.count, self.layout.size
+        weights = self._zeros(*size) if received.weights is None else received.weights
+        batches = self.gradients.batches
+        for ids, slopes, kernel in batches.kernel(step, received.stage, weights, self.cuts.batch, done):
+            builder.add(step.index, ids, slopes, kernel)
 
     def _beyond_the_rule(self, step: Step, q: FactoredGradients) -> None:
         """Book what a step did otherwise than its rule says, and pull the cotangents through edits of the memory."""
@@ -280,7 +293,7 @@ class BackwardSweep:
     # -- all other steps: columns of the queries' cotangents, block by block ----------------------------------
 
     def _pull_back_memory(
-        self, step: Step, adjoint: StepAdjoint, q: FactoredGradients, rates: dict[str, float], weights: list[Tensor]
+        self, step: Step, adjoint: StepAdjoint, q: FactoredGradients, rates: dict[str, float]
     ) -> Iterator[tuple[str, slice, list[tuple[int, Tensor, float]]]]:
         """Pull the columns of all parameters but the scaled ones back; (stage, u, scale) while they are in cache."""
         for name in self.layout.names:
@@ -295,9 +308,6 @@ class BackwardSweep:
                 if any(cotangent is not None for cotangent in held):
                     self.memory[where.start] = [self._keep(slot, where, own) for slot, own in enumerate(held)]
                 pulled = [(stage, u, scale) for stage, (u, scale) in enumerate(found) if u is not None]
-                for stage, u, scale in pulled:
-                    if weights:
-                        weights[stage][:, where] = u.double() * scale
                 for part in blocks(where.stop - where.start, self.cuts.columns):  # a whole parameter may be too long
                     if not self.cuts.roomy:
                         give_back_freed_memory()
@@ -326,7 +336,6 @@ class BackwardSweep:
         q: FactoredGradients,
         received: list[StepGradients],
         totals: list[Contributions],
-        weights: list[Tensor],
     ) -> None:
         """Pull all columns back first, (Q, P) of each stage, then contract the passes of the batch one by one."""
         rates: dict[str, float] | None = None
@@ -338,8 +347,10 @@ class BackwardSweep:
                 assert isinstance(part, FactoredGradients)  # streamed ones are formed
                 if rates is None:
                     rates = self._scalar_rates(adjoint, step, q, one, [part])
-                    columns = list(self._pull_back_memory(step, adjoint, q, rates, weights))
+                    columns = list(self._pull_back_memory(step, adjoint, q, rates))
                     rate = self._scale(rates)
+                    for where, own, u, scale in ((w, *one_pulled) for _, w, pulled in columns for one_pulled in pulled):
+                        received[own].keep(where, u, scale)
                 if rates:
                     self._contract_scaled_part(q, rates, rate, one, total, begin, part)
                 for name, where, pulled in columns:

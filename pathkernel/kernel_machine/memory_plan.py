@@ -154,6 +154,7 @@ class _Planner:
         self.gradients = gradients
         self.memory = memory
         self.by = by
+        self.dense = dense
         self.samples = count(queries.inputs)
         self.trajectory = trajectory = gradients.trajectory
         self.rule, self.k, self.size = trajectory.rule, queries.components, trajectory.layout.size
@@ -182,8 +183,8 @@ class _Planner:
 
     def _width(self, plan: Plan) -> int:
         """Directions along which a whole batch is pushed at once in what its rows leave free, with their weights."""
-        kinds = [(size, one) for size, one in kinds_of_batches(self.gradients, 1, total=True) if one.coupled]
-        large = [(size, one) for size, one in kinds if size * self.size >= ALWAYS_ROWS]
+        kinds = kinds_of_batches(self.gradients, 1, total=True)
+        large = [(size, one) for size, one in kinds if (self.dense or one.coupled) and size * self.size >= ALWAYS_ROWS]
         if self.by == "module" or plan.cuts.batch.streamed or not large:
             return plan.cuts.batch.width
         query = self.query if plan.passes is None else self.rows

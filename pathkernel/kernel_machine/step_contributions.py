@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
+from pathkernel.gradients.factored import FactoredGradients
 from pathkernel.gradients.matmul import product
 from pathkernel.kernel_machine.accumulator import Accumulator
+from pathkernel.kernel_machine.forms import FormBuilder
 from pathkernel.trajectory.columns import Owners
 from pathkernel.trajectory.coupled_samples import CoupledSamples
 from pathkernel.trajectory.stage_gradients import StageGradients
@@ -27,10 +28,27 @@ class StepGradients:
     coupled
         Samples whose gradients are not formed, with the place of the first of them among all: they are met with the
         weights of the whole step, which are gathered meanwhile.
+    weights
+        u of the whole step with the factor of the gradient, (Q, P), where there are such samples, or a form is wanted;
+        None before anything was gathered.
+
+    Parameters
+    ----------
+    stage
+        The gradient.
+    channels
+        What was added to it, by name.
+    dtype
+        Floating type of the weights.
+    form
+        Whether the weights are wanted in any case.
     """
 
-    def __init__(self, stage: StageGradients, channels: list[tuple[str, Tensor]]) -> None:
+    def __init__(
+        self, stage: StageGradients, channels: list[tuple[str, Tensor]], dtype: torch.dtype, form: bool
+    ) -> None:
         self.stage = stage
+        self.dtype = dtype
         self.names = [name for name, _ in channels]
         self.vectors = [vector for _, vector in channels]
         self.owners = stage.owners.to(stage.samples.device)
@@ -38,7 +56,8 @@ class StepGradients:
         parts = list(_placed(stage)) if held else []
         self.coupled = [(place, part) for place, part in parts if isinstance(part, CoupledSamples)]
         self._formed = [(place, part) for place, part in parts if isinstance(part, FactoredGradients)]
-        self._weights: Tensor | None = None
+        self.weights: Tensor | None = None
+        self._gathers = form or bool(self.coupled)
 
     def products(self, where: slice, u: Tensor, push: bool) -> Tensor:
         """g · u of every sample, then of every channel, over a block of columns: (B + channels, Q).
@@ -76,22 +95,24 @@ class StepGradients:
     # -- samples whose gradients are not formed ---------------------------------------------------------------
 
     def keep(self, where: slice, u: Tensor, scale: float) -> None:
-        """Gather the weights of a block of columns for them."""
-        if not self.coupled:
+        """Gather the weights of a block of columns, where they are wanted."""
+        if not self._gathers:
             return
-        if self._weights is None:
-            dtype = accumulation_dtype(self.coupled[0][1].function.dtype)
-            size = len(self.stage.samples)
-            self._weights = torch.zeros(len(u), size, dtype=dtype, device=self.stage.samples.device)
-        torch.mul(self.stage.scaled(u, where), scale, out=self._weights[:, where])
+        if self.weights is None:
+            like = self.stage.samples
+            self.weights = torch.zeros(len(u), len(like), dtype=self.dtype, device=like.device)
+        torch.mul(self.stage.scaled(u, where), scale, out=self.weights[:, where])
 
-    def coupled_products(self) -> Iterator[tuple[int, Tensor]]:
-        """g · u of these samples, (B, Q) of each batch, with the place of its first sample."""
-        if self._weights is None:
+    def coupled_products(self, outputs: bool) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """g · u of these samples, (B, Q) of each batch, with the place of its first sample.
+
+        And what u does to each of their outputs, (Q, B, C), where asked and where forward sweeps are right.
+        """
+        if self.weights is None:
             return
         for place, part in self.coupled:
-            yield place, part.products(self._weights)
-        self._weights = None
+            pushed = part.outputs(self.weights) if outputs else None
+            yield place, part.products(self.weights) if pushed is None else part.weighted(pushed), pushed
 
 
 def _placed(stage: StageGradients) -> Iterator[tuple[int, FactoredGradients | CoupledSamples]]:
@@ -151,10 +172,21 @@ class Contributions:
         """Products with some of what was received."""
         self.sum[begin : begin + len(products)].add_(products, alpha=scale)
 
-    def add_coupled(self) -> None:
-        """Products of the samples that were met with all columns at once."""
-        for place, products in self.received.coupled_products():
+    def add_coupled(self, builder: FormBuilder | None) -> set[int]:
+        """Products of the samples that were met with all columns at once; returns the places of those built in a form.
+
+        The kernel of a form is −∇z · u, of which the shares are made as well.
+        """
+        built = set()
+        for place, products, pushed in self.received.coupled_products(builder is not None):
             self.add_rows(place, products)
+            if builder is None or pushed is None:
+                continue
+            part = dict(self.received.coupled)[place]
+            owners = self.received.stage.owners.part(slice(place, place + len(part)))
+            builder.add(self.step, *owners.spread(part.cotangents.double().cpu(), -pushed.cpu()))
+            built.add(place)
+        return built
 
     def add_to_accumulator(self) -> None:
         """Put everything where it belongs."""

@@ -23,7 +23,7 @@ from pathkernel.gradients.factored import accumulation_dtype
 from pathkernel.gradients.losses import coupled_row_blocks, swept_rows, weighted_gradient
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import random_directions
-from pathkernel.gradients.pushed_shares import pushed_shares
+from pathkernel.gradients.pushed_shares import pushed_outputs, pushed_shares, weighted_outputs
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.trajectory.split_certificate import DIRECTIONS, hashable, row_limit
 from pathkernel.trajectory.step import MicroBatch
@@ -150,6 +150,23 @@ class CoupledSamples:
             costs.used = True
             found[:, piece] = shares
         return found
+
+    def outputs(self, directions: Float[Tensor, "D P"]) -> Float[Tensor, "D B C"] | None:
+        """J u of all outputs along some directions, float64; None where its products with λ are not those of rows."""
+        found = []
+        for piece in blocks(len(directions), self.width):
+            some = directions[piece]
+            pushed = pushed_outputs(self.function, self.point, self.inputs, some, len(some))
+            if pushed is None or not self._right(self.weighted(pushed), some):
+                self.costs.refused = True
+                return None
+            self.costs.used = True
+            found.append(pushed.double())
+        return torch.cat(found)
+
+    def weighted(self, pushed: Float[Tensor, "D B C"]) -> Float[Tensor, "B D"]:
+        """λ_i · (J u)_i, float64."""
+        return weighted_outputs(pushed, self.cotangents)
 
     def _by_rows(self, directions: Tensor) -> Tensor:
         """The same by one reverse sweep for each sample."""

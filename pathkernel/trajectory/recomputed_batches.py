@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -198,9 +198,12 @@ class RecomputedBatches:
         if not allowed or n * function.layout.size < ALWAYS_ROWS:
             return None
         costs = self.sweeps.of(batch, inputs)
-        if not costs.forward_pays(n, passes.directions, passes.width):
-            return None
-        if not self.together(batch, point, inputs):
+        if passes.outputs:  # they are had from forward sweeps alone
+            wanted = not costs.refused
+        else:
+            pays = costs.forward_pays(n, passes.directions, passes.width)
+            wanted = pays and self.together(batch, point, inputs)
+        if not wanted:
             return None
         cotangents = cotangents_of(batch, function, point, self.trajectory.objective, inputs, targets)
         own = CoupledSamples(costs, function, point, inputs, cotangents, passes.width, step.index)
@@ -329,19 +332,25 @@ class RecomputedBatches:
         return self._comparing[key]
 
     def kernel(
-        self, step: Step, stage: StageGradients, weight: Tensor, passes: Passes = WHOLE
+        self,
+        step: Step,
+        stage: StageGradients,
+        directions: Tensor,
+        passes: Passes = WHOLE,
+        done: Collection[int] = (),
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Columns (B,), slopes λ (B, C) and kernel values k = −⟨u, ∇z⟩ (Q, B, C) of each micro-batch of a step.
 
-        One directional derivative of the whole batch, run as it was, for each query.
+        One directional derivative of the whole batch, run as it was, for each query; ``directions`` are u, (Q, P), with
+        the factor of the stage. Those whose first sample has one of the places in ``done`` are left out.
         """
-        directions = weight * stage.factor
-        self.silence(step, directions)
         objective = self.trajectory.objective
         begin = 0
         for batch in stage.batches:
             owners = stage.owners.part(slice(begin, begin + len(batch.ids)))
             begin += len(batch.ids)
+            if begin - len(batch.ids) in done:
+                continue
             function = self.replayed(step, batch)
             inputs, targets = samples_of(batch, self.trajectory.data)
             if not passes.cut(len(batch.ids)) or self.inseparable(batch, stage.point, inputs):

@@ -30,6 +30,8 @@ class Passes:
     directions
         With how many directions the gradients of all samples are to be met, where nothing else is done with them:
         those of coupled samples need not be formed then. 0 where they are wanted as such.
+    outputs
+        Whether derivatives of all outputs along these directions are wanted as well, of whatever samples.
     width
         Directions that a batch may be pushed along at once; 0 where there is no memory for it.
     """
@@ -37,6 +39,7 @@ class Passes:
     samples: int
     streamed: bool = False
     directions: int = 0
+    outputs: bool = False
     width: int = 16
 
     def cut(self, batch: int) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import pathkernel as pk
 from pathkernel.gradients.losses import coupled_rows
 from pathkernel.gradients.pushed_shares import pushed_shares
+from pathkernel.kernel_machine.forms import AverageForm
 from pathkernel.trajectory.coupled_samples import ALWAYS_ROWS, CoupledSamples, SweepCosts
 from pathkernel.trajectory.stage_gradients import Passes
 from pathkernel.trajectory.step import Step
@@ -89,6 +90,7 @@ def network(*middle: nn.Module) -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: network(),
     "batch norm": lambda: network(nn.BatchNorm1d(130)),
     "batch norm and dropout": lambda: network(nn.BatchNorm1d(130), nn.Dropout(0.3)),
     "centred": lambda: nn.Sequential(network(Centred()), nn.BatchNorm1d(3, momentum=None)),
@@ -96,6 +98,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "no forward rule": lambda: network(nn.BatchNorm1d(130), Applied(_Twice)),
     "a mistaken forward rule": lambda: network(nn.BatchNorm1d(130), Applied(_Mistaken)),
 }
+
+COUPLED = ("batch norm", "batch norm and dropout", "centred")
 
 ONLY_ROWS = ("tokens", "no forward rule", "a mistaken forward rule")
 
@@ -159,7 +163,7 @@ def samples_of_step(trajectory: pk.Trajectory, width: int) -> tuple[CoupledSampl
 # -- one batch ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ONLY_ROWS])
+@pytest.mark.parametrize("name", COUPLED)
 @pytest.mark.parametrize("width", [1, 3])
 def test_a_forward_sweep_gives_the_products_of_all_rows(name: str, width: int) -> None:
     trajectory, _ = recorded(name)
@@ -234,7 +238,7 @@ def test_many_directions_are_met_by_rows_once_that_is_known_to_take_less() -> No
 # -- explanations ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*COUPLED, *ONLY_ROWS])
 def test_shares_are_those_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trajectory, X = recorded(name)
     expected = pk.KernelMachine(trajectory, engine="autograd").explain(X, outputs=0)
@@ -291,3 +295,33 @@ def test_few_numbers_are_always_met_by_rows() -> None:
             optimizer.step()
     assert 8 * recorder.trajectory.layout.size < ALWAYS_ROWS
     assert explained(recorder.trajectory, X[:2])[1] is None
+
+
+# -- forms -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["average", "ensemble"])
+@pytest.mark.parametrize("name", ["plain", "batch norm", "tokens"])
+def test_forms_are_made_of_the_sweeps_that_shares_are_made_of(name: str, form: str) -> None:
+    """Where forward sweeps are the rows' products; else of both, as each is."""
+    trajectory, X = recorded(name, "adam")
+    machine = pk.KernelMachine(trajectory, form=form)
+    why = machine.explain(X, outputs=0)
+    (costs,) = machine._recorded.batches.sweeps.costs.values()
+    assert costs.used is (name != "tokens") and costs.refused is (name == "tokens")
+    expected = pk.KernelMachine(trajectory, engine="autograd").explain(X, outputs=0)
+    np.testing.assert_allclose(why.shares, expected.shares, rtol=0, atol=1e-12)
+    assert why.form is not None
+    if name == "tokens":  # the derivative of the padding token, which autograd leaves out, is in the kernel alone
+        return
+    np.testing.assert_allclose(why.form.shares, why.shares, rtol=0, atol=1e-12)
+    assert why.split_error < 1e-12
+
+
+def test_a_form_whose_shares_are_split_by_module_is_the_same() -> None:
+    trajectory, X = recorded("plain")
+    machine = pk.KernelMachine(trajectory, form="average")
+    whole, split = machine.explain(X, outputs=0), machine.explain(X, outputs=0, by="module")
+    assert isinstance(whole.form, AverageForm) and isinstance(split.form, AverageForm)
+    np.testing.assert_allclose(split.form.denominator, whole.form.denominator, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(sum(split.modules.values()), whole.shares, rtol=0, atol=1e-12)
