@@ -15,6 +15,7 @@ import pathkernel as pk
 from pathkernel.gradients.losses import coupled_rows
 from pathkernel.gradients.pushed_shares import pushed_shares
 from pathkernel.kernel_machine.forms import AverageForm
+from pathkernel.runtime.allocations import Allocations
 from pathkernel.trajectory.coupled_samples import ALWAYS_ROWS, CoupledSamples, SweepCosts
 from pathkernel.trajectory.stage_gradients import Passes
 from pathkernel.trajectory.step import Step
@@ -325,3 +326,24 @@ def test_a_form_whose_shares_are_split_by_module_is_the_same() -> None:
     assert isinstance(whole.form, AverageForm) and isinstance(split.form, AverageForm)
     np.testing.assert_allclose(split.form.denominator, whole.form.denominator, rtol=0, atol=1e-12)
     np.testing.assert_allclose(sum(split.modules.values()), whole.shares, rtol=0, atol=1e-12)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_as_many_directions_are_pushed_at_once_as_the_budget_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    trajectory, _ = recorded(dtype=torch.float32)
+    X = torch.randn(24, 6)
+    monkeypatch.setattr(SweepCosts, "forward_pays", always_forward)
+    widths = []
+    expected = None
+    for memory in (1_000_000_000, 40_000_000, 32_000_000, 28_000_000):
+        machine = pk.KernelMachine(trajectory, memory=memory)
+        with Allocations() as allocations:
+            why = machine.explain(X, outputs=0)
+        assert allocations.peak - why.shares.nbytes <= memory
+        costs = list(machine._recorded.batches.sweeps.costs.values())
+        widths.append(max(costs[0].proved, default=0) if costs else 0)
+        expected = why.shares if expected is None else expected
+        np.testing.assert_allclose(why.shares, expected, rtol=0, atol=1e-5 * abs(expected).max())
+    assert widths[0] == 16 and widths == sorted(widths, reverse=True) and widths[-1] < 16
