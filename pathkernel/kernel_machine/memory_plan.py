@@ -367,7 +367,8 @@ class _Planner:
         most, columns = self.batches.most, math.ceil(self.size / way.cuts.columns)
         passes = math.ceil(most / min(most, way.cuts.batch.samples))
         portions = passes if way.cuts.batch.streamed else 1
-        batch = most * self.size + PASS * passes + BLOCK_OF_COLUMNS * columns * portions
+        sweeps = most if self.batches.rows else 0  # of a whole batch each, for every block of queries
+        batch = most * self.size + PASS * (passes + sweeps) + BLOCK_OF_COLUMNS * columns * portions
         query = self.size + PASS / (way.passes or block)
         return math.ceil(self.samples / block) * batch + self.samples * query
 
