@@ -41,6 +41,9 @@ KEYS = {
         *("loop", "lines", "recorded", "residual", "split_error", "agreement", "bit_identical_training"),
         *("overhead", "explain_ok", "path_kernel_ok"),
     },
+    "real_networks.py": {
+        *("network", "optimizer", "task", "seconds", "training_seconds", "ratio", "peak_mb", "error"),
+    },
     "recording.py": {"model", "optimizer", "level", "ratio", "milliseconds_per_step", "target"},
     "structure.py": {"figure", "value"},
     "sgd_or_adam.py": {"optimizer", "rank_correlation", "residual_exact", "residual_as_sgd"},

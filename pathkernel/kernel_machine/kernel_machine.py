@@ -99,8 +99,9 @@ class KernelMachine:
     The shares are not a kernel in the sense of scikit-learn (they are not symmetric in query and training sample);
     for an SVM use `PathKernel`.
 
-    `predict` and `decision_function` add up Σ_i share_i(x) before contracting with the query's gradient, which
-    linearity allows: they cost a few forward passes a step. `explain` computes every share.
+    `predict` and `decision_function` add up all samples and channels before contracting with the query's gradient,
+    which linearity allows: a step costs its training once more, and a forward pass or two of the queries. `explain`
+    computes every share.
 
     Examples
     --------
