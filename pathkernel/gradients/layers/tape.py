@@ -178,7 +178,8 @@ class Tape:
             if self._is_head(call, identity):
                 factor = factor.as_head()
             for name, where, own in list(handle.pull(factor)):
-                if name not in self.plain:  # others of the same handle are wanted
+                # Others of the same handle are wanted; an expert that nothing was sent to has no positions.
+                if name not in self.plain and own.positions:
                     contributions[name].append((where, own))
 
         error = result_or_error(pull, FAILURES if self.proving else ())

@@ -410,6 +410,39 @@ def test_what_cannot_be_cut_into_samples_is_plain_and_nothing_else() -> None:
     assert "holds no part for each sample" in plain["experts.0.weight"]
 
 
+class Specialists(nn.Module):
+    """Samples go to one of two layers by their sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, out = self.inward(x).tanh(), torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            own = ((x[:, 0] > 0) == bool(i)).nonzero().flatten()
+            out = out.index_add(0, own, expert(y[own]))
+        return self.head(out)
+
+
+def test_an_expert_that_nothing_is_sent_to_has_gradients_of_zero() -> None:
+    torch.manual_seed(0)
+    model, X, y = Specialists().double(), torch.randn(6, WIDTH, dtype=torch.float64), torch.randint(2, (6,))
+    X[:, 0] = X[:, 0].abs()
+    optimizer, loss = torch.optim.Adam(model.parameters()), nn.CrossEntropyLoss()
+    with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+        for x, target in recorder.batches(batch_size=3):
+            optimizer.zero_grad()
+            loss(model(x), target).backward()
+            optimizer.step()
+    found, expected = (
+        pk.KernelMachine(recorder.trajectory, engine=engine).explain(X[:2], outputs=0).shares
+        for engine in ("layerwise", "autograd")
+    )
+    assert abs(found - expected).max() <= 1e-10 * abs(expected).max()
+
+
 class Cached(nn.Module):
     """A table that is made of numbers when it is first needed, and again where more positions come."""
 
