@@ -43,7 +43,7 @@ class SweepCosts:
     Attributes
     ----------
     reverse
-        Seconds of a reverse sweep, the least that was measured; NaN before.
+        Seconds of a reverse sweep, the least that was measured, in every step anew; NaN before.
     forward
         Seconds of a forward sweep along one direction, by the number of directions at once; the same.
     refused
@@ -115,7 +115,11 @@ class CoupledSamples:
 
     @cached_property
     def _total(self) -> Tensor:
-        return weighted_gradient(self.function, self.point, self.inputs, self.cotangents).double()
+        began = time.perf_counter()
+        total = weighted_gradient(self.function, self.point, self.inputs, self.cotangents)
+        # With its forward pass: no less than a reverse sweep, and no first measurement that something held up stays.
+        self.costs.note_reverse(time.perf_counter() - began)
+        return total.double()
 
     def total(self) -> Float[Tensor, " P"]:
         """The sum of all gradients, float64, by one reverse sweep."""
