@@ -115,10 +115,10 @@ class CoupledSamples:
 
     @cached_property
     def _total(self) -> Tensor:
-        began = time.perf_counter()
+        began = self._now()
         total = weighted_gradient(self.function, self.point, self.inputs, self.cotangents)
         # With its forward pass: no less than a reverse sweep, and no first measurement that something held up stays.
-        self.costs.note_reverse(time.perf_counter() - began)
+        self.costs.note_reverse(self._now() - began)
         return total.double()
 
     def total(self) -> Float[Tensor, " P"]:
@@ -143,9 +143,9 @@ class CoupledSamples:
                 found[:, piece.start :] = self._by_rows(directions[piece.start :])
                 break
             some = directions[piece]
-            began = time.perf_counter()
+            began = self._now()
             shares = self.pushed(some, len(some))
-            took = time.perf_counter() - began
+            took = self._now() - began
             if shares is None or not self._right(shares, some):
                 costs.refused = True
                 found[:, piece.start :] = self._by_rows(directions[piece.start :])
@@ -180,6 +180,12 @@ class CoupledSamples:
             rows = rows.to(accumulation_dtype(self.function.dtype))
             found.append((rows @ directions.to(rows).T).double())
         return torch.cat(found)
+
+    def _now(self) -> float:
+        """Seconds on a clock, once all that was asked of the device is done."""
+        if self.point.device.type == "cuda":
+            torch.cuda.synchronize(self.point.device)
+        return time.perf_counter()
 
     # -- proofs ----------------------------------------------------------------------------------------------
 
@@ -222,12 +228,12 @@ class CoupledSamples:
         """Rows of these samples, each reverse sweep timed."""
         rows = []
         sweeps = swept_rows(self.function, self.point, self.inputs, self.cotangents, self._samples)
-        began = time.perf_counter()
+        began = self._now()
         for place, row in enumerate(sweeps):
             if place or len(self) == 1:  # the first comes with the forward pass
-                self.costs.note_reverse(time.perf_counter() - began)
+                self.costs.note_reverse(self._now() - began)
             rows.append(row.to(accumulation_dtype(self.function.dtype)))
-            began = time.perf_counter()
+            began = self._now()
         return torch.stack(rows)
 
     def _error(self, shares: Tensor, directions: Tensor) -> float:

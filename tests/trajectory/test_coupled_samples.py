@@ -236,6 +236,16 @@ def test_many_directions_are_met_by_rows_once_that_is_known_to_take_less() -> No
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
 
 
+def test_a_reverse_sweep_that_was_held_up_is_measured_again() -> None:
+    trajectory, _ = recorded()
+    own, _ = samples_of_step(trajectory, 2)
+    own.costs.reverse, own.costs.forward[2] = 1e6, 1e3
+    assert own.costs.forward_pays(64, 5, 2)
+    vars(own).pop("_total")  # as of another step
+    own.total()
+    assert own.costs.reverse < 60 and not own.costs.forward_pays(64, 5, 2)
+
+
 # -- explanations ------------------------------------------------------------------------------------------------------
 
 
