@@ -32,6 +32,10 @@ class CertificateWarning(InThreeParts, UserWarning):
     """A result whose certificate says that its split between samples cannot be trusted far."""
 
 
+class PlainGradientsWarning(InThreeParts, UserWarning):
+    """A considerable part of θ is not accounted for layer by layer: results are the same, and take longer."""
+
+
 class RecordingError(PathKernelError):
     """The training loop did something that cannot be put on record."""
 

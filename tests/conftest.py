@@ -31,6 +31,7 @@ SHAPED = [
     "pathkernel.gradients.model_function",
     "pathkernel.gradients.parameters",
     "pathkernel.gradients.per_sample",
+    "pathkernel.gradients.pushed_shares",
     "pathkernel.gradients.sample_wise",
     "pathkernel.kernel_machine.queries",
     "pathkernel.path_kernel.features",
@@ -44,6 +45,7 @@ SHAPED = [
     "pathkernel.tangent_kernel.measured_error",
     "pathkernel.tangent_kernel.operators",
     "pathkernel.tangent_kernel.output_probes",
+    "pathkernel.trajectory.coupled_samples",
     "pathkernel.trajectory.stage_gradients",
 ]
 # Checking all of them takes as long again as the tests: by default a few, and all in the run that test_house.py makes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,6 +154,37 @@ class PositionsFirst(nn.Module):
         return self.head(self.layer(x.transpose(0, 1).reshape(-1, width)).tanh().view(t, n, width).mean(0))
 
 
+class _Squared(torch.autograd.Function):
+    """x ∘ w², by a function that torch's modes do not see."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight**2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *signals: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return signals[0] * weight**2, (2 * signals[0] * x * weight).sum(0)
+
+
+class OwnFunction(nn.Module):
+    """A parameter that only a function of one's own meets."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(6, width), nn.Parameter(torch.randn(width))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(_Squared.apply(self.layer(x), self.scale).tanh())
+
+
 def _weight_norm() -> nn.Module:
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3))
 
@@ -210,10 +242,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "positions first": (PositionsFirst, "sequences"),
     "weight norm": (_weight_norm, "vectors"),
     "spectral norm": (_spectral_norm, "vectors"),
+    "own function": (OwnFunction, "vectors"),
 }
 """Name → constructor and kind of input."""
 
-PLAIN = {"spectral norm": {"0.parametrizations.weight.original"}}
+PLAIN = {"own function": {"scale"}}
 """Parameters that no rule covers; all others of these networks are covered."""
 
 

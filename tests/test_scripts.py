@@ -32,11 +32,17 @@ KEYS = {
     },
     "orders.py": {"quadrature", "step_size", "residual", "order"},
     "compilation.py": {"network", "milliseconds_eager", "milliseconds_compiled", "ratio"},
+    "coverage.py": {
+        *("architecture", "dtype", "parameters", "covered", "plain_parameters", "reason", "error", "error_of_shares"),
+    },
     "engines.py": {"workload", "method", "seconds", "floor_seconds", "peak_mb", "error"},
     "faults.py": {"fault", "trials", "survived", "lost", "silently_wrong"},
     "loops.py": {
         *("loop", "lines", "recorded", "residual", "split_error", "agreement", "bit_identical_training"),
         *("overhead", "explain_ok", "path_kernel_ok"),
+    },
+    "real_networks.py": {
+        *("network", "optimizer", "task", "seconds", "training_seconds", "ratio", "peak_mb", "error"),
     },
     "recording.py": {"model", "optimizer", "level", "ratio", "milliseconds_per_step", "target"},
     "structure.py": {"figure", "value"},

@@ -11,6 +11,7 @@ from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
+from pathkernel.gradients.layers.plain import warn_of_rows
 from pathkernel.gradients.layers.tape import Tape
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
@@ -95,6 +96,11 @@ class GradientSource:
         """Prove now how gradients are taken from such samples, which else happens with the first of them."""
         if self.engine not in BY_ROWS:
             self.tapes.record(theta, inputs, function)
+
+    def warn(self) -> None:
+        """Warn once for each module where a considerable part of θ is formed as rows that nobody asked for."""
+        if self.engine not in BY_ROWS and self.tapes.coverage is not None:
+            warn_of_rows(self.function, self.tapes.coverage.plain)
 
     def anew(self) -> GradientSource:
         """A source for the same network of which nothing is proved."""

@@ -10,7 +10,7 @@ named: c_i g_i is what sample i contributed to the gradient that autograd comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,21 +197,35 @@ def coupled_row_blocks(
     function: ModelFunction, vector: Float[Tensor, " P"], inputs: PyTree, cotangents: Float[Tensor, "B C"], size: int
 ) -> Iterator[Float[Tensor, "n P"]]:
     """The rows of `coupled_rows`, a few samples at a time, each few by a forward pass of the whole batch."""
-    leaves = leaf_parameters(function, vector)
     for block in blocks(len(cotangents), size):
-        with function.evaluating(gradients=True), function.kept():
-            outputs = function.batch(leaves, function.cast(inputs))
-            check_slopes(outputs, cotangents)
-            dtype = torch.promote_types(outputs.dtype, function.dtype)  # that of the outputs may be coarser
-            rows = torch.empty(block.stop - block.start, function.layout.size, dtype=dtype, device=outputs.device)
-            for row, sample in zip(rows, range(block.start, block.stop), strict=True):
-                own = torch.zeros_like(outputs)
-                own[sample] = cotangents[sample].to(outputs)
-                row.copy_(function.layout.flatten(pulled_back(leaves, outputs, own, retain=True)))
-                give_back_freed_memory()
-                deliver_interrupt()  # no pass comes between them
-            del outputs
+        rows: Tensor | None = None
+        samples = range(block.start, block.stop)
+        for place, row in enumerate(swept_rows(function, vector, inputs, cotangents, samples)):
+            rows = row.new_empty(len(samples), len(row)) if rows is None else rows
+            rows[place] = row
+        assert rows is not None
         yield rows
+
+
+def swept_rows(
+    function: ModelFunction,
+    vector: Float[Tensor, " P"],
+    inputs: PyTree,
+    cotangents: Float[Tensor, "B C"],
+    samples: Iterable[int],
+) -> Iterator[Float[Tensor, " P"]]:
+    """Rows of `coupled_rows` of some samples, one reverse sweep after the other, behind one forward pass of all."""
+    leaves = leaf_parameters(function, vector)
+    with function.evaluating(gradients=True), function.kept():
+        outputs = function.batch(leaves, function.cast(inputs))
+        check_slopes(outputs, cotangents)
+        dtype = torch.promote_types(outputs.dtype, function.dtype)  # that of the outputs may be coarser
+        for sample in samples:
+            own = torch.zeros_like(outputs)
+            own[sample] = cotangents[sample].to(outputs)
+            yield function.layout.flatten(pulled_back(leaves, outputs, own, retain=True)).to(dtype)
+            give_back_freed_memory()
+            deliver_interrupt()  # no pass comes between them
 
 
 def weighted_gradient(

@@ -142,12 +142,15 @@ class ModelFunction:
         return other
 
     @contextmanager
-    def evaluating(self, gradients: bool | None = None, *, as_trained: bool = False) -> Iterator[None]:
+    def evaluating(
+        self, gradients: bool | None = None, *, as_trained: bool = False, fused_attention: bool = False
+    ) -> Iterator[None]:
         """Evaluate inside, once where the pass draws random numbers, with kernels that can be differentiated.
 
         With or without autograd's graph; None leaves it as it is. ``as_trained`` leaves the choice of kernels to torch,
-        as the loop did. Ctrl-C waits until the end, or for the next pass: settings of torch, and its random generators,
-        have to be put back. One thread at a time.
+        as the loop did; ``fused_attention`` does so for attention alone, where a pass is differentiated backward, once,
+        and draws no random numbers. Ctrl-C waits until the end, or for the next pass: settings of torch, and its random
+        generators, have to be put back. One thread at a time.
         """
         check_gradients_are_possible()
         device, dtype = self.state.autocast or (self.device.type, None)
@@ -159,7 +162,7 @@ class ModelFunction:
             PLAIN_CALLS if self.compiled and not as_trained else nullcontext(),
             module_mode(self.module, self.state.modes),
             generators_at(self.state.generators),
-            nullcontext() if as_trained else PLAIN_ATTENTION,
+            nullcontext() if as_trained or (fused_attention and not self.state.generators) else PLAIN_ATTENTION,
             nullcontext() if as_trained else PLAIN_ENCODERS,
             nullcontext() if as_trained or self.device.type != "cuda" else FULL_PRECISION,
             PLAIN_RECURRENCE if self.recurrent and not as_trained else nullcontext(),

@@ -59,6 +59,7 @@ class StructuralCopy:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self._reference = weakref.ref(module)
         self._originals = dict(_named_tensors(module))  # an identity is only good for as long as its tensor lives
         self.names = {id(value): name for name, value in self._originals.items()}
         copier = _Copier(self.names)
@@ -71,6 +72,11 @@ class StructuralCopy:
             if isinstance(child, (nn.Embedding, nn.EmbeddingBag)):
                 child.sparse = False
         self.clear()
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The module that was copied, None where nobody holds it any more."""
+        return self._reference()
 
     def fill(self, values: Mapping[str, Tensor]) -> None:
         """Put tensors where the parameters and buffers of these names are used, under every name they have."""

@@ -23,7 +23,7 @@ class Accumulator:
     Attributes
     ----------
     channels
-        (Q,) by name; a forward sweep puts the sum over samples under ``"samples"``.
+        (Q,) by name; a forward sweep puts samples and named channels under ``"together"``.
     quadrature_error
         Change of the queries that the quadrature missed, in absolute value and summed over the pieces, (Q,).
     short

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,17 +19,17 @@ from tqdm.auto import tqdm
 
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.inner_products import contracted, paired_names
-from pathkernel.gradients.matmul import product
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.forms import FormBuilder
+from pathkernel.kernel_machine.step_contributions import Contributions, StepGradients, module_of
 from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
-from pathkernel.trajectory.columns import Owners
-from pathkernel.trajectory.stage_gradients import WHOLE, Passes, StageGradients
+from pathkernel.trajectory.coupled_samples import CoupledSamples
+from pathkernel.trajectory.stage_gradients import WHOLE, Passes
 from pathkernel.trajectory.step import Segment, Step
 
 BLOCK = 2**19
@@ -111,6 +111,10 @@ class BackwardSweep:
         self.builder = builder
         self.cuts = cuts
         self._pushed = cuts.roomy and len(curve.queries) <= FEW
+        # Shares of each module take rows; streamed passes have no whole weights to be met with.
+        whole = by != "module" and not cuts.batch.streamed
+        directions = len(curve.queries) if whole else 0
+        self.passes = replace(cuts.batch, directions=directions, outputs=builder is not None)
         trajectory = self.trajectory
         count = len(curve.queries)
         self.layout = trajectory.layout
@@ -123,7 +127,7 @@ class BackwardSweep:
         # (N, Q), so that a batch adds to whole rows.
         device = trajectory.device
         self.shares = torch.zeros(len(gradients.columns), count, dtype=torch.float64, device=device)
-        modules = dict.fromkeys(_module(name) for name in self.layout.names) if by == "module" else ()
+        modules = dict.fromkeys(module_of(name) for name in self.layout.names) if by == "module" else ()
         self.modules = {module: torch.zeros_like(self.shares) for module in modules}
         accumulator.steps = self._zeros(count, len(trajectory)) if by == "step" else None
         self.memory: dict[int, list[Tensor | None]] = {}
@@ -138,33 +142,48 @@ class BackwardSweep:
             return
         give_back_freed_memory()
         adjoint = StepAdjoint(self.rule, step, self.shapes)
-        stages = self.gradients.stages(step, rows=True, passes=self.cuts.batch)
+        stages = self.gradients.stages(step, rows=True, passes=self.passes)
         give_back_freed_memory()
         in_gradient, in_displacement = self._sources(segment, step)
         if in_displacement:
             products = q @ torch.stack(list(in_displacement.values()), dim=1)
             for column, name in enumerate(in_displacement):
                 self.accumulator.channels[name] += products[:, column]
-        received = [StepGradients(stage, [*stage.channels.items(), *in_gradient.items()]) for stage in stages]
-        totals = [Contributions(self, step, one) for one in received]
-        weights = [self._zeros(self.count, self.layout.size) for _ in stages if self.builder]
+        dtype = accumulation_dtype(self.gradients.function.dtype)
+        received = [
+            StepGradients(stage, [*stage.channels.items(), *in_gradient.items()], dtype, self.builder is not None)
+            for stage in stages
+        ]
+        totals = [Contributions(self.accumulator, self.shares, self.modules, step.index, one) for one in received]
+        built: list[set[int]] = [set() for _ in totals]
         if self.cuts.batch.streamed:
-            self._streamed(step, adjoint, q, received, totals, weights)
+            self._streamed(step, adjoint, q, received, totals)
         else:
             rates = self._scalar_rates(adjoint, step, q, received[0], stages[0].parts)
             if rates:
                 self._contract_scaled(q, rates, received[0], totals[0])
-            for name, where, pulled in self._pull_back_memory(step, adjoint, q, rates, weights):
+            for name, where, pulled in self._pull_back_memory(step, adjoint, q, rates):
                 deliver_interrupt()
                 for place, u, scale in pulled:
                     totals[place].add(name, received[place].products(where, u, self._pushed), scale)
+                    received[place].keep(where, u, scale)
+            built = [total.add_coupled(self.builder) for total in totals]
         self._beyond_the_rule(step, q)
         for total in totals:
             total.add_to_accumulator()
-        for stage, weight in zip(stages, weights, strict=False):
-            assert self.builder is not None
-            for ids, slopes, kernel in self.gradients.batches.kernel(step, stage, weight, self.cuts.batch):
-                self.builder.add(step.index, ids, slopes, kernel)
+        for one, done in zip(received, built, strict=True):
+            if self.builder is not None:
+                self._build(self.builder, step, one, done)
+
+    def _build(self, builder: FormBuilder, step: Step, received: StepGradients, done: set[int]) -> None:
+        """Give a form the kernels of the micro-batches that it does not have."""
+        if len(done) == len(received.stage.batches):
+            return
+        size = self.count, self.layout.size
+        weights = self._zeros(*size) if received.weights is None else received.weights
+        batches = self.gradients.batches
+        for ids, slopes, kernel in batches.kernel(step, received.stage, weights, self.cuts.batch, done):
+            builder.add(step.index, ids, slopes, kernel)
 
     def _beyond_the_rule(self, step: Step, q: FactoredGradients) -> None:
         """Book what a step did otherwise than its rule says, and pull the cotangents through edits of the memory."""
@@ -209,10 +228,13 @@ class BackwardSweep:
         step: Step,
         q: FactoredGradients,
         received: StepGradients,
-        parts: Iterable[FactoredGradients],
+        parts: Iterable[FactoredGradients | CoupledSamples],
     ) -> dict[str, float]:
         """The rate of each parameter that is only scaled, where pieces are best met in pairs; often all or none."""
         if isinstance(received.stage.factor, Tensor) or self.memory or self.by == "module" or self.builder is not None:
+            return {}
+        formed = [part for part in parts if isinstance(part, FactoredGradients)]
+        if received.coupled:  # they are met with the weights of all parameters
             return {}
         rates: dict[str, float] = {}
         for name in step.active:
@@ -222,7 +244,7 @@ class BackwardSweep:
             rates[name] = linear.rate
         # A weight goes with its bias, also where one of the two stays as it is (frozen, or without a gradient).
         rates |= {name: 0.0 for name in self.layout.names if name not in step.active}
-        return {name: rates[name] for name in paired_names(q, tuple(parts)) if name in rates}
+        return {name: rates[name] for name in paired_names(q, formed) if name in rates}
 
     def _contract_scaled(
         self, q: FactoredGradients, rates: dict[str, float], received: StepGradients, total: Contributions
@@ -231,6 +253,7 @@ class BackwardSweep:
         begin = 0
         scale = self._scale(rates)
         for part in received.stage.parts:
+            assert isinstance(part, FactoredGradients)
             self._contract_scaled_part(q, rates, scale, received, total, begin, part)
             begin += len(part)
         self._contract_scaled_channels(q, scale, received, total)
@@ -270,7 +293,7 @@ class BackwardSweep:
     # -- all other steps: columns of the queries' cotangents, block by block ----------------------------------
 
     def _pull_back_memory(
-        self, step: Step, adjoint: StepAdjoint, q: FactoredGradients, rates: dict[str, float], weights: list[Tensor]
+        self, step: Step, adjoint: StepAdjoint, q: FactoredGradients, rates: dict[str, float]
     ) -> Iterator[tuple[str, slice, list[tuple[int, Tensor, float]]]]:
         """Pull the columns of all parameters but the scaled ones back; (stage, u, scale) while they are in cache."""
         for name in self.layout.names:
@@ -285,9 +308,6 @@ class BackwardSweep:
                 if any(cotangent is not None for cotangent in held):
                     self.memory[where.start] = [self._keep(slot, where, own) for slot, own in enumerate(held)]
                 pulled = [(stage, u, scale) for stage, (u, scale) in enumerate(found) if u is not None]
-                for stage, u, scale in pulled:
-                    if weights:
-                        weights[stage][:, where] = u.double() * scale
                 for part in blocks(where.stop - where.start, self.cuts.columns):  # a whole parameter may be too long
                     if not self.cuts.roomy:
                         give_back_freed_memory()
@@ -316,7 +336,6 @@ class BackwardSweep:
         q: FactoredGradients,
         received: list[StepGradients],
         totals: list[Contributions],
-        weights: list[Tensor],
     ) -> None:
         """Pull all columns back first, (Q, P) of each stage, then contract the passes of the batch one by one."""
         rates: dict[str, float] | None = None
@@ -325,10 +344,13 @@ class BackwardSweep:
             begin = 0
             part = next(parts, None)
             while part is not None:
+                assert isinstance(part, FactoredGradients)  # streamed ones are formed
                 if rates is None:
                     rates = self._scalar_rates(adjoint, step, q, one, [part])
-                    columns = list(self._pull_back_memory(step, adjoint, q, rates, weights))
+                    columns = list(self._pull_back_memory(step, adjoint, q, rates))
                     rate = self._scale(rates)
+                    for where, own, u, scale in ((w, *one_pulled) for _, w, pulled in columns for one_pulled in pulled):
+                        received[own].keep(where, u, scale)
                 if rates:
                     self._contract_scaled_part(q, rates, rate, one, total, begin, part)
                 for name, where, pulled in columns:
@@ -371,78 +393,3 @@ class BackwardSweep:
                     if cotangent is not None:
                         values = slot.reshape(-1)[where.start - own.start : where.stop - own.start]
                         self.accumulator.channels["memory"] += cotangent.double() @ values.to(cotangent.device).double()
-
-
-class StepGradients:
-    """Gradient of a step, as samples and named channels put it together."""
-
-    def __init__(self, stage: StageGradients, channels: list[tuple[str, Tensor]]) -> None:
-        self.stage = stage
-        self.names = [name for name, _ in channels]
-        self.vectors = [vector for _, vector in channels]
-        self.owners = stage.owners.to(stage.samples.device)
-
-    def products(self, where: slice, u: Tensor, push: bool) -> Tensor:
-        """g · u of every sample, then of every channel, over a block of columns: (B + channels, Q)."""
-        rest = self._rest(where, u)
-        if push and not isinstance(self.stage.factor, Tensor):
-            pushed = [part.directional_products(where, u).T * self.stage.factor for part in self.stage.parts]
-            return torch.cat([*pushed, *(row @ u.T for row in rest)])
-        return product(torch.cat([self.stage.columns(where, u.dtype), *rest]), u)
-
-    def part_products(self, part: FactoredGradients, where: slice, u: Tensor, push: bool) -> Tensor:
-        """g · u of the samples of one pass, (B, Q)."""
-        if push and not isinstance(self.stage.factor, Tensor):
-            return part.directional_products(where, u).T * self.stage.factor
-        return product(self.stage.scaled(part.columns(where, u.dtype), where), u)
-
-    def channel_products(self, where: slice, u: Tensor) -> Tensor:
-        """g · u of every channel, (channels, Q)."""
-        return torch.cat([u.new_zeros(0, len(u)), *(row @ u.T for row in self._rest(where, u))])
-
-    def _rest(self, where: slice, u: Tensor) -> list[Tensor]:
-        return [vector[where].to(u.dtype).unsqueeze(0) for vector in self.vectors]
-
-
-class Contributions:
-    """Inner products of a step's gradients with their weights, (B + channels, Q), on their way to the accumulator."""
-
-    def __init__(self, sweep: BackwardSweep, step: Step, received: StepGradients) -> None:
-        self.sweep = sweep
-        self.step = step
-        self.received = received
-        width = len(received.owners) + len(received.names)
-        self.sum = torch.zeros(width, sweep.count, dtype=torch.float64, device=sweep.shares.device)
-
-    def add(self, name: str, products: Tensor, scale: float = 1.0) -> None:
-        """Products over some columns of a parameter, of samples and channels."""
-        self.sum.add_(products, alpha=scale)
-        self._add_to_module(name, self.received.owners, products, scale)
-
-    def add_samples(self, name: str, begin: int, products: Tensor, scale: float) -> None:
-        """Products over some columns of a parameter, of some of the samples."""
-        self.add_rows(begin, products, scale)
-        self._add_to_module(name, self.received.owners.part(slice(begin, begin + len(products))), products, scale)
-
-    def _add_to_module(self, name: str, owners: Owners, products: Tensor, scale: float) -> None:
-        if self.sweep.modules:
-            owners.add(self.sweep.modules[_module(name)], products[: len(owners)].double(), scale)
-
-    def add_rows(self, begin: int, products: Tensor, scale: float = 1.0) -> None:
-        """Products with some of what was received."""
-        self.sum[begin : begin + len(products)].add_(products, alpha=scale)
-
-    def add_to_accumulator(self) -> None:
-        """Put everything where it belongs."""
-        accumulator = self.sweep.accumulator
-        count = len(self.received.owners)
-        samples = self.sum[:count]
-        self.received.owners.add(self.sweep.shares, samples)
-        for row, name in enumerate(self.received.names, start=count):
-            accumulator.channels[name] += self.sum[row]
-        if accumulator.steps is not None:
-            accumulator.steps[:, self.step.index] += samples.sum(dim=0)
-
-
-def _module(name: str) -> str:
-    return name.rpartition(".")[0]

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.gradients.losses import coupled_row_blocks, weighted_gradient
+from pathkernel.gradients.pushed_shares import pushed_outputs
 from pathkernel.gradients.pytrees import take
 from pathkernel.gradients.returned import batch_outputs
 from pathkernel.runtime.allocations import Allocations, Footprint, footprint
@@ -97,6 +98,13 @@ def kinds_of_batches(gradients: RecordedGradients, pushed: int, total: bool) -> 
         yield size, one
 
 
+def pushed_at_once(samples: int, few: SmallBatch, free: float, most: int) -> int:
+    """Directions along which a batch of so many samples is pushed at once in so many bytes; 0 where none fits."""
+    two, three = (footprint(lambda n, d=d: few.along(n, d)).peak(samples) for d in (2, 3))  # type: ignore[misc]
+    each = max(three - two, 1.0)
+    return int(max(0.0, min(most, (free - (two - 2 * each)) // each)))
+
+
 class SmallBatch:
     """A few samples of a batch, to be tried out."""
 
@@ -134,6 +142,12 @@ class SmallBatch:
                 torch.zeros(self.pushed, piece.factor.size, dtype=piece.factor.dtype, device=piece.factor.device)
             )
         return part
+
+    def along(self, n: int, directions: int) -> Any:
+        """Derivatives of n samples along so many directions at once."""
+        size = self.function.layout.size
+        zeros = torch.zeros(directions, size, dtype=self.function.dtype, device=self.function.device)
+        return pushed_outputs(self.function, self.point, take(self.inputs, slice(0, n)), zeros, directions)
 
     def total(self, n: int) -> Tensor:
         """The sum of the gradients of n samples."""

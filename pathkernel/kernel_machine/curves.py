@@ -19,11 +19,14 @@ from torch import Tensor
 
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.kernel_machine.accumulator import Accumulator
-from pathkernel.kernel_machine.queries import GradientStep, ProductStep, Queries
-from pathkernel.quadrature import Quadrature
+from pathkernel.kernel_machine.queries import GradientStep, ProductStep, Queries, Rests
+from pathkernel.quadrature import DiscreteGradient, Quadrature
 from pathkernel.trajectory.averages import AverageRecord, Update, averaged_events
 from pathkernel.trajectory.step import Segment
 from pathkernel.trajectory.trajectory import Trajectory
+
+TOGETHER = "together"
+"""Channel of a forward sweep for samples, sources and all changes that have a name."""
 
 CHORD_PIECES = 32
 """Pieces of the chord: with the quadrature on each, as fine as a few dozen steps whatever the length of the run."""
@@ -95,6 +98,11 @@ class Curve(ABC):
         assert isinstance(gradient, FactoredGradients)
         return gradient
 
+    def _rests(self, steps: int = 8) -> Rests | None:
+        """Rests of the displacements of a forward sweep, where the quadrature meets each step."""
+        rounding = torch.finfo(self.trajectory.precision).eps
+        return Rests(rounding, steps) if isinstance(self.quadrature, DiscreteGradient) else None
+
     def _no_weight(self) -> Tensor:
         dtype = accumulation_dtype(self.queries.function.dtype)
         return torch.zeros(
@@ -129,9 +137,11 @@ class PathCurve(Curve):
     def forward(self, accumulator: Accumulator, displacements: Displacements) -> None:
         """Walk forward along the curve; as of `Curve.forward`."""
         view: ProductStep | None = None
+        rests = self._rests()
         for segment in self.trajectory.segments():
             directions = displacements(segment)
-            earlier, view = view, ProductStep(self.queries, segment, _rows(directions, segment.displacement), view)
+            along = _rows(directions, segment.displacement)
+            earlier, view = view, ProductStep(self.queries, segment, along, view, rests)
             if earlier is None:
                 self._book_first_buffers(accumulator, view)
             else:
@@ -141,6 +151,13 @@ class PathCurve(Curve):
                 accumulator.channels[name] += products[:, column]
         if view is not None:
             self._book_buffers(accumulator, view, None)
+            self._book_rests(accumulator, view)
+
+    def _book_rests(self, accumulator: Accumulator, last: ProductStep) -> None:
+        """Book what was gathered of the last steps of a forward sweep."""
+        if last.rests is not None and last.rests.held is not None:
+            products = last.queries.products(last.segment.end, last.rests.held[None])
+            accumulator.channels[TOGETHER] += products[:, 0]
 
     def _book_buffers(self, accumulator: Accumulator, view: GradientStep, later: GradientStep | None) -> None:
         """Book the effect of a change of buffers (running statistics) on f between a segment and the one after it."""
@@ -223,7 +240,8 @@ class AverageCurve(Curve):
         directions = {name: event.a * gap for name, gap in gaps.items()}
         if event.segment.channel:
             directions = {event.segment.channel: event.segment.displacement}
-        view = ProductStep(self.queries, event.segment, _rows(directions, event.segment.displacement), view)
+        along = _rows(directions, event.segment.displacement)
+        view = ProductStep(self.queries, event.segment, along, view, self._rests(1))
         products = accumulator.add(self.quadrature.average(view))
         for column, name in enumerate(directions, start=1):
             accumulator.channels[name] += products[:, column]
@@ -283,7 +301,7 @@ class ChordCurve(Curve):
         directions = _rows(moved, zeros)
         view: ProductStep | None = None
         for piece in self._pieces():
-            view = ProductStep(self._trained, piece, directions, view)
+            view = ProductStep(self._trained, piece, directions, view, self._rests(1))
             products = accumulator.add(self.quadrature.average(view)) / CHORD_PIECES
             for column, name in enumerate(moved, start=1):
                 accumulator.channels[name] += products[:, column]

@@ -13,8 +13,8 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, take
 from pathkernel.kernel_machine.batch_sizes import BatchSizes
 from pathkernel.kernel_machine.memory_plan import PASSING, STAGE, refusal, shortened, usable_bytes
-from pathkernel.kernel_machine.queries import ProductStep, Queries
-from pathkernel.quadrature import Quadrature
+from pathkernel.kernel_machine.queries import ProductStep, Queries, Rests
+from pathkernel.quadrature import DiscreteGradient, Quadrature
 from pathkernel.runtime.allocations import Allocations, footprint
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.stage_gradients import WHOLE, Passes
@@ -57,12 +57,14 @@ def plan_forward(
     trajectory, samples, usable = gradients.trajectory, count(queries.inputs), usable_bytes(memory)
     segment = next(iter(trajectory.segments()))
     channels, vector = _channels(gradients), 8.0 * trajectory.layout.size
+    apart = 2 + bool(gradients.discrepancies)  # directions along which queries are pushed, see `forward_sweep`
 
     def pushed(n: int) -> Any:
         few = queries.block(torch.arange(n) % samples)
         few.forward = None
-        zeros = torch.zeros(channels, trajectory.layout.size, dtype=torch.float64, device=trajectory.device)
-        step = ProductStep(few, segment, zeros)
+        zeros = torch.zeros(apart, trajectory.layout.size, dtype=torch.float64, device=trajectory.device)
+        rests = Rests(0.0, 1) if isinstance(quadrature, DiscreteGradient) else None
+        step = ProductStep(few, segment, zeros, rests=rests)
         return shortened(quadrature).average(step)
 
     # Gradients, displacement, memory and directions of each channel.

@@ -22,6 +22,7 @@ from pathkernel.kernel_machine.backward_sweep import backward_sweep
 from pathkernel.kernel_machine.classification import is_classifier, probabilities
 from pathkernel.kernel_machine.completeness import check_end, check_unexplained
 from pathkernel.kernel_machine.curves import AverageCurve, ChordCurve, Curve, PathCurve
+from pathkernel.kernel_machine.description import described
 from pathkernel.kernel_machine.explanation_identity import Asked, explanation_identity
 from pathkernel.kernel_machine.forms import BUILDERS, FORMS
 from pathkernel.kernel_machine.forward_plan import plan_forward
@@ -102,8 +103,9 @@ class KernelMachine:
     The shares are not a kernel in the sense of scikit-learn (they are not symmetric in query and training sample);
     for an SVM use `PathKernel`.
 
-    `predict` and `decision_function` add up Σ_i share_i(x) before contracting with the query's gradient, which
-    linearity allows: they cost a few forward passes a step. `explain` computes every share.
+    `predict` and `decision_function` add up all samples and channels before contracting with the query's gradient,
+    which linearity allows: a step costs its training once more, and a forward pass or two of the queries. `explain`
+    computes every share.
 
     Examples
     --------
@@ -374,9 +376,12 @@ class KernelMachine:
         """An accumulator all of whose rows were formed in a way that was not found wrong at any batch."""
         while True:
             try:
-                return compute()
+                found = compute()
             except EngineReplaced:  # at most once: rows of whole batches come next, and nothing after them
                 continue
+            for source in (self._recorded.batches.source, *self._selection.sources.values()):
+                source.warn()
+            return found
 
     # -- the sweeps, in blocks of queries ---------------------------------------------------------------------
 
@@ -457,6 +462,11 @@ class KernelMachine:
             errors = backward_sweep(curve, self._recorded, progress=self.progress, cuts=plan.cuts)
             accumulator.shares_error = shares_error(errors, accumulator, self.function.dtype)
         return accumulator
+
+    @one_at_a_time
+    def describe(self) -> str:
+        """Description of the sum, and of how gradients are taken: which parameters no layer accounts for, and why."""
+        return f"{self!r}\n{described(self.trajectory, self.function, self.engine)}"
 
     def __repr__(self) -> str:
         average = "" if self.average is None else f", average={self.average!r}"

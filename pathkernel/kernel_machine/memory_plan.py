@@ -39,12 +39,13 @@ from pathkernel.gradients.pytrees import count, take
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.backward_sweep import BLOCK, FEW, Cuts
-from pathkernel.kernel_machine.batch_sizes import BatchSizes, kinds_of_batches
+from pathkernel.kernel_machine.batch_sizes import BatchSizes, kinds_of_batches, pushed_at_once
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.queries import Queries
 from pathkernel.quadrature import Adaptive, DiscreteGradient, FixedQuadrature, Quadrature
 from pathkernel.runtime.allocations import Allocations, Footprint, footprint
 from pathkernel.trajectory.batch_gradients import RecordedGradients
+from pathkernel.trajectory.coupled_samples import ALWAYS_ROWS, PROBED
 from pathkernel.trajectory.stage_gradients import Passes
 from pathkernel.trajectory.step import Step
 
@@ -152,6 +153,8 @@ class _Planner:
         self.queries = queries = curve.queries
         self.gradients = gradients
         self.memory = memory
+        self.by = by
+        self.dense = dense
         self.samples = count(queries.inputs)
         self.trajectory = trajectory = gradients.trajectory
         self.rule, self.k, self.size = trajectory.rule, queries.components, trajectory.layout.size
@@ -174,6 +177,23 @@ class _Planner:
 
     def plan(self) -> Plan:
         """Choose everything at once where there is ample room, else the cheapest way that fits."""
+        plan = self._cut()
+        cuts = plan.cuts
+        return replace(plan, cuts=replace(cuts, batch=replace(cuts.batch, width=self._width(plan))))
+
+    def _width(self, plan: Plan) -> int:
+        """Directions along which a whole batch is pushed at once in what its rows leave free, with their weights."""
+        kinds = kinds_of_batches(self.gradients, 1, total=True)
+        large = [(size, one) for size, one in kinds if (self.dense or one.coupled) and size * self.size >= ALWAYS_ROWS]
+        if self.by == "module" or plan.cuts.batch.streamed or not large:
+            return plan.cuts.batch.width
+        query = self.query if plan.passes is None else self.rows
+        held = query.at_the_end.plus(0.0, self.throughout + self.weights + self.k * self.row).peak(plan.queries)
+        fixed = self.coefficients[1] + (STAGE + HELD) * self.vector + PROBED * self.row
+        free = (usable_bytes(self.memory) - held - fixed) / PASSING
+        return min(pushed_at_once(size, one, free, plan.cuts.batch.width) for size, one in large)
+
+    def _cut(self) -> Plan:
         usable, n = usable_bytes(self.memory), self.samples
         whole = Plan(n, None, Cuts(scratch=int(usable) // 4))
         few = self.queries.block(torch.arange(2) % n)
@@ -347,7 +367,8 @@ class _Planner:
         most, columns = self.batches.most, math.ceil(self.size / way.cuts.columns)
         passes = math.ceil(most / min(most, way.cuts.batch.samples))
         portions = passes if way.cuts.batch.streamed else 1
-        batch = most * self.size + PASS * passes + BLOCK_OF_COLUMNS * columns * portions
+        sweeps = most if self.batches.rows else 0  # of a whole batch each, for every block of queries
+        batch = most * self.size + PASS * (passes + sweeps) + BLOCK_OF_COLUMNS * columns * portions
         query = self.size + PASS / (way.passes or block)
         return math.ceil(self.samples / block) * batch + self.samples * query
 

@@ -250,6 +250,38 @@ class GradientStep:
         return self.queries.rows_at(self.segment, times, queries)
 
 
+class Rests:
+    """What displacements are beside multiples of the steps' own, (P,) each, until queries are pushed along it.
+
+    A rest below the rounding of θ is gathered with those of the next few steps: the gradient of f is another there by
+    as much as these steps change it, which is a trifle of a rounding.
+
+    Parameters
+    ----------
+    rounding
+        Of the numbers of θ, relative.
+    steps
+        How many rests are gathered.
+    """
+
+    def __init__(self, rounding: float, steps: int = 8) -> None:
+        self.rounding = rounding
+        self.steps = steps
+        self.held: Tensor | None = None
+        self._count = 0
+
+    def due(self, rest: Float[Tensor, "D P"], theta: Tensor) -> Float[Tensor, "D P"] | None:
+        """Directions along which queries are pushed now, with those that were gathered before in the first; or None."""
+        rest[0] += 0.0 if self.held is None else self.held
+        self._count += 1
+        small = len(rest) == 1 and rest.norm() <= self._count * self.rounding * theta.norm()
+        if small and self._count < self.steps:
+            self.held = rest[0]
+            return None
+        self.held, self._count = None, 0
+        return rest
+
+
 class ProductStep(GradientStep):
     """Segment with gradients as their products with D directions.
 
@@ -257,10 +289,21 @@ class ProductStep(GradientStep):
     ----------
     directions
         (D, P); Δ is put before them.
+    rests
+        Given where the quadrature adds the multiple of Δ to each gradient that meets the change of f. Then the product
+        with Δ is that change, and of a direction v = c Δ + w only w is pushed: q·v = c (f_1 − f_0) + ∇f·w.
     """
 
-    def __init__(self, queries: Queries, segment: Segment, directions: Tensor, neighbour: Any = None) -> None:
+    def __init__(
+        self,
+        queries: Queries,
+        segment: Segment,
+        directions: Tensor,
+        neighbour: Any = None,
+        rests: Rests | None = None,
+    ) -> None:
         self.directions = torch.cat([segment.displacement[None], directions])
+        self.rests = rests
         super().__init__(queries, segment, neighbour)
         self._known = {}  # products at a shared end are with this segment's own directions
 
@@ -274,7 +317,15 @@ class ProductStep(GradientStep):
         return torch.addr(gradient, multiples, self.directions @ self.delta)
 
     def _evaluate(self, theta: Tensor) -> Tensor:
-        return self.queries.products(theta, self.directions)
+        if self.rests is None or self.squared_length == 0:
+            return self.queries.products(theta, self.directions)
+        multiples = self.directions @ self.delta / self.squared_length
+        multiples[0] = 1.0
+        rest = self.rests.due(torch.addr(self.directions[1:], multiples[1:], self.delta, alpha=-1), theta)
+        products = torch.outer(self.end_value - self.start_value, multiples)
+        if rest is not None:
+            products[:, 1:] += self.queries.products(theta, rest)
+        return products
 
     def value_and_gradient_at(self, times: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Values and products of some queries at times of their own."""

@@ -35,6 +35,11 @@ class QuerySelection:
         Name of the average that is explained; None for the network itself.
     engine, memory
         How gradients are taken, and the budget for what is held.
+
+    Attributes
+    ----------
+    sources
+        Where the gradients of queries came from so far, for each submodule that was asked about.
     """
 
     def __init__(
@@ -45,7 +50,7 @@ class QuerySelection:
         self.average = average
         self.engine = engine
         self.memory = memory
-        self._sources: dict[str | None, GradientSource] = {}
+        self.sources: dict[str | None, GradientSource] = {}
         self._at_once: dict[Any, int] = {}
 
     def select(self, X: PyTree, outputs: Any) -> tuple[Queries, np.ndarray, np.ndarray]:
@@ -132,9 +137,9 @@ class QuerySelection:
 
     def _source(self, function: ModelFunction) -> GradientSource:
         """Source of gradients of the network or of one of its modules; proofs are kept."""
-        if function.submodule not in self._sources:
-            self._sources[function.submodule] = GradientSource(function, self.engine, self.memory // 4)
-        return self._sources[function.submodule]
+        if function.submodule not in self.sources:
+            self.sources[function.submodule] = GradientSource(function, self.engine, self.memory // 4)
+        return self.sources[function.submodule]
 
     def _outputs_at_once(self, function: ModelFunction, inputs: PyTree) -> int:
         """Samples that go through the network at once, which takes passes to measure; asked for once."""

@@ -425,6 +425,11 @@ class PathKernel:
     def _progress(self, nodes: Iterable[PathNode]) -> Iterable[PathNode]:
         return tqdm(nodes, desc="path kernel", unit="node", disable=not self.progress)
 
+    @one_at_a_time
+    def describe(self) -> str:
+        """Description of the kernel, and of the parameters that no layer accounts for once gradients were taken."""
+        return "\n".join([repr(self), *self.engine.describe()])
+
     def __repr__(self) -> str:
         return (
             f"PathKernel({self.trajectory!r}, outputs={self.selection.name!r}, measure={self.measure.name!r}, "

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,6 +68,9 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten.mul.Scalar and args[0]._is_zerotensor():
+            # The tangent of what has none, in `x.add_(y, alpha=2)`: below a mode, torch reads memory that it has not.
+            args = torch.zeros(args[0].shape, dtype=args[0].dtype, device=args[0].device), *args[1:]
         result = func(*args, **(kwargs or {}))
         if not (func.is_view or func._schema.is_mutable):
             given = {_address(a) for a in args if isinstance(a, Tensor)}

@@ -275,6 +275,8 @@ class TangentKernel:
     def describe(self, X: PyTree | None = None, n: int | None = None, m: int | None = None) -> str:
         """Description of the engine, precision and budget of this kernel; given samples, of its cost.
 
+        Once gradients were taken, or given samples, with the parameters that no layer accounts for, and why.
+
         Parameters
         ----------
         X, n, m
@@ -286,7 +288,7 @@ class TangentKernel:
             f"memory budget {self.engine.memory / 1e6:.0f} MB"
         )
         if X is None:
-            return head
+            return "\n".join([head, *self.engine.describe()])
         x, context = self._some_samples(X)
         table = cost_table(self.engine, self.theta, x, context, count(x) if n is None else n, m, self._left_out)
         return f"{head}\n{table}"

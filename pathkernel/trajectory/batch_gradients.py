@@ -18,6 +18,7 @@ from pathkernel.gradients.forward_state import takes_tensor_floats
 from pathkernel.gradients.gradient_source import GradientSource
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.trajectory.columns import Columns
+from pathkernel.trajectory.coupled_samples import CoupledSamples
 from pathkernel.trajectory.discrepancies import Discrepancies
 from pathkernel.trajectory.gradient_fit import (
     CAPTURED_TOLERANCE,
@@ -183,7 +184,7 @@ class RecordedGradients:
         trajectory = self.trajectory
         named = {n: change.double() for n, change in step.gradient_changes.items() if n not in step.differentiated}
         regularizers = trajectory.objective.regularizer_gradients(self.function, point)
-        parts: Iterable[FactoredGradients] = ()
+        parts: Iterable[FactoredGradients | CoupledSamples] = ()
         totals: Iterator[Tensor]  # one after the other: each is a vector of P numbers, and passes may be many
         if rows and not passes.streamed:
             parts = tuple(self.batches.by_sample(step, point, passes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,9 +35,10 @@ from pathkernel.gradients.sample_wise import ComparedSamples, check_sample_wise
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.cotangents import cotangents_of, scaled
+from pathkernel.trajectory.coupled_samples import ALWAYS_ROWS, CoupledSamples, CoupledSweeps
 from pathkernel.trajectory.joined_batches import joined_batches
 from pathkernel.trajectory.samples import samples_of
-from pathkernel.trajectory.split_certificate import DIRECTIONS, SplitCheck, hashable
+from pathkernel.trajectory.split_certificate import DIRECTIONS, SplitCheck, hashable, row_limit
 from pathkernel.trajectory.stage_gradients import WHOLE, Passes, StageGradients
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -71,6 +72,8 @@ class RecomputedBatches:
     ----------
     check
         Whether rows are formed by reverse sweeps of whole batches, and what was measured of them.
+    sweeps
+        What forward and reverse sweeps of whole batches cost.
     """
 
     def __init__(self, trajectory: Trajectory, function: ModelFunction, memory: int, engine: str) -> None:
@@ -81,6 +84,7 @@ class RecomputedBatches:
         # Mixed precision rounds every product; rows by torch.func round as the loop did.
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
         self.check = SplitCheck(trajectory, coupled=engine == "autograd")
+        self.sweeps = CoupledSweeps()
         self._low: dict[Any, frozenset[torch.dtype]] = {}
         self._separate: dict[Any, bool] = {}
         self._joinable: dict[Any, bool] = {}
@@ -166,12 +170,17 @@ class RecomputedBatches:
             give_back_freed_memory()
         return total
 
-    def by_sample(self, step: Step, point: Tensor, passes: Passes) -> Iterator[FactoredGradients]:
+    def by_sample(self, step: Step, point: Tensor, passes: Passes) -> Iterator[FactoredGradients | CoupledSamples]:
         """The gradients of the samples of each micro-batch, run as it was: (B,), or a pass at a time."""
         for batch in step.batches:
             function = self.replayed(step, batch)
             inputs, targets = samples_of(batch, self.trajectory.data)
             measured, low = self.check.is_due(step, batch, inputs), bool(self.low(batch))
+            pushed = self._pushed(step, batch, function, point, inputs, targets, passes, measured)
+            if pushed is not None:
+                self.check.certificate.engines.add("autograd")
+                yield pushed
+                continue
             found: list[Tensor] = []
             for rows, piece, cotangents in self._rows(batch, function, point, inputs, targets, passes):
                 if measured and piece is not None:
@@ -183,6 +192,49 @@ class RecomputedBatches:
                         self.check.measure(function, point, inputs, cotangents, torch.cat(found), low)
                 yield rows
                 give_back_freed_memory()
+
+    def _pushed(
+        self,
+        step: Step,
+        batch: MicroBatch,
+        function: ModelFunction,
+        point: Tensor,
+        inputs: PyTree,
+        targets: PyTree,
+        passes: Passes,
+        measured: bool,
+    ) -> CoupledSamples | None:
+        """Samples whose rows are not formed, as forward sweeps take less; None where rows are to be formed.
+
+        Raises
+        ------
+        EngineReplaced
+            When shares were made by forward sweeps that are seen not to be the rows' products.
+        """
+        n = len(batch.ids)
+        # Mixed precision rounds forward and reverse sweeps apart: shares would not add up to the gradient.
+        allowed = passes.directions and passes.width and not (self.check.coupled or self.low(batch))
+        if not allowed or n * function.layout.size < ALWAYS_ROWS:
+            return None
+        costs = self.sweeps.of(batch, inputs)
+        if passes.outputs:  # they are had from forward sweeps alone
+            wanted = not costs.refused
+        else:
+            pays = costs.forward_pays(n, passes.directions, passes.width)
+            wanted = pays and self.together(batch, point, inputs)
+        if not wanted:
+            return None
+        cotangents = cotangents_of(batch, function, point, self.trajectory.objective, inputs, targets)
+        own = CoupledSamples(costs, function, point, inputs, cotangents, passes.width, step.index)
+        if measured:
+            error, limit = own.split_error(), row_limit(function)
+            if not error <= limit:
+                costs.refused = True
+                if costs.used:
+                    raise self.check.anew()
+                return None
+            self.check.certificate.note(error, limit)
+        return own
 
     def _rows(
         self, batch: MicroBatch, function: ModelFunction, point: Tensor, inputs: PyTree, targets: PyTree, passes: Passes
@@ -299,19 +351,25 @@ class RecomputedBatches:
         return self._comparing[key]
 
     def kernel(
-        self, step: Step, stage: StageGradients, weight: Tensor, passes: Passes = WHOLE
+        self,
+        step: Step,
+        stage: StageGradients,
+        directions: Tensor,
+        passes: Passes = WHOLE,
+        done: Collection[int] = (),
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Columns (B,), slopes λ (B, C) and kernel values k = −⟨u, ∇z⟩ (Q, B, C) of each micro-batch of a step.
 
-        One directional derivative of the whole batch, run as it was, for each query.
+        One directional derivative of the whole batch, run as it was, for each query; ``directions`` are u, (Q, P), with
+        the factor of the stage. Those whose first sample has one of the places in ``done`` are left out.
         """
-        directions = weight * stage.factor
-        self.silence(step, directions)
         objective = self.trajectory.objective
         begin = 0
         for batch in stage.batches:
             owners = stage.owners.part(slice(begin, begin + len(batch.ids)))
             begin += len(batch.ids)
+            if begin - len(batch.ids) in done:
+                continue
             function = self.replayed(step, batch)
             inputs, targets = samples_of(batch, self.trajectory.data)
             if not passes.cut(len(batch.ids)) or self.inseparable(batch, stage.point, inputs):

@@ -35,6 +35,9 @@ class SplitCertificate:
     .. math:: \max_i \lvert \langle row_i, v\rangle - \lambda_i \cdot (J v)_i \rvert
               \,/\, \max_i \lvert \lambda_i \cdot (J v)_i \rvert
 
+    Where shares are made by forward sweeps (`pathkernel.trajectory.coupled_samples`), i runs over a few distinct
+    samples and the sum over all others.
+
     Attributes
     ----------
     error
@@ -132,8 +135,7 @@ class SplitCheck:
         """
         v = random_directions(function.layout.size, DIRECTIONS)
         error = error_of_rows(function, point, inputs, v, found.unsqueeze(1), cotangents.unsqueeze(1))
-        exact = ROW_LIMIT[torch.promote_types(function.dtype, torch.float32)]
-        limit = AUTOCAST_LIMIT if low else exact
+        limit = AUTOCAST_LIMIT if low else row_limit(function)
         if error > limit and not self.coupled:
             raise self.replaced()
         self.certificate.note(error, limit)
@@ -141,9 +143,18 @@ class SplitCheck:
     def replaced(self) -> EngineReplaced:
         """Form rows by reverse sweeps of whole batches from now on, which are right for every network."""
         self.coupled = True
+        return self.anew()
+
+    def anew(self) -> EngineReplaced:
+        """Forget what was measured: everything is to be computed again."""
         self.certificate = SplitCertificate()
         self._measured = set()
         return EngineReplaced()
+
+
+def row_limit(function: ModelFunction) -> float:
+    """Difference of rows, relative to the largest, that is rounding in the arithmetic of a network."""
+    return ROW_LIMIT[torch.promote_types(function.dtype, torch.float32)]
 
 
 def hashable(modes: Modes) -> Any:

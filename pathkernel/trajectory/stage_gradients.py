@@ -12,6 +12,7 @@ from torch import Tensor
 from pathkernel._typing import Float
 from pathkernel.gradients.factored import FactoredGradients
 from pathkernel.trajectory.columns import Owners
+from pathkernel.trajectory.coupled_samples import CoupledSamples
 from pathkernel.trajectory.gradient_fit import Fit
 from pathkernel.trajectory.step import MicroBatch
 
@@ -26,10 +27,20 @@ class Passes:
         How many at once; more than a batch has for whole batches.
     streamed
         Whether the gradients of a pass are used and dropped before the next.
+    directions
+        With how many directions the gradients of all samples are to be met, where nothing else is done with them:
+        those of coupled samples need not be formed then. 0 where they are wanted as such.
+    outputs
+        Whether derivatives of all outputs along these directions are wanted as well, of whatever samples.
+    width
+        Directions that a batch may be pushed along at once; 0 where there is no memory for it.
     """
 
     samples: int
     streamed: bool = False
+    directions: int = 0
+    outputs: bool = False
+    width: int = 16
 
     def cut(self, batch: int) -> bool:
         """True where so many samples are taken in several passes."""
@@ -86,7 +97,7 @@ class StageGradients:
     """
 
     samples: Tensor
-    parts: Iterable[FactoredGradients]
+    parts: Iterable[FactoredGradients | CoupledSamples]
     channels: Mapping[str, Tensor]
     factor: float | Tensor
     point: Tensor
@@ -94,8 +105,8 @@ class StageGradients:
     owners: Owners
 
     def columns(self, where: slice, dtype: torch.dtype) -> Float[Tensor, "B size"]:
-        """Contributions of the samples to a part of θ."""
-        rows = [part.columns(where, dtype) for part in self.parts]
+        """Contributions of the samples to a part of θ; without those that are not formed."""
+        rows = [part.columns(where, dtype) for part in self.parts if isinstance(part, FactoredGradients)]
         return self.scaled(rows[0] if len(rows) == 1 else torch.cat(rows), where)
 
     def scaled(self, columns: Tensor, where: slice) -> Tensor:
@@ -108,8 +119,8 @@ class StageGradients:
 class Streamed:
     """Gradients made while they are gone through."""
 
-    def __init__(self, begin: Callable[[], Iterator[FactoredGradients]]) -> None:
+    def __init__(self, begin: Callable[[], Iterator[FactoredGradients | CoupledSamples]]) -> None:
         self._begin = begin
 
-    def __iter__(self) -> Iterator[FactoredGradients]:
+    def __iter__(self) -> Iterator[FactoredGradients | CoupledSamples]:
         return self._begin()

@@ -193,7 +193,7 @@ def test_blocks_of_columns_and_of_queries_change_nothing(monkeypatch, optimizer:
 
 
 class Shifted(nn.Module):
-    """A parameter that is added in place, which is not covered layer by layer."""
+    """A multiple of a parameter that is added in place, which is not covered layer by layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Shifted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x)
-        hidden.add_(self.shift)
+        hidden.add_(self.shift, alpha=1.5)
         return self.last(torch.tanh(hidden))
 
 

@@ -131,7 +131,7 @@ def metrics(engine: LayerwiseEngine) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("metric", ["number", "of each parameter", "free", "zero in places"])
 @pytest.mark.parametrize("outputs", ["trace", "full"])
-@pytest.mark.parametrize("name", ["mlp", "convolutions", "embedding", "tied", "spectral norm"])
+@pytest.mark.parametrize("name", ["mlp", "convolutions", "embedding", "tied", "spectral norm", "own function"])
 def test_diagonal_metrics(name: str, outputs: str, metric: str) -> None:
     model, X = network(name)
     layerwise, plain = (kernel.engine for kernel in kernels(model, outputs))
@@ -145,8 +145,8 @@ def test_diagonal_metrics(name: str, outputs: str, metric: str) -> None:
 
 
 def test_no_parameter_is_covered() -> None:
-    model, X = network("spectral norm")
-    chosen = dict.fromkeys(PLAIN["spectral norm"])
+    model, X = network("own function")
+    chosen = dict.fromkeys(PLAIN["own function"])
     values = {name: p for name, p in model.named_parameters() if name in chosen}
     for outputs in ("trace", "full", squares):
         layerwise, plain = kernels(model, outputs, parameters=values)

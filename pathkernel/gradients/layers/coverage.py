@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.gradients.layers.batch_axis import Arrangement
+from pathkernel.gradients.layers.batch_axis import NO_ROLES, Arrangement, Roles
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.tape import FAILURES, Tape
-from pathkernel.gradients.losses import coupled_rows
+from pathkernel.gradients.losses import coupled_rows, weighted_gradient
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.per_sample import ROW_LIMIT, error_of_rows, random_directions
@@ -56,11 +56,19 @@ class Coverage:
         Parameters that the tape does not cover, and why.
     largest
         Largest relative difference among those that it does.
+    roles
+        Results that are of samples or of none otherwise than their arguments tell.
     """
 
     arrangements: tuple[Arrangement, ...]
     plain: Mapping[str, str]
     largest: float
+    roles: Roles = NO_ROLES
+
+    @property
+    def known(self) -> tuple[tuple[Arrangement, ...], Mapping[str, str], Roles]:
+        """What a tape is told."""
+        return self.arrangements, self.plain, self.roles
 
 
 def prove(function: ModelFunction, theta: Float[Tensor, " P"], inputs: PyTree, lengths: Iterable[int] = ()) -> Coverage:
@@ -94,8 +102,8 @@ def _proved(function: ModelFunction, theta: Tensor, inputs: PyTree, sizes: Seque
     scale = 1e-2 * theta.abs().mean().clamp_min(1e-2)
     point = theta + scale * torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta)
     few, fewer = (_distinct(inputs, n, generator) for n in (sizes[0], sizes[-1]))
-    tape = Tape(function, point, few)
-    arrangements = _arrangements(tape, Tape(function, point, fewer))
+    tape, other = _apart(function, point, few, fewer)
+    roles, arrangements = tape.roles, _arrangements(tape, other)
     cotangents = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64).to(tape.outputs)
     # As the batch ran, random layers included; a sample that others depend on shows as a difference.
     expected = coupled_rows(function, point, few, cotangents)
@@ -103,31 +111,60 @@ def _proved(function: ModelFunction, theta: Tensor, inputs: PyTree, sizes: Seque
     best: Coverage | None = None
     for merged in ("samples", "positions"):
         tried = tuple(replace(a, merged=merged) if a.merged else a for a in arrangements)
-        found = _compare(function, Tape(function, point, few, tried), cotangents, expected, tried)
+        found = _compare(function, Tape(function, point, few, tried, roles=roles), cotangents, expected)
         if best is None or len(found.plain) < len(best.plain):
             best = found
         if not any(a.merged for a in arrangements):
             break
     assert best is not None
     while best.plain:  # without its weight a bias is counted in another way: compare what remains as it will be used
-        tape = Tape(function, point, few, best.arrangements, best.plain)
-        again = _compare(function, tape, cotangents, expected, best.arrangements)
+        tape = Tape(function, point, few, best.arrangements, best.plain, roles=roles)
+        again = _compare(function, tape, cotangents, expected)
         if again.plain.keys() == best.plain.keys():
             break
         best = again
     return best
 
 
-def _compare(
-    function: ModelFunction, tape: Tape, cotangents: Tensor, expected: Tensor, arrangements: tuple[Arrangement, ...]
-) -> Coverage:
-    """Each parameter's gradients on the tape against autograd's."""
-    pieces = tape.pieces((tape.outputs * cotangents).sum(dim=1, keepdim=True))
+ROUNDS = 8
+"""Pairs of passes in which it is found out which results are of samples: what depends on such a result is seen in the
+next one. Chosen, not measured; what is not found out by then is plain."""
+
+
+def _apart(function: ModelFunction, point: Tensor, few: PyTree, fewer: PyTree) -> tuple[Tape, Tape]:
+    """Two tapes of different numbers of samples, each result taken for one of samples where its shape follows them."""
+    roles = NO_ROLES
+    for _ in range(ROUNDS):
+        one, two = (Tape(function, point, inputs, roles=roles) for inputs in (few, fewer))
+        if [call.place for call in one.calls] != [call.place for call in two.calls]:
+            continue  # the first pass of its kind, which computed what later ones have at hand
+        shared = {
+            own.place for own, other in zip(one.calls, two.calls, strict=True) if own.output.shape == other.output.shape
+        }
+        spread = {place for place, shapes in one.composed.items() if two.composed.get(place) != shapes}
+        found = Roles(roles.shared | (shared - roles.spread), roles.spread | (spread - roles.shared))
+        if found == roles:
+            break
+        roles = found
+    return one, two
+
+
+def _compare(function: ModelFunction, tape: Tape, cotangents: Tensor, expected: Tensor) -> Coverage:
+    """Each parameter's gradients on the tape against autograd's, of two components.
+
+    The second is the first times a number of each sample's own, so that nothing more is asked of autograd: a rule that
+    takes components for samples, or adds them up, shows in it.
+    """
+    component = (tape.outputs * cotangents).sum(dim=1, keepdim=True)
+    # Powers of two round nothing, in networks that compute a part of theirs in float32 whatever they are given, too.
+    factors = (-2.0) ** torch.arange(-2, tape.n - 2, dtype=component.dtype, device=component.device)
+    pieces = tape.pieces(torch.cat([component, factors.unsqueeze(1) * component], dim=1))
     plain, squares = dict(tape.plain), dict.fromkeys(function.layout.names, 0.0)
     for sample, own in enumerate(expected):  # one after the other: P numbers at once, whatever the number of samples
-        found = assembled([piece.take(slice(sample, sample + 1)) for piece in pieces], function.layout, 1)[0]
-        for name, where in function.layout.slices.items():
-            squares[name] += (found[where] - own[where]).square().sum().item()
+        found = assembled([piece.take(slice(sample, sample + 1)) for piece in pieces], function.layout, 1)
+        for rows, factor in ((found[0, 0], 1.0), (found[0, 1], factors[sample])):
+            for name, where in function.layout.slices.items():
+                squares[name] += (rows[where] - factor * own[where]).square().sum().item()
     largest = 0.0
     floor = TOLERANCE * 1e-3 * expected.norm().item()
     for name, where in function.layout.slices.items():
@@ -138,16 +175,16 @@ def _compare(
             plain.setdefault(name, f"its gradients on the tape differ from autograd's by {wrong:.1g}")
         elif name not in plain:
             largest = max(largest, difference / max(norm, floor, 1e-300))
-    return Coverage(arrangements, plain, largest)
+    return Coverage(tape.arrangements, plain, largest, tape.roles)
 
 
 def assembled(pieces: Sequence[Piece], layout: ParameterLayout, samples: int) -> Tensor:
-    """Pieces of one component as rows (n, P)."""
+    """Pieces of two components as rows (n, 2, P)."""
     device = pieces[0].factor.device if pieces else None
-    rows = torch.zeros(samples, layout.size, dtype=torch.float64, device=device)
+    rows = torch.zeros(samples, 2, layout.size, dtype=torch.float64, device=device)
     for piece in pieces:
         for where, factor in piece.separated():
-            rows[:, where] += factor.rows()[:, 0].double()
+            rows[:, :, where] += factor.rows().double()
     return rows
 
 
@@ -181,7 +218,8 @@ def _arrangements(tape: Tape, other: Tape) -> list[Arrangement]:
         axis = axes[0] if axes else 0
         merged = "samples" if axes and shape[axis] != n else ""
         arguments = enumerate(zip(one.arguments, two.arguments, strict=True))
-        batched = frozenset(i for i, (s, t) in arguments if _length(s, axis) == n and _length(t, axis) == m)
+        along = _length(shape, axis), _length(two.output.shape, axis)
+        batched = frozenset(i for i, (s, t) in arguments if axes and (_length(s, axis), _length(t, axis)) == along)
         arrangements.append(Arrangement(axis, merged, batched))
     return arrangements
 
@@ -227,27 +265,49 @@ class ProvedTapes:
         function = function or self.function
         latest = self._latest
         if latest is not None and latest.plain.keys() >= set(function.layout.names):
-            return Tape(function, theta, inputs, (), latest.plain, self.workspace)
-        known = (latest.arrangements, latest.plain) if latest else ((), {})
-        tape = result_or_error(lambda: Tape(function, theta, inputs, *known, self.workspace), FAILURES)
+            return self._tape(function, theta, inputs, *latest.known)
+        known = latest.known if latest else ((), {}, NO_ROLES)
+        tape = result_or_error(lambda: self._tape(function, theta, inputs, *known), FAILURES)
         if isinstance(tape, Exception):
             self._latest = self.proved.setdefault(None, uncovered(function, tape))
-            return Tape(function, theta, inputs, (), self._latest.plain, self.workspace)
+            return self._tape(function, theta, inputs, *self._latest.known)
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        calls = (tape.signature, function.submodule, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
+        kind = (function.submodule, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
+        calls = (tape.roles, tape.signature, *kind)
         coverage = self.proved.get(calls) or prove(function, theta, inputs, tape.lengths)
         if coverage is not latest:
-            tape = Tape(function, theta, inputs, coverage.arrangements, coverage.plain, self.workspace)
+            self.proved[calls] = coverage
+            tape = self._tape(function, theta, inputs, *coverage.known)
+            calls = (tape.roles, tape.signature, *kind)
         met = (calls, tape.n, tuple(tape.shapes))
         if (met not in self._met or tape.rearranges) and len(coverage.plain) < len(function.layout.names):
-            if _are_own_rows(tape, theta, inputs):
-                self._met.add(met)
-            else:
+            strangers = _rows_of_others(tape, theta, inputs)
+            if strangers:
                 reason = f"rows of {tape.n} samples are not the samples' own: the network mixes or rearranges them"
-                coverage = Coverage((), dict.fromkeys(function.layout.names, reason), 0.0)
-                tape = Tape(function, theta, inputs, (), coverage.plain, self.workspace)
+                coverage = replace(coverage, plain={**coverage.plain, **dict.fromkeys(strangers, reason)})
+                tape = self._tape(function, theta, inputs, *coverage.known)
+                if len(coverage.plain) < len(function.layout.names) and _rows_of_others(tape, theta, inputs):
+                    coverage = Coverage((), dict.fromkeys(function.layout.names, reason), 0.0)
+                    tape = self._tape(function, theta, inputs, *coverage.known)
+            self._met.add(met)
         self.proved[calls] = self._latest = coverage
         return tape
+
+    def repeat(self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction) -> Tape:
+        """The pass that was recorded last once more, nothing proved: to be looked at, for no gradients."""
+        assert self._latest is not None
+        return self._tape(function, theta, inputs, *self._latest.known)
+
+    def _tape(
+        self,
+        function: ModelFunction,
+        theta: Tensor,
+        inputs: PyTree,
+        arrangements: tuple[Arrangement, ...],
+        plain: Mapping[str, str],
+        roles: Roles,
+    ) -> Tape:
+        return Tape(function, theta, inputs, arrangements, plain, self.workspace, roles)
 
     def forget(self, n: int) -> None:
         """Compare the rows of n samples once more when they are met next, as those of a new number of samples are."""
@@ -259,36 +319,74 @@ class ProvedTapes:
         return self._latest
 
 
-def _are_own_rows(tape: Tape, theta: Tensor, inputs: PyTree) -> bool:
-    """Test that the rows of a tape are those of its samples; decided in float64 where rounding might have a say."""
+def _rows_of_others(tape: Tape, theta: Tensor, inputs: PyTree) -> list[str]:
+    """Parameters whose rows on a tape are not those of its samples; decided in float64 where rounding might have a say.
+
+    By the batch run forward; where that disagrees or torch has no way to it, parameter by parameter by a sweep back.
+    """
     limit = ROW_LIMIT.get(tape.function.dtype, 0.0) if tape.function.state.autocast is None else 0.0
-    error = _error(tape, theta, inputs)
-    if error <= limit or error == float("inf"):
-        return error <= limit
-    function = tape.function.converted(torch.float64)
-    again = result_or_error(lambda: Tape(function, theta.double(), inputs, tape.arrangements, tape.plain), FAILURES)
-    return not isinstance(again, Exception) and _error(again, theta.double(), inputs) <= ROW_LIMIT[torch.float64]
+    if _error(tape, theta, inputs) <= limit:
+        return []
+    function, theta = tape.function.converted(torch.float64), theta.double()
+    told = tape.arrangements, tape.plain, None, tape.roles
+    again = result_or_error(lambda: Tape(function, theta, inputs, *told), FAILURES)
+    if not isinstance(again, Exception):
+        if _error(again, theta, inputs) <= ROW_LIMIT[torch.float64]:
+            return []
+        blamed = result_or_error(lambda: _blamed(again, theta, inputs), FAILURES)
+        if not isinstance(blamed, Exception):
+            return blamed
+    return [name for name in function.layout.names if name not in tape.plain]
+
+
+def _blamed(tape: Tape, theta: Tensor, inputs: PyTree) -> list[str]:
+    r"""Parameters for which :math:`\sum_i s_i\, row_i` is not :math:`\sum_i s_i J_i^\top \lambda_i`, s and λ at random.
+
+    Rows that are another sample's change the sum, whichever they are, since no two of the s are the same.
+    """
+    layout = tape.function.layout
+    generator = torch.Generator().manual_seed(tape.n)
+    weights = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64).to(tape.outputs)
+    s = torch.randn(tape.n, 1, generator=generator, dtype=torch.float64).to(tape.outputs)
+    with torch.enable_grad():
+        pieces = tape.pieces((tape.outputs * weights).sum(dim=1, keepdim=True))
+    found = torch.zeros(layout.size, dtype=torch.float64, device=tape.function.device)
+    for piece in pieces:
+        for where, factor in piece.separated():
+            found[where] += factor.weighted_sum(s.unsqueeze(2))[0]
+    expected = weighted_gradient(tape.function, theta, inputs, s * weights)
+    limit = ROW_LIMIT[torch.float64] * expected.norm().item()
+    return [
+        name
+        for name, where in layout.slices.items()
+        if name not in tape.plain and not (found[where] - expected[where]).norm().item() <= limit
+    ]
 
 
 def _error(tape: Tape, theta: Tensor, inputs: PyTree) -> float:
-    function = tape.function
+    function, covered = tape.function, [name for name in tape.function.layout.names if name not in tape.plain]
+    values = function.parameters(theta)
+    own = ParameterLayout.of({name: values[name] for name in covered})
     generator = torch.Generator().manual_seed(tape.n)
-    v = random_directions(function.layout.size, 1)
-    for name in tape.plain:
-        v[:, function.layout.slices[name]] = 0
+    v = random_directions(own.size, 1)
+    whole = v.new_zeros(1, function.layout.size)
+    for name, where in own.slices.items():
+        whole[:, function.layout.slices[name]] = v[:, where]
     weights = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64)
-    own = weights.to(tape.outputs)
+    drawn = weights.to(tape.outputs)
 
     def rows() -> Tensor:
         with torch.enable_grad():
-            pieces = tape.pieces((tape.outputs * own).sum(dim=1, keepdim=True))
+            pieces = tape.pieces((tape.outputs * drawn).sum(dim=1, keepdim=True))
         found = torch.zeros(tape.n, dtype=torch.float64, device=function.device)
         for piece in pieces:
-            found += piece.products(function.cast(v))[:, 0, 0].double()
+            found += piece.products(function.cast(whole))[:, 0, 0].double()
         return found
 
     found = result_or_error(rows, FAILURES)
     if isinstance(found, Exception):
         return float("inf")
+    # What is plain may hold operations that cannot be differentiated forward, and need not be here.
+    part = function.restricted(own, values) if tape.plain else function
     inputs = function.cast(inputs)
-    return error_of_rows(function, theta, inputs, v, found[:, None, None], weights.unsqueeze(1))
+    return error_of_rows(part, own.flatten(values), inputs, v, found[:, None, None], weights.unsqueeze(1))

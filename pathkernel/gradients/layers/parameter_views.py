@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -93,17 +93,23 @@ class View(Handle):
         """The parameter."""
         return {self.name}
 
-    @property
+    def repeated(self, axis: int) -> bool:
+        """Test that the parts along an axis are the same entries."""
+        places = self.places
+        return places.stride(axis) == 0 or bool((places == places.narrow(axis, 0, 1)).all())
+
+    @cached_property
     def where(self) -> slice | None:
         """The part of the parameter, where it is one piece, in its own order or transposed."""
         if self.whole:
             return slice(0, self.shape.numel())
         places = self.places
-        if places.untyped_storage().data_ptr() != self.origin.untyped_storage().data_ptr():
-            return None
-        if not (places.is_contiguous() or self.transposed):
-            return None
-        return slice(int(places.storage_offset()), int(places.storage_offset()) + places.numel())
+        if places.untyped_storage().data_ptr() == self.origin.untyped_storage().data_ptr():
+            first = int(places.storage_offset()) if places.is_contiguous() or self.transposed else None
+        else:  # picked: rows of a table in their own order
+            flat = places.reshape(-1)
+            first = int(flat[0]) if len(flat) and bool((flat.diff() == 1).all()) else None
+        return None if first is None else slice(first, first + places.numel())
 
     @property
     def transposed(self) -> bool:
@@ -120,7 +126,7 @@ class View(Handle):
         else:
             rows = gradients.rows()
             whole = rows.new_zeros(*rows.shape[:2], self.shape.numel())
-            whole.index_add_(2, self.places.reshape(-1), rows)
+            whole.index_add_(2, self.places.reshape(-1).to(rows.device), rows)
             yield self.name, slice(0, self.shape.numel()), Dense(whole)
 
 
@@ -136,12 +142,16 @@ class Composed(Handle):
         Their values and what they are.
     shape
         Of the result.
+    rules
+        Number of an argument → its gradients from those in the result, (n, K, *shape), where a rule says so; others are
+        pulled back through the function row by row.
     """
 
     function: Callable[..., Tensor]
     arguments: tuple[Tensor, ...]
     sources: tuple[Handle, ...]
     shape: torch.Size
+    rules: Mapping[int, Callable[[Tensor], Factor]] = field(default_factory=dict)
 
     def names(self) -> set[str]:
         """The parameters."""
@@ -151,7 +161,20 @@ class Composed(Handle):
         """Rows pulled back through the function."""
         rows = gradients.rows()
         n, k = rows.shape[:2]
-        pull_back = vjp(self.function, *self.arguments)[1]
-        pulled = vmap(pull_back)(rows.reshape(n * k, *self.shape))
-        for source, gradient in zip(self.sources, pulled, strict=True):
-            yield from source.pull(Dense(gradient.reshape(n, k, -1)))
+        others = [i for i in range(len(self.sources)) if i not in self.rules]
+        for i, rule in self.rules.items():
+            yield from self.sources[i].pull(rule(rows.reshape(n, k, *self.shape)))
+        if not others:
+            return
+
+        def of_others(*values: Tensor) -> Tensor:
+            filled = list(self.arguments)
+            for i, value in zip(others, values, strict=True):
+                filled[i] = value
+            return self.function(*filled)
+
+        pull_back = vjp(of_others, *(self.arguments[i] for i in others))[1]
+        # Component by component, as in the proof of a tape.
+        pulled = [vmap(pull_back)(own) for own in rows.reshape(n, k, *self.shape).unbind(1)]
+        for i, parts in zip(others, zip(*pulled, strict=True), strict=True):
+            yield from self.sources[i].pull(Dense(torch.stack([part.reshape(n, -1) for part in parts], dim=1)))

@@ -29,7 +29,10 @@ def decomposed(function: Any) -> Callable[..., Any] | None:
 
 
 def _unrolled(cell: Callable[..., tuple[Tensor, ...]], states: int) -> Callable[..., tuple[Tensor, ...]]:
-    """A recurrent network of layers and directions, step by step."""
+    """A recurrent network of layers and directions, step by step.
+
+    ``alive``, (T, n), tells which samples have a step: the state of the others stays as it is.
+    """
 
     def run(
         input: Tensor,
@@ -41,10 +44,12 @@ def _unrolled(cell: Callable[..., tuple[Tensor, ...]], states: int) -> Callable[
         train: bool,
         bidirectional: bool,
         batch_first: bool,
+        alive: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        directions, per_layer = 2 if bidirectional else 1, 4 if has_biases else 2
-        if not isinstance(has_biases, bool) or len(weights) != per_layer * num_layers * directions:
-            raise NoRule  # packed sequences, or projections
+        directions, usual = 2 if bidirectional else 1, 4 if has_biases else 2
+        if not isinstance(has_biases, bool):
+            raise NoRule  # packed sequences
+        per_layer = len(weights) // (num_layers * directions)
         initial = hidden if states > 1 else (hidden,)
         sequence = input.transpose(0, 1) if batch_first else input
         last: list[list[Tensor]] = [[] for _ in range(states)]
@@ -52,13 +57,18 @@ def _unrolled(cell: Callable[..., tuple[Tensor, ...]], states: int) -> Callable[
             both = []
             for direction in range(directions):
                 index = layer * directions + direction
-                own = list(weights[index * per_layer : (index + 1) * per_layer]) + [None] * (4 - per_layer)
+                own = list(weights[index * per_layer : (index + 1) * per_layer])
+                projection = own.pop() if per_layer > usual else None
+                own += [None] * (4 - usual)
                 state = tuple(h[index] for h in initial)
                 projected = F.linear(sequence, own[0], own[2])
                 outputs: list[Tensor] = []
                 times = range(len(sequence))
                 for t in reversed(times) if direction else times:
-                    state = cell(projected[t], state, own[1], own[3])
+                    new = cell(projected[t], state, own[1], own[3])
+                    if projection is not None:
+                        new = (F.linear(new[0], projection), *new[1:])
+                    state = new if alive is None else _where(alive[t], new, state)
                     outputs.append(state[0])
                 both.append(torch.stack(outputs[::-1] if direction else outputs))
                 for slot, value in zip(last, state, strict=True):
@@ -70,6 +80,10 @@ def _unrolled(cell: Callable[..., tuple[Tensor, ...]], states: int) -> Callable[
         return (sequence.transpose(0, 1) if batch_first else sequence, *ends)
 
     return run
+
+
+def _where(alive: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.where(alive.unsqueeze(-1), *pair) for pair in zip(new, old, strict=True))
 
 
 def _lstm(projected: Tensor, state: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:

@@ -106,16 +106,45 @@ def linear(samples: Samples, input: Tensor, weight: Tensor, bias: Tensor | None 
 
 @layer_rule(torch.matmul, Tensor.matmul, Tensor.__matmul__)
 def matmul(samples: Samples, input: Tensor, other: Tensor) -> dict[str, Gradient]:
-    """y = x W."""
-    if other.dim() != 2:
+    """y = x W, or y = W x with positions last."""
+
+    def left(signal: Tensor) -> Outer:
+        n, k = signal.shape[:2]
+        delta, x = signal.transpose(-1, -2), samples(other).transpose(-1, -2)
+        return Outer(delta.reshape(n, k, -1, input.shape[0]), x.reshape(n, -1, input.shape[1]))
+
+    if other.dim() == 2:
+        return {"other": _right(samples, input, other)}
+    if input.dim() != 2:
         raise NoRule
+    return {"input": left}
+
+
+def _right(samples: Samples, input: Tensor, other: Tensor) -> Gradient:
+    """Gradient of W in y = x W at every position."""
 
     def gradient(signal: Tensor) -> Outer:
         n, k = signal.shape[:2]
         x = samples(input)
         return Outer(signal.reshape(n, k, -1, other.shape[1]), x.reshape(n, -1, other.shape[0]), transposed=True)
 
-    return {"other": gradient}
+    return gradient
+
+
+@layer_rule(torch.mm, Tensor.mm)
+def mm(samples: Samples, input: Tensor, mat2: Tensor) -> dict[str, Gradient]:
+    """y = x W."""
+    return {"mat2": _right(samples, input, mat2)}
+
+
+@layer_rule(torch.addmm, Tensor.addmm)
+def addmm(
+    samples: Samples, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> dict[str, Gradient]:
+    """y = b + x W, the linear layer of GPT-2's code."""
+    if input.dim() != 1 or beta != 1 or alpha != 1:
+        raise NoRule
+    return {"input": SumOfSignals(), "mat2": _right(samples, mat1, mat2)}
 
 
 @layer_rule(F.embedding)
@@ -140,6 +169,39 @@ def embedding(
         if padding_idx is not None:
             signal = signal * (indices != padding_idx % len(weight))[:, None, :, None]
         return Lookup(signal, indices, weight.shape[0])
+
+    return {"weight": gradient}
+
+
+@layer_rule(F.embedding_bag)
+def embedding_bag(
+    samples: Samples,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> dict[str, Gradient]:
+    """y = Σ_t c_t W[index_t], with given c or one over the number of indices; ``padding_idx`` is none of them."""
+    if input.dim() != 2 or max_norm is not None or scale_grad_by_freq or mode not in ("sum", "mean"):
+        raise NoRule
+
+    def gradient(signal: Tensor) -> Lookup:
+        indices = samples(input)
+        read = torch.ones_like(indices, dtype=signal.dtype)
+        if padding_idx is not None:
+            read = (indices != padding_idx % len(weight)).to(signal.dtype)
+        if mode == "mean":
+            read = read / read.sum(dim=1, keepdim=True).clamp_min(1)
+        if per_sample_weights is not None:
+            read = read * samples(per_sample_weights)
+        return Lookup(signal.unsqueeze(2) * read[:, None, :, None], indices, weight.shape[0])
 
     return {"weight": gradient}
 

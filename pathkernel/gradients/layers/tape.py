@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.gradients.layers.batch_axis import Arrangement
+from pathkernel.gradients.forward_state import QUIET_FALLBACKS
+from pathkernel.gradients.layers.batch_axis import NO_ROLES, Arrangement, Roles
 from pathkernel.gradients.layers.factor import Factor
 from pathkernel.gradients.layers.factors import Dense, Piece, joined
+from pathkernel.gradients.layers.modules import module_rules
 from pathkernel.gradients.layers.parameter_views import Handle, View
 from pathkernel.gradients.layers.rules import NoRule, SumOfSignals
-from pathkernel.gradients.layers.tracing import LayerCall, ParameterTracer, module_rules, overwritten
+from pathkernel.gradients.layers.tracing import LayerCall, ParameterTracer
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import count
@@ -54,6 +56,8 @@ class Tape:
         Parameters to leave out, and why; None while this is being found out.
     workspace
         Memory for signals; by default none is kept.
+    roles
+        Results that are of samples or of none otherwise than their arguments tell.
     """
 
     def __init__(
@@ -64,17 +68,18 @@ class Tape:
         arrangements: Sequence[Arrangement] = (),
         plain: Mapping[str, str] | None = None,
         workspace: Workspace | None = None,
+        roles: Roles = NO_ROLES,
     ) -> None:
         give_back_freed_memory()  # of the pass before
         self.function, self.n, self.workspace = function, count(inputs), workspace or Workspace(0)
-        self.arrangements = tuple(arrangements)
+        self.arrangements, self.roles = tuple(arrangements), roles
         arrangement = lambda i: arrangements[i] if i < len(arrangements) else Arrangement()  # noqa: E731
         parameters = {name: value.detach() for name, value in function.parameters(theta).items()}
-        tracer = ParameterTracer(parameters, self.n, arrangement, function.constants.values())
+        tracer = ParameterTracer(parameters, self.n, arrangement, function.constants.values(), roles)
         inputs = function.cast(inputs)
         covered = plain is None or not plain.keys() >= set(function.layout.names)
-        watching = (module_rules(function.module, tracer), tracer) if covered else ()
-        with function.evaluating(gradients=True), ExitStack() as stack:
+        watching = (module_rules(function, tracer), tracer) if covered else ()
+        with function.evaluating(gradients=True, fused_attention=True), ExitStack() as stack:
             for watch in watching:
                 stack.enter_context(watch)
             returned = function.call(parameters, inputs)
@@ -83,11 +88,13 @@ class Tape:
         leaves = [leaf for leaf in output_leaves(returned) if isinstance(leaf, Tensor)]
         alone = len(leaves) == 1 and leaves[0].shape == self.outputs.shape
         self._head = tracer.outputs.get(id(leaves[0])) if alone else None
-        self.calls, self.unsupported = tracer.calls, tracer.unsupported
-        self._read = tracer.read  # what layers read, and how often it had been written on
+        self.calls, self.unsupported, self.composed = tracer.calls, tracer.unsupported, tracer.composed
         tracer.calls = []  # rules know the tracer: a cycle would keep every pass until the garbage collector runs
-        if tracer.overwritten:  # activations are gone
-            self.unsupported |= dict.fromkeys(function.layout.names, "an input of a layer is overwritten in place")
+        for leaf, version, number in tracer.read:
+            if leaf._version != version:  # activations are gone
+                names = self.calls[number].names()
+                self.unsupported |= dict.fromkeys(names, "an input of a layer is overwritten in place")
+        self._read = [(leaf, leaf._version) for leaf, _, _ in tracer.read]
         self.proving = plain is None
         self.plain: dict[str, str] = dict(plain or {})
         if self.proving:
@@ -95,14 +102,15 @@ class Tape:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """Calls in their order, and what has no rule."""
-        return (*(call.signature for call in self.calls), tuple(sorted(self.unsupported)))
+        """Calls in their order, what has no rule, and where parameters alone were at work."""
+        return (*(call.signature for call in self.calls), tuple(sorted(self.unsupported)), tuple(self.composed))
 
     @property
     def lengths(self) -> set[int]:
         """Lengths of the axes of all results, and of all arguments of functions without a rule."""
         arguments = (shape for call in self.calls for shape in call.arguments if shape is not None)
-        return {length for shape in (*self.shapes, *arguments) for length in shape}
+        composed = (shape for shapes in self.composed.values() for shape in shapes)
+        return {length for shape in (*self.shapes, *arguments, *composed) for length in shape}
 
     @property
     def shapes(self) -> list[torch.Size]:
@@ -120,7 +128,7 @@ class Tape:
             Where ``components`` are ``outputs[:, identity]``: the last layer's signals are then known.
         """
         signals = self._signals(components, identity)
-        with self.function.without_graph():
+        with self.function.without_graph(), QUIET_FALLBACKS:
             return self._pieces(signals, identity)
 
     def _pieces(self, signals: list[Tensor | None], identity: slice | None) -> list[Piece]:
@@ -162,12 +170,17 @@ class Tape:
 
         def pull() -> None:
             factor = call.gradients[key](signal)
-            if overwritten(self._read):  # every later use of an activation would be wrong, by this layer or another
+            if any(leaf._version != version for leaf, version in self._read):
+                # Every later use of an activation would be wrong, by this layer or another.
                 raise NoRule(f"the rule of {call.function} writes on what its layer read")
+            if (factor.samples, factor.components) != signal.shape[:2] or factor.samples != self.n:
+                raise NoRule(f"the rule of {call.function} gives gradients of another number of samples")
             if self._is_head(call, identity):
                 factor = factor.as_head()
-            for name, where, own in handle.pull(factor):
-                contributions[name].append((where, own))
+            for name, where, own in list(handle.pull(factor)):
+                # Others of the same handle are wanted; an expert that nothing was sent to has no positions.
+                if name not in self.plain and own.positions:
+                    contributions[name].append((where, own))
 
         error = result_or_error(pull, FAILURES if self.proving else ())
         if error is not None:
@@ -198,7 +211,8 @@ class Tape:
         """δ of every call, (n, K, *output with the samples first)."""
         outputs, k = [call.output for call in self.calls], components.shape[1]
         signals: list[Tensor | None] = [None] * len(outputs)
-        wanted = [i for i, call in enumerate(self.calls) if not self._is_head(call, identity)]
+        covered = [not call.names() <= self.plain.keys() for call in self.calls]
+        wanted = [i for i, call in enumerate(self.calls) if covered[i] and not self._is_head(call, identity)]
         for c in range(k if wanted and components.requires_grad else 0):
             cotangent = torch.zeros_like(components)
             cotangent[:, c] = 1
@@ -206,12 +220,23 @@ class Tape:
                 components, [outputs[i] for i in wanted], cotangent, retain_graph=True, allow_unused=True
             )
             for i, part in zip(wanted, column, strict=True):
-                signals[i] = _with_column(signals[i], part, self.calls[i].arrangement, (self.n, k, c), self.workspace)
+                call = self.calls[i]
+                if part is not None and not call.arrangement.holds(part, self.n):
+                    self._refuse(call)
+                    continue
+                signals[i] = _with_column(signals[i], part, call.arrangement, (self.n, k, c), self.workspace)
         if identity is not None and self._head is not None:
             width = self.outputs.shape[1]
             unit = torch.eye(width, dtype=components.dtype, device=components.device)[identity]
             signals[self._head] = unit.expand(self.n, *unit.shape)
         return signals
+
+    def _refuse(self, call: LayerCall) -> None:
+        """Leave out the parameters of a call whose result cannot be cut into samples."""
+        reason = f"the result of {call.function} holds no part for each sample"
+        if not self.proving:
+            raise NoRule(reason)
+        self.plain |= dict.fromkeys(call.names(), reason)
 
 
 def _with_column(

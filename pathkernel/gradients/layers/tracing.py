@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import vjp, vmap
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
 
-from pathkernel.gradients.layers.batch_axis import Arrangement
+from pathkernel.gradients.layers.batch_axis import NO_ROLES, Arrangement, Place, Roles, SamplesFirst
+from pathkernel.gradients.layers.einsum import einsum as einsum
 from pathkernel.gradients.layers.factors import Dense, Factor
+from pathkernel.gradients.layers.functions import (
+    GETITEM,
+    IN_PLACE,
+    REARRANGING,
+    SETITEM,
+    draws,
+    filled,
+    mask_of,
+    picks,
+    tensors_of,
+)
+from pathkernel.gradients.layers.local import local_gradients
+from pathkernel.gradients.layers.packed import Packs
 from pathkernel.gradients.layers.parameter_views import VIEWS, Composed, Handle, View
 from pathkernel.gradients.layers.pooling import REPLACEMENTS
 from pathkernel.gradients.layers.recurrent import decomposed
@@ -41,6 +54,8 @@ class LayerCall:
         Where the samples are.
     arguments
         Shapes of the arguments of a function without a rule, None for what is no tensor.
+    place
+        Which call of the pass.
     """
 
     function: str
@@ -49,6 +64,11 @@ class LayerCall:
     gradients: Mapping[str, Gradient]
     arrangement: Arrangement = field(default_factory=Arrangement)
     arguments: tuple[torch.Size | None, ...] = ()
+    place: Place = ()
+
+    def names(self) -> set[str]:
+        """The parameters."""
+        return set().union(*(handle.names() for handle in self.handles.values()))
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -69,6 +89,8 @@ class ParameterTracer(TorchFunctionMode):
         Arrangement of the result of each call, by its number.
     fixed
         Tensors that are the same for all samples.
+    roles
+        Results that are of samples or of none otherwise than their arguments tell.
 
     Attributes
     ----------
@@ -80,6 +102,10 @@ class ParameterTracer(TorchFunctionMode):
         Parameters that went into something that no rule covers, and into what.
     rearranges
         Whether a function was called that may put samples in another order, as those of the batch at hand have it.
+    composed
+        Shapes of the results that were taken for functions of parameters alone.
+    read
+        What each call read, how often it had been written on, and the call's number.
     """
 
     def __init__(
@@ -88,19 +114,30 @@ class ParameterTracer(TorchFunctionMode):
         n: int,
         arrangement: Callable[[int], Arrangement],
         fixed: Iterable[Tensor] = (),
+        roles: Roles = NO_ROLES,
     ) -> None:
         super().__init__()
         self.known: dict[int, tuple[Tensor, Handle]] = {}
         self.fixed = {id(value) for value in fixed}
-        self.n, self.arrangement = n, arrangement
+        self.n, self.arrangement, self.roles = n, arrangement, roles
         self.calls: list[LayerCall] = []
         self.outputs: dict[int, int] = {}
         self.unsupported: dict[str, str] = {}
         self.rearranges = False
-        self.read: list[tuple[Tensor, int]] = []
+        self.composed: dict[Place, tuple[torch.Size, ...]] = {}
+        self.read: list[tuple[Tensor, int, int]] = []
+        self._place = [0]
+        self._begun = False
+        self._open: list[Any] = []
+        self.packs = Packs()
         self._kept: list[Tensor] = []  # an identity is only good for as long as its tensor lives
         for name, value in parameters.items():
             self.known[id(value)] = (value, View(name, value.shape))
+
+    def begin(self) -> None:
+        """Count calls from here on, where the network begins: what comes before depends on what is known of it."""
+        if not self._begun:
+            self._place, self._begun = [0], True
 
     def handle(self, value: Any) -> Handle | None:
         """Handle of a tensor made of parameters alone; None of others."""
@@ -109,30 +146,49 @@ class ParameterTracer(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._place[-1] += 1
         tensors = tensors_of((args, kwargs))
         leaves = [leaf for leaf in tensors if id(leaf) in self.known]
-        self.rearranges |= function in REARRANGING or (function is GETITEM and _picks(args))
+        # What an index picks from a parameter are rows of a table, as an embedding's are.
+        picked = function is GETITEM and picks(args) and self.handle(args[0]) is None
+        self.rearranges |= function in REARRANGING or picked
         if not leaves or not torch.is_grad_enabled():
-            return REPLACEMENTS.get(function, function)(*args, **kwargs)
+            result = REPLACEMENTS.get(function, function)(*args, **kwargs)
+            self.packs.note(function, args, result)
+            return result
         others = [leaf for leaf in tensors if id(leaf) not in self.known]
-        if function in VIEWS and not others and len(leaves) == 1:
-            return self._viewed(function, args, kwargs)
-        body = None if function in RULES else decomposed(function)
+        if function in VIEWS and not others and len(leaves) == 1 and isinstance(self.handle(args[0]), View):
+            result = function(*args, **kwargs)
+            self._register_view(result, function, args, kwargs)
+            return result
+        closed = function in RULES or function in self._open
+        body = None if closed else self.packs.unrolled(function, args) or decomposed(function)
         if body is not None:
             # A function that cannot be decomposed in this call (packed sequences) is one operation after all.
+            self._place.append(0)
+            self._open.append(function)  # some methods of tensors call themselves by another name
             try:
                 with self:
                     return body(*args, **kwargs)
             except NoRule:
-                return self._give_up(function, args, kwargs)
+                self._leave_out((args, kwargs), f"{resolve_name(function)} has no rule for this call")
+                return function(*args, **kwargs)
+            finally:
+                self._place.pop()
+                self._open.pop()
         return self._used(function, args, kwargs, others)
 
-    def _viewed(self, function: Any, args: Any, kwargs: Any) -> Any:
-        result, view = function(*args, **kwargs), self.handle(args[0])
-        if isinstance(view, View):
-            self._register(result, view.viewed(function, *args[1:], **kwargs), view)
-            return result
-        return self._composed(function, args, kwargs)
+    @property
+    def place(self) -> Place:
+        """Number of the call at hand."""
+        return tuple(self._place)
+
+    def _register_view(self, result: Any, function: Any, args: Any, kwargs: Any) -> None:
+        view, others = self.handle(args[0]), (args[1:], kwargs)
+        assert isinstance(view, View)
+        # Indices that pick entries lie where the parameter does.
+        others = pytree.tree_map(lambda own: own.cpu() if isinstance(own, Tensor) else own, others)
+        self._register(result, view.viewed(function, *others[0], **others[1]), view)
 
     def _register(self, result: Any, places: Any, view: View) -> None:
         if isinstance(result, Tensor):
@@ -142,31 +198,69 @@ class ParameterTracer(TorchFunctionMode):
                 self._register(part, own, view)
 
     def _used(self, function: Any, args: Any, kwargs: Any, others: list[Tensor]) -> Any:
+        if function in IN_PLACE and self.handle(args[0]) is None and not kwargs:
+            return self._written(function, args)
         before = [(leaf, leaf._version) for leaf in others]
         result = function(*args, **kwargs)
-        if not any(leaf.is_floating_point() for leaf in tensors_of(result)):
+        if not any(leaf.is_floating_point() or leaf.is_complex() for leaf in tensors_of(result)):
             return result  # a shape, a type
-        batch = [leaf for leaf in others if id(leaf) not in self.fixed]
-        if not batch:
-            return self._composed(function, args, kwargs)
-        name, arguments = _name(function), ()  # type: tuple[str, tuple[torch.Size | None, ...]]
+        place, of_samples = self.place, any(id(leaf) not in self.fixed for leaf in others)
+        if place in self.roles.shared or (not of_samples and place not in self.roles.spread):
+            return self._composed(function, args, kwargs, result)
         if not isinstance(result, Tensor) or any(leaf is result or leaf._version != v for leaf, v in before):
-            self._leave_out((args, kwargs), f"changed or returned together with others by {name}")
+            self._leave_out((args, kwargs), f"changed or returned together with others by {_name(function)}")
             return result
+        handles, gradients, arguments = self._gradients(function, args, kwargs, result)
+        self.read += [(leaf, version, len(self.calls)) for leaf, version in before]
+        return self.note(_name(function), result, handles, gradients, arguments)
+
+    def _written(self, function: Any, args: Any) -> Any:
+        """A parameter's part in a function that writes on its first argument, and the writing, one after the other."""
+        if function is SETITEM:
+            target, index, value = args
+            picked = mask_of(index, target, value)
+            if picked is None:
+                before = target[index].clone()
+                target[index] = self._used(filled, (before, value), {}, [before])
+            else:
+                before = target.clone()
+                target.copy_(self._used(torch.where, (picked, value, before), {}, [picked, before]))
+            return None
+        # What a layer read before is a copy.
+        before = args[0].clone()
+        found = self._used(IN_PLACE[function], (before, *args[1:]), {}, [before])
+        written = args[0].copy_(found)
+        handle = self.handle(found)
+        if handle is not None:  # of parameters alone
+            self.known[id(written)] = (written, handle)
+        return written
+
+    def _gradients(
+        self, function: Any, args: Any, kwargs: Any, result: Tensor
+    ) -> tuple[dict[str, Handle], dict[str, Gradient], tuple[torch.Size | None, ...]]:
+        """Arguments that are made of parameters, and their gradients.
+
+        By a rule, by what is the same for all samples, or by the function's own derivative.
+        """
+        bound, gradients = self._by_rule(function, args, kwargs)
+        handles = {key: handle for key, value in bound.items() if (handle := self.handle(value)) is not None}
+        own = {key: gradients[key] for key in handles if key in gradients}
+        if own.keys() == handles.keys() and own:
+            return handles, own, ()
+        if not own and self.place in self.roles.spread:
+            return self._one_for_all(function, args, kwargs, result)
+        more, local = self._local(function, args, kwargs, {id(bound[key]) for key in own})
+        return {**{key: handles[key] for key in own}, **more}, {**own, **local}, _shapes(args, kwargs)
+
+    def _by_rule(self, function: Any, args: Any, kwargs: Any) -> tuple[dict[str, Any], Mapping[str, Gradient]]:
+        """Arguments by the names that a rule gives them, and its gradients; nothing where it covers no such call."""
+        if function not in RULES:
+            return {}, {}
         try:
-            bound = _bound(function, args, kwargs)
-            gradients = RULES[function](self._samples(), **self._detached(bound)) if function in RULES else None
+            bound = {**dict(zip(_arguments(RULES[function]), args, strict=False)), **kwargs}
+            return bound, RULES[function](self._samples(), **self._detached(bound))
         except (NoRule, TypeError):
-            gradients = None
-        if gradients is None or any(
-            self.handle(value) is not None and key not in gradients for key, value in bound.items()
-        ):
-            bound, gradients = self._local(function, args, kwargs)
-            arguments = _shapes(args, kwargs)
-        handles = {key: self.handle(value) for key, value in bound.items()}
-        own = {key: handle for key, handle in handles.items() if handle is not None}
-        self.read += before
-        return self.note(name, result, own, gradients, arguments)
+            return {}, {}
 
     def note(
         self,
@@ -179,7 +273,8 @@ class ParameterTracer(TorchFunctionMode):
         """Note a call; what the network goes on with is a copy, so that in-place operations leave the result alone."""
         if not result.requires_grad:
             result = result.detach().requires_grad_(True)
-        self.calls.append(LayerCall(name, result, handles, gradients, self.arrangement(len(self.calls)), arguments))
+        arrangement = self.arrangement(len(self.calls))
+        self.calls.append(LayerCall(name, result, handles, gradients, arrangement, arguments, self.place))
         copy = result.clone()
         self.outputs[id(copy)] = len(self.calls) - 1
         self._kept.append(copy)
@@ -192,13 +287,9 @@ class ParameterTracer(TorchFunctionMode):
             for key, value in arguments.items()
         }
 
-    @property
-    def overwritten(self) -> bool:
-        """True where something that a layer read was changed in place afterwards."""
-        return overwritten(self.read)
-
     def module_call(self, module: nn.Module, rule: Rule, inputs: tuple[Any, ...]) -> Any:
         """Run a module whose class has a rule of its own as one call."""
+        self._place[-1] += 1
         own = {name: self.handle(value) for name, value in module._parameters.items() if value is not None}
         handles = {name: handle for name, handle in own.items() if handle is not None}
         with torch._C.DisableTorchFunction():
@@ -208,50 +299,116 @@ class ParameterTracer(TorchFunctionMode):
             for handle in handles.values():
                 self.unsupported |= dict.fromkeys(handle.names(), f"the rule of {type(module).__name__} leaves it out")
             return result
-        self.read += [(leaf, leaf._version) for leaf in tensors_of(inputs)]
+        self.read += [(leaf, leaf._version, len(self.calls)) for leaf in tensors_of(inputs)]
         within = {key: _at(module, dict(module._parameters), gradient) for key, gradient in gradients.items()}
         return self.note(type(module).__name__, result, handles, within)
 
-    def _samples(self) -> Callable[[Tensor], Tensor]:
-        index = len(self.calls)
-        return lambda tensor: self.arrangement(index).front(tensor, self.n)
+    def _samples(self) -> SamplesFirst:
+        return SamplesFirst(self.arrangement(len(self.calls)), self.n)
 
-    def _local(self, function: Any, args: Any, kwargs: Any) -> tuple[dict[str, Any], dict[str, Gradient]]:
+    def _local(
+        self, function: Any, args: Any, kwargs: Any, covered: Container[int]
+    ) -> tuple[dict[str, Handle], dict[str, Gradient]]:
         """The rule of a function that has none: its own derivative, sample by sample."""
         leaves, tree = pytree.tree_flatten((args, kwargs))
-        index, own = len(self.calls), [i for i, leaf in enumerate(leaves) if self.handle(leaf) is not None]
+        arrangement = self.arrangement(len(self.calls))
+        handles: dict[str, Handle] = {}
+        gradients: dict[str, Gradient] = {}
+        own: set[int] = set()
+        for i in arrangement.batched:
+            handle = self.handle(leaves[i])
+            # A parameter that was repeated for every sample is that sample's own, and one of its parts stands for all.
+            if handle is None or (isinstance(handle, View) and handle.repeated(arrangement.axis)):
+                own.add(i)
+        for i, leaf in enumerate(leaves):
+            handle = self.handle(leaf)
+            if handle is None or id(leaf) in covered:
+                continue
+            if i in own:
+                assert isinstance(handle, View)
+                handle = handle.at(handle.places.narrow(arrangement.axis, 0, 1))
+            handles[str(i)] = handle
+            gradients[str(i)] = partial(local_gradients, function, leaves, tree, i, own, arrangement, self.n)
+        return handles, gradients
 
-        def gradient(place: int) -> Gradient:
-            def pull(signal: Tensor) -> Dense:
-                return local_gradients(function, leaves, tree, place, self, index, signal)
+    def _one_for_all(
+        self, function: Any, args: Any, kwargs: Any, result: Tensor
+    ) -> tuple[dict[str, Handle], dict[str, Gradient], tuple[torch.Size | None, ...]]:
+        """A function of parameters alone that has the same result for every sample: that of one is theirs."""
+        arrangement = self.arrangement(len(self.calls))
+        axis = min(arrangement.axis, result.dim() - 1)
+        whole = self._composition(function, args, kwargs, result.shape)
+        one = replace(
+            whole,
+            function=lambda *values: whole.function(*values).narrow(axis, 0, 1),
+            shape=torch.Size((*result.shape[:axis], 1, *result.shape[axis + 1 :])),
+        )
+        same = bool((result == result.narrow(axis, 0, 1)).all())
 
-            return pull
+        def gradient(signal: Tensor) -> Dense:
+            if arrangement.merged or not same:
+                raise NoRule
+            return Dense(signal.flatten(2))
 
-        return {str(i): leaves[i] for i in own}, {str(i): gradient(i) for i in own}
+        return {"result": one}, {"result": gradient}, ()
 
-    def _composed(self, function: Any, args: Any, kwargs: Any) -> Any:
-        leaves, tree = pytree.tree_flatten((args, kwargs))
-        own = [i for i, leaf in enumerate(leaves) if self.handle(leaf) is not None]
-        result = function(*args, **kwargs)
-        if not isinstance(result, Tensor):
+    def _composed(self, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
+        """Register a result that depends on parameters and on what is the same for all samples."""
+        if draws(function, args):
+            self._leave_out((args, kwargs), f"{_name(function)} draws random numbers for parameters")
+            return result
+        parts = tensors_of(result)
+        self.composed[self.place] = tuple(part.shape for part in parts)
+        alone = not any(id(leaf) in self.known for leaf in tensors_of((args[1:], kwargs)))
+        if function in VIEWS and isinstance(self.handle(args[0]), View) and alone:
+            self._register_view(result, function, args, kwargs)
+            return result
+        if isinstance(result, Tensor):
+            bound, gradients = self._by_shared_rule(function, args, kwargs)
+            composed = self._composition(function, args, kwargs, result.shape)
+            rules = {
+                i: gradients[key]
+                for i, own in enumerate(composed.arguments)
+                for key, value in bound.items()
+                if value is own and key in gradients
+            }
+            self.known[id(result)] = (result, replace(composed, rules=rules))
+            return result
+        if not isinstance(result, (tuple, list)) or len(parts) != len(result):
             self._leave_out((args, kwargs), f"{resolve_name(function)} of parameters alone")
             return result
-
-        def of_parameters(*values: Tensor) -> Tensor:
-            filled = list(leaves)
-            for place, value in zip(own, values, strict=True):
-                filled[place] = value
-            new_args, new_kwargs = pytree.tree_unflatten(filled, tree)
-            return function(*new_args, **new_kwargs)
-
-        sources = tuple(handle for i in own if (handle := self.handle(leaves[i])) is not None)
-        composed = Composed(of_parameters, tuple(leaves[i] for i in own), sources, result.shape)
-        self.known[id(result)] = (result, composed)
+        for i, part in enumerate(result):
+            pick = lambda *a, i=i, **k: function(*a, **k)[i]  # noqa: E731
+            self.known[id(part)] = (part, self._composition(pick, args, kwargs, part.shape))
         return result
 
-    def _give_up(self, function: Any, args: Any, kwargs: Any) -> Any:
-        self._leave_out((args, kwargs), f"{resolve_name(function)} has no rule for this call")
-        return function(*args, **kwargs)
+    def _by_shared_rule(self, function: Any, args: Any, kwargs: Any) -> tuple[dict[str, Any], Mapping[str, Gradient]]:
+        """What a rule says where all samples have the same arguments."""
+        if function not in FOR_SHARED:
+            return {}, {}
+        bound = {**dict(zip(_arguments(RULES[function]), args, strict=False)), **kwargs}
+        try:
+            repeat = lambda tensor: tensor.expand(self.n, *tensor.shape)  # noqa: E731
+            return bound, RULES[function](repeat, **self._detached(bound))
+        except (NoRule, TypeError):
+            return {}, {}
+
+    def _composition(self, function: Any, args: Any, kwargs: Any, shape: torch.Size) -> Composed:
+        """A result as a function of those of its arguments that are made of parameters."""
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        own = [i for i, leaf in enumerate(leaves) if self.handle(leaf) is not None]
+        values = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+        def of_parameters(*given: Tensor) -> Tensor:
+            filled = list(values)
+            for place, value in zip(own, given, strict=True):
+                filled[place] = value
+            new_args, new_kwargs = pytree.tree_unflatten(filled, tree)
+            found: Tensor = function(*new_args, **new_kwargs)
+            return found
+
+        sources = tuple(handle for i in own if (handle := self.handle(leaves[i])) is not None)
+        return Composed(of_parameters, tuple(leaves[i] for i in own), sources, shape)
 
     def _leave_out(self, arguments: Any, reason: str) -> None:
         for leaf in tensors_of(arguments):
@@ -260,67 +417,18 @@ class ParameterTracer(TorchFunctionMode):
                 self.unsupported[name] = reason
 
 
+FOR_SHARED = frozenset({F.linear, F.embedding, torch.matmul, Tensor.matmul, Tensor.__matmul__})
+"""Functions whose rules bring all that they read to the front by ``samples``, so that it may be the same for all."""
+
+
 def _shapes(args: Any, kwargs: Any) -> tuple[torch.Size | None, ...]:
     return tuple(leaf.shape if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves((args, kwargs)))
-
-
-def _named(*names: str) -> set[Any]:
-    """Functions of torch, and methods of tensors, of these names."""
-    return {getattr(holder, name) for name in names for holder in (torch, Tensor) if hasattr(holder, name)}
-
-
-REARRANGING = frozenset(
-    _named("argsort", "sort", "msort", "unique", "unique_consecutive", "nonzero", "argwhere", "flip", "roll")
-    | _named("randperm")
-    | _named("bincount", "bucketize", "searchsorted", "masked_select", "masked_scatter", "index_select", "index_add")
-    | _named("index_copy", "index_put", "index_add_", "index_copy_", "index_put_", "take", "repeat_interleave")
-    | _named("gather", "take_along_dim", "topk", "scatter", "scatter_add", "scatter_reduce", "scatter_", "scatter_add_")
-    | {torch.functional.unique, torch.functional.unique_consecutive}
-)
-"""Functions that may put samples in another order, or pick some of them, as their values have it."""
-
-GETITEM = Tensor.__getitem__
-
-
-def _picks(args: Any) -> bool:
-    """Test that an index picks from the first axis by a tensor."""
-    index = args[1] if len(args) > 1 else None
-    first = index[0] if isinstance(index, tuple) and index else index
-    return isinstance(first, Tensor) and first.dim() > 0
-
-
-def tensors_of(tree: Any) -> list[Tensor]:
-    """Tensors in nested tuples, lists and dicts; every call of a pass comes by here, so it is not a generator."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (tuple, list)):
-        return []
-    found: list[Tensor] = []
-    for node in tree:
-        if isinstance(node, Tensor):
-            found.append(node)
-        elif isinstance(node, (tuple, list, dict)):
-            found += tensors_of(node)
-    return found
-
-
-def _bound(function: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Arguments by the names that the function's rule gives them."""
-    rule = RULES.get(function)
-    return {} if rule is None else {**dict(zip(_arguments(rule), args, strict=False)), **kwargs}
 
 
 @cache
 def _arguments(rule: Rule) -> tuple[str, ...]:
     """Names of the arguments that a rule takes from the call."""
     return tuple(inspect.signature(rule).parameters)[1:]
-
-
-def overwritten(read: Iterable[tuple[Tensor, int]]) -> bool:
-    """Test that some tensor was written on since its version was noted."""
-    return any(leaf._version != version for leaf, version in read)
 
 
 @cache
@@ -340,73 +448,3 @@ def _at(module: nn.Module, parameters: dict[str, Any], gradient: Gradient) -> Gr
             module._parameters.update(live)
 
     return evaluated
-
-
-@contextmanager
-def module_rules(module: nn.Module, tracer: ParameterTracer) -> Iterator[None]:
-    """Let the modules whose class has a rule of its own be one call each."""
-    patched = [child for child in module.modules() if type(child) in RULES and "forward" not in vars(child)]
-    for child in patched:
-        rule = RULES[type(child)]
-        child.forward = lambda *inputs, m=child, r=rule: tracer.module_call(m, r, inputs)
-    try:
-        yield
-    finally:
-        for child in patched:
-            del child.forward
-
-
-def local_gradients(
-    function: Any,
-    leaves: list[Any],
-    tree: Any,
-    place: int,
-    tracer: ParameterTracer,
-    call: int,
-    signal: Tensor,
-) -> Dense:
-    """Gradients of one argument of a function, (n, K, size), by its derivative at each sample.
-
-    The function is called with one sample at a time that keeps its sample axis; parameters that were expanded over
-    the samples before are treated alike.
-    """
-    arrangement, n = tracer.arrangement(call), tracer.n
-    axis = arrangement.axis
-    if arrangement.merged:
-        raise NoRule
-
-    def batched(leaf: int) -> bool:
-        handle = tracer.handle(leaves[leaf])
-        # A parameter that was repeated for every sample is that sample's own.
-        places = handle.moved if isinstance(handle, View) else None
-        own = handle is None or (places is not None and places.stride(axis) == 0 and n > 1)
-        return leaf in arrangement.batched and own
-
-    tensors = [i for i in range(len(leaves)) if i != place and batched(i)]
-    repeated = batched(place)
-
-    def one(value: Tensor, samples: tuple[Tensor, ...]) -> Tensor:
-        filled = list(leaves)
-        filled[place] = value
-        for i, sample in zip(tensors, samples, strict=True):
-            filled[i] = sample.unsqueeze(axis)
-        args, kwargs = pytree.tree_unflatten(filled, tree)
-        result: Tensor = function(*args, **kwargs)
-        return result.squeeze(axis)
-
-    def pull(value: Tensor, samples: tuple[Tensor, ...], cotangents: Tensor) -> Tensor:
-        pull_back = vjp(lambda v: one(v, samples), value)[1]
-        return vmap(lambda cotangent: pull_back(cotangent)[0])(cotangents)
-
-    value = leaves[place].detach()
-    samples = tuple(leaves[i].detach() for i in tensors)
-    if repeated:
-        value = value.narrow(axis, 0, 1)
-    gradients = vmap(pull, in_dims=(None, axis, 0))(value, samples, signal)  # (n, K, *value)
-    if gradients.shape[2:] != value.shape:
-        raise NoRule  # an operation that vmap does not treat right
-    if repeated:  # one sample's copy stands for all: put the gradient where that copy lies in the whole tensor
-        whole = gradients.new_zeros(*signal.shape[:2], *leaves[place].shape)
-        whole.narrow(2 + axis, 0, 1).copy_(gradients)
-        gradients = whole
-    return Dense(gradients.reshape(*signal.shape[:2], -1))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pathkernel._typing import PyTree
+from pathkernel.gradients.layers.plain import lines_on
 from pathkernel.tangent_kernel.cost.model import ENGINES, CostModel, CostRow, choose
 from pathkernel.tangent_kernel.engines.engine import Engine
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
@@ -59,7 +60,7 @@ def describe(
         "",
         _table(rows),
     ]
-    lines += [f"on the plain engine: {name}, {why}" for name, why in model.plain.items()]
+    lines += lines_on(model.plain, engine.function.layout)
     lines += [f"left out: {', '.join(names)} ({why})" for why, names in _grouped(left_out or {}).items()]
     return "\n".join(lines)
 

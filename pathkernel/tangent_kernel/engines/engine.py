@@ -105,6 +105,10 @@ class Engine(ABC):
             engine.selection = selection
         return engine
 
+    def describe(self) -> list[str]:
+        """Lines on how the gradients of parameters were taken so far; by default there is nothing to say."""
+        return []
+
     def fix_choices(
         self,
         theta: Tensor,

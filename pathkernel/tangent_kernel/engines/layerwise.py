@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
+from pathkernel.gradients.layers.plain import lines_on, warn_of_rows
 from pathkernel.gradients.layers.tape import Tape
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
@@ -78,6 +79,8 @@ class LayerwiseEngine(Engine):
     ) -> tuple[list[Piece], Tape]:
         """Gradients of h, or of some of its components, in factored form, and the tape they come from."""
         tape = self.tapes.record(theta, X, self.function)
+        if tape.plain:
+            warn_of_rows(self.function, tape.plain)
         with torch.enable_grad():
             if self.selection.identity:
                 chosen = slice(*components.indices(tape.outputs.shape[1]))
@@ -110,7 +113,7 @@ class LayerwiseEngine(Engine):
 
         def watched() -> None:
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                self.tapes.record(theta, X, self.function)
+                self.tapes.repeat(theta, X, self.function)
 
         # Transformations inside the network refuse hooks: its results are counted alone.
         result_or_error(watched, REFUSALS)
@@ -200,6 +203,11 @@ class LayerwiseEngine(Engine):
             return layers
         engine, own, where = rest
         return DividedJacobianProducts(layers, engine.jacobian(own, samples, 0), where)
+
+    def describe(self) -> list[str]:
+        """Lines on what the layers account for, and each parameter that they do not, with the reason."""
+        coverage = self.tapes.coverage
+        return [] if coverage is None else lines_on(coverage.plain, self.function.layout)
 
     def uncovered(self, theta: Tensor) -> tuple[JacobianEngine, Tensor, Tensor] | None:
         """The plain engine for the parameters that the tape does not cover, their values, and where they are."""

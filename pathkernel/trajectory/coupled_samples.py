@@ -1,0 +1,259 @@
+r"""Samples of a batch that is run together, met with directions: by forward sweeps, or by rows, whichever takes less.
+
+Rows :math:`J_i^\top \lambda_i` of coupled samples take one reverse sweep of the whole batch each, B of them; their
+products with Q directions can be had from Q forward sweeps as well (`pathkernel.gradients.pushed_shares`). What either
+costs is measured once for each kind of batch, and kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pathkernel._typing import Float, PyTree
+from pathkernel.gradients.factored import accumulation_dtype
+from pathkernel.gradients.losses import coupled_row_blocks, swept_rows, weighted_gradient
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import random_directions
+from pathkernel.gradients.pushed_shares import pushed_outputs, pushed_shares, weighted_outputs
+from pathkernel.gradients.pytrees import blocks
+from pathkernel.trajectory.split_certificate import DIRECTIONS, hashable, row_limit
+from pathkernel.trajectory.step import MicroBatch
+
+ALWAYS_ROWS = 2**20
+"""Numbers in the rows of a batch up to which they are formed without asking what that costs: it is some milliseconds,
+and the last bits of the shares of a small run do not depend on a clock. Chosen, not measured."""
+
+PROBED = 3
+"""Samples of a batch whose rows are formed for the comparison of a forward sweep with them."""
+
+
+@dataclass
+class SweepCosts:
+    """Costs of the two ways for one kind of batch, and whether the forward one is right.
+
+    Attributes
+    ----------
+    reverse
+        Seconds of a reverse sweep, the least that was measured, in every step anew; NaN before.
+    forward
+        Seconds of a forward sweep along one direction, by the number of directions at once; the same.
+    refused
+        Whether forward sweeps are not the rows' products, or torch has none.
+    proved
+        Numbers of directions at once for which they were seen to be.
+    used
+        Whether shares were made of them.
+    """
+
+    reverse: float = math.nan
+    forward: dict[int, float] = field(default_factory=dict)
+    refused: bool = False
+    proved: set[int] = field(default_factory=set)
+    used: bool = False
+
+    def forward_pays(self, samples: int, directions: int, width: int) -> bool:
+        """True where so many directions cost less than the rows of so many samples; and before that is known."""
+        if self.refused:
+            return False
+        seconds = self.forward.get(min(width, directions), max(self.forward.values(), default=math.nan))
+        return not directions * seconds > samples * self.reverse
+
+    def note_forward(self, seconds: float, directions: int) -> None:
+        """Add what one pass along some directions took."""
+        before = self.forward.get(directions, math.inf)
+        self.forward[directions] = min(before, seconds / directions)
+
+    def note_reverse(self, seconds: float) -> None:
+        """Add what one reverse sweep took."""
+        self.reverse = seconds if math.isnan(self.reverse) else min(self.reverse, seconds)
+
+
+class CoupledSamples:
+    r"""Gradients :math:`J_i^\top \lambda_i` of the samples of a batch that is run together, never formed at once.
+
+    Parameters
+    ----------
+    costs
+        Of this kind of batch; what is found out is added.
+    function, point, inputs, cotangents
+        The network as the batch ran, θ, its samples, and λ (B, C).
+    width
+        Directions that are pushed at once.
+    first
+        Place of the first of the samples whose rows are compared with a forward sweep.
+    """
+
+    def __init__(
+        self,
+        costs: SweepCosts,
+        function: ModelFunction,
+        point: Float[Tensor, " P"],
+        inputs: PyTree,
+        cotangents: Float[Tensor, "B C"],
+        width: int,
+        first: int = 0,
+    ) -> None:
+        self.costs = costs
+        self.function = function
+        self.point = point
+        self.inputs = inputs
+        self.cotangents = cotangents
+        self.width = width
+        self._first = first
+
+    def __len__(self) -> int:
+        return len(self.cotangents)
+
+    @cached_property
+    def _total(self) -> Tensor:
+        began = self._now()
+        total = weighted_gradient(self.function, self.point, self.inputs, self.cotangents)
+        # With its forward pass: no less than a reverse sweep, and no first measurement that something held up stays.
+        self.costs.note_reverse(self._now() - began)
+        return total.double()
+
+    def total(self) -> Float[Tensor, " P"]:
+        """The sum of all gradients, float64, by one reverse sweep."""
+        return self._total.clone()
+
+    def pushed(self, directions: Float[Tensor, "D P"], width: int) -> Float[Tensor, "B D"] | None:
+        """Products of all samples with a few directions by forward sweeps, float64; None where torch has none."""
+        return pushed_shares(self.function, self.point, self.inputs, self.cotangents, directions, width)
+
+    def products(self, directions: Float[Tensor, "D P"]) -> Float[Tensor, "B D"]:
+        """Products of all samples with some directions, float64, by the way that takes less.
+
+        Every forward sweep is held against the gradient of the whole batch, and the first of each kind and width
+        against rows of distinct samples; where it is something else, rows are formed.
+        """
+        n, many = len(self), len(directions)
+        found = torch.empty(n, many, dtype=torch.float64, device=directions.device)
+        costs = self.costs
+        for piece in blocks(many, self.width):
+            if not costs.forward_pays(n, many - piece.start, self.width):
+                found[:, piece.start :] = self._by_rows(directions[piece.start :])
+                break
+            some = directions[piece]
+            began = self._now()
+            shares = self.pushed(some, len(some))
+            took = self._now() - began
+            if shares is None or not self._right(shares, some):
+                costs.refused = True
+                found[:, piece.start :] = self._by_rows(directions[piece.start :])
+                break
+            costs.note_forward(took, len(some))
+            costs.used = True
+            found[:, piece] = shares
+        return found
+
+    def outputs(self, directions: Float[Tensor, "D P"]) -> Float[Tensor, "D B C"] | None:
+        """J u of all outputs along some directions, float64; None where its products with λ are not those of rows."""
+        found = []
+        for piece in blocks(len(directions), self.width):
+            some = directions[piece]
+            pushed = pushed_outputs(self.function, self.point, self.inputs, some, len(some))
+            if pushed is None or not self._right(self.weighted(pushed), some):
+                self.costs.refused = True
+                return None
+            self.costs.used = True
+            found.append(pushed.double())
+        return torch.cat(found)
+
+    def weighted(self, pushed: Float[Tensor, "D B C"]) -> Float[Tensor, "B D"]:
+        """λ_i · (J u)_i, float64."""
+        return weighted_outputs(pushed, self.cotangents)
+
+    def _by_rows(self, directions: Tensor) -> Tensor:
+        """The same by one reverse sweep for each sample."""
+        found = []
+        size = max(1, min(len(self), len(directions)))  # no more than the directions take
+        for rows in coupled_row_blocks(self.function, self.point, self.inputs, self.cotangents, size):
+            rows = rows.to(accumulation_dtype(self.function.dtype))
+            found.append((rows @ directions.to(rows).T).double())
+        return torch.cat(found)
+
+    def _now(self) -> float:
+        """Seconds on a clock, once all that was asked of the device is done."""
+        if self.point.device.type == "cuda":
+            torch.cuda.synchronize(self.point.device)
+        return time.perf_counter()
+
+    # -- proofs ----------------------------------------------------------------------------------------------
+
+    def split_error(self) -> float:
+        r"""Largest difference of forward sweeps from rows along random directions, relative to the largest product.
+
+        Of a few distinct samples, each by itself, and of the sum over all others: what remains of the gradient of the
+        whole batch. Infinite where torch cannot differentiate the network forward.
+        """
+        v = random_directions(self.function.layout.size, DIRECTIONS).to(self.function.device)
+        shares = self.pushed(v, min(self.width, DIRECTIONS))
+        return math.inf if shares is None else self._error(shares, v)
+
+    def _right(self, shares: Tensor, directions: Tensor) -> bool:
+        """Test what forward sweeps along the directions in use gave."""
+        limit = row_limit(self.function)
+        if len(directions) in self.costs.proved:
+            off = shares.sum(dim=0) - self._along_total(directions)
+            return bool(off.abs().max() <= limit * shares.abs().max())
+        right = self._error(shares, directions) <= limit
+        if right:
+            self.costs.proved.add(len(directions))
+        return right
+
+    def _along_total(self, directions: Tensor) -> Tensor:
+        """Products of the gradient of the whole batch with some directions, (D,)."""
+        found = torch.zeros(len(directions), dtype=torch.float64, device=directions.device)
+        for where in self.function.layout.slices.values():
+            found += directions[:, where].double() @ self._total[where]
+        return found
+
+    @cached_property
+    def _samples(self) -> Sequence[int]:
+        """A few distinct samples, spread over the batch."""
+        n = len(self)
+        return sorted({(self._first + place * n // PROBED) % n for place in range(min(PROBED, n))})
+
+    @cached_property
+    def _rows(self) -> Float[Tensor, "few P"]:
+        """Rows of these samples, each reverse sweep timed."""
+        rows = []
+        sweeps = swept_rows(self.function, self.point, self.inputs, self.cotangents, self._samples)
+        began = self._now()
+        for place, row in enumerate(sweeps):
+            if place or len(self) == 1:  # the first comes with the forward pass
+                self.costs.note_reverse(self._now() - began)
+            rows.append(row.to(accumulation_dtype(self.function.dtype)))
+            began = self._now()
+        return torch.stack(rows)
+
+    def _error(self, shares: Tensor, directions: Tensor) -> float:
+        own = (self._rows @ directions.to(self._rows).T).double()
+        rest = self._along_total(directions) - own.sum(dim=0)
+        others = shares.sum(dim=0) - shares[self._samples].sum(dim=0)
+        off = torch.cat([own - shares[self._samples], (rest - others).unsqueeze(0)]).abs().max().item()
+        largest = shares.abs().max().item()
+        return off / largest if largest > 0 else off
+
+
+class CoupledSweeps:
+    """Costs and proofs of all kinds of batches of a run."""
+
+    def __init__(self) -> None:
+        self.costs: dict[Any, SweepCosts] = {}
+
+    def of(self, batch: MicroBatch, inputs: PyTree) -> SweepCosts:
+        """Costs of batches like one: of so many samples, of their shapes and types, run in these modes."""
+        leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
+        kind = hashable(batch.state.modes), bool(batch.state.generators), len(batch.ids), *shapes
+        return self.costs.setdefault(kind, SweepCosts())
