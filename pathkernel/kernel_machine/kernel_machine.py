@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
-from pathkernel.gradients.forward_state import generators_untouched
-from pathkernel.gradients.low_types import low_types
 from pathkernel.gradients.per_sample import load_transformations
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes
 from pathkernel.kernel_machine.accumulator import Accumulator, attributions_of, concatenate
+from pathkernel.kernel_machine.arithmetic import unrounded_type
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
 from pathkernel.kernel_machine.averaging_error import AveragingError, Noted, shares_error
 from pathkernel.kernel_machine.backward_sweep import backward_sweep
@@ -28,21 +27,20 @@ from pathkernel.kernel_machine.forms import BUILDERS, FORMS
 from pathkernel.kernel_machine.forward_plan import plan_forward
 from pathkernel.kernel_machine.forward_sweep import forward_sweep
 from pathkernel.kernel_machine.kept_explanation import kept_explanation
+from pathkernel.kernel_machine.kept_plans import KeptPlans
 from pathkernel.kernel_machine.memory_plan import Plan, plan_backward
 from pathkernel.kernel_machine.queries import Queries
-from pathkernel.kernel_machine.query_selection import QuerySelection, shapes_of
+from pathkernel.kernel_machine.query_selection import QuerySelection
 from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
-from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
-from pathkernel.runtime.workspace import FreedMemory, give_back_freed_memory
+from pathkernel.runtime.workspace import FreedMemory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.split_certificate import EngineReplaced
 from pathkernel.trajectory.trajectory import Trajectory
 
 ENGINES = ("auto", "layerwise", "jacobian", "autograd")
 
-T = TypeVar("T")
 
 MADE = ("function", "_gradients", "_plans", "_selection")
 """Attributes that a machine makes of the others, and does not save."""
@@ -198,20 +196,10 @@ class KernelMachine:
     def _make(self) -> None:
         """Make the attributes that are not saved."""
         load_transformations()  # is not a call's, whose memory has a budget
-        self.function = self.trajectory.function(self._dtype or self._unrounded())
+        self.function = self.trajectory.function(self._dtype or unrounded_type(self.trajectory))
         self._gradients: RecordedGradients | None = None
-        self._plans: tuple[RecordedGradients | None, dict[Any, Any]] = None, {}
+        self._plans = KeptPlans()
         self._selection = QuerySelection(self.trajectory, self.function, self.average, self.engine, self.memory)
-
-    def _unrounded(self) -> torch.dtype | None:
-        """Type in which a network that enters autocast by itself rounds nothing, None for the recorded one."""
-        data = self.trajectory.data
-
-        def low() -> bool:
-            with generators_untouched():
-                return bool(low_types(self.trajectory.function(), self.trajectory.initial, data.example[0]))
-
-        return torch.float64 if result_or_error(low, (Exception,)) is True else None
 
     def __getstate__(self) -> dict[str, Any]:
         check_picklable(quadrature=self.quadrature)
@@ -397,42 +385,28 @@ class KernelMachine:
         if self.average is not None:
             record = self.trajectory.averages[self.average]
             return AverageCurve(self.trajectory, queries, self.quadrature, record)
-        kind = ChordCurve if self.form == "chord" else PathCurve
-        return kind(self.trajectory, queries, self.quadrature)
+        return (ChordCurve if self.form == "chord" else PathCurve)(self.trajectory, queries, self.quadrature)
 
     def _forward(self, curve: Curve) -> Accumulator:
         queries, recorded = curve.queries, self._recorded
-        queries.forward, passes = self._planned(
-            ("forward",), queries, lambda: plan_forward(queries, recorded, self.quadrature, self.memory)
+        queries.forward, passes = self._plans.of(
+            ("forward",), queries, recorded, lambda: plan_forward(queries, recorded, self.quadrature, self.memory)
         )
         return forward_sweep(curve, recorded, self.progress, passes)
 
     def _backward(self, curve: Curve, asked: Asked) -> Accumulator:
-        """Blocks of queries that fit the budget."""
-        plan = self._plan(curve, asked)
-        cut = blocks(count(curve.queries.inputs), plan.queries)
-        return concatenate((self._swept(curve.block(piece), asked, plan) for piece in cut), len(curve.queries))
+        plan = self._plan(curve, asked)  # blocks of queries that fit the budget
+        pieces = map(curve.block, blocks(count(curve.queries.inputs), plan.queries))
+        return concatenate((self._swept(piece, asked, plan) for piece in pieces), len(curve.queries))
 
     def _plan(self, curve: Curve, asked: Asked) -> Plan:
         dense, matrices, recorded = self.form in BUILDERS, MATRICES * asked.verify, self._recorded
-        return self._planned(
+        return self._plans.of(
             ("backward", asked.by, asked.verify),
             curve.queries,
+            recorded,
             lambda: plan_backward(curve, recorded, self.memory, asked.by, dense, matrices),
         )
-
-    def _planned(self, kind: tuple[Any, ...], queries: Queries, measure: Callable[[], T]) -> T:
-        """Plan for queries of this number and these shapes: measured by a few passes once, and kept."""
-        recorded = self._recorded
-        key = (*kind, queries.components, queries.function.submodule, recorded.coupled, *shapes_of(queries.inputs))
-        known, plans = self._plans
-        if known is not recorded:
-            plans = {}
-        if key not in plans:
-            plans[key] = measure()
-            give_back_freed_memory()
-        self._plans = recorded, plans
-        return plans[key]
 
     def _stored(self, store: str | os.PathLike[str], curve: Curve, asked: Asked) -> Accumulator:
         """The same, block by block in a store."""
