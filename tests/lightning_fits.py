@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning as L
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from pathkernel.callbacks.lightning import LightningRecorder
+L = pytest.importorskip("lightning")
+
+from pathkernel.callbacks.lightning import LightningRecorder  # noqa: E402
 
 RESIDUAL = 1e-5
 """What rounding in float32 may leave, relative to the largest output: networks, losses and steps are of size one."""
