@@ -53,6 +53,7 @@ KEYS = {
 PARTS = {
     "certificate.py": ("--parts", "coupled", "refused", "broken", "alarms"),
     "engines.py": ("--only", "W1 trace", "W2 full", "W3 loss", "path Gram", "shares SGD", "memory", "scaling"),
+    "real_networks.py": ("--steps", "3", "--tasks", "explain 8", "decision_function 8"),
     "loops.py": ("--only", "makemore", "gcn", "tabular", "truncated_bptt", "lbfgs"),
 }
 """Of benchmarks whose other parts are tests by themselves (zoo, bars, threads), take long, or depend on the machine."""

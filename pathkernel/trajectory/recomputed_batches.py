@@ -16,7 +16,7 @@ from pathkernel._typing import Parameters, PyTree
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.forward_state import Modes, generators_untouched
 from pathkernel.gradients.gradient_source import BY_ROWS, GradientSource, weighted_sum
-from pathkernel.gradients.layers.tape import Tape
+from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.losses import (
     RETURNED,
     batch_gradient,
@@ -405,6 +405,9 @@ def _separate(tape: Tape) -> bool:
     """True where the outputs of the first sample depend on the first sample alone, in every layer."""
     first = torch.zeros_like(tape.outputs)
     first[0] = 1.0
-    pieces = tape.pieces((tape.outputs * first).sum(dim=1, keepdim=True))
+    # A call that draws random numbers cannot be differentiated by itself, where it is given a function of parameters.
+    pieces = result_or_error(lambda: tape.pieces((tape.outputs * first).sum(dim=1, keepdim=True)), FAILURES)
+    if isinstance(pieces, BaseException):
+        return False
     found = FactoredGradients(tape.function.layout, tape.n, tuple(pieces))
     return not any(found.columns(where, torch.float64)[1:].any() for where in found.layout.slices.values())
