@@ -61,5 +61,5 @@ PROGRAMS = {"Lightning": LIGHTNING, "Trainer": TRAINER, "skorch": SKORCH, "Accel
 CASES = {"Lightning": 6, "Trainer": 5, "skorch": 3, "Accelerate": 3}
 """How many of each framework there are to be at least."""
 
-LINES_LIMIT = {"Lightning": 2, "Trainer": 2, "skorch": 2, "Accelerate": 3}
-"""How many lines the recorder may take: those of Accelerate and Fabric are recipes, without a callback."""
+LINES_LIMIT = dict.fromkeys(PROGRAMS, 2)
+"""How many lines the recorder may take."""

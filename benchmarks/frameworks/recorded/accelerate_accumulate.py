@@ -22,15 +22,15 @@ def main(steps):
     loader = DataLoader(dataset, batch_size=8, shuffle=True)
     loss_function = nn.CrossEntropyLoss()
 
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    model.train()
     with pk.KernelRecorder(model, optimizer, data=dataset) as recorder:
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-        model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, pk.indexed(loader), scheduler)
-        model.train()
         done = 0
         while done < steps:
-            for batch in loader:
+            for batch in recorder.track(loader):
                 with accelerator.accumulate(model):
-                    x, target = recorder.take_ids(batch)
+                    x, target = batch
                     loss = loss_function(model(x), target)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
