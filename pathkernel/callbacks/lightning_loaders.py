@@ -306,7 +306,7 @@ class Numbering:
         self._places: dict[int, Tensor | None] = {}
 
     def batch(self, one: Arrived, batch: Any, data: Samples) -> IndexedBatch:
-        """What became of a batch on its way to the device, with ids that are places in the data.
+        """A batch as it became on its way to the device, with ids that are places in the data.
 
         Parameters
         ----------

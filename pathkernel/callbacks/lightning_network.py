@@ -1,4 +1,4 @@
-"""Which network of a Lightning module is recorded, and which of its optimizers train it."""
+"""The network of a Lightning module that is recorded, and those of its optimizers that train it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Network:
 
     @property
     def first(self) -> nn.Module:
-        """What is called first in a forward pass."""
+        """The module that is called first in a forward pass."""
         return self.model.get_submodule(self.watch[0]) if self.watch else self.model
 
 

@@ -1,4 +1,4 @@
-"""What the callbacks have in common: a recorder whose life is that of a framework's training."""
+"""Common ground of the callbacks: a recorder whose life is that of a framework's training."""
 
 from __future__ import annotations
 

@@ -348,7 +348,7 @@ class SkorchRecorder(Callback):
 
 @dataclass(frozen=True)
 class Trained:
-    """What a call of ``fit`` trains.
+    """Module, optimizers and data that a call of ``fit`` trains.
 
     Attributes
     ----------

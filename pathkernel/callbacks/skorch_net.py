@@ -1,4 +1,4 @@
-"""What a net of skorch is trained on, and by which loss, as a recorder takes it."""
+"""Data and loss of a net of skorch, as a recorder takes them."""
 
 from __future__ import annotations
 

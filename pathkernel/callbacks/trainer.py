@@ -138,7 +138,7 @@ class TrainerRecorder(TrainerCallback):
             raise
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See that the recording is on the optimizer that will step: hooks are lost in copies.
+        """Check that the recording is on the optimizer that will step: hooks are lost in copies.
 
         Raises
         ------
@@ -365,7 +365,7 @@ class TrainerRecorder(TrainerCallback):
 
 
 class Announced(NamedTuple):
-    """What the model was last given, and its ids."""
+    """Inputs that the model was last given, and their ids."""
 
     ids: Tensor
     tensors: list[Tensor]

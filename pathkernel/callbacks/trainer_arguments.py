@@ -1,4 +1,4 @@
-"""What the Trainer of transformers was given: what of it is refused, and what follows from it for the recorder."""
+"""Arguments of the Trainer of transformers: those that are refused, and what follows from them for the recorder."""
 
 from __future__ import annotations
 

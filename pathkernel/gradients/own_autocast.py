@@ -21,7 +21,7 @@ def own_autocast(module: nn.Module) -> tuple[str, torch.dtype] | None:
 
 
 def without_autocast(module: nn.Module) -> Callable[..., Any] | None:
-    """What of a module's own ``forward`` stands inside its autocast; None where there is no autocast.
+    """The part of a module's own ``forward`` inside its autocast; None where there is no autocast.
 
     What stands around it, such as the conversion of the outputs to float32, is left out as well.
     """

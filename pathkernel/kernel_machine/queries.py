@@ -251,7 +251,7 @@ class GradientStep:
 
 
 class Rests:
-    """What displacements are beside multiples of the steps' own, (P,) each, until queries are pushed along it.
+    """Displacements beside multiples of the steps' own, (P,) each, until queries are pushed along it.
 
     A rest below the rounding of θ is gathered with those of the next few steps: the gradient of f is another there by
     as much as these steps change it, which is a trifle of a rounding.

@@ -1,4 +1,4 @@
-"""Which sample each row of a collated batch is of, where a collate function sorts, drops or repeats its items."""
+"""Samples that the rows of a collated batch are of, where a collate function sorts, drops or repeats its items."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Items:
         raise _unclear()
 
     def _left(self) -> Tensor:
-        """In the order in which the collate function left its items."""
+        """Ids in the order in which the collate function left its items."""
         left = [id(item) for item in self.items]
         if left == self._given or sorted(left) != sorted(self._given) or len(set(left)) < len(left):
             return self.ids
@@ -119,7 +119,7 @@ def _samples_first(rows: Any, n: int) -> Iterator[Any]:
 
 
 def _columns(items: Sequence[Mapping[Path, Any]]) -> dict[Path, list[Any]]:
-    """What all items have."""
+    """Fields that all items have."""
     return {path: [item[path] for item in items] for path in items[0] if all(path in item for item in items)}
 
 
@@ -133,7 +133,7 @@ def _array(value: Any) -> np.ndarray | None:
 
 
 def _matches(ids: list[int], values: Sequence[Any], rows: Any) -> list[set[int]] | None:
-    """Of which items each row may be, by what one field of them holds; None where a row is of none of them."""
+    """Items that each row may be of, by what one field of them holds; None where a row is of none of them."""
     table = _array(rows)
     if table is None or table.ndim == 0:
         return None

@@ -1,4 +1,4 @@
-"""In which order the rows of a batch reached the network, where they are its own and were moved about."""
+"""Order in which the rows of a batch reached the network, where they are its own and were moved about."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class _Pair:
-    """What the network was given, and the tensor whose rows these are: one number for each row, which tells it."""
+    """A tensor that the network was given, and the one whose rows these are: one number for each row, which tells it."""
 
     given: Tensor
     known: Tensor

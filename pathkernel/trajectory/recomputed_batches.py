@@ -111,7 +111,7 @@ class RecomputedBatches:
 
     @property
     def met_low(self) -> frozenset[torch.dtype]:
-        """Those of all passes that were run again."""
+        """Floating types of few bits of all passes that were run again."""
         return frozenset().union(*self._low.values())
 
     def joined(self, step: Step) -> Step:

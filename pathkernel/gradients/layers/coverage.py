@@ -67,7 +67,7 @@ class Coverage:
 
     @property
     def known(self) -> tuple[tuple[Arrangement, ...], Mapping[str, str], Roles]:
-        """What a tape is told."""
+        """Knowledge that a tape is given."""
         return self.arrangements, self.plain, self.roles
 
 

@@ -383,7 +383,7 @@ class ParameterTracer(TorchFunctionMode):
         return result
 
     def _by_shared_rule(self, function: Any, args: Any, kwargs: Any) -> tuple[dict[str, Any], Mapping[str, Gradient]]:
-        """What a rule says where all samples have the same arguments."""
+        """The answer of a rule where all samples have the same arguments."""
         if function not in FOR_SHARED:
             return {}, {}
         bound = {**dict(zip(_arguments(RULES[function]), args, strict=False)), **kwargs}
