@@ -16,7 +16,7 @@ SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class _Pair:
-    """A tensor that the network was given, and the one whose rows these are: one number for each row, which tells it."""
+    """A tensor that the network was given, and the one whose rows these are, as one number for each row."""
 
     given: Tensor
     known: Tensor
