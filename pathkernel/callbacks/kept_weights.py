@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -30,15 +30,15 @@ def steps_of_weights(trajectory: Trajectory) -> int | None:
     return next(earlier, None)
 
 
-def is_at_end(trajectory: Trajectory) -> bool:
-    """Test that a network has the weights that its path ends with."""
-    theta = weights_now(trajectory)
+def is_at_end(trajectory: Trajectory, model: nn.Module | None = None) -> bool:
+    """Test that a network, by default the recorded one, has the weights that its path ends with."""
+    theta = weights_now(trajectory, model)
     return theta is not None and torch.equal(trajectory.final.to(theta), theta)
 
 
-def weights_now(trajectory: Trajectory) -> Tensor | None:
-    """θ as the network has it now, (P,); None where it has other parameters."""
-    live, layout = dict(trajectory.model.named_parameters()), trajectory.layout
+def weights_now(trajectory: Trajectory, model: nn.Module | None = None) -> Tensor | None:
+    """θ as a network, by default the recorded one, has it now, (P,); None where it has other parameters."""
+    live, layout = dict((model or trajectory.model).named_parameters()), trajectory.layout
     if not all(name in live for name in layout.names):
         return None
     return layout.flatten({name: live[name].detach() for name in layout.names})

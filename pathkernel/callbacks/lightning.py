@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,21 +12,20 @@ from typing import Any, Unpack
 
 from torch import nn
 
+from pathkernel.callbacks.kept_weights import is_at_end
 from pathkernel.callbacks.lightning_averages import BeforeAverages, averages_of, refuse_averages
 from pathkernel.callbacks.lightning_loaders import Arrived, Numbering, TrainLoaders, Wrapped, flattened
 from pathkernel.callbacks.lightning_network import (
     Network,
     held,
-    is_at_end,
     network_of,
     refuse_what_is_not_seen,
     without_empty_closure,
 )
 from pathkernel.callbacks.lightning_passes import CalledParts, PassesOfBatches
-from pathkernel.callbacks.recording import FrameworkRecording, RecorderOptions, some_samples
+from pathkernel.callbacks.recording import FOLDER, FrameworkRecording, RecorderOptions
 from pathkernel.callbacks.versions import check_version
-from pathkernel.errors import CertificateWarning, InputError, PathKernelError, SampleIdError
-from pathkernel.gradients.forward_state import generators_untouched
+from pathkernel.errors import PathKernelError, SampleIdError
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.recording.indexed import IdsOf
 from pathkernel.recording.recorder import KernelRecorder
@@ -43,9 +41,6 @@ if DISTRIBUTION == "lightning":
     from lightning.pytorch import Callback, utilities
 else:
     from pytorch_lightning import Callback, utilities
-
-FOLDER = "pathkernel"
-"""Name of the store in the run's own folder."""
 
 
 class LightningRecorder(Callback):
@@ -127,13 +122,7 @@ class LightningRecorder(Callback):
         self, *, certify: int = 2, ids: IdsOf = None, source: str | None = None, **options: Unpack[RecorderOptions]
     ) -> None:
         check_version(DISTRIBUTION)
-        if not isinstance(certify, int) or certify < 0:
-            raise InputError(
-                f"`certify={certify!r}` was given",
-                "It is the number of training samples that are explained when training ends, for the logger",
-                "Write `LightningRecorder(certify=2)`, or 0 for none",
-            )
-        self._recording = FrameworkRecording("LightningRecorder", options)
+        self._recording = FrameworkRecording("LightningRecorder", options, certify)
         self._options, self._certify, self._ids, self._source = options, certify, ids, source
         self._begun: tuple[Network, Any] | None = None
         self._average: str | None = None
@@ -311,7 +300,8 @@ class LightningRecorder(Callback):
             self._average, self._averaged = next(iter(averages), None), None
             found = {"data": data, "keep": True, "averages": averages}
             given = {"watch": network.watch, "store": self._store(trainer)}
-            recording = FrameworkRecording("LightningRecorder", {**self._options, **given})  # type: ignore[typeddict-item]
+            options: Any = {**self._options, **given}
+            recording = FrameworkRecording("LightningRecorder", options, self._certify)
             recording.start(network.model, network.optimizers, **found)
             self._recording = recording
         self._runs, self._begun = True, (network, data)
@@ -331,7 +321,7 @@ class LightningRecorder(Callback):
         kinds = [[type(one) for one in each.optimizers] for each in (before, network)]
         if before.watch is None or before.model is network.model:
             same = same and before.model is network.model
-        if not same or kinds[0] != kinds[1] or not is_at_end(network.model, recorder.trajectory):
+        if not same or kinds[0] != kinds[1] or not is_at_end(recorder.trajectory, network.model):
             return False
         recorder.start()
         recorder.attach(list(network.optimizers))
@@ -399,19 +389,8 @@ class LightningRecorder(Callback):
             f"{steps} step{'s' * (steps > 1)} to do so: this may take a while. `LightningRecorder(certify=0)` leaves "
             "it out."
         )
-        try:
-            with generators_untouched():
-                found = self._recording.certificate(some_samples(self.trajectory, self._certify))
-        except Exception as error:  # training has ended well, and what comes after it is to go on
-            found_instead = error.found if isinstance(error, PathKernelError) else f"{type(error).__name__}: {error}"
-            doubt = CertificateWarning(
-                f"The record could not be explained for the logger: {found_instead}",
-                "Some samples are explained when training ends, and how right that is goes to the trainer's loggers",
-                error.write if isinstance(error, PathKernelError) else "Write `LightningRecorder(certify=0)` for none",
-            )
-            warnings.warn(doubt, stacklevel=2)
-            return
-        for logger in trainer.loggers:
+        found = self._recording.certificate_at_end()
+        for logger in trainer.loggers if found else ():
             logger.log_metrics({f"{FOLDER}/{name}": value for name, value in found.items()}, step=trainer.global_step)
 
     def _explain(self, error: BaseException, module: nn.Module, network: Network, called: list[str]) -> None:

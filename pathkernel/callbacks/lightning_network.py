@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from pathkernel.errors import InputError, RecordingError, quoted
 from pathkernel.recording.watched import Watch, watched_parts
-from pathkernel.trajectory.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -140,13 +139,6 @@ def has_forward(module: nn.Module) -> bool:
 def held(optimizer: Optimizer) -> set[int]:
     """Identities of the parameters of an optimizer."""
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
-def is_at_end(model: nn.Module, trajectory: Trajectory) -> bool:
-    """True where the weights are those that a record ends with."""
-    now = dict(model.named_parameters())
-    end = trajectory.parameters(len(trajectory))
-    return all(name in now and torch.equal(value.to(now[name].device), now[name]) for name, value in end.items())
 
 
 def refuse_what_is_not_seen(trainer: Any, module: nn.Module) -> None:

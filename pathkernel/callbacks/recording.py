@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -14,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, Parameters, PyTree
 from pathkernel.callbacks.kept_weights import steps_of_weights, weights_now
-from pathkernel.errors import InputError, TrajectoryError
+from pathkernel.errors import CertificateWarning, InputError, PathKernelError, TrajectoryError
 from pathkernel.gradients.batch_axes import BatchAxis
+from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.returned import Returns
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.recording.recorder import KernelRecorder
@@ -48,6 +50,10 @@ class RecorderOptions(TypedDict, total=False):
     observers: Sequence[StepObserver]
 
 
+FOLDER = "pathkernel"
+"""Name of the store in a run's own folder."""
+
+
 class FrameworkRecording:
     """The recording of a network that a framework trains, over one or several calls of its ``fit``.
 
@@ -57,6 +63,8 @@ class FrameworkRecording:
         Name of the callback's class, for messages.
     options
         What its user gave it for `pathkernel.KernelRecorder`.
+    certify
+        How many training samples are explained when training ends, to measure how exactly.
     record
         The path of an earlier training, where nothing is recorded any more.
 
@@ -68,10 +76,12 @@ class FrameworkRecording:
     Raises
     ------
     InputError
-        For an option that the recorder does not have.
+        For an option that the recorder does not have, and for a ``certify`` that is no number of samples.
     """
 
-    def __init__(self, callback: str, options: RecorderOptions, record: Trajectory | None = None) -> None:
+    def __init__(
+        self, callback: str, options: RecorderOptions, certify: int = 0, record: Trajectory | None = None
+    ) -> None:
         unknown = sorted(set(options) - set(RecorderOptions.__annotations__))
         if unknown:
             raise InputError(
@@ -79,7 +89,13 @@ class FrameworkRecording:
                 f"It takes what the recorder takes: {', '.join(RecorderOptions.__annotations__)}",
                 f'Write for example `{callback}(returns="logits", store="runs/first")`',
             )
-        self._callback, self._options = callback, options
+        if not isinstance(certify, int) or isinstance(certify, bool) or certify < 0:
+            raise InputError(
+                f"{callback} was given `certify={certify!r}`",
+                "It is the number of training samples that are explained when training ends, to measure how exactly",
+                f"Write `{callback}(certify=2)`, or `certify=0` for none",
+            )
+        self._callback, self._options, self._certify = callback, options, certify
         self.recorder: KernelRecorder | None = None
         self._record = record
         self._machine: KernelMachine | None = None
@@ -138,13 +154,13 @@ class FrameworkRecording:
             self._machine, self._machine_of = KernelMachine(trajectory, at=at), (len(trajectory), theta)
         return self._machine
 
-    def certificate(self, X: PyTree, outputs: Any = None) -> dict[str, float]:
+    def certificate(self, X: PyTree = None, outputs: Any = None) -> dict[str, float]:
         """How far the kernel machine is from the network at some samples: numbers for a logger.
 
         Parameters
         ----------
         X
-            Samples.
+            Samples; by default some that were trained on, as many as ``certify`` says.
         outputs
             Which outputs of each, as `KernelMachine.explain` takes them.
 
@@ -153,7 +169,9 @@ class FrameworkRecording:
         ``residual``, ``quadrature_error`` and ``split_error``, the first two relative to the largest output; without
         those that were not measured.
         """
-        why = self.machine.explain(X, outputs)
+        with generators_untouched():
+            X = some_samples(self.trajectory, self._certify or 1) if X is None else X
+            why = self.machine.explain(X, outputs)
         largest = max(float(abs(why.output).max()), 1e-12)
         errors = {
             "residual": why.relative_residual,
@@ -161,6 +179,34 @@ class FrameworkRecording:
             "split_error": why.split_error,
         }
         return {name: error for name, error in errors.items() if math.isfinite(error)}
+
+    def certificate_at_end(self, outputs: Any = None) -> dict[str, float]:
+        """The certificate of some training samples; empty where there is none, with a warning if one was wanted.
+
+        Training has ended well, and what comes after it is to go on.
+
+        Warns
+        -----
+        CertificateWarning
+            With what stood in the way.
+        """
+        if not (self._certify and self.recorder is not None and len(self.trajectory)):
+            return {}
+        try:
+            return self.certificate(outputs=outputs)
+        except Exception as error:  # whatever the user's network raises
+            found, expected = f"{type(error).__name__}: {error}", "Some samples are explained when training ends"
+            if isinstance(error, PathKernelError):
+                found, expected = error.found, f"{error.expected} ({error.write})"
+            warnings.warn(
+                CertificateWarning(
+                    f"The record of this training could not be certified: {found}",
+                    expected,
+                    f"Write `{self._callback}(certify=0)`, which does not try",
+                ),
+                stacklevel=3,
+            )
+            return {}
 
 
 def some_samples(trajectory: Trajectory, n: int) -> PyTree:
@@ -181,5 +227,5 @@ def some_samples(trajectory: Trajectory, n: int) -> PyTree:
     raise InputError(
         "No batch on record holds its inputs",
         "Samples that are explained for the logger are those of the last batch on record",
-        "Record steps in full, without `schedule=`, or write `LightningRecorder(certify=0)`",
+        "Record steps in full, without `schedule=`, or give samples of your own",
     )

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import operator
 import pickle
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Unpack
-
-import torch
 
 from pathkernel.callbacks.kept_weights import is_at_end
 from pathkernel.callbacks.recording import FrameworkRecording, RecorderOptions
 from pathkernel.callbacks.skorch_net import check_optimizers, found_data, loss_of, same_data, task_of
 from pathkernel.callbacks.versions import check_version
-from pathkernel.errors import InputError, PathKernelError, RecordingError, TrajectoryError
-from pathkernel.gradients.forward_state import generators_untouched
-from pathkernel.gradients.pytrees import take
+from pathkernel.errors import InputError, RecordingError, TrajectoryError
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.recording.indexed import PartOfData, indexed, is_map_style
 from pathkernel.recording.recorder import KernelRecorder
@@ -37,8 +32,9 @@ class SkorchRecorder(Callback):
     Parameters
     ----------
     certify
-        For how many of these samples, the first ones, residual, quadrature error and split error are written into
-        ``net.history[-1]`` at the end of training; 0 for none.
+        For how many of those trained on last, residual, quadrature error and split error are written into
+        ``net.history[-1]`` at the end of training, which takes one explanation; by default none, as searches train many
+        nets.
     **options
         Arguments of `pathkernel.KernelRecorder`, all but the model and the optimizer. The data, the loss and the task
         are those of the net where they are not given. ``data=None`` keeps what the network is given, and counts samples
@@ -84,20 +80,14 @@ class SkorchRecorder(Callback):
     (3, 60)
     """
 
-    def __init__(self, *, certify: int = 2, **options: Unpack[RecorderOptions]) -> None:
+    def __init__(self, *, certify: int = 0, **options: Unpack[RecorderOptions]) -> None:
         check_version("skorch")
-        FrameworkRecording(type(self).__name__, options)  # checks their names
+        FrameworkRecording(type(self).__name__, options, certify)  # checks them
         if isinstance(options.get("store"), bool):
             raise InputError(
                 f"SkorchRecorder was given `store={options['store']}`",
                 "A net of skorch has no folder of its own",
                 'Write a path, `SkorchRecorder(store="runs/first")`',
-            )
-        if not isinstance(certify, int) or certify < 0:
-            raise InputError(
-                f"SkorchRecorder was given `certify={certify!r}`",
-                "It is the number of samples whose sums are compared with the network at the end of training",
-                "Write `SkorchRecorder(certify=2)`, or `certify=0` for none",
             )
         self.certify = certify
         self._options = options
@@ -165,7 +155,7 @@ class SkorchRecorder(Callback):
     def _recorded(self) -> FrameworkRecording:
         if self._recording is None and self._saved is not None:
             self._recording, self._saved = (
-                FrameworkRecording(type(self).__name__, self._options, record=pickle.loads(self._saved)),
+                FrameworkRecording(type(self).__name__, self._options, self.certify, pickle.loads(self._saved)),
                 None,
             )
         if self._recording is None and self._lost:
@@ -175,7 +165,7 @@ class SkorchRecorder(Callback):
                 "Give SkorchRecorder a `store=`, and open it with `pathkernel.Trajectory.open`; or ask the callback of "
                 "the net that was trained",
             )
-        return self._recording or FrameworkRecording(type(self).__name__, self._options)
+        return self._recording or FrameworkRecording(type(self).__name__, self._options, self.certify)
 
     # -- hooks of skorch ----------------------------------------------------------------------------------------
 
@@ -262,9 +252,8 @@ class SkorchRecorder(Callback):
     def on_train_end(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
         """End the record, and write its certificate into the net's history."""
         self._close()
-        if self.certify and len(net.history) and self.recorder is not None and len(self.trajectory):
-            for name, error in self._certificate().items():
-                net.history.record(name, error)
+        for name, error in self._recorded.certificate_at_end().items() if len(net.history) else ():
+            net.history.record(name, error)
 
     # -- recording ----------------------------------------------------------------------------------------------
 
@@ -281,7 +270,7 @@ class SkorchRecorder(Callback):
         recorder = self._go_on() if same and (again or counted) and not self._anew else None
         if recorder is None:
             found = {"data": data, "loss": loss_of(net), "task": task_of(net)}
-            self._recording = FrameworkRecording(type(self).__name__, self._options)
+            self._recording = FrameworkRecording(type(self).__name__, self._options, self.certify)
             recorder = self._recording.start(net.module_, optimizers, **found)
             self._anew, self._offset = False, 0
         elif counted and not again:
@@ -308,24 +297,6 @@ class SkorchRecorder(Callback):
         self._handed = None
         if self._recording is not None:
             self._recording.close()
-
-    def _certificate(self) -> Mapping[str, float]:
-        """Certificate of the first samples; empty, with a warning, where there is none."""
-        recording, data = self._recorded, self.trajectory.data
-        try:
-            with generators_untouched():
-                if data.announced:
-                    X = take(data.example[0], slice(0, self.certify))
-                else:
-                    X = data[torch.arange(min(self.certify, len(data)))][0]
-                return recording.certificate(X)
-        except PathKernelError as error:
-            warnings.warn(
-                f"The record of this training could not be certified. {error}. `SkorchRecorder(certify=0)` does not "
-                "try",
-                stacklevel=2,
-            )
-            return {}
 
     # -- copies -------------------------------------------------------------------------------------------------
 

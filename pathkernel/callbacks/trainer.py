@@ -15,23 +15,19 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pathkernel._typing import PyTree
 from pathkernel.callbacks.ids_in_inputs import ENTRY, LoaderWithIds, TakesIds, TakesIdsOfCompiled, base_loader
-from pathkernel.callbacks.recording import FrameworkRecording, RecorderOptions
+from pathkernel.callbacks.recording import FOLDER, FrameworkRecording, RecorderOptions
 from pathkernel.callbacks.trainer_arguments import check_arguments, found_in, same_samples
 from pathkernel.callbacks.versions import check_version
-from pathkernel.errors import InputError, ModelMismatchError, RecordingError, SampleIdError
+from pathkernel.errors import ModelMismatchError, RecordingError, SampleIdError
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.recording.indexed import IndexedBatch, NumberedBatch, places_in
 from pathkernel.recording.optimizers import unwrapped_optimizers
 from pathkernel.recording.recorder import KernelRecorder
-from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.trajectory import Trajectory
 
 check_version("transformers")
 
 from transformers import Trainer, TrainerCallback  # noqa: E402 - its absence has a message of our own
-
-FOLDER = "pathkernel"
-"""Name of the store in the Trainer's own folder."""
 
 
 class TrainerRecorder(TrainerCallback):
@@ -94,18 +90,12 @@ class TrainerRecorder(TrainerCallback):
 
     def __init__(self, *, ids: str | None = None, certify: int = 2, **options: Unpack[RecorderOptions]) -> None:
         check_version("transformers")
-        if not isinstance(certify, int) or isinstance(certify, bool) or certify < 0:
-            raise InputError(
-                f"`certify={certify!r}` was given",
-                "It is how many training samples are explained when training ends, to measure how exactly",
-                "Write `TrainerRecorder(certify=2)`, or 0 for none",
-            )
         self.ids, self.certify = ids, certify
         self._in_run = options.get("store") is True
         if self._in_run or options.get("store") is False:
             options["store"] = None
         self._options = options
-        self._recording = FrameworkRecording("TrainerRecorder", options)
+        self._recording = FrameworkRecording("TrainerRecorder", options, certify)
         self._loader: LoaderWithIds | None = None
         self._hook: Any = None
         self._dataset: Any = None
@@ -200,8 +190,8 @@ class TrainerRecorder(TrainerCallback):
         """End the recording, and measure how exactly the machine is the network."""
         self.close()
         loggers = args.report_to if isinstance(args.report_to, (list, tuple)) else [args.report_to]
-        if self.certify and any(name not in (None, "none") for name in loggers) and len(self.trajectory):
-            found = self.certificate()
+        logged = any(name not in (None, "none") for name in loggers)
+        if logged and (found := self._recording.certificate_at_end(torch.max)):
             state.log_history.append({**found, "epoch": state.epoch, "step": state.global_step})
 
     # -- what the user asks -----------------------------------------------------------------------------------------
@@ -227,13 +217,13 @@ class TrainerRecorder(TrainerCallback):
         Parameters
         ----------
         X
-            A dict of the model's inputs; by default, the first samples on record, as many as ``certify`` says.
+            A dict of the model's inputs; by default of some that were trained on, as many as ``certify`` says.
 
         Returns
         -------
         ``residual``, ``quadrature_error`` and ``split_error``; see `FrameworkRecording.certificate`.
         """
-        return self._recording.certificate(self._first_samples() if X is None else X, outputs=torch.max)
+        return self._recording.certificate(X, outputs=torch.max)
 
     def close(self) -> None:
         """End the recording, and put back what carried the ids.
@@ -356,12 +346,6 @@ class TrainerRecorder(TrainerCallback):
     def _flush(self) -> None:
         if self.recorder is not None and self._hook is not None:
             self.recorder.flush()
-
-    def _first_samples(self) -> PyTree:
-        """Inputs of the first samples on record."""
-        trajectory = self.trajectory
-        inputs, _ = samples_of(trajectory.store.read(0).batches[0], trajectory.data)
-        return pytree.tree_map(lambda leaf: leaf[: self.certify or 1], inputs)
 
 
 class Announced(NamedTuple):

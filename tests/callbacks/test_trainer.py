@@ -683,6 +683,24 @@ def test_the_certificate_is_logged_where_there_is_a_logger(tmp_path: Path, monke
     assert trainer.state.log_history[-1]["residual"] == found["residual"]
 
 
+def test_what_is_logged_leaves_random_numbers_and_an_error_in_it_ends_nothing(tmp_path: Path) -> None:
+    callback = Recorder()
+    trained(tmp_path, bert, Texts(), callback)
+    logged = SimpleNamespace(report_to=["tensorboard"])
+    state = SimpleNamespace(log_history=[], epoch=1.0, global_step=5)
+    before = torch.get_rng_state()
+    callback.recorder.model.register_forward_pre_hook(lambda *_: torch.rand(1) and None)  # a network that draws
+    callback.on_train_end(logged, state, None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+    thinned = Recorder(schedule=pk.WeightsOnly())
+    trained(tmp_path, bert, Texts(), thinned)
+    state = SimpleNamespace(log_history=[], epoch=1.0, global_step=5)
+    with pytest.warns(pk.errors.CertificateWarning, match=r"could not be certified.*TrainerRecorder\(certify=0\)"):
+        thinned.on_train_end(logged, state, None)
+    assert not state.log_history
+
+
 def test_a_version_outside_the_range_is_named_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda name: "4.20.1")
     with pytest.raises(MissingExtraError, match=r"transformers is of the version 4\.20\.1"):
