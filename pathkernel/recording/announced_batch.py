@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,6 +112,29 @@ def _lies_across(leaf: Any, n: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() >= 2 and leaf.shape[0] != n and leaf.shape[1] == n
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """How a batch came to the loop.
+
+    Attributes
+    ----------
+    keep
+        Whether what the network is given is kept; None where that is not said.
+    handed_out
+        Tensors that were handed out under the batch's ids.
+    rows
+        Tensors of the batch as its ids were taken, in whose order these are.
+    """
+
+    keep: bool | None = None
+    handed_out: Sequence[Tensor] = ()
+    rows: Sequence[Tensor] = ()
+
+
+UNSAID = Delivery()
+"""Delivery of a batch of which nothing is said but its ids."""
+
+
 class AnnouncedBatch:
     """Samples that were announced, and the forward passes that were made of them.
 
@@ -121,12 +144,8 @@ class AnnouncedBatch:
         As announced.
     state
         How a pass of it runs that is not seen: in the modes of that moment.
-    keep
-        Whether what the network is given is kept; None where it says nothing.
-    handed_out
-        Tensors that were handed out under these ids.
-    rows
-        Tensors of the batch as its ids were taken, in whose order these are.
+    delivery
+        How it came.
 
     Attributes
     ----------
@@ -142,15 +161,8 @@ class AnnouncedBatch:
         How the last forward pass of it ran, and the shapes of its outputs; the pass itself lives as long as its graph.
     """
 
-    def __init__(
-        self,
-        batch: MicroBatch,
-        state: ForwardState,
-        keep: bool | None = None,
-        handed_out: Sequence[Tensor] = (),
-        rows: Sequence[Tensor] = (),
-    ) -> None:
-        self.batch, self.state, self.keep, self.handed_out, self.rows = batch, state, keep, handed_out, rows
+    def __init__(self, batch: MicroBatch, state: ForwardState, delivery: Delivery) -> None:
+        self.batch, self.state, self.delivery = batch, state, delivery
         self.passes: list[ForwardPass] = []
         self.waiting: list[weakref.ref[ForwardPass]] = []
         self.arrived = False

@@ -15,7 +15,7 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.errors import RecordingError, SampleIdError
 from pathkernel.gradients.pytrees import copied_samples
-from pathkernel.recording.announced_batch import checked_batch, checked_ids
+from pathkernel.recording.announced_batch import UNSAID, Delivery, checked_batch, checked_ids
 from pathkernel.recording.indexed import IdsOf, IndexedBatch, NumberedBatch
 from pathkernel.recording.kept_inputs import handed_out
 from pathkernel.recording.made import Made
@@ -118,7 +118,8 @@ class AnnouncesSamples(ABC):
         found = MicroBatch(checked_ids(batch.ids, self._parts.trajectory.data.limit))
         # Ids that were counted, or stand in a field, may be of other samples: what differs is not kept by itself.
         tensors = handed_out(batch.batch)
-        self._announce(found, keep, () if isinstance(batch, NumberedBatch) else tensors, rows or tensors)
+        known = () if isinstance(batch, NumberedBatch) else tensors
+        self._announce(found, Delivery(keep, known, rows or tensors))
 
     def announce(
         self, ids: Any, weights: Any = None, inputs: PyTree = None, targets: PyTree = None
@@ -195,16 +196,11 @@ class AnnouncesSamples(ABC):
         finally:
             pending.watcher.copies = copies
 
-    def _announce(
-        self,
-        batch: MicroBatch,
-        keep: bool | None = None,
-        handed_out: Sequence[Tensor] = (),
-        rows: Sequence[Tensor] = (),
-    ) -> None:
+    def _announce(self, batch: MicroBatch, delivery: Delivery = UNSAID) -> None:
         with on_the_cpu():
             self._parts.trajectory.data.meet(batch.ids)
-            keep = keep if batch.has_targets else True
+            delivery = delivery if batch.has_targets else replace(delivery, keep=True)
+            keep = delivery.keep
             if not self._checked:
                 trial = partial(check_network, self._parts.trajectory, self._parts.live.vector())
                 wanted = self._keep if keep is None else keep
@@ -213,7 +209,7 @@ class AnnouncesSamples(ABC):
                 else:  # on what the network is given
                     self._parts.capture.pending.first = trial
                 self._checked = True
-            self._parts.capture.announce(batch, keep, handed_out, rows)
+            self._parts.capture.announce(batch, delivery)
 
     @contextmanager
     def channel(self, name: str) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pathkernel.errors import RecordingError
+from pathkernel.recording.announced_batch import Delivery
 from pathkernel.recording.joint_step import JointStep, OwnStep, Part
 from pathkernel.recording.loss_scale import loss_scale
 from pathkernel.recording.open_step import OpenStep
@@ -95,7 +95,7 @@ class JointCapture(StepCapture):
             one.stop()
             both.start()
             if last is not None:
-                both.announce(last)
+                both.announce(last.batch, last.delivery)
         return both
 
     def take_over(self, optimizer: Optimizer | JointOptimizer) -> None:
@@ -120,17 +120,11 @@ class JointCapture(StepCapture):
 
     # -- between steps ------------------------------------------------------------------------------------------
 
-    def announce(
-        self,
-        batch: MicroBatch,
-        keep: bool | None = None,
-        handed_out: Sequence[Tensor] = (),
-        rows: Sequence[Tensor] = (),
-    ) -> None:
+    def announce(self, batch: MicroBatch, delivery: Delivery) -> None:
         """Take note of the samples of the next backward passes: each optimizer may step once by them."""
         self.settle()
         self._stepped = frozenset()
-        super().announce(batch, keep, handed_out, rows)
+        super().announce(batch, delivery)
 
     def record_end_state(self) -> None:
         """Put on record where parameters and buffers stand while the recorder watches."""

@@ -22,7 +22,7 @@ from pathkernel.trajectory.samples import Samples
 from pathkernel.trajectory.step import MicroBatch
 
 if TYPE_CHECKING:
-    from pathkernel.recording.announced_batch import AnnouncedBatch
+    from pathkernel.recording.announced_batch import Delivery
 
 
 class KeptInputs:
@@ -77,7 +77,7 @@ class KeptInputs:
         return bool(self.keep if keep is None else keep) or self._always or self.data.announced
 
     def of(
-        self, batch: MicroBatch, call: SeenCall, announced: AnnouncedBatch, due: bool
+        self, batch: MicroBatch, call: SeenCall, delivery: Delivery, due: bool
     ) -> tuple[MicroBatch, PyTree, Mapping[Key, Any]]:
         """A batch with its ids in the order of its rows, its inputs as they are kept, or None, and what samples shared.
 
@@ -87,8 +87,8 @@ class KeptInputs:
             As announced.
         call
             What the network was given.
-        announced
-            How it was announced.
+        delivery
+            How it came to the loop.
         due
             Whether the step is audited.
         """
@@ -99,13 +99,13 @@ class KeptInputs:
                 raise _without_samples(call, n)
             return batch, batch.inputs, shared
         if call.copied:
-            batch = _in_order(batch, samples, announced.rows)
-        return *self._inputs(batch, call, samples, announced, due), shared
+            batch = _in_order(batch, samples, delivery.rows)
+        return *self._inputs(batch, call, samples, delivery, due), shared
 
     def _inputs(
-        self, batch: MicroBatch, call: SeenCall, samples: Mapping[Key, Any], announced: AnnouncedBatch, due: bool
+        self, batch: MicroBatch, call: SeenCall, samples: Mapping[Key, Any], delivery: Delivery, due: bool
     ) -> tuple[MicroBatch, PyTree]:
-        keep, handed_out, reader = announced.keep, announced.handed_out, self.reader
+        keep, handed_out, reader = delivery.keep, delivery.handed_out, self.reader
         if due and self._came_before(samples, handed_out):
             self.differences.append(
                 "they were handed out by `track` with the batch before, as where batches are fetched ahead of their "
@@ -130,7 +130,7 @@ class KeptInputs:
             difference = differing(own, expected, self.dtype) if expected else "the data cannot be read as a batch"
             if difference and self._was_handed_out(own or samples, handed_out):
                 self._always = True
-                batch = _in_order(batch, samples, announced.rows)
+                batch = _in_order(batch, samples, delivery.rows)
         if wanted or self._always:
             try:
                 moved = batch if expected is None else _in_order(batch, own, self._rows_in_data(batch.ids))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pathkernel.errors import InputError, SampleIdError
 from pathkernel.gradients.forward_state import ForwardState
 from pathkernel.gradients.model_function import ModelFunction
-from pathkernel.recording.announced_batch import AnnouncedBatch
+from pathkernel.recording.announced_batch import AnnouncedBatch, Delivery
 from pathkernel.recording.forward import ForwardWatcher
 from pathkernel.recording.forward_pass import ForwardPass, zero_outputs
 from pathkernel.recording.kept_inputs import KeptInputs
@@ -112,23 +112,17 @@ class PendingBatches:
         if self.watcher.started:
             self.watcher.listen(list(self.live.named.values()))
 
-    def announce(
-        self,
-        batch: MicroBatch,
-        keep: bool | None = None,
-        handed_out: Sequence[Tensor] = (),
-        rows: Sequence[Tensor] = (),
-    ) -> None:
+    def announce(self, batch: MicroBatch, delivery: Delivery) -> None:
         """Take note of the samples of the next backward pass; see `AnnouncedBatch`."""
-        waits = None if batch.source is None else self._of_data  # passes of a source may come before its own
+        waits = None if batch.source is None else self.last  # passes of a source may come before its own
         self._announced = [one for one in self._announced if one.used or one is waits]
         modes = self._modules.modes()
         if modes != self._unseen.modes:
             self._unseen = ForwardState(modes)
-        self._announced.append(AnnouncedBatch(batch, self._unseen, keep, handed_out, rows))
+        self._announced.append(AnnouncedBatch(batch, self._unseen, delivery))
         if batch.source is None:
-            self.inputs.announced(handed_out)
-        self.watcher.copies = self.inputs.copies(keep) or not batch.has_targets
+            self.inputs.announced(delivery.handed_out)
+        self.watcher.copies = self.inputs.copies(delivery.keep) or not batch.has_targets
         self._taken = self._spent = None
         self.listen()
 
@@ -183,12 +177,7 @@ class PendingBatches:
         return any(one.used for one in self._announced)
 
     @property
-    def last(self) -> MicroBatch | None:
-        """The batch that was announced last; None where nothing is pending."""
-        return None if self._of_data is None else self._of_data.batch
-
-    @property
-    def _of_data(self) -> AnnouncedBatch | None:
+    def last(self) -> AnnouncedBatch | None:
         """The batch that was announced last, by the loop itself: passes outside of sources are of none."""
         return next((one for one in reversed(self._announced) if one.batch.source is None), None)
 
@@ -217,7 +206,7 @@ class PendingBatches:
     @property
     def _ahead(self) -> AnnouncedBatch | None:
         """The last batch, where it came while those before it were under way, as loaders that fetch ahead give it."""
-        last = self._of_data
+        last = self.last
         if last is None or last.ran is not None or last.used:
             return None
         return last if any(one.used for one in self._announced) else None
@@ -232,7 +221,7 @@ class PendingBatches:
     def forget(self) -> None:
         """Let go of what was announced."""
         if self.several and self._announced:
-            self._spent = self._of_data or self._announced[-1]
+            self._spent = self.last or self._announced[-1]
         for stranger in self._strangers:
             stranger.forget()
         for one in self._announced:
@@ -245,18 +234,18 @@ class PendingBatches:
     def _ran(self, one: ForwardPass) -> None:
         if self.sources.name is not None and one.call is not None:
             counted = self.sources.batch(one.call, self.inputs.reader)
-            self.announce(counted, keep=True)
+            self.announce(counted, Delivery(keep=True))
             last: AnnouncedBatch | None = self._announced[-1]
         else:
-            last = self._of_data if self._announced else self._spent
+            last = self.last if self._announced else self._spent
         if last is not None:
             last.waiting.append(weakref.ref(one))
             last.ran = one.state, one.shapes
             one.owner = last
             if self.first is not None and one.call is not None:
                 first, self.first = self.first, None
-                kept = AnnouncedBatch(last.batch, last.state, keep=True, rows=last.rows)
-                batch, inputs, shared = self.inputs.of(last.batch, one.call, kept, due=False)
+                delivery = Delivery(keep=True, rows=last.delivery.rows)
+                batch, inputs, shared = self.inputs.of(last.batch, one.call, delivery, due=False)
                 first(replace(batch, inputs=inputs, state=replace(one.state, arguments=shared)))
 
     # -- backward -----------------------------------------------------------------------------------------------
@@ -284,7 +273,7 @@ class PendingBatches:
             if one is not kept:
                 one.drop()
         self._strangers, self._taken, self.watcher.differentiated = [], None, set()
-        last = (*self._announced[-1:], self._of_data)
+        last = (*self._announced[-1:], self.last)
         self._announced = [one for one in self._announced if one.used or one in last]
         self.dropped()
 
@@ -293,7 +282,7 @@ class PendingBatches:
         again = owner is not None and owner.batch.source is None and owner.passes and one not in owner.passes
         if owner is None or (again and self.stages == 1):
             # It may be of a batch that was announced after the pass, and before its backward pass.
-            last = self._of_data
+            last = self.last
             if last is not None and not last.used:
                 owner = one.owner = last
         self._taken = None
@@ -373,7 +362,7 @@ class PendingBatches:
         inputs, state = batch.inputs, one.state
         if one.call is not None:
             due = one.checksum is not None and channel is None
-            batch, inputs, shared = self.inputs.of(batch, one.call, announced, due)
+            batch, inputs, shared = self.inputs.of(batch, one.call, announced.delivery, due)
             state = replace(state, arguments=shared) if shared else state
         return MicroBatch(
             batch.ids,

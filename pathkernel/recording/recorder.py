@@ -411,7 +411,7 @@ class KernelRecorder(AnnouncesSamples):
             self.start()
             self._in_with = in_with
         if last is not None:
-            self._announce(last)
+            self._announce(last.batch, last.delivery)
 
 
 def _equal(one: dict[str, tuple[Tensor, ...]], other: dict[str, tuple[Tensor, ...]]) -> bool:

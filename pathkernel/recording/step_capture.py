@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pathkernel.recording.announced_batch import Delivery
 from pathkernel.recording.audit import is_due
 from pathkernel.recording.compiled import check_random_numbers
 from pathkernel.recording.kept_inputs import KeptInputs
@@ -163,19 +164,13 @@ class StepCapture(StepChecks):
 
     # -- between steps ------------------------------------------------------------------------------------------
 
-    def announce(
-        self,
-        batch: MicroBatch,
-        keep: bool | None = None,
-        handed_out: Sequence[Tensor] = (),
-        rows: Sequence[Tensor] = (),
-    ) -> None:
+    def announce(self, batch: MicroBatch, delivery: Delivery) -> None:
         """Take note of the samples of the next backward pass; see `PendingBatches.announce`."""
         self._announced = self._announced[1], batch
         # Where the gradient will be audited, θ at the forward pass is known again at the step.
         due = self.hooks and is_due(self.taken, self.audit_every)
         self.pending.watcher.checked = self.live.checksum if due else None
-        self.pending.announce(batch, keep, handed_out, rows)
+        self.pending.announce(batch, delivery)
 
     def _kept(self, cotangents: Tensor, batch: MicroBatch) -> tuple[Tensor | None, Tensor | None]:
         """The part of λ that is kept, whole or sampled."""
