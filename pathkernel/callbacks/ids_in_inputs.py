@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from pathkernel.errors import SampleIdError
-from pathkernel.recording.indexed import IndexedCollate, IndexedDataset, IndexedSample
+from pathkernel.recording.indexed import IndexedCollate, IndexedDataset, IndexedSample, inner_name
 
 ENTRY = "pathkernel_ids"
 """Name of the entry."""
@@ -123,8 +122,8 @@ class LoaderWithIds:
 
 def base_loader(loader: Any) -> Any:
     """The `torch.utils.data.DataLoader` inside what Accelerate wrapped around it; anything else as it is."""
-    inner = vars(loader).get("base_dataloader") if hasattr(loader, "__dict__") else None
-    return inner if isinstance(inner, DataLoader) else loader
+    name = inner_name(loader)
+    return loader if name is None else getattr(loader, name)
 
 
 class TakesIds:
