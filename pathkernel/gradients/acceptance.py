@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Int, PyTree
 from pathkernel.errors import InputError, PathKernelError
+from pathkernel.gradients.forward_derivatives import REFUSALS
 from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.model_function import ModelFunction
-from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import check_rows, count, take
 
 SHAPES = {

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.func import grad, jacrev, jvp, vmap
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Parameters, PyTree
 from pathkernel.errors import InputError
-from pathkernel.gradients.forward_state import QUIET_FALLBACKS, generator_states, set_generators
+from pathkernel.gradients.forward_derivatives import (
+    REFUSALS,
+    load_transformations,
+    push_by_reversing,
+    push_dual,
+    push_forward,
+)
+from pathkernel.gradients.forward_state import QUIET_FALLBACKS
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import cast_floating, count, moved, take
 from pathkernel.runtime.interrupts import result_or_error
-
-REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError)
-"""Exceptions that torch raises in a call that a transformation does not cover."""
 
 OutputFunctional = Callable[[Tensor, Any], Tensor]
 """h(z, context) of one sample's outputs z (C,): a scalar, or a vector (K,)."""
@@ -243,15 +244,17 @@ def output_products(
     inputs: PyTree,
     directions: Float[Tensor, "D P"],
     push: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor] | None = None,
+    width: int = 0,
 ) -> Float[Tensor, "D n C"] | None:
     """∇z·v for all outputs of a batch, run as it is, and a few directions, float64; None where torch has no way.
 
-    ``push`` is `push_forward` by default.
+    ``push`` is `push_forward` by default. ``width`` directions take one pass of the network; by default all of them in
+    small batches, and one in others. Passes that draw random numbers take one: each is to draw the same.
     """
-    inputs, point = function.cast(inputs), function.cast(vector)
+    inputs, point, layout = function.cast(inputs), function.cast(vector), function.layout
 
     def outputs(theta: Tensor) -> Tensor:
-        return function.batch(function.layout.unflatten(theta), inputs)
+        return function.batch(layout.unflatten(theta), inputs)
 
     along = directions.to(point)
     pushed = push or push_forward
@@ -259,9 +262,18 @@ def output_products(
         pushed = push_dual
     load_transformations()
 
-    def at_once() -> Tensor:
-        with function.evaluating(gradients=False), QUIET_FALLBACKS:
-            return vmap(lambda direction: jvp(outputs, (point,), (direction,))[1])(along).double()
+    def at_once(some: Tensor) -> Tensor:
+        # Parameter by parameter, each with its own storage: tangents that are parts of another are copied twice.
+        own = {name: value.clone() for name, value in layout.unflatten(point).items()}
+        tangents = {name: value.contiguous() for name, value in layout.unflatten(some).items()}
+
+        def one(tangent: Parameters) -> Tensor:
+            return jvp(lambda parameters: function.batch(parameters, inputs), (own,), (tangent,))[1]
+
+        with function.evaluating(gradients=False), function.kept(), QUIET_FALLBACKS:
+            if len(some) == 1:
+                return one({name: value[0] for name, value in tangents.items()}).unsqueeze(0).double()
+            return vmap(one)(tangents).double()
 
     def one_by_one() -> Tensor:
         found = []
@@ -274,11 +286,13 @@ def output_products(
 
     together = ("directions", function.submodule, function.layout.names)
     small = sum(leaf.numel() for leaf in pytree.tree_leaves(inputs)) * len(along) <= SMALL_BATCH
-    several = len(along) > 1 and small and not function.state.generators
-    if several and push in (None, push_forward) and together not in function.row_routes:
-        found = result_or_error(at_once, REFUSALS)
-        if not isinstance(found, Exception):
-            return found
+    several = len(along) > 1 and small and push in (None, push_forward) and together not in function.row_routes
+    found: Tensor | Exception
+    if (width or several) and not function.state.generators:
+        pieces = along.split(width or len(along))
+        found = result_or_error(lambda: torch.cat([at_once(some) for some in pieces]), REFUSALS)
+        if width or not isinstance(found, Exception):
+            return None if isinstance(found, Exception) else found
         function.row_routes[together] = "one by one"
     found = result_or_error(one_by_one, REFUSALS)
     return None if isinstance(found, Exception) else found
@@ -316,7 +330,7 @@ def error_of_rows(
     autograd's gradient need not be the derivative (it leaves out the row of an embedding's ``padding_idx``).
     """
     error, limit = math.inf, ROW_LIMIT.get(function.dtype, 0.0)
-    for push in (push_forward, _push_by_reversing):
+    for push in (push_forward, push_by_reversing):
         pushed = output_products(function, vector, inputs, directions, push)
         if pushed is not None:
             expected = torch.einsum("nkc,dnc->nkd", weights.to(pushed), pushed)
@@ -373,73 +387,3 @@ def gradients_along(
         value = values_of(functional, function.outputs(theta, sample), own)[0, 0]
         found.append((value, function.layout.flatten(gradient)[0]))
     return torch.stack([value for value, _ in found]), torch.stack([row for _, row in found])
-
-
-def push_forward(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor) -> Tensor:
-    r"""Directional derivative of a function at a point.
-
-    By forward differentiation; where an operation has no rule for it, by two reverse sweeps,
-    :math:`J v = \partial_u \langle J^\top u, v\rangle`.
-    """
-    load_transformations()
-    found = result_or_error(lambda: jvp(function, (point,), (direction,))[1], REFUSALS)
-    return _push_by_reversing(function, point, direction) if isinstance(found, Exception) else found
-
-
-def push_dual(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor) -> Tensor:
-    """`push_forward` of a function that draws random numbers, as dropout does.
-
-    By dual numbers: under `torch.func.jvp` a tensor whose axes are not in the order of memory is filled with the same
-    random numbers in another order, which makes it another function.
-    """
-
-    def pushed() -> Tensor:
-        with forward_ad.dual_level():
-            primal, tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(point, direction)))
-        return torch.zeros_like(primal) if tangent is None else tangent
-
-    states = generator_states(point.device)
-    found = result_or_error(pushed, REFUSALS)
-    if not isinstance(found, Exception):
-        return found
-    set_generators(states)
-    return _push_by_reversing(function, point, direction)
-
-
-def _push_by_reversing(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor) -> Tensor:
-    states = generator_states(point.device)
-    with torch.enable_grad():
-        theta = point.detach().clone().requires_grad_(True)
-        outputs = function(theta)
-        u = torch.linspace(0.5, 1.5, outputs.numel(), dtype=outputs.dtype, device=outputs.device)
-        u = u.reshape(outputs.shape).requires_grad_(True)
-        (pulled,) = torch.autograd.grad(outputs, theta, u, create_graph=True)
-        product = pulled @ direction
-        (found,) = torch.autograd.grad(product, u)
-    # Functions that are differentiable once drop out of the second sweep without a word: ⟨Jᵀu, v⟩ and ⟨u, J v⟩ differ.
-    left, right = product.item(), (u * found).sum().item()
-    scale, rounding = (u * found).abs().sum().item() + abs(left), math.sqrt(torch.finfo(outputs.dtype).eps)
-    once = not abs(left - right) <= rounding * scale
-    # Reentrant checkpoints hide the parameters that they use from `grad`, and not from `backward`.
-    set_generators(states)  # it is called once more, and may draw random numbers
-    with torch.enable_grad():
-        whole = point.detach().clone().requires_grad_(True)
-        function(whole).backward(u.detach())
-    hidden = whole.grad is not None and not (whole.grad - pulled).norm() <= rounding * whole.grad.norm()
-    if once or hidden:
-        raise NotImplementedError("a function in the network can be differentiated only once, or not by `grad`")
-    return found.detach()
-
-
-@functools.cache
-def load_transformations() -> None:
-    """Let torch build what its transformations need, once: some megabytes and tenths of a second at their first use.
-
-    Without its warning about how it builds the decompositions of forward differentiation.
-    """
-    layer = torch.nn.functional.layer_norm
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
-        point, directions = torch.zeros(3, 2), torch.ones(2, 3, 2)
-        vmap(lambda v: jvp(lambda x: layer(x, (2,)), (point,), (v,))[1])(directions)
-        vmap(grad(lambda x: layer(x, (2,)).sum()))(point)

@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.errors import UnsupportedModelError
+from pathkernel.gradients.forward_derivatives import REFUSALS
 from pathkernel.gradients.forward_state import generator_states, generators_untouched
 from pathkernel.gradients.model_function import ModelFunction
-from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import count, spread, take
 from pathkernel.gradients.returned import batch_outputs
 from pathkernel.runtime.interrupts import result_or_error

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.gradients.losses import coupled_row_blocks, weighted_gradient
-from pathkernel.gradients.pushed_shares import pushed_outputs
+from pathkernel.gradients.per_sample import output_products
 from pathkernel.gradients.pytrees import take
 from pathkernel.gradients.returned import batch_outputs
 from pathkernel.runtime.allocations import Allocations, Footprint, footprint
@@ -147,7 +147,7 @@ class SmallBatch:
         """Derivatives of n samples along so many directions at once."""
         size = self.function.layout.size
         zeros = torch.zeros(directions, size, dtype=self.function.dtype, device=self.function.device)
-        return pushed_outputs(self.function, self.point, take(self.inputs, slice(0, n)), zeros, directions)
+        return output_products(self.function, self.point, take(self.inputs, slice(0, n)), zeros, width=directions)
 
     def total(self, n: int) -> Tensor:
         """The sum of the gradients of n samples."""

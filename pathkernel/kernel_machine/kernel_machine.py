@@ -11,7 +11,7 @@ import torch
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
-from pathkernel.gradients.per_sample import load_transformations
+from pathkernel.gradients.forward_derivatives import load_transformations
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes
 from pathkernel.kernel_machine.accumulator import Accumulator, attributions_of, concatenate
 from pathkernel.kernel_machine.arithmetic import unrounded_type

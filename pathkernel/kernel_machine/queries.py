@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pathkernel._typing import Float, Int, PyTree
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
+from pathkernel.gradients.forward_derivatives import REFUSALS, push_forward
 from pathkernel.gradients.gradient_source import ROWS, GradientSource
-from pathkernel.gradients.per_sample import REFUSALS, OutputFunctional, gradients_along, push_forward, values_of
+from pathkernel.gradients.per_sample import OutputFunctional, gradients_along, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.workspace import give_back_freed_memory

@@ -22,8 +22,8 @@ from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.factored import accumulation_dtype
 from pathkernel.gradients.losses import coupled_row_blocks, swept_rows, weighted_gradient
 from pathkernel.gradients.model_function import ModelFunction
-from pathkernel.gradients.per_sample import random_directions
-from pathkernel.gradients.pushed_shares import pushed_outputs, pushed_shares, weighted_outputs
+from pathkernel.gradients.per_sample import output_products, random_directions
+from pathkernel.gradients.pushed_shares import pushed_shares, weighted_outputs
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.trajectory.split_certificate import DIRECTIONS, hashable, row_limit
 from pathkernel.trajectory.step import MicroBatch
@@ -160,12 +160,12 @@ class CoupledSamples:
         found = []
         for piece in blocks(len(directions), self.width):
             some = directions[piece]
-            pushed = pushed_outputs(self.function, self.point, self.inputs, some, len(some))
+            pushed = output_products(self.function, self.point, self.inputs, some, width=len(some))
             if pushed is None or not self._right(self.weighted(pushed), some):
                 self.costs.refused = True
                 return None
             self.costs.used = True
-            found.append(pushed.double())
+            found.append(pushed)
         return torch.cat(found)
 
     def weighted(self, pushed: Float[Tensor, "D B C"]) -> Float[Tensor, "B D"]:

@@ -11,7 +11,7 @@ from cases import generator
 from torch import Tensor, nn
 
 import pathkernel as pk
-from pathkernel.gradients import per_sample
+from pathkernel.gradients import forward_derivatives, per_sample
 from pathkernel.trajectory.samples import samples_of
 
 
@@ -54,7 +54,7 @@ def test_forms_by_forward_products_have_the_shares(recorded: tuple[pk.Trajectory
     np.testing.assert_allclose(form.shares, folded.shares, atol=1e-10 * np.abs(folded.shares).max())
 
 
-@pytest.mark.parametrize("push", ["push_forward", "_push_by_reversing"])
+@pytest.mark.parametrize("push", ["push_forward", "push_by_reversing"])
 def test_products_are_differences(recorded: tuple[pk.Trajectory, Tensor], push: str) -> None:
     trajectory = recorded[0]
     step = next(iter(trajectory.steps()))
@@ -63,7 +63,9 @@ def test_products_are_differences(recorded: tuple[pk.Trajectory, Tensor], push: 
     inputs, theta = samples_of(batch, trajectory.data)[0], step.before
     direction = torch.randn(theta.shape, generator=generator(1), dtype=theta.dtype)
     before = torch.get_rng_state()
-    found: Any = per_sample.output_products(function, theta, inputs, direction[None], getattr(per_sample, push))
+    found: Any = per_sample.output_products(
+        function, theta, inputs, direction[None], getattr(forward_derivatives, push)
+    )
 
     def outputs(point: Tensor) -> Tensor:
         with function.evaluating(gradients=False):

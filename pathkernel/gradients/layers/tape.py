@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
+from pathkernel.gradients.forward_derivatives import REFUSALS
 from pathkernel.gradients.forward_state import QUIET_FALLBACKS
 from pathkernel.gradients.layers.batch_axis import NO_ROLES, Arrangement, Roles
 from pathkernel.gradients.layers.factor import Factor
@@ -22,7 +23,6 @@ from pathkernel.gradients.layers.parameter_views import Handle, View
 from pathkernel.gradients.layers.rules import NoRule, SumOfSignals
 from pathkernel.gradients.layers.tracing import LayerCall, ParameterTracer
 from pathkernel.gradients.model_function import ModelFunction
-from pathkernel.gradients.per_sample import REFUSALS
 from pathkernel.gradients.pytrees import count
 from pathkernel.gradients.returned import batch_outputs, output_leaves
 from pathkernel.runtime.interrupts import result_or_error

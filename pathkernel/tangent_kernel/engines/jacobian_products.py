@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
+from pathkernel.gradients.forward_derivatives import push_forward
 from pathkernel.gradients.model_function import ModelFunction
-from pathkernel.gradients.per_sample import leaf_parameters, pulled_back, push_forward, values_of
+from pathkernel.gradients.per_sample import leaf_parameters, pulled_back, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.tangent_kernel.outputs import OutputSelection
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
+from pathkernel.gradients.forward_derivatives import REFUSALS
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.plain import lines_on, warn_of_rows
 from pathkernel.gradients.layers.tape import Tape
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
-from pathkernel.gradients.per_sample import REFUSALS, values_of
+from pathkernel.gradients.per_sample import values_of
 from pathkernel.gradients.pytrees import blocks, count, spread, take
 from pathkernel.runtime.interrupts import defer_interrupts, result_or_error
 from pathkernel.runtime.workspace import Workspace, keep_freed_memory

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.gradients.per_sample import REFUSALS
+from pathkernel.gradients.forward_derivatives import REFUSALS
 from pathkernel.gradients.pytrees import count, moved, take
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, number_of_components
