@@ -191,7 +191,10 @@ def test_schedules_are_found_again(tmp_path: Path) -> None:
         assert torch.equal(DiskStore.open(tmp_path / level).final(), again.final)
 
 
-def test_little_is_on_disk(tmp_path: Path) -> None:
+def test_little_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a busy machine a block would not fill in time, and be written in parts.
+    monkeypatch.setattr("pathkernel.storage.writer_thread.PERIOD", 1000.0)
+
     def allocated(path: Path, *parts: str) -> float:
         files = [file for part in parts for file in path.glob(f"{part}/**/*") if file.is_file()]
         return sum(file.stat().st_size for file in files) / 32
