@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import tempfile
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from cases import LOSSES, OPTIMIZERS, SAMPLES, make_inputs, make_model
@@ -61,6 +63,20 @@ def holding(value: Any) -> nn.Module:
     model = nn.Linear(4, 2)
     model.held = value
     return model
+
+
+def in_three_processes() -> None:
+    """What one of three processes records, here without the others."""
+    distributed = torch.distributed
+    with tempfile.TemporaryDirectory() as folder:
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/met", rank=0, world_size=1)
+        try:
+            model = nn.parallel.DistributedDataParallel(make_model())
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            with mock.patch.object(distributed, "get_world_size", return_value=3):
+                pk.KernelRecorder(model, optimizer, LOSSES["ce_mean"].loss, data=9)
+        finally:
+            distributed.destroy_process_group()
 
 
 class Uncopied:
@@ -128,6 +144,10 @@ MODELS: dict[str, Row] = {
     "a network without values": (
         lambda: pk.TangentKernel(nn.Linear(4, 2, device="meta")),
         Unsupported, ("on the device `meta`", "has its numbers", "model.to_empty"),
+    ),
+    "training in several processes": (
+        in_three_processes,
+        Unsupported, ("DistributedDataParallel for 3 processes", "this process announces", "training in one process"),
     ),
     "a complex network": (
         lambda: pk.TangentKernel(nn.Linear(4, 2, dtype=torch.complex64)),

@@ -20,6 +20,7 @@ from pathkernel.recording.calls import SeenCall
 from pathkernel.recording.compiled import CompiledCall
 from pathkernel.recording.forward_pass import BackwardPass, ForwardPass
 from pathkernel.recording.modules import WatchedModules
+from pathkernel.recording.validation import unwrapped
 from pathkernel.runtime.interrupts import defer_interrupts
 
 
@@ -218,7 +219,7 @@ class ForwardWatcher:
             self._hook_last()
         kind = self.device.type
         around = (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
-        autocast = around or own_autocast(self.parts[0])
+        autocast = around or own_autocast(unwrapped(self.parts[0]))
         self._checksum = None if self.checked is None else self.checked()
         self._elsewhere = None if self.checked is None else self.modules.other_generators()
         self._before = (

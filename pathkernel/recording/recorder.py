@@ -26,7 +26,7 @@ from pathkernel.recording.open_recorders import OPEN, caller, make_way, say_that
 from pathkernel.recording.optimizers import JointOptimizer, unwrapped_optimizers
 from pathkernel.recording.readings import StepHooks
 from pathkernel.recording.step_capture import StepCapture
-from pathkernel.recording.validation import check_optimizer, inside_fabric, unwrapped
+from pathkernel.recording.validation import check_optimizer, inside_fabric, refuse_several_processes, unwrapped
 from pathkernel.recording.watched import Watch, watched_parts
 from pathkernel.runtime.interrupts import defer_interrupts
 from pathkernel.runtime.threads import made_on_the_cpu, on_the_cpu
@@ -164,6 +164,7 @@ class KernelRecorder(AnnouncesSamples):
         observers: Sequence[StepObserver] = (),
     ) -> None:
         outer = inside_fabric(model)
+        refuse_several_processes(outer)
         model = unwrapped(outer)
         self.model = model
         self.optimizer: Optimizer | JointOptimizer | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -23,6 +24,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(compiled_from, nn.Module):
             return model
         model = compiled_from
+
+
+def refuse_several_processes(model: nn.Module) -> None:
+    """Refuse a network whose gradients are averaged over several processes.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Where it is wrapped for more than one.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        processes = torch.distributed.get_world_size(model.process_group)
+        if processes > 1:
+            raise UnsupportedModelError(
+                f"The network is wrapped in DistributedDataParallel for {processes} processes",
+                "A step's gradient must be the sum over the samples that this process announces; there it is the "
+                "average over those of all processes",
+                "Record a training in one process",
+            )
 
 
 def inside_fabric(model: nn.Module) -> nn.Module:

@@ -262,9 +262,16 @@ def test_no_optimizer_is_named() -> None:
         a_trainer(LightningRecorder(watch="net")).fit(Still(), a_loader())
 
 
-def test_strategies_of_several_processes_are_refused() -> None:
-    with pytest.raises(RecordingError, match=r"DDPStrategy, for 1 process.*devices=1"):
-        a_trainer(LightningRecorder(), strategy="ddp", devices=1).fit(Classifier(), a_loader())
+def test_strategies_of_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK"):  # which the strategy sets, for good
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    try:
+        with pytest.raises(RecordingError, match=r"DDPStrategy, for 1 process.*devices=1"):
+            a_trainer(LightningRecorder(), strategy="ddp", devices=1).fit(Classifier(), a_loader())
+    finally:
+        torch.distributed.destroy_process_group()
+        torch.set_num_threads(1)
 
 
 def test_a_module_that_is_compiled_as_a_whole_is_refused() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,3 +157,17 @@ def test_datasets_that_make_batches_are_asked_for_batches() -> None:
     found = [(batch.ids.tolist(), batch.batch.tolist()) for batch in pk.indexed(loader)]
     assert asked == [ids for ids, _ in found] == [list(range(10)), list(range(10, 20)), list(range(20, N))]
     assert all(ids == items for ids, items in found)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """Distributed training of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/met", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_inside_the_wrapper_of_distributed_training(one_process: None) -> None:
+    trajectory = recorded(nn.parallel.DistributedDataParallel(prepared(WithLoss())))
+    assert trajectory.store.read(0).batches[0].state.autocast == ("cpu", torch.bfloat16)
+    assert pk.KernelMachine(trajectory).explain({"x": samples()[0][:4]}).relative_residual < 1e-5
