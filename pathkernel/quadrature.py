@@ -43,8 +43,6 @@ class QueryStep(Protocol):
 
     change: Tensor
     """Turns a gradient into ∇f·Δ_s, (D,)."""
-    squared_length: float
-    """‖Δ_s‖²."""
     start_value: Tensor
     """f(θ_s), (Q,) float64."""
     end_value: Tensor
@@ -53,6 +51,10 @@ class QueryStep(Protocol):
     """Scale of the errors of this step: how far f moved in all of training, over the number of steps, (Q,)."""
     rounding: float
     """Machine epsilon of the arithmetic in which f is evaluated."""
+
+    @property
+    def squared_length(self) -> float:
+        """‖Δ_s‖²; read from a device only where it is asked for."""
 
     def gradient(self, time: float) -> Any:
         """∇f at θ_s + tΔ_s, as `Gradients`."""
@@ -84,10 +86,14 @@ class Part:
         self.width = upper - lower
         self.change = self.width * step.change
         self.scale = self.width * step.scale
-        self.squared_length = self.width**2 * step.squared_length
         self.rounding = step.rounding
         self.start_value = start_value
         self.end_value = end_value
+
+    @property
+    def squared_length(self) -> float:
+        """‖Δ‖² of the part."""
+        return self.width**2 * self.step.squared_length
 
     def gradient(self, time: float) -> Any:
         """∇f at a time of the part."""

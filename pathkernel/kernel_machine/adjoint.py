@@ -11,13 +11,14 @@ a step for all queries; other rules are differentiated (`pathkernel.update_rules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pathkernel.runtime.transfers import numbers
 from pathkernel.trajectory.step import Step
 from pathkernel.update_rules.rule import Frozen, Settings, UpdateRule, adjoint
 
@@ -26,6 +27,10 @@ Coefficient = float | Tensor
 
 Scaled = tuple[Tensor | None, float]
 """Cotangents as a matrix times a number; None where they are zero."""
+
+
+PROPORTIONAL = 2
+"""Inputs of a step of which u may be a multiple of μ: one gradient and one slot."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,13 @@ class Linear:
         For each gradient of the step, a and then c for each memory slot.
     memory
         For each memory slot, b and then d for each memory slot.
+    ratio
+        ρ where u = ρ μ: one gradient, one slot, and both rows proportional; else None.
     """
 
     gradients: tuple[tuple[Coefficient, ...], ...]
     memory: tuple[tuple[Coefficient, ...], ...]
+    ratio: float | None
 
     @property
     def rate(self) -> float | None:
@@ -51,47 +59,78 @@ class Linear:
         a = self.gradients[0][0]
         return a if len(self.gradients) == 1 and forgets and not dense and isinstance(a, float) else None
 
-    @property
-    def ratio(self) -> float | None:
-        """ρ where u = ρ μ: one gradient, one slot, and both rows proportional; else None."""
-        if len(self.gradients) != 1 or len(self.memory) != 1:
-            return None
-        (a, c), (b, d) = self.gradients[0], self.memory[0]
-        if isinstance(c, Tensor) or isinstance(d, Tensor) or d == 0.0:
-            return None
-        rho = c / d
-        return rho if _close(a, b, rho) else None
+
+@dataclass(frozen=True)
+class Stepped:
+    """Parameter whose coefficients are wanted: the arguments of `pathkernel.update_rules.rule.UpdateRule.step`."""
+
+    rule: UpdateRule
+    frozen: Frozen
+    settings: Settings
+    shape: torch.Size
 
 
-def _close(a: Coefficient, b: Coefficient, rho: float) -> bool:
-    """A = ρ b, to a few roundings of float64."""
-    left, right = (torch.as_tensor(value, dtype=torch.float64) for value in (a, b))
-    right = right * rho
-    return bool(((left - right).abs() <= 1e-14 * left.abs()).all())
+def linear(cases: Mapping[Any, Stepped]) -> dict[Any, Linear]:
+    """The coefficients of some parameters' steps under elementwise rules, float64; read in one transfer.
+
+    Time: one evaluation of the rule for each of its inputs, and each of the parameters.
+    """
+    rows = {key: _responses(case) for key, case in cases.items()}
+    asked: list[Tensor] = []
+    for own in rows.values():
+        asked += [number for row in own for value in row for number in _sameness(value)]
+        asked += _proportionality(own)
+    read = iter(numbers(asked))
+    found = {}
+    for key, own in rows.items():
+        table = []
+        for row in own:
+            pairs = [(value, next(read), next(read)) for value in row]
+            table.append(tuple(first if same else value for value, first, same in pairs))
+        stages = cases[key].rule.stages
+        ratio = _ratio(table, bool(next(read))) if len(own) == PROPORTIONAL else None
+        found[key] = Linear(tuple(table[:stages]), tuple(table[stages:]), ratio)
+    return found
 
 
-def linear(rule: UpdateRule, frozen: Frozen, settings: Settings, shape: torch.Size) -> Linear:
-    """The coefficients of one parameter's step under an elementwise rule, float64."""
+def _responses(case: Stepped) -> list[tuple[Tensor, ...]]:
+    """What a step makes of ones in each of its inputs and zeros in the others: (n,), or (1,) where entries agree."""
+    rule, frozen = case.rule, case.frozen
     # Where nothing frozen has the parameter's shape, one entry stands for all.
     shaped = [value for value in frozen.values() if isinstance(value, Tensor) and value.numel() > 1]
     device = shaped[0].device if shaped else None
-    one = torch.ones(shape if shaped else (), dtype=torch.float64, device=device)
+    one = torch.ones(case.shape if shaped else (), dtype=torch.float64, device=device)
     zero = torch.zeros_like(one)
-    slots = len(rule.memory)
+    count = rule.stages + len(rule.memory)
     rows = []
-    for place in range(rule.stages + slots):
-        inputs = [one if place == other else zero for other in range(rule.stages + slots)]
+    for place in range(count):
+        inputs = [one if place == other else zero for other in range(count)]
         gradients = inputs[: rule.stages]
         memory = tuple(inputs[rule.stages :])
-        delta, after = rule.step(gradients[0] if rule.stages == 1 else tuple(gradients), memory, frozen, settings)
-        rows.append(tuple(_coefficient(value) for value in (delta, *after)))
-    return Linear(tuple(rows[: rule.stages]), tuple(rows[rule.stages :]))
+        delta, after = rule.step(gradients[0] if rule.stages == 1 else tuple(gradients), memory, frozen, case.settings)
+        rows.append(tuple(value.reshape(-1) for value in (delta, *after)))
+    return rows
 
 
-def _coefficient(values: Tensor) -> Coefficient:
-    flat = values.reshape(-1)
-    first = flat[0].item()
-    return first if len(flat) == 1 or bool((flat == first).all()) else flat
+def _sameness(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entry, and whether all are like it."""
+    return values[0], (values == values[0]).all()
+
+
+def _proportionality(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Whether a = ρ b with ρ = c / d to a few roundings of float64, where there is one gradient and one slot."""
+    if len(rows) != PROPORTIONAL:
+        return []
+    (a, c), (b, d) = rows
+    scaled = b * (c[0] / d[0])
+    return [((a - scaled).abs() <= 1e-14 * a.abs()).all()]
+
+
+def _ratio(table: Sequence[tuple[Coefficient, ...]], proportional: bool) -> float | None:
+    (_, c), (_, d) = table
+    if isinstance(c, Tensor) or isinstance(d, Tensor) or d == 0.0:
+        return None
+    return c / d if proportional else None
 
 
 class StepAdjoint:
@@ -112,18 +151,25 @@ class StepAdjoint:
         self._linear: dict[Any, Linear] = {}
 
     def linear(self, name: str) -> Linear | None:
-        """The coefficients of a parameter, found once; None where the rule is not elementwise."""
-        frozen = self.step.frozen[name]
+        """The coefficients of a parameter, found once; None where its rule is not elementwise."""
+        key = self._key(name)
+        if key not in self._linear and self._stepped(name).rule.elementwise:
+            # Off the CPU they are found together, in one transfer; on it one by one, which takes less memory.
+            frozen = [value for value in self.step.frozen[name].values() if isinstance(value, Tensor)]
+            together = [name] if all(value.is_cpu for value in frozen) else self.step.active
+            cases = {self._key(other): self._stepped(other) for other in together}
+            self._linear |= linear({other: case for other, case in cases.items() if case.rule.elementwise})
+        return self._linear.get(key)
+
+    def _stepped(self, name: str) -> Stepped:
         settings = self.step.hyperparameters_of(name)
-        rule = self.rule.of(settings)
-        if not rule.elementwise:
-            return None
+        return Stepped(self.rule.of(settings), self.step.frozen[name], settings, self.shapes[name])
+
+    def _key(self, name: str) -> Any:
+        """What parameters have in common that step alike: those of one group in which only numbers are frozen."""
+        frozen = self.step.frozen[name]
         shared = all(isinstance(value, (bool, int, float)) for value in frozen.values())
-        # Parameters of one group in which only numbers are frozen step alike.
-        key = (self.step.groups[name], tuple(sorted(frozen.items()))) if shared else name
-        if key not in self._linear:
-            self._linear[key] = linear(rule, frozen, settings, self.shapes[name])
-        return self._linear[key]
+        return (self.step.groups[name], tuple(sorted(frozen.items()))) if shared else name
 
     def of(self, name: str, dtype: torch.dtype) -> Callable[[slice, Tensor, list[Tensor | None]], list[Scaled]]:
         """A function that pulls blocks of columns of a parameter back.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -198,7 +199,6 @@ class GradientStep:
         self.queries: Queries = queries.under(segment.buffers)
         self.segment: Segment = segment
         self.delta = segment.displacement
-        self.squared_length = float(self.delta @ self.delta)
         self.rounding = torch.finfo(queries.function.dtype).eps
         self._known: dict[int, Any] = dict(neighbour._ends) if neighbour is not None else {}
         self._values: dict[int, Tensor] = dict(neighbour._values) if neighbour is not None else {}
@@ -208,6 +208,11 @@ class GradientStep:
         scale = torch.ones_like(self.start_value) if queries.scale is None else queries.scale
         self.scale = scale.to(self.start_value.device)
         self.change = self._change()
+
+    @cached_property
+    def squared_length(self) -> float:
+        """‖Δ_s‖², read where a quadrature asks for it: on a device it is a synchronisation."""
+        return float(self.delta @ self.delta)
 
     def _change(self) -> Tensor:
         return self.delta
