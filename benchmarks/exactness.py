@@ -663,7 +663,7 @@ def within_limits(rows: list[dict[str, object]]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="each optimizer on one network, loops in one type")
+    parser.add_argument("--quick", action="store_true", help="each optimizer on one network, and each loop, in one type")
     parser.add_argument("--json", metavar="FILE", help="write the rows as a list of flat objects")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data split, initial network and batches")
     arguments = parser.parse_args()
@@ -671,7 +671,7 @@ def main() -> int:
     torch.set_num_threads(1)  # these networks are so small that threads would only wait for each other
     print_header(arguments.quick, arguments.seed)
     rows = []
-    for names, dtype in itertools.product(cases(arguments.quick), DTYPES):
+    for names, dtype in in_types(cases(arguments.quick), arguments.quick):
         for quadrature in NETWORKS[names[1]].quadratures:
             if isinstance(quadrature, pk.Adaptive) and names[0] not in COMMON:
                 continue  # bisection sees the path, not the optimizer

@@ -29,9 +29,6 @@ Scaled = tuple[Tensor | None, float]
 """Cotangents as a matrix times a number; None where they are zero."""
 
 
-PROPORTIONAL = 2
-"""Inputs of a step of which u may be a multiple of μ: one gradient and one slot."""
-
 
 @dataclass(frozen=True)
 class Linear:
@@ -88,7 +85,7 @@ def linear(cases: Mapping[Any, Stepped]) -> dict[Any, Linear]:
             pairs = [(value, next(read), next(read)) for value in row]
             table.append(tuple(first if same else value for value, first, same in pairs))
         stages = cases[key].rule.stages
-        ratio = _ratio(table, bool(next(read))) if len(own) == PROPORTIONAL else None
+        ratio = _ratio(table, bool(next(read))) if _may_be_proportional(own) else None
         found[key] = Linear(tuple(table[:stages]), tuple(table[stages:]), ratio)
     return found
 
@@ -117,9 +114,14 @@ def _sameness(values: Tensor) -> tuple[Tensor, Tensor]:
     return values[0], (values == values[0]).all()
 
 
+def _may_be_proportional(rows: list[tuple[Tensor, ...]]) -> bool:
+    """Test for one gradient and one slot of memory; two gradients and none have two rows as well."""
+    return len(rows) == len(rows[0]) == 2
+
+
 def _proportionality(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:
     """Whether a = ρ b with ρ = c / d to a few roundings of float64, where there is one gradient and one slot."""
-    if len(rows) != PROPORTIONAL:
+    if not _may_be_proportional(rows):
         return []
     (a, c), (b, d) = rows
     scaled = b * (c[0] / d[0])
