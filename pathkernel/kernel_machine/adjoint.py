@@ -29,7 +29,6 @@ Scaled = tuple[Tensor | None, float]
 """Cotangents as a matrix times a number; None where they are zero."""
 
 
-
 @dataclass(frozen=True)
 class Linear:
     """Coefficients by which an elementwise step multiplies each of its inputs.
