@@ -23,6 +23,12 @@ def equal_joined(pieces: Sequence[Tensor], vector: Tensor) -> bool:
     return _same_bytes(pieces, vector) or torch.equal(torch.cat([p.detach().reshape(-1) for p in pieces]), vector)
 
 
+def alike(pieces: Sequence[Tensor], vector: Tensor) -> Tensor:
+    """Whether tensors, flattened and joined, are a vector entry by entry: a truth value that is not read yet."""
+    joined = torch.cat([p.detach().reshape(-1) for p in pieces])
+    return (joined == vector).all() if joined.shape == vector.shape else joined.new_zeros((), dtype=torch.bool)
+
+
 def _same_bytes(pieces: Sequence[Tensor], vector: Tensor) -> bool:
     if _memcmp is None or not vector.is_cpu or not vector.is_contiguous():
         return False

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from pathkernel.errors import RecordingError
 from pathkernel.recording.announced_batch import Delivery
 from pathkernel.recording.joint_step import JointStep, OwnStep, Part
+from pathkernel.recording.keyframes import Glance
 from pathkernel.recording.loss_scale import loss_scale
 from pathkernel.recording.open_step import OpenStep
 from pathkernel.recording.optimizers import JointOptimizer, refuse_shared
@@ -132,10 +133,10 @@ class JointCapture(StepCapture):
             self.settle()
         super().record_end_state()
 
-    def note_change(self, name: str) -> None:
+    def note_change(self, name: str, glance: Glance | None = None) -> None:
         """Put a change of the parameters since they were last seen on record."""
         if self.joint is None:
-            super().note_change(name)
+            super().note_change(name, glance)
         elif self.opened is None and not self.live.is_at(self.joint.at):
             self._note_between(self.joint, name)
 

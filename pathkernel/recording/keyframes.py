@@ -17,7 +17,8 @@ from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.recording.audit import is_due
 from pathkernel.recording.forward import others_listen
 from pathkernel.recording.live import LiveParameters
-from pathkernel.runtime.checksum import checksum
+from pathkernel.runtime.checksum import digest, finished
+from pathkernel.runtime.transfers import on_the_host
 from pathkernel.trajectory.replay import Replay, abridged, state_of
 from pathkernel.trajectory.run import Run
 from pathkernel.trajectory.step import MicroBatch, ReplayNotes, Step
@@ -38,11 +39,22 @@ class Mark(NamedTuple):
 
     tensor: weakref.ref[Tensor]
     version: int
-    contents: int | None = None
+    contents: int | Tensor | None = None
 
     def fits(self, gradient: Tensor) -> bool:
         """True while the gradient is still the same."""
         return self.tensor() is gradient and self.version == gradient._version
+
+
+class Glance(NamedTuple):
+    """What is asked before a step of θ and its gradient; off the CPU it is read in one transfer."""
+
+    theta: int
+    """Checksum of θ."""
+    gradient: int
+    """Checksum of the gradient."""
+    finite: bool
+    """Whether the gradient holds numbers alone, as `LiveParameters.gradient_is_finite` tells."""
 
 
 class GradientWatch:
@@ -65,7 +77,8 @@ class GradientWatch:
         self._handles: dict[int, Any] = {}
         self._arrived: dict[int, Mark] = {}
         self._old: dict[int, Mark] = {}
-        self._contents: int | None = None
+        self.contents: int | Tensor | None = None
+        """Digest of the gradient when it had arrived."""
 
     def listen(self) -> None:
         """A step has been taken or will be: hook on to the parameters, and know gradients from before again."""
@@ -84,7 +97,7 @@ class GradientWatch:
         """Take the hooks off."""
         for handle in self._handles.values():
             handle.remove()
-        self._handles, self._arrived, self._old, self._contents = {}, {}, {}, None
+        self._handles, self._arrived, self._old, self.contents = {}, {}, {}, None
 
     def touched(self, checksum_now: int | None) -> bool:
         """True where some gradient is not what arrived; forgets what arrived.
@@ -92,10 +105,10 @@ class GradientWatch:
         Parameters
         ----------
         checksum_now
-            That of the gradient, None where it arrives inside the step; see `LiveParameters.gradient_checksum`.
+            That of the gradient, None where it arrives inside the step.
         """
         arrived, self._arrived = self._arrived, {}
-        contents, self._contents = self._contents, None
+        contents, self.contents = self.contents, None
         present = self._present()
         for key, gradient in present:
             if key not in arrived or not arrived[key].fits(gradient):
@@ -104,8 +117,10 @@ class GradientWatch:
             if key in self._old and self._old[key].fits(gradient):  # was there before
                 return True
         if self._everywhere:
-            return any(arrived[key].contents != checksum([gradient]) for key, gradient in present)
-        return None not in (contents, checksum_now) and contents != checksum_now
+            came = [mark.contents for key, _ in present if (mark := arrived[key]).contents is not None]
+            found = finished([*came, *(digest([gradient]) for _, gradient in present)])
+            return found[: len(came)] != found[len(came) :]
+        return contents is not None and checksum_now is not None and finished([contents]) != [checksum_now]
 
     def _present(self) -> list[tuple[int, Tensor]]:
         return [(id(p), p.grad) for p in self.live.named.values() if p.grad is not None]
@@ -117,11 +132,11 @@ class GradientWatch:
         if not self._everywhere:
             torch.autograd.Variable._execution_engine.queue_callback(self._all_arrived)
         elif (gradient := parameter.grad) is not None:
-            self._arrived[id(parameter)] = Mark(weakref.ref(gradient), gradient._version, checksum([gradient]))
+            self._arrived[id(parameter)] = Mark(weakref.ref(gradient), gradient._version, digest([gradient]))
 
     def _all_arrived(self) -> None:
         self._arrived = self._marks()
-        self._contents = self.live.gradient_checksum()
+        self.contents = self.live.gradient_digest()
 
 
 class KeyframeKeeper:
@@ -176,13 +191,23 @@ class KeyframeKeeper:
         self.watch.stop()
         self.is_open = False
 
-    def moved(self) -> bool:
+    def glance(self) -> Glance:
+        """Read what a step whose gradient has arrived asks of the device."""
+        contents = [] if self.watch.contents is None else [self.watch.contents]
+        asked = [self.live.digest(), self.live.gradient_digest(), self.live.gradient_is_finite(), *contents]
+        theta, gradient, finite, *contents = on_the_host(asked)
+        if contents:
+            (self.watch.contents,) = finished(contents)
+        theta, gradient = finished([theta, gradient])
+        return Glance(theta, gradient, bool(finite))
+
+    def moved(self, now: int | None = None) -> bool:
         """True where θ is no longer what it was when this was last asked, or after the last step.
 
-        All of θ is looked at: torch does not count what is written through ``.data`` (nor what fused optimizers write),
-        and a change that is missed cannot be replayed.
+        Its checksum ``now`` is taken where it is not given. All of θ is looked at: torch does not count what is written
+        through ``.data`` (nor what fused optimizers write), and a change that is missed cannot be replayed.
         """
-        before, self._checksum = self._checksum, self.live.checksum()
+        before, self._checksum = self._checksum, self.live.checksum() if now is None else now
         return before != self._checksum
 
     @property
@@ -206,7 +231,7 @@ class KeyframeKeeper:
         self,
         index: int,
         batches: Sequence[MicroBatch],
-        known: bool,
+        received: int | None,
         due: bool,
         edited: bool,
         theta: Tensor | None,
@@ -220,8 +245,8 @@ class KeyframeKeeper:
             s.
         batches
             Those whose gradients have arrived.
-        known
-            Whether the gradient has arrived, or does so inside the step.
+        received
+            Checksum of the gradient, None where it arrives inside the step.
         due
             Whether steps of a known kind are tried out, too.
         edited
@@ -234,7 +259,7 @@ class KeyframeKeeper:
         if self._start is None or index - self._start >= self.every:
             self._start = index
         live = self.live
-        received = live.gradient_checksum() if known else None
+        known = received is not None
         touched = self.watch.touched(received) or edited
         kind = (touched, live.active(), *map(_kind, batches)) if known else None
         trial = due or kind not in self._divisors

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel.gradients.parameters import ParameterLayout
-from pathkernel.recording.equality import equal_joined
+from pathkernel.recording.equality import alike, equal_joined
 from pathkernel.recording.slabs import Slabs
-from pathkernel.runtime.checksum import checksum, crc32c, joined, row_major
+from pathkernel.runtime.checksum import crc32c, digest, finished, joined, row_major
 from pathkernel.update_rules.rule import UpdateRule, kept_after
 
 EMPTY: Mapping[str, Any] = {}
@@ -60,12 +60,12 @@ class FlatViews:
             self._bytes = None
         return self._views
 
-    def checksum(self, tensors: Collection[Tensor]) -> int:
-        """Checksum of the tensors, one after another, as `pathkernel.runtime.checksum.checksum` gives it."""
+    def digest(self, tensors: Collection[Tensor]) -> int | Tensor:
+        """Digest of the tensors, one after another, as `pathkernel.runtime.checksum.digest` gives it."""
         views = self.of(tensors)
         if self._bytes is None:
             if not all(view.is_cpu for view in views):
-                return checksum(views)
+                return digest(views)
             self._bytes = [row_major(view) for view in views]
         return joined([crc32c(one) for one in self._bytes])
 
@@ -117,9 +117,18 @@ class LiveParameters:
         """True where θ is a given vector."""
         return equal_joined(self._values.of(self.named.values()), point)
 
+    def seems_at(self, point: Tensor) -> Tensor:
+        """Whether θ is a given vector: a truth value that is not read yet."""
+        return alike(self._values.of(self.named.values()), point)
+
     def checksum(self) -> int:
         """Checksum of θ."""
-        return self._values.checksum(self.named.values())
+        (found,) = finished([self.digest()])
+        return found
+
+    def digest(self) -> int | Tensor:
+        """Checksum of θ; off the CPU not read yet, see `pathkernel.runtime.checksum.digest`."""
+        return self._values.digest(self.named.values())
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients that the optimizer uses, by name: parameters that it does not hold may keep theirs for ever."""
@@ -130,14 +139,25 @@ class LiveParameters:
         """The gradient, (P,), a copy; zero where there is none."""
         return self._padded(self._gradients())
 
-    def gradient_is_finite(self) -> bool:
-        """True where no gradient holds NaN or infinity, as far as its sum tells, which may overflow without any."""
-        return math.isfinite(sum([g.sum().item() for g in self._gradients() if g is not None]))
+    def gradient_is_finite(self) -> int | Tensor:
+        """1 where no gradient holds NaN or infinity, as far as its sum tells, which may overflow without any.
+
+        0 otherwise. Off the CPU it is not read yet: (1,), int64.
+        """
+        sums = [g.sum() for g in self._gradients() if g is not None]
+        if all(one.is_cpu for one in sums):
+            return int(math.isfinite(sum([one.item() for one in sums])))
+        return torch.stack([one.double() for one in sums]).sum().isfinite().long().reshape(1)
 
     def gradient_checksum(self) -> int:
         """Checksum of the gradient, zero where there is none."""
+        (found,) = finished([self.gradient_digest()])
+        return found
+
+    def gradient_digest(self) -> int | Tensor:
+        """Checksum of the gradient, zero where there is none; off the CPU not read yet."""
         rows = zip(self._gradients(), self.named.values(), strict=True)
-        return checksum([torch.zeros_like(p) if gradient is None else gradient for gradient, p in rows])
+        return digest([torch.zeros_like(p) if gradient is None else gradient for gradient, p in rows])
 
     def active(self) -> frozenset[str]:
         """Names of the parameters that have a gradient; the same set for as long as they are the same."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel.gradients.forward_state import Modes
+from pathkernel.runtime.transfers import numbers
 
 
 class WatchedModules:
@@ -32,6 +33,7 @@ class WatchedModules:
         self._buffers: dict[str, Tensor] = {}
         self._held: list[int] | None = None
         self._changed: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
 
     def resume(self, constants: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> None:
         """Go on from buffers as they were when recording began, and as they were seen last."""
@@ -55,7 +57,7 @@ class WatchedModules:
         if not live:
             return self._changed
         known = {name: self._changed.get(name, self.constants.get(name)) for name in live}
-        new = {name for name, value in known.items() if value is None or not torch.equal(live[name], value)}
+        new = self._changed_since(live, known)
         if new:
             self._changed = {
                 name: buffer.detach().clone() if name in new else self._changed[name]
@@ -63,6 +65,30 @@ class WatchedModules:
                 if name in self._changed or name in new
             }
         return self._changed
+
+    def _changed_since(self, live: Mapping[str, Tensor], known: Mapping[str, Tensor | None]) -> set[str]:
+        """Names of buffers that are not what was known of them.
+
+        Off the CPU the buffers of a module that wrote on one of them since they were last looked at count as changed
+        without being read (torch counts the batches of a BatchNorm, but not what its kernel writes on the averages).
+        All others are compared in one transfer: torch does not count what is written through ``.data``.
+        """
+        new, compared = set(), {}
+        versions = self._versions
+        wrote = {_owner(name) for name, seen in versions.items() if name in live and live[name]._version != seen}
+        for name, value in known.items():
+            buffer = live[name]
+            if value is None or buffer.shape != value.shape:
+                new.add(name)
+            elif buffer.is_cpu:
+                new |= set() if torch.equal(buffer, value) else {name}
+            elif _owner(name) in wrote:
+                new.add(name)
+            else:
+                compared[name] = (buffer == value).all()
+        same = numbers(list(compared.values()))
+        self._versions = {name: buffer._version for name, buffer in live.items() if not buffer.is_cpu}
+        return new | {name for name, alike in zip(compared, same, strict=True) if not alike}
 
     def other_generators(self) -> dict[str, Any]:
         """States of random generators that no record holds: Python's, numpy's, and those in attributes of modules."""
@@ -94,4 +120,10 @@ class WatchedModules:
         held = [id(buffer) for module in self._listed for buffer in module._buffers.values()]
         if held != self._held:
             self._buffers, self._held = dict(self.model.named_buffers()), held
+            self._versions = {}
         return self._buffers
+
+
+def _owner(name: str) -> str:
+    """Name of the module that has a buffer."""
+    return name.rpartition(".")[0]

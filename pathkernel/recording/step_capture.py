@@ -15,7 +15,7 @@ from pathkernel.recording.announced_batch import Delivery
 from pathkernel.recording.audit import is_due
 from pathkernel.recording.compiled import check_random_numbers
 from pathkernel.recording.kept_inputs import KeptInputs
-from pathkernel.recording.keyframes import KeyframeKeeper, is_tried
+from pathkernel.recording.keyframes import Glance, KeyframeKeeper, is_tried
 from pathkernel.recording.live import LiveParameters
 from pathkernel.recording.loading import LoadWatch, check_memory_is_told
 from pathkernel.recording.loss_scale import loss_scale
@@ -199,7 +199,7 @@ class StepCapture(StepChecks):
             if len(record.updates) == last:
                 record.observe(source, trajectory.layout, last, self.end_of_steps, self._last_point())
 
-    def note_change(self, name: str) -> None:
+    def note_change(self, name: str, glance: Glance | None = None) -> None:
         """Put a change of the parameters since they were last seen on record.
 
         One that ends where another began takes that one and all between them back: averages that are swapped in for
@@ -214,7 +214,7 @@ class StepCapture(StepChecks):
         else:
             unknown = [None] * (len(self.changes) - len(self._marks))
             self._marks = [*unknown, *self._marks[: len(self.changes)], keeper.checksum]
-            if not keeper.moved():
+            if not keeper.moved(None if glance is None else glance.theta):
                 self._marks.pop()
                 return
             back = [place for place, mark in enumerate(self._marks) if mark == keeper.checksum]
@@ -269,7 +269,7 @@ class StepCapture(StepChecks):
         self.pending.scale_of_loss(loss_scale())
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # torch passes the optimizer first
         scaled = is_scaled(optimizer)
-        gradient = None
+        keeper, gradient, glance, unmoved = self.keyframes, None, None, None
         # With a closure, forward and backward run inside the step: gradient and batch are only known afterwards.
         if closure is None:
             self._check_pending()
@@ -277,33 +277,37 @@ class StepCapture(StepChecks):
                 check_random_numbers(self._outer, self.pending.batches)
             # Now, where the gradient is there already: some implementations (SGD's foreach Nesterov) write on it. A
             # fused optimizer under loss scaling skips overflowed steps and divides by the scale by itself.
-            if not scaled and (self.keyframes is None or not self.live.gradient_is_finite()):
+            if not scaled and keeper is not None:
+                glance = keeper.glance()
+            if not scaled and (glance is None or not glance.finite):
                 gradient = self.live.gradient()
-                self._check_gradient(gradient, self.live)
-        self.note_change("unexplained")
+                total, unmoved = self._sum_and_place(gradient, self._last_point(), keeper is None)
+                self._check_gradient(gradient, self.live, total)
+        if unmoved is not True:
+            self.note_change("unexplained", glance)
         self._observe_averages()
-        keeper, explained = self.keyframes, False
+        explained = False
         if keeper is None:
             before = self._last_point()  # one tensor for the end of a step and the start of the next
         else:
-            known = closure is None and not scaled
-            before, gradient = self._before_replayed(keeper, known)
+            known = glance is not None
+            before, gradient = self._before_replayed(keeper, glance)
             if not keeper.whole:
                 return
             explained = known and keeper.trial and keeper.explains(self.slim_step(before, gradient))
             gradient = gradient if known else None
         if gradient is not None and not explained:
             self._audit(before, gradient)
-        if gradient is not None and not self._gradient_is_elsewhere:
+        if gradient is not None and self._is_untried and not self._gradient_is_elsewhere:
             self._try_out(self.slim_step(before, gradient))
         self.opened = OpenStep.of(self.live, self._trajectory.rule, before, gradient, last)
 
-    def _before_replayed(self, keeper: KeyframeKeeper, known: bool) -> tuple[Tensor, Tensor]:
+    def _before_replayed(self, keeper: KeyframeKeeper, glance: Glance | None) -> tuple[Tensor, Tensor]:
         """θ and gradient as far as a replay needs them."""
         return keeper.before(
             self.taken,
             self.pending.batches,
-            known,
+            None if glance is None else glance.gradient,
             due=is_tried(self.taken, self.audit_every),
             edited=bool(self.gradient_changes),
             # Observed steps are all recorded whole, so that the end of the last one is at hand.

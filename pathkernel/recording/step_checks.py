@@ -21,6 +21,7 @@ from pathkernel.recording.trial import try_out
 from pathkernel.recording.validation import check_optimizer, refuse_other_tensors
 from pathkernel.recording.watched import check_others_are_at_rest
 from pathkernel.runtime.checksum import checksum
+from pathkernel.runtime.transfers import numbers
 from pathkernel.trajectory.observer import StepObserver
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -95,8 +96,8 @@ class StepChecks(ABC):
             check_others_are_at_rest(self._model, self._trajectory.run.watch, self.live)
             check_captured(self._trajectory, batches, type(self._outer).__name__, taken)
 
-    def _check_gradient(self, gradient: Tensor, live: LiveParameters) -> None:
-        if math.isfinite(gradient.sum().item()):  # NaN and infinity do not cancel
+    def _check_gradient(self, gradient: Tensor, live: LiveParameters, total: float | None = None) -> None:
+        if math.isfinite(gradient.sum().item() if total is None else total):  # NaN and infinity do not cancel
             return
         named = live.gradients()
         finite = torch.stack([value.isfinite().all() for value in named.values()])
@@ -111,6 +112,16 @@ class StepChecks(ABC):
                 "Look at these samples, lower the learning rate, or skip the step when the loss is not finite",
             )
 
+    def _sum_and_place(self, gradient: Tensor, last: Tensor, placed: bool) -> tuple[float, bool | None]:
+        """Sum of the gradient and, where asked, whether θ is where it was ``last``, (P,); in one transfer.
+
+        None instead of the latter on the CPU, where it is cheaper to compare bytes.
+        """
+        if gradient.is_cpu or not placed:
+            return gradient.sum().item(), None
+        total, unmoved = numbers([gradient.sum(), self.live.seems_at(last)])
+        return total, bool(unmoved)
+
     def _drop_batches(self) -> tuple[MicroBatch, ...]:
         """The batches of a step that is not taken; nothing is pending afterwards."""
         return self.pending.take()
@@ -121,9 +132,14 @@ class StepChecks(ABC):
         rule = self._trajectory.rule
         return type(rule).stage_offsets is not UpdateRule.stage_offsets or rule.stages > 1
 
+    @property
+    def _is_untried(self) -> bool:
+        """True while no step has been explained, where steps are audited."""
+        return not self._tried and self.audit_every != 0
+
     def _try_out(self, step: Step) -> None:
         """Explain the first step of all, so that what cannot be explained is refused before training."""
-        if not self._tried and self.audit_every != 0:
+        if self._is_untried:
             reference = self._trajectory.run.reference
             if reference is not None:  # hooks may have been put on the network since recording began
                 run = self._trajectory.run

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import torch
 from torch import Tensor
+
+from pathkernel.runtime.transfers import on_the_host
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -35,10 +37,22 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
     Time: one pass, from 0.2 ms for a million float32 in the processor's cache.
     """
+    (found,) = finished([digest(tensors)])
+    return found
+
+
+def digest(tensors: Iterable[Tensor]) -> int | Tensor:
+    """Checksum of tensors; off the CPU what it is made of, int64, which waits for nothing until it is `finished`."""
     tensors = list(tensors)
     if all(tensor.is_cpu for tensor in tensors):
         return joined([crc32c(row_major(tensor)) for tensor in tensors])
-    return crc32c(torch.cat([_sums(tensor.detach().reshape(-1)) for tensor in tensors]).cpu().numpy())
+    return torch.cat([_sums(tensor.detach().reshape(-1)) for tensor in tensors])
+
+
+def finished(digests: Sequence[int | Tensor]) -> list[int]:
+    """The checksums of digests; all that lie off the CPU are read in one transfer."""
+    read = on_the_host(digests)
+    return [crc32c(value.numpy()) if isinstance(value, Tensor) else value for value in read]
 
 
 def joined(checksums: list[int]) -> int:

@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 
 
+def on_the_host(values: Sequence[int | Tensor]) -> list[int | Tensor]:
+    """Integers as they are, and vectors of int64 as copies on the CPU, (n,) each; copied in one transfer."""
+    vectors = [value for value in values if isinstance(value, Tensor)]
+    if not vectors:
+        return list(values)
+    copies = iter(torch.cat(vectors).cpu().split([len(vector) for vector in vectors]))
+    return [next(copies) if isinstance(value, Tensor) else value for value in values]
+
+
 def numbers(values: Sequence[Tensor]) -> list[float]:
     """Numbers of tensors with one entry each, as float64.
 

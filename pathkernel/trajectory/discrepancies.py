@@ -29,6 +29,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from tempfile import SpooledTemporaryFile
 from typing import IO
@@ -37,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pathkernel.runtime.transfers import numbers
 from pathkernel.trajectory.step import LOADED, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Frozen, Memory, Settings, UpdateRule
@@ -89,9 +91,23 @@ class Discrepancy:
         return bool(self.scale or self.memory or self.displacement)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Move:
-    """Parameter in one step, as its rule has it and as it was."""
+    """Parameter in one step, as its rule has it and as it was.
+
+    Attributes
+    ----------
+    rule, frozen, settings, gradient, memory
+        Arguments of the rule, float64.
+    sources, moved
+        What the optimizer adds to the displacement, and the displacement itself.
+    theta
+        ‖θ‖ of the parameter, where its values lie.
+    epsilon
+        Machine epsilon of what was recorded.
+    rounding, size
+        Difference up to which it is rounding, and ‖Δ − step(g, m)‖; NaN until they are read.
+    """
 
     rule: UpdateRule
     frozen: Frozen
@@ -100,8 +116,15 @@ class _Move:
     sources: Tensor
     moved: Tensor
     memory: Memory
-    rounding: float
+    theta: Tensor
     epsilon: float
+    rounding: float = math.nan
+    size: float = math.nan
+
+    @cached_property
+    def found(self) -> tuple[Tensor, Memory]:
+        """Δ − step(g, m) and m⁺, with the memory that was carried here."""
+        return self.difference(self.memory)
 
     def difference(self, memory: Memory) -> tuple[Tensor, Memory]:
         """Δ − step(g, m), and m⁺."""
@@ -183,7 +206,7 @@ class Discrepancies:
             step = store.read(index)
             if first == index > 0:
                 for name, move in self._moves(step, followed).items():
-                    followed.memory[name] = move.difference(move.memory)[1]
+                    followed.memory[name] = move.found[1]
             else:
                 self._compare(step, followed)
         self._sum_up()
@@ -236,16 +259,25 @@ class Discrepancies:
     # -- one step --------------------------------------------------------------------------------------------------
 
     def _moves(self, step: Step, followed: _Followed) -> dict[str, _Move]:
-        return {name: self._move(name, step, followed) for name in self._shapes if name in step.active}
+        """The parameters with a gradient in one step, and what rounding may have done to each.
+
+        Sizes of all of them are read at once: off the CPU each reading waits for the device.
+        """
+        moves = {name: self._move(name, step, followed) for name in self._shapes if name in step.active}
+        asked = (norm for move in moves.values() for norm in (move.theta, move.moved.norm(), move.found[0].norm()))
+        sizes = iter(numbers(list(asked)))
+        for name, move in moves.items():
+            theta = next(sizes)
+            followed.lately[name] = lately = max(FORGOTTEN * followed.lately.get(name, 0.0), next(sizes))
+            move.rounding = self._epsilon * (ROUNDINGS_OF_PARAMETERS * theta + ROUNDINGS * lately)
+            move.size = next(sizes)
+        return moves
 
     def _compare(self, step: Step, followed: _Followed) -> None:
         moves = self._moves(step, followed)
-        differences, carried, beyond = {}, {}, {}
-        for name, move in moves.items():
-            differences[name], carried[name] = move.difference(move.memory)
-            size = differences[name].norm().item()
-            if not size <= move.rounding:
-                beyond[name] = size
+        differences = {name: move.found[0] for name, move in moves.items()}
+        carried = {name: move.found[1] for name, move in moves.items()}
+        beyond = {name: move.size for name, move in moves.items() if not move.size <= move.rounding}
         found = Discrepancy()
         if beyond:
             found = self._explained(moves, differences, tuple(beyond))
@@ -271,18 +303,17 @@ class Discrepancies:
         gradient = step.gradient[where].double().reshape(shape)
         gradient, sources = rule.sourced(gradient, theta, frozen, settings)
         memory = followed.memory.get(name) or tuple(torch.zeros_like(theta) for _ in rule.memory)
-        followed.lately[name] = lately = max(FORGOTTEN * followed.lately.get(name, 0.0), moved.norm().item())
-        rounding = self._epsilon * (ROUNDINGS_OF_PARAMETERS * theta.norm().item() + ROUNDINGS * lately)
-        return _Move(rule, frozen, settings, gradient, sources, moved, memory, rounding, self._epsilon)
+        return _Move(rule, frozen, settings, gradient, sources, moved, memory, theta.norm(), self._epsilon)
 
     def _moved_without_gradient(self, step: Step) -> dict[str, Tensor]:
         """Displacements of parameters that the optimizer skips."""
-        found = {}
-        for name, where in self.trajectory.layout.slices.items():
-            if name not in step.active and not torch.equal(step.after[where], step.before[where]):
-                moved = step.after[where].double() - step.before[where].double()
-                found[name] = moved.reshape(self._shapes[name])
-        return found
+        slices = {name: where for name, where in self.trajectory.layout.slices.items() if name not in step.active}
+        alike = numbers([(step.after[where] == step.before[where]).all() for where in slices.values()])
+        return {
+            name: (step.after[where].double() - step.before[where].double()).reshape(self._shapes[name])
+            for (name, where), same in zip(slices.items(), alike, strict=True)
+            if not same
+        }
 
     def _explained(
         self, moves: Mapping[str, _Move], differences: Mapping[str, Tensor], beyond: tuple[str, ...]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.runtime.transfers import numbers
 
 GRADIENT_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """Relative difference between a recorded gradient and one from a loss that is evaluated again that is still rounding.
@@ -80,6 +81,13 @@ def _multiple(found: Tensor, expected: Tensor) -> float:
     return (found @ expected).item() / squared if squared > 0 else 1.0
 
 
+def _left_by_multiple(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """κ as of `_multiple` where the tensors lie, and found − κ expected: nothing of it is read."""
+    squared = expected @ expected
+    kappa = torch.where(squared > 0, (found @ expected) / squared, 1.0)
+    return kappa, torch.addcmul(found, kappa, expected, value=-1)
+
+
 def left_over(layout: ParameterLayout, found: Tensor, expected: Tensor) -> Fit:
     """Remainder after one factor between 0 and 1: how far a gradient that nothing explains is off, for messages.
 
@@ -97,7 +105,9 @@ def fit_gradient(layout: ParameterLayout, found: Tensor, expected: Tensor, toler
     (entries at the bound, the others untouched). Otherwise the single factor is returned with what it leaves.
     """
     found, expected = found.double(), expected.double()
-    single = _fit(layout, found, expected, _multiple(found, expected))
+    kappa, difference = _left_by_multiple(found, expected)
+    multiple, norm, left = numbers([kappa, found.norm(), difference.norm()])
+    single = Fit(multiple, left / max(norm, torch.finfo(torch.float64).tiny), difference, layout)
     if single.relative <= tolerance:
         return single
     each = torch.ones_like(found)
@@ -152,13 +162,19 @@ def fit_captured(
     """
     found, samples = found.double(), samples.double()
     rest = torch.zeros_like(samples) if regularizers is None else regularizers.double()
-    if not bool(found.isfinite().all() and samples.isfinite().all() and rest.isfinite().all()):
+    expected = samples + rest
+    multiple, difference = _left_by_multiple(found, expected)
+    finite = found.isfinite().all() & samples.isfinite().all() & rest.isfinite().all()
+    # Nearly always one factor for all explains the gradient: what that takes is read at once.
+    is_finite, own, kappa, norm, left_single, entries = numbers(
+        [finite, samples.norm() + rest.norm(), multiple, found.norm(), difference.norm(), expected.count_nonzero()]
+    )
+    if not is_finite:
         return None
-    own = (samples.norm() + rest.norm()).item()
     known: list[float] = []
 
-    def fits(candidate: Fit, factor: float = 1.0) -> bool:
-        left = candidate.difference.norm().item()
+    def fits(candidate: Fit, factor: float = 1.0, left: float | None = None) -> bool:
+        left = candidate.difference.norm().item() if left is None else left
         floor = torch.finfo(torch.float32).tiny * found.numel()
         if left <= tolerance * factor * own + floor:
             return True
@@ -166,13 +182,11 @@ def fit_captured(
             known.append(summed_norms() + rest.norm().item())
         return left <= tolerance * factor * known[0] + floor
 
-    expected = samples + rest
-    kappa = _multiple(found, expected)
     largest = 1.0 + max(1e-3, tolerance)
-    single = _fit(layout, found, expected, kappa)
-    if 0 < kappa <= largest and fits(single, kappa):
-        told = abs(kappa - 1.0) <= tolerance or int((expected != 0).sum()) > 1
-        return Fit(kappa, single.relative, single.difference, layout, checked=told)
+    single = Fit(kappa, left_single / max(norm, torch.finfo(torch.float64).tiny), difference, layout)
+    if 0 < kappa <= largest and fits(single, kappa, left_single):
+        told = abs(kappa - 1.0) <= tolerance or entries > 1
+        return replace(single, checked=told)
     if not found.any():  # clipped to nothing, or gradients that cancel
         nothing = _fit(layout, found, expected, 1.0)
         return nothing if fits(nothing) else None
