@@ -80,6 +80,7 @@ TABLES = {
     "tests/recording/test_recorder.py": 4,
     "tests/recording/test_resume.py": 3,
     "tests/recording/test_training_is_as_without.py": 4,
+    "tests/runtime/test_other_device.py": 3,
     "tests/runtime/test_pickling.py": 4,
     "tests/tangent_kernel/test_layerwise.py": 4,
     "tests/tangent_kernel/test_operators.py": 3,
