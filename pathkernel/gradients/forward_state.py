@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 
 from pathkernel.errors import InputError
+from pathkernel.runtime.precision import EXACT_PRODUCTS, tensor_float_settings
 
 
 @contextmanager
@@ -164,42 +165,12 @@ def _without_fused_recurrence() -> Iterator[None]:
         torch.backends.cudnn.enabled = cudnn
 
 
-def _tensor_float_settings() -> list[tuple[Any, str, Any]]:
-    """Switches of TensorFloat-32: object, attribute, and the value that says no.
-
-    Of matrix products, convolutions and recurrent layers. The older names refuse once somebody has used the newer ones,
-    and the other way round they refuse until these are put back.
-    """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    older = [(holder, "allow_tf32", False) for holder in (matmul, cudnn, cudnn)]
-    try:
-        for holder, name, _ in older:
-            getattr(holder, name)
-    except RuntimeError:
-        newer: Any = cudnn
-        return [(holder, "fp32_precision", "ieee") for holder in (matmul, newer.conv, newer.rnn)]
-    return older
-
-
-@contextmanager
-def _without_tensor_floats() -> Iterator[None]:
-    settings = _tensor_float_settings()
-    before = [getattr(holder, name) for holder, name, _ in settings]
-    try:
-        for holder, name, no in settings:
-            setattr(holder, name, no)
-        yield
-    finally:
-        for (holder, name, _), value in zip(settings, before, strict=True):
-            setattr(holder, name, value)
-
-
 def takes_tensor_floats(module: nn.Module, dtype: torch.dtype) -> bool:
     """Test that a loop's passes round products to TensorFloat-32, as far as present settings and layers tell."""
     if dtype != torch.float32 or device_of(module).type != "cuda":
         return False
     matmul, convolution, recurrence = (
-        getattr(holder, name) in (True, "tf32") for holder, name, _ in _tensor_float_settings()
+        EXACT_PRODUCTS.of_the_user(holder, name) in (True, "tf32") for holder, name, _ in tensor_float_settings()
     )
     kinds = ((_ConvNd,) if convolution else ()) + ((nn.RNNBase,) if recurrence else ())
     return matmul or any(isinstance(child, kinds) for child in module.modules())
@@ -228,9 +199,6 @@ PLAIN_ATTENTION = Switch(lambda: sdpa_kernel(SDPBackend.MATH))
 PLAIN_ENCODERS = Switch(_without_fused_encoders)
 PLAIN_RECURRENCE = Switch(_without_fused_recurrence)
 
-# TensorFloat-32, which cuDNN takes for convolutions unless it is told not to, rounds to eleven bits: rows that are
-# formed in two ways could not be compared.
-FULL_PRECISION = Switch(_without_tensor_floats)
 RANDOM = threading.RLock()
 """Lock of passes that draw random numbers: torch's generators belong to the process."""
 

@@ -28,7 +28,6 @@ from pathkernel.gradients.batch_axes import BatchAxes, BatchAxis
 from pathkernel.gradients.checkpoints import PASS_THROUGH
 from pathkernel.gradients.forward_state import (
     EVALUATION,
-    FULL_PRECISION,
     PLAIN_ATTENTION,
     PLAIN_CALLS,
     PLAIN_ENCODERS,
@@ -45,6 +44,7 @@ from pathkernel.gradients.pytrees import blocks, cast_floating, count, moved, ta
 from pathkernel.gradients.returned import Returns, batch_outputs, map_outputs, selected
 from pathkernel.gradients.structural_copy import StructuralCopy
 from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
+from pathkernel.runtime.precision import EXACT_PRODUCTS
 
 
 class ModelFunction:
@@ -164,7 +164,7 @@ class ModelFunction:
             generators_at(self.state.generators),
             nullcontext() if as_trained or (fused_attention and not self.state.generators) else PLAIN_ATTENTION,
             nullcontext() if as_trained else PLAIN_ENCODERS,
-            nullcontext() if as_trained or self.device.type != "cuda" else FULL_PRECISION,
+            EXACT_PRODUCTS.lifted() if as_trained else EXACT_PRODUCTS,
             PLAIN_RECURRENCE if self.recurrent and not as_trained else nullcontext(),
             torch.autocast(device, dtype=dtype, enabled=dtype is not None),
             nullcontext() if gradients is None else torch.set_grad_enabled(gradients),

@@ -26,6 +26,7 @@ from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.forms import FormBuilder
 from pathkernel.kernel_machine.step_contributions import Contributions, StepGradients, module_of
 from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
+from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.coupled_samples import CoupledSamples
@@ -64,6 +65,7 @@ class Cuts:
 
 
 @defer_interrupts(divisible=True)
+@EXACT_PRODUCTS
 def backward_sweep(
     curve: Curve,
     gradients: RecordedGradients,

@@ -20,6 +20,7 @@ from pathkernel.gradients.pytrees import blocks
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.curves import TOGETHER, Curve
 from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
+from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.discrepancies import Discrepancy
@@ -40,6 +41,7 @@ BLOCK = 2**15
 
 
 @defer_interrupts(divisible=True)
+@EXACT_PRODUCTS
 def forward_sweep(
     curve: Curve,
     gradients: RecordedGradients,

@@ -14,6 +14,7 @@ from torch import Tensor
 from pathkernel._typing import Float
 from pathkernel.gradients.pytrees import count
 from pathkernel.runtime.interrupts import defer_interrupts
+from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples, number_of_components
 
@@ -181,6 +182,7 @@ class KernelOperator(LinearOperator):
 
     @one_at_a_time
     @defer_interrupts(divisible=True)
+    @EXACT_PRODUCTS
     def apply(self, V: Float[np.ndarray, "columns D"], transposed: bool = False) -> Float[np.ndarray, "rows D"]:
         """K V, or Kᵀ V."""
         vectors = torch.tensor(np.asarray(V), dtype=torch.float64)

@@ -19,6 +19,7 @@ from pathkernel.gradients.pytrees import moved
 from pathkernel.gradients.returned import returned_loss
 from pathkernel.runtime.checksum import checksum
 from pathkernel.runtime.pickling import check_picklable
+from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.trajectory.run import Run
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.step import MicroBatch, Step
@@ -127,6 +128,10 @@ class Replay:
         step
             An abridged step. Its gradient is used where it is on record, and computed otherwise.
         """
+        with EXACT_PRODUCTS.lifted():  # optimizers multiply matrices, too
+            return self._take(step)
+
+    def _take(self, step: Step) -> Step:
         if step.changes:
             self._move(step.changes[-1][1])
         self._prepare(step)

@@ -12,6 +12,7 @@ from pathkernel.errors import InputError
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, memory_bytes, spread, take
 from pathkernel.runtime.interrupts import defer_interrupts
+from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.tangent_kernel.cost.model import CostModel, choose
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples
 from pathkernel.tangent_kernel.engines.jacobian import AutogradEngine, JacobianEngine
@@ -72,6 +73,7 @@ class AutomaticEngine(LayerwiseEngine):
         return choose(CostModel(self, theta, X, context), n, m)[0]
 
     @defer_interrupts(divisible=True)
+    @EXACT_PRODUCTS
     def gram(
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:

@@ -14,6 +14,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import sample_gradients
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
+from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, check_budget
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
@@ -61,6 +62,7 @@ class JacobianEngine(Engine):
         return products / k if self.selection.combine == "mean" else products
 
     @defer_interrupts(divisible=True)
+    @EXACT_PRODUCTS
     def gram(
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
@@ -107,6 +109,7 @@ class JacobianEngine(Engine):
         return result
 
     @defer_interrupts(divisible=True)
+    @EXACT_PRODUCTS
     def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> Tensor:
         """K(x, x), one block of rows at a time."""
         pieces = []

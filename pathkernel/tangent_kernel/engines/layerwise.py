@@ -21,6 +21,7 @@ from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.per_sample import values_of
 from pathkernel.gradients.pytrees import blocks, count, spread, take
 from pathkernel.runtime.interrupts import defer_interrupts, result_or_error
+from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.runtime.workspace import Workspace, keep_freed_memory
 from pathkernel.tangent_kernel.engines.blocking import Plan, Sizes, cuts
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples, check_budget
@@ -143,6 +144,7 @@ class LayerwiseEngine(Engine):
     # -- the contract ----------------------------------------------------------------------------------------
 
     @defer_interrupts(divisible=True)
+    @EXACT_PRODUCTS
     def gram(
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
@@ -172,6 +174,7 @@ class LayerwiseEngine(Engine):
         return found
 
     @defer_interrupts(divisible=True)
+    @EXACT_PRODUCTS
     def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> Tensor:
         """K(x, x), sample by sample."""
         form = self._form(preconditioner, 1, 1)

@@ -24,6 +24,7 @@ from pathkernel.gradients.layers.factors import Dense, Lookup, Outer, Piece
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.runtime.interrupts import defer_interrupts
+from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Node, Samples, number_of_components
 from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
@@ -177,6 +178,7 @@ class ProjectionEngine(Engine):
         self.layers = LayerwiseEngine(function, selection, memory)
 
     @defer_interrupts(divisible=True)
+    @EXACT_PRODUCTS
     def features(
         self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal
     ) -> Float[Tensor, "n ... dim"]:

@@ -1,0 +1,100 @@
+"""Products of float32 numbers in float32, whatever torch was told about them.
+
+A user may let torch round the factors of matrix products and convolutions: to TensorFloat-32, of eleven bits, on a GPU,
+where cuDNN does so unless it is told not to; to bfloat16 on processors that have it. Kernels and explanations are sums
+over many such products, and rows that are formed in two ways are compared; so they are computed in full precision, and
+the settings stay the user's. Training that is run again is run as the loop ran it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ContextDecorator, contextmanager
+from typing import Any
+
+import torch
+
+Setting = tuple[Any, str, Any]
+"""Object, attribute, and the value that asks for full precision."""
+
+
+def tensor_float_settings() -> list[Setting]:
+    """Switches of TensorFloat-32 on a GPU: of matrix products, convolutions and recurrent layers.
+
+    The older names refuse once somebody has used the newer ones, and the other way round they refuse until these are
+    put back.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    older = [(holder, "allow_tf32", False) for holder in (matmul, cudnn, cudnn)]
+    try:
+        for holder, name, _ in older:
+            getattr(holder, name)
+    except RuntimeError:
+        newer: Any = cudnn
+        return [(holder, "fp32_precision", "ieee") for holder in (matmul, newer.conv, newer.rnn)]
+    return older
+
+
+def _processor_settings() -> list[Setting]:
+    """Switches of oneDNN on the CPU."""
+    parts = (getattr(torch.backends.mkldnn, name, None) for name in ("matmul", "conv", "rnn"))
+    return [(part, "fp32_precision", "ieee") for part in parts if hasattr(part, "fp32_precision")]
+
+
+class ExactProducts(ContextDecorator):
+    """The settings while anybody computes in full precision, and the user's when nobody does any more.
+
+    They belong to the process: with two threads inside, the last one to leave puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._lifted = 0
+        self._found: list[tuple[Any, str, Any, Any]] = []
+        """Settings that were not as they have to be, with the user's value last."""
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                on_gpu = tensor_float_settings() if torch.cuda.is_initialized() else []
+                present = [(*setting, getattr(*setting[:2])) for setting in (*on_gpu, *_processor_settings())]
+                # What nobody has asked for stays untouched: an explicit value would no longer follow a common one.
+                self._found = [one for one in present if one[3] not in (one[2], "none")]
+                self._put(exact=True)
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._put(exact=False)
+                self._found = []
+
+    def _put(self, *, exact: bool) -> None:
+        for holder, name, full, own in self._found:
+            setattr(holder, name, full if exact else own)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """The user's settings inside, also within a computation in full precision: for what is run as the loop ran."""
+        with self._lock:
+            self._lifted += 1
+            self._put(exact=False)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._lifted -= 1
+                if self._inside and not self._lifted:
+                    self._put(exact=True)
+
+    def of_the_user(self, holder: Any, name: str) -> Any:
+        """The user's value of a setting."""
+        own = [value for found, attribute, _, value in self._found if found is holder and attribute == name]
+        return own[0] if own else getattr(holder, name)
+
+
+EXACT_PRODUCTS = ExactProducts()
+"""Entered by whoever computes kernels or explanations; also a decorator, below `pathkernel.runtime.interrupts`' own."""

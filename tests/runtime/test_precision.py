@@ -1,0 +1,118 @@
+"""Kernels and explanations are computed in full float32, and torch's settings stay the user's."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pathkernel as pk
+from pathkernel.runtime.precision import EXACT_PRODUCTS
+
+MATMUL: Any = torch.backends.mkldnn.matmul
+CE = nn.CrossEntropyLoss()
+seen_in_passes: set[str] = set()
+
+
+@pytest.fixture(params=["high", "medium"])
+def reduced(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What a user lets torch do to the factors of products; on processors without bfloat16 it chooses other kernels."""
+    torch.set_float32_matmul_precision(request.param)
+    try:
+        yield MATMUL.fp32_precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+class Watched(nn.Module):
+    """Network that notes under which setting each pass runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen_in_passes.add(MATMUL.fp32_precision)
+        return self.last(torch.tanh(self.first(x)))
+
+
+def recorded(**options: Any) -> tuple[nn.Module, pk.Trajectory, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, X, y = Watched(), torch.randn(8, 4), torch.arange(8) % 3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with pk.KernelRecorder(model, optimizer, CE, data=(X, y), audit_every=0, **options) as recorder:
+        for x, target in recorder.batches(4):
+            optimizer.zero_grad()
+            CE(model(x), target).backward()
+            optimizer.step()
+    return model, recorder.trajectory, X
+
+
+def test_kernels_and_machines_compute_in_full_precision(reduced: str) -> None:
+    assert reduced != "ieee"
+    seen_in_passes.clear()
+    model, trajectory, X = recorded()
+    assert reduced in seen_in_passes  # the loop's own passes
+    kernels = [pk.TangentKernel(model, engine=engine) for engine in ("auto", "jacobian")]
+    machine = pk.KernelMachine(trajectory)
+    seen_in_passes.clear()
+    for kernel in kernels:
+        kernel(X[:3])
+    machine.explain(X[:2], outputs=0)
+    machine.decision_function(X[:2])
+    assert seen_in_passes == {"ieee"}
+    assert MATMUL.fp32_precision == reduced
+
+
+def test_products_between_passes_are_full_as_well(reduced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    product = torch.Tensor.__matmul__
+
+    def watched(left: Tensor, right: Tensor) -> Tensor:
+        seen.add(MATMUL.fp32_precision)
+        return product(left, right)
+
+    _, trajectory, X = recorded()
+    machine = pk.KernelMachine(trajectory)
+    expected = machine.explain(X[:2], outputs=0).shares
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    np.testing.assert_array_equal(machine.explain(X[:2], outputs=0).shares, expected)
+    assert seen == {"ieee"}
+
+
+def test_steps_are_trained_again_as_the_loop_trained_them(reduced: str) -> None:
+    _, trajectory, _ = recorded(schedule=pk.Schedule(keyframes=8))
+    with EXACT_PRODUCTS:
+        seen_in_passes.clear()
+        trajectory.store.read(len(trajectory) - 1)
+        assert seen_in_passes == {reduced}
+        assert MATMUL.fp32_precision == "ieee"
+
+
+def test_settings_come_back_after_an_error_and_when_the_last_thread_leaves(reduced: str) -> None:
+    with pytest.raises(ZeroDivisionError), EXACT_PRODUCTS:
+        _ = 1 / 0
+    assert MATMUL.fp32_precision == reduced
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with EXACT_PRODUCTS:
+            inside.set()
+            leave.wait(10)
+
+    with EXACT_PRODUCTS:
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert inside.wait(10)
+    assert MATMUL.fp32_precision == "ieee"
+    with EXACT_PRODUCTS.lifted(), EXACT_PRODUCTS.lifted():
+        assert MATMUL.fp32_precision == reduced
+    leave.set()
+    thread.join()
+    assert MATMUL.fp32_precision == reduced
