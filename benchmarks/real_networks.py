@@ -1,7 +1,7 @@
 """What explaining costs on networks that nobody tuned for, in units of their training.
 
     python benchmarks/real_networks.py [--quick] [--json FILE] [--seed N] [--only NETWORK ...] [--tasks TASK ...]
-                                       [--threads N] [--memory SIZE] [--steps N] [--repeat N]
+                                       [--threads N] [--memory SIZE] [--steps N] [--repeat N] [--device NAME]
 
 A GPT (4 × 128, 64 tokens of 65, tied, positions without a batch axis, AdamW, batches of 16) and a ResNet with BatchNorm
 in train mode (16 × 16, SGD with momentum, batches of 50) are trained for a few steps, and recorded. Then plain training
@@ -12,7 +12,9 @@ quadrature error, and, where the samples of a batch are coupled, what meeting th
 the less of B reverse sweeps and Q forward sweeps, as they were measured on the way.
 
 It ends with status 1 where a sum is not the network, or rows are not their samples'; that a figure of time is not
-reached is printed, and no fault of a result. On a machine that others use, the time of the processor says more.
+reached is printed, and no fault of a result. On a machine that others use, the time of the processor says more. With
+``--device cuda`` network, data and record lie on a GPU, for which each measurement waits to the end; the targets are
+those of the CPU.
 """
 
 from __future__ import annotations
@@ -55,10 +57,10 @@ ERROR_LIMIT = 1e-4
 class Run:
     """A network's data, its plain training, and a record of it."""
 
-    def __init__(self, workload: Workload, steps: int, seed: int, memory: str = "1GB") -> None:
-        self.workload, self.seed, self.memory = workload, seed, memory
+    def __init__(self, workload: Workload, steps: int, seed: int, memory: str = "1GB", device: str = "cpu") -> None:
+        self.workload, self.seed, self.memory, self.device = workload, seed, memory, device
         torch.manual_seed(seed)
-        self.X, self.y = workload.data()
+        self.X, self.y = (part.to(device) for part in workload.data())
         passes = -(-steps * workload.batch // len(self.X))
         ids = torch.cat([torch.randperm(len(self.X)) for _ in range(passes)])[: steps * workload.batch]
         self.batches = ids.split(workload.batch)
@@ -66,7 +68,8 @@ class Run:
 
     def _made(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(self.seed)
-        return self.workload.make()
+        model, optimizer = self.workload.make()
+        return model.to(self.device), optimizer  # parameters stay the same objects
 
     def train(self) -> None:
         """Plain training of the same steps."""
@@ -101,7 +104,7 @@ class Run:
             }
         found = machine.decision_function(X)
         with torch.no_grad():
-            expected = self.model(X).double().flatten(1).numpy()
+            expected = self.model(X).double().flatten(1).cpu().numpy()
         return {"error": float(np.abs(found.reshape(expected.shape) - expected).max() / np.abs(expected).max())}
 
 
@@ -159,10 +162,19 @@ def forget_peak() -> None:
         return
 
 
-def measure(name: str, tasks: list[str], steps: int, repeat: int, seed: int, memory: str) -> list[dict[str, Any]]:
+def settle(device: str) -> None:
+    """Wait until a GPU has done all that it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    name: str, tasks: list[str], steps: int, repeat: int, seed: int, memory: str, device: str
+) -> list[dict[str, Any]]:
     """Rows of one network: training and the tasks in turns."""
-    run = Run(WORKLOADS[name], steps, seed, memory)
+    run = Run(WORKLOADS[name], steps, seed, memory, device)
     run.train()  # torch chooses its kernels
+    settle(device)
     found: dict[str, dict[str, float]] = {}
     seconds: dict[str, list[float]] = {task: [] for task in ("training", *tasks)}
     processor: dict[str, list[float]] = {task: [] for task in seconds}
@@ -175,11 +187,12 @@ def measure(name: str, tasks: list[str], steps: int, repeat: int, seed: int, mem
                 run.train()
             else:
                 found[task] = run.do(task)
+            settle(device)
             seconds[task].append(time.perf_counter() - began)
             processor[task].append(time.process_time() - used)
             grown[task] = max(grown.get(task, 0.0), peak() - before)
     medians = {task: statistics.median(own) for task, own in seconds.items()}
-    shared = {"network": name, "optimizer": WORKLOADS[name].optimizer}
+    shared = {"network": name, "optimizer": WORKLOADS[name].optimizer, "device": device}
     return [
         {
             **shared,
@@ -229,16 +242,19 @@ def main() -> None:
     parser.add_argument("--memory", default="1GB", metavar="SIZE", help="of each machine; too little takes two sweeps")
     parser.add_argument("--steps", type=int, default=0, metavar="N")
     parser.add_argument("--repeat", type=int, default=0, metavar="N")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="for example cuda")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     steps = arguments.steps or (12 if arguments.quick else 40)
     repeat = arguments.repeat or (1 if arguments.quick else 3)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    if torch.device(arguments.device).type == "cuda":
+        machine += f", {torch.cuda.get_device_name(arguments.device)}"
     print(f"torch {torch.__version__}, {machine}, {time.strftime('%F')}; {steps} steps, {repeat} rounds")
     rows, right = [], True
     for name in arguments.only:
-        for row in measure(name, arguments.tasks, steps, repeat, arguments.seed, arguments.memory):
+        for row in measure(name, arguments.tasks, steps, repeat, arguments.seed, arguments.memory, arguments.device):
             right = report(row) and right
             rows.append(row)
     if arguments.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pathkernel as pk
+from pathkernel.update_rules.table import RULES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
@@ -34,6 +36,7 @@ NETWORKS: dict[str, Any] = {
         nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)
     ),
     "batch norm": lambda: nn.Sequential(nn.Linear(16, 12, bias=False), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 3)),
+    "matrices": lambda: nn.Sequential(nn.Linear(16, 12, bias=False), nn.Tanh(), nn.Linear(12, 3, bias=False)),
     "dropout": lambda: nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Dropout(0.3), nn.Linear(12, 3)),
     "attention": Attention,
 }
@@ -43,6 +46,8 @@ OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "fused adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
 }
+RULED: dict[str, Any] = {cls.__name__: lambda p, cls=cls: cls(p, lr=1e-2) for cls in RULES}
+"""Every optimizer that has a rule."""
 CE = nn.CrossEntropyLoss()
 
 
@@ -52,12 +57,17 @@ def data(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    network: str, optimizer: str, dtype: torch.dtype = torch.float64, autocast: bool = False, **options: Any
+    network: str,
+    optimizer: str,
+    dtype: torch.dtype = torch.float64,
+    autocast: bool = False,
+    device: torch.device = GPU,
+    **options: Any,
 ) -> tuple[nn.Module, pk.Trajectory, Tensor]:
     torch.manual_seed(0)
-    model = NETWORKS[network]().to(GPU, dtype)
-    X, y = data(dtype)
-    live = OPTIMIZERS[optimizer](model.parameters())
+    model = NETWORKS[network]().to(device, dtype)
+    X, y = (part.to(device) for part in data(dtype))
+    live = {**OPTIMIZERS, **RULED}[optimizer](model.parameters())
     with pk.KernelRecorder(model, live, CE, data=(X, y), audit_every=1, **options) as recorder:
         for _ in range(2):
             for x, target in recorder.batches(12):
@@ -82,6 +92,64 @@ def test_the_machine_is_the_network(network: str, optimizer: str) -> None:
     with torch.no_grad():
         live = model(X[:5]).cpu().numpy()
     np.testing.assert_allclose(machine.decision_function(X[:5]), live, atol=1e-9)
+
+
+@pytest.mark.parametrize("engine", ["auto", "jacobian"])
+@pytest.mark.parametrize("optimizer", RULED)
+def test_every_optimizer_as_on_the_cpu(optimizer: str, engine: str) -> None:
+    found = [train("matrices", optimizer, device=device) for device in (GPU, torch.device("cpu"))]
+    machines = [pk.KernelMachine(trajectory, engine=engine) for _, trajectory, _ in found]
+    shares, expected = (m.explain(X[:3], outputs=1).shares for m, (_, _, X) in zip(machines, found, strict=True))
+    np.testing.assert_allclose(shares, expected, rtol=1e-6, atol=1e-8)
+    predicted, expected = (m.decision_function(X[:3]) for m, (_, _, X) in zip(machines, found, strict=True))
+    np.testing.assert_allclose(predicted, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["allow_tf32", "set_float32_matmul_precision"])
+def test_products_are_full_whatever_torch_was_told(older: bool) -> None:
+    torch.manual_seed(0)
+    model = NETWORKS["convolution"]().to(GPU)
+    X, _ = data(torch.float32)
+    expected = [pk.TangentKernel(model, engine=engine)(X) for engine in ("auto", "jacobian")]
+    before = torch.get_float32_matmul_precision()
+    try:
+        if older:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        else:
+            torch.set_float32_matmul_precision("high")
+        for engine, kernel in zip(("auto", "jacobian"), expected, strict=True):
+            np.testing.assert_allclose(pk.TangentKernel(model, engine=engine)(X), kernel, rtol=1e-6)
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("schedule", [None, pk.Schedule(keyframes=64)], ids=["every step", "keyframes"])
+def test_a_recorded_step_waits_at_most_twice(schedule: Any) -> None:
+    """torch counts for itself what waits for the device."""
+
+    def waits(epochs: int) -> int:
+        torch.manual_seed(0)
+        model = NETWORKS["mlp"]().to(GPU)
+        X, y = data(torch.float32)
+        live = OPTIMIZERS["adamw"](model.parameters())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pk.KernelRecorder(model, live, CE, data=(X, y), audit_every=0, schedule=schedule) as recorder:
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    for _ in range(epochs):
+                        for ids in torch.arange(48, device=GPU).split(12):
+                            recorder.announce(ids.cpu())
+                            live.zero_grad()
+                            CE(model(X[ids]), y[ids]).backward()
+                            live.step()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(one.message) for one in caught)
+
+    steps = 4 * 2
+    assert (waits(4) - waits(2)) / steps - 1 <= 2  # of which one is the loop's own `ids.cpu()`
 
 
 @pytest.mark.parametrize("network", ["mlp", "convolution", "dropout"])
