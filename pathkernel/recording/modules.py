@@ -75,7 +75,7 @@ class WatchedModules:
         """
         new, compared = set(), {}
         versions = self._versions
-        wrote = {_owner(name) for name, seen in versions.items() if name in live and live[name]._version != seen}
+        wrote = {_owner(name) for name, seen in versions.items() if name in live and _version(live[name]) != seen}
         for name, value in known.items():
             buffer = live[name]
             if value is None or buffer.shape != value.shape:
@@ -87,7 +87,7 @@ class WatchedModules:
             else:
                 compared[name] = (buffer == value).all()
         same = numbers(list(compared.values()))
-        self._versions = {name: buffer._version for name, buffer in live.items() if not buffer.is_cpu}
+        self._versions = {name: _version(buffer) for name, buffer in live.items() if not buffer.is_cpu}
         return new | {name for name, alike in zip(compared, same, strict=True) if not alike}
 
     def other_generators(self) -> dict[str, Any]:
@@ -122,6 +122,11 @@ class WatchedModules:
             self._buffers, self._held = dict(self.model.named_buffers()), held
             self._versions = {}
         return self._buffers
+
+
+def _version(buffer: Tensor) -> int:
+    """How often torch knows a buffer to have been written on; −1 where it does not count."""
+    return -1 if buffer.is_inference() else buffer._version
 
 
 def _owner(name: str) -> str:

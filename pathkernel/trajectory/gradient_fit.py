@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -164,12 +165,12 @@ def fit_captured(
     rest = torch.zeros_like(samples) if regularizers is None else regularizers.double()
     expected = samples + rest
     multiple, difference = _left_by_multiple(found, expected)
-    finite = found.isfinite().all() & samples.isfinite().all() & rest.isfinite().all()
     # Nearly always one factor for all explains the gradient: what that takes is read at once.
-    is_finite, own, kappa, norm, left_single, entries = numbers(
-        [finite, samples.norm() + rest.norm(), multiple, found.norm(), difference.norm(), expected.count_nonzero()]
+    own, kappa, norm, left_single, entries = numbers(
+        [samples.norm() + rest.norm(), multiple, found.norm(), difference.norm(), expected.count_nonzero()]
     )
-    if not is_finite:
+    # Norms of finite numbers are finite, unless they overflow.
+    if not math.isfinite(own + norm) and not all(bool(one.isfinite().all()) for one in (found, samples, rest)):
         return None
     known: list[float] = []
 
