@@ -1,7 +1,8 @@
 """A second device that needs no hardware: its tensors say that they lie on ``"meta"``, and have values.
 
 Operations on them are computed on the CPU. As on an accelerator, tensors of two devices are refused in one operation,
-and what waits for the device is counted, with the line of the package that waited.
+and what waits for the device in the thread that entered it is counted, with the file of the package that waited: the
+thread that writes a store waits by itself.
 """
 
 from __future__ import annotations

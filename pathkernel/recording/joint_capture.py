@@ -180,12 +180,15 @@ class JointCapture(StepCapture):
                 self._loads.state = True  # it may be that of one that has stepped, and then tells of the next step
         part = self.parts()[place]
         before = part.live.vector()
-        if not torch.equal(part.of(joint.at, before), before):
-            self._note_between(joint, "unexplained")
-        gradient = None
+        seen = part.of(joint.at, before)
+        gradient = total = unmoved = None
         if closure is None and not is_scaled(optimizer):
             gradient = part.live.gradient()
-            self._check_gradient(gradient, part.live)
+            total, unmoved = self._sum_and(gradient, lambda: (seen == before).all())
+        if not (torch.equal(seen, before) if unmoved is None else unmoved):
+            self._note_between(joint, "unexplained")
+        if gradient is not None:
+            self._check_gradient(gradient, part.live, total)
             if known and not joint.own:
                 self._check_first(joint, part, gradient)
         self.joint, self._stepping, self._has_closure = joint, part, closure is not None

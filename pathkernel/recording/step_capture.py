@@ -281,7 +281,8 @@ class StepCapture(StepChecks):
                 glance = keeper.glance()
             if not scaled and (glance is None or not glance.finite):
                 gradient = self.live.gradient()
-                total, unmoved = self._sum_and_place(gradient, self._last_point(), keeper is None)
+                compared = partial(self.live.seems_at, self._last_point()) if keeper is None else None
+                total, unmoved = self._sum_and(gradient, compared)
                 self._check_gradient(gradient, self.live, total)
         if unmoved is not True:
             self.note_change("unexplained", glance)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -112,15 +112,15 @@ class StepChecks(ABC):
                 "Look at these samples, lower the learning rate, or skip the step when the loss is not finite",
             )
 
-    def _sum_and_place(self, gradient: Tensor, last: Tensor, placed: bool) -> tuple[float, bool | None]:
-        """Sum of the gradient and, where asked, whether θ is where it was ``last``, (P,); in one transfer.
+    def _sum_and(self, gradient: Tensor, unmoved: Callable[[], Tensor] | None) -> tuple[float, bool | None]:
+        """Sum of the gradient and, where asked, whether θ has not moved since it was last seen; in one transfer.
 
         None instead of the latter on the CPU, where it is cheaper to compare bytes.
         """
-        if gradient.is_cpu or not placed:
+        if gradient.is_cpu or unmoved is None:
             return gradient.sum().item(), None
-        total, unmoved = numbers([gradient.sum(), self.live.seems_at(last)])
-        return total, bool(unmoved)
+        total, stayed = numbers([gradient.sum(), unmoved()])
+        return total, bool(stayed)
 
     def _drop_batches(self) -> tuple[MicroBatch, ...]:
         """The batches of a step that is not taken; nothing is pending afterwards."""

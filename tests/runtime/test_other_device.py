@@ -218,6 +218,24 @@ def test_keyframes_wait_twice_a_step(away: Accelerator) -> None:
     assert 0 < sum(found.values()) <= 2, found
 
 
+def test_each_of_several_optimizers_waits_once_and_their_step_once_more(away: Accelerator) -> None:
+    def record(steps: int) -> None:
+        model = NETWORKS["mlp"]().double().to(DEVICE)
+        first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        last = torch.optim.AdamW(model[2].parameters(), lr=0.01)
+        data = X.to(DEVICE), Y.to(DEVICE)
+        with pk.KernelRecorder(model, [first, last], CE, data=data, audit_every=0) as recorder:
+            for ids in torch.arange(3 * steps).remainder(SAMPLES).split(3):
+                x, y = recorder.batch(ids)
+                model.zero_grad()
+                CE(model(x), y).backward()
+                first.step()
+                last.step()
+
+    found = waits_a_step(away, record)
+    assert 0 < sum(found.values()) <= 3, found
+
+
 @pytest.mark.parametrize(
     ("optimizer", "quadrature"),
     [("sgd", pk.Trapezoid()), ("momentum", pk.DiscreteGradient()), ("adamw", pk.DiscreteGradient())],
