@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
 
 from pathkernel.errors import InputError
-from pathkernel.runtime.precision import EXACT_PRODUCTS, tensor_float_settings
+from pathkernel.runtime.precision import EXACT_PRODUCTS
 
 
 @contextmanager
@@ -169,9 +169,7 @@ def takes_tensor_floats(module: nn.Module, dtype: torch.dtype) -> bool:
     """Test that a loop's passes round products to TensorFloat-32, as far as present settings and layers tell."""
     if dtype != torch.float32 or device_of(module).type != "cuda":
         return False
-    matmul, convolution, recurrence = (
-        EXACT_PRODUCTS.of_the_user(holder, name) in (True, "tf32") for holder, name, _ in tensor_float_settings()
-    )
+    matmul, convolution, recurrence = EXACT_PRODUCTS.tensor_floats()
     kinds = ((_ConvNd,) if convolution else ()) + ((nn.RNNBase,) if recurrence else ())
     return matmul or any(isinstance(child, kinds) for child in module.modules())
 

@@ -19,7 +19,7 @@ Setting = tuple[Any, str, Any]
 """Object, attribute, and the value that asks for full precision."""
 
 
-def tensor_float_settings() -> list[Setting]:
+def _gpu_settings() -> list[Setting]:
     """Switches of TensorFloat-32 on a GPU: of matrix products, convolutions and recurrent layers.
 
     The older names refuse once somebody has used the newer ones, and the other way round they refuse until these are
@@ -42,6 +42,11 @@ def _processor_settings() -> list[Setting]:
     return [(part, "fp32_precision", "ieee") for part in parts if hasattr(part, "fp32_precision")]
 
 
+def _present(settings: list[Setting]) -> list[tuple[Any, str, Any, Any]]:
+    """Settings with the value that each has now."""
+    return [(holder, name, full, getattr(holder, name)) for holder, name, full in settings]
+
+
 class ExactProducts(ContextDecorator):
     """The settings while anybody computes in full precision, and the user's when nobody does any more.
 
@@ -54,14 +59,16 @@ class ExactProducts(ContextDecorator):
         self._lifted = 0
         self._found: list[tuple[Any, str, Any, Any]] = []
         """Settings that were not as they have to be, with the user's value last."""
+        self._on_gpu: list[Any] = []
 
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                on_gpu = tensor_float_settings() if torch.cuda.is_initialized() else []
-                present = [(*setting, getattr(*setting[:2])) for setting in (*on_gpu, *_processor_settings())]
-                # What nobody has asked for stays untouched: an explicit value would no longer follow a common one.
-                self._found = [one for one in present if one[3] not in (one[2], "none")]
+                on_gpu = _present(_gpu_settings()) if torch.cuda.is_initialized() else []
+                self._on_gpu = [own for *_, own in on_gpu]
+                # "none" on the CPU asks for nothing, and follows a common setting, which a value would not.
+                on_processor = [one for one in _present(_processor_settings()) if one[3] != "none"]
+                self._found = [one for one in (*on_gpu, *on_processor) if one[3] != one[2]]
                 self._put(exact=True)
             self._inside += 1
 
@@ -90,10 +97,12 @@ class ExactProducts(ContextDecorator):
                 if self._inside and not self._lifted:
                     self._put(exact=True)
 
-    def of_the_user(self, holder: Any, name: str) -> Any:
-        """The user's value of a setting."""
-        own = [value for found, attribute, _, value in self._found if found is holder and attribute == name]
-        return own[0] if own else getattr(holder, name)
+    def tensor_floats(self) -> tuple[bool, bool, bool]:
+        """Whether the user lets a GPU round to TensorFloat-32: in matrix products, convolutions, recurrent layers."""
+        with self._lock:
+            own = self._on_gpu if self._inside and self._on_gpu else [own for *_, own in _present(_gpu_settings())]
+        matmul, convolution, recurrence = (value in (True, "tf32") for value in own)
+        return matmul, convolution, recurrence
 
 
 EXACT_PRODUCTS = ExactProducts()

@@ -95,6 +95,23 @@ def test_steps_are_trained_again_as_the_loop_trained_them(reduced: str) -> None:
         assert MATMUL.fp32_precision == "ieee"
 
 
+def test_what_the_user_lets_a_gpu_do_is_known_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    before = EXACT_PRODUCTS.tensor_floats()
+    assert before[1:] == (True, True)  # cuDNN does it unless it is told not to
+    torch.set_float32_matmul_precision("high")
+    try:
+        with EXACT_PRODUCTS:
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.allow_tf32
+            assert EXACT_PRODUCTS.tensor_floats() == (True, True, True)
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert EXACT_PRODUCTS.tensor_floats() == before
+
+
 def test_settings_come_back_after_an_error_and_when_the_last_thread_leaves(reduced: str) -> None:
     with pytest.raises(ZeroDivisionError), EXACT_PRODUCTS:
         _ = 1 / 0
