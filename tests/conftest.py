@@ -25,6 +25,7 @@ SHAPED = [
     "pathkernel.gradients.layers.coverage",
     "pathkernel.gradients.layers.factor",
     "pathkernel.gradients.layers.factors",
+    "pathkernel.gradients.layers.stacked_passes",
     "pathkernel.gradients.layers.tape",
     "pathkernel.gradients.losses",
     "pathkernel.gradients.matmul",

@@ -6,17 +6,20 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.plain import warn_of_rows
-from pathkernel.gradients.layers.tape import Tape
+from pathkernel.gradients.layers.stacked_passes import ProvedStacks, StackedPasses
+from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.per_sample import OutputFunctional, sample_gradients, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.workspace import Workspace
 
 ROWS = 250_000_000
@@ -45,6 +48,7 @@ class GradientSource:
     def __init__(self, function: ModelFunction, engine: str, memory: int) -> None:
         self.function, self.engine = function, engine
         self.tapes = ProvedTapes(function, Workspace(memory))
+        self.stacks = ProvedStacks(self.tapes)
 
     def gradients(
         self,
@@ -91,6 +95,64 @@ class GradientSource:
             rows = self._rows(function, self.plain, theta, inputs, weighted_sum, weights, None)
             pieces += FactoredGradients.of_rows(rows, function.layout).pieces
         return FactoredGradients(function.layout, tape.n, pieces)
+
+    def gradients_at_points(
+        self,
+        thetas: Float[Tensor, "k P"],
+        inputs: PyTree,
+        functional: OutputFunctional,
+        context: PyTree,
+        components: int | None,
+        function: ModelFunction,
+    ) -> list[FactoredGradients] | None:
+        """`gradients` of the same samples at several θ, in one pass; None where these are to be taken one by one."""
+        stack = self._stacked(thetas, inputs, True, components or 1, function)
+        if stack is None:
+            return None
+        with torch.enable_grad():
+            h = values_at_points(functional, stack.outputs, context)
+        return self._of_stack(stack, h)
+
+    def pulled_back_at_points(
+        self,
+        thetas: Float[Tensor, "k P"],
+        inputs: PyTree,
+        cotangents: Float[Tensor, "k n C"],
+        function: ModelFunction,
+    ) -> list[FactoredGradients] | None:
+        """`pulled_back` of batches (k, n, ...) of equal size, each at a θ of its own; None as above."""
+        stack = self._stacked(thetas, inputs, False, 1, function)
+        if stack is None or stack.outputs.shape != cotangents.shape:
+            return None
+        with torch.enable_grad():
+            weighted = (stack.outputs * function.cast(cotangents)).sum(dim=2, keepdim=True)
+        return self._of_stack(stack, weighted)
+
+    def values_at_points(
+        self,
+        thetas: Float[Tensor, "k P"],
+        inputs: PyTree,
+        functional: OutputFunctional,
+        context: PyTree,
+        function: ModelFunction,
+    ) -> Tensor | None:
+        """h of the same samples at several θ, (k, n, K); None where nothing was proved of such passes."""
+        outputs = None if self.engine in BY_ROWS else self.stacks.outputs(thetas, inputs, function)
+        return None if outputs is None else values_at_points(functional, outputs, context)
+
+    def _stacked(
+        self, thetas: Tensor, inputs: PyTree, shared: bool, components: int, function: ModelFunction
+    ) -> StackedPasses | None:
+        if self.engine in BY_ROWS:
+            return None
+        return self.stacks.record(thetas, inputs, shared, components, function)
+
+    def _of_stack(self, stack: StackedPasses, components: Float[Tensor, "k n K"]) -> list[FactoredGradients] | None:
+        found = result_or_error(lambda: stack.pieces(components), FAILURES)
+        if isinstance(found, Exception):
+            return None
+        layout, functions = self.function.layout, components.shape[1] * components.shape[2]
+        return [FactoredGradients(layout, functions, accumulated(pieces)) for pieces in found]
 
     def prove(self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction) -> None:
         """Prove now how gradients are taken from such samples, which else happens with the first of them."""
@@ -163,6 +225,15 @@ def weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
     """z·λ, whose gradient is Jᵀ λ."""
     dtype = torch.promote_types(outputs.dtype, weights.dtype)  # some networks return another type than they compute in
     return outputs.to(dtype) @ weights.to(dtype)
+
+
+def values_at_points(
+    functional: OutputFunctional, outputs: Float[Tensor, "k n C"], context: PyTree
+) -> Float[Tensor, "k n K"]:
+    """h of n samples at k points, from their outputs."""
+    k, n = outputs.shape[:2]
+    repeat = lambda leaf: leaf.expand(k, *leaf.shape).flatten(0, 1) if isinstance(leaf, Tensor) else leaf  # noqa: E731
+    return values_of(functional, outputs.flatten(0, 1), pytree.tree_map(repeat, context)).reshape(k, n, -1)
 
 
 def tape_pieces(tape: Tape, functional: OutputFunctional, context: PyTree) -> tuple[Piece, ...]:

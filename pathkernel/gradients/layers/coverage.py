@@ -101,7 +101,7 @@ def _proved(function: ModelFunction, theta: Tensor, inputs: PyTree, sizes: Seque
     generator = torch.Generator().manual_seed(0)
     scale = 1e-2 * theta.abs().mean().clamp_min(1e-2)
     point = theta + scale * torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta)
-    few, fewer = (_distinct(inputs, n, generator) for n in (sizes[0], sizes[-1]))
+    few, fewer = (distinct(inputs, n, generator) for n in (sizes[0], sizes[-1]))
     tape, other = _apart(function, point, few, fewer)
     roles, arrangements = tape.roles, _arrangements(tape, other)
     cotangents = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64).to(tape.outputs)
@@ -188,7 +188,7 @@ def assembled(pieces: Sequence[Piece], layout: ParameterLayout, samples: int) ->
     return rows
 
 
-def _distinct(inputs: PyTree, n: int, generator: torch.Generator) -> PyTree:
+def distinct(inputs: PyTree, n: int, generator: torch.Generator) -> PyTree:
     """n samples in random order, none the same as another where that can be had: repeated ones are varied.
 
     Floating inputs by noise; others (tokens) by turning the positions of a sample round.

@@ -100,6 +100,14 @@ class Tape:
         if self.proving:
             self.plain |= self.unsupported
 
+    @classmethod
+    def of_calls(cls, function: ModelFunction, n: int, calls: Sequence[LayerCall]) -> Tape:
+        """A tape of calls that were noted elsewhere, whose pass was proved: to be met with signals, without outputs."""
+        tape = cls.__new__(cls)
+        tape.function, tape.n, tape.calls = function, n, list(calls)
+        tape.plain, tape.proving, tape._read = {}, False, []
+        return tape
+
     @property
     def signature(self) -> tuple[Any, ...]:
         """Calls in their order, what has no rule, and where parameters alone were at work."""
@@ -129,9 +137,10 @@ class Tape:
         """
         signals = self._signals(components, identity)
         with self.function.without_graph(), QUIET_FALLBACKS:
-            return self._pieces(signals, identity)
+            return self.pieces_of_signals(signals, identity)
 
-    def _pieces(self, signals: list[Tensor | None], identity: slice | None) -> list[Piece]:
+    def pieces_of_signals(self, signals: Sequence[Tensor | None], identity: slice | None = None) -> list[Piece]:
+        """The same from δ of every call, (n, K, *output with the samples first); None where it has none."""
         contributions: dict[str, list[tuple[slice, Factor]]] = defaultdict(list)
         partners: dict[str, set[str]] = defaultdict(set)
         biases: dict[str, list[tuple[LayerCall, str, Tensor]]] = defaultdict(list)

@@ -1,0 +1,404 @@
+r"""Passes of one network at several θ as one: small steps take the time of their calls, not of their products.
+
+:math:`z_{si} = f(\theta_s, x_{si})` for k points θ_s by `torch.func.vmap` over s. The signals of every layer follow
+from zeros that are added to its result, :math:`\delta = \partial h / \partial \epsilon` at ε = 0, and the gradients
+from readings and signals by the rules of a tape.
+
+Nothing of it is believed before it is compared with the passes one by one (`ProvedStacks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
+from pathkernel._typing import Float, Parameters, PyTree
+from pathkernel.gradients.forward_derivatives import load_transformations
+from pathkernel.gradients.forward_state import QUIET_FALLBACKS
+from pathkernel.gradients.layers.batch_axis import Arrangement, Roles, SamplesFirst
+from pathkernel.gradients.layers.coverage import ProvedTapes, distinct
+from pathkernel.gradients.layers.factors import Piece
+from pathkernel.gradients.layers.parameter_views import Handle, View
+from pathkernel.gradients.layers.rules import RULES, Gradient, NoRule, Rule
+from pathkernel.gradients.layers.tape import FAILURES, Tape
+from pathkernel.gradients.layers.tracing import LayerCall, ParameterTracer
+from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import ROW_LIMIT
+from pathkernel.gradients.pytrees import count, take
+from pathkernel.runtime.interrupts import result_or_error
+
+JITTER = 1e-2
+"""Size of the noise on each θ of a proof, relative to its mean entry: no two of the passes are alike."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Knowledge of one proved pass that passes of its kind share.
+
+    Attributes
+    ----------
+    n
+        Samples.
+    results
+        Shape and type of the result of each call.
+    signature, arrangements, roles
+        As of a tape.
+    """
+
+    n: int
+    results: tuple[tuple[torch.Size, torch.dtype], ...]
+    signature: Any
+    arrangements: tuple[Arrangement, ...]
+    roles: Roles
+
+    @classmethod
+    def of(cls, tape: Tape) -> Pattern | None:
+        """Pattern of a tape; None where it leaves parameters out, or looks at the values of the samples."""
+        if tape.plain or tape.rearranges or not tape.calls:
+            return None
+        results = tuple((call.output.shape, call.output.dtype) for call in tape.calls)
+        return cls(tape.n, results, tape.signature, tape.arrangements, tape.roles)
+
+
+class StackedTracer(ParameterTracer):
+    """Tracer of one pass under ``vmap``, where no tensor can be made a leaf: zeros are added to each result instead.
+
+    Parameters
+    ----------
+    parameters, pattern
+        θ by name, and what is known of the pass.
+    zeros
+        ε, in the shape of each result.
+    fixed
+        As of `ParameterTracer`.
+
+    Attributes
+    ----------
+    rules
+        Rule of each call, and the arguments that it is called with.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], pattern: Pattern, zeros: Sequence[Tensor], fixed: Sequence[Tensor]
+    ) -> None:
+        known = pattern.arrangements
+        place = lambda i: known[i] if i < len(known) else Arrangement()  # noqa: E731
+        super().__init__(parameters, pattern.n, place, fixed, pattern.roles)
+        self.zeros = zeros
+        self.rules: list[tuple[Rule, dict[str, Any]]] = []
+
+    def _gradients(
+        self, function: Any, args: Any, kwargs: Any, result: Tensor
+    ) -> tuple[dict[str, Handle], dict[str, Gradient], tuple[torch.Size | None, ...]]:
+        """Handles of the arguments; their gradients are had from the rule, once the pass is over."""
+        bound, gradients = self._by_rule(function, args, kwargs)
+        handles = {key: handle for key, value in bound.items() if (handle := self.handle(value)) is not None}
+        if not handles or not handles.keys() <= gradients.keys():
+            raise NoRule("a call without a rule of its own")
+        if not all(isinstance(handle, View) for handle in handles.values()):
+            raise NoRule("a tensor that is computed from parameters")
+        self.rules.append((RULES[function], self._detached(bound)))
+        return handles, {}, ()
+
+    def module_call(self, module: nn.Module, rule: Rule, inputs: tuple[Any, ...]) -> Any:
+        """Refuse modules that are one call: their rules read parameters from the module, which are gone by then."""
+        raise NoRule("a module with a rule of its own")
+
+    def note(
+        self,
+        name: str,
+        result: Tensor,
+        handles: dict[str, Handle],
+        gradients: Mapping[str, Gradient],
+        arguments: tuple[torch.Size | None, ...] = (),
+    ) -> Tensor:
+        """Note a call; the network goes on with its result plus zeros."""
+        number = len(self.calls)
+        if number >= len(self.zeros) or result.shape != self.zeros[number].shape:
+            raise NoRule("a pass of another kind")
+        found = result + self.zeros[number]
+        arrangement = self.arrangement(number)
+        self.calls.append(LayerCall(name, found, handles, gradients, arrangement, arguments, self.place))
+        self._kept.append(found)
+        return found
+
+
+class StackedPasses:
+    """Passes of n samples each at k points.
+
+    Attributes
+    ----------
+    outputs
+        (k, n, C), with the graph of the passes behind them.
+
+    Parameters
+    ----------
+    function, pattern
+        The network, and what is known of one pass.
+    thetas
+        (k, P).
+    inputs
+        (k, n, ...) leaves, or (n, ...) where the samples are the same at all points.
+    shared
+        Whether they are.
+
+    Raises
+    ------
+    NoRule
+        Where a call has no rule, or the pass is of another kind than the pattern; and whatever ``vmap`` raises.
+    """
+
+    def __init__(
+        self, function: ModelFunction, pattern: Pattern, thetas: Float[Tensor, "k P"], inputs: PyTree, shared: bool
+    ) -> None:
+        self.function, self.pattern = function, pattern
+        self._calls: list[LayerCall] = []
+        self._rules: list[Rule] = []
+        # What the rules are called with: tensors, which `vmap` hands on, by their places among the rest.
+        self._tree: Any = None
+        self._leaves: list[Any] = []
+        self._places: list[int] = []
+        parameters, inputs = stacked_parameters(function, thetas), function.cast(inputs)
+        # Plain attention: the fused one has no rule for several at once.
+        with function.evaluating(gradients=True), QUIET_FALLBACKS:
+            # Not as many zeros in memory: one that is repeated.
+            own = [torch.zeros((), dtype=d, device=thetas.device, requires_grad=True) for _, d in pattern.results]
+            self._zeros = [
+                zero.expand(len(thetas), *shape) for zero, (shape, _) in zip(own, pattern.results, strict=True)
+            ]
+            over = vmap(self._one, in_dims=(0, None if shared else 0, 0))
+            self.outputs, self._read = over(parameters, inputs, self._zeros)
+        self._read = [own.detach() for own in self._read]
+
+    def _one(self, parameters: Parameters, inputs: PyTree, zeros: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Outputs of one pass, and all tensors that the rules read."""
+        function, pattern = self.function, self.pattern
+        tracer = StackedTracer(parameters, pattern, zeros, list(function.constants.values()))
+        with tracer:
+            outputs = function.batch(parameters, inputs)
+        calls, tracer.calls = tracer.calls, []
+        signature = (*(call.signature for call in calls), tuple(sorted(tracer.unsupported)), tuple(tracer.composed))
+        if signature != pattern.signature or len(calls) != len(pattern.results):
+            raise NoRule("a pass of another kind")
+        self._calls = [replace(call, output=call.output.new_empty(0)) for call in calls]
+        self._rules = [rule for rule, _ in tracer.rules]
+        leaves, self._tree = pytree.tree_flatten([bound for _, bound in tracer.rules])
+        self._places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return outputs, [leaves[place] for place in self._places]
+
+    def pieces(self, components: Float[Tensor, "k n K"]) -> list[tuple[Piece, ...]]:
+        """Gradients of K scalars of each sample, functions of ``outputs`` with their graph, at each point."""
+        signals, used = self._signals(components)
+        found: list[Piece] = []
+
+        def taken_apart(read: list[Tensor], own: list[list[Tensor]]) -> list[list[Tensor]]:
+            found[:] = self._pieces(read, dict(zip(used, own, strict=True)))
+            return [list(piece.factor.tensors) for piece in found]
+
+        with self.function.without_graph(), QUIET_FALLBACKS:
+            stacked = vmap(taken_apart)(self._read, signals)
+        return [
+            tuple(_with_tensors(piece, [t[s] for t in own]) for piece, own in zip(found, stacked, strict=True))
+            for s in range(len(components))
+        ]
+
+    def _signals(self, components: Tensor) -> tuple[list[list[Tensor]], list[int]]:
+        """δ of each call in each component, (k, *output), of calls that have any; and which these are."""
+        columns = []
+        for c in range(components.shape[2]):
+            cotangent = torch.zeros_like(components)
+            cotangent[..., c] = 1
+            last = c + 1 == components.shape[2]
+            with QUIET_FALLBACKS:
+                columns.append(
+                    torch.autograd.grad(components, self._zeros, cotangent, retain_graph=not last, allow_unused=True)
+                )
+        signals, used = [], []
+        for call, zeros in enumerate(self._zeros):
+            own = [column[call] for column in columns]
+            if any(part is not None for part in own):
+                signals.append([torch.zeros_like(zeros) if part is None else part for part in own])
+                used.append(call)
+        return signals, used
+
+    def _pieces(self, read: list[Tensor], signals: Mapping[int, list[Tensor]]) -> list[Piece]:
+        """Pieces of one point, from what its rules read and the signals of its calls."""
+        leaves = list(self._leaves)
+        for place, own in zip(self._places, read, strict=True):
+            leaves[place] = own
+        bounds = pytree.tree_unflatten(leaves, self._tree)
+        n = self.pattern.n
+        calls = [
+            replace(call, gradients=rule(SamplesFirst(call.arrangement, n), **bound))
+            for call, rule, bound in zip(self._calls, self._rules, bounds, strict=True)
+        ]
+        fronted: list[Tensor | None] = [None] * len(calls)
+        for i, columns in signals.items():
+            parts = [calls[i].arrangement.front(part, n) for part in columns]
+            fronted[i] = torch.stack(parts, dim=1) if len(parts) > 1 else parts[0].unsqueeze(1)
+        return Tape.of_calls(self.function, n, calls).pieces_of_signals(fronted)
+
+
+def _with_tensors(piece: Piece, tensors: Sequence[Tensor]) -> Piece:
+    """The piece with other numbers, in the order of the fields of its factor."""
+    own = iter(tensors)
+    return replace(piece, factor=piece.factor.map(lambda _: next(own)))
+
+
+def stacked_parameters(function: ModelFunction, thetas: Float[Tensor, "k P"]) -> Parameters:
+    """θ at k points by name, (k, *shape), in the working floating type."""
+    return function.layout.unflatten(function.cast(thetas))
+
+
+def stacked_outputs(function: ModelFunction, thetas: Float[Tensor, "k P"], inputs: PyTree) -> Float[Tensor, "k n C"]:
+    """Outputs of the same n samples at k points, without a graph."""
+    parameters, inputs = stacked_parameters(function, thetas), function.cast(inputs)
+    with function.evaluating(gradients=False), QUIET_FALLBACKS:
+        return vmap(function.batch, in_dims=(0, None))(parameters, inputs)
+
+
+class ProvedStacks:
+    """Records passes at several points of one network; what was not met before is compared with single passes first.
+
+    Parameters
+    ----------
+    tapes
+        Of single passes, which are proved by themselves.
+
+    Notes
+    -----
+    The comparison, once for each kind of call and number of points and samples: every number of every piece, and of all
+    outputs, on distinct samples at distinct θ, in as many components as are asked for. Where they differ by more than
+    rounding, in float64; where that differs too, and where anything fails, passes are taken one by one.
+    """
+
+    def __init__(self, tapes: ProvedTapes) -> None:
+        self.tapes = tapes
+        self._proved: dict[Any, Pattern | None] = {}
+        self._outputs: set[Any] = set()
+
+    def record(
+        self,
+        thetas: Float[Tensor, "k P"],
+        inputs: PyTree,
+        shared: bool,
+        components: int,
+        function: ModelFunction,
+    ) -> StackedPasses | None:
+        """Passes at k points, see `StackedPasses`; None where they are to be taken one by one."""
+        kind = self._kind(thetas, inputs, shared, function)
+        key = kind, components
+        if key not in self._proved:
+            self._proved[key] = self._pattern(thetas, inputs, shared, components, function)
+        pattern = self._proved[key]
+        if pattern is not None:
+            self._outputs.add(kind)
+        if pattern is None:
+            return None
+        found = result_or_error(lambda: StackedPasses(function, pattern, thetas, inputs, shared), FAILURES)
+        if isinstance(found, Exception):
+            self._proved[key] = None
+            return None
+        return found
+
+    def outputs(
+        self, thetas: Float[Tensor, "k P"], inputs: PyTree, function: ModelFunction
+    ) -> Float[Tensor, "k n C"] | None:
+        """Outputs of the same samples at k points, without a graph; None where gradients of such were not proved."""
+        if self._kind(thetas, inputs, True, function) not in self._outputs:
+            return None
+        found = result_or_error(lambda: stacked_outputs(function, thetas, inputs), FAILURES)
+        return None if isinstance(found, Exception) else found
+
+    def _kind(self, thetas: Tensor, inputs: PyTree, shared: bool, function: ModelFunction) -> Any:
+        leaves, tree = pytree.tree_flatten(inputs)
+        shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
+        modes = function.state.modes
+        ran = modes if isinstance(modes, bool) else tuple(modes.items())
+        return function.submodule, function.dtype, ran, function.state.autocast, len(thetas), shared, shapes, tree
+
+    def _pattern(
+        self, thetas: Tensor, inputs: PyTree, shared: bool, components: int, function: ModelFunction
+    ) -> Pattern | None:
+        """Pattern of a kind of pass whose stacks are the single passes; else None."""
+        load_transformations()
+        generator = torch.Generator().manual_seed(len(thetas))
+        noise = torch.randn(thetas.shape, generator=generator, dtype=torch.float64).to(thetas.device)
+        points = thetas + JITTER * thetas.abs().mean().clamp_min(JITTER) * noise
+        n = count(inputs) if shared else count(take_point(inputs, 0))
+        single = [inputs if shared else take_point(inputs, s) for s in range(len(thetas))]
+        # The samples of every point are others, so that those of one are not taken for those of another.
+        drawn = [distinct(one, n, generator) for one in (single[:1] if shared else single)]
+        own = drawn[0] if shared else pytree.tree_map(lambda *leaves: torch.stack(leaves), *drawn)
+        tape = self.tapes.record(points[0], drawn[0], function)
+        pattern = Pattern.of(tape)
+        if pattern is None:
+            return None
+        asked = own, shared, components, generator
+        for of in (function, function.converted(torch.float64)):
+            error = result_or_error(partial(_difference, of, pattern, points.to(of.dtype), *asked), FAILURES)
+            if isinstance(error, Exception):
+                return None
+            if error <= ROW_LIMIT.get(of.dtype, 0.0):
+                return pattern
+        return None
+
+
+def take_point(inputs: PyTree, point: int) -> PyTree:
+    """Samples of one of several points, of (k, n, ...) leaves."""
+    return pytree.tree_map(lambda leaf: leaf[0], take(inputs, slice(point, point + 1)))
+
+
+def _difference(
+    function: ModelFunction,
+    pattern: Pattern,
+    thetas: Tensor,
+    inputs: PyTree,
+    shared: bool,
+    components: int,
+    generator: torch.Generator,
+) -> float:
+    """Largest difference of outputs and pieces of stacked passes from those of single ones, relative to the largest."""
+    if function.dtype != pattern.results[0][1]:
+        pattern = replace(pattern, results=tuple((shape, function.dtype) for shape, _ in pattern.results))
+    stack = StackedPasses(function, pattern, thetas, inputs, shared)
+    k, n, c = stack.outputs.shape
+    weights = torch.randn(k, n, c, components, generator=generator, dtype=torch.float64).to(stack.outputs)
+    with torch.enable_grad():
+        found = stack.pieces(torch.einsum("knc,kncj->knj", stack.outputs, weights))
+    plain = stacked_outputs(function, thetas, inputs) if shared else stack.outputs
+    worst = 0.0
+    for s in range(k):
+        own = inputs if shared else take_point(inputs, s)
+        tape = Tape(function, thetas[s], own, pattern.arrangements, {}, None, pattern.roles)
+        with torch.enable_grad():
+            expected = tape.pieces(torch.einsum("nc,ncj->nj", tape.outputs, weights[s]))
+        pairs = [(stack.outputs[s], tape.outputs), (plain[s], tape.outputs)]
+        if len(expected) != len(found[s]):
+            return float("inf")
+        for one, other in zip(found[s], expected, strict=True):
+            if (one.where, one.bias, _form(one)) != (other.where, other.bias, _form(other)):
+                return float("inf")
+            pairs += zip(one.factor.tensors, other.factor.tensors, strict=True)
+        worst = max(worst, *(_relative(one.detach(), other.detach()) for one, other in pairs))
+    return worst
+
+
+def _form(piece: Piece) -> tuple[Any, ...]:
+    return type(piece.factor), piece.factor.transposed, *(tensor.shape for tensor in piece.factor.tensors)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    if not expected.numel():
+        return 0.0
+    scale = expected.abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
+    error = ((found.double() - expected.double()).abs().max() / scale).item()
+    return error if error == error else float("inf")
