@@ -119,8 +119,9 @@ class FactoredGradients:
         cast: dict[torch.dtype, Tensor] = {}
         for piece in self.pieces:
             dtype = piece.factor.dtype
-            own = cast.setdefault(dtype, several.T.to(dtype))
-            result += piece.products(own).reshape(self.count, -1)
+            if dtype not in cast:
+                cast[dtype] = several.T.to(dtype)
+            result += piece.products(cast[dtype]).reshape(self.count, -1)
         if self.multiples is not None and self.direction is not None:
             result.addr_(self.multiples, self.direction @ several.to(self.direction))
         return result[:, 0] if directions.dim() == 1 else result
@@ -144,6 +145,23 @@ class FactoredGradients:
             total = total if own else total.clone()
             total.addcmul_(self.multiples.to(dtype).unsqueeze(1), self.direction[where].to(dtype))
         return total
+
+    def fill_columns(self, where: slice, out: Float[Tensor, "Q size"]) -> Tensor:
+        """The same entries, formed in given memory, which is returned."""
+        formed = False
+        for piece, begin, end, offset in self._covering(where):
+            if not formed and end - begin == out.shape[1]:
+                piece.factor.fill_columns(begin, end, out.unflatten(0, (piece.factor.samples, -1)))
+            else:
+                if not formed:
+                    out.zero_()
+                out[:, offset : offset + end - begin] += piece.factor.columns(begin, end).reshape(self.count, -1)
+            formed = True
+        if not formed:
+            out.zero_()
+        if self.multiples is not None and self.direction is not None:
+            out.addcmul_(self.multiples.to(out.dtype).unsqueeze(1), self.direction[where].to(out.dtype))
+        return out
 
     def directional_products(self, where: slice, directions: Tensor) -> Float[Tensor, "D Q"]:
         """Inner products over a part of θ with a few directions (D, size) in it."""

@@ -12,7 +12,8 @@ a step for all queries; other rules are differentiated (`pathkernel.update_rules
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from torch import Tensor
 from pathkernel.runtime.transfers import numbers
 from pathkernel.trajectory.step import Step
 from pathkernel.update_rules.rule import Frozen, Settings, UpdateRule, adjoint
+
+JOINED = 2**16
+"""Entries of θ up to which the coefficients of several parameters are found at once: networks have many small ones, and
+each takes as long as its calls. More would take more memory at once than one large parameter does. Chosen."""
 
 Coefficient = float | Tensor
 """Number for all entries of a parameter, or a tensor with one for each."""
@@ -155,12 +160,57 @@ class StepAdjoint:
         """The coefficients of a parameter, found once; None where its rule is not elementwise."""
         key = self._key(name)
         if key not in self._linear and self._stepped(name).rule.elementwise:
-            # Off the CPU they are found together, in one transfer; on it one by one, which takes less memory.
+            # Off the CPU they are found together, in one transfer; on it a few small ones, which takes less memory.
             frozen = [value for value in self.step.frozen[name].values() if isinstance(value, Tensor)]
-            together = [name] if all(value.is_cpu for value in frozen) else self.step.active
-            cases = {self._key(other): self._stepped(other) for other in together}
+            on_cpu = all(value.is_cpu for value in frozen)
+            alike = self._neighbours(name) if frozen and on_cpu else [name]
+            if len(alike) > 1:
+                self._linear |= self._joined(alike)
+                return self._linear[key]
+            cases = {self._key(other): self._stepped(other) for other in (alike if on_cpu else self.step.active)}
             self._linear |= linear({other: case for other, case in cases.items() if case.rule.elementwise})
         return self._linear.get(key)
+
+    def _joined(self, names: Sequence[str]) -> dict[str, Linear]:
+        """The coefficients of parameters that step alike, from one evaluation of the rule on all of them end to end."""
+        first = self._stepped(names[0])
+        frozen = {
+            key: torch.cat([self.step.frozen[name][key].reshape(-1) for name in names])
+            if isinstance(value, Tensor)
+            else value
+            for key, value in first.frozen.items()
+        }
+        sizes = [self.shapes[name].numel() for name in names]
+        whole = linear({"": replace(first, frozen=frozen, shape=torch.Size([sum(sizes)]))})[""]
+        found = {}
+        for name, end, size in zip(names, accumulate(sizes), sizes, strict=True):
+            own = slice(end - size, end)
+            gradients, memory = (
+                tuple(tuple(_part(c, own) for c in row) for row in rows) for rows in (whole.gradients, whole.memory)
+            )
+            found[name] = Linear(gradients, memory, whole.ratio)
+        return found
+
+    def _neighbours(self, name: str) -> list[str]:
+        """The parameter and those after it that step alike: of one group, with equal numbers and tensors frozen."""
+        names = [other for other in self.shapes if other in self.step.active]
+        kind, entries = self._kind(name), self.shapes[name].numel()
+        found = [name]
+        for other in names[names.index(name) + 1 :]:
+            entries += self.shapes[other].numel()
+            if kind is None or entries > JOINED or self._kind(other) != kind:
+                break
+            found.append(other)
+        return found
+
+    def _kind(self, name: str) -> Any:
+        """Group, frozen numbers, and types of frozen tensors of a parameter; None where these have another shape."""
+        frozen = self.step.frozen[name].items()
+        tensors = {key: value for key, value in frozen if isinstance(value, Tensor)}
+        if any(value.shape != self.shapes[name] for value in tensors.values()):
+            return None
+        types = {key: value.dtype for key, value in tensors.items()}
+        return self.step.groups[name], types, {key: value for key, value in frozen if key not in tensors}
 
     def _stepped(self, name: str) -> Stepped:
         settings = self.step.hyperparameters_of(name)

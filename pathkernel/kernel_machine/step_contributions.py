@@ -10,6 +10,7 @@ from torch import Tensor
 from pathkernel.gradients.factored import FactoredGradients
 from pathkernel.gradients.matmul import product
 from pathkernel.kernel_machine.accumulator import Accumulator
+from pathkernel.kernel_machine.block_memory import BlockMemory
 from pathkernel.kernel_machine.forms import FormBuilder
 from pathkernel.trajectory.columns import Owners
 from pathkernel.trajectory.coupled_samples import CoupledSamples
@@ -42,13 +43,21 @@ class StepGradients:
         Floating type of the weights.
     form
         Whether the weights are wanted in any case.
+    memory
+        Where blocks of columns are formed; None for memory of their own.
     """
 
     def __init__(
-        self, stage: StageGradients, channels: list[tuple[str, Tensor]], dtype: torch.dtype, form: bool
+        self,
+        stage: StageGradients,
+        channels: list[tuple[str, Tensor]],
+        dtype: torch.dtype,
+        form: bool,
+        memory: BlockMemory | None = None,
     ) -> None:
         self.stage = stage
         self.dtype = dtype
+        self.memory = memory
         self.names = [name for name, _ in channels]
         self.vectors = [vector for _, vector in channels]
         self.owners = stage.owners.to(stage.samples.device)
@@ -66,11 +75,22 @@ class StepGradients:
         """
         if self.coupled:
             return self._products_beside_coupled(where, u, push)
+        if self.memory is not None and not push:
+            return product(self._formed_columns(self.memory, where, u), u)
         rest = self._rest(where, u)
         if push and not isinstance(self.stage.factor, Tensor):
             pushed = [part.directional_products(where, u).T * self.stage.factor for _, part in self._formed]
             return torch.cat([*pushed, *(row @ u.T for row in rest)])
         return product(torch.cat([self.stage.columns(where, u.dtype), *rest]), u)
+
+    def _formed_columns(self, memory: BlockMemory, where: slice, u: Tensor) -> Tensor:
+        """Gradients of all samples, then channels, over a block of columns, (B + channels, size)."""
+        samples = len(self.owners)
+        found = memory.empty(samples + len(self.vectors), where.stop - where.start, u)
+        self.stage.fill_columns(where, found[:samples])
+        for row, vector in zip(found[samples:], self.vectors, strict=True):
+            row.copy_(vector[where])
+        return found
 
     def _products_beside_coupled(self, where: slice, u: Tensor, push: bool) -> Tensor:
         found = u.new_zeros(len(self.owners) + len(self.vectors), len(u))

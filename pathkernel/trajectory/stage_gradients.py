@@ -109,6 +109,18 @@ class StageGradients:
         rows = [part.columns(where, dtype) for part in self.parts if isinstance(part, FactoredGradients)]
         return self.scaled(rows[0] if len(rows) == 1 else torch.cat(rows), where)
 
+    def fill_columns(self, where: slice, out: Float[Tensor, "B size"]) -> None:
+        """The same, formed in given memory."""
+        place = 0
+        for part in self.parts:
+            if isinstance(part, FactoredGradients):
+                part.fill_columns(where, out[place : place + len(part)])
+                place += len(part)
+        if isinstance(self.factor, Tensor):
+            out.mul_(self.factor[where].to(out.dtype))
+        elif self.factor != 1.0:
+            out.mul_(self.factor)
+
     def scaled(self, columns: Tensor, where: slice) -> Tensor:
         """A part of the summands with the factor."""
         if isinstance(self.factor, Tensor):

@@ -239,4 +239,4 @@ class Segment:
     @property
     def displacement(self) -> Tensor:
         """Δ = end − start, (P,) float64: exact for float32 parameters."""
-        return self.end.double() - self.start.double()
+        return torch.sub(self.end.double(), self.start)

@@ -71,6 +71,20 @@ def separated(gradients: FactoredGradients) -> FactoredGradients:
     return replace(gradients, pieces=tuple(Piece(where, factor) for where, factor in parts))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_columns_formed_in_given_memory_are_the_same(dtype: torch.dtype) -> None:
+    gradients, rows = factored(k=2)
+    combined = (0.5 * gradients).plus(torch.arange(len(rows), dtype=torch.float64), torch.ones(rows.shape[1]))
+    doubled = gradients + gradients
+    where = gradients.layout.slices
+    parts = [*where.values(), slice(5, 10), slice(3, 11), slice(where["t"].start + 2, where["t"].stop)]
+    for own in (gradients, combined, doubled, replace(gradients, pieces=())):
+        for part in parts:
+            out = torch.full((len(rows), part.stop - part.start), torch.nan, dtype=dtype)
+            assert own.fill_columns(part, out) is out
+            torch.testing.assert_close(out, own.columns(part, dtype))
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_factored_gradients_are_their_rows(k: int) -> None:
     gradients, rows = factored(k=k)

@@ -44,7 +44,7 @@ class Factor(ABC):
     @property
     def signals(self) -> Float[Tensor, "n K T p"]:
         """δ."""
-        return self.tensors[0]
+        return self._first
 
     @property
     def readings(self) -> Float[Tensor, "n T q"] | Int[Tensor, "n T"]:
@@ -62,14 +62,20 @@ class Factor(ABC):
         return tuple(getattr(self, name) for name in self.fields)
 
     @property
+    def _first(self) -> Tensor:
+        """The tensor with the components; every step of a sweep asks for it many times."""
+        first: Tensor = getattr(self, self.fields[0])
+        return first
+
+    @property
     def samples(self) -> int:
         """n."""
-        return self.tensors[0].shape[0]
+        return self._first.shape[0]
 
     @property
     def components(self) -> int:
         """K."""
-        return self.tensors[0].shape[1]
+        return self._first.shape[1]
 
     @property
     def positions(self) -> int:
@@ -94,12 +100,12 @@ class Factor(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """Floating type."""
-        return self.tensors[0].dtype
+        return self._first.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of all tensors."""
-        return self.tensors[0].device
+        return self._first.device
 
     @property
     def numbers(self) -> tuple[int, int]:
@@ -198,6 +204,10 @@ class Factor(ABC):
 
     def _whole_rows(self, first: int, last: int) -> Tensor:
         return self.rows_between(first, last).rows()
+
+    def fill_columns(self, begin: int, end: int, into: Float[Tensor, "n K w"]) -> None:
+        """Form the same entries in given memory."""
+        into.copy_(self.columns(begin, end))
 
     def write(self, into: Float[Tensor, "J n w"], full: bool) -> None:
         """Form the rows in given memory; see `side_by_side` for their order."""

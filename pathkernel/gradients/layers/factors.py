@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pathkernel._typing import Float, Int
 from pathkernel.gradients.layers.factor import Factor
+from pathkernel.gradients.matmul import product
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,15 @@ class Outer(Factor):
         # An outer product by broadcasting: three times as fast as a batched product.
         return (self.signal[:, :, 0, first:last].unsqueeze(3) * self.activation.unsqueeze(1)).flatten(2)
 
+    def fill_columns(self, begin: int, end: int, into: Tensor) -> None:
+        """Form entries in given memory, whole rows of the parameter without a copy in between."""
+        q = self.reading_size
+        if self.positions > 1 or self.transposed or begin % q or end % q or into.dtype != self.dtype:
+            super().fill_columns(begin, end, into)
+            return
+        signals = self.signal[:, :, 0, begin // q : end // q].unsqueeze(3)
+        torch.mul(signals, self.activation.unsqueeze(1), out=into.unflatten(2, (-1, q)))
+
     def write(self, into: Tensor, full: bool) -> None:
         """Form the rows in given memory, without a copy in between where the parameter lies as (p, q)."""
         if self.transposed:
@@ -169,7 +179,7 @@ class Outer(Factor):
         d, q = len(directions), self.reading_size
         matrices = self._matrices(directions)
         if d == t == 1:  # matrices of one row are multiplied slowly
-            along = self.activation[:, 0] @ matrices[0].T
+            along = product(self.activation[:, 0], matrices[0])
             return torch.linalg.vecdot(self.signal[:, :, 0], along.unsqueeze(1)).unsqueeze(2)
         along = self.activation.reshape(n * t, q) @ matrices.permute(2, 0, 1).reshape(q, d * p)
         along = along.reshape(n, t, d, p).permute(0, 1, 3, 2).reshape(n, t * p, d)
@@ -320,7 +330,8 @@ class Piece:
 
     def bias_rows(self) -> Float[Tensor, "n K p"]:
         """Gradients of the bias."""
-        return self.factor.signals.sum(dim=2)
+        signals = self.factor.signals
+        return signals[:, :, 0] if self.factor.positions == 1 else signals.sum(dim=2)
 
     def take(self, piece: slice) -> Piece:
         """Restrict to a slice of the samples."""
