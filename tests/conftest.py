@@ -35,6 +35,7 @@ SHAPED = [
     "pathkernel.gradients.pushed_shares",
     "pathkernel.gradients.sample_wise",
     "pathkernel.kernel_machine.queries",
+    "pathkernel.kernel_machine.stacked_segments",
     "pathkernel.path_kernel.features",
     "pathkernel.path_kernel.node_selection",
     "pathkernel.path_kernel.nodes",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from pathkernel.gradients.inner_products import contracted, paired_names
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.adjoint import StepAdjoint
+from pathkernel.kernel_machine.block_memory import BlockMemory
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.forms import FormBuilder
 from pathkernel.kernel_machine.step_contributions import Contributions, StepGradients, module_of
@@ -56,12 +58,15 @@ class Cuts:
     roomy
         Whether there is memory for what is faster: a batch is pushed along few queries at once, and each block of the
         memory's cotangents has a place of its own.
+    steps
+        How many consecutive steps are run together, where they are alike.
     """
 
     batch: Passes = WHOLE
     columns: int = sys.maxsize
     scratch: int = 2**28
     roomy: bool = True
+    steps: int = 1
 
 
 @defer_interrupts(divisible=True)
@@ -83,7 +88,8 @@ def backward_sweep(
     """
     sweep = BackwardSweep(curve, gradients, by, builder, cuts or Cuts())
     bar = tqdm(total=len(curve.trajectory), desc="backward sweep", unit="step", disable=not progress)
-    for segment, q in curve.backward(sweep.accumulator):
+    curve.stack = sweep.cuts.steps
+    for segment, q in sweep.prepared(curve.backward(sweep.accumulator)):
         if segment.step is None:
             sweep.accumulator.channels[segment.channel] += q @ segment.displacement
         else:
@@ -135,6 +141,28 @@ class BackwardSweep:
         self.memory: dict[int, list[Tensor | None]] = {}
         """Cotangents by where a block starts: one (Q, size) for each slot, None while it is zero."""
         self._cotangents: dict[int, Tensor] = {}
+        # Rules that mix entries take whole parameters, and may return what they were given.
+        reused = cuts.roomy and self.rule.elementwise and not cuts.batch.streamed
+        self._of_queries = BlockMemory() if reused else None
+        self._of_batch = BlockMemory() if reused else None
+
+    def prepared(
+        self, weighted: Iterator[tuple[Segment, FactoredGradients]]
+    ) -> Iterator[tuple[Segment, FactoredGradients]]:
+        """Segments and their weights, the batches of a few of which are run together before the first is used."""
+        if self.cuts.steps < 2:
+            yield from weighted
+            return
+        try:
+            while ahead := list(islice(weighted, self.cuts.steps)):
+                steps = [segment.step for segment, _ in ahead if segment.step is not None]
+                if len(steps) == self.cuts.steps:
+                    self.gradients.prepare(steps, self.passes)
+                ahead.reverse()
+                while ahead:
+                    yield ahead.pop()
+        finally:
+            self.gradients.prepare((), self.passes)
 
     # -- one step --------------------------------------------------------------------------------------------
 
@@ -151,9 +179,9 @@ class BackwardSweep:
             products = q @ torch.stack(list(in_displacement.values()), dim=1)
             for column, name in enumerate(in_displacement):
                 self.accumulator.channels[name] += products[:, column]
-        dtype = accumulation_dtype(self.gradients.function.dtype)
+        dtype, form = accumulation_dtype(self.gradients.function.dtype), self.builder is not None
         received = [
-            StepGradients(stage, [*stage.channels.items(), *in_gradient.items()], dtype, self.builder is not None)
+            StepGradients(stage, [*stage.channels.items(), *in_gradient.items()], dtype, form, self._of_batch)
             for stage in stages
         ]
         totals = [Contributions(self.accumulator, self.shares, self.modules, step.index, one) for one in received]
@@ -210,11 +238,12 @@ class BackwardSweep:
     def _sources(self, segment: Segment, step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Terms that the optimizer added to the gradient and to the displacement, (P,) each."""
         sources: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        theta = segment.start.double()
         asked = (self.rule.gradient_sources, self.rule.displacement_sources)
         for name, where in self.layout.slices.items():
             if name not in step.active:
                 continue
-            parameter = segment.start[where].double().reshape(self.shapes[name])
+            parameter = theta[where].reshape(self.shapes[name])
             for found, of in zip(sources, asked, strict=True):
                 for source, term in of(parameter, step.frozen[name], step.hyperparameters_of(name)).items():
                     if source not in found:
@@ -263,7 +292,11 @@ class BackwardSweep:
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.shares.device)
 
-    def _scale(self, rates: dict[str, float]) -> Tensor:
+    def _scale(self, rates: dict[str, float]) -> float | Tensor:
+        """Rates of all entries of θ, zero where there is none, (P,); one number where they are all the same."""
+        different = set(rates.values())
+        if len(different) == 1 and len(rates) == len(self.layout.names):
+            return different.pop()
         scale = self._zeros(self.layout.size)
         for name, rate in rates.items():
             scale[self.layout.slices[name]] = rate
@@ -273,7 +306,7 @@ class BackwardSweep:
         self,
         q: FactoredGradients,
         rates: dict[str, float],
-        scale: Tensor,
+        scale: float | Tensor,
         received: StepGradients,
         total: Contributions,
         begin: int,
@@ -283,14 +316,20 @@ class BackwardSweep:
         assert isinstance(factor, float | int)
         products = contracted(q, part, rates, self.cuts.scratch)
         if q.multiples is not None and q.direction is not None:
-            products.addr_(q.multiples, part @ (scale * q.direction))
+            along = part @ q.direction * scale if isinstance(scale, float) else part @ (scale * q.direction)
+            products.addr_(q.multiples, along)
         total.add_rows(begin, products.T, factor)
 
     def _contract_scaled_channels(
-        self, q: FactoredGradients, scale: Tensor, received: StepGradients, total: Contributions
+        self, q: FactoredGradients, scale: float | Tensor, received: StepGradients, total: Contributions
     ) -> None:
-        if received.vectors:
-            total.add_rows(len(received.owners), (q @ (torch.stack(received.vectors, dim=1) * scale[:, None])).T)
+        if not received.vectors:
+            return
+        vectors = torch.stack(received.vectors, dim=1)
+        if isinstance(scale, float):
+            total.add_rows(len(received.owners), (q @ vectors).T, scale)
+        else:
+            total.add_rows(len(received.owners), (q @ (vectors * scale[:, None])).T)
 
     # -- all other steps: columns of the queries' cotangents, block by block ----------------------------------
 
@@ -298,6 +337,7 @@ class BackwardSweep:
         self, step: Step, adjoint: StepAdjoint, q: FactoredGradients, rates: dict[str, float]
     ) -> Iterator[tuple[str, slice, list[tuple[int, Tensor, float]]]]:
         """Pull the columns of all parameters but the scaled ones back; (stage, u, scale) while they are in cache."""
+        like = torch.empty(0, dtype=self.dtype, device=self.shares.device)
         for name in self.layout.names:
             if name not in step.active or name in rates:
                 continue
@@ -306,7 +346,11 @@ class BackwardSweep:
             for where in self._blocks(name):
                 held = self.memory.get(where.start, [None] * len(self.rule.memory))
                 inside = slice(where.start - own.start, where.stop - own.start)
-                found = pull(inside, q.columns(where, self.dtype), held)
+                if self._of_queries is None:
+                    columns = q.columns(where, self.dtype)
+                else:  # what the adjoint returns is never what it was given
+                    columns = q.fill_columns(where, self._of_queries.empty(self.count, where.stop - where.start, like))
+                found = pull(inside, columns, held)
                 if any(cotangent is not None for cotangent in held):
                     self.memory[where.start] = [self._keep(slot, where, own) for slot, own in enumerate(held)]
                 pulled = [(stage, u, scale) for stage, (u, scale) in enumerate(found) if u is not None]

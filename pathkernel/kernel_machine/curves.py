@@ -20,6 +20,7 @@ from torch import Tensor
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.queries import GradientStep, ProductStep, Queries, Rests
+from pathkernel.kernel_machine.stacked_segments import stacked
 from pathkernel.quadrature import DiscreteGradient, Quadrature
 from pathkernel.trajectory.averages import AverageRecord, Update, averaged_events
 from pathkernel.trajectory.step import Segment
@@ -86,6 +87,9 @@ class Curve(ABC):
     dense: ClassVar[int] = 0
     """Matrices (Q, P) that a backward sweep of the curve holds."""
 
+    stack: int = 1
+    """How many segments a backward sweep evaluates together, where the curve can."""
+
     @abstractmethod
     def forward(self, accumulator: Accumulator, displacements: Displacements) -> None:
         """Add what each channel's displacements did to the queries."""
@@ -127,8 +131,8 @@ class PathCurve(Curve):
     def backward(self, accumulator: Accumulator) -> Iterator[tuple[Segment, FactoredGradients]]:
         """Walk back from the end of the curve; as of `Curve.backward`."""
         view: GradientStep | None = None
-        for segment in self.trajectory.segments(reverse=True):
-            later, view = view, GradientStep(self.queries, segment, view)
+        for segment, together in stacked(self.queries, self.trajectory.segments(reverse=True), self.stack):
+            later, view = view, GradientStep(self.queries, segment, view, together)
             self._book_buffers(accumulator, view, later)
             del later  # not beside its neighbour while that is used
             yield segment, self._average(accumulator, view)

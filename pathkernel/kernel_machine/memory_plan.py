@@ -74,6 +74,21 @@ HELD = 5
 COLUMNS = (2**16, 2**14, 2**12, 2**10, 2**9, 2**8)
 """Entries of θ that may be formed at once; tried in turn, so that their spacing alone is chosen."""
 
+STEPS = 8
+"""Steps that are run together. By a prototype on a network of 85,000 parameters, which is not in the repository, 4 and
+16 gain less; `benchmarks/engines.py` times shares that are made so."""
+
+STACKED = 2**29
+"""Bytes that steps may take together: beyond it they leave the processor's cache, and gain nothing. Chosen, not
+measured."""
+
+STACKING = 2.0
+"""Growth of what a pass takes where several are run together: zeros are added to each result. Chosen, to be above what
+`tests/kernel_machine/test_stacked_steps.py` measures."""
+
+LONG = 4
+"""Times as many steps a path has as are run together, at least: the proof takes as long as twice these. Chosen."""
+
 PASS, BLOCK_OF_COLUMNS = 1e6, 5e4
 """Cost of a pass through the network, and of a block of columns, by itself: in entries of a sample's gradient. Chosen,
 not measured: they rank ways to cut a sweep that all fit."""
@@ -155,6 +170,7 @@ class _Planner:
         self.memory = memory
         self.by = by
         self.dense = dense
+        self.matrices = matrices
         self.samples = count(queries.inputs)
         self.trajectory = trajectory = gradients.trajectory
         self.rule, self.k, self.size = trajectory.rule, queries.components, trajectory.layout.size
@@ -179,7 +195,24 @@ class _Planner:
         """Choose everything at once where there is ample room, else the cheapest way that fits."""
         plan = self._cut()
         cuts = plan.cuts
-        return replace(plan, cuts=replace(cuts, batch=replace(cuts.batch, width=self._width(plan))))
+        batch = replace(cuts.batch, width=self._width(plan))
+        return replace(plan, cuts=replace(cuts, batch=batch, steps=self._steps(plan)))
+
+    def _steps(self, plan: Plan) -> int:
+        """Steps that are run together in what a sweep leaves free: one, where that gains nothing or few are alike."""
+        known = self.rule.elementwise and isinstance(self.curve.quadrature, FixedQuadrature | DiscreteGradient)
+        whole = plan.passes is None and not plan.cuts.batch.streamed and plan.cuts.batch.samples >= self.gradients.most
+        # Where matrices are held, each step is noted, which is to be of its own pass.
+        alike = known and whole and not (self.dense or self.curve.dense or self.matrices)
+        # What is measured below takes as long as a few steps.
+        if not alike or len(self.trajectory) < LONG * STEPS or self.batches.rows:
+            return 1
+        peak = max(phase.peak(plan.queries) for phase in self._phases(plan, plan.queries))
+        passes = max(self.query.peak(plan.queries), self.batches.separate.peak(self.batches.largest))
+        held = self.query.held(plan.queries) + self.batches.separate.held(self.batches.largest)
+        # Those of the steps before are there until the first of these is used.
+        of_step = PASSING * (STACKING * passes + 2 * held) + HELD * self.vector
+        return STEPS if STEPS * of_step <= min(usable_bytes(self.memory) - peak, STACKED) else 1
 
     def _width(self, plan: Plan) -> int:
         """Directions along which a whole batch is pushed at once in what its rows leave free, with their weights."""

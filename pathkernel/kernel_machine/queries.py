@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -119,6 +119,22 @@ class Queries:
             begin += len(found)
         return FactoredGradients.dense(rows, layout)
 
+    def values_at_points(self, thetas: Float[Tensor, "k P"]) -> Float[Tensor, "k Q"] | None:
+        """h at several θ in one pass; None where they are to be taken one by one."""
+        if self.forward is not None:
+            return None
+        point, function = self.function.cast(thetas), self.function
+        with function.evaluating(gradients=False):
+            found = self.source.values_at_points(point, self.inputs, self.functional, self._context, function)
+        return None if found is None else found.double().flatten(1)
+
+    def gradients_at_points(self, thetas: Float[Tensor, "k P"]) -> list[FactoredGradients] | None:
+        """∇h at several θ in one pass; None as above."""
+        if self.passes is not None:
+            return None
+        context, components = self._context, self._components
+        return self.source.gradients_at_points(thetas, self.inputs, self.functional, context, components, self.function)
+
     def _single(self, queries: Int[Tensor, " n"]) -> tuple[OutputFunctional, PyTree, PyTree]:
         """The given queries as scalar functionals with their inputs and context."""
         samples = queries // self.components
@@ -182,6 +198,17 @@ class Queries:
         return torch.cat([v for v, _ in found]), torch.cat([products for _, products in found])
 
 
+@runtime_checkable
+class Together(Protocol):
+    """Segments that are evaluated in one pass; None where that was not proved."""
+
+    def value(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " Q"] | None:
+        """Values at a point."""
+
+    def gradient(self, segment: Segment, time: float) -> FactoredGradients | None:
+        """Gradients between the ends of one of the segments."""
+
+
 class GradientStep:
     """Segment with gradients in factored form; see `pathkernel.quadrature.QueryStep`.
 
@@ -191,13 +218,22 @@ class GradientStep:
         Whose gradients, and where.
     neighbour
         The segment's neighbour in the sweep: values and gradients at a shared end are taken once.
+    together
+        Segments that it is evaluated with.
     """
 
-    def __init__(self, queries: Queries, segment: Segment, neighbour: GradientStep | None = None) -> None:
+    def __init__(
+        self,
+        queries: Queries,
+        segment: Segment,
+        neighbour: GradientStep | None = None,
+        together: Together | None = None,
+    ) -> None:
         if neighbour is not None and neighbour.segment.buffers is not segment.buffers:
             neighbour = None  # another network, as far as values and gradients are concerned
         self.queries: Queries = queries.under(segment.buffers)
         self.segment: Segment = segment
+        self._together = together
         self.delta = segment.displacement
         self.rounding = torch.finfo(queries.function.dtype).eps
         self._known: dict[int, Any] = dict(neighbour._ends) if neighbour is not None else {}
@@ -219,6 +255,8 @@ class GradientStep:
 
     def _value(self, theta: Tensor) -> Tensor:
         known = self._values.get(id(theta))
+        if known is None and self._together is not None:
+            known = self._together.value(theta)
         return self.queries.values(theta) if known is None else known
 
     def _evaluate(self, theta: Tensor) -> Any:
@@ -227,6 +265,9 @@ class GradientStep:
     def gradient(self, time: float) -> Any:
         """∇h at start + time·Δ."""
         if time not in (0.0, 1.0):
+            found = None if self._together is None else self._together.gradient(self.segment, time)
+            if found is not None:
+                return found
             return self._evaluate(torch.add(self.segment.start.double(), self.delta, alpha=time))
         end = self.segment.end if time else self.segment.start
         if id(end) not in self._ends:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -33,6 +33,7 @@ from pathkernel.trajectory.joined_batches import runs_of
 from pathkernel.trajectory.recomputed_batches import RecomputedBatches
 from pathkernel.trajectory.split_certificate import EngineReplaced as EngineReplaced
 from pathkernel.trajectory.split_certificate import SplitCertificate, hashable
+from pathkernel.trajectory.stacked_batches import run_together
 from pathkernel.trajectory.stage_gradients import WHOLE, ComparedGradient, Passes, StageGradients, Streamed
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -154,6 +155,12 @@ class RecordedGradients:
     def largest(self) -> float:
         """The largest norm of a recorded gradient, which few comparisons depend on: all steps are read for it."""
         return max([self._largest_gradient, *(step.gradient.norm().item() for step in self.trajectory.steps())])
+
+    def prepare(self, steps: Sequence[Step], passes: Passes) -> None:
+        """Run the batches of consecutive steps together, where they ran alike; `stages` then finds their gradients."""
+        rule = self.trajectory.rule
+        if rule.stages == 1 and type(rule).stage_offsets is UpdateRule.stage_offsets:
+            run_together(self.batches, steps, passes)
 
     def stages(self, step: Step, rows: bool, passes: Passes = WHOLE) -> list[StageGradients]:
         """Contributions of the samples to each gradient of a step, one by one (``rows``) or in total only."""

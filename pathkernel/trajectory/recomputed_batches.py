@@ -74,6 +74,8 @@ class RecomputedBatches:
         Whether rows are formed by reverse sweeps of whole batches, and what was measured of them.
     sweeps
         What forward and reverse sweeps of whole batches cost.
+    held
+        Gradients of batches that were run with others, by the index of their step: the batch, where, and what.
     """
 
     def __init__(self, trajectory: Trajectory, function: ModelFunction, memory: int, engine: str) -> None:
@@ -85,6 +87,7 @@ class RecomputedBatches:
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
         self.check = SplitCheck(trajectory, coupled=engine == "autograd")
         self.sweeps = CoupledSweeps()
+        self.held: dict[int, tuple[MicroBatch, Tensor, FactoredGradients]] = {}
         self._low: dict[Any, frozenset[torch.dtype]] = {}
         self._separate: dict[Any, bool] = {}
         self._joinable: dict[Any, bool] = {}
@@ -176,13 +179,17 @@ class RecomputedBatches:
             function = self.replayed(step, batch)
             inputs, targets = samples_of(batch, self.trajectory.data)
             measured, low = self.check.is_due(step, batch, inputs), bool(self.low(batch))
-            pushed = self._pushed(step, batch, function, point, inputs, targets, passes, measured)
+            held = self._taken(step, batch, point)
+            # Samples whose gradients are at hand were seen not to be coupled.
+            pushed = None
+            if held is None:
+                pushed = self._pushed(step, batch, function, point, inputs, targets, passes, measured)
             if pushed is not None:
                 self.check.certificate.engines.add("autograd")
                 yield pushed
                 continue
             found: list[Tensor] = []
-            for rows, piece, cotangents in self._rows(batch, function, point, inputs, targets, passes):
+            for rows, piece, cotangents in self._rows(batch, function, point, inputs, targets, passes, held):
                 if measured and piece is not None:
                     v = random_directions(function.layout.size, DIRECTIONS)
                     self.check.measure(function, point, take(inputs, piece), cotangents[piece], rows @ v.T, low)
@@ -192,6 +199,12 @@ class RecomputedBatches:
                         self.check.measure(function, point, inputs, cotangents, torch.cat(found), low)
                 yield rows
                 give_back_freed_memory()
+
+    def _taken(self, step: Step, batch: MicroBatch, point: Tensor) -> FactoredGradients | None:
+        """Gradients of a batch at a point that are at hand, once; None of others."""
+        held = self.held.pop(step.index, None)
+        at_hand = held is not None and held[0] is batch and held[1] is point and not self.check.coupled
+        return held[2] if held is not None and at_hand else None
 
     def _pushed(
         self,
@@ -237,10 +250,24 @@ class RecomputedBatches:
         return own
 
     def _rows(
-        self, batch: MicroBatch, function: ModelFunction, point: Tensor, inputs: PyTree, targets: PyTree, passes: Passes
+        self,
+        batch: MicroBatch,
+        function: ModelFunction,
+        point: Tensor,
+        inputs: PyTree,
+        targets: PyTree,
+        passes: Passes,
+        held: FactoredGradients | None = None,
     ) -> Iterator[tuple[FactoredGradients, slice | None, Tensor]]:
-        """Gradients, the samples that they are of (None for the next of a batch run together), and λ (B, C) of all."""
+        """Gradients, the samples that they are of (None for the next of a batch run together), and λ (B, C) of all.
+
+        ``held`` are those that were taken with other batches.
+        """
         objective, n = self.trajectory.objective, len(batch.ids)
+        if held is not None:
+            self.check.certificate.engines |= self.source.engines
+            yield held, slice(0, n), self._slopes(batch, function, point, None, inputs, targets)
+            return
         source = self.source_of(batch)
         if self.together(batch, point, inputs):
             self.check.certificate.engines.add("autograd")

@@ -1,0 +1,89 @@
+"""Consecutive segments of a path whose queries are evaluated together: small networks take the time of their calls."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pathkernel._typing import Float
+from pathkernel.gradients.factored import FactoredGradients
+from pathkernel.kernel_machine.queries import Queries
+from pathkernel.trajectory.step import Segment
+
+
+class StackedSegments:
+    """k segments under the same buffers, as their queries see them.
+
+    Values are taken where the segments start, gradients between their ends: all k when the first is asked for.
+
+    Parameters
+    ----------
+    queries
+        Under the buffers of the segments.
+    segments
+        In any order.
+    """
+
+    def __init__(self, queries: Queries, segments: Sequence[Segment]) -> None:
+        self.queries = queries
+        self.segments = tuple(segments)
+        self._gradients: dict[float, list[FactoredGradients] | None] = {}
+
+    def value(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " Q"] | None:
+        """Values at the start of a segment; None at other points, and where passes are taken one by one."""
+        for place, segment in enumerate(self.segments):
+            if segment.start is theta:
+                return None if self._values is None else self._values[place]
+        return None
+
+    @cached_property
+    def _values(self) -> Float[Tensor, "k Q"] | None:
+        return self.queries.values_at_points(self._starts)
+
+    @cached_property
+    def _starts(self) -> Float[Tensor, "k P"]:
+        return torch.stack([segment.start for segment in self.segments])
+
+    def gradient(self, segment: Segment, time: float) -> FactoredGradients | None:
+        """∇h at start + time · Δ of one of the segments; None where passes are taken one by one."""
+        if time not in self._gradients:
+            starts = self._starts.double()
+            ends = torch.stack([own.end for own in self.segments])
+            points = torch.add(starts, torch.sub(ends, starts), alpha=time)
+            self._gradients[time] = self.queries.gradients_at_points(points)
+        found = self._gradients[time]
+        place = next(place for place, own in enumerate(self.segments) if own is segment)
+        return None if found is None else found[place]
+
+
+def stacked(
+    queries: Queries, segments: Iterable[Segment], count: int
+) -> Iterator[tuple[Segment, StackedSegments | None]]:
+    """Segments with those that each is evaluated with; None for one by itself.
+
+    Exactly ``count`` are taken together, so that one number is proved. The last ones are taken by themselves, that the
+    value where the path ends is the one that stands for the curve's own.
+    """
+    if count < 2:
+        for segment in segments:
+            yield segment, None
+        return
+    ahead: deque[Segment] = deque()
+    for segment in segments:
+        if ahead and segment.buffers is not ahead[0].buffers:
+            yield from _by_themselves(ahead)
+        ahead.append(segment)
+        if len(ahead) > count:
+            own = [ahead.popleft() for _ in range(count)]
+            together = StackedSegments(queries.under(own[0].buffers), own)
+            yield from ((one, together) for one in own)
+    yield from _by_themselves(ahead)
+
+
+def _by_themselves(segments: deque[Segment]) -> Iterator[tuple[Segment, StackedSegments | None]]:
+    while segments:
+        yield segments.popleft(), None
