@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pathkernel._typing import Float, Int
 from pathkernel.gradients.layers.factor import Factor
-
 
 @dataclass(frozen=True)
 class Dense(Factor):
@@ -82,6 +81,9 @@ class Outer(Factor):
         Whether the parameter is laid out as (q, p).
     head
         Whether δ is the identity (K = p, T = 1): the weight's output is the network's own, component by component.
+    joint
+        s, (n, p), where sums over components are those of one: :math:`\sum_k \delta_{ikp} \delta_{jkp} = s_{ip} s_{jp}`
+        for gradients at the same θ (T = 1). Another δ leaves it out.
     """
 
     fields = ("signal", "activation")
@@ -91,6 +93,7 @@ class Outer(Factor):
     activation: Tensor
     transposed: bool = False
     head: bool = False
+    joint: Tensor | None = None
 
     @property
     def reading_size(self) -> int:
@@ -102,9 +105,18 @@ class Outer(Factor):
         """Bytes stored; an identity is stored once for all samples."""
         return self.activation.numel() * self.dtype.itemsize if self.head else super().nbytes
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Outer:
+        """Apply a function to every tensor; samples are on the first axis."""
+        joint = None if self.joint is None else function(self.joint)
+        return replace(self, signal=function(self.signal), activation=function(self.activation), joint=joint)
+
+    def component(self, c: int) -> Outer:
+        """Restrict to one component."""
+        return replace(self, signal=self.signal[:, c : c + 1], joint=None)
+
     def with_signals(self, signals: Tensor) -> Outer:
         """Replace δ."""
-        return replace(self, signal=signals, head=False)
+        return replace(self, signal=signals, head=False, joint=None)
 
     def rows_between(self, begin: int, end: int) -> Outer:
         """Restrict to a range of the parameter's first axis."""
@@ -119,6 +131,10 @@ class Outer(Factor):
     def as_head(self) -> Outer:
         """Mark δ as the identity."""
         return replace(self, head=True)
+
+    def with_joint(self, joint: Float[Tensor, "n p"]) -> Outer:
+        """Tell what sums over components of products of δ are made of."""
+        return replace(self, joint=joint)
 
     def joined(self, others: Sequence[Factor]) -> Outer | None:
         """Outer products put behind each other along T."""

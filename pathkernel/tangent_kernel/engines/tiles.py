@@ -13,6 +13,7 @@ from pathkernel._typing import Float
 from pathkernel.gradients.contraction import Pairs, by_pairs, parts
 from pathkernel.gradients.layers.factor import Factor, side_by_side
 from pathkernel.gradients.layers.factors import Dense, Piece
+from pathkernel.gradients.layers.tape import NotElementwise
 from pathkernel.gradients.matmul import product
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.runtime.interrupts import deliver_interrupt
@@ -227,7 +228,7 @@ def _sorted(pieces: list[Piece], form: Form) -> tuple[list[Pairs], list[Rows], l
         if form.by_pairs(piece):
             constants = form.metric.constants(piece)
             assert constants is not None
-            pairs.append(Pairs.of(piece.to(form.dtype), form.full, *constants, unit=factor.head))
+            pairs.append(Pairs.of(piece.to(form.dtype), form.full, *constants, unit=factor.head, same_point=True))
             continue
         if form.by_kept_rows(piece):
             rows.append(Rows.of(factor, piece.where, form))
@@ -266,7 +267,14 @@ def contract(
         sure to be computed.
     scratch
         Bytes for a tile.
+
+    Raises
+    ------
+    NotElementwise
+        Where one of the groups alone has `Outer.joint` of a layer.
     """
+    if any(one.width != two.width for one, two in zip(left.pairs, right.pairs, strict=True)):
+        raise NotElementwise
     count, n, _, m = result.shape
     shape = (count, n, m, same)
     widest = max([_row_bytes(own.signal) for own in right.pairs] + [_row_bytes(own) for own in right.rows], default=1)
