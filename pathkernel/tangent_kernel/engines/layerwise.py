@@ -19,7 +19,7 @@ from pathkernel.gradients.layers.tape import NotElementwise, Tape
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.per_sample import values_of
-from pathkernel.gradients.pytrees import blocks, count, spread, take
+from pathkernel.gradients.pytrees import alike, blocks, count, joined_samples, spread, take
 from pathkernel.runtime.interrupts import defer_interrupts, result_or_error
 from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.runtime.workspace import Workspace, keep_freed_memory
@@ -173,7 +173,11 @@ class LayerwiseEngine(Engine):
         right = left if Y is None else Side(self, theta, Y, context_Y, form, plan)
         k = sizes.components if self.full else 1
         result = self.workspace.empty((k, n, k, m), torch.float64, self.function.device)
+        together = right is not left and plan.holds(n + m) and not self.full and alike((X, context_X), (Y, context_Y))
         for components in blocks(sizes.components, plan.components):
+            if together:
+                _contract_together(left, right, components, result)
+                continue
             for block in blocks(n, plan.left):
                 _contract_block(left, None if Y is None else right, block, components, result)
         if Y is None:
@@ -252,6 +256,20 @@ def _contract_block(left: Side, right: Side | None, block: slice, components: sl
                 left.contract(one, two, result[:, i, :, j], components, same=i == j)
     for other in cuts(slice(block.stop if right is None else 0, result.shape[3]), left.plan.right):
         _contract_columns(left, held, right or left, other, components, result)
+
+
+def _contract_together(left: Side, right: Side, components: slice, result: Tensor) -> None:
+    """A kernel matrix whose rows and columns go through the network in one pass: small ones take the time of calls."""
+    n, m = left.form.pairs
+    X, context = joined_samples((left.X, left.context), (right.X, right.context))
+    pieces = left.engine.pieces(left.theta, X, context, components, joint=True)[0]
+
+    def group(own: slice) -> Group:
+        size = own.stop - own.start
+        return Group.joined(size, iter([(slice(0, size), [piece.take(own) for piece in pieces])]), left.form)
+
+    one, two = group(slice(0, n)), group(slice(n, n + m))
+    left.contract(one, two, result, components, same=False)
 
 
 def _contract_columns(
