@@ -11,6 +11,11 @@ from torch import Tensor
 from pathkernel._typing import Float, Int
 from pathkernel.gradients.layers.factor import Factor
 
+NARROW = 16
+"""Entries of a reading below which the wide matrix is the right factor of a product: (320, 784) by (784, 9) takes 1.4
+times as long as the transposes of both the other way round (float32, one thread of MKL on an AMD EPYC)."""
+
+
 @dataclass(frozen=True)
 class Dense(Factor):
     """Gradients as rows, for small parameters and for whatever has no better form.
@@ -176,6 +181,9 @@ class Outer(Factor):
         if full:
             for j in range(k):
                 torch.bmm(left[:, j], self.activation, out=into[j].view(n, p, q))
+        elif q < NARROW:
+            found = torch.bmm(self.activation.mT, left.reshape(n, k * p, -1).mT)
+            into[0].view(n, k * p, q).copy_(found.mT)
         else:
             torch.bmm(left.reshape(n, k * p, -1), self.activation, out=into[0].view(n, k * p, q))
 
