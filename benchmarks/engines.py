@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _floors import count, gram_products, parameters_of
+from _floors import count, gram_products, parameters_of, spared
 from _peers import ENVIRONMENTS
 from _peers import METHODS as PEER_METHODS
 from _rounds import Entry, Here, Rounds, Speed, Worker
@@ -209,6 +209,7 @@ def row_of(entry: Entry, speed: Speed, threads: int) -> dict[str, Any]:
     }
     if entry.task.kind == "gram":
         row["floor_products_seconds"] = gram_products(entry.task) / speed.products  # without the passes
+        row["floor_spared_seconds"] = spared(entry.task) / speed.products  # what the floor has too many
     return row | entry.extra
 
 
