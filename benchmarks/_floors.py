@@ -12,6 +12,10 @@ matrices   G = Σ_t δ_t a_tᵀ, then ⟨G, G'⟩: 2 C T d_in d_out  for each sa
 with C' = C for the trace and C² for full blocks. Pairs are N (N + 1) / 2 where the kernel is symmetric (of full blocks
 those of N C rows) and N M otherwise. The bias makes d_in one larger. The last layer's δ are unit vectors: its kernel
 is a·a' + 1 for every output, and the first δ that must be computed is its weight, for nothing.
+
+What counts on a network beyond its layers is not in the floor: where only activations lie between the last hidden layer
+and the output layer, δ_c = w_c ∘ φ', and the trace of that hidden layer needs d_out in place of C d_out. `spared` says
+how many FLOPs the floor has too many by that; targets and ratios of all times are with the floor as it was.
 """
 
 from __future__ import annotations
@@ -120,6 +124,15 @@ def gram_products(task: Task) -> float:
         row_pairs = n * m * signals**2 if m else n * signals * (n * signals + 1) / 2
     layers = layers_of(task) if task.outputs != "loss" else inner(layers_of(task))
     return sum(contraction(layer, n + m, sample_pairs, row_pairs, signals) for layer in layers)
+
+
+def spared(task: Task) -> float:
+    """FLOPs of `gram_products` that the trace of a perceptron can do without: see the top of this file."""
+    if task.network != "mlp" or task.outputs != "trace":
+        return 0.0
+    n, m = task.queries, task.references
+    sample_pairs = n * m if m else n * (n + 1) / 2
+    return 2.0 * sample_pairs * (OUTPUTS - 1) * task.width
 
 
 def passes(task: Task) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from _plain import reference
+from _worker import CLOCKS
 from _workloads import Task, arrays_of
 
 HERE = Path(__file__).parent
@@ -31,8 +32,8 @@ class Failure(RuntimeError):
 class Worker:
     """A method in a process of its own; see `_worker`."""
 
-    def __init__(self, python: str, module: str, threads: int) -> None:
-        self.command = [python, str(HERE / "_worker.py"), module, str(threads)]
+    def __init__(self, python: str, module: str, threads: int, clock: str) -> None:
+        self.command = [python, str(HERE / "_worker.py"), module, str(threads), clock]
         self.threads, self.process = threads, None
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
@@ -87,10 +88,10 @@ class Worker:
 class Here:
     """A method in this very process: quicker to start, its memory less cleanly its own."""
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, clock: str) -> None:
         from _worker import Work
 
-        self.work = Work(module)
+        self.work = Work(module, clock)
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
         try:
@@ -245,7 +246,7 @@ class Rounds:
                 rows=None if rows is None else rows.tolist(),
                 columns=None if columns is None else columns.tolist(),
             )
-            entry.result = np.load(save)
+            entry.result = np.load(save) if entry.measured["saved"] else None
 
     def _chosen(self, task: Task) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns that errors are measured on: some of everywhere, so that every tile is among them."""
@@ -284,9 +285,10 @@ def spread(n: int, few: int) -> np.ndarray:
 
 
 class Speed:
-    """The machine: product speed (FLOP/s) and memory bandwidth (bytes/s), the best of what was seen."""
+    """The machine: product speed (FLOP/s) and memory bandwidth (bytes/s), the best of what was seen by a clock."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, clock: str) -> None:
+        self.clock = CLOCKS[clock]
         generator = torch.Generator().manual_seed(0)
         self.a, self.b = (torch.rand(size, size, generator=generator) for _ in range(2))
         self.out, self.block = torch.empty(size, size), torch.zeros(1 << 25 if size >= 2048 else 1 << 22)
@@ -296,10 +298,10 @@ class Speed:
     def __call__(self) -> None:
         work = 2.0 * len(self.a) ** 3
         for product in (self._by_mkl, self._by_onednn) if torch.backends.mkldnn.is_available() else (self._by_mkl,):
-            self.products = max(self.products, *(work / duration(product) for _ in range(3)))
+            self.products = max(self.products, *(work / self._duration(product) for _ in range(3)))
         moved = 2.0 * self.block.nbytes
         for move in (lambda: self.target.copy_(self.block), lambda: self.block.mul_(0.5)):
-            self.bandwidth = max(self.bandwidth, *(moved / duration(move) for _ in range(3)))
+            self.bandwidth = max(self.bandwidth, *(moved / self._duration(move) for _ in range(3)))
 
     def _by_mkl(self) -> None:
         torch.mm(self.a, self.b, out=self.out)
@@ -307,8 +309,7 @@ class Speed:
     def _by_onednn(self) -> None:
         torch.ops.mkldnn._linear_pointwise(self.a, self.b, None, "none", [], "")
 
-
-def duration(of: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    of()
-    return time.perf_counter() - start
+    def _duration(self, of: Callable[[], Any]) -> float:
+        start = self.clock()
+        of()
+        return self.clock() - start

@@ -3,7 +3,7 @@
 As a script it is a process of its own, in whichever environment the method needs, and speaks JSON lines: requests on
 standard input, answers on what was standard output (libraries that print are sent to standard error).
 
-    python _worker.py MODULE THREADS
+    python _worker.py MODULE THREADS CLOCK
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""``"cpu"``: time of this process on the processor, all its threads together; with one thread the fair one where others
+work on the same machine."""
 
 SLOW, QUICK = 30.0, 0.5
 """Seconds: a slow call is not repeated for its memory, a quick one runs once untimed before it is timed."""
@@ -27,7 +32,8 @@ SLOW, QUICK = 30.0, 0.5
 class Work:
     """Tasks loaded by name, each a callable, with the methods of one module."""
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, clock: str) -> None:
+        self.clock = CLOCKS[clock]
         self.module = importlib.import_module(module)
         self.calls: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
@@ -45,16 +51,21 @@ class Work:
     def measure(
         self, slot: str, save: str, shape: list[int], rows: list[int] | None, columns: list[int] | None
     ) -> dict[str, Any]:
-        """One call for its result, of which some rows and columns are saved, and another for its memory."""
+        """One call for its result, of which some rows and columns are saved, and another for its memory.
+
+        What has no result (floors) saves none.
+        """
         import numpy as np
 
         run, canonical = self.calls[slot]
-        seconds, peak, result = watched(run)
+        seconds, peak, result = watched(run, self.clock)
         if seconds < SLOW:
             del result  # as a user who keeps one result at a time
             getattr(run, "forget", lambda: None)()
-            seconds, peak, result = watched(run)
+            seconds, peak, result = watched(run, self.clock)
         self.seconds[slot] = seconds
+        if canonical is None:
+            return {"seconds": seconds, "peak_mb": None, "result_mb": None, "saved": False}
         array = np.asarray(canonical(result), dtype=np.float64)
         whole = {"result_mb": array.nbytes / 1e6}
         if array.shape[:2] != tuple(shape):
@@ -62,16 +73,16 @@ class Work:
         if rows is not None and columns is not None:
             array = array[np.ix_(rows, columns)]
         np.save(save, array)
-        return {"seconds": seconds, "peak_mb": peak, **whole}
+        return {"seconds": seconds, "peak_mb": peak, "saved": True, **whole}
 
     def time(self, slot: str) -> dict[str, Any]:
         """One repetition."""
         run = self.calls[slot][0]
         if self.seconds[slot] < QUICK:
             run()
-        start = time.perf_counter()
+        start = self.clock()
         run()
-        return {"seconds": time.perf_counter() - start}
+        return {"seconds": self.clock() - start}
 
     def release(self) -> dict[str, Any]:
         self.calls.clear()
@@ -79,16 +90,16 @@ class Work:
         return {}
 
 
-def watched(run: Any) -> tuple[float, float, Any]:
+def watched(run: Any, clock: Callable[[], float]) -> tuple[float, float, Any]:
     """Seconds, extra resident memory at its highest in MB, and the result."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, or the next call finds it there
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before, start = resident("VmRSS"), time.perf_counter()
+    before, start = resident("VmRSS"), clock()
     result = run()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     return seconds, (resident("VmHWM") - before) / 1e6, result
 
 
@@ -110,13 +121,13 @@ def limit_memory(part: float) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def serve(module: str, threads: int) -> None:
+def serve(module: str, threads: int, clock: str) -> None:
     limit_memory(0.85)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     if hasattr(os, "sched_setaffinity"):  # the only way to tell XLA
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    work = Work(module)
+    work = Work(module, clock)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
     print(json.dumps({"ready": True}), file=answers, flush=True)
@@ -131,4 +142,4 @@ def serve(module: str, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3])

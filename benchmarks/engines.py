@@ -1,12 +1,15 @@
 """How fast are the engines, how far from the floor, and how much faster than other libraries?
 
     python benchmarks/engines.py [--quick] [--peers] [--json FILE] [--only NAME …] [--methods NAME …] [--threads N]
+                                 [--clock wall|cpu]
 
 Each row is one method on one workload. All methods of a workload take turns, each in a process of its own.
 
 seconds        median over the rounds (of pathkernel: what the user's call takes, its float64 result included)
 floor_seconds  what the structured method must do at least, layer by layer, at the speed of a float32 matrix product
                and of memory, both measured in the same rounds; benchmarks/_floors.py has the formulas
+torch_seconds  of tangent kernels: what torch itself takes for the parts, forward pass, signals, rows and half of the
+               products, without anything around them, in the same rounds (`torch-floor`, benchmarks/_torch_floor.py)
 peak_mb        resident memory beyond what was there before the call, at its highest; the result is part of it
 error          relative, Frobenius, against a plain float64 computation on rows and columns spread over the whole
                (`error_against` says how many)
@@ -14,7 +17,9 @@ error          relative, Frobenius, against a plain float64 computation on rows 
 Methods: `pathkernel` is engine="auto", `pathkernel-plain` engine="jacobian", `tutorial` torch.func's own tutorial,
 `rows` vmap(grad) into a buffer and one product. `--peers` installs other libraries into environments of their own and
 runs them too. Workloads: W1 an MLP 64-256-256-10, W2 a small CNN, W3 a causal transformer; one TracIn checkpoint; path
-Gram matrices and shares of a network trained on digits; memory budgets; scaling.
+Gram matrices and shares of a network trained on digits; memory budgets; scaling. Where others work on the same machine,
+`--threads 1 --clock cpu` counts the time of each process on the processor alone: threads that wait for each other there
+say nothing of an engine.
 
 Exit status 1 if a result of pathkernel is not as exact as it should be. Speed is reported, not enforced.
 """
@@ -32,14 +37,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _floors import count, gram_products, parameters_of
+from _floors import count, gram_products, parameters_of, spared
 from _peers import ENVIRONMENTS
 from _peers import METHODS as PEER_METHODS
 from _rounds import Entry, Here, Rounds, Speed, Worker
-from _targets import all_targets, scaling, wrong
+from _targets import TORCH_FLOOR, all_targets, find, scaling, wrong
+from _worker import CLOCKS
 from _workloads import OUTPUTS, Task
 
-MODULES = {"pathkernel": "_library", "pathkernel-plain": "_library", "tutorial": "_plain", "rows": "_plain"}
+MODULES = {
+    "pathkernel": "_library",
+    TORCH_FLOOR: "_torch_floor",
+    "pathkernel-plain": "_library",
+    "tutorial": "_plain",
+    "rows": "_plain",
+}
 OWN = tuple(MODULES)
 METHODS = (*OWN, *(method for methods in PEER_METHODS.values() for method in methods))
 NEURAL_TANGENTS = PEER_METHODS["jax"]
@@ -154,17 +166,19 @@ def all_groups(quick: bool) -> Groups:
 def workers_of(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
     """By method: here in this process for --quick, else processes of their own; peers where they are installed."""
     if arguments.quick:
-        here = {module: Here(module) for module in dict.fromkeys(MODULES.values())}
+        here = {module: Here(module, arguments.clock) for module in dict.fromkeys(MODULES.values())}
         workers: dict[str, Any] = {method: here[module] for method, module in MODULES.items()}
     else:
-        workers = {method: Worker(sys.executable, module, threads) for method, module in MODULES.items()}
+        workers = {
+            method: Worker(sys.executable, module, threads, arguments.clock) for method, module in MODULES.items()
+        }
     for environment in ENVIRONMENTS if arguments.peers else ():
         failed = environment.make(lambda text: print(text, flush=True))
         print(f"peers in {environment.folder}: {environment.versions()}")
         for package, reason in failed.items():
             print(f"  {package} could not be installed: {reason}")
         for method in PEER_METHODS[environment.name]:
-            workers[method] = Worker(str(environment.python), environment.module, threads)
+            workers[method] = Worker(str(environment.python), environment.module, threads, arguments.clock)
     return workers
 
 
@@ -187,6 +201,7 @@ def row_of(entry: Entry, speed: Speed, threads: int) -> dict[str, Any]:
         "result_mb": entry.measured.get("result_mb"),
         "gflop": share * work / 1e9,
         "gigabytes": share * moved / 1e9,
+        "torch_seconds": None,
         "product_gflops": speed.products / 1e9,
         "bandwidth_gbs": speed.bandwidth / 1e9,
         "threads": threads,
@@ -194,19 +209,25 @@ def row_of(entry: Entry, speed: Speed, threads: int) -> dict[str, Any]:
     }
     if entry.task.kind == "gram":
         row["floor_products_seconds"] = gram_products(entry.task) / speed.products  # without the passes
+        row["floor_spared_seconds"] = spared(entry.task) / speed.products  # what the floor has too many
     return row | entry.extra
 
 
-LINE = "{:<34} {:<28} {:>9} {:>9} {:>8} {:>9} {:>9}  {}"
+LINE = "{:<34} {:<28} {:>9} {:>9} {:>8} {:>8} {:>9} {:>9}  {}"
+
+
+def over(seconds: float | None, floor: float | None) -> float | None:
+    """How many times a floor; None where either is not known."""
+    return None if seconds is None or floor is None else seconds / floor
 
 
 def print_row(row: dict[str, Any]) -> None:
     def shown(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
 
-    ratio = None if row["seconds"] is None else row["seconds"] / row["floor_seconds"]
+    ratios = (over(row["seconds"], row[floor]) for floor in ("floor_seconds", "torch_seconds"))
     remark = row["note"] if row["status"] == "ok" else row["status"]
-    numbers = shown(row["seconds"], ".4g"), f"{row['floor_seconds']:.4g}", shown(ratio, ".3g")
+    numbers = shown(row["seconds"], ".4g"), f"{row['floor_seconds']:.4g}", *(shown(ratio, ".3g") for ratio in ratios)
     rest = shown(row["peak_mb"], ".0f"), shown(row["error"], ".1e")
     print(LINE.format(row["workload"], row["method"], *numbers, *rest, remark), flush=True)
 
@@ -228,17 +249,22 @@ def main() -> int:
     parser.add_argument("--only", metavar="NAME", nargs="+", default=[""], help="groups whose names begin so")
     parser.add_argument("--methods", metavar="NAME", nargs="+", default=METHODS, choices=METHODS, help="only these")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of every method")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what seconds are; cpu: of each process")
     parser.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds, of methods that are quick")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
     print(f"Engines: how fast, how exact{' (quick)' if arguments.quick else ''}")
     versions = f"python {platform.python_version()}, torch {torch.__version__}"
-    print(f"{versions}, {platform.machine()}, {arguments.threads} threads, {time.strftime('%F')}")
+    print(
+        f"{versions}, {platform.machine()}, {arguments.threads} threads, {arguments.clock} time, {time.strftime('%F')}"
+    )
     groups = {name: entries for name, entries in all_groups(arguments.quick).items() if chosen(name, arguments.only)}
     workers = workers_of(arguments, arguments.threads)
     rows: list[dict[str, Any]] = []
-    print(LINE.format("workload", "method", "seconds", "floor", "× floor", "peak MB", "error", ""), flush=True)
+    print(
+        LINE.format("workload", "method", "seconds", "floor", "× floor", "× torch", "peak MB", "error", ""), flush=True
+    )
     with tempfile.TemporaryDirectory() as folder:
         try:
             for entries in groups.values():
@@ -256,13 +282,15 @@ def main() -> int:
 def run_group(
     entries: list[Entry], workers: dict[str, Any], folder: Path, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    start, speed = time.perf_counter(), Speed(512 if arguments.quick else 2048)
+    start, speed = time.perf_counter(), Speed(512 if arguments.quick else 2048, arguments.clock)
     speed()
     settings = {"most": 0, "subset": 4, "pause": 0.0} if arguments.quick else {"most": arguments.repeat, "subset": 48}
     Rounds(workers, folder, speed, **settings).run(entries, progress)
     progress("")
-    rows = [row_of(entry, speed, arguments.threads) for entry in entries]
+    rows = [row_of(entry, speed, arguments.threads) | {"clock": arguments.clock} for entry in entries]
     for row in rows:
+        torch_floor = find(rows, row["workload"], TORCH_FLOOR)
+        row["torch_seconds"] = None if torch_floor is None else torch_floor["seconds"]
         print_row(row)
     speeds = f"products {speed.products / 1e9:.0f} GFLOP/s, memory {speed.bandwidth / 1e9:.0f} GB/s"
     print(f"  {speeds}; took {time.perf_counter() - start:.0f} s", flush=True)

@@ -71,16 +71,34 @@ class Pairs:
     alike: int
 
     @classmethod
-    def of(cls, piece: Piece, full: bool, weight: float = 1.0, bias: float = 1.0, unit: bool = False) -> Pairs:
-        """Pairs of a piece of a tape; ``unit`` where δ is the identity on both sides."""
-        own = piece.factor.signals
+    def of(
+        cls,
+        piece: Piece,
+        full: bool,
+        weight: float = 1.0,
+        bias: float = 1.0,
+        unit: bool = False,
+        same_point: bool = False,
+    ) -> Pairs:
+        """Pairs of a piece of a tape.
+
+        ``unit``: δ is the identity on both sides. ``same_point``: both sides are at the same θ (`Outer.joint`).
+        """
+        own, joint = piece.factor.signals, piece.factor.joint if same_point and not full else None
         n, k, t, p = own.shape
         signal: Tensor | None = None
-        if not unit:
+        if joint is not None:
+            signal = joint.view(1, n, 1, p)
+        elif not unit:
             signal = own.transpose(0, 1).contiguous() if full else own.transpose(1, 2).reshape(1, n, t, k * p)
         count, alike = (k, 1) if full else (1, k)
         readings = piece.factor.readings.contiguous()
         return cls(signal, readings, weight, bias if piece.bias is not None else 0.0, count, alike)
+
+    @property
+    def width(self) -> int:
+        """Entries of a signal, 0 for the identity."""
+        return 0 if self.signal is None else self.signal.shape[3]
 
     def readings(self, other: Pairs, rows: slice, columns: slice) -> Float[Tensor, "nT mT"]:
         """The metric's a_it · a_js for some samples of each side."""

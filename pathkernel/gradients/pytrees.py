@@ -159,6 +159,19 @@ def spread(n: int, few: int) -> Tensor:
     return torch.linspace(0, n - 1, min(n, few)).round().to(torch.int64)
 
 
+def alike(one: PyTree, other: PyTree) -> bool:
+    """Test that samples have the same structure, and each the same shape, type and device."""
+    leaves, tree = pytree.tree_flatten(one)
+    others, same = pytree.tree_flatten(other)
+    kinds = [[(leaf.shape[1:], leaf.dtype, leaf.device) for leaf in own] for own in (leaves, others)]
+    return bool(tree == same and kinds[0] == kinds[1])
+
+
+def joined_samples(one: PyTree, other: PyTree) -> PyTree:
+    """The samples of both, which are `alike`."""
+    return pytree.tree_map(lambda *leaves: torch.cat(leaves), one, other)
+
+
 def count(tree: PyTree) -> int:
     """The number of samples along the first axis."""
     return len(pytree.tree_leaves(tree)[0])

@@ -58,12 +58,15 @@ class Coverage:
         Largest relative difference among those that it does.
     roles
         Results that are of samples or of none otherwise than their arguments tell.
+    before_head
+        `Tape.elementwise_before_head`.
     """
 
     arrangements: tuple[Arrangement, ...]
     plain: Mapping[str, str]
     largest: float
     roles: Roles = NO_ROLES
+    before_head: int | None = None
 
     @property
     def known(self) -> tuple[tuple[Arrangement, ...], Mapping[str, str], Roles]:
@@ -175,7 +178,7 @@ def _compare(function: ModelFunction, tape: Tape, cotangents: Tensor, expected: 
             plain.setdefault(name, f"its gradients on the tape differ from autograd's by {wrong:.1g}")
         elif name not in plain:
             largest = max(largest, difference / max(norm, floor, 1e-300))
-    return Coverage(tape.arrangements, plain, largest, tape.roles)
+    return Coverage(tape.arrangements, plain, largest, tape.roles, tape.elementwise_before_head(TOLERANCE))
 
 
 def assembled(pieces: Sequence[Piece], layout: ParameterLayout, samples: int) -> Tensor:

@@ -36,6 +36,9 @@ class Factor(ABC):
     head: bool = False
     """True where δ is the identity, component by component."""
 
+    joint: Tensor | None = None
+    """Numbers whose products are those of δ summed over components, where there are such; see `Outer`."""
+
     transposed: bool = False
     """True where the parameter is laid out as (q, p) in place of (p, q)."""
 

@@ -28,9 +28,16 @@ class _WindowsBesideEachOther(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *signals: Tensor) -> tuple[Tensor, None, None]:
         """Each signal, spread evenly over its window."""
-        spread = signals[0] / (ctx.height * ctx.width)
-        lines = torch.stack([spread] * ctx.width, dim=-1).flatten(-2)
+        lines = _repeated(signals[0] / (ctx.height * ctx.width), ctx.width)
         return torch.stack([lines] * ctx.height, dim=-2).flatten(-3, -2), None, None
+
+
+def _repeated(values: Tensor, times: int) -> Tensor:
+    """Each entry of the last axis, several times beside itself."""
+    if times == 2 and values.dtype in (torch.float32, torch.float64):
+        # Pairs of equal numbers are complex numbers, which are written in a quarter of the time of a stack.
+        return torch.view_as_real(torch.complex(values, values)).flatten(-2)
+    return torch.stack([values] * times, dim=-1).flatten(-2)
 
 
 def average_pooling(

@@ -7,22 +7,25 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import resolve_name
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.forward_derivatives import REFUSALS
 from pathkernel.gradients.forward_state import QUIET_FALLBACKS
 from pathkernel.gradients.layers.batch_axis import NO_ROLES, Arrangement, Roles
 from pathkernel.gradients.layers.factor import Factor
-from pathkernel.gradients.layers.factors import Dense, Piece, joined
+from pathkernel.gradients.layers.factors import Dense, Outer, Piece, joined
 from pathkernel.gradients.layers.modules import module_rules
 from pathkernel.gradients.layers.parameter_views import Handle, View
 from pathkernel.gradients.layers.rules import NoRule, SumOfSignals
 from pathkernel.gradients.layers.tracing import LayerCall, ParameterTracer
 from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.per_sample import ROW_LIMIT
 from pathkernel.gradients.pytrees import count
 from pathkernel.gradients.returned import batch_outputs, output_leaves
 from pathkernel.runtime.interrupts import result_or_error
@@ -30,6 +33,28 @@ from pathkernel.runtime.workspace import Workspace, give_back_freed_memory
 
 FAILURES = (NoRule, ArithmeticError, *REFUSALS)
 """Exceptions that a rule raises in a call that it does not cover."""
+
+
+class NotElementwise(Exception):
+    """What was proved of the layer before the output layer does not hold of the samples at hand."""
+
+
+class OutputLayer(NamedTuple):
+    """The layer whose outputs are the network's.
+
+    Attributes
+    ----------
+    number
+        Of its call.
+    read
+        What it reads, (n, p), with the graph behind it.
+    weight
+        w, (C, p).
+    """
+
+    number: int
+    read: Tensor
+    weight: Tensor
 
 
 class Tape:
@@ -76,6 +101,7 @@ class Tape:
         arrangement = lambda i: arrangements[i] if i < len(arrangements) else Arrangement()  # noqa: E731
         parameters = {name: value.detach() for name, value in function.parameters(theta).items()}
         tracer = ParameterTracer(parameters, self.n, arrangement, function.constants.values(), roles)
+        self._parameters = parameters
         inputs = function.cast(inputs)
         covered = plain is None or not plain.keys() >= set(function.layout.names)
         watching = (module_rules(function, tracer), tracer) if covered else ()
@@ -95,6 +121,7 @@ class Tape:
                 names = self.calls[number].names()
                 self.unsupported |= dict.fromkeys(names, "an input of a layer is overwritten in place")
         self._read = [(leaf, leaf._version) for leaf, _, _ in tracer.read]
+        self._read_by_head = [leaf for leaf, _, number in tracer.read if number == self._head]
         self.proving = plain is None
         self.plain: dict[str, str] = dict(plain or {})
         if self.proving:
@@ -125,7 +152,9 @@ class Tape:
         """Shapes of the results of all calls."""
         return [call.output.shape for call in self.calls]
 
-    def pieces(self, components: Float[Tensor, "n K"], identity: slice | None = None) -> list[Piece]:
+    def pieces(
+        self, components: Float[Tensor, "n K"], identity: slice | None = None, before_head: int | None = None
+    ) -> list[Piece]:
         """Gradients of K scalars of each sample, one piece for each part of θ that has any.
 
         Parameters
@@ -134,10 +163,86 @@ class Tape:
             Functions of ``outputs`` with their graph; the graph is kept.
         identity
             Where ``components`` are ``outputs[:, identity]``: the last layer's signals are then known.
+        before_head
+            `elementwise_before_head` as it was proved, where sums over components are wanted (`Outer.joint`).
+
+        Raises
+        ------
+        NotElementwise
+            Where that does not hold of these samples.
         """
         signals = self._signals(components, identity)
         with self.function.without_graph(), QUIET_FALLBACKS:
-            return self.pieces_of_signals(signals, identity)
+            pieces = self.pieces_of_signals(signals, identity)
+        # A sum over one component is no sum, and rounding to few digits on the way looks like another form of signals.
+        alone = components.shape[1] == 1 or self.function.state.autocast is not None
+        if before_head is None or identity is None or alone or not pieces:
+            return pieces
+        return self._with_joint(pieces, before_head, identity)
+
+    def elementwise_before_head(self, limit: float) -> int | None:
+        r"""Number of the layer's call whose outputs the output layer reads entry by entry, as after a ReLU.
+
+        Its signals are :math:`\delta_{ik} = w_k \circ v_i`, of the output layer's weight w (C, p) and slopes v (n, p);
+        compared within ``limit``. None where there is no such layer.
+        """
+        layer = self._output_layer
+        if layer is None:
+            return None
+        alike = [
+            i
+            for i, call in enumerate(self.calls[: layer.number])
+            if call.output.shape == layer.read.shape and call.arrangement == Arrangement()
+        ]
+        # Of a layer further back the output layer reads what this one made of it.
+        return alike[-1] if alike and self._slopes(layer, self.calls[alike[-1]], limit) is not None else None
+
+    @property
+    def _output_layer(self) -> OutputLayer | None:
+        """The last call, where that is a linear layer of vectors whose weight is a parameter."""
+        if self._head is None:
+            return None
+        call, read = self.calls[self._head], self._read_by_head
+        weight = call.handles.get("weight")
+        if call.function != resolve_name(F.linear) or not isinstance(weight, View) or not weight.whole:
+            return None
+        if len(read) != 1 or read[0].dim() != 2 or not read[0].requires_grad:
+            return None
+        return OutputLayer(self._head, read[0], self._parameters[weight.name])
+
+    def _slopes(self, layer: OutputLayer, call: LayerCall, limit: float) -> Float[Tensor, "n p"] | None:
+        r"""v with :math:`\delta_{ik} = w_k \circ v_i` for the signals of a call, or None where these have another form.
+
+        v are the signals of :math:`\sum_p a_{ip}`, a being what the output layer reads. Compared are the signals of a
+        random combination of the outputs, another one for each sample, which are of that form if and only if all are
+        (with probability one), up to ``limit`` times the largest.
+        """
+        generator = torch.Generator().manual_seed(self.n)
+        drawn = torch.randn(self.outputs.shape, generator=generator, dtype=torch.float64).to(self.outputs)
+        slopes, signals = (
+            torch.autograd.grad(of, call.output, cotangent, retain_graph=True, allow_unused=True)[0]
+            for of, cotangent in ((layer.read, torch.ones_like(layer.read)), (self.outputs, drawn))
+        )
+        if slopes is None or signals is None:
+            return None
+        difference = (drawn @ layer.weight).mul_(slopes).sub_(signals).abs_().max()
+        return None if difference > limit * signals.abs().max() else slopes
+
+    def _with_joint(self, pieces: list[Piece], before_head: int, identity: slice) -> list[Piece]:
+        """Tell the gradients of the layer's weight, unless other calls add to them, what `Outer.joint` is."""
+        layer, call = self._output_layer, self.calls[before_head]
+        limit = ROW_LIMIT.get(self.function.dtype, 0.0)
+        slopes = None if layer is None else self._slopes(layer, call, limit)
+        if layer is None or slopes is None:
+            raise NotElementwise
+        joint = slopes * layer.weight[identity].square().sum(dim=0).sqrt()
+        slices = self.function.layout.slices
+        places = [slices[handle.name] for handle in call.handles.values() if isinstance(handle, View) and handle.whole]
+
+        def told(factor: Factor) -> Factor:
+            return factor.with_joint(joint) if isinstance(factor, Outer) and factor.positions == 1 else factor
+
+        return [replace(own, factor=told(own.factor)) if own.where in places else own for own in pieces]
 
     def pieces_of_signals(self, signals: Sequence[Tensor | None], identity: slice | None = None) -> list[Piece]:
         """The same from δ of every call, (n, K, *output with the samples first); None where it has none."""

@@ -210,8 +210,8 @@ class CostModel:
         return Form((work.n, work.m), self.engine.full, Metric(None), self.engine.products, self.engine.workspace)
 
     def _pieces(self, samples: int, components: slice = slice(None)) -> list[Piece]:
-        few = slice(0, samples)
-        return self.engine.pieces(self.theta, take(self.X, few), take(self.context, few), components)[0]
+        X, context = (take(own, slice(0, samples)) for own in (self.X, self.context))
+        return self.engine.pieces(self.theta, X, context, components, joint=not self.engine.full)[0]
 
     def rows(self, engine: str, n: int, m: int | None = None) -> list[CostRow]:
         """The table of one engine for an (n, m) matrix; m None for the symmetric (n, n)."""
@@ -269,6 +269,8 @@ class CostModel:
         """All pairs of positions."""
         full, k = self.engine.full, self.components
         t, p, q = shape.positions, shape.outputs, shape.inputs
+        if shape.piece.factor.joint is not None:  # one signal stands for those of all components
+            k = 1
         products = work.component_pairs(k, full)
         readings = work.n * work.m / 2 if full and work.symmetric else work.pairs()
         flops = 2 * readings * t * t * (q if shape.kind != "lookup" else 1)

@@ -88,6 +88,10 @@ class Plan:
         tile = min(BLOCKS, max(1, isqrt(scratch // (24 * chosen)))) if full else max(n, m or 0)
         return cls(chosen, pass_size, min(left, n), right, tile, scratch)
 
+    def holds(self, samples: int) -> bool:
+        """Test that so many pass through the network and are held at once."""
+        return samples <= min(self.passing, self.left + self.right)
+
 
 def cuts(block: slice, size: int) -> Iterator[slice]:
     """Consecutive parts of a block."""

@@ -15,11 +15,11 @@ from pathkernel.gradients.forward_derivatives import REFUSALS
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.plain import lines_on, warn_of_rows
-from pathkernel.gradients.layers.tape import Tape
+from pathkernel.gradients.layers.tape import NotElementwise, Tape
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.per_sample import values_of
-from pathkernel.gradients.pytrees import blocks, count, spread, take
+from pathkernel.gradients.pytrees import alike, blocks, count, joined_samples, spread, take
 from pathkernel.runtime.interrupts import defer_interrupts, result_or_error
 from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.runtime.workspace import Workspace, keep_freed_memory
@@ -63,6 +63,7 @@ class LayerwiseEngine(Engine):
         self.tapes = ProvedTapes(self.function, self.workspace)
         self._sizes: dict[Any, Sizes] = {}
         self._plain_components: dict[Any, int] = {}
+        self._elementwise = True
 
     @classmethod
     def of(cls, engine: Engine) -> LayerwiseEngine:
@@ -77,16 +78,21 @@ class LayerwiseEngine(Engine):
     # -- gradients of some samples ---------------------------------------------------------------------------
 
     def pieces(
-        self, theta: Tensor, X: PyTree, context: PyTree, components: slice = slice(None)
+        self, theta: Tensor, X: PyTree, context: PyTree, components: slice = slice(None), *, joint: bool = False
     ) -> tuple[list[Piece], Tape]:
-        """Gradients of h, or of some of its components, in factored form, and the tape they come from."""
+        """Gradients of h, or of some of its components, in factored form, and the tape they come from.
+
+        ``joint``: with what sums over the components are made of, where that was proved (`Outer.joint`).
+        """
         tape = self.tapes.record(theta, X, self.function)
         if tape.plain:
             warn_of_rows(self.function, tape.plain)
         with torch.enable_grad():
             if self.selection.identity:
                 chosen = slice(*components.indices(tape.outputs.shape[1]))
-                return tape.pieces(tape.outputs[:, chosen], chosen), tape
+                coverage = self.tapes.coverage if joint and self._elementwise else None
+                before_head = None if coverage is None else coverage.before_head
+                return tape.pieces(tape.outputs[:, chosen], chosen, before_head), tape
             return tape.pieces(self._values(tape, context)[:, components]), tape
 
     def _values(self, tape: Tape, context: PyTree) -> Float[Tensor, "n K"]:
@@ -149,6 +155,15 @@ class LayerwiseEngine(Engine):
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
         """K(X, Y); with Y None only entries on and above the diagonal are computed."""
+        try:
+            return self._gram(theta, X, Y, context_X, context_Y, preconditioner)
+        except NotElementwise:  # pieces of other samples are of that form already: all of them once more
+            self._elementwise = False
+            return self._gram(theta, X, Y, context_X, context_Y, preconditioner)
+
+    def _gram(
+        self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
+    ) -> Tensor:
         n, m = count(X), count(X if Y is None else Y)
         form = self._form(preconditioner, n, m)
         sizes = self.sizes(theta, X, context_X, form)
@@ -158,7 +173,11 @@ class LayerwiseEngine(Engine):
         right = left if Y is None else Side(self, theta, Y, context_Y, form, plan)
         k = sizes.components if self.full else 1
         result = self.workspace.empty((k, n, k, m), torch.float64, self.function.device)
+        together = right is not left and plan.holds(n + m) and not self.full and alike((X, context_X), (Y, context_Y))
         for components in blocks(sizes.components, plan.components):
+            if together:
+                _contract_together(left, right, components, result)
+                continue
             for block in blocks(n, plan.left):
                 _contract_block(left, None if Y is None else right, block, components, result)
         if Y is None:
@@ -239,6 +258,20 @@ def _contract_block(left: Side, right: Side | None, block: slice, components: sl
         _contract_columns(left, held, right or left, other, components, result)
 
 
+def _contract_together(left: Side, right: Side, components: slice, result: Tensor) -> None:
+    """A kernel matrix whose rows and columns go through the network in one pass: small ones take the time of calls."""
+    n, m = left.form.pairs
+    X, context = joined_samples((left.X, left.context), (right.X, right.context))
+    pieces = left.engine.pieces(left.theta, X, context, components, joint=True)[0]
+
+    def group(own: slice) -> Group:
+        size = own.stop - own.start
+        return Group.joined(size, iter([(slice(0, size), [piece.take(own) for piece in pieces])]), left.form)
+
+    one, two = group(slice(0, n)), group(slice(n, n + m))
+    left.contract(one, two, result, components, same=False)
+
+
 def _contract_columns(
     left: Side, held: list[tuple[slice, Group]], right: Side, other: slice, components: slice, result: Tensor
 ) -> None:
@@ -280,7 +313,7 @@ class Side:
         for own in cuts(tile, self.plan.passing):
             inputs, context = take(self.X, own), take(self.context, own)
             place = slice(own.start - tile.start, own.stop - tile.start)
-            yield place, self.engine.pieces(self.theta, inputs, context, components)[0]
+            yield place, self.engine.pieces(self.theta, inputs, context, components, joint=not self.form.full)[0]
 
     def contract(self, one: Group, two: Group, result: Tensor, components: slice, *, same: bool) -> None:
         """Inner products of a group of this side with one of the other."""

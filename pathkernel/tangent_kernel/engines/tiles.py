@@ -13,6 +13,7 @@ from pathkernel._typing import Float
 from pathkernel.gradients.contraction import Pairs, by_pairs, parts
 from pathkernel.gradients.layers.factor import Factor, side_by_side
 from pathkernel.gradients.layers.factors import Dense, Piece
+from pathkernel.gradients.layers.tape import NotElementwise
 from pathkernel.gradients.matmul import product
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.runtime.interrupts import deliver_interrupt
@@ -227,7 +228,7 @@ def _sorted(pieces: list[Piece], form: Form) -> tuple[list[Pairs], list[Rows], l
         if form.by_pairs(piece):
             constants = form.metric.constants(piece)
             assert constants is not None
-            pairs.append(Pairs.of(piece.to(form.dtype), form.full, *constants, unit=factor.head))
+            pairs.append(Pairs.of(piece.to(form.dtype), form.full, *constants, unit=factor.head, same_point=True))
             continue
         if form.by_kept_rows(piece):
             rows.append(Rows.of(factor, piece.where, form))
@@ -262,14 +263,23 @@ def contract(
     form
         By which both were made.
     same
-        Whether the groups are the same: then only entries on and above the diagonal of the (J n, J n) matrix are
-        sure to be computed.
+        Whether the groups are the same: then of blocks of equal components only entries on and above their diagonals
+        are sure to be computed.
     scratch
         Bytes for a tile.
+
+    Raises
+    ------
+    NotElementwise
+        Where one of the groups alone has `Outer.joint` of a layer.
     """
+    if any(one.width != two.width for one, two in zip(left.pairs, right.pairs, strict=True)):
+        raise NotElementwise
     count, n, _, m = result.shape
     shape = (count, n, m, same)
     widest = max([_row_bytes(own.signal) for own in right.pairs] + [_row_bytes(own) for own in right.rows], default=1)
+    # Blocks below the diagonal are transposed while their tile is in the cache, unless more is added to it later.
+    near = same and count > 1 and first and not left.unformed
     # Activations meet once a panel for all components; only signals differ from one component to the next.
     for rows, columns in _panels(shape, _positions(left.pairs), widest, scratch):
         deliver_interrupt()
@@ -285,6 +295,10 @@ def contract(
             if total is None:
                 total = tile.new_zeros(()).expand(tile.shape)
             tile.copy_(total) if first else tile.add_(total)
+            if near:
+                later = slice(max(columns_of.start, components.stop), columns_of.stop)
+                across = total[0, :, later.start - columns_of.start :].permute(1, 2, 0)
+                result[later, columns, components.start, rows].copy_(across)
     for piece, other in zip(left.unformed, right.unformed, strict=True):
         for mine, theirs in _formed(piece, other, same, form, scratch):
             deliver_interrupt()
@@ -292,6 +306,8 @@ def contract(
                 for components, columns_of in _steps(shape, columns, _row_bytes(theirs), scratch):
                     own, others = (components, rows), (columns_of, columns)
                     result[components, rows, columns_of, columns] += _row_products(None, mine, theirs, own, others)
+    for k in range(count - 1 if same and not near else 0):
+        result[k + 1 :, :, k].copy_(result[k, :, k + 1 :].permute(1, 2, 0))
 
 
 def own_products(piece: Piece, form: Form, limit: int) -> Tensor:
@@ -315,7 +331,7 @@ def own_products(piece: Piece, form: Form, limit: int) -> Tensor:
 
 
 def mirror(result: Float[Tensor, "J n J n"], groups: list[slice]) -> None:
-    """Fill in the entries that `contract` left out, from those across the diagonal of the (J n, J n) matrix."""
+    """Fill in the entries that `contract` and the choice of groups left out, from those across the diagonal."""
     count = result.shape[0]
     tile = min(512, result.shape[1])
     above = torch.ones(tile, tile, dtype=torch.bool, device=result.device).triu()
@@ -324,7 +340,6 @@ def mirror(result: Float[Tensor, "J n J n"], groups: list[slice]) -> None:
             for k in range(count):  # one matrix at a time: a transposition within the cache
                 result[:, j, k, i].copy_(result[k, i, :, j].permute(1, 2, 0))
         for k in range(count):
-            result[k + 1 :, i, k, i].copy_(result[k, i, k + 1 :, i].permute(1, 2, 0))
             for a in blocks(i.stop - i.start, tile):
                 own = result[k, i, k, i][a, a]
                 own.copy_(torch.where(above[: len(own), : len(own)], own, own.T))
