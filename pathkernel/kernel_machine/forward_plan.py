@@ -11,7 +11,7 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, take
-from pathkernel.kernel_machine.batch_sizes import BatchSizes
+from pathkernel.kernel_machine.batch_sizes import BatchSizes, kinds_of_batches
 from pathkernel.kernel_machine.memory_plan import PASSING, STAGE, refusal, shortened, usable_bytes
 from pathkernel.kernel_machine.queries import ProductStep, Queries, Rests
 from pathkernel.quadrature import DiscreteGradient, Quadrature
@@ -72,11 +72,12 @@ def plan_forward(
     fixed = vector * (STAGE + channels * (2 * rule.stages + len(rule.memory) + 2))
     with Allocations() as two:
         pushed(2)
-    one = PASSING / 2 * max(BatchSizes.of_two(gradients, total=True))
+    kinds = kinds_of_batches(gradients, total=True)
+    one = PASSING / 2 * max(BatchSizes.of_two(kinds))
     if (PASSING * two.peak / 2 + values) * samples + fixed + one * gradients.most <= usable:
         return samples, WHOLE
     query = footprint(pushed).times(PASSING).plus(fixed - vector * channels)
-    batches = BatchSizes.of(gradients, total=True)
+    batches = BatchSizes.of(gradients, kinds)
     resting = fixed + values * samples
     separate = batches.separate.times(PASSING)
     least = max(query.peak(1) + values * samples, resting + max(PASSING * batches.whole, separate.peak(1)))
