@@ -211,7 +211,7 @@ class CostModel:
 
     def _pieces(self, samples: int, components: slice = slice(None)) -> list[Piece]:
         few = slice(0, samples)
-        return self.engine.pieces(self.theta, take(self.X, few), take(self.context, few), components)[0]
+        return self.engine.pieces(self.theta, take(self.X, few), take(self.context, few), components, used=False)[0]
 
     def rows(self, engine: str, n: int, m: int | None = None) -> list[CostRow]:
         """The table of one engine for an (n, m) matrix; m None for the symmetric (n, n)."""

@@ -77,10 +77,13 @@ class LayerwiseEngine(Engine):
     # -- gradients of some samples ---------------------------------------------------------------------------
 
     def pieces(
-        self, theta: Tensor, X: PyTree, context: PyTree, components: slice = slice(None)
+        self, theta: Tensor, X: PyTree, context: PyTree, components: slice = slice(None), *, used: bool = True
     ) -> tuple[list[Piece], Tape]:
-        """Gradients of h, or of some of its components, in factored form, and the tape they come from."""
-        tape = self.tapes.record(theta, X, self.function)
+        """Gradients of h, or of some of its components, in factored form, and the tape they come from.
+
+        Without the proof of their rows where they are not ``used`` but looked at.
+        """
+        tape = self.tapes.record(theta, X, self.function, rows=used)
         if tape.plain:
             warn_of_rows(self.function, tape.plain)
         with torch.enable_grad():
@@ -105,7 +108,7 @@ class LayerwiseEngine(Engine):
         return self._sizes[key]
 
     def _measured(self, theta: Tensor, X: PyTree, context: PyTree, form: Form) -> Sizes:
-        pieces, tape = self.pieces(theta, X, context)
+        pieces, tape = self.pieces(theta, X, context, used=False)
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:

@@ -209,6 +209,7 @@ def test_rows_are_held_against_the_batch_in_each_mode() -> None:
     tapes = ProvedTapes(function)
     assert not tapes.record(theta, inputs).plain
     training = function.with_(state=ForwardState(modes=True))
+    assert not tapes.record(theta, inputs, training, rows=False).plain  # of which no rows are made
     assert set(tapes.record(theta, inputs, training).plain) == {"weight", "bias"}
 
 
