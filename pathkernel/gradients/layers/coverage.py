@@ -150,8 +150,8 @@ def _apart(function: ModelFunction, point: Tensor, few: PyTree, fewer: PyTree) -
 class _Comparison:
     r"""Gradients of a few samples by autograd, for tapes to be held against, parameter by parameter.
 
-    As the sum :math:`\sum_i s_i\, J_i^\top \lambda_i`, one reverse sweep, with random λ: rows that are another sample's,
-    or to which other samples contribute, change it whichever they are, since no two of the s are the same.
+    As the sum :math:`\sum_i s_i\, J_i^\top \lambda_i`, one reverse sweep, with random λ: rows that are another
+    sample's, or to which other samples contribute, change it whichever they are, since no two of the s are the same.
 
     Attributes
     ----------
@@ -182,8 +182,8 @@ class _Comparison:
     def coverage(self, tape: Tape) -> Coverage:
         """Coverage of a tape, of two components.
 
-        The second is the first times a number of each sample's own, by which its weights are divided: a second sum of
-        other weights, in which a rule that takes components for samples, or adds them up, shows as well. Nothing more is
+        The second is the first times a number of each sample's own, by which its weights are divided: a sum of other
+        weights, in which a rule that takes components for samples, or adds them up, shows as well, and nothing more is
         asked of autograd.
         """
         component = (tape.outputs * self.cotangents).sum(dim=1, keepdim=True)
