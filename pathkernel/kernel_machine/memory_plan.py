@@ -70,6 +70,10 @@ STAGE = 6
 HELD = 5
 """Vectors of P numbers in float64 that are held while gradients are contracted."""
 
+FORWARD = 1.4
+"""Reverse sweeps of a whole batch that take as long as a forward sweep along one of several directions. Measured on the
+ResNet of `benchmarks/real_networks.py`; what a sweep does is decided by what it measures itself."""
+
 LARGE = 1000
 """Times the bytes of θ that a budget holds where a proof is not measured while it is made: it can be made once more.
 Chosen, not measured."""
@@ -314,6 +318,18 @@ class _Planner:
         return found[0] + casts, found[1] + casts
 
     @cached_property
+    def in_place(self) -> bool:
+        """True where what meets the rows of a batch lies where the memory's cotangents do, as at both ends.
+
+        Where forward sweeps may take less than rows, which portions need, it is not counted on.
+        """
+        if FORWARD * self.samples * self.k < self.batches.most:
+            return False
+        ends = self.trajectory.store.read(0), self._last
+        coefficients = (StepAdjoint(self.rule, step, self.shapes).linear(name) for step in ends for name in step.active)
+        return all(own is not None and own.in_place for own in coefficients)
+
+    @cached_property
     def adjoint(self) -> float:
         """Bytes of a query in the adjoint of a rule that takes whole parameters."""
         name = max(self._last.active, key=lambda name: self.shapes[name].numel())
@@ -373,7 +389,7 @@ class _Planner:
         columns = min(self.widest, cuts.columns)
         formed = 3.0 * self.itemsize * columns * (m if streamed else most) + (self.gaps if cuts.roomy else 0.0)
         inside = between.plus(at_most + HELD * vector + max(held, batches.held) + formed)
-        if streamed:
+        if streamed and not self.in_place:
             inside = inside.plus(0.0, float(self.k * self.itemsize * self.size * self.rule.stages))
         inside = inside.plus(0.0, self.weights)
         if not self.rule.elementwise:

@@ -381,3 +381,18 @@ def test_as_many_directions_are_pushed_at_once_as_the_budget_holds(monkeypatch: 
         expected = why.shares if expected is None else expected
         np.testing.assert_allclose(why.shares, expected, rtol=0, atol=1e-5 * abs(expected).max())
     assert widths[0] == 16 and widths == sorted(widths, reverse=True) and widths[-1] < 16
+
+
+def test_rows_are_made_once_for_all_queries_where_weights_lie_in_the_memory() -> None:
+    """The weights of a step with momentum are its memory's cotangents: with a part of the rows, they fit at once."""
+    trajectory, _ = recorded(dtype=torch.float32)
+    X = torch.randn(160, 6, generator=torch.Generator().manual_seed(1))
+    roomy, tight = (pk.KernelMachine(trajectory, memory=memory) for memory in (400_000_000, 48_000_000))
+    expected = roomy.explain(X, outputs=0)
+    with Allocations() as allocations:
+        why = tight.explain(X, outputs=0)
+    assert allocations.peak - why.shares.nbytes <= 48_000_000
+    (plan,) = (plan for kind, plan in tight._plans._plans[1].items() if kind[0] == "backward")
+    assert plan.queries == 160 and plan.cuts.batch.streamed
+    np.testing.assert_allclose(why.shares, expected.shares, rtol=0, atol=1e-5 * abs(expected.shares).max())
+    assert why.split_error < 1e-4
