@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
-from pathkernel.gradients.layers.coverage import ProvedTapes
+from pathkernel.gradients.layers.coverage import ProvedTapes, TapeProofs
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.plain import warn_of_rows
 from pathkernel.gradients.layers.stacked_passes import ProvedStacks, StackedPasses
@@ -19,6 +22,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.per_sample import OutputFunctional, sample_gradients, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
+from pathkernel.runtime.allocations import Allocations
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.workspace import Workspace
 
@@ -43,11 +47,13 @@ class GradientSource:
         plain autograd over samples.
     memory
         Bytes of freed signals that are kept for the next ones.
+    proofs
+        What is proved, by default what is proved of the network whoever asked for it.
     """
 
-    def __init__(self, function: ModelFunction, engine: str, memory: int) -> None:
+    def __init__(self, function: ModelFunction, engine: str, memory: int, proofs: TapeProofs | None = None) -> None:
         self.function, self.engine = function, engine
-        self.tapes = ProvedTapes(function, Workspace(memory))
+        self.tapes = ProvedTapes(function, Workspace(memory), proofs)
         self.stacks = ProvedStacks(self.tapes)
 
     def gradients(
@@ -154,19 +160,36 @@ class GradientSource:
         layout, functions = self.function.layout, components.shape[1] * components.shape[2]
         return [FactoredGradients(layout, functions, accumulated(pieces)) for pieces in found]
 
-    def prove(self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction) -> None:
-        """Prove now how gradients are taken from such samples, which else happens with the first of them."""
-        if self.engine not in BY_ROWS:
+    def prove(
+        self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction, *, measured: bool = False
+    ) -> None:
+        """Prove now how gradients are taken from such samples, which else happens with the first of them.
+
+        ``measured`` notes the bytes that it takes, where it was not proved before.
+        """
+        if self.engine in BY_ROWS:
+            return
+        proofs = self.tapes.proofs
+        known = len(proofs.coverages)
+        with Allocations() if measured else nullcontext() as allocations:
             self.tapes.record(theta, inputs, function)
+        if allocations is not None and len(proofs.coverages) > known:
+            proofs.bytes = float(np.fmax(proofs.bytes, allocations.peak))
+
+    def proof_bytes(self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction) -> float:
+        """Bytes of the proof of such samples; it is made once more where nobody measured it."""
+        if self.engine in BY_ROWS:
+            return 0.0
+        if math.isnan(self.tapes.proofs.bytes):
+            again = GradientSource(self.function, self.engine, 0, TapeProofs())
+            again.prove(theta, inputs, function, measured=True)
+            self.tapes.proofs.bytes = again.tapes.proofs.bytes
+        return self.tapes.proofs.bytes
 
     def warn(self) -> None:
         """Warn once for each module where a considerable part of θ is formed as rows that nobody asked for."""
         if self.engine not in BY_ROWS and self.tapes.coverage is not None:
             warn_of_rows(self.function, self.tapes.coverage.plain)
-
-    def anew(self) -> GradientSource:
-        """A source for the same network of which nothing is proved."""
-        return GradientSource(self.function, self.engine, 0)
 
     @property
     def plain(self) -> tuple[str, ...]:

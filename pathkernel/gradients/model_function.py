@@ -95,6 +95,7 @@ class ModelFunction:
         self.compiled = any(hasattr(child, "_orig_mod") for child in self.module.modules())
         self.row_routes: dict[Any, str] = {}
         self.sample_wise: set[Any] = set()
+        self.proofs: dict[Any, Any] = {}
         self.lock, self._kept = threading.RLock(), False
 
     @property
@@ -139,6 +140,7 @@ class ModelFunction:
         """Function in another floating type."""
         other = copy.copy(self)
         other.dtype, other.constants, other.row_routes = dtype, cast_floating(dict(self.constants), dtype), {}
+        other.proofs = {}
         return other
 
     @contextmanager

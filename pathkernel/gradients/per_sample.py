@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad, jacrev, jvp, vmap
@@ -189,6 +190,12 @@ ROW_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-4}
 def random_directions(size: int, count: int, seed: int = 0) -> Float[Tensor, "count P"]:
     """Directions in the space of θ, float64."""
     return torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def random_signs(size: int, seed: int) -> Float[Tensor, "1 P"]:
+    """A direction of entries 1 and -1, float64: normal numbers of a large network take longer than its passes."""
+    drawn = np.frombuffer(np.random.default_rng(seed).bytes(-(-size // 8)), dtype=np.uint8)
+    return torch.from_numpy(1.0 - 2.0 * np.unpackbits(drawn, count=size)).unsqueeze(0)
 
 
 def _are_own_rows(

@@ -60,6 +60,17 @@ class Linear:
         a = self.gradients[0][0]
         return a if len(self.gradients) == 1 and forgets and not dense and isinstance(a, float) else None
 
+    @property
+    def forgets(self) -> bool:
+        """True where nothing comes before the step: one gradient, one slot, which the step begins anew."""
+        alone = len(self.gradients) == len(self.memory) == 1
+        return alone and not any(isinstance(c, Tensor) or c != 0.0 for c in self.memory[0])
+
+    @property
+    def in_place(self) -> bool:
+        """True where u needs no room beside the memory's cotangent: it is a multiple of it, or takes its place."""
+        return self.ratio is not None or self.forgets
+
 
 @dataclass(frozen=True)
 class Stepped:
@@ -240,6 +251,10 @@ class StepAdjoint:
                 b, d = (_part(c, where) for c in memory[0])
                 held[0] = _accumulated(held[0], d, q, b)
                 return [(held[0], ratio)]
+            if coefficients.forgets:
+                a, c = (_part(own, where) for own in gradients[0])
+                u, held[0] = _accumulated(held[0], c, q, a), None
+                return [(u, 1.0)]
             slots = held[: len(memory)]  # other optimizers may have more
             pulled: list[Scaled] = [(_combined([_part(c, where) for c in row], [q, *slots]), 1.0) for row in gradients]
             held[: len(memory)] = [_combined([_part(c, where) for c in row], [q, *slots]) for row in memory]

@@ -351,9 +351,12 @@ class BackwardSweep:
                 else:  # what the adjoint returns is never what it was given
                     columns = q.fill_columns(where, self._of_queries.empty(self.count, where.stop - where.start, like))
                 found = pull(inside, columns, held)
+                kept = held
                 if any(cotangent is not None for cotangent in held):
-                    self.memory[where.start] = [self._keep(slot, where, own) for slot, own in enumerate(held)]
-                pulled = [(stage, u, scale) for stage, (u, scale) in enumerate(found) if u is not None]
+                    self.memory[where.start] = kept = [self._keep(slot, where, own) for slot, own in enumerate(held)]
+                # Where u is a cotangent of the memory itself, it is held once, in the place that this has now.
+                same = {id(own): now for own, now in zip(held, kept, strict=True) if now is not None}
+                pulled = [(stage, same.get(id(u), u), scale) for stage, (u, scale) in enumerate(found) if u is not None]
                 for part in blocks(where.stop - where.start, self.cuts.columns):  # a whole parameter may be too long
                     if not self.cuts.roomy:
                         give_back_freed_memory()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from pathkernel.gradients.losses import coupled_row_blocks, weighted_gradient
 from pathkernel.gradients.per_sample import output_products
 from pathkernel.gradients.pytrees import take
 from pathkernel.gradients.returned import batch_outputs
-from pathkernel.runtime.allocations import Allocations, Footprint, footprint
+from pathkernel.runtime.allocations import Footprint, allocated, footprint, footprint_of
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.step import MicroBatch, Step
@@ -51,24 +51,22 @@ class BatchSizes:
     inputs: float
 
     @classmethod
-    def of(cls, gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> BatchSizes:
+    def of(cls, gradients: RecordedGradients, kinds: Sequence[SmallBatch]) -> BatchSizes:
         """Measure a few samples of one batch of each kind.
 
         Parameters
         ----------
         gradients
             Of the recorded batches.
-        pushed
-            Directions along which a batch is pushed at once.
-        total
-            Whether only the sum of the gradients is wanted.
+        kinds
+            See `kinds_of_batches`.
         """
         separate, whole, held, rows, inputs = [NOTHING], 0.0, 0.0, False, 0.0
-        for size, one in kinds_of_batches(gradients, pushed, total):
+        for one in kinds:
             inputs = max(inputs, one.bytes)
-            found = footprint(one.total if total else one.taken)
+            found = one.footprint
             if one.coupled or one.random:
-                whole, held = max(whole, found.peak(size)), max(held, found.held(size))
+                whole, held = max(whole, found.peak(one.size)), max(held, found.held(one.size))
             else:
                 separate.append(found)
             rows = rows or one.coupled
@@ -76,26 +74,37 @@ class BatchSizes:
         return cls(gradients.most, largest, max(separate, key=lambda found: found.peak(64)), whole, held, rows, inputs)
 
     @staticmethod
-    def of_two(gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> tuple[float, float]:
+    def of_two(kinds: Sequence[SmallBatch]) -> tuple[float, float]:
         """Peak bytes of two samples, and the bytes held of them and their inputs."""
         peaks, held = [0.0], [0.0]
-        for _, one in kinds_of_batches(gradients, pushed, total):
-            with Allocations() as allocations:
-                _ = one.total(2) if total else one.taken(2)
-                peaks.append(allocations.peak)
+        for one in kinds:
+            changes = one.allocated(2)
+            peaks.append(float(changes.cumsum().max()))
             rows = 8.0 * 2 * one.function.layout.size if one.coupled else 0.0
-            held.append(allocations.held + rows + 2 * one.bytes)
+            held.append(float(changes.sum()) + rows + 2 * one.bytes)
         return max(peaks), max(held)
 
 
-def kinds_of_batches(gradients: RecordedGradients, pushed: int, total: bool) -> Iterator[tuple[int, SmallBatch]]:
-    """The size of the largest batch of each kind of forward pass, and a few of its samples."""
+def kinds_of_batches(gradients: RecordedGradients, pushed: int = 1, total: bool = False) -> list[SmallBatch]:
+    """A few samples of the largest batch of each kind of forward pass.
+
+    Parameters
+    ----------
+    gradients
+        Of the recorded batches.
+    pushed
+        Directions along which a batch is pushed at once.
+    total
+        Whether only the sum of the gradients is wanted.
+    """
+    found = []
     for size, index, place in gradients.examples.values():
         step = gradients.trajectory.store.summary(index).record
-        one = SmallBatch(gradients, step, step.batches[place], pushed)
+        one = SmallBatch(gradients, step, step.batches[place], pushed, size, total)
         if not (one.coupled or total):
             one.source.prove(one.point, take(one.inputs, slice(0, 2)), one.function)
-        yield size, one
+        found.append(one)
+    return found
 
 
 def pushed_at_once(samples: int, few: SmallBatch, free: float, most: int) -> int:
@@ -106,9 +115,23 @@ def pushed_at_once(samples: int, few: SmallBatch, free: float, most: int) -> int
 
 
 class SmallBatch:
-    """A few samples of a batch, to be tried out."""
+    """A few samples of a batch, to be tried out.
 
-    def __init__(self, gradients: RecordedGradients, step: Step, batch: MicroBatch, pushed: int) -> None:
+    Parameters
+    ----------
+    gradients, step, batch
+        The batch, and the record that it is of.
+    pushed
+        Directions along which it is pushed at once.
+    size
+        Samples of the batch.
+    total
+        Whether only the sum of the gradients is wanted.
+    """
+
+    def __init__(
+        self, gradients: RecordedGradients, step: Step, batch: MicroBatch, pushed: int, size: int, total: bool
+    ) -> None:
         index = torch.arange(4) % len(batch.ids)
         inputs, targets = (None if own is None else take(own, index) for own in (batch.inputs, batch.targets))
         parts = None if batch.parts is None else batch.parts[index]
@@ -117,6 +140,8 @@ class SmallBatch:
         # What a pass takes does not depend on θ, which is not on record for a step that is trained again.
         self.point = step.before if step.before.numel() else gradients.trajectory.final
         self.pushed, self.function = pushed, gradients.batches.replayed(step, batch)
+        self.size, self.whole = size, total
+        self._allocated: dict[int, np.ndarray] = {}
         self.source, self.random = gradients.batches.source_of(batch), bool(batch.state.generators)
         self.coupled = gradients.batches.together(batch, self.point, self.inputs)
 
@@ -124,6 +149,17 @@ class SmallBatch:
     def bytes(self) -> float:
         """Bytes of a sample."""
         return sum(leaf.nbytes for leaf in pytree.tree_leaves(self.inputs)) / 4
+
+    def allocated(self, n: int) -> np.ndarray:
+        """Bytes allocated and freed by the gradients of n samples, or by their sum where that is wanted; seen once."""
+        if n not in self._allocated:
+            self._allocated[n] = allocated(self.total if self.whole else self.taken, n)
+        return self._allocated[n]
+
+    @property
+    def footprint(self) -> Footprint:
+        """Bytes of the same for any number of samples."""
+        return footprint_of(self.allocated)
 
     def taken(self, n: int) -> Any:
         """Gradients of n samples, and a product with each of a few directions; coupled ones are rows, one by one.

@@ -11,16 +11,19 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, take
-from pathkernel.kernel_machine.batch_sizes import BatchSizes
+from pathkernel.kernel_machine.batch_sizes import BatchSizes, kinds_of_batches
 from pathkernel.kernel_machine.memory_plan import PASSING, STAGE, refusal, shortened, usable_bytes
 from pathkernel.kernel_machine.queries import ProductStep, Queries, Rests
 from pathkernel.quadrature import DiscreteGradient, Quadrature
-from pathkernel.runtime.allocations import Allocations, footprint
+from pathkernel.runtime.allocations import Allocations, allocated, footprint, footprint_of
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.stage_gradients import WHOLE, Passes
 
 WITHOUT_GRAPH = 2.5
 """`PASSING` for a pass without a graph, in which little else is held than what an operation works on."""
+
+OF_DIRECTION = 3
+"""Vectors of P numbers in float64 that a step holds for each direction: as it is given, beside Δ, and without it."""
 
 AT_ONCE = 4096
 """Samples that go through a network at once, at most, for nothing but their outputs. Chosen, not measured."""
@@ -57,12 +60,14 @@ def plan_forward(
     trajectory, samples, usable = gradients.trajectory, count(queries.inputs), usable_bytes(memory)
     segment = next(iter(trajectory.segments()))
     channels, vector = _channels(gradients), 8.0 * trajectory.layout.size
-    apart = 2 + bool(gradients.discrepancies)  # directions along which queries are pushed, see `forward_sweep`
+    # Directions along which queries are pushed one after the other, see `forward_sweep`; one of them is tried.
+    apart = 2 + bool(gradients.discrepancies)
+    others = OF_DIRECTION * vector * (apart - 1)
 
     def pushed(n: int) -> Any:
         few = queries.block(torch.arange(n) % samples)
         few.forward = None
-        zeros = torch.zeros(apart, trajectory.layout.size, dtype=torch.float64, device=trajectory.device)
+        zeros = torch.zeros(1, trajectory.layout.size, dtype=torch.float64, device=trajectory.device)
         rests = Rests(0.0, 1) if isinstance(quadrature, DiscreteGradient) else None
         step = ProductStep(few, segment, zeros, rests=rests)
         return shortened(quadrature).average(step)
@@ -70,13 +75,15 @@ def plan_forward(
     # Gradients, displacement, memory and directions of each channel.
     rule, values = trajectory.rule, 8.0 * queries.components * (channels + 8)
     fixed = vector * (STAGE + channels * (2 * rule.stages + len(rule.memory) + 2))
-    with Allocations() as two:
-        pushed(2)
-    one = PASSING / 2 * max(BatchSizes.of_two(gradients, total=True))
-    if (PASSING * two.peak / 2 + values) * samples + fixed + one * gradients.most <= usable:
+    two = allocated(pushed, 2)
+    kinds = kinds_of_batches(gradients, total=True)
+    one = PASSING / 2 * max(BatchSizes.of_two(kinds))
+    peak = two.cumsum().max() + others
+    if (PASSING * peak / 2 + values) * samples + fixed + one * gradients.most <= usable:
         return samples, WHOLE
-    query = footprint(pushed).times(PASSING).plus(fixed - vector * channels)
-    batches = BatchSizes.of(gradients, total=True)
+    query = footprint_of(lambda n: two if n == 2 else allocated(pushed, n)).plus(others).times(PASSING)
+    query = query.plus(fixed - vector * channels)
+    batches = BatchSizes.of(gradients, kinds)
     resting = fixed + values * samples
     separate = batches.separate.times(PASSING)
     least = max(query.peak(1) + values * samples, resting + max(PASSING * batches.whole, separate.peak(1)))

@@ -39,11 +39,10 @@ from pathkernel.gradients.pytrees import count, take
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.backward_sweep import BLOCK, FEW, Cuts
-from pathkernel.kernel_machine.batch_sizes import BatchSizes, kinds_of_batches, pushed_at_once
+from pathkernel.kernel_machine.batch_sizes import BatchSizes, SmallBatch, kinds_of_batches, pushed_at_once
 from pathkernel.kernel_machine.curves import Curve
-from pathkernel.kernel_machine.queries import Queries
 from pathkernel.quadrature import Adaptive, DiscreteGradient, FixedQuadrature, Quadrature
-from pathkernel.runtime.allocations import Allocations, Footprint, footprint
+from pathkernel.runtime.allocations import Allocations, Footprint, allocated, footprint, footprint_of
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.coupled_samples import ALWAYS_ROWS, PROBED
 from pathkernel.trajectory.stage_gradients import Passes
@@ -70,6 +69,14 @@ STAGE = 6
 
 HELD = 5
 """Vectors of P numbers in float64 that are held while gradients are contracted."""
+
+FORWARD = 1.4
+"""Reverse sweeps of a whole batch that take as long as a forward sweep along one of several directions. Measured on the
+ResNet of `benchmarks/real_networks.py`; what a sweep does is decided by what it measures itself."""
+
+LARGE = 1000
+"""Times the bytes of θ that a budget holds where a proof is not measured while it is made: it can be made once more.
+Chosen, not measured."""
 
 COLUMNS = (2**16, 2**14, 2**12, 2**10, 2**9, 2**8)
 """Entries of θ that may be formed at once; tried in turn, so that their spacing alone is chosen."""
@@ -190,6 +197,7 @@ class _Planner:
         c = queries.function.outputs(trajectory.initial, take(queries.inputs, slice(0, 1))).shape[1] if dense else 0
         self.weights = float(self.k * c * (24 * self.size * self.rule.stages / max(1, c) + 40 * gradients.most))
         self.pushed = FEW if self.samples * self.k <= FEW else 1
+        self._few: dict[int, np.ndarray] = {}
 
     def plan(self) -> Plan:
         """Choose everything at once where there is ample room, else the cheapest way that fits."""
@@ -216,22 +224,23 @@ class _Planner:
 
     def _width(self, plan: Plan) -> int:
         """Directions along which a whole batch is pushed at once in what its rows leave free, with their weights."""
-        kinds = kinds_of_batches(self.gradients, 1, total=True)
-        large = [(size, one) for size, one in kinds if (self.dense or one.coupled) and size * self.size >= ALWAYS_ROWS]
+        large = [one for one in self.kinds if (self.dense or one.coupled) and one.size * self.size >= ALWAYS_ROWS]
         if self.by == "module" or plan.cuts.batch.streamed or not large:
             return plan.cuts.batch.width
         query = self.query if plan.passes is None else self.rows
         held = query.at_the_end.plus(0.0, self.throughout + self.weights + self.k * self.row).peak(plan.queries)
         fixed = self.coefficients[1] + (STAGE + HELD) * self.vector + PROBED * self.row
         free = (usable_bytes(self.memory) - held - fixed) / PASSING
-        return min(pushed_at_once(size, one, free, plan.cuts.batch.width) for size, one in large)
+        return min(pushed_at_once(one.size, one, free, plan.cuts.batch.width) for one in large)
 
     def _cut(self) -> Plan:
         usable, n = usable_bytes(self.memory), self.samples
         whole = Plan(n, None, Cuts(scratch=int(usable) // 4))
         few = self.queries.block(torch.arange(2) % n)
-        few.source.prove(self.trajectory.final, few.inputs, few.function)
-        if self._ample(few, usable):
+        # Measured while it is made, unless it is hardly needed: of a small network there is room for everything.
+        large = LARGE * few.function.dtype.itemsize * self.size > usable
+        few.source.prove(self.trajectory.final, few.inputs, few.function, measured=large)
+        if self._ample(usable):
             return whole
         exactly = replace(whole.cuts, columns=max(1, BLOCK // (n * self.k)))
         if self._most(Plan(n, None, exactly), usable) == n:
@@ -264,7 +273,18 @@ class _Planner:
     @cached_property
     def query(self) -> Footprint:
         """Footprint of queries whose gradients are kept in pieces, with the displacement of the segment before."""
-        return footprint(self._swept).plus(self.vector)
+        return footprint_of(self._allocated).plus(self.vector)
+
+    def _allocated(self, n: int) -> np.ndarray:
+        """Bytes allocated and freed by the gradients of a few queries that are kept in pieces; seen once."""
+        if n not in self._few:
+            self._few[n] = allocated(self._swept, n)
+        return self._few[n]
+
+    @cached_property
+    def kinds(self) -> list[SmallBatch]:
+        """A few samples of each kind of batch."""
+        return kinds_of_batches(self.gradients, self.pushed)
 
     @cached_property
     def rows(self) -> Footprint:
@@ -274,22 +294,17 @@ class _Planner:
     @cached_property
     def batches(self) -> BatchSizes:
         """Memory that the batches take."""
-        return BatchSizes.of(self.gradients, self.pushed)
+        return BatchSizes.of(self.gradients, self.kinds)
 
     @cached_property
     def proof(self) -> float:
         """Bytes in which it is proved how gradients are taken, whether that is still to come or not."""
         few = self.queries.block(torch.arange(2) % self.samples)
         met = [(few.source, self.trajectory.final, few.inputs, few.function)]
-        for _, one in kinds_of_batches(self.gradients, self.pushed, total=False):
+        for one in self.kinds:
             if not one.coupled:
                 met.append((one.source, one.point, take(one.inputs, slice(0, 2)), one.function))
-        peaks = []
-        for source, *asked in met:
-            with Allocations() as allocations:
-                source.anew().prove(*asked)
-            peaks.append(allocations.peak)
-        return float(max(peaks))
+        return max(source.proof_bytes(*asked) for source, *asked in met)
 
     @cached_property
     def coefficients(self) -> tuple[float, float]:
@@ -301,6 +316,18 @@ class _Planner:
             found = allocations.peak, allocations.held
         casts = 2.0 * self.itemsize * self.widest
         return found[0] + casts, found[1] + casts
+
+    @cached_property
+    def in_place(self) -> bool:
+        """True where what meets the rows of a batch lies where the memory's cotangents do, as at both ends.
+
+        Where forward sweeps may take less than rows, which portions need, it is not counted on.
+        """
+        if FORWARD * self.samples * self.k < self.batches.most:
+            return False
+        ends = self.trajectory.store.read(0), self._last
+        coefficients = (StepAdjoint(self.rule, step, self.shapes).linear(name) for step in ends for name in step.active)
+        return all(own is not None and own.in_place for own in coefficients)
 
     @cached_property
     def adjoint(self) -> float:
@@ -320,21 +347,17 @@ class _Planner:
 
     # -- what follows ----------------------------------------------------------------------------------------
 
-    def _ample(self, two: Queries, usable: float) -> bool:
+    def _ample(self, usable: float) -> bool:
         """Test that all fits at once even if all that two samples take grew with their number and came together."""
         quadrature = self.curve.quadrature
         if not (self.rule.elementwise and isinstance(quadrature, FixedQuadrature | DiscreteGradient)):
             return False
-        two.source.tapes.forget(2)
-        with Allocations() as query:
-            _ = two.gradients(self.trajectory.final)
-            nodes = 2 + (len(quadrature.nodes) if isinstance(quadrature, FixedQuadrature) else 0)
-            held = nodes * query.held + 2 * self.curve.dense * self.k * self.row
-        one = self.gradients.most / 2 * sum(BatchSizes.of_two(self.gradients, self.pushed))
+        query = float(self._allocated(2).cumsum().max())
+        one = self.gradients.most / 2 * sum(BatchSizes.of_two(self.kinds))
         columns = min(self.widest, BLOCK // (self.samples * self.k) + 1)
         vectors = (STAGE + HELD + 2 * (2 + len(self.rule.memory)) * self.rule.stages) * self.vector
         together = 3.0 * self.itemsize * (BLOCK + columns * self.gradients.most) + self.gaps + vectors
-        of_query = PASSING * (query.peak + held) / 2 + self.throughout + self.weights
+        of_query = PASSING * (query / 2 + self.curve.dense * self.k * self.row) + self.throughout + self.weights
         return of_query * self.samples + PASSING * one + together <= usable
 
     def _phases(self, way: Plan, samples: int) -> Iterator[Footprint]:
@@ -366,7 +389,7 @@ class _Planner:
         columns = min(self.widest, cuts.columns)
         formed = 3.0 * self.itemsize * columns * (m if streamed else most) + (self.gaps if cuts.roomy else 0.0)
         inside = between.plus(at_most + HELD * vector + max(held, batches.held) + formed)
-        if streamed:
+        if streamed and not self.in_place:
             inside = inside.plus(0.0, float(self.k * self.itemsize * self.size * self.rule.stages))
         inside = inside.plus(0.0, self.weights)
         if not self.rule.elementwise:

@@ -10,6 +10,7 @@ whichever of them is the highest with few samples.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pathkernel.runtime.workspace import MEASURED
+
+_SCALED = torch.ops.aten.mul.Scalar
 
 FEW = (2, 3)
 """Samples with which a computation is tried out."""
@@ -68,26 +71,34 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten.mul.Scalar and args[0]._is_zerotensor():
+        if func is _SCALED and args[0]._is_zerotensor():
             # The tangent of what has none, in `x.add_(y, alpha=2)`: below a mode, torch reads memory that it has not.
             args = torch.zeros(args[0].shape, dtype=args[0].dtype, device=args[0].device), *args[1:]
         result = func(*args, **(kwargs or {}))
-        if not (func.is_view or func._schema.is_mutable):
-            given = {_address(a) for a in args if isinstance(a, Tensor)}
-            for leaf in pytree.tree_leaves(result):
-                if isinstance(leaf, Tensor) and _address(leaf) not in given and _address(leaf) not in self._held:
-                    self._note(leaf)
+        if _allocates(func):
+            for leaf in (result,) if isinstance(result, Tensor) else pytree.tree_leaves(result):
+                if isinstance(leaf, Tensor) and _address(leaf) not in self._held:
+                    self._note(leaf, args)
         return result
 
-    def _note(self, tensor: Tensor) -> None:
+    def _note(self, tensor: Tensor, given: Sequence[Any]) -> None:
         storage = tensor.untyped_storage()
-        address, size = storage._cdata, storage.nbytes()
+        address = storage._cdata
+        if any(isinstance(other, Tensor) and _address(other) == address for other in given):
+            return
+        size = storage.nbytes()
         self._held[address] = size
         self.changes.append(size)
         weakref.finalize(storage, self._freed, address).atexit = False
 
     def _freed(self, address: int) -> None:
         self.changes.append(-self._held.pop(address))
+
+
+@functools.cache
+def _allocates(function: Any) -> bool:
+    """True where the results of an operation may lie in memory of their own."""
+    return not (function.is_view or function._schema.is_mutable)
 
 
 def _address(tensor: Tensor) -> int:
@@ -138,15 +149,23 @@ class Footprint:
         return int(min(limit, max(0.0, ((memory - self.constant[rising]) / self.slope[rising]).min())))
 
 
+def allocated(computation: Callable[[int], Any], n: int) -> np.ndarray:
+    """Bytes of each allocation of ``computation(n)``, and minus those of each that it frees before its result."""
+    with Allocations() as allocations:
+        result = computation(n)
+        changes = np.array([0, *allocations.changes], dtype=float)
+        del result
+    return changes
+
+
 def footprint(computation: Callable[[int], Any], few: tuple[int, int] = FEW) -> Footprint:
     """The footprint of ``computation(n)``, which is run with few samples and with a few more."""
-    changes = []
-    for n in few:
-        with Allocations() as allocations:
-            result = computation(n)
-            changes.append(np.array([0, *allocations.changes], dtype=float))
-            del result
-    one, two = changes
+    return footprint_of(lambda n: allocated(computation, n), few)
+
+
+def footprint_of(allocations: Callable[[int], np.ndarray], few: tuple[int, int] = FEW) -> Footprint:
+    """The footprint of a computation, from what `allocated` says of few samples and of a few more."""
+    one, two = changes = [allocations(n) for n in few]
     if len(one) == len(two) and (np.sign(one) == np.sign(two)).all():
         slopes = (two - one) / (few[1] - few[0])
         slope, constant = slopes.cumsum(), (one - few[0] * slopes).cumsum()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -36,6 +36,11 @@ PROBED = 3
 """Samples of a batch whose rows are formed for the comparison of a forward sweep with them."""
 
 
+WIDER = 0.6
+"""Part of the time of a direction that it takes among more than were tried so far, about the least: the pass that all
+share is theirs together. Measured on the networks of `benchmarks/real_networks.py` (3 directions against 16)."""
+
+
 @dataclass
 class SweepCosts:
     """Costs of the two ways for one kind of batch, and whether the forward one is right.
@@ -43,7 +48,8 @@ class SweepCosts:
     Attributes
     ----------
     reverse
-        Seconds of a reverse sweep, the least that was measured, in every step anew; NaN before.
+        Seconds of a reverse sweep, the least that was measured, in every step anew, also while rows are formed; NaN
+        before.
     forward
         Seconds of a forward sweep along one direction, by the number of directions at once; the same.
     refused
@@ -62,9 +68,12 @@ class SweepCosts:
 
     def forward_pays(self, samples: int, directions: int, width: int) -> bool:
         """True where so many directions cost less than the rows of so many samples; and before that is known."""
-        if self.refused:
-            return False
-        seconds = self.forward.get(min(width, directions), max(self.forward.values(), default=math.nan))
+        if self.refused or not self.forward:
+            return not self.refused
+        wanted = min(width, directions)
+        seconds = self.forward.get(wanted, max(self.forward.values()))
+        if wanted > max(self.forward):
+            seconds *= WIDER  # tried where it might pay
         return not directions * seconds > samples * self.reverse
 
     def note_forward(self, seconds: float, directions: int) -> None:
@@ -72,9 +81,18 @@ class SweepCosts:
         before = self.forward.get(directions, math.inf)
         self.forward[directions] = min(before, seconds / directions)
 
-    def note_reverse(self, seconds: float) -> None:
-        """Add what one reverse sweep took."""
-        self.reverse = seconds if math.isnan(self.reverse) else min(self.reverse, seconds)
+    def note_reverse(self, seconds: float, samples: int = 1) -> None:
+        """Add what the reverse sweeps of some samples took."""
+        each = seconds / samples
+        self.reverse = each if math.isnan(self.reverse) else min(self.reverse, each)
+
+    def timed(self, row_blocks: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+        """Blocks of rows, each timed while it is made."""
+        began = seconds_now(device)
+        for rows in row_blocks:
+            self.note_reverse(seconds_now(device) - began, len(rows))
+            yield rows
+            began = seconds_now(device)
 
 
 class CoupledSamples:
@@ -176,16 +194,14 @@ class CoupledSamples:
         """The same by one reverse sweep for each sample."""
         found = []
         size = max(1, min(len(self), len(directions)))  # no more than the directions take
-        for rows in coupled_row_blocks(self.function, self.point, self.inputs, self.cotangents, size):
+        row_blocks = coupled_row_blocks(self.function, self.point, self.inputs, self.cotangents, size)
+        for rows in self.costs.timed(row_blocks, self.point.device):
             rows = rows.to(accumulation_dtype(self.function.dtype))
             found.append((rows @ directions.to(rows).T).double())
         return torch.cat(found)
 
     def _now(self) -> float:
-        """Seconds on a clock, once all that was asked of the device is done."""
-        if self.point.device.type == "cuda":
-            torch.cuda.synchronize(self.point.device)
-        return time.perf_counter()
+        return seconds_now(self.point.device)
 
     # -- proofs ----------------------------------------------------------------------------------------------
 
@@ -196,7 +212,11 @@ class CoupledSamples:
         whole batch. Infinite where torch cannot differentiate the network forward.
         """
         v = random_directions(self.function.layout.size, DIRECTIONS).to(self.function.device)
-        shares = self.pushed(v, min(self.width, DIRECTIONS))
+        width = min(self.width, DIRECTIONS)
+        began = self._now()
+        shares = self.pushed(v, width)
+        if shares is not None and width == DIRECTIONS:
+            self.costs.note_forward(self._now() - began, DIRECTIONS)
         return math.inf if shares is None else self._error(shares, v)
 
     def _right(self, shares: Tensor, directions: Tensor) -> bool:
@@ -243,6 +263,13 @@ class CoupledSamples:
         off = torch.cat([own - shares[self._samples], (rest - others).unsqueeze(0)]).abs().max().item()
         largest = shares.abs().max().item()
         return off / largest if largest > 0 else off
+
+
+def seconds_now(device: torch.device) -> float:
+    """Seconds on a clock, once all that was asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class CoupledSweeps:

@@ -225,9 +225,7 @@ class RecomputedBatches:
             When shares were made by forward sweeps that are seen not to be the rows' products.
         """
         n = len(batch.ids)
-        # Mixed precision rounds forward and reverse sweeps apart: shares would not add up to the gradient.
-        allowed = passes.directions and passes.width and not (self.check.coupled or self.low(batch))
-        if not allowed or n * function.layout.size < ALWAYS_ROWS:
+        if not self._may_push(batch, passes):
             return None
         costs = self.sweeps.of(batch, inputs)
         if passes.outputs:  # they are had from forward sweeps alone
@@ -246,8 +244,17 @@ class RecomputedBatches:
                 if costs.used:
                     raise self.check.anew()
                 return None
+            # Both ways have been timed now. Rows are measured by themselves.
+            if not (passes.outputs or costs.forward_pays(n, passes.directions, passes.width)):
+                return None
             self.check.certificate.note(error, limit)
         return own
+
+    def _may_push(self, batch: MicroBatch, passes: Passes) -> bool:
+        """True where products are asked for, and forward sweeps may be what takes less."""
+        # Mixed precision rounds forward and reverse sweeps apart: shares would not add up to the gradient.
+        allowed = passes.directions and passes.width and not (self.check.coupled or self.low(batch))
+        return bool(allowed) and len(batch.ids) * self.function.layout.size >= ALWAYS_ROWS
 
     def _rows(
         self,
@@ -272,7 +279,10 @@ class RecomputedBatches:
         if self.together(batch, point, inputs):
             self.check.certificate.engines.add("autograd")
             cotangents = cotangents_of(batch, function, point, objective, inputs, targets)
-            for rows in coupled_row_blocks(function, point, inputs, cotangents, min(n, passes.samples)):
+            row_blocks = coupled_row_blocks(function, point, inputs, cotangents, min(n, passes.samples))
+            if self._may_push(batch, passes):
+                row_blocks = self.sweeps.of(batch, inputs).timed(row_blocks, point.device)
+            for rows in row_blocks:
                 rows = rows.to(accumulation_dtype(function.dtype))
                 yield FactoredGradients.dense(rows, function.layout), None, cotangents
         elif not passes.cut(n) or self.inseparable(batch, point, inputs):

@@ -161,9 +161,9 @@ class Passes:
         self.samples: list[int] = []
         record = ProvedTapes.record
 
-        def counted(tapes: ProvedTapes, theta: Tensor, inputs: Any, function: Any = None) -> Any:
+        def counted(tapes: ProvedTapes, theta: Tensor, inputs: Any, function: Any = None, **options: Any) -> Any:
             self.samples.append(len(inputs))
-            return record(tapes, theta, inputs, function)
+            return record(tapes, theta, inputs, function, **options)
 
         monkeypatch.setattr(ProvedTapes, "record", counted)
 

@@ -166,7 +166,8 @@ def samples_of_step(trajectory: pk.Trajectory, width: int) -> tuple[CoupledSampl
 
 @pytest.mark.parametrize("name", COUPLED)
 @pytest.mark.parametrize("width", [1, 3])
-def test_a_forward_sweep_gives_the_products_of_all_rows(name: str, width: int) -> None:
+def test_a_forward_sweep_gives_the_products_of_all_rows(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SweepCosts, "forward_pays", always_forward)
     trajectory, _ = recorded(name)
     own, _ = samples_of_step(trajectory, width)
     directions = torch.randn(7, trajectory.layout.size, dtype=D)
@@ -191,11 +192,11 @@ def test_a_forward_sweep_that_is_not_the_rows_products_is_refused(name: str) -> 
 
 def test_a_sweep_that_goes_wrong_later_is_seen_by_the_gradient_of_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     trajectory, _ = recorded()
+    monkeypatch.setattr(SweepCosts, "forward_pays", always_forward)
     own, _ = samples_of_step(trajectory, 4)
     directions = torch.randn(4, trajectory.layout.size, dtype=D)
     expected = own.products(directions)
     assert own.costs.proved == {4} and own.costs.used
-    monkeypatch.setattr(SweepCosts, "forward_pays", always_forward)
     pushed = pushed_shares
 
     def broken(*arguments: Any) -> Tensor:
@@ -221,6 +222,29 @@ def test_the_cheaper_way_is_taken() -> None:
     assert costs.forward_pays(50, 3, 8) and not costs.forward_pays(4, 3, 8)  # by the width that is known
     costs.refused = True
     assert not costs.forward_pays(50, 1, 8)
+
+
+def test_more_directions_than_were_tried_are_tried_where_they_might_pay() -> None:
+    costs = SweepCosts(reverse=1.0)
+    costs.note_forward(3.0, 3)
+    assert costs.forward_pays(50, 50, 3) and not costs.forward_pays(50, 51, 3)
+    assert costs.forward_pays(50, 80, 16) and not costs.forward_pays(50, 90, 16)
+    costs.note_forward(16.0, 16)
+    assert not costs.forward_pays(50, 80, 16)
+
+
+def test_sweeps_are_timed_while_rows_are_formed() -> None:
+    trajectory, _ = recorded()
+    step, batches = next(iter(trajectory.steps())), pk.KernelMachine(trajectory)._recorded.batches
+    (own,) = batches.by_sample(step, step.before, Passes(64, directions=1))
+    assert isinstance(own, CoupledSamples)
+    own.costs.reverse, own.costs.forward = 0.0, {1: 1.0}
+    (rows,) = batches.by_sample(step, step.before, Passes(64, directions=1))
+    assert not isinstance(rows, CoupledSamples) and own.costs.reverse == 0.0
+    own.costs.reverse = math.nan
+    own.costs.refused = True
+    next(batches.by_sample(step, step.before, Passes(64, directions=1)))
+    assert 0 < own.costs.reverse < 60
 
 
 def test_many_directions_are_met_by_rows_once_that_is_known_to_take_less() -> None:
@@ -357,3 +381,18 @@ def test_as_many_directions_are_pushed_at_once_as_the_budget_holds(monkeypatch: 
         expected = why.shares if expected is None else expected
         np.testing.assert_allclose(why.shares, expected, rtol=0, atol=1e-5 * abs(expected).max())
     assert widths[0] == 16 and widths == sorted(widths, reverse=True) and widths[-1] < 16
+
+
+def test_rows_are_made_once_for_all_queries_where_weights_lie_in_the_memory() -> None:
+    """The weights of a step with momentum are its memory's cotangents: with a part of the rows, they fit at once."""
+    trajectory, _ = recorded(dtype=torch.float32)
+    X = torch.randn(160, 6, generator=torch.Generator().manual_seed(1))
+    roomy, tight = (pk.KernelMachine(trajectory, memory=memory) for memory in (400_000_000, 48_000_000))
+    expected = roomy.explain(X, outputs=0)
+    with Allocations() as allocations:
+        why = tight.explain(X, outputs=0)
+    assert allocations.peak - why.shares.nbytes <= 48_000_000
+    (plan,) = (plan for kind, plan in tight._plans._plans[1].items() if kind[0] == "backward")
+    assert plan.queries == 160 and plan.cuts.batch.streamed
+    np.testing.assert_allclose(why.shares, expected.shares, rtol=0, atol=1e-5 * abs(expected.shares).max())
+    assert why.split_error < 1e-4

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,11 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.layers.batch_axis import NO_ROLES, Arrangement, Roles
-from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.tape import FAILURES, Tape
-from pathkernel.gradients.losses import coupled_rows, weighted_gradient
+from pathkernel.gradients.losses import weighted_gradient
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
-from pathkernel.gradients.per_sample import ROW_LIMIT, error_of_rows, random_directions
+from pathkernel.gradients.per_sample import ROW_LIMIT, error_of_rows, random_signs
 from pathkernel.gradients.pytrees import count
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.workspace import Workspace
@@ -36,7 +35,7 @@ from pathkernel.runtime.workspace import Workspace
 TOLERANCE = 1e-9
 """Relative difference between a parameter's gradients on the tape and by autograd that is rounding in float64."""
 
-SAMPLES = (5, 4, 3, 6, 7, 8, 9, 10, 11, 12, 13)
+SAMPLES = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
 """Numbers of samples that are compared, and that a second pass has, to see along which axis they lie: the first two
 that are no lengths in the network."""
 
@@ -108,13 +107,11 @@ def _proved(function: ModelFunction, theta: Tensor, inputs: PyTree, sizes: Seque
     tape, other = _apart(function, point, few, fewer)
     roles, arrangements = tape.roles, _arrangements(tape, other)
     cotangents = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64).to(tape.outputs)
-    # As the batch ran, random layers included; a sample that others depend on shows as a difference.
-    expected = coupled_rows(function, point, few, cotangents)
-
+    compared = _Comparison.of(function, point, few, cotangents, generator)
     best: Coverage | None = None
     for merged in ("samples", "positions"):
         tried = tuple(replace(a, merged=merged) if a.merged else a for a in arrangements)
-        found = _compare(function, Tape(function, point, few, tried, roles=roles), cotangents, expected)
+        found = compared.coverage(Tape(function, point, few, tried, roles=roles))
         if best is None or len(found.plain) < len(best.plain):
             best = found
         if not any(a.merged for a in arrangements):
@@ -122,7 +119,7 @@ def _proved(function: ModelFunction, theta: Tensor, inputs: PyTree, sizes: Seque
     assert best is not None
     while best.plain:  # without its weight a bias is counted in another way: compare what remains as it will be used
         tape = Tape(function, point, few, best.arrangements, best.plain, roles=roles)
-        again = _compare(function, tape, cotangents, expected)
+        again = compared.coverage(tape)
         if again.plain.keys() == best.plain.keys():
             break
         best = again
@@ -152,43 +149,66 @@ def _apart(function: ModelFunction, point: Tensor, few: PyTree, fewer: PyTree) -
     return one, two
 
 
-def _compare(function: ModelFunction, tape: Tape, cotangents: Tensor, expected: Tensor) -> Coverage:
-    """Each parameter's gradients on the tape against autograd's, of two components.
+@dataclass(frozen=True)
+class _Comparison:
+    r"""Gradients of a few samples by autograd, for tapes to be held against, parameter by parameter.
 
-    The second is the first times a number of each sample's own, so that nothing more is asked of autograd: a rule that
-    takes components for samples, or adds them up, shows in it.
+    As the sum :math:`\sum_i s_i\, J_i^\top \lambda_i`, one reverse sweep, with random λ: rows that are another
+    sample's, or to which other samples contribute, change it whichever they are, since no two of the s are the same.
+
+    Attributes
+    ----------
+    function
+        The network, in float64.
+    cotangents, weights
+        λ (n, C) and s (n,).
+    expected
+        The sum, (P,).
     """
-    component = (tape.outputs * cotangents).sum(dim=1, keepdim=True)
-    # Powers of two round nothing, in networks that compute a part of theirs in float32 whatever they are given, too.
-    factors = (-2.0) ** torch.arange(-2, tape.n - 2, dtype=component.dtype, device=component.device)
-    pieces = tape.pieces(torch.cat([component, factors.unsqueeze(1) * component], dim=1))
-    plain, squares = dict(tape.plain), dict.fromkeys(function.layout.names, 0.0)
-    for sample, own in enumerate(expected):  # one after the other: P numbers at once, whatever the number of samples
-        found = assembled([piece.take(slice(sample, sample + 1)) for piece in pieces], function.layout, 1)
-        for rows, factor in ((found[0, 0], 1.0), (found[0, 1], factors[sample])):
-            for name, where in function.layout.slices.items():
-                squares[name] += (rows[where] - factor * own[where]).square().sum().item()
-    largest = 0.0
-    floor = TOLERANCE * 1e-3 * expected.norm().item()
-    for name, where in function.layout.slices.items():
-        difference = math.sqrt(squares[name])
-        norm = expected[:, where].norm().item()
-        if not difference <= TOLERANCE * norm + floor:
-            wrong = difference / max(norm, torch.finfo(torch.float64).tiny)
-            plain.setdefault(name, f"its gradients on the tape differ from autograd's by {wrong:.1g}")
-        elif name not in plain:
-            largest = max(largest, difference / max(norm, floor, 1e-300))
-    return Coverage(tape.arrangements, plain, largest, tape.roles, tape.elementwise_before_head(TOLERANCE))
 
+    function: ModelFunction
+    cotangents: Tensor
+    weights: Tensor
+    expected: Tensor
 
-def assembled(pieces: Sequence[Piece], layout: ParameterLayout, samples: int) -> Tensor:
-    """Pieces of two components as rows (n, 2, P)."""
-    device = pieces[0].factor.device if pieces else None
-    rows = torch.zeros(samples, 2, layout.size, dtype=torch.float64, device=device)
-    for piece in pieces:
-        for where, factor in piece.separated():
-            rows[:, :, where] += factor.rows().double()
-    return rows
+    @classmethod
+    def of(
+        cls, function: ModelFunction, point: Tensor, few: PyTree, cotangents: Tensor, generator: torch.Generator
+    ) -> _Comparison:
+        """Autograd's gradients of the batch as it runs, random layers included."""
+        # Powers of two round nothing, also in networks that compute a part in float32 whatever they are given.
+        powers = torch.randperm(len(cotangents), generator=generator) - 2
+        weights = ((-2.0) ** powers).to(cotangents)
+        expected = weighted_gradient(function, point, few, weights.unsqueeze(1) * cotangents).double()
+        return cls(function, cotangents, weights, expected)
+
+    def coverage(self, tape: Tape) -> Coverage:
+        """Coverage of a tape, of two components.
+
+        The second is the first times a number of each sample's own, by which its weights are divided: a sum of other
+        weights, in which a rule that takes components for samples, or adds them up, shows as well, and nothing more is
+        asked of autograd.
+        """
+        component = (tape.outputs * self.cotangents).sum(dim=1, keepdim=True)
+        factors = (-2.0) ** torch.arange(-2, tape.n - 2, dtype=component.dtype, device=component.device)
+        pieces = tape.pieces(torch.cat([component, factors.unsqueeze(1) * component], dim=1))
+        weights = torch.stack([self.weights, self.weights / factors], dim=1).double()
+        plain = dict(tape.plain)
+        found = torch.zeros(2, len(self.expected), dtype=torch.float64, device=self.expected.device)
+        for piece in pieces:
+            for where, factor in piece.separated():
+                found[:, where] += torch.einsum("nk,nkp->kp", weights, factor.rows().double())
+        largest = 0.0
+        floor = TOLERANCE * 1e-3 * self.expected.norm().item()
+        for name, where in self.function.layout.slices.items():
+            difference = (found[:, where] - self.expected[where]).norm().item()
+            norm = self.expected[where].norm().item()
+            if not difference <= TOLERANCE * norm + floor:
+                wrong = difference / max(norm, torch.finfo(torch.float64).tiny)
+                plain.setdefault(name, f"its gradients on the tape differ from autograd's by {wrong:.1g}")
+            elif name not in plain:
+                largest = max(largest, difference / max(norm, floor, 1e-300))
+        return Coverage(tape.arrangements, plain, largest, tape.roles, tape.elementwise_before_head(TOLERANCE))
 
 
 def distinct(inputs: PyTree, n: int, generator: torch.Generator) -> PyTree:
@@ -231,6 +251,34 @@ def _length(shape: torch.Size | None, axis: int) -> int | None:
     return shape[axis] if shape is not None and len(shape) > axis else None
 
 
+@dataclass
+class TapeProofs:
+    """Proofs of the tapes of one network, of the output of the same submodule and of the same parameters.
+
+    Attributes
+    ----------
+    coverages
+        By sequence of calls and shape of samples.
+    met
+        Numbers of samples whose rows were seen to be their own, by sequence of calls, modes, and shapes of results.
+    latest
+        What was proved last.
+    bytes
+        The most that a proof took, as far as that was measured.
+    """
+
+    coverages: dict[Any, Coverage] = field(default_factory=dict)
+    met: set[Any] = field(default_factory=set)
+    latest: Coverage | None = None
+    bytes: float = math.nan
+
+    @classmethod
+    def of(cls, function: ModelFunction) -> TapeProofs:
+        """Proofs that all functions of a network share, whatever state and constants they run with."""
+        found: TapeProofs = function.proofs.setdefault((function.submodule, function.layout.names), cls())
+        return found
+
+
 class ProvedTapes:
     r"""Records tapes of one network; a sequence of calls, or samples, not met before are proved first.
 
@@ -240,6 +288,8 @@ class ProvedTapes:
         The network.
     workspace
         Memory for the signals of its tapes.
+    proofs
+        What is proved, by default what is proved of the network whoever asked for it.
 
     Notes
     -----
@@ -249,13 +299,16 @@ class ProvedTapes:
     passes, once; where the network calls a function that may rearrange its samples, every time.
     """
 
-    def __init__(self, function: ModelFunction, workspace: Workspace | None = None) -> None:
+    def __init__(
+        self, function: ModelFunction, workspace: Workspace | None = None, proofs: TapeProofs | None = None
+    ) -> None:
         self.function, self.workspace = function, workspace
-        self.proved: dict[Any, Coverage] = {}
-        self._met: set[Any] = set()
+        self.proofs = TapeProofs.of(function) if proofs is None else proofs
         self._latest: Coverage | None = None
 
-    def record(self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction | None = None) -> Tape:
+    def record(
+        self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction | None = None, *, rows: bool = True
+    ) -> Tape:
         """A forward pass of n samples at θ.
 
         Parameters
@@ -264,26 +317,31 @@ class ProvedTapes:
             θ, (P,), and samples.
         function
             The same network with other buffers or run in another way.
+        rows
+            Whether rows will be made of it: those of this number of samples are proved then.
         """
         function = function or self.function
-        latest = self._latest
+        proofs = self.proofs
+        latest = self._latest or proofs.latest
         if latest is not None and latest.plain.keys() >= set(function.layout.names):
+            self._latest = latest
             return self._tape(function, theta, inputs, *latest.known)
         known = latest.known if latest else ((), {}, NO_ROLES)
         tape = result_or_error(lambda: self._tape(function, theta, inputs, *known), FAILURES)
         if isinstance(tape, Exception):
-            self._latest = self.proved.setdefault(None, uncovered(function, tape))
+            self._latest = proofs.latest = proofs.coverages.setdefault(None, uncovered(function, tape))
             return self._tape(function, theta, inputs, *self._latest.known)
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         kind = (function.submodule, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
         calls = (tape.roles, tape.signature, *kind)
-        coverage = self.proved.get(calls) or prove(function, theta, inputs, tape.lengths)
+        coverage = proofs.coverages.get(calls) or prove(function, theta, inputs, tape.lengths)
         if coverage is not latest:
-            self.proved[calls] = coverage
+            proofs.coverages[calls] = coverage
             tape = self._tape(function, theta, inputs, *coverage.known)
             calls = (tape.roles, tape.signature, *kind)
-        met = (calls, tape.n, tuple(tape.shapes))
-        if (met not in self._met or tape.rearranges) and len(coverage.plain) < len(function.layout.names):
+        modes = function.state.modes
+        met = (calls, tape.n, tuple(tape.shapes), modes if isinstance(modes, bool) else tuple(modes.items()))
+        if rows and (met not in proofs.met or tape.rearranges) and len(coverage.plain) < len(function.layout.names):
             strangers = _rows_of_others(tape, theta, inputs)
             if strangers:
                 reason = f"rows of {tape.n} samples are not the samples' own: the network mixes or rearranges them"
@@ -292,8 +350,8 @@ class ProvedTapes:
                 if len(coverage.plain) < len(function.layout.names) and _rows_of_others(tape, theta, inputs):
                     coverage = Coverage((), dict.fromkeys(function.layout.names, reason), 0.0)
                     tape = self._tape(function, theta, inputs, *coverage.known)
-            self._met.add(met)
-        self.proved[calls] = self._latest = coverage
+            proofs.met.add(met)
+        proofs.coverages[calls] = proofs.latest = self._latest = coverage
         return tape
 
     def repeat(self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction) -> Tape:
@@ -314,7 +372,7 @@ class ProvedTapes:
 
     def forget(self, n: int) -> None:
         """Compare the rows of n samples once more when they are met next, as those of a new number of samples are."""
-        self._met = {met for met in self._met if met[1] != n}
+        self.proofs.met = {met for met in self.proofs.met if met[1] != n}
 
     @property
     def coverage(self) -> Coverage | None:
@@ -371,7 +429,7 @@ def _error(tape: Tape, theta: Tensor, inputs: PyTree) -> float:
     values = function.parameters(theta)
     own = ParameterLayout.of({name: values[name] for name in covered})
     generator = torch.Generator().manual_seed(tape.n)
-    v = random_directions(own.size, 1)
+    v = random_signs(own.size, tape.n)
     whole = v.new_zeros(1, function.layout.size)
     for name, where in own.slices.items():
         whole[:, function.layout.slices[name]] = v[:, where]

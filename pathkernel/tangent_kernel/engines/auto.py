@@ -61,7 +61,7 @@ class AutomaticEngine(LayerwiseEngine):
     def _uncovered(self, theta: Tensor, X: PyTree) -> bool:
         """Test that no parameter is accounted for by a layer."""
         if count(X):
-            self.tapes.record(theta, take(X, spread(count(X), PROBED)), self.function)
+            self.tapes.record(theta, take(X, spread(count(X), PROBED)), self.function, rows=False)
         coverage = self.tapes.coverage
         return coverage is not None and coverage.plain.keys() >= set(self.function.layout.names)
 

@@ -78,13 +78,21 @@ class LayerwiseEngine(Engine):
     # -- gradients of some samples ---------------------------------------------------------------------------
 
     def pieces(
-        self, theta: Tensor, X: PyTree, context: PyTree, components: slice = slice(None), *, joint: bool = False
+        self,
+        theta: Tensor,
+        X: PyTree,
+        context: PyTree,
+        components: slice = slice(None),
+        *,
+        joint: bool = False,
+        used: bool = True,
     ) -> tuple[list[Piece], Tape]:
         """Gradients of h, or of some of its components, in factored form, and the tape they come from.
 
-        ``joint``: with what sums over the components are made of, where that was proved (`Outer.joint`).
+        ``joint``: with what sums over the components are made of, where that was proved (`Outer.joint`). Without the
+        proof of their rows where they are not ``used`` but looked at.
         """
-        tape = self.tapes.record(theta, X, self.function)
+        tape = self.tapes.record(theta, X, self.function, rows=used)
         if tape.plain:
             warn_of_rows(self.function, tape.plain)
         with torch.enable_grad():
@@ -111,7 +119,7 @@ class LayerwiseEngine(Engine):
         return self._sizes[key]
 
     def _measured(self, theta: Tensor, X: PyTree, context: PyTree, form: Form) -> Sizes:
-        pieces, tape = self.pieces(theta, X, context)
+        pieces, tape = self.pieces(theta, X, context, used=False)
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:

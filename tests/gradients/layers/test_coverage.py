@@ -9,6 +9,7 @@ import torch
 from networks import NETWORKS, PLAIN, network
 from torch import Tensor, nn
 
+from pathkernel.gradients.forward_state import ForwardState
 from pathkernel.gradients.layers.coverage import Coverage, ProvedTapes, prove
 from pathkernel.gradients.layers.factors import Dense
 from pathkernel.gradients.layers.rules import RULES, layer_rule, linear
@@ -173,14 +174,43 @@ def test_another_sequence_of_calls_is_proved_again() -> None:
     function, theta = function_of(model)
     tapes = ProvedTapes(function)
     tapes.record(theta, inputs)
-    assert len(tapes.proved) == 1
+    assert len(tapes.proofs.coverages) == 1
     tapes.record(theta, inputs[:2])
-    assert len(tapes.proved) == 1
+    assert len(tapes.proofs.coverages) == 1
     function.module.chosen = 2  # of the copy that passes run on
     tape = tapes.record(theta, inputs)
-    assert len(tapes.proved) == 2
+    assert len(tapes.proofs.coverages) == 2
     used = {name for call in tape.calls for handle in call.handles.values() for name in handle.names()}
     assert used == {"branches.2.weight", "branches.2.bias", "head.weight", "head.bias"}
+
+
+def test_a_network_is_proved_once_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = network("mlp")
+    function, theta = function_of(model)
+    ProvedTapes(function).record(theta, inputs)
+    monkeypatch.setattr("pathkernel.gradients.layers.coverage.prove", None)
+    tape = ProvedTapes(function.with_(state=ForwardState(modes=True))).record(theta, inputs)
+    assert tape.calls and not tape.plain
+    with pytest.raises(TypeError):  # of another floating type, nothing is known
+        ProvedTapes(function.converted(torch.float32)).record(theta, inputs)
+
+
+class Rolled(nn.Linear):
+    """Other samples' outputs in training, by the same sequence of calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(x)
+        return torch.cat([z[1:], z[:1]]) if self.training else z
+
+
+def test_rows_are_held_against_the_batch_in_each_mode() -> None:
+    function, theta = function_of(Rolled(6, 3).double())
+    inputs = torch.randn(4, 6, dtype=torch.float64)
+    tapes = ProvedTapes(function)
+    assert not tapes.record(theta, inputs).plain
+    training = function.with_(state=ForwardState(modes=True))
+    assert not tapes.record(theta, inputs, training, rows=False).plain  # of which no rows are made
+    assert set(tapes.record(theta, inputs, training).plain) == {"weight", "bias"}
 
 
 def test_a_network_that_cannot_run_under_a_tape_goes_to_the_plain_engine() -> None:
