@@ -28,4 +28,6 @@ class Row:
     ok: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        for name in ("measured", "expected", "tolerance"):  # numpy's numbers are no JSON
+            object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "ok", abs(self.measured - self.expected) <= self.tolerance)

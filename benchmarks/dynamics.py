@@ -35,7 +35,7 @@ import torch
 from _dynamics_rows import Row
 
 PARTS = {"flows": "_dynamics_flows", "games": "_dynamics_games"}
-LINE = "{:<78} {:>13} {:>13} {:>9}  {}"
+LINE = "{:<100} {:>13} {:>13} {:>9}  {}"
 
 
 def chosen(words: list[str], quick: bool) -> Iterator[Row]:
