@@ -172,7 +172,7 @@ def adam_flow(
 # -- discrete maps -----------------------------------------------------------------------------------------------------
 
 
-def rmsprop_settings(time_step: float, memory: float) -> dict[str, float]:
+def rmsprop_settings(time_step: float, memory: float) -> dict[str, Any]:
     """Settings of `torch.optim.RMSprop` that follow `rmsprop_flow`: ``lr``, which is γ, and ``alpha``, e^(−γ/τ)."""
     return {"lr": time_step, "alpha": math.exp(-time_step / memory)}
 
