@@ -86,10 +86,4 @@ _HOMES = {
 
 __all__ = sorted([*_HOMES, *optimizers.__all__])
 if not TYPE_CHECKING:  # to which it would say that there is every name
-    _get, _names = lazy_names(__name__, _HOMES)
-
-    def __getattr__(name: str):
-        return getattr(optimizers, name) if name in optimizers.__all__ else _get(name)
-
-    def __dir__() -> list[str]:
-        return sorted({*_names(), *optimizers.__all__})
+    __getattr__, __dir__ = lazy_names(__name__, {**optimizers._HOMES, **_HOMES})

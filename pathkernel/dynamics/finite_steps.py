@@ -249,6 +249,18 @@ def _kind(trajectory: Trajectory) -> _Kind:
     return _Kind(float(momentum), float(decay), whole)
 
 
+@dataclass(frozen=True)
+class Rates:
+    """How fast each cause moves the loss, a number, and the outputs, (n, C), at a point of the path.
+
+    ``gradient`` is that of the batch, (P,).
+    """
+
+    gradient: Tensor
+    loss: dict[str, float]
+    outputs: dict[str, Tensor]
+
+
 class _Sweep:
     """One pass over a run, in which the parts of every step are added up.
 
@@ -269,7 +281,7 @@ class _Sweep:
         self.trajectory, self.whole, self.inputs, self.kind, self.block = trajectory, whole, inputs, kind, block
         self.outputs: dict[str, Tensor] = {}
         self.times = [0.0]
-        self._at: tuple[Tensor, Tensor] | None = None
+        self._latest: tuple[Tensor, float, Rates] | None = None
 
     def run(self, progress: bool) -> dict[str, np.ndarray]:
         """Parts of the loss, step by step, (S,) each."""
@@ -277,18 +289,15 @@ class _Sweep:
         total = len(self.trajectory)
         for step in tqdm(self.trajectory.steps(), total=total, desc="ledger", unit="step", disable=not progress):
             rate = float(step.hyperparameters[0]["lr"])
-            length = rate / (1 - self.kind.momentum)
-            own: dict[str, float] = {}
-            loss = self._loss_of(step)
-            for place, theta in enumerate((step.before.double(), step.after.double())):
-                slope, directions = self._directions(loss, theta, rate)
-                if place == 0:
-                    self._check(step, loss, theta)
-                self._add(theta, directions, length / 2)
-                for name, direction in directions.items():
-                    own[name] = own.get(name, 0.0) + length / 2 * float(slope @ direction)
-            for name, value in own.items():
-                steps.setdefault(name, []).append(value)
+            length, loss = rate / (1 - self.kind.momentum), self._loss_of(step)
+            ends = [self._rates(loss, theta.double(), rate) for theta in (step.before, step.after)]
+            _check_received(step, ends[0].gradient)
+            for name in ends[0].loss:
+                change = length / 2 * sum(end.loss[name] for end in ends)
+                steps.setdefault(name, []).append(change)
+            for name in ends[0].outputs:
+                moved = length / 2 * (ends[0].outputs[name] + ends[1].outputs[name])
+                self.outputs[name] = self.outputs[name] + moved if name in self.outputs else moved
             self.times.append(self.times[-1] + length)
         return {name: np.array(values) for name, values in steps.items()}
 
@@ -306,23 +315,27 @@ class _Sweep:
             targets = self.trajectory.data.targets(batch.ids)
         return TrainingLoss(self.trajectory.run, function, inputs, targets, self.block, batch.weights)
 
-    def _check(self, step: Step, loss: TrainingLoss, theta: Tensor) -> None:
-        """Refuse a step that is not of the gradient of its batch's loss."""
-        recorded, found = step.gradient.double(), loss.gradient(theta)
-        off = float((recorded - found).norm() / found.norm().clamp_min(torch.finfo(found.dtype).tiny))
-        if not off <= RECEIVED.get(step.gradient.dtype, 1e-2):
-            raise InputError(
-                f"In step {step.index} the optimizer received another gradient than that of its batch's loss: they "
-                f"differ by {off:.1e} of its length",
-                "A regularization ledger takes steps of the loss as it is, without clipping, noise or other changes",
-                "Record a run without them, and with `data=` and `loss=` as the loop uses them",
-            )
+    def _rates(self, loss: TrainingLoss, theta: Tensor, rate: float) -> Rates:
+        """How fast each cause moves loss and outputs at one end of a step.
 
-    def _directions(self, loss: TrainingLoss, theta: Tensor, rate: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """∇L of all samples, and where each cause pushes θ."""
-        momentum, decay = self.kind.momentum, self.kind.decay
-        full = self._full(theta)
+        Where all steps take all samples at one rate, the end of a step is the start of the next.
+        """
+        if self._latest is not None and self._latest[1] == rate and torch.equal(self._latest[0], theta):
+            return self._latest[2]
+        full = self.whole.gradient(theta)
         own = full if self.kind.whole else loss.gradient(theta)
+        directions = self._directions(loss, theta, full, own, rate)
+        of_loss = {name: float(full @ direction) for name, direction in directions.items()}
+        found = Rates(own, of_loss, self._moved(theta, directions))
+        if self.kind.whole:
+            self._latest = theta, rate, found
+        return found
+
+    def _directions(
+        self, loss: TrainingLoss, theta: Tensor, full: Tensor, own: Tensor, rate: float
+    ) -> dict[str, Tensor]:
+        """Where each cause pushes θ, given the gradients of all samples and of the batch."""
+        momentum, decay = self.kind.momentum, self.kind.decay
         pulled = own + decay * theta
         bent = loss.products(theta, pulled)[1] + decay * pulled
         directions = {
@@ -333,22 +346,28 @@ class _Sweep:
             directions["batches"] = full - own
         if decay:
             directions["weight_decay"] = -decay * theta
-        return full, directions
+        return directions
 
-    def _full(self, theta: Tensor) -> Tensor:
-        """∇L of all samples; the end of a step is the start of the next."""
-        if self._at is None or not torch.equal(self._at[0], theta):
-            self._at = theta, self.whole.gradient(theta)
-        return self._at[1]
-
-    def _add(self, theta: Tensor, directions: dict[str, Tensor], weight: float) -> None:
-        """Add to the outputs what the directions do to them."""
+    def _moved(self, theta: Tensor, directions: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Derivatives of the outputs along the directions, (n, C) each."""
         if self.inputs is None:
-            return
+            return {}
         stacked = torch.stack(list(directions.values()))
         pieces = [
             batch_products(self.whole.function, theta, take(self.inputs, piece), stacked)
             for piece in blocks(count(self.inputs), self.block)
         ]
-        for name, moved in zip(directions, torch.cat(pieces, dim=1), strict=True):
-            self.outputs[name] = self.outputs.get(name, torch.zeros_like(moved)) + weight * moved
+        return dict(zip(directions, torch.cat(pieces, dim=1), strict=True))
+
+
+def _check_received(step: Step, found: Tensor) -> None:
+    """Refuse a step whose gradient is not that of its batch's loss."""
+    recorded = step.gradient.to(found)
+    off = float((recorded - found).norm() / found.norm().clamp_min(torch.finfo(found.dtype).tiny))
+    if not off <= RECEIVED.get(step.gradient.dtype, 1e-2):
+        raise InputError(
+            f"In step {step.index} the optimizer received another gradient than that of its batch's loss: they "
+            f"differ by {off:.1e} of its length",
+            "A regularization ledger takes steps of the loss as it is, without clipping, noise or other changes",
+            "Record a run without them, and with `data=` and `loss=` as the loop uses them",
+        )

@@ -20,7 +20,7 @@ from pathkernel.runtime.extras import require_extra
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4")
 
-GROWTH = 1e8
+GROWTH = 1e6
 """Times by which a state grows, beyond its size at the start or 1, before it counts as divergent."""
 
 Velocity = Callable[[float, Tensor], Tensor]

@@ -241,9 +241,10 @@ class TrainingLoss:
         outputs, generator = torch.cat(found), torch.Generator().manual_seed(0)
         sizes = torch.tensor([piece.stop - piece.start for piece in pieces], dtype=self.dtype)
         fitting = [sizes / n, torch.ones_like(sizes)]
-        for scale in (0.0, 1.0):  # at the network's own outputs a term of the loss may be 0 that is not elsewhere
-            drawn = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
-            tried = outputs + scale * drawn.to(outputs)
+        for scale in (0.0, 1.0, 10.0):  # a term of the loss may be 0 at the network's own outputs, and for small ones
+            own_part = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+            common = torch.randn(outputs.shape[1:], generator=generator, dtype=torch.float64)
+            tried = outputs + scale * (own_part + common).to(outputs)
             at_once = self._loss(tried, slice(0, n))
             own = torch.stack([self._loss(tried[piece], piece) for piece in pieces])
             fitting = [w for w in fitting if (own @ w - at_once).abs() <= ADDS_UP * (own.abs() @ w)]
