@@ -25,15 +25,11 @@ STEPS = "finite steps: order of the error of"
 
 def rows(quick: bool) -> Iterator[Row]:
     """Every number of the flows; ``quick`` for fewer noisy directions."""
-    yield from finite_steps()
-    yield from discrete_maps()
-    yield from norms()
-    yield from ledgers()
-    yield from polyak()
-    yield from noise(500 if quick else 4000)
+    for group in GROUPS.values():
+        yield from group(quick)
 
 
-def finite_steps() -> Iterator[Row]:
+def finite_steps(quick: bool) -> Iterator[Row]:
     """Modified flows, of one term more each."""
     for terms, name in enumerate(("gradient flow", "first modified flow", "second modified flow")):
         yield Row(f"{STEPS} one step, {name}", dynamical.local_order(terms), 2 + terms, ORDER)
@@ -46,7 +42,7 @@ def finite_steps() -> Iterator[Row]:
         yield Row(f"{STEPS} an epoch of mini-batches, {name}, modified", modified, 3, ORDER)
 
 
-def discrete_maps() -> Iterator[Row]:
+def discrete_maps(quick: bool) -> Iterator[Row]:
     """Optimizers approach their flows; so do their path kernels."""
     for name, (_, _, _, expected) in dynamical.MAPS.items():
         yield Row(f"steps to flow: order in the step, {name}", dynamical.map_order(name), expected, ORDER)
@@ -62,13 +58,13 @@ def discrete_maps() -> Iterator[Row]:
         yield Row(f"energy: L + ½‖v‖² + ∫λ‖v‖² less L(0), {name}", dynamics.energy_ledger(flow).residual, 0, 1e-6)
 
 
-def norms() -> Iterator[Row]:
+def norms(quick: bool) -> Iterator[Row]:
     """dL/dt = −‖∇L‖_*."""
     for norm in ("l2", "linf", "l1", "spectral"):
         yield Row(f"norms: dL/dt against −‖∇L‖_*, {norm}", dynamical.slope_error(norm), 0, 1e-6)
 
 
-def ledgers() -> Iterator[Row]:
+def ledgers(quick: bool) -> Iterator[Row]:
     """Remainders, and exact sums."""
     for kind in dynamical.RUNS:
         loss, outputs = dynamical.remainder_orders(kind)
@@ -83,7 +79,7 @@ def ledgers() -> Iterator[Row]:
         yield Row(f"loss ledger: its sums less the measured change, {name}", ledger.residual, 0, 1e-10)
 
 
-def polyak() -> Iterator[Row]:
+def polyak(quick: bool) -> Iterator[Row]:
     """L(t) = L(0) e^{−t}, and where that ends."""
     flow = dynamics.polyak_flow(dynamical.network(), dynamical.LOSS, dynamical.data(), 1.0)
     off = np.abs(flow.losses / flow.losses[0] - np.exp(-flow.times)).max()
@@ -96,8 +92,9 @@ def polyak() -> Iterator[Row]:
     yield Row("Polyak: steps of 0.01 until then (at most 3,000)", count, 1500, 1500)
 
 
-def noise(count: int) -> Iterator[Row]:
+def noise(quick: bool) -> Iterator[Row]:
     """Stationary variances, each within four standard errors."""
+    count = 500 if quick else 4000
     sigma, curvature, friction = 0.5, 1.5, 2.0
     expected = sigma**2 / (2 * curvature)
     found, error = dynamical.variance(dynamics.langevin, count, curvature, sigma, time=30.0, step=0.01, points=21)
@@ -107,3 +104,13 @@ def noise(count: int) -> Iterator[Row]:
     )
     expected /= friction
     yield Row("noise: Kramers variance σ²/(2λh)", found, expected, 4 * error * expected)
+
+
+GROUPS = {
+    "finite-steps": finite_steps,
+    "maps": discrete_maps,
+    "norms": norms,
+    "ledgers": ledgers,
+    "polyak": polyak,
+    "noise": noise,
+}

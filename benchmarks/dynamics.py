@@ -5,7 +5,7 @@
 flows   flows of a model on its data, steepest descent in a norm, finite steps and ledgers (`_dynamics_flows.py`)
 games   two players, the Dirac GAN, a real small GAN (`_dynamics_games.py`)
 
-WORD is one of these parts, or a word of the quantities to print.
+WORD is one of these parts, a group of rows in one (`GROUPS`), or a word of the quantities to print.
 
 quantity   what is measured
 measured   in this run, float64 unless it says otherwise
@@ -39,14 +39,19 @@ LINE = "{:<100} {:>13} {:>13} {:>9}  {}"
 
 
 def chosen(words: list[str], quick: bool) -> Iterator[Row]:
-    """Rows of the parts, and with words those of the parts and quantities that are named."""
+    """Rows of the parts, and with words those of the parts, groups and quantities that are named."""
     parts = [part for part in PARTS if part in words] or list(PARTS)
     words = [word for word in words if word not in PARTS]
     for part in parts:
-        if (Path(__file__).parent / f"{PARTS[part]}.py").exists():
-            for row in import_module(PARTS[part]).rows(quick):
-                if not words or any(word.lower() in row.quantity.lower() for word in words):
-                    yield row
+        if not (Path(__file__).parent / f"{PARTS[part]}.py").exists():
+            continue
+        module = import_module(PARTS[part])
+        groups = getattr(module, "GROUPS", {})
+        others = [word.lower() for word in words if word not in groups]
+        for group in (word for word in words if word in groups):
+            yield from groups[group](quick)
+        if others or not words:
+            yield from (r for r in module.rows(quick) if not words or any(one in r.quantity.lower() for one in others))
 
 
 def main() -> int:

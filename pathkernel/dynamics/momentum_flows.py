@@ -222,8 +222,9 @@ def body_of(lr: float, momentum: float) -> dict[str, float]:
     Examples
     --------
     >>> from pathkernel.optimizers import leapfrog
-    >>> body_of(**leapfrog(time_step=0.5, friction=0.8))
-    {'time_step': 0.5, 'friction': 0.8...}
+    >>> body = body_of(**leapfrog(time_step=0.5, friction=0.8))
+    >>> round(body["time_step"], 6), round(body["friction"], 6)
+    (0.5, 0.8)
     """
     time_step = math.sqrt(2 * lr / (1 + momentum))
     return {"time_step": time_step, "friction": 2 / time_step * (1 - momentum) / (1 + momentum)}

@@ -13,7 +13,7 @@ from dynamical import BATCHES, LOSS, RUNS, data, network, recorded
 from torch import nn
 
 import pathkernel as pk
-from pathkernel import dynamics
+from pathkernel import dynamics, reference
 from pathkernel.errors import InputError, TrajectoryError
 
 ORDER = 0.2
@@ -97,8 +97,8 @@ def test_the_parts_are_what_their_names_say() -> None:
     found = dict.fromkeys(ledger.loss.parts, 0.0)
     for s, rows in enumerate([slice(0, 4), slice(4, 8)] * 2):
         for theta in (trajectory.vector(s), trajectory.vector(s + 1)):
-            full, _ = pk.reference.gradient_and_hessian(network(), theta, LOSS, X, y)
-            g, H = pk.reference.gradient_and_hessian(network(), theta, LOSS, X[rows], y[rows])
+            full, _ = reference.gradient_and_hessian(network(), theta, LOSS, X, y)
+            g, H = reference.gradient_and_hessian(network(), theta, LOSS, X[rows], y[rows])
             decayed = g + 0.1 * theta
             found["flow"] -= 0.01 * float(full @ full)
             found["batches"] -= 0.01 * float(full @ (g - full))
