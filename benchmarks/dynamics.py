@@ -1,6 +1,6 @@
 """Do optimizers move as the flows and games that they are read as? Each number beside the one that theory gives.
 
-    python benchmarks/dynamics.py [--quick] [--json FILE] [--only WORD …]
+    python benchmarks/dynamics.py [--quick] [--json FILE] [--only WORD …] [--figures DIR]
 
 flows   flows of a model on its data, steepest descent in a norm, finite steps and ledgers (`_dynamics_flows.py`)
 games   two players, the Dirac GAN, a real small GAN (`_dynamics_games.py`)
@@ -31,6 +31,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # these networks are so small that threads would wait for each other
 
+import matplotlib
 import torch
 from _dynamics_rows import Row
 
@@ -59,9 +60,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer steps and samples")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a list of flat objects")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="of the parts, or of their quantities")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="write the pictures of the documentation there")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
+    matplotlib.use("Agg")
     print(f"torch {torch.__version__}, {platform.machine()}, {time.strftime('%Y-%m-%d')}\n")
     print(LINE.format("quantity", "measured", "expected", "tolerance", "ok"), flush=True)
     found = []
@@ -71,6 +74,10 @@ def main() -> int:
         print(LINE.format(row.quantity, *numbers, "ok" if row.ok else "MISSED"), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n", "utf-8")
+    if arguments.figures:
+        for part in PARTS.values():
+            if (Path(__file__).parent / f"{part}.py").exists():
+                getattr(import_module(part), "draw", lambda folder: None)(arguments.figures)
     missed = [row.quantity for row in found if not row.ok]
     print(f"\n{len(found)} numbers, {len(missed)} not as expected{': ' if missed else ''}{'; '.join(missed)}")
     return 1 if missed or not found else 0

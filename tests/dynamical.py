@@ -88,30 +88,43 @@ def order(sizes: Sequence[float], errors: Sequence[float]) -> float:
 # -- finite steps ------------------------------------------------------------------------------------------------------
 
 
-def local_order(terms: int) -> float:
-    """Order of the error of one step of gradient descent against a modified flow of so many terms."""
-    rates, errors = (0.02, 0.01, 0.005), []
-    for rate in rates:
+RATES = (0.02, 0.01, 0.005)
+
+
+def local_errors(terms: int) -> list[float]:
+    """Errors of one step of gradient descent at three rates against a modified flow of so many terms."""
+    errors = []
+    for rate in RATES:
         flow = dynamics.modified_flow(network(), LOSS, data(), rate, lr=rate, order=terms, **EXACT)
         errors.append(float((descended(lambda p, r=rate: torch.optim.SGD(p, lr=r), 1) - flow.theta[-1]).norm()))
-    return order(rates, errors)
+    return errors
 
 
-def global_order(terms: int, momentum: float = 0.0) -> float:
-    """Order of the error of a run of length 0.4 against a modified flow, in the time γ/(1 − β) of a step."""
-    rates, errors = np.array([0.02, 0.01, 0.005]), []
-    for rate in rates * (1 - momentum) ** 2:
+def global_errors(terms: int, momentum: float = 0.0) -> list[float]:
+    """Errors of runs of length 0.4 against a modified flow, in the time γ/(1 − β) of a step."""
+    errors = []
+    for rate in np.array(RATES) * (1 - momentum) ** 2:
         steps = round(0.4 * (1 - momentum) / rate)
         flow = dynamics.modified_flow(network(), LOSS, data(), 0.4, lr=rate, order=terms, momentum=momentum, **EXACT)
         end = descended(lambda p, r=rate: torch.optim.SGD(p, lr=r, momentum=momentum), steps)
         errors.append(float((end - flow.theta[-1]).norm()))
-    return order(rates, errors)
+    return errors
+
+
+def local_order(terms: int) -> float:
+    """Order of `local_errors` in the rate."""
+    return order(RATES, local_errors(terms))
+
+
+def global_order(terms: int, momentum: float = 0.0) -> float:
+    """Order of `global_errors` in the rate."""
+    return order(RATES, global_errors(terms, momentum))
 
 
 def epoch_order(ordering: str, plain: bool = False) -> float:
     """Order of the error of one epoch of three mini-batches, in their order or in the mean over all orders."""
-    rates, errors = (0.02, 0.01, 0.005), []
-    for rate in rates:
+    errors = []
+    for rate in RATES:
         orders = list(itertools.permutations(BATCHES)) if ordering == "mean" else [BATCHES]
         ends = [descended(lambda p, r=rate: torch.optim.SGD(p, lr=r), 3, ids=batches) for batches in orders]
         # A rate of 0 leaves the mean of the losses alone, in the same clock.
@@ -119,7 +132,7 @@ def epoch_order(ordering: str, plain: bool = False) -> float:
             network(), LOSS, data(), 3 * rate, lr=1e-12 if plain else rate, batches=BATCHES, ordering=ordering, **EXACT
         )
         errors.append(float((torch.stack(ends).mean(dim=0) - flow.theta[-1]).norm()))
-    return order(rates, errors)
+    return order(RATES, errors)
 
 
 # -- from steps to flows -----------------------------------------------------------------------------------------------
@@ -285,10 +298,10 @@ def output_itself(output: Tensor, target: Tensor) -> Tensor:
     return output.mean()
 
 
-def quartic_flow() -> pk.errors.FlowError:
+def quartic_flow(points: int = 9) -> pk.errors.FlowError:
     """How Polyak's flow of the quartic from 4 ends."""
     try:
-        dynamics.polyak_flow(Quartic(), output_itself, ONE, 4.0, points=9)
+        dynamics.polyak_flow(Quartic(), output_itself, ONE, 4.0, points=points)
     except pk.errors.FlowError as error:
         return error
     raise AssertionError("the flow went through a stationary point")
@@ -298,8 +311,8 @@ QUARTIC_TIME = math.log((4 * 3 + 1.62276) / 1.62276)
 """When it gets to x = 3: L(t) = L(0) e^{−t}."""
 
 
-def quartic_steps(limit: int = 3000) -> tuple[int, float]:
-    """After how many Polyak steps of 0.01 from 4 x is in [0.38, 0.43], and where; the limit where it never is."""
+def quartic_steps(limit: int = 3000) -> list[float]:
+    """x under Polyak steps of 0.01 from 4 until it is in [0.38, 0.43], or for so many steps."""
     model = Quartic()
     optimizer = optimizers.PolyakStep(model.parameters(), lr=0.01)
 
@@ -309,11 +322,11 @@ def quartic_steps(limit: int = 3000) -> tuple[int, float]:
         value.backward()
         return value
 
-    for k in range(limit):
+    path = [model.x.item()]
+    while len(path) <= limit and not 0.38 <= path[-1] <= 0.43:
         optimizer.step(closure)
-        if 0.38 <= model.x.item() <= 0.43:
-            return k + 1, model.x.item()
-    return limit, model.x.item()
+        path.append(model.x.item())
+    return path
 
 
 def variance(

@@ -332,5 +332,5 @@ def test_polyak_flow_stops_at_a_stationary_point_above_the_least_value() -> None
 
 
 def test_polyak_steps_get_across_it() -> None:
-    count, x = dynamical.quartic_steps()
-    assert count < 3000 and 0.38 <= x <= 0.43
+    path = dynamical.quartic_steps()
+    assert len(path) - 1 <= 3000 and 0.38 <= path[-1] <= 0.43 and max(path) == path[0] == 4
