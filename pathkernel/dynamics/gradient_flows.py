@@ -45,7 +45,7 @@ def gradient_flow(model: nn.Module, loss: Loss, data: Any, time: float = 1.0, **
     model
         The network, in the modes that it is to run in; it is left as it is.
     loss
-        ``(output, target) -> `` a scalar, or one number per sample.
+        ``(output, target)`` to a scalar, or one number per sample.
     data
         ``(X, y)``, or a map-style Dataset of (input, target): all samples count at once.
     time

@@ -87,7 +87,7 @@ class TrainingLoss:
         model
             The network; its present parameters are θ(0).
         loss
-            ``(output, target) -> `` a scalar, or one number per sample.
+            ``(output, target)`` to a scalar, or one number per sample.
         data
             ``(X, y)``, or a map-style Dataset of (input, target).
         reduction
