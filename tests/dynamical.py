@@ -101,11 +101,11 @@ def local_errors(terms: int) -> list[float]:
 
 
 def global_errors(terms: int, momentum: float = 0.0) -> list[float]:
-    """Errors of runs of length 0.4 against a modified flow, in the time γ/(1 − β) of a step."""
+    """Errors of runs of length 0.2 against a modified flow, in the time γ/(1 − β) of a step."""
     errors = []
     for rate in np.array(RATES) * (1 - momentum) ** 2:
-        steps = round(0.4 * (1 - momentum) / rate)
-        flow = dynamics.modified_flow(network(), LOSS, data(), 0.4, lr=rate, order=terms, momentum=momentum, **EXACT)
+        steps = round(0.2 * (1 - momentum) / rate)
+        flow = dynamics.modified_flow(network(), LOSS, data(), 0.2, lr=rate, order=terms, momentum=momentum, **EXACT)
         end = descended(lambda p, r=rate: torch.optim.SGD(p, lr=r, momentum=momentum), steps)
         errors.append(float((end - flow.theta[-1]).norm()))
     return errors

@@ -2,7 +2,7 @@ r"""`Flow`: a network's way in continuous time, and what is asked of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypedDict
@@ -17,7 +17,9 @@ from pathkernel.dynamics.integration import Integration, Solver, Stopped
 from pathkernel.dynamics.system import System
 from pathkernel.dynamics.training_loss import TrainingLoss
 from pathkernel.errors import FlowError, InputError
+from pathkernel.gradients.losses import output_cotangents
 from pathkernel.gradients.returned import Returns
+from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.quadrature import LeftEndpoint
 from pathkernel.trajectory.memory import MemoryStore
@@ -174,7 +176,7 @@ class Flow:
                 "An integral over time needs two points or more",
                 "Write a later `time`, or `points=65`",
             )
-        return PathKernel(self._weighted_points(), quadrature=LeftEndpoint(), **options)
+        return PathKernel(self._points(dict(enumerate(time_weights(self.times)))), quadrature=LeftEndpoint(), **options)
 
     def path_kernel(self, X: PyTree, Z: PyTree | None = None, **options: Any) -> np.ndarray:
         """Matrix of the path kernel of the flow: `kernel` called with samples.
@@ -193,23 +195,83 @@ class Flow:
         """
         return self.kernel(**options)(X, Z)
 
-    def _weighted_points(self) -> Trajectory:
-        """The points that are kept as steps that stay where they are, with the weights of a quadrature as rates."""
-        run, weights = self.system.loss.run, time_weights(self.times)
+    def explain(self, X: PyTree) -> Attributions:
+        r"""The network at the end of gradient flow as a kernel machine: Domingos' theorem, sample by sample.
+
+        .. math:: f_c(x; \theta(T)) = f_c(x; \theta(0)) - \sum_i \int_0^T \sum_{c'}
+                  K_{t, cc'}(x, x_i)\, \frac{\partial L}{\partial z_{i c'}}\, dt
+
+        with the tangent kernel :math:`K_t` of outputs at θ(t), integrated as by `kernel`.
+
+        Parameters
+        ----------
+        X
+            n samples; every output of each is a query.
+
+        Returns
+        -------
+        Attributions
+            Shares (n C, N). What they and the untrained network miss of the output is the error of the integral, which
+            is both ``residual`` and ``quadrature_error``. The exact machine of the steps that were taken is
+            `pathkernel.KernelMachine`.
+
+        Raises
+        ------
+        InputError
+            For other flows: gradients act through velocities and averages there.
+
+        Notes
+        -----
+        Full blocks of the tangent kernel of n queries and N samples at every point: n N C² numbers at once.
+        """
+        loss = self.system.loss
+        if not self.system.is_gradient_flow:
+            raise InputError(
+                f"An explanation was asked of a {self.system.name}",
+                "Under gradient flow alone, shares are products of gradients at one time; elsewhere gradients act "
+                "through velocities, averages and Hessians",
+                "Write `gradient_flow(...)`, or record a run: `KernelMachine(trajectory).explain(X)` is exact for it",
+            )
+        inputs, function = loss.run.data.queries(X, "Flow.explain"), loss.run.function()
+        ends = [function.outputs(theta, inputs, loss.block) for theta in (self.theta[0], self.theta[-1])]
+        n, c = ends[0].shape
+        shares = torch.zeros(n, c, len(loss), dtype=torch.float64)
+        for point, weight in enumerate(time_weights(self.times)):
+            kernel = PathKernel(self._points({point: 1.0}), outputs="full", quadrature=LeftEndpoint())
+            blocks = torch.from_numpy(kernel(inputs, loss.inputs))
+            slopes = output_cotangents(
+                function, self.theta[point], loss.run.objective, loss.inputs, loss.targets, loss.weights
+            )
+            shares -= weight * torch.einsum("nicd,id->nci", blocks, slopes.double().cpu())
+        start, end = (values.double().cpu().flatten().numpy() for values in ends)
+        added = shares.flatten(0, 1).numpy()
+        missed = np.abs(end - start - added.sum(axis=1)) / np.maximum(np.abs(end - start), np.finfo(float).tiny)
+        return Attributions(
+            shares=added,
+            channels={"initial": start},
+            output=end,
+            query_index=np.repeat(np.arange(n), c),
+            output_index=np.tile(np.arange(c), n),
+            quadrature_error=missed,
+        )
+
+    def _points(self, weights: Mapping[int, float]) -> Trajectory:
+        """Some of the points that are kept as steps that stay where they are, with weights as rates."""
+        run = self.system.loss.run
         nothing = torch.empty(0, dtype=self.theta.dtype)
         names = run.layout.names
         steps = [
             Step(
                 index=k,
-                before=theta,
-                after=theta,
+                before=self.theta[point],
+                after=self.theta[point],
                 gradient=nothing,
                 active=frozenset(names),
                 batches=(),
                 groups=dict.fromkeys(names, 0),
                 hyperparameters=({"lr": float(weight)},),
             )
-            for k, (theta, weight) in enumerate(zip(self.theta, weights, strict=True))
+            for k, (point, weight) in enumerate(weights.items())
         ]
         return Trajectory(replace(run, reference=None), MemoryStore(steps), End(is_live=False))
 

@@ -28,7 +28,7 @@ from pathkernel.optimizers.norms import Norm, norm_of
 class GradientFlow(System):
     r"""Gradient flow, :math:`\dot\theta = -\nabla L`."""
 
-    name = "gradient flow"
+    name, is_gradient_flow = "gradient flow", True
 
     def velocity(self, time: float, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         """−∇L."""

@@ -28,12 +28,15 @@ class System(ABC):
         What the flow is called.
     parts
         Names of the parts of y, θ first.
+    is_gradient_flow
+        Whether it is θ̇ = −∇L.
     start
         The parts of y at t = 0.
     """
 
     name: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ("theta",)
+    is_gradient_flow: ClassVar[bool] = False
 
     def __init__(self, loss: TrainingLoss, *others: Tensor) -> None:
         self.loss = loss

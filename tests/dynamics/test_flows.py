@@ -105,18 +105,33 @@ def test_the_kernel_along_the_flow_is_integrated_to_order_four() -> None:
 
 
 def test_the_flow_explains_its_outputs_as_domingos_says() -> None:
-    # d f(x)/dt = −Σ_i K_t(x, x_i) ∂L/∂z_i: integrated with the factored kernel of outputs, all that moved f(x).
     X, y = data()
-    flow = dynamics.gradient_flow(network(), LOSS, (X, y), 0.4, points=17)
-    weights, outputs = np.full(17, 0.4 / 16) / 3, flow.outputs(X)
-    weights[1:-1:2] *= 4
-    weights[2:-1:2] *= 2
-    moved = np.zeros(8)
+    flow = dynamics.gradient_flow(network(), LOSS, (X, y), 0.4, points=9)
+    why, outputs = flow.explain(X[:3]), flow.outputs(X)
+    np.testing.assert_allclose(why.output, outputs[-1, :3, 0], rtol=1e-12)
+    np.testing.assert_allclose(why.reconstruction, why.output, atol=1e-4)  # of Simpson's rule
+    assert why.shares.shape == (3, 8) and why.residual.max() == why.quadrature_error.max() < 1e-3
+    # By hand, with the tangent kernel at each point.
+    expected, weights = np.zeros((3, 8)), np.array([1, 4, 2, 4, 2, 4, 2, 4, 1]) * 0.05 / 3
     for theta, weight, z in zip(flow.theta, weights, outputs, strict=True):
         model = network()
         nn.utils.vector_to_parameters(theta, model.parameters())
-        moved -= weight * pk.TangentKernel(model)(X) @ (2 * (z - y.numpy())[:, 0] / 8)
-    np.testing.assert_allclose(moved, outputs[-1, :, 0] - outputs[0, :, 0], atol=1e-5)  # of Simpson's rule
+        expected -= weight * pk.TangentKernel(model)(X[:3], X) * (2 * (z - y.numpy())[:, 0] / 8)
+    np.testing.assert_allclose(why.shares, expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(InputError, match=r"An explanation was asked of a momentum flow.*KernelMachine"):
+        dynamics.momentum_flow(network(), LOSS, (X, y), 0.1, points=2).explain(X)
+
+
+def test_several_outputs_are_explained_each() -> None:
+    X, y = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.arange(5) % 3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+    flow = dynamics.gradient_flow(model, nn.CrossEntropyLoss(), (X, y), 1.0, points=9)
+    why = flow.explain(X[:2])
+    assert why.shares.shape == (6, 5) and why.relative_residual < 1e-5
+    np.testing.assert_array_equal(why.output_index, [0, 1, 2, 0, 1, 2])
+    np.testing.assert_allclose(why.output.reshape(2, 3), flow.outputs(X[:2])[-1], rtol=1e-12)
 
 
 # -- what optimizers discretise ----------------------------------------------------------------------------------------
@@ -162,7 +177,7 @@ def test_a_changed_rate_keeps_the_friction() -> None:
 
 @pytest.mark.parametrize("friction", [0.0, 1.0, None])
 def test_energy_goes_from_loss_to_motion_to_friction(friction: float | None) -> None:
-    flow = dynamics.nesterov_flow(network(), LOSS, data(), 2.0, friction=friction, points=5)
+    flow = dynamics.nesterov_flow(network(), LOSS, data(), 2.0, friction=friction, points=5, method="dopri8")
     ledger = dynamics.energy_ledger(flow)
     assert ledger.residual < 1e-6
     assert ledger.kinetic[0] == ledger.dissipated[0] == 0 < ledger.kinetic[1:].min()
@@ -195,7 +210,7 @@ def test_distance_is_taken_at_equal_times() -> None:
 
 def test_momentum_has_its_own_clock() -> None:
     settings = leapfrog(0.05, 1.0)
-    flow = dynamics.momentum_flow(network(), LOSS, data(), 0.3, friction=1.0, points=3)
+    flow = dynamics.momentum_flow(network(), LOSS, data(), 0.3, friction=1.0, points=3, method="dopri8")
     beside = flow.distance(recorded(lambda p: torch.optim.SGD(p, **settings), 6))
     np.testing.assert_allclose(beside.times, 0.05 * np.arange(7), atol=1e-9)
     assert 0 < beside.relative < 0.2
@@ -225,7 +240,12 @@ def test_what_cannot_be_compared_is_refused() -> None:
 # -- options, and how flows end ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["euler", "midpoint", "heun2", "heun3", "rk4", "bosh3", "dopri8", "adaptive_heun"])
+RARER = [
+    pytest.param(name, marks=pytest.mark.exhaustive) for name in ("heun2", "heun3", "rk4", "fehlberg2", "adaptive_heun")
+]
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "bosh3", *RARER])
 def test_every_method_follows_the_flow(method: str) -> None:
     truth = dynamics.gradient_flow(network(), LOSS, data(), 0.2, **EXACT).theta[-1]
     options: dict[str, Any] = (
