@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel._typing import Loss
-from pathkernel.dynamics.flow import Flow, FlowOptions, flow_of
+from pathkernel.dynamics.flow import Flow
+from pathkernel.dynamics.following import FlowOptions, flow_of
 from pathkernel.dynamics.system import System
 from pathkernel.dynamics.training_loss import TrainingLoss
 from pathkernel.errors import InputError
@@ -86,7 +87,7 @@ def rmsprop_flow(
     eps
         ε ≥ 0, outside the root.
     **options
-        See `pathkernel.dynamics.flow.FlowOptions`.
+        See `pathkernel.dynamics.following.FlowOptions`.
 
     Returns
     -------
@@ -159,7 +160,7 @@ def adam_flow(
     eps
         ε ≥ 0, outside the root.
     **options
-        See `pathkernel.dynamics.flow.FlowOptions`.
+        See `pathkernel.dynamics.following.FlowOptions`.
 
     Returns
     -------

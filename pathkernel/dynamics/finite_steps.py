@@ -165,12 +165,12 @@ def regularization_ledger(
     kind = _kind(trajectory)
     function = trajectory.function(torch.float64)
     everything = trajectory.data[torch.arange(len(trajectory.data))]
-    whole = TrainingLoss(trajectory.run, function, *everything, block)
+    whole = TrainingLoss(trajectory.run, function, *everything, block).in_blocks()
     inputs = None if X is None else function.cast(trajectory.queries(X, "regularization_ledger"))
     sweep = _Sweep(trajectory, whole, inputs, kind, block)
     steps = sweep.run(progress)
 
-    first, last = trajectory.initial.double(), trajectory.final.double()
+    first, last = function.cast(trajectory.initial), function.cast(trajectory.final)
     loss_change = np.array(float(whole.value(last) - whole.value(first)))
     loss_parts = {name: own.sum() for name, own in steps.items()}
     outputs = None
@@ -226,10 +226,10 @@ def _kind(trajectory: Trajectory) -> _Kind:
     records = [trajectory.store.summary(s).record for s in range(len(trajectory))]
     batches = [one for record in records for one in record.batches]
     whole = all(torch.equal(batch.ids.flatten().sort().values.cpu(), torch.arange(n)) for batch in batches)
-    if any(len(record.batches) != 1 for record in records) or any(batch.parts is not None for batch in batches):
+    if any(len(record.batches) != 1 for record in records) or not all(batch.has_targets for batch in batches):
         raise InputError(
             "A regularization ledger was asked of a run with several backward passes to a step, or samples that share "
-            "rows",
+            "rows or come from elsewhere",
             "Each step is of the loss of one batch",
             "Record a run with one `loss.backward()` before each `optimizer.step()`",
         )
@@ -250,7 +250,7 @@ def _kind(trajectory: Trajectory) -> _Kind:
 
 
 @dataclass(frozen=True)
-class Rates:
+class _Rates:
     """How fast each cause moves the loss, a number, and the outputs, (n, C), at a point of the path.
 
     ``gradient`` is that of the batch, (P,).
@@ -281,7 +281,7 @@ class _Sweep:
         self.trajectory, self.whole, self.inputs, self.kind, self.block = trajectory, whole, inputs, kind, block
         self.outputs: dict[str, Tensor] = {}
         self.times = [0.0]
-        self._latest: tuple[Tensor, float, Rates] | None = None
+        self._latest: tuple[Tensor, float, _Rates] | None = None
 
     def run(self, progress: bool) -> dict[str, np.ndarray]:
         """Parts of the loss, step by step, (S,) each."""
@@ -290,7 +290,7 @@ class _Sweep:
         for step in tqdm(self.trajectory.steps(), total=total, desc="ledger", unit="step", disable=not progress):
             rate = float(step.hyperparameters[0]["lr"])
             length, loss = rate / (1 - self.kind.momentum), self._loss_of(step)
-            ends = [self._rates(loss, theta.double(), rate) for theta in (step.before, step.after)]
+            ends = [self._rates(loss, loss.function.cast(theta), rate) for theta in (step.before, step.after)]
             _check_received(step, ends[0].gradient)
             for name in ends[0].loss:
                 change = length / 2 * sum(end.loss[name] for end in ends)
@@ -315,7 +315,7 @@ class _Sweep:
             targets = self.trajectory.data.targets(batch.ids)
         return TrainingLoss(self.trajectory.run, function, inputs, targets, self.block, batch.weights)
 
-    def _rates(self, loss: TrainingLoss, theta: Tensor, rate: float) -> Rates:
+    def _rates(self, loss: TrainingLoss, theta: Tensor, rate: float) -> _Rates:
         """How fast each cause moves loss and outputs at one end of a step.
 
         Where all steps take all samples at one rate, the end of a step is the start of the next.
@@ -326,7 +326,7 @@ class _Sweep:
         own = full if self.kind.whole else loss.gradient(theta)
         directions = self._directions(loss, theta, full, own, rate)
         of_loss = {name: float(full @ direction) for name, direction in directions.items()}
-        found = Rates(own, of_loss, self._moved(theta, directions))
+        found = _Rates(own, of_loss, self._moved(theta, directions))
         if self.kind.whole:
             self._latest = theta, rate, found
         return found

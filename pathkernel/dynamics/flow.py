@@ -2,23 +2,20 @@ r"""`Flow`: a network's way in continuous time, and what is asked of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor
 
-from pathkernel._typing import Loss, PyTree
-from pathkernel.dynamics.integration import Integration, Solver, Stopped
+from pathkernel._typing import PyTree
+from pathkernel.dynamics.integration import Integration, Solver
 from pathkernel.dynamics.system import System
-from pathkernel.dynamics.training_loss import TrainingLoss
-from pathkernel.errors import FlowError, InputError
+from pathkernel.errors import InputError
 from pathkernel.gradients.losses import output_cotangents
-from pathkernel.gradients.returned import Returns
 from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.quadrature import LeftEndpoint
@@ -26,44 +23,6 @@ from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.run import End
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.trajectory import Trajectory
-
-
-class PathOptions(TypedDict, total=False):
-    """Options of every flow, with noise or without.
-
-    Attributes
-    ----------
-    times
-        Points of time that are kept, from 0 upward, in place of ``time`` and ``points``.
-    points
-        How many are kept, evenly spread over [0, time]; 65 by default. An odd number lets path kernels take Simpson's
-        rule.
-    reduction, returns, dtype, block
-        See `pathkernel.dynamics.training_loss.TrainingLoss.of`; float64 by default, whatever the model's type is.
-    """
-
-    times: ArrayLike | None
-    points: int
-    reduction: str
-    returns: Returns
-    dtype: torch.dtype
-    block: int
-
-
-class FlowOptions(PathOptions, total=False):
-    """Options of flows without noise: beside those of `PathOptions`, how torchdiffeq follows them.
-
-    Attributes
-    ----------
-    method, rtol, atol, step, max_steps
-        See `pathkernel.dynamics.integration.Solver`.
-    """
-
-    method: str
-    rtol: float
-    atol: float
-    step: float | None
-    max_steps: int
 
 
 class Flow:
@@ -301,11 +260,13 @@ class Flow:
             )
         if wanted.ndim != 1 or (np.diff(wanted) < 0).any() or (wanted < 0).any() or (wanted > end + slack).any():
             raise InputError(
-                f"Times {_shown(wanted)} were asked of a flow",
+                f"Times {shown(wanted)} were asked of a flow",
                 f"They rise, from 0 to {end:.6g}",
-                f"Follow the flow for longer: `time={_latest(wanted):.6g}`",
+                "Leave out the others, or follow the flow for longer with `time=`",
             )
-        integration = Integration(self.system.flat_velocity, self.solver)
+        # Each point may take as many steps as the whole flow.
+        solver = replace(self.solver, max_steps=self.solver.max_steps * (1 + len(wanted)))
+        integration = Integration(self.system.flat_velocity, solver)
         found, now, state = [], 0.0, self.states[0]
         for time in np.minimum(wanted, end).tolist():
             before = int(np.searchsorted(self.times, time + slack, side="right")) - 1
@@ -410,94 +371,6 @@ def time_weights(times: np.ndarray) -> np.ndarray:
     return (np.append(lengths, 0.0) + np.append(0.0, lengths)) / 2
 
 
-def flow_of(
-    make: Callable[[TrainingLoss], System], model: nn.Module, loss: Loss, data: Any, time: float, options: FlowOptions
-) -> Flow:
-    """Flow of a network on its data under the system that is made of its loss.
-
-    Raises
-    ------
-    FlowError
-        Where it comes to an end before its time; ``error.flow`` is the flow up to there.
-    """
-    times, solver = grid_of(time, options, FlowOptions), Solver(**_chosen(options, SOLVER))
-    return follow(make(loss_of(model, loss, data, options)), times, solver)
-
-
-def loss_of(model: nn.Module, loss: Loss, data: Any, options: PathOptions) -> TrainingLoss:
-    """L of a network on its data, as the options say."""
-    return TrainingLoss.of(model, loss, data, **_chosen(options, LOSS))
-
-
-def _chosen(options: PathOptions, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name in names}
-
-
-SOLVER = ("method", "rtol", "atol", "step", "max_steps")
-LOSS = ("reduction", "returns", "dtype", "block")
-
-
-def follow(system: System, times: Sequence[float], solver: Solver) -> Flow:
-    """The flow of a system through points of time; see `flow_of`."""
-    integration = Integration(system.flat_velocity, solver)
-    state = torch.cat(list(system.start))
-    kept, reached = [state], [times[0]]
-    try:
-        for before, after in pairwise(times):
-            state = integration.advance(before, after, state)
-            kept.append(state)
-            reached.append(after)
-    except Stopped as stop:
-        if integration.latest is not None and integration.latest[0] > reached[-1]:
-            reached.append(integration.latest[0])
-            kept.append(integration.latest[1])
-        error = FlowError(
-            f"The {system.name} came to its end at t = {reached[-1]:.6g}: {stop.reason}",
-            f"It was to be followed to t = {times[-1]:.6g}",
-            stop.write,
-        )
-        error.flow = Flow(system, reached, torch.stack(kept), solver)
-        raise error from None
-    return Flow(system, reached, torch.stack(kept), solver)
-
-
-def grid_of(time: float, options: PathOptions, kind: type[PathOptions]) -> list[float]:
-    """Points of time that are kept, from 0 on.
-
-    Raises
-    ------
-    InputError
-        For times that do not rise from 0, and for unknown options.
-    """
-    known = kind.__annotations__  # of a TypedDict, with those of its bases
-    if unknown := sorted(set(options) - known.keys()):
-        raise InputError(
-            f"`{unknown[0]}=` was given to a flow",
-            f"Its options are {', '.join(f'`{name}`' for name in sorted(known))}",
-            f"Leave `{unknown[0]}` out",
-        )
-    times, points = options.get("times"), options.get("points", 65)
-    if times is None:
-        if not time > 0 or points < 2:
-            raise InputError(
-                f"A flow was asked for with `time={time!r}` and `points={points!r}`",
-                "It lasts for a time above 0, and 2 points or more of it are kept",
-                "Write for example `time=2.0, points=65`",
-            )
-        return [float(t) for t in np.linspace(0.0, time, points)]
-    given = np.asarray(times, dtype=np.float64)
-    if given.ndim != 1 or len(given) < 2 or given[0] != 0 or not (np.diff(given) > 0).all():
-        raise InputError(
-            f"A flow was asked for with `times={_shown(given)}`",
-            "Two or more points of time rise from 0",
-            "Write for example `times=numpy.linspace(0, 2, 65)`",
-        )
-    return [float(t) for t in given]
-
-
-def _shown(values: np.ndarray) -> str:
+def shown(values: np.ndarray) -> str:
+    """Numbers for a message, cut where they are many."""
     return np.array2string(values, threshold=6, edgeitems=2, precision=4)
-
-
-def _latest(values: np.ndarray) -> float:
-    return float(values.max(initial=0.0))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel._typing import Loss
-from pathkernel.dynamics.flow import Flow, FlowOptions, flow_of
+from pathkernel.dynamics.flow import Flow
+from pathkernel.dynamics.following import FlowOptions, flow_of
 from pathkernel.dynamics.integration import Stopped
 from pathkernel.dynamics.system import System
 from pathkernel.dynamics.training_loss import TrainingLoss
@@ -51,7 +52,7 @@ def gradient_flow(model: nn.Module, loss: Loss, data: Any, time: float = 1.0, **
     time
         How long.
     **options
-        See `pathkernel.dynamics.flow.FlowOptions`.
+        See `pathkernel.dynamics.following.FlowOptions`.
 
     Returns
     -------
@@ -134,7 +135,7 @@ def steepest_flow(
     norm
         See `pathkernel.optimizers.norms`.
     **options
-        See `pathkernel.dynamics.flow.FlowOptions`.
+        See `pathkernel.dynamics.following.FlowOptions`.
 
     Returns
     -------
@@ -227,7 +228,7 @@ def polyak_flow(
     minimum
         L_*, the smallest value of the loss.
     **options
-        See `pathkernel.dynamics.flow.FlowOptions`.
+        See `pathkernel.dynamics.following.FlowOptions`.
 
     Returns
     -------

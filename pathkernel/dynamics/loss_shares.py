@@ -131,10 +131,9 @@ def loss_ledger(trajectory: Trajectory, *, memory: int | str = "1GB", progress: 
 def _weight(trajectory: Trajectory, why: Attributions) -> tuple[float, float, float]:
     """By what the losses of single samples are multiplied in L, and L at both ends."""
     function = trajectory.function()
-    before = TrainingLoss(trajectory.run, function, *trajectory.data[torch.arange(len(trajectory.data))])
-    after = TrainingLoss(
-        trajectory.run, function.with_(constants=trajectory.final_buffers), before.inputs, before.targets
-    )
+    before = TrainingLoss(trajectory.run, function, *trajectory.data[torch.arange(len(trajectory.data))]).in_blocks()
+    final = function.with_(constants=trajectory.final_buffers)
+    after = TrainingLoss(trajectory.run, final, before.inputs, before.targets).in_blocks()
     start, end = float(before.value(trajectory.initial)), float(after.value(trajectory.final))
     close = max(ADDS_UP, 100 * torch.finfo(function.dtype).eps)
     for weight in (1 / len(trajectory.data), 1.0):

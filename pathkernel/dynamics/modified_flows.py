@@ -35,7 +35,8 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel._typing import Loss
-from pathkernel.dynamics.flow import Flow, FlowOptions, flow_of
+from pathkernel.dynamics.flow import Flow
+from pathkernel.dynamics.following import FlowOptions, flow_of
 from pathkernel.dynamics.system import System
 from pathkernel.dynamics.training_loss import TrainingLoss
 from pathkernel.errors import InputError
@@ -154,7 +155,7 @@ def modified_flow(
     ordering
         ``"mean"``: what the mean over all orders of the batches follows. ``"given"``: what they follow in this order.
     **options
-        See `pathkernel.dynamics.flow.FlowOptions`.
+        See `pathkernel.dynamics.following.FlowOptions`.
 
     Returns
     -------

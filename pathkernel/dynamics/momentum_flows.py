@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel._typing import Loss
-from pathkernel.dynamics.flow import Flow, FlowOptions, flow_of
+from pathkernel.dynamics.flow import Flow
+from pathkernel.dynamics.following import FlowOptions, flow_of
 from pathkernel.dynamics.system import System
 from pathkernel.dynamics.training_loss import TrainingLoss
 from pathkernel.errors import InputError
@@ -40,7 +41,7 @@ class MomentumFlow(System):
     parts = ("theta", "velocity", "dissipated")
 
     def __init__(self, loss: TrainingLoss, friction: float | None) -> None:
-        super().__init__(loss, torch.zeros_like(loss.initial), torch.zeros(1, dtype=loss.dtype))
+        super().__init__(loss, torch.zeros_like(loss.initial), loss.initial.new_zeros(1))
         if friction is not None and not friction >= 0:
             raise InputError(
                 f"`friction={friction!r}` was given",
@@ -63,7 +64,7 @@ class MomentumFlow(System):
         """√α under friction 3/t, else that of the leapfrog scheme."""
         if self.friction is None:
             return math.sqrt(float(settings["lr"]))
-        return body_of(float(settings["lr"]), float(settings["momentum"]))["time_step"]
+        return body_of(float(settings["lr"]), float(settings.get("momentum", 0.0)))["time_step"]
 
 
 class NesterovFlow(MomentumFlow):
@@ -92,7 +93,7 @@ def momentum_flow(
     friction
         λ ≥ 0, in inverse time.
     **options
-        See `pathkernel.dynamics.flow.FlowOptions`.
+        See `pathkernel.dynamics.following.FlowOptions`.
 
     Returns
     -------
@@ -131,7 +132,7 @@ def nesterov_flow(
     friction
         None for 3/t; a number for Nesterov's method with constant momentum, whose flow is that of the heavy ball.
     **options
-        See `pathkernel.dynamics.flow.FlowOptions`.
+        See `pathkernel.dynamics.following.FlowOptions`.
 
     Returns
     -------

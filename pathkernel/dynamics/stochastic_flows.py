@@ -14,6 +14,7 @@ with :math:`d\theta = v\, dt` in the second. Where L is quadratic with curvature
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Unpack
 
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel._typing import Loss
-from pathkernel.dynamics.flow import Flow, PathOptions, grid_of, loss_of
-from pathkernel.dynamics.integration import DIVERGED, GROWTH
+from pathkernel.dynamics.flow import Flow
+from pathkernel.dynamics.following import PathOptions, grid_of, loss_of
+from pathkernel.dynamics.integration import DIVERGED, GROWTH, pieces_of
 from pathkernel.dynamics.system import System
 from pathkernel.dynamics.training_loss import TrainingLoss
 from pathkernel.errors import FlowError, InputError
@@ -53,9 +55,9 @@ class StochasticSystem(System):
         """Standard normal numbers, drawn on the CPU."""
         return torch.randn(like.shape, generator=self.generator, dtype=torch.float64).to(like)
 
+    @abstractmethod
     def advance(self, parts: Sequence[Tensor], step: float) -> Sequence[Tensor]:
         """The parts of y a step later."""
-        raise NotImplementedError
 
 
 class Langevin(StochasticSystem):
@@ -145,7 +147,7 @@ def langevin(
     generator
         Where random numbers come from; those of torch and numpy are not touched.
     **options
-        See `pathkernel.dynamics.flow.PathOptions`.
+        See `pathkernel.dynamics.following.PathOptions`.
 
     Returns
     -------
@@ -211,7 +213,7 @@ def _followed(system: StochasticSystem, time: float, step: float, options: PathO
     kept, limit = [torch.cat(list(parts))], GROWTH * max(1.0, float(torch.cat(list(parts)).norm()))
     for k in range(1, len(times)):
         length = times[k] - times[k - 1]
-        pieces = max(1, math.ceil(length / step - 1e-9))
+        pieces = pieces_of(length, step)
         for _ in range(pieces):
             parts = system.advance(parts, length / pieces)
         state = torch.cat(list(parts))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class TrainingLoss:
     Attributes
     ----------
     run, function, inputs, targets, block, weights
-        As given, samples in the floating type of the arithmetic.
+        As given, samples and what the loss holds in the floating type of the arithmetic.
     parts
         (block of samples, its weight) whose losses add up to L.
     """
@@ -63,9 +64,10 @@ class TrainingLoss:
         block: int = 4096,
         weights: Tensor | None = None,
     ) -> None:
-        self.run, self.function, self.block, self.weights = run, function, block, weights
+        self.function, self.block, self.weights = function, block, weights
         self.inputs, self.targets = function.cast(inputs), function.cast(targets)
-        self.loss = in_type(run.objective.function("A flow"), function.dtype)
+        self.loss = in_type(run.objective.function("The training loss as a function of θ"), function.dtype)
+        self.run = replace(run, objective=replace(run.objective, loss=self.loss))
         self.parts: list[tuple[slice, float]] = [(slice(0, len(self)), 1.0)]
 
     @classmethod
@@ -129,8 +131,7 @@ class TrainingLoss:
                 run.data.suit(function, theta)
             made = cls(run, function, *run.data[torch.arange(len(run.data))], block)
             made._check_deterministic()
-            made.parts = made._proved_parts()
-        return made
+            return made.in_blocks()
 
     @property
     def initial(self) -> Tensor:
@@ -213,6 +214,11 @@ class TrainingLoss:
 
     # -- what is proved before use ---------------------------------------------------------------------------
 
+    def in_blocks(self) -> TrainingLoss:
+        """The same object, block by block from now on if that is proved to change nothing."""
+        self.parts = self._proved_parts()
+        return self
+
     def _check_deterministic(self) -> None:
         """Refuse passes that draw random numbers: θ alone has to say where it goes."""
         piece = slice(0, min(self.block, len(self)))
@@ -246,8 +252,8 @@ class TrainingLoss:
             common = torch.randn(outputs.shape[1:], generator=generator, dtype=torch.float64)
             tried = outputs + scale * (own_part + common).to(outputs)
             at_once = self._loss(tried, slice(0, n))
-            own = torch.stack([self._loss(tried[piece], piece) for piece in pieces])
-            fitting = [w for w in fitting if (own @ w - at_once).abs() <= ADDS_UP * (own.abs() @ w)]
+            own = torch.stack([self._loss(tried[piece], piece) for piece in pieces]).to(sizes)
+            fitting = [w for w in fitting if (own @ w - at_once.to(sizes)).abs() <= ADDS_UP * (own.abs() @ w)]
         if not fitting:
             return whole
         return [(piece, float(w)) for piece, w in zip(pieces, fitting[0], strict=True)]

@@ -4,14 +4,14 @@ r"""Norms on parameters, their duals, and the direction in which each is steepes
           d(g) = -\operatorname*{arg\,max}_{\lVert d\rVert \le 1} \langle g, d\rangle,\qquad
           \dot\theta = d(\nabla L) \;\Rightarrow\; \dot L = -\lVert\nabla L\rVert_*
 
-=============  ============================================  =====================================  ==================
-norm           of θ                                          direction −d(g)                        dual
-=============  ============================================  =====================================  ==================
-``"l2"``       √Σ θ²                                         g / ‖g‖₂                               ‖g‖₂
-``"linf"``     largest entry                                 sign g                                 ‖g‖₁
-``"l1"``       Σ abs(θ)                                      sign g at its largest entry, else 0    ‖g‖_∞
-``"spectral"``  largest singular value of any parameter      U Vᵀ of g = U Σ Vᵀ, matrix by matrix   Σ singular values
-=============  ============================================  =====================================  ==================
+==============  ========================================  =====================================  =================
+norm            of θ                                      direction −d(g)                        dual
+==============  ========================================  =====================================  =================
+``"l2"``        √Σ θ²                                     g / ‖g‖₂                               ‖g‖₂
+``"linf"``      largest entry                             sign g                                 ‖g‖₁
+``"l1"``        Σ abs(θ)                                  sign g at its largest entry, else 0    ‖g‖_∞
+``"spectral"``  largest singular value of any parameter   U Vᵀ of g = U Σ Vᵀ, matrix by matrix   Σ singular values
+==============  ========================================  =====================================  =================
 
 A parameter of more than two axes is a matrix with the first as its rows, and a vector is a matrix of one column: its
 direction is the vector over its length.

@@ -111,6 +111,8 @@ def test_the_parts_are_what_their_names_say() -> None:
     assert abs(float(ledger.loss.remainder)) < 0.01 * abs(end - start)
     assert ledger.outputs.change.shape == (3, 1) and ledger.outputs.relative_remainder < 0.01
     assert "remainder" in repr(ledger)
+    cut = dynamics.regularization_ledger(trajectory, X[:3], block=3)
+    np.testing.assert_allclose(cut.outputs.remainder, ledger.outputs.remainder, rtol=1e-6, atol=1e-14)
 
 
 def network_at(theta: torch.Tensor) -> nn.Module:

@@ -127,7 +127,8 @@ def test_several_outputs_are_explained_each() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Linear(3, 3)
-    flow = dynamics.gradient_flow(model, nn.CrossEntropyLoss(), (X, y), 1.0, points=9)
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0]))  # in float32, as the model is
+    flow = dynamics.gradient_flow(model, loss, (X, y), 1.0, points=9)
     why = flow.explain(X[:2])
     assert why.shares.shape == (6, 5) and why.relative_residual < 1e-5
     np.testing.assert_array_equal(why.output_index, [0, 1, 2, 0, 1, 2])
@@ -229,7 +230,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     groups = lambda p: torch.optim.SGD([{"params": [w], "lr": 0.1 / (k + 1)} for k, w in enumerate(p)])  # noqa: E731
     with pytest.raises(InputError, match=r"step 0 have different rates.*one rate"):
         flow.distance(recorded(groups, 1))
-    with pytest.raises(InputError, match=r"Times \[0.05 0.2 \] were asked.*`time=0.2`"):
+    with pytest.raises(InputError, match=r"Times \[0.05 0.2 \] were asked.*with `time=`"):
         flow.at([0.05, 0.2])
     with pytest.raises(InputError, match="The part 'velocity'"):
         flow.part("velocity")
@@ -253,6 +254,14 @@ def test_every_method_follows_the_flow(method: str) -> None:
     )
     flow = dynamics.gradient_flow(network(), LOSS, data(), 0.2, method=method, points=3, **options)
     assert (flow.theta[-1] - truth).norm() < (2e-2 if method == "euler" else 1e-3)
+
+
+def test_float32_is_followed_as_far_as_it_goes() -> None:
+    options: dict[str, Any] = {"points": 2}
+    single = dynamics.gradient_flow(network(), LOSS, data(), 0.3, dtype=torch.float32, **options)
+    double = dynamics.gradient_flow(network(), LOSS, data(), 0.3, **options)
+    assert single.theta.dtype == torch.float32 and single.solver.rtol == 1e-4
+    torch.testing.assert_close(single.theta.double(), double.theta, rtol=0, atol=1e-3)
 
 
 def test_euler_is_gradient_descent() -> None:
