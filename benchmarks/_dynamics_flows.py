@@ -58,6 +58,9 @@ def discrete_maps(quick: bool) -> Iterator[Row]:
     yield Row("steps to flow: heavy ball whose rate changes, by the β-rule", dynamical.order(steps, by_rule), 1, ORDER)
     yield Row("steps to flow: the same with β as it was (does not approach)", dynamical.order(steps, without), 0, ORDER)
     yield Row("steps to flow: order in the step, path kernel under SGD", dynamical.kernel_order(), 1, ORDER)
+    flow = dynamics.gradient_flow(dynamical.network(), dynamical.LOSS, dynamical.data(), 0.4, points=33)
+    why = flow.explain(dynamical.data()[0])
+    yield Row("the flow as a kernel machine: largest residual, 33 points", why.residual.max(), 0, 1e-5)
     for name, friction in (("momentum", 1.0), ("Nesterov, 3/t", None)):
         flow = dynamics.nesterov_flow(
             dynamical.network(), dynamical.LOSS, dynamical.data(), 4.0, friction=friction, points=17
