@@ -55,7 +55,8 @@ class Flow:
         self.system, self.states, self.solver = system, states, solver
         self.times = np.asarray(times, dtype=np.float64)
         self.theta = self.part("theta")
-        self.losses = np.array([float(system.loss.value(theta)) for theta in self.theta])
+        with system.loss.held():
+            self.losses = np.array([float(system.loss.value(theta)) for theta in self.theta])
 
     def __len__(self) -> int:
         """T."""
@@ -268,14 +269,15 @@ class Flow:
         solver = replace(self.solver, max_steps=self.solver.max_steps * (1 + len(wanted)))
         integration = Integration(self.system.flat_velocity, solver)
         found, now, state = [], 0.0, self.states[0]
-        for time in np.minimum(wanted, end).tolist():
-            before = int(np.searchsorted(self.times, time + slack, side="right")) - 1
-            if self.times[before] > now:
-                now, state = float(self.times[before]), self.states[before]
-            if time > now + slack:
-                state = integration.advance(now, time, state)
-                now = time
-            found.append(self.system.split(state)[0])
+        with self.system.loss.held():
+            for time in np.minimum(wanted, end).tolist():
+                before = int(np.searchsorted(self.times, time + slack, side="right")) - 1
+                if self.times[before] > now:
+                    now, state = float(self.times[before]), self.states[before]
+                if time > now + slack:
+                    state = integration.advance(now, time, state)
+                    now = time
+                found.append(self.system.split(state)[0])
         return torch.stack(found)
 
     def distance(self, trajectory: Trajectory) -> FlowDistance:

@@ -95,10 +95,11 @@ def follow(system: System, times: Sequence[float], solver: Solver) -> Flow:
     state = torch.cat(list(system.start))
     kept, reached = [state], [times[0]]
     try:
-        for before, after in pairwise(times):
-            state = integration.advance(before, after, state)
-            kept.append(state)
-            reached.append(after)
+        with system.loss.held():
+            for before, after in pairwise(times):
+                state = integration.advance(before, after, state)
+                kept.append(state)
+                reached.append(after)
     except Stopped as stop:
         if integration.latest is not None and integration.latest[0] > reached[-1]:
             reached.append(integration.latest[0])

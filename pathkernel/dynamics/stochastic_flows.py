@@ -214,8 +214,9 @@ def _followed(system: StochasticSystem, time: float, step: float, options: PathO
     for k in range(1, len(times)):
         length = times[k] - times[k - 1]
         pieces = pieces_of(length, step)
-        for _ in range(pieces):
-            parts = system.advance(parts, length / pieces)
+        with system.loss.held():
+            for _ in range(pieces):
+                parts = system.advance(parts, length / pieces)
         state = torch.cat(list(parts))
         if not float(state.norm()) <= limit:
             error = FlowError(

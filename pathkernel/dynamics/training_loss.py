@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +70,7 @@ class TrainingLoss:
         self.loss = in_type(run.objective.function("The training loss as a function of θ"), function.dtype)
         self.run = replace(run, objective=replace(run.objective, loss=self.loss))
         self.parts: list[tuple[slice, float]] = [(slice(0, len(self)), 1.0)]
+        self._held = False
 
     @classmethod
     def of(
@@ -157,7 +159,7 @@ class TrainingLoss:
 
     def value(self, theta: Tensor) -> Tensor:
         """L(θ), a tensor of no axes."""
-        with self.function.evaluating(gradients=False):
+        with self._passes(gradients=False):
             return sum(self._terms(self.function.cast(theta)), torch.zeros((), dtype=self.dtype))
 
     def gradient(self, theta: Tensor) -> Tensor:
@@ -168,7 +170,7 @@ class TrainingLoss:
         """L(θ) and ∇L(θ), (P,), by one reverse sweep a block."""
         leaf = self._leaf(theta)
         value, gradient = torch.zeros((), dtype=self.dtype), torch.zeros_like(leaf)
-        with self.function.evaluating(gradients=True), self.function.kept():
+        with self._passes(gradients=True):
             for term in self._terms(leaf):
                 value = value + term.detach()
                 gradient = gradient + derivative(term, leaf)
@@ -186,7 +188,7 @@ class TrainingLoss:
     def _products(self, theta: Tensor, v: Tensor, third: bool) -> tuple[Tensor, Tensor, Tensor]:
         leaf, v = self._leaf(theta), v.detach()
         g, hv, tvv = (torch.zeros_like(leaf) for _ in range(3))
-        with self.function.evaluating(gradients=True), self.function.kept():
+        with self._passes(gradients=True):
             for term in self._terms(leaf):
                 own = derivative(term, leaf, again=True)
                 slope = derivative(own @ v, leaf, again=third)
@@ -194,6 +196,29 @@ class TrainingLoss:
                 if third:
                     tvv = tvv + derivative(slope @ v, leaf)
         return g, hv, tvv
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Leave torch's settings as passes need them from one evaluation inside to the next: a third of a small one.
+
+        Ctrl-C is let through before each pass.
+        """
+        with self.function.evaluating(), self.function.kept():
+            self._held = True
+            try:
+                yield
+            finally:
+                self._held = False
+
+    @contextmanager
+    def _passes(self, gradients: bool) -> Iterator[None]:
+        """Run passes inside, with or without a graph."""
+        if self._held:
+            with torch.set_grad_enabled(gradients):
+                yield
+        else:
+            with self.function.evaluating(gradients=gradients), self.function.kept():
+                yield
 
     def _leaf(self, theta: Tensor) -> Tensor:
         return self.function.cast(theta).detach().clone().requires_grad_(True)
