@@ -91,7 +91,7 @@ class RegularizationLedger:
     ``"weight_decay"``
         coupled weight decay;
     ``"start"``
-        the lead γβ/(1 − β)² ∇L of a ball that starts at rest over one that has always been rolling.
+        the lag γβ/(1 − β)² ∇L of a ball that starts at rest behind one that has always been rolling.
     """
 
     loss: Ledger
@@ -178,10 +178,10 @@ def regularization_ledger(
         at = lambda theta: function.outputs(theta, inputs, block).cpu().numpy()  # noqa: E731
         change, parts = at(last) - at(first), {name: own.cpu().numpy() for name, own in sweep.outputs.items()}
         if kind.momentum:
-            parts["start"] = at(sweep.lead(first)) - at(first)
+            parts["start"] = at(sweep.lagging(first)) - at(first)
         outputs = Ledger(change, parts)
     if kind.momentum:
-        loss_parts["start"] = np.array(float(whole.value(sweep.lead(first)) - whole.value(first)))
+        loss_parts["start"] = np.array(float(whole.value(sweep.lagging(first)) - whole.value(first)))
     return RegularizationLedger(Ledger(loss_change, loss_parts), outputs, steps, np.array(sweep.times))
 
 
@@ -301,8 +301,8 @@ class _Sweep:
             self.times.append(self.times[-1] + length)
         return {name: np.array(values) for name, values in steps.items()}
 
-    def lead(self, theta: Tensor) -> Tensor:
-        """Where a ball that has always been rolling would have been, to meet one that starts at rest at θ."""
+    def lagging(self, theta: Tensor) -> Tensor:
+        """Where a ball that has always been rolling starts that one starting from rest at θ comes to follow."""
         momentum, rate = self.kind.momentum, float(self.trajectory.store.read(0).hyperparameters[0]["lr"])
         gradient = self.whole.gradient(theta) + self.kind.decay * theta
         return theta + rate * momentum / (1 - momentum) ** 2 * gradient

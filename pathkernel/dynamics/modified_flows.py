@@ -9,9 +9,9 @@ by the gradient's size. With momentum β, in the time :math:`\tau = k\gamma/(1 -
 
 .. math:: \dot\theta = -\nabla\Bigl(L + \frac{\gamma(1 + \beta)}{4(1 - \beta)^2}\lVert\nabla L\rVert^2\Bigr),
 
-from :math:`\theta(0) + \tfrac{\gamma\beta}{(1 - \beta)^2}\, g` for a ball that starts at rest, which lags behind less
-than one that has always been rolling. An epoch of m mini-batches with the losses L_1 … L_m, in this order, is up to γ³
-the flow for a time mγ of
+from :math:`\theta(0) + \tfrac{\gamma\beta}{(1 - \beta)^2}\, g` for a ball that starts at rest, which falls that far
+behind one that has always been rolling. An epoch of m mini-batches with the losses L_1 … L_m, in this order, is up to
+γ³ the flow for a time mγ of
 
 .. math:: \dot\theta = -\nabla L - \frac{\gamma}{2m}\sum_k H_k g_k
           + \frac{\gamma}{2m}\sum_k H_k \Bigl(\sum_{j<k} g_j - \sum_{j>k} g_j\Bigr),
@@ -66,8 +66,8 @@ class ModifiedFlow(System):
         self.lr, self.momentum, self.order = lr, momentum, order
         self.factor = lr * (1 + momentum) / (2 * (1 - momentum) ** 2)
         if momentum and order:
-            lead = lr * momentum / (1 - momentum) ** 2
-            self.start = (loss.initial + lead * loss.gradient(loss.initial),)
+            lag = lr * momentum / (1 - momentum) ** 2
+            self.start = (loss.initial + lag * loss.gradient(loss.initial),)
 
     def velocity(self, time: float, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         """−g − (γ/2) Hg − γ² (HHg/3 + T(g, g)/12), as far as the order says."""
