@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class InThreeParts(Exception):
     """Error in three parts: what was found, what was expected, and what to write instead.
@@ -74,6 +76,12 @@ class InputError(PathKernelError):
 
 class UnsupportedModelError(RecordingError, InputError):
     """A network that has no tangent kernel: not differentiable, or no function of one sample."""
+
+
+class FlowError(PathKernelError):
+    """A flow came to an end before its time; ``flow`` is what was computed of it, None where that is nothing."""
+
+    flow: Any = None
 
 
 class MissingExtraError(PathKernelError, ImportError):

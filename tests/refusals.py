@@ -157,6 +157,10 @@ OUTSIDE: dict[str, Row] = {
     "a curve of other steps": (
         lambda: evolving([1, 2], [0.0]), Refusal, ("for 2 steps", "One value per step", "at the same steps"),
     ),
+    "half a run beside a flow": (
+        lambda: plotting.FlowDisplay([0, 1], [1, 0], [[0, 0], [1, 1]], run_times=[0, 1]),
+        Refusal, ("Part of a recorded run", "come together", "FlowDisplay.from_flow(flow, trajectory)"),
+    ),
     "labels of other rows": (
         lambda: plotting.GramDisplay.from_gram(EYE, np.zeros(2)),
         Refusal, ("for a Gram matrix of 3 samples", "One label per sample", "y=None"),

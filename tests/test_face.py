@@ -149,6 +149,11 @@ def test_older_names_stay_and_say_nothing(recwarn: pytest.WarningsRecorder) -> N
 
 EXTRAS = {
     "plot": (["matplotlib", "jinja2"], "import pathkernel as pk; pk.plotting"),
+    "dynamics": (["torchdiffeq"], """
+import torch, pathkernel as pk
+data = torch.randn(4, 2), torch.randn(4, 1)
+pk.dynamics.gradient_flow(torch.nn.Linear(2, 1), torch.nn.MSELoss(), data)
+"""),
     "store": (["numcodecs", "filelock"], "import pathkernel as pk; pk.DiskStore('nowhere')"),
     "pandas": (["pandas"], TRAINED := """
 import torch, pathkernel as pk

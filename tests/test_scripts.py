@@ -30,6 +30,7 @@ KEYS = {
         *("network", "engine", "n", "refused", "split_error", "true_error", "residual", "quadrature_error"),
         *("shares_error", "covered", "seconds_of_check"),
     },
+    "dynamics.py": {"quantity", "measured", "expected", "tolerance", "ok"},
     "orders.py": {"quadrature", "step_size", "residual", "order"},
     "compilation.py": {"network", "milliseconds_eager", "milliseconds_compiled", "ratio"},
     "coverage.py": {
@@ -51,12 +52,14 @@ KEYS = {
 
 
 PARTS = {
+    "dynamics.py": ("--only", "flows", "norms", "noise"),
     "certificate.py": ("--parts", "coupled", "refused", "broken", "alarms"),
     "engines.py": ("--only", "W1 trace", "W2 full", "W3 loss", "path Gram", "shares SGD", "memory", "scaling"),
     "real_networks.py": ("--steps", "3", "--tasks", "explain 8", "decision_function 8"),
     "loops.py": ("--only", "makemore", "gcn", "tabular", "truncated_bptt", "lbfgs"),
 }
-"""Of benchmarks whose other parts are tests by themselves (zoo, bars, threads), take long, or depend on the machine."""
+"""Of benchmarks whose other parts are tests by themselves (zoo, bars, threads, flows), take long, or depend on the
+machine."""
 
 
 def run(script: Path, *arguments: str) -> None:

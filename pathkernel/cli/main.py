@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands.add_argument("--version", action="version", version=f"pathkernel {__version__}")
     subcommands = commands.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_demo, _plan, _info, _verify, _gram, _explain, _export):
+    for add in (_demo, _plan, _info, _verify, _gram, _explain, _export, _flow):
         own = add(subcommands)
         own.add_argument("--json", type=Path, metavar="FILE", help="write every printed number to FILE")
         own.epilog = EXIT_CODES
@@ -149,6 +149,25 @@ def _export(subcommands: Any) -> argparse.ArgumentParser:
     job.add_argument("--steps", help="points of the path, such as 0,100,-1 (default all)")
     job.add_argument("--memory", default="1GB", help="budget (default 1GB)")
     job.set_defaults(run_command="pathkernel.cli.stores:export")
+    return job
+
+
+def _flow(subcommands: Any) -> argparse.ArgumentParser:
+    job: argparse.ArgumentParser = subcommands.add_parser(
+        "flow",
+        help="an optimizer on handwritten digits beside the flow that it discretises",
+        description="Follows a flow of a small network on handwritten digits, records the optimizer that discretises "
+        "it from the same start, and draws both.",
+    )
+    kinds = ("gradient", "momentum", "nesterov", "rmsprop", "adam")
+    job.add_argument("kind", nargs="?", default="gradient", choices=kinds, help="which flow (default gradient)")
+    job.add_argument("--time", type=float, metavar="T", help="how long (default: by the flow)")
+    job.add_argument("--step", type=float, metavar="H", help="time step of the optimizer (default: by the flow)")
+    job.add_argument("--seed", type=int, default=0, help="of the weights at the start (default 0)")
+    job.add_argument(
+        "--output", type=Path, default=Path("flow.png"), metavar="FILE", help="picture to write (default flow.png)"
+    )
+    job.set_defaults(run_command="pathkernel.cli.flow:flow")
     return job
 
 

@@ -25,8 +25,14 @@ if TYPE_CHECKING:
     from pathkernel.optimizers.scaled import ScalarRule as ScalarRule
     from pathkernel.optimizers.scaled import SignDescent as SignDescent
     from pathkernel.optimizers.scaled import SignDescentRule as SignDescentRule
+    from pathkernel.optimizers.steepest import CoordinateDescent as CoordinateDescent
+    from pathkernel.optimizers.steepest import CoordinateDescentRule as CoordinateDescentRule
+    from pathkernel.optimizers.steepest import SpectralDescent as SpectralDescent
+    from pathkernel.optimizers.steepest import SpectralDescentRule as SpectralDescentRule
 
 _HOMES = {
+    "CoordinateDescent": "optimizers.steepest",
+    "CoordinateDescentRule": "optimizers.steepest",
     "Heun": "optimizers.runge_kutta",
     "HeunRule": "optimizers.runge_kutta",
     "Lion": "optimizers.scaled",
@@ -43,6 +49,8 @@ _HOMES = {
     "ScalarRule": "optimizers.scaled",
     "SignDescent": "optimizers.scaled",
     "SignDescentRule": "optimizers.scaled",
+    "SpectralDescent": "optimizers.steepest",
+    "SpectralDescentRule": "optimizers.steepest",
     "leapfrog": "optimizers.momentum",
 }
 

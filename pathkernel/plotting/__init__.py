@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from pathkernel.plotting.attribution import Sample as Sample
     from pathkernel.plotting.completeness import CompletenessDisplay as CompletenessDisplay
     from pathkernel.plotting.evolution import KernelEvolutionDisplay as KernelEvolutionDisplay
+    from pathkernel.plotting.flow import EnergyDisplay as EnergyDisplay
+    from pathkernel.plotting.flow import FlowDisplay as FlowDisplay
     from pathkernel.plotting.gram import GramDisplay as GramDisplay
+    from pathkernel.plotting.ledger import LossLedgerDisplay as LossLedgerDisplay
+    from pathkernel.plotting.ledger import RegularizationDisplay as RegularizationDisplay
     from pathkernel.plotting.report import KeyFigure as KeyFigure
     from pathkernel.plotting.report import ReportFigure as ReportFigure
     from pathkernel.plotting.report import Section as Section
@@ -22,9 +26,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "AttributionDisplay": "plotting.attribution",
     "CompletenessDisplay": "plotting.completeness",
+    "EnergyDisplay": "plotting.flow",
+    "FlowDisplay": "plotting.flow",
     "GramDisplay": "plotting.gram",
     "KernelEvolutionDisplay": "plotting.evolution",
     "KeyFigure": "plotting.report",
+    "LossLedgerDisplay": "plotting.ledger",
+    "RegularizationDisplay": "plotting.ledger",
     "ReportFigure": "plotting.report",
     "Sample": "plotting.attribution",
     "Section": "plotting.report",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -115,6 +116,13 @@ def heading(figure: Figure, cell: SubplotSpec, text: str, **font: Any) -> Axes:
     panel.set_axis_off()
     panel.text(0.0, 0.4, text, va="center", fontweight="bold", in_layout=False, **font)
     return panel
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as an image, by the ending of its name, and let go of it; pyplot keeps it otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def figure_of(ax: Axes) -> Figure:

@@ -26,6 +26,7 @@ O. Gonzalez, "Time integration and discrete Hamiltonian systems", J. Nonlinear S
 
 from pathkernel.reference.closed_form import linear_least_squares_path
 from pathkernel.reference.decomposition import Decomposition, decompose
+from pathkernel.reference.flows import flow, gradient_and_hessian
 from pathkernel.reference.gradients import (
     flatten,
     output_gradients,
@@ -62,4 +63,6 @@ __all__ = [
     "Decomposition",
     "decompose",
     "linear_least_squares_path",
+    "flow",
+    "gradient_and_hessian",
 ]

@@ -52,6 +52,8 @@ PACKAGE = Path(errors.__file__).parent
 ELSEWHERE = {
     "callbacks": "tests/callbacks",
     "cli": "tests/cli",
+    "dynamics": "tests/dynamics",
+    "optimizers/norms.py": "tests/dynamics",
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
     "errors.py": "here",

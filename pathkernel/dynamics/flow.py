@@ -1,0 +1,378 @@
+r"""`Flow`: a network's way in continuous time, and what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from pathkernel._typing import PyTree
+from pathkernel.dynamics.integration import Integration, Solver
+from pathkernel.dynamics.system import System
+from pathkernel.errors import InputError
+from pathkernel.gradients.losses import output_cotangents
+from pathkernel.kernel_machine.attributions import Attributions
+from pathkernel.path_kernel.path_kernel import PathKernel
+from pathkernel.quadrature import LeftEndpoint
+from pathkernel.trajectory.memory import MemoryStore
+from pathkernel.trajectory.run import End
+from pathkernel.trajectory.step import Step
+from pathkernel.trajectory.trajectory import Trajectory
+
+
+class Flow:
+    r"""The way θ(t) of a network under a flow :math:`\dot y = F(t, y)`, kept at some points of time.
+
+    Made by `gradient_flow` and the other functions of `pathkernel.dynamics`.
+
+    Parameters
+    ----------
+    system
+        F, with the loss.
+    times
+        Points of time that are kept, (T,).
+    states
+        y there, (T, Y).
+    solver
+        How the flow was followed; None for one that draws random numbers.
+
+    Attributes
+    ----------
+    system, times, states, solver
+        As given, times as a numpy array.
+    theta
+        θ there, (T, P).
+    losses
+        L there, (T,) float64.
+    """
+
+    def __init__(self, system: System, times: Sequence[float], states: Tensor, solver: Solver | None) -> None:
+        self.system, self.states, self.solver = system, states, solver
+        self.times = np.asarray(times, dtype=np.float64)
+        self.theta = self.part("theta")
+        with system.loss.held():
+            self.losses = np.array([float(system.loss.value(theta)) for theta in self.theta])
+
+    def __len__(self) -> int:
+        """T."""
+        return len(self.times)
+
+    def __repr__(self) -> str:
+        return (
+            f"Flow({self.system.name}, t = 0 to {self.times[-1]:.4g}, {len(self)} points, P = {self.theta.shape[1]}, "
+            f"L = {self.losses[0]:.4g} to {self.losses[-1]:.4g})"
+        )
+
+    def part(self, name: str) -> Tensor:
+        """A part of y at the points that are kept, such as ``"theta"`` or ``"velocity"``: (T, its length).
+
+        Raises
+        ------
+        InputError
+            For a name that the flow's state has no part of.
+        """
+        if name not in self.system.parts:
+            raise InputError(
+                f"The part {name!r} of a flow's state was asked for",
+                f"The state of {self.system.name} has the parts {', '.join(map(repr, self.system.parts))}",
+                'Write for example `flow.part("theta")`',
+            )
+        return self.system.split(self.states)[self.system.parts.index(name)]
+
+    def parameters(self, point: int) -> dict[str, Tensor]:
+        """θ at one of the points that are kept, by parameter name: copies, for ``model.load_state_dict``."""
+        return self.system.loss.run.layout.unflatten(self.theta[point].clone())
+
+    def outputs(self, X: PyTree) -> np.ndarray:
+        """The network's outputs along the flow, in the modes that the model was in.
+
+        Parameters
+        ----------
+        X
+            n samples.
+
+        Returns
+        -------
+        numpy.ndarray
+            float64 (T, n, C).
+        """
+        loss = self.system.loss
+        inputs = loss.run.data.queries(X, "Flow.outputs")
+        found = [loss.function.outputs(theta, inputs, loss.block) for theta in self.theta]
+        return torch.stack(found).double().cpu().numpy()
+
+    # -- the kernel along the flow ---------------------------------------------------------------------------
+
+    def kernel(self, **options: Any) -> PathKernel:
+        r"""The path kernel of the flow, Domingos' object: the tangent kernel integrated over time.
+
+        .. math:: K(x, x') = \int_0^T \langle \nabla f(x; \theta(t)), \nabla f(x'; \theta(t))\rangle\, dt
+
+        By Simpson's rule over the points that are kept (an odd number, evenly spaced: an error of order 4 in their
+        distance), else by the trapezoid rule (order 2). Weights are positive, so that it is positive semi-definite.
+
+        Parameters
+        ----------
+        **options
+            ``outputs``, ``engine``, ``memory``, ``dtype`` and ``progress``, as of `pathkernel.PathKernel`.
+
+        Returns
+        -------
+        PathKernel
+            A kernel for scikit-learn.
+
+        References
+        ----------
+        Domingos 2020 (2012.00152), Definition 3.
+        """
+        if len(self) < 2:
+            raise InputError(
+                "The path kernel of a flow was asked for that has one point",
+                "An integral over time needs two points or more",
+                "Write a later `time`, or `points=65`",
+            )
+        return PathKernel(self._points(dict(enumerate(time_weights(self.times)))), quadrature=LeftEndpoint(), **options)
+
+    def path_kernel(self, X: PyTree, Z: PyTree | None = None, **options: Any) -> np.ndarray:
+        """Matrix of the path kernel of the flow: `kernel` called with samples.
+
+        Parameters
+        ----------
+        X, Z
+            n and m samples; Z None stands for X.
+        **options
+            As of `kernel`.
+
+        Returns
+        -------
+        numpy.ndarray
+            float64 (n, m), or (n, m, C, C) for ``outputs="full"``.
+        """
+        return self.kernel(**options)(X, Z)
+
+    def explain(self, X: PyTree) -> Attributions:
+        r"""The network at the end of gradient flow as a kernel machine: Domingos' theorem, sample by sample.
+
+        .. math:: f_c(x; \theta(T)) = f_c(x; \theta(0)) - \sum_i \int_0^T \sum_{c'}
+                  K_{t, cc'}(x, x_i)\, \frac{\partial L}{\partial z_{i c'}}\, dt
+
+        with the tangent kernel :math:`K_t` of outputs at θ(t), integrated as by `kernel`.
+
+        Parameters
+        ----------
+        X
+            n samples; every output of each is a query.
+
+        Returns
+        -------
+        Attributions
+            Shares (n C, N). What they and the untrained network miss of the output is the error of the integral, which
+            is both ``residual`` and ``quadrature_error``. The exact machine of the steps that were taken is
+            `pathkernel.KernelMachine`.
+
+        Raises
+        ------
+        InputError
+            For other flows: gradients act through velocities and averages there.
+
+        Notes
+        -----
+        Full blocks of the tangent kernel of n queries and N samples at every point: n N C² numbers at once.
+        """
+        loss = self.system.loss
+        if not self.system.is_gradient_flow:
+            raise InputError(
+                f"An explanation was asked of a {self.system.name}",
+                "Under gradient flow alone, shares are products of gradients at one time; elsewhere gradients act "
+                "through velocities, averages and Hessians",
+                "Write `gradient_flow(...)`, or record a run: `KernelMachine(trajectory).explain(X)` is exact for it",
+            )
+        inputs, function = loss.run.data.queries(X, "Flow.explain"), loss.run.function()
+        ends = [function.outputs(theta, inputs, loss.block) for theta in (self.theta[0], self.theta[-1])]
+        n, c = ends[0].shape
+        shares = torch.zeros(n, c, len(loss), dtype=torch.float64)
+        for point, weight in enumerate(time_weights(self.times)):
+            kernel = PathKernel(self._points({point: 1.0}), outputs="full", quadrature=LeftEndpoint())
+            blocks = torch.from_numpy(kernel(inputs, loss.inputs))
+            slopes = output_cotangents(
+                function, self.theta[point], loss.run.objective, loss.inputs, loss.targets, loss.weights
+            )
+            shares -= weight * torch.einsum("nicd,id->nci", blocks, slopes.double().cpu())
+        start, end = (values.double().cpu().flatten().numpy() for values in ends)
+        added = shares.flatten(0, 1).numpy()
+        missed = np.abs(end - start - added.sum(axis=1)) / np.maximum(np.abs(end - start), np.finfo(float).tiny)
+        return Attributions(
+            shares=added,
+            channels={"initial": start},
+            output=end,
+            query_index=np.repeat(np.arange(n), c),
+            output_index=np.tile(np.arange(c), n),
+            quadrature_error=missed,
+        )
+
+    def _points(self, weights: Mapping[int, float]) -> Trajectory:
+        """Some of the points that are kept as steps that stay where they are, with weights as rates."""
+        run = self.system.loss.run
+        nothing = torch.empty(0, dtype=self.theta.dtype)
+        names = run.layout.names
+        steps = [
+            Step(
+                index=k,
+                before=self.theta[point],
+                after=self.theta[point],
+                gradient=nothing,
+                active=frozenset(names),
+                batches=(),
+                groups=dict.fromkeys(names, 0),
+                hyperparameters=({"lr": float(weight)},),
+            )
+            for k, (point, weight) in enumerate(weights.items())
+        ]
+        return Trajectory(replace(run, reference=None), MemoryStore(steps), End(is_live=False))
+
+    # -- beside a recorded run -------------------------------------------------------------------------------
+
+    def at(self, times: ArrayLike) -> Tensor:
+        """θ at any points of time on the flow, followed to each from the point before it.
+
+        Parameters
+        ----------
+        times
+            Rising, from 0 to the flow's last time, (n,).
+
+        Returns
+        -------
+        Tensor
+            (n, P).
+        """
+        wanted = np.asarray(times, dtype=np.float64)
+        end = self.times[-1]
+        slack = 1e-9 * max(1.0, end)  # sums of many rates end a few roundings beside the time that was asked for
+        if self.solver is None:
+            raise InputError(
+                f"A point between those kept of {self.system.name} was asked for",
+                "A flow that draws random numbers has the points that were kept, and no others",
+                "Write a smaller `step=` and more `points=`",
+            )
+        if wanted.ndim != 1 or (np.diff(wanted) < 0).any() or (wanted < 0).any() or (wanted > end + slack).any():
+            raise InputError(
+                f"Times {shown(wanted)} were asked of a flow",
+                f"They rise, from 0 to {end:.6g}",
+                "Leave out the others, or follow the flow for longer with `time=`",
+            )
+        # Each point may take as many steps as the whole flow.
+        solver = replace(self.solver, max_steps=self.solver.max_steps * (1 + len(wanted)))
+        integration = Integration(self.system.flat_velocity, solver)
+        found, now, state = [], 0.0, self.states[0]
+        with self.system.loss.held():
+            for time in np.minimum(wanted, end).tolist():
+                before = int(np.searchsorted(self.times, time + slack, side="right")) - 1
+                if self.times[before] > now:
+                    now, state = float(self.times[before]), self.states[before]
+                if time > now + slack:
+                    state = integration.advance(now, time, state)
+                    now = time
+                found.append(self.system.split(state)[0])
+        return torch.stack(found)
+
+    def distance(self, trajectory: Trajectory) -> FlowDistance:
+        """Distance of a recorded run from the flow, point by point at equal times.
+
+        Parameters
+        ----------
+        trajectory
+            A run of the same network from the same θ(0). Time passes by the flow's own clock: a step takes its learning
+            rate, under momentum the time step of the leapfrog scheme.
+
+        Returns
+        -------
+        FlowDistance
+            At every recorded point that the flow reaches.
+
+        Raises
+        ------
+        InputError
+            For a run from elsewhere, and where parameter groups have rates of their own.
+        """
+        start = self.theta[0]
+        if trajectory.layout != self.system.loss.run.layout or not torch.allclose(
+            trajectory.initial.to(start), start, rtol=1e-6, atol=1e-6 * start.abs().max().item()
+        ):
+            raise InputError(
+                "The recorded run does not begin where the flow does",
+                "Both start from the same parameters of the same network",
+                "Follow the flow before training, or from a copy of the network as it was then: "
+                "`model.load_state_dict({**model.state_dict(), **trajectory.parameters(0)})`",
+            )
+        times = np.array(times_of(self.system, trajectory))
+        times = times[times <= self.times[-1] * (1 + 1e-9)]
+        run = torch.stack([trajectory.vector(s).to(start) for s in range(len(times))])
+        flow = self.at(times)
+        moved = (flow - start).norm(dim=1)
+        return FlowDistance(times, (run - flow).norm(dim=1).cpu().numpy(), moved.cpu().numpy())
+
+
+@dataclass(frozen=True)
+class FlowDistance:
+    """Distance of a recorded run from a flow.
+
+    Attributes
+    ----------
+    times
+        Of the recorded points, (n,).
+    distance
+        ‖θ_s − θ(t_s)‖, (n,).
+    moved
+        ‖θ(t_s) − θ(0)‖, (n,).
+    """
+
+    times: np.ndarray
+    distance: np.ndarray
+    moved: np.ndarray
+
+    @property
+    def relative(self) -> float:
+        """The largest distance over how far the flow moved in all."""
+        return float(self.distance.max() / max(self.moved.max(), np.finfo(float).tiny))
+
+
+def times_of(system: System, trajectory: Trajectory) -> list[float]:
+    """Times of the recorded points θ_0 … θ_S by a flow's own clock.
+
+    Raises
+    ------
+    InputError
+        For parameter groups with rates of their own, which have no common time.
+    """
+    times = [0.0]
+    for position in range(len(trajectory)):
+        record = trajectory.store.summary(position).record
+        own = {system.time_of_step(settings) for settings in record.hyperparameters}
+        if len(own) > 1:
+            raise InputError(
+                f"Parameter groups of step {position} have different rates",
+                "A run and a flow are compared at equal times, and time is a rate that all parameters share",
+                "Train all parameters at one rate to compare them with a flow",
+            )
+        times.append(times[-1] + own.pop())
+    return times
+
+
+def time_weights(times: np.ndarray) -> np.ndarray:
+    """Weights of Simpson's rule for an odd number of evenly spaced times, else of the trapezoid rule, (T,)."""
+    lengths = np.diff(times)
+    if len(times) % 2 and np.allclose(lengths, lengths[0], rtol=1e-9):
+        pattern = np.ones(len(times))
+        pattern[1:-1:2], pattern[2:-1:2] = 4.0, 2.0
+        return pattern * lengths[0] / 3
+    return (np.append(lengths, 0.0) + np.append(0.0, lengths)) / 2
+
+
+def shown(values: np.ndarray) -> str:
+    """Numbers for a message, cut where they are many."""
+    return np.array2string(values, threshold=6, edgeitems=2, precision=4)
