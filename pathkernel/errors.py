@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class InThreeParts(Exception):
     """Error in three parts: what was found, what was expected, and what to write instead.
@@ -74,6 +76,12 @@ class InputError(PathKernelError):
 
 class UnsupportedModelError(RecordingError, InputError):
     """A network that has no tangent kernel: not differentiable, or no function of one sample."""
+
+
+class GameError(PathKernelError):
+    """Players of a game went away from each other for good; ``path`` is what was computed before, (rounds, players)."""
+
+    path: Any = None
 
 
 class MissingExtraError(PathKernelError, ImportError):

@@ -1,10 +1,20 @@
-"""Older name of `pathkernel.optimizers`, whose optimizers are forwarded."""
+"""Training as a dynamical system: games of several players, their stability, the Dirac GAN.
 
-from typing import TYPE_CHECKING, Any
+It is also the older name of `pathkernel.optimizers`, whose optimizers are forwarded.
+"""
+
+from typing import TYPE_CHECKING
 
 import pathkernel.optimizers as optimizers  # which imports nothing of the package's own face
+from pathkernel.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from pathkernel.dynamics import dirac_gan as dirac_gan
+    from pathkernel.dynamics.clock import Clock as Clock
+    from pathkernel.dynamics.game import GameRecorder as GameRecorder
+    from pathkernel.dynamics.local_stability import Stability as Stability
+    from pathkernel.dynamics.local_stability import stability as stability
+    from pathkernel.dynamics.origins import Origins as Origins
     from pathkernel.optimizers import Heun as Heun
     from pathkernel.optimizers import HeunRule as HeunRule
     from pathkernel.optimizers import Lion as Lion
@@ -23,12 +33,15 @@ if TYPE_CHECKING:
     from pathkernel.optimizers import SignDescentRule as SignDescentRule
     from pathkernel.optimizers import leapfrog as leapfrog
 
-__all__ = optimizers.__all__
+_HOMES = {
+    "Clock": "dynamics.clock",
+    "GameRecorder": "dynamics.game",
+    "Origins": "dynamics.origins",
+    "Stability": "dynamics.local_stability",
+    "dirac_gan": "dynamics.dirac_gan:",
+    "stability": "dynamics.local_stability",
+}
 
+__all__ = sorted([*_HOMES, *optimizers.__all__])
 if not TYPE_CHECKING:  # to which it would say that there is every name
-
-    def __getattr__(name: str) -> Any:
-        return getattr(optimizers, name)
-
-    def __dir__() -> list[str]:
-        return dir(optimizers)
+    __getattr__, __dir__ = lazy_names(__name__, {**optimizers._HOMES, **_HOMES})

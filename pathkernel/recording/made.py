@@ -140,9 +140,10 @@ def made_for(given: Given, optimizers: list[Optimizer], stopped: Callable[[], No
         run.data.suit(run.function(), initial)
     live = LiveParameters(named, optimizer)
     observers = level.observers if isinstance(level, Streaming) else tuple(given.observers)
-    if run.data.limit is None and observers:
+    counting = [one for one in observers if one.needs_sample_count]
+    if run.data.limit is None and counting:
         raise RecordingError(
-            f"{type(observers[0]).__name__} was given to a recorder that counts samples as they come",
+            f"{type(counting[0]).__name__} was given to a recorder that counts samples as they come",
             "What watches training adds up shares while it runs, and has to know how many samples there are",
             "Write `KernelRecorder(..., data=number_of_samples)`",
         )

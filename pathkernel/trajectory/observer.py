@@ -20,6 +20,9 @@ class StepObserver(ABC):
     name: ClassVar[str]
     """What it serves."""
 
+    needs_sample_count: ClassVar[bool] = True
+    """Whether it has to know the number of training samples before training begins, as sums with a column for each."""
+
     _missed: int | None = None
 
     @abstractmethod

@@ -52,6 +52,7 @@ PACKAGE = Path(errors.__file__).parent
 ELSEWHERE = {
     "callbacks": "tests/callbacks",
     "cli": "tests/cli",
+    "dynamics": "tests/dynamics",
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
     "errors.py": "here",
