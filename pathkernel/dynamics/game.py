@@ -9,11 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pathkernel.dynamics.clock import Clock, ClockHand, unknown_player
-from pathkernel.dynamics.origins import MadeSamples, OriginFinder, Origins
+from pathkernel.dynamics.origins import MadeSamples, OriginFinder, Origins, rows_of
 from pathkernel.errors import InputError, PathKernelError
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.recording.recorder import KernelRecorder
@@ -220,6 +221,34 @@ class GameRecorder:
             As of `pathkernel.KernelMachine`: ``average="ema"``, ``at=step``, …
         """
         return KernelMachine(self.trajectory(player), **options)
+
+    def samples(self, player: str, source: str) -> Tensor:
+        """Samples of a source as a player was given them, in the order of their columns of the shares.
+
+        Parameters
+        ----------
+        player, source
+            Their names.
+
+        Returns
+        -------
+        (n, …); the first tensor, where the player takes several.
+
+        Raises
+        ------
+        InputError
+            For a source that is not on record.
+        """
+        batches = [batch for step in self.trajectory(player).steps() for batch in step.batches]
+        own = [batch for batch in batches if batch.source == source]
+        if not own:
+            known = sorted({batch.source for batch in batches if batch.source is not None})
+            raise InputError(
+                f"Samples of the source {source!r} of {player} were asked for",
+                f"Sources on record are {', '.join(map(repr, known)) or 'none'}",
+                f"Put the passes of {player} into `with game.sources({{{player!r}: {source!r}}}):`",
+            )
+        return torch.cat([next(rows_of(batch.inputs)) for batch in own])
 
     def origins(self, player: str) -> dict[str, Origins]:
         """Where the samples of each source of a player come from, in the order of its columns of the shares.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,11 +100,11 @@ class MadeSamples:
 
     @torch.no_grad()
     def _note(self, player: str, arguments: Any, outputs: Any) -> None:
-        leaves = [leaf for leaf in pytree.tree_leaves(outputs) if _has_rows(leaf)]
+        leaves = list(rows_of(outputs))
         if not leaves:
             return
         n = len(leaves[0])
-        given = [leaf for leaf in pytree.tree_leaves(arguments) if _has_rows(leaf) and len(leaf) == n]
+        given = [leaf for leaf in rows_of(arguments) if len(leaf) == n]
         self._passes.append(_Pass(player, self.clock.taken(player), tuple(one.detach().clone() for one in given)))
         place = len(self._passes) - 1
         for leaf in leaves:
@@ -117,8 +117,11 @@ class MadeSamples:
         return [one if one is not None and one[0].player != player else None for one in passes]
 
 
-def _has_rows(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.numel() > 0
+def rows_of(tree: Any) -> Iterator[Tensor]:
+    """Tensors in arguments, or in what a network returned, that have samples along their first axis."""
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.numel() > 0:
+            yield leaf
 
 
 def _numbers(rows: Tensor) -> list[int]:
@@ -160,7 +163,7 @@ class OriginFinder(StepObserver):
             if batch.source is None:
                 continue
             own = self._found.setdefault(batch.source, {})
-            rows = next((leaf for leaf in pytree.tree_leaves(batch.inputs) if _has_rows(leaf)), None)
+            rows = next(rows_of(batch.inputs), None)
             origins = [None] * len(batch.ids) if rows is None else self.made.origins_of(self.player, rows)
             own |= {int(column): (index, origin) for column, origin in zip(batch.ids, origins, strict=True)}
 
