@@ -252,7 +252,7 @@ def game(arguments: argparse.Namespace) -> Result:
     output = arguments.output or Path(f"game-{arguments.example}.png")
     numbers, text, figure = (dirac if arguments.example == "dirac" else trained)(arguments)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=120)
+    figure.savefig(output, dpi=90)
     return 0, numbers, f"{text}\npicture: {output}"
 
 

@@ -66,7 +66,7 @@ class ShareMapDisplay:
         self.title = title
 
     def plot(self, ax: Axes | None = None) -> ShareMapDisplay:
-        """Draw the panels side by side, on one scale of colours.
+        """Draw the panels side by side, each on a scale of its own: a real sample is seen often, a fake once.
 
         Parameters
         ----------
@@ -78,23 +78,22 @@ class ShareMapDisplay:
         ShareMapDisplay
             This object, with `axes_` and `figure_`.
         """
-        every = np.concatenate([np.abs(shares) for _, shares in self.groups.values()])
-        largest = (float(np.quantile(every, SHOWN)) if len(every) else 0.0) or 1.0
         with styled():
-            size = (3.6 * len(self.groups) + 1.0, 3.9)
+            size = (4.4 * len(self.groups), 3.9)
             self.figure_, grid = several_axes(ax, size, 1, len(self.groups), wspace=0.15)
             self.axes_, limits = {}, self._limits()
             for column, (name, (points, shares)) in enumerate(self.groups.items()):
                 panel = self.axes_[name] = self.figure_.add_subplot(grid[0, column])
                 order = np.argsort(np.abs(shares))  # the strongest on top
+                largest = (float(np.quantile(np.abs(shares), SHOWN)) if len(shares) else 0.0) or 1.0
                 drawn = panel.scatter(
                     *points[order].T, c=shares[order], cmap=SHADES, vmin=-largest, vmax=largest, s=14, linewidths=0
                 )
                 panel.plot(*self.query, marker="*", markersize=13, color="black", markeredgecolor="white")
                 panel.set_title(f"{name}: {shares.sum():+.3g} in all", fontsize=10)
+                self.figure_.colorbar(drawn, ax=panel, label="share", shrink=0.8)
                 panel.set(xlim=limits[0], ylim=limits[1], aspect="equal")
                 panel.grid(True, color=NEUTRAL)
-            self.figure_.colorbar(drawn, ax=list(self.axes_.values()), label="share", shrink=0.85)
             self.figure_.suptitle(self.title, fontweight="bold", fontsize=11)
         return self
 
