@@ -113,7 +113,7 @@ class ClockHand(StepObserver):
     """
 
     name = "the clock of a game"
-    needs_sample_count = False
+    needs_whole_run = False
 
     def __init__(self, clock: Clock, player: str) -> None:
         self.clock, self.player = clock, player

@@ -57,9 +57,10 @@ class GameRecorder:
 
     Notes
     -----
-    Time and memory are those of two recorders; besides, each sample that a player makes is known by one integer, and
-    its latent is kept. Clock and origins are of this object, and no part of a store. As an observer of every step, the
-    clock has `pathkernel.Keyframes` hold θ at each step while it is taken, though no more is kept.
+    Time and memory are those of two recorders; besides, of each sample that a player makes its latent and some 200
+    bytes are kept, by which it is known again. Clock and origins are of this object, and no part of a store. They
+    observe every step, for which `pathkernel.Keyframes` makes each of them whole while it is taken, though no more is
+    kept.
 
     An error within the block, such as the `pathkernel.errors.NonFiniteStepError` of a player that diverges, ends the
     recording and leaves what was recorded before it: `trajectory` and `machine` are those of the steps so far.
@@ -170,9 +171,12 @@ class GameRecorder:
 
     def start(self) -> None:
         """Begin to record; for loops around which no ``with`` block can be put."""
-        for recorder in self._recorders.values():
-            recorder.start()
-        self._watch()
+        with ExitStack() as started:  # where one player is refused, the others are let go of
+            for recorder in self._recorders.values():
+                recorder.start()
+                started.callback(recorder.close)
+            self._watch()
+            started.pop_all()
 
     def close(self) -> None:
         """Let go of all players; recording may be started again."""
@@ -185,8 +189,8 @@ class GameRecorder:
         """Take note of what the players make, in the module that the loop calls."""
         self._made.stop()
         for player, recorder in self._recorders.items():
-            watched = recorder.trajectory.run.watch
-            self._made.watch(player, recorder.model.get_submodule(watched[-1]) if watched else recorder.model)
+            parts = [recorder.model.get_submodule(name) for name in recorder.trajectory.run.watch] or [recorder.model]
+            self._made.watch(player, parts[0], parts[-1])
 
     # -- while training runs ----------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ class MadeSamples:
 
     Notes
     -----
-    Memory: for each sample that is made its latent and a few integers; the samples themselves are not kept here.
+    Memory: for each sample that is made its latent, and some 200 bytes; the samples themselves are not kept here.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -84,13 +84,28 @@ class MadeSamples:
         self._rows: dict[int, tuple[int, int]] = {}
         self._handles: list[Any] = []
 
-    def watch(self, player: str, module: nn.Module) -> None:
-        """Take note of what a player's module returns from now on."""
+    def watch(self, player: str, first: nn.Module, last: nn.Module) -> None:
+        """Take note of what a player makes from now on.
 
-        def returned(module: nn.Module, arguments: Any, named: Any, outputs: Any) -> None:
-            self._note(player, (arguments, named), outputs)
+        Parameters
+        ----------
+        player
+            Its name.
+        first, last
+            The parts that are called first and last, whose arguments and outputs are the player's; mostly one module.
+        """
+        given: list[Any] = []
 
-        self._handles.append(module.register_forward_hook(Hook(returned), with_kwargs=True))
+        def called(module: nn.Module, arguments: Any, named: Any) -> None:
+            given[:] = [(arguments, named)]
+
+        def returned(module: nn.Module, arguments: Any, outputs: Any) -> None:
+            self._note(player, given, outputs)
+
+        self._handles += [
+            first.register_forward_pre_hook(Hook(called), with_kwargs=True),
+            last.register_forward_hook(Hook(returned)),
+        ]
 
     def stop(self) -> None:
         """Take the hooks off."""
@@ -142,7 +157,7 @@ class OriginFinder(StepObserver):
     """
 
     name = "the origins of samples that other players made"
-    needs_sample_count = False
+    needs_whole_run = False
 
     def __init__(self, made: MadeSamples, player: str) -> None:
         self.made, self.player = made, player

@@ -20,8 +20,9 @@ class StepObserver(ABC):
     name: ClassVar[str]
     """What it serves."""
 
-    needs_sample_count: ClassVar[bool] = True
-    """Whether it has to know the number of training samples before training begins, as sums with a column for each."""
+    needs_whole_run: ClassVar[bool] = True
+    """Whether it adds something up over the run: it has to see every step from the first on, and to know beforehand how
+    many training samples there are. Observers that need neither may join a run that goes on from disk."""
 
     _missed: int | None = None
 

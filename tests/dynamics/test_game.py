@@ -192,10 +192,7 @@ def test_a_clock_tells_who_made_what_and_when(updates: str, critic_steps: int) -
     np.testing.assert_array_equal(origins.step, steps)
     np.testing.assert_array_equal(origins.made_at, steps // critic_steps)
     # The generator as it was then makes the very sample that the discriminator saw, of this latent.
-    trajectory, seen = game.trajectory("D"), []
-    for step in trajectory.steps():
-        seen += [batch.inputs for batch in step.batches if batch.source == "generated"]
-    rows = zip(torch.cat(seen), origins.latents, origins.made_at, strict=True)
+    rows = zip(game.samples("D", "generated"), origins.latents, origins.made_at, strict=True)
     for sample, latent, at in rows:
         theta = game.trajectory("G").parameters(int(at))
         torch.testing.assert_close(functional_call(G, dict(theta), (latent[None],))[0], sample, rtol=0, atol=1e-12)
@@ -225,9 +222,72 @@ def test_a_game_is_read_back_from_disk_player_by_player(tmp_path: Any) -> None:
     assert (tmp_path / "game" / "G").is_dir()
 
 
+def one_round(game: pk.GameRecorder, D: nn.Module, G: Any, optimizers: Any, real: Tensor, g: torch.Generator) -> None:
+    """A step of each player by the plainest losses."""
+    game["D"].announce(range(BATCH))
+    optimizers[0].zero_grad()
+    of_real = D(real[:BATCH]).mean()
+    with game.sources(D="generated", G="noise"):
+        fake = G(noise(g))
+        (D(fake.detach()).mean() - of_real).backward()
+        optimizers[0].step()
+        optimizers[1].zero_grad()
+        (-D(fake).mean()).backward()
+        optimizers[1].step()
+
+
+@pytest.mark.parametrize("schedule", [None, pk.Keyframes(2)], ids=str)
+def test_a_game_goes_on_after_a_break_and_in_another_process(schedule: Any, tmp_path: Any) -> None:
+    D, G = small_players()
+    optimizers = [torch.optim.SGD(network.parameters(), 0.1) for network in (D, G)]
+    real, g = points(), torch.Generator().manual_seed(5)
+
+    def made() -> pk.GameRecorder:
+        pairs = {"D": (D, optimizers[0]), "G": (G, optimizers[1])}
+        data, schedules = {"D": (real, torch.ones(REAL, 1))}, {"D": schedule}
+        return pk.GameRecorder(pairs, data=data, schedule=schedules, store=tmp_path)
+
+    game = made()
+    for _ in range(2):
+        game.start()
+        one_round(game, D, G, optimizers, real, g)
+        game.close()
+    assert game.origins("D")["generated"].made_at.tolist() == [0] * BATCH + [1] * BATCH
+    with made() as again:
+        one_round(again, D, G, optimizers, real, g)
+    assert again.clock.at("G", 2) == {"D": 3, "G": 2} and at_rounding(again.machine("D").explain(real[:1]))
+    origins = again.origins("D")["generated"]  # of earlier columns this process knows nothing
+    assert origins.step.tolist() == [-1] * 2 * BATCH + [2] * BATCH
+    assert origins.made_at.tolist() == [-1] * 2 * BATCH + [2] * BATCH
+    with pytest.raises(pk.errors.InputError, match="The clock has seen steps 2 to 2 of G"):
+        again.clock.at("G", 1)
+
+
+@pytest.mark.parametrize("schedule", [pk.Keyframes(2), None], ids=str)
+def test_a_player_may_be_several_parts_and_keep_little(schedule: Any) -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Linear(LATENT, 3), nn.Tanh()), nn.Linear(3, 2)
+
+    D, _ = small_players()
+    G = seeded(Parts).double()
+    optimizers = [torch.optim.SGD(network.parameters(), 0.1) for network in (D, G)]
+    real, g = points(), torch.Generator().manual_seed(5)
+    pairs = {"D": (D, optimizers[0]), "G": (G, optimizers[1])}
+    options = {"data": {"D": (real, torch.ones(REAL, 1))}, "watch": {"G": ("body", "head")}}
+    with pk.GameRecorder(pairs, **options, schedule={"D": schedule}) as game:
+        for _ in range(3):
+            one_round(game, D, lambda z: G.head(G.body(z)), optimizers, real, g)
+    assert at_rounding(game.machine("D").explain(real[:1]))
+    origins = game.origins("D")["generated"]
+    assert origins.made_at.tolist() == np.arange(3).repeat(BATCH).tolist() and origins.latents.shape[1] == LATENT
+    torch.testing.assert_close(game.samples("G", "noise"), origins.latents)
+
+
 def test_hooks_are_gone_after_a_game() -> None:
     game, D, G, _ = play("alternating", rounds=1)
-    assert not G._forward_hooks and not D._forward_hooks
+    assert not any((network._forward_hooks or network._forward_pre_hooks) for network in (D, G))
     before = len(game.clock)
     G(noise(torch.Generator()))
     assert len(game.clock) == before
@@ -329,9 +389,10 @@ def test_a_player_that_diverges_leaves_what_was_recorded() -> None:
         for k in range(4):
             game["D"].announce(range(BATCH))
             opt_d.zero_grad()
+            of_real = D(real[:BATCH]).mean()
             with game.sources(D="generated", G="noise"):
                 fake = G(noise(g))
-                (D(fake.detach()).mean() - D(real[:BATCH]).mean()).backward()
+                (D(fake.detach()).mean() - of_real).backward()
                 opt_d.step()
                 opt_g.zero_grad()
                 (-D(fake).mean() * (float("inf") if k == 2 else 1)).backward()
@@ -355,6 +416,7 @@ def test_what_is_no_game_is_refused() -> None:
         (r"`data=` of a game is \['G'\]", lambda: pk.GameRecorder({"D": pair}, data={"G": points()})),
         ("The player 'G' was asked for", lambda: pk.GameRecorder({"D": pair})["G"]),
         ("The player 'G' was asked for", lambda: pk.GameRecorder({"D": pair}).origins("G")),
+        ("the source 'fakes' of D", lambda: pk.GameRecorder({"D": pair}).samples("D", "fakes")),
         (r"`clock.at\('G', 0\)`", lambda: clock.at("G", 0)),
         (
             r"`clock.at\('D', 0\)` was asked for. It has seen no step",
@@ -380,6 +442,7 @@ def test_where_one_player_is_refused_the_others_are_let_go_of() -> None:
         raise Refused
 
     game["G"].start = refuse  # type: ignore[method-assign]
-    with pytest.raises(Refused), game:
-        pass
-    assert not opt_d._optimizer_step_pre_hooks and opt_d.state_dict() == state
+    for begin in (game.__enter__, game.start):
+        with pytest.raises(Refused):
+            begin()
+        assert not opt_d._optimizer_step_pre_hooks and opt_d.state_dict() == state
