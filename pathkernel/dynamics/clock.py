@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from pathkernel.errors import InputError, TrajectoryError
-from pathkernel.trajectory.observer import StepObserver
-from pathkernel.trajectory.step import Step
 
 
 class Clock:
@@ -99,32 +96,6 @@ class Clock:
         stepped = np.array([[player == other for other in self.players] for player in self.order], dtype=np.int64)
         begun = np.array([[self._begun_at[player] for player in self.players]], dtype=np.int64)
         return np.concatenate([begun, begun + stepped.reshape(-1, len(self.players)).cumsum(axis=0)])
-
-
-class ClockHand(StepObserver):
-    """Observer of one player, which advances the clock of the game by each of its steps.
-
-    Parameters
-    ----------
-    clock
-        The clock of all players.
-    player
-        Whose steps.
-    """
-
-    name = "the clock of a game"
-    needs_whole_run = False
-
-    def __init__(self, clock: Clock, player: str) -> None:
-        self.clock, self.player = clock, player
-
-    def begin(self, trajectory: Any, settings: tuple[Mapping[str, Any], ...]) -> None:
-        """Begin where the record ends."""
-        self.clock.begin(self.player, len(trajectory))
-
-    def observe(self, step: Step) -> None:
-        """Count the step."""
-        self.clock.advance(self.player)
 
 
 def unknown_player(name: object, players: Sequence[str]) -> TrajectoryError:

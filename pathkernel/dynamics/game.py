@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pathkernel.dynamics.clock import Clock, ClockHand, unknown_player
-from pathkernel.dynamics.origins import MadeSamples, OriginFinder, Origins, rows_of
+from pathkernel.dynamics.clock import Clock, unknown_player
+from pathkernel.dynamics.origins import MadeSamples, Origins, PlayerObserver, rows_of
 from pathkernel.errors import InputError, PathKernelError
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.recording.recorder import KernelRecorder
@@ -108,7 +108,7 @@ class GameRecorder:
             _check_option(option, by_player, players)
         self.clock = Clock(tuple(players))
         self._made = MadeSamples(self.clock)
-        self._finders = {player: OriginFinder(self._made, player) for player in players}
+        self._observers = {player: PlayerObserver(self._made, player) for player in players}
         self._entered = ExitStack()
         folders: Mapping[str, Any] = {} if store is None else {player: Path(store) / player for player in players}
         self._recorders = {
@@ -122,8 +122,7 @@ class GameRecorder:
         }
 
     def _recorder(self, player: str, network: nn.Module, optimizer: Any, **options: Any) -> KernelRecorder:
-        # The clock comes last: its hand is advanced by a step whose origins have been asked for.
-        observers = [*options.pop("observers", ()), self._finders[player], ClockHand(self.clock, player)]
+        observers = [*options.pop("observers", ()), self._observers[player]]
         try:
             return KernelRecorder(network, optimizer, observers=observers, **options)
         except PathKernelError as error:
@@ -266,9 +265,9 @@ class GameRecorder:
         -------
         Name of the source → `Origins`: entry j is of the column ``why.sources[name].start + j``.
         """
-        if player not in self._finders:
+        if player not in self._observers:
             raise unknown_player(player, self.players)
-        return self._finders[player].result
+        return self._observers[player].origins
 
 
 def _check_players(players: Mapping[str, Player]) -> None:

@@ -145,35 +145,31 @@ def _numbers(rows: Tensor) -> list[int]:
     return numbers
 
 
-class OriginFinder(StepObserver):
-    """Observer of one player, which asks of every step whose outputs its samples are.
+class PlayerObserver(StepObserver):
+    """Observer of one player: asks of every step whose outputs its samples are, and advances the clock of the game.
 
     Parameters
     ----------
     made
-        Outputs of all players.
+        Outputs of all players, with the clock.
     player
         Whose steps.
     """
 
-    name = "the origins of samples that other players made"
+    name = "the clock of a game, and the origins of samples that other players made"
     needs_whole_run = False
 
     def __init__(self, made: MadeSamples, player: str) -> None:
         self.made, self.player = made, player
-        self._begun_at = 0
-        self._steps = 0
         self._found: dict[str, dict[int, tuple[int, tuple[_Pass, int] | None]]] = {}
 
     def begin(self, trajectory: Any, settings: tuple[Mapping[str, Any], ...]) -> None:
         """Begin where the record ends."""
-        if not self._steps:
-            self._begun_at = len(trajectory)
+        self.made.clock.begin(self.player, len(trajectory))
 
     def observe(self, step: Step) -> None:
         """Find the origins of the samples of a step that are not of the training data."""
-        index = self._begun_at + self._steps
-        self._steps += 1
+        index = self.made.clock.taken(self.player)
         for batch in step.batches:
             if batch.source is None:
                 continue
@@ -181,9 +177,10 @@ class OriginFinder(StepObserver):
             rows = next(rows_of(batch.inputs), None)
             origins = [None] * len(batch.ids) if rows is None else self.made.origins_of(self.player, rows)
             own |= {int(column): (index, origin) for column, origin in zip(batch.ids, origins, strict=True)}
+        self.made.clock.advance(self.player)
 
     @property
-    def result(self) -> dict[str, Origins]:
+    def origins(self) -> dict[str, Origins]:
         """Origins of the samples of each source, in the order of its columns."""
         return {source: _origins(columns) for source, columns in self._found.items()}
 
