@@ -140,6 +140,8 @@ def convolutional_generator() -> nn.Module:
 
 
 DIRAC_ROUNDS = 250
+"""Rounds of the Dirac GAN, unless the user says otherwise."""
+
 EXAMPLES = {
     "gaussians": Example(
         discriminator=lambda: points_player(2, 1),
@@ -241,22 +243,20 @@ def stability_of(played: Played, rate: float, updates: str = "alternating") -> S
 
 def game(arguments: argparse.Namespace) -> Result:
     """Play a built-in game, print what it measured, and write its picture."""
-    if arguments.rounds is None:
-        known = EXAMPLES.get(arguments.example)
-        arguments.rounds = DIRAC_ROUNDS if known is None else known.rounds
-    if arguments.rounds < 1:
-        raise InputError(
-            f"`--rounds {arguments.rounds}` was given", "A game has at least one round", "Write `--rounds 100`"
-        )
+    known = EXAMPLES.get(arguments.example)
+    usual = DIRAC_ROUNDS if known is None else known.rounds
+    rounds = usual if arguments.rounds is None else arguments.rounds
+    if rounds < 1:
+        raise InputError(f"`--rounds {rounds}` was given", "A game has at least one round", "Write `--rounds 100`")
     require_extra("plot", "The picture of `pathkernel game`", "matplotlib")
     output = arguments.output or Path(f"game-{arguments.example}.png")
-    numbers, text, figure = (dirac if arguments.example == "dirac" else trained)(arguments)
+    numbers, text, figure = (dirac if known is None else trained)(arguments, rounds)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=90)
     return 0, numbers, f"{text}\npicture: {output}"
 
 
-def dirac(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, Any]:
+def dirac(arguments: argparse.Namespace, rounds: int) -> tuple[dict[str, Any], str, Any]:
     """The variants of the Dirac GAN: eigenvalues, and trajectories under three kinds of updates."""
     from pathkernel.plotting.vector_field import DiracGANDisplay  # drawing needs matplotlib
 
@@ -274,14 +274,14 @@ def dirac(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, Any]:
             numbers[f"{row.name}.eigenvalue_{place}.real"] = float(value.real)
             numbers[f"{row.name}.eigenvalue_{place}.imaginary"] = float(value.imag)
         numbers |= {f"{row.name}.radius.{name}": radius for name, radius in row.radii.items()}
-    figure = DiracGANDisplay.from_variants(rate=arguments.rate, steps=arguments.rounds).plot().figure_
+    figure = DiracGANDisplay.from_variants(rate=arguments.rate, steps=rounds).plot().figure_
     return numbers, "\n".join(lines), figure
 
 
-def trained(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, Any]:
+def trained(arguments: argparse.Namespace, rounds: int) -> tuple[dict[str, Any], str, Any]:
     """A small GAN, both of its players as exact kernel machines."""
     example = EXAMPLES[arguments.example]
-    played = play(example, arguments.rounds, arguments.seed, progress=not arguments.quiet)
+    played = play(example, rounds, arguments.seed, progress=not arguments.quiet)
     explained = played.explained()
     numbers: dict[str, Any] = {f"steps.{name}": played.game.clock.taken(name) for name in played.game.players}
     lines = [repr(played.game)]
@@ -302,10 +302,10 @@ def trained(arguments: argparse.Namespace) -> tuple[dict[str, Any], str, Any]:
     report = stability_of(played, arguments.rate)
     numbers |= {"stability.abscissa": report.abscissa, "stability.radius": report.radius, "speed": report.speed}
     lines.append(f"{report!r} at a rate of {arguments.rate:g}")
-    return numbers, "\n".join(lines), _picture(arguments.example, played, why)
+    return numbers, "\n".join(lines), picture_of(arguments.example, played, why)
 
 
-def _picture(name: str, played: Played, why: Attributions) -> Any:
+def picture_of(name: str, played: Played, why: Attributions) -> Any:
     """Which samples moved the discriminator's output for the first real one."""
     from pathkernel.plotting.player import PlayerViewDisplay  # drawing needs matplotlib
     from pathkernel.plotting.share_map import ShareMapDisplay

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pathkernel.dynamics.local_stability import Stability, stability
+from pathkernel.dynamics.local_stability import Stability, stability, stages_of
 from pathkernel.errors import GameError, InputError
 
 Numbers = Any
@@ -103,27 +103,25 @@ class DiracGAN:
 
         Raises
         ------
+        InputError
+            For updates that are none of D's and G's.
         GameError
             Where the players go away from each other for good; its ``path`` are the rounds before that.
         """
-        order = ("D", "G") if updates == "alternating" else updates
+        stages = stages_of(updates, ("D", "G"))
         phi, theta = map(float, start)
         path = np.empty((steps + 1, 2))
         path[0] = phi, theta
         for k in range(1, steps + 1):
-            if order == "simultaneous":
+            for stepping in stages:
                 of_phi, of_theta = self.field(phi, theta)
-                phi, theta = self._projected(phi + rate * of_phi), theta + rate * of_theta
-            else:
-                for player in order:
-                    of_phi, of_theta = self.field(phi, theta)
-                    if player == "D":
-                        phi = self._projected(phi + rate * of_phi)
-                    else:
-                        theta = theta + rate * of_theta
+                if "D" in stepping:
+                    phi = self._projected(phi + rate * of_phi)
+                if "G" in stepping:
+                    theta = theta + rate * of_theta
             path[k] = phi, theta
             if not np.hypot(phi, theta) < FARTHEST:
-                raise _diverged(self.name, k, path[:k], rate)
+                raise _ended(f"{self.name} left the neighbourhood of its equilibrium for good in round {k}", path[:k])
         return path
 
     def flow(self, start: tuple[float, float], times: np.ndarray, tolerance: float = 1e-10) -> np.ndarray:
@@ -133,6 +131,8 @@ class DiracGAN:
         ------
         InputError
             For a variant with a projection, whose flow has no vector field of its own.
+        GameError
+            Where the flow ends before its time; its ``path`` is what there is of it.
         """
         from scipy.integrate import solve_ivp  # takes its time to load
 
@@ -152,6 +152,9 @@ class DiracGAN:
             atol=tolerance * 1e-3,
         )
         values: np.ndarray = found.y.T
+        if not found.success:
+            reached = f"{times[len(values) - 1]:g}" if len(values) else "its start"
+            raise _ended(f"The flow of {self.name} came to an end after {reached}: {found.message.rstrip('.')}", values)
         return values
 
     def stability(self, rate: float, updates: str | Sequence[str] = "simultaneous") -> Stability | None:
@@ -180,11 +183,12 @@ class _Number(nn.Module):
         return self.value
 
 
-def _diverged(name: str, rounds: int, path: np.ndarray, rate: float) -> GameError:
+def _ended(found: str, path: np.ndarray) -> GameError:
+    """Error for a path that came to an end before its time, with what there is of it."""
     error = GameError(
-        f"{name} left the neighbourhood of its equilibrium for good in round {rounds}, at a rate of {rate:g}",
-        f"A trajectory of the Dirac GAN is followed while it is nearer than {FARTHEST:g}",
-        "Write a smaller `rate`, or take `error.path`, the rounds before",
+        found,
+        f"Players of the Dirac GAN are followed while they are nearer than {FARTHEST:g}, and their field is finite",
+        "Write a smaller `rate`, or a shorter time; `error.path` is the part of the path before",
     )
     error.path = path.copy()
     return error

@@ -110,6 +110,7 @@ class GameRecorder:
         self._made = MadeSamples(self.clock)
         self._observers = {player: PlayerObserver(self._made, player) for player in players}
         self._entered = ExitStack()
+        self._called = {player: network for player, (network, _) in players.items()}
         folders: Mapping[str, Any] = {} if store is None else {player: Path(store) / player for player in players}
         self._recorders = {
             player: self._recorder(
@@ -126,12 +127,9 @@ class GameRecorder:
         try:
             return KernelRecorder(network, optimizer, observers=observers, **options)
         except PathKernelError as error:
-            raise type(error)(
-                f"Player {player!r}: {error.found}",
-                error.expected,
-                f"{error.write}. Options of a player are mappings by its name: "
-                f'`GameRecorder(..., rule={{{player!r}: "elementwise"}})`',
-            ) from error
+            by_player = f"Of a game, options are mappings by player, `GameRecorder(..., rule={{{player!r}: ...}})`"
+            found, write = f"Player {player!r}: {error.found}", f"{error.write}. {by_player}"
+            raise type(error)(found, error.expected, write) from error
 
     def __getitem__(self, player: str) -> KernelRecorder:
         """Recorder of a player, by which its samples are announced."""
@@ -188,8 +186,9 @@ class GameRecorder:
         """Take note of what the players make, in the module that the loop calls."""
         self._made.stop()
         for player, recorder in self._recorders.items():
-            parts = [recorder.model.get_submodule(name) for name in recorder.trajectory.run.watch] or [recorder.model]
-            self._made.watch(player, parts[0], parts[-1])
+            watched = [recorder.model.get_submodule(name) for name in recorder.trajectory.run.watch]
+            called = watched or [self._called[player]]
+            self._made.watch(player, called[0], called[-1])
 
     # -- while training runs ----------------------------------------------------------------------------------
 
@@ -292,7 +291,7 @@ def _check_players(players: Mapping[str, Player]) -> None:
                 f"Write `players={{{name!r}: (network, optimizer)}}`, and options by their names, "
                 f"`data={{{name!r}: dataset}}`",
             )
-        if not isinstance(name, str) or not name or "/" in name:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise InputError(
                 f"A player is called {name!r}",
                 "A player has a name, which is that of its folder in a store",

@@ -160,16 +160,16 @@ def stability(
             f"Methods are {', '.join(map(repr, METHODS))}",
             'Write `method="auto"`',
         )
-    stages = _stages(updates, tuple(players))
+    stages = stages_of(updates, tuple(players))
     game = _Game(players, losses, rates)
     with defer_interrupts(divisible=True), torch.random.fork_rng(devices=[]):
         start = game.point
-        field = _Stage(start, game.gradients(start, game.names))
+        field = _Stage(start, game.gradients(game.names))
         steps = list(game.steps(stages))
         size = len(start)
         if method == "dense" or (method == "auto" and size <= DENSE) or size <= count + 1:
-            flow, error = np.linalg.eigvals(_dense(field.pulled_back, size)), float("nan")
-            of_map = np.linalg.eigvals(_dense(lambda u: _through(steps, u), size))
+            flow, error = np.linalg.eigvals(_dense(field.pulled_back, start)), float("nan")
+            of_map = np.linalg.eigvals(_dense(lambda u: _through(steps, u), start))
             complete = True
         else:
             flow, first = _arnoldi(field.pulled_back, start, count, "LR", seed, "the vector field")
@@ -214,7 +214,7 @@ class _Game:
             self._parts[name] = slice(begin, begin + self._layouts[name].size)
             begin += self._layouts[name].size
 
-    def gradients(self, point: Tensor, stepping: Sequence[str], scaled: bool = False) -> Callable[[Tensor], Tensor]:
+    def gradients(self, stepping: Sequence[str], scaled: bool = False) -> Callable[[Tensor], Tensor]:
         """Function of w: minus the gradients of those who step, (P,), zero for the others; times their rates."""
 
         def of(w: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class _Game:
         """The steps of the map, each where the one before has led."""
         point = self.point
         for stepping in stages:
-            stage = _Stage(point, self.gradients(point, stepping, scaled=True))
+            stage = _Stage(point, self.gradients(stepping, scaled=True))
             point = (point + stage.value).detach()
             yield stage
 
@@ -282,15 +282,14 @@ def _through(steps: Sequence[_Stage], u: Tensor) -> Tensor:
     return u
 
 
-def _dense(product: Callable[[Tensor], Tensor], size: int) -> np.ndarray:
+def _dense(product: Callable[[Tensor], Tensor], like: Tensor) -> np.ndarray:
     """The Jacobian (P, P) float64, from the products of its transposed one with unit vectors."""
-    rows = torch.eye(size, dtype=torch.float64)
-    return np.stack([_as_numpy(product, row.numpy()) for row in rows])
+    return np.stack([_as_numpy(product, unit, like) for unit in np.eye(len(like))])
 
 
-def _as_numpy(product: Callable[[Tensor], Tensor], u: np.ndarray, like: Tensor | None = None) -> np.ndarray:
-    vector = torch.from_numpy(np.ascontiguousarray(u).reshape(-1))
-    found: np.ndarray = product(vector if like is None else vector.to(like)).double().cpu().numpy()
+def _as_numpy(product: Callable[[Tensor], Tensor], u: np.ndarray, like: Tensor) -> np.ndarray:
+    """A product with a vector, which is converted to the type and device of the parameters."""
+    found: np.ndarray = product(torch.from_numpy(u.reshape(-1)).to(like)).double().cpu().numpy()
     return found
 
 
@@ -323,8 +322,14 @@ def _arnoldi(
     return values, float(max(errors, default=float("nan")))
 
 
-def _stages(updates: str | Sequence[str], names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    """Who steps at once, in the order of the steps."""
+def stages_of(updates: str | Sequence[str], names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """Who steps at once, in the order of the steps.
+
+    Raises
+    ------
+    InputError
+        For updates that are none of these players'.
+    """
     if updates == "simultaneous":
         return (names,)
     order = names if updates == "alternating" else tuple(updates)

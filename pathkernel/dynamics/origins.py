@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathkernel.dynamics.clock import Clock
-from pathkernel.recording.forward import Hook
+from pathkernel.recording.compiled import CompiledCall
+from pathkernel.recording.forward import Hook, is_transformed
 from pathkernel.recording.row_order import numbers_of
 from pathkernel.trajectory.observer import StepObserver
 from pathkernel.trajectory.step import Step
@@ -92,7 +93,8 @@ class MadeSamples:
         player
             Its name.
         first, last
-            The parts that are called first and last, whose arguments and outputs are the player's; mostly one module.
+            The modules that the loop calls first and last, whose arguments and outputs are the player's; mostly one.
+            Of a compiled network the outer one: hooks within would be compiled with it, and change its rounding.
         """
         given: list[Any] = []
 
@@ -102,6 +104,9 @@ class MadeSamples:
         def returned(module: nn.Module, arguments: Any, outputs: Any) -> None:
             self._note(player, given, outputs)
 
+        if first is last and first._compiled_call_impl is not None:
+            self._handles.append(CompiledCall(first, called, returned))
+            return
         self._handles += [
             first.register_forward_pre_hook(Hook(called), with_kwargs=True),
             last.register_forward_hook(Hook(returned)),
@@ -115,7 +120,7 @@ class MadeSamples:
 
     @torch.no_grad()
     def _note(self, player: str, arguments: Any, outputs: Any) -> None:
-        leaves = list(rows_of(outputs))
+        leaves = [] if is_transformed() else list(rows_of(outputs))  # tensors of a transformation have no bits to read
         if not leaves:
             return
         n = len(leaves[0])
@@ -135,12 +140,12 @@ class MadeSamples:
 def rows_of(tree: Any) -> Iterator[Tensor]:
     """Tensors in arguments, or in what a network returned, that have samples along their first axis."""
     for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.numel() > 0:
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.dim() > 0 and leaf.numel() > 0:
             yield leaf
 
 
 def _numbers(rows: Tensor) -> list[int]:
-    # Of bits and shape alone: a fake of 64 pixels is found where the other player flattens it.
+    """A number for each row, of its bits alone: an image is found again where the other player flattens it."""
     numbers: list[int] = numbers_of(rows).tolist()
     return numbers
 

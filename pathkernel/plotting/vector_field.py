@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
@@ -143,7 +145,7 @@ class VectorFieldDisplay:
                 cmap="Greys", norm=_shades(speed), pivot="mid", scale=22.0, width=0.005,
             )  # fmt: skip
             self.lines_ = {}
-            for (name, path), color in zip(self.paths.items(), COLORS * len(self.paths), strict=False):
+            for (name, path), color in zip(self.paths.items(), cycle(COLORS), strict=False):
                 (self.lines_[name],) = self.ax_.plot(*path.T, color=color, linewidth=1.2, label=name)
                 self.ax_.plot(*path[0], marker="o", markersize=4, color=NEUTRAL, zorder=3)
             limit = float(self.x.max())
@@ -157,8 +159,6 @@ class VectorFieldDisplay:
 
 def _shades(speed: NDArray[np.float64]) -> Any:
     """Speeds as shades that stay visible on white and below the paths."""
-    from matplotlib.colors import Normalize
-
     fastest = float(speed.max()) or 1.0
     return Normalize(-0.35 * fastest, 1.5 * fastest)
 

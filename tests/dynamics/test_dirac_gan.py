@@ -181,15 +181,25 @@ def test_damped_variants_converge(name: str) -> None:
 
 
 def test_players_that_diverge_leave_the_rounds_before() -> None:
-    with pytest.raises(pk.errors.GameError, match=r"WGAN-GP, centre 0 left .* in round \d+, at a rate of 3") as found:
+    with pytest.raises(pk.errors.GameError, match=r"WGAN-GP, centre 0 left .* in round \d+") as found:
         VARIANTS["WGAN-GP, centre 0"].trajectory((1.0, 0.0), 3.0, 200)
     path = found.value.path
     assert 5 < len(path) < 200 and np.hypot(*path[-1]) < dirac_gan.FARTHEST
     assert "error.path" in found.value.write
 
 
+def test_a_flow_that_ends_leaves_what_there_is_of_it() -> None:
+    running_away = DiracGAN("running away", lambda phi, theta: (phi**2, 0.0), VARIANTS["GAN"].losses)
+    times = np.linspace(0, 2, 20)
+    with pytest.raises(pk.errors.GameError, match=r"The flow of running away came to an end after 0\.947368") as found:
+        running_away.flow((1.0, 0.0), times)  # φ = 1 / (1 - t)
+    np.testing.assert_allclose(found.value.path[:, 0], 1 / (1 - times[:10]), rtol=1e-7)
+
+
 def test_what_is_no_variant_is_refused() -> None:
     with pytest.raises(pk.errors.InputError, match=r"`wgan\('cut'\)`"):
         dirac_gan.wgan("cut")
+    with pytest.raises(pk.errors.InputError, match=r"`updates=\('E',\)`"):
+        VARIANTS["GAN"].trajectory((1.0, 0.0), 0.1, 3, ("E",))
     with pytest.raises(pk.errors.InputError, match="The flow of WGAN, clipped"):
         VARIANTS["WGAN, clipped"].flow((1.0, 0.0), np.linspace(0, 1, 3))

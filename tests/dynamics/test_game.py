@@ -285,6 +285,27 @@ def test_a_player_may_be_several_parts_and_keep_little(schedule: Any) -> None:
     torch.testing.assert_close(game.samples("G", "noise"), origins.latents)
 
 
+@pytest.mark.parametrize(
+    "how", ["as it is", *(pytest.param(how, marks=pytest.mark.exhaustive) for how in ("wrapped", "in place"))]
+)
+def test_players_may_be_compiled_or_run_under_transformations(how: str) -> None:
+    D, G = small_players()
+    optimizers = [torch.optim.SGD(network.parameters(), 0.1) for network in (D, G)]
+    real, g = points(), torch.Generator().manual_seed(5)
+    called = torch.compile(G, backend="eager") if how == "wrapped" else G
+    if how == "in place":
+        G.compile(backend="eager")
+    pairs = {"D": (D, optimizers[0]), "G": (called, optimizers[1])}
+    with pk.GameRecorder(pairs, data={"D": (real, torch.ones(REAL, 1))}) as game:
+        for _ in range(2):
+            one_round(game, D, called, optimizers, real, g)
+            if how == "as it is":
+                torch.func.vmap(G)(noise(g))  # whose outputs have no bits to read
+    assert at_rounding(game.machine("G").explain(noise(g, 1), outputs=0))
+    assert game.origins("D")["generated"].made_at.tolist() == [0] * BATCH + [1] * BATCH
+    assert game.samples("G", "noise").equal(game.origins("D")["generated"].latents)
+
+
 def test_hooks_are_gone_after_a_game() -> None:
     game, D, G, _ = play("alternating", rounds=1)
     assert not any((network._forward_hooks or network._forward_pre_hooks) for network in (D, G))
@@ -376,7 +397,7 @@ def test_a_player_without_a_rule_is_named() -> None:
         pk.errors.UnsupportedOptimizerError, match=r"Player 'G': .*Homemade` has no update rule"
     ) as found:
         pk.GameRecorder(players)
-    assert "GameRecorder(..., rule={'G': \"elementwise\"})" in found.value.write
+    assert "GameRecorder(..., rule={'G': ...})" in found.value.write
     pk.GameRecorder(players, rule={"G": "elementwise"})
 
 
@@ -412,6 +433,7 @@ def test_what_is_no_game_is_refused() -> None:
         ("`players` is a list", lambda: pk.GameRecorder([pair])),  # type: ignore[arg-type]
         ("The player 'D' is a Sequential", lambda: pk.GameRecorder({"D": D})),  # type: ignore[dict-item]
         ("A player is called ''", lambda: pk.GameRecorder({"": pair})),
+        ("A player is called 'D/G'", lambda: pk.GameRecorder({"D/G": pair})),
         ("`data=` of a game is a Tensor", lambda: pk.GameRecorder({"D": pair}, data=points())),  # type: ignore[arg-type]
         (r"`data=` of a game is \['G'\]", lambda: pk.GameRecorder({"D": pair}, data={"G": points()})),
         ("The player 'G' was asked for", lambda: pk.GameRecorder({"D": pair})["G"]),
