@@ -24,7 +24,7 @@ import pathkernel as pk
 # Two networks, as people write them
 # ----------------------------------
 
-LATENT, BATCH, EPOCHS = 8, 32, 5
+LATENT, BATCH, EPOCHS = 8, 32, 4
 
 
 def discriminator():
@@ -53,7 +53,7 @@ def generator():
 
 
 torch.manual_seed(0)
-images = torch.tensor(load_digits().images[:512] / 8 - 1, dtype=torch.float32)[:, None]
+images = torch.tensor(load_digits().images[:384] / 8 - 1, dtype=torch.float32)[:, None]
 D, G = discriminator(), generator()
 opt_d = torch.optim.Adam(D.parameters(), lr=2e-3, betas=(0.5, 0.999))
 opt_g = torch.optim.Adam(G.parameters(), lr=2e-3, betas=(0.5, 0.999))
@@ -67,7 +67,7 @@ untrained = copy.deepcopy(G).eval()
 # gradient goes round the outputs, has a channel of its own.
 
 players = {"D": (D, opt_d), "G": (G, opt_g)}
-with pk.GameRecorder(players, data={"D": (images, torch.ones(512))}, averages={"G": {"ema": ema}}) as game:
+with pk.GameRecorder(players, data={"D": (images, torch.ones(384))}, averages={"G": {"ema": ema}}) as game:
     for _ in range(EPOCHS):
         for x, _ in game["D"].batches(BATCH, shuffle=True):
             # the discriminator's step, with R1
