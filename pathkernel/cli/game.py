@@ -29,6 +29,7 @@ Result = tuple[int, dict[str, Any], str]
 """Exit code, numbers, and text."""
 
 LATENT, BATCH = 8, 32
+PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -248,8 +249,12 @@ def game(arguments: argparse.Namespace) -> Result:
     rounds = usual if arguments.rounds is None else arguments.rounds
     if rounds < 1:
         raise InputError(f"`--rounds {rounds}` was given", "A game has at least one round", "Write `--rounds 100`")
-    require_extra("plot", "The picture of `pathkernel game`", "matplotlib")
     output = arguments.output or Path(f"game-{arguments.example}.png")
+    if output.suffix not in PICTURES:
+        raise InputError(
+            f"`--output {output}` was given", f"Pictures end in {', '.join(PICTURES)}", "Write `--output game.png`"
+        )
+    require_extra("plot", "The picture of `pathkernel game`", "matplotlib")
     numbers, text, figure = (dirac if known is None else trained)(arguments, rounds)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=90)
@@ -294,11 +299,12 @@ def trained(arguments: argparse.Namespace, rounds: int) -> tuple[dict[str, Any],
         "untrained": float(why.initial[0]),
         "real samples": float(why.shares[0, : columns.start].sum()),
         "generated samples": float(why.shares[0, columns].sum()),
-        "r1": float(why.channels["r1"][0]),
-        "output": float(why.output[0]),
+        **{name: float(values[0]) for name, values in why.channels.items() if name != "initial"},
     }
     numbers |= {f"discriminator.{name}": value for name, value in parts.items()}
-    lines.append("D of a real sample: " + ", ".join(f"{name} {value:+.4g}" for name, value in parts.items()))
+    numbers["discriminator.output"] = float(why.output[0])
+    account = ", ".join(f"{name} {value:+.4g}" for name, value in parts.items())
+    lines.append(f"D of a real sample: {float(why.output[0]):+.4g} = {account}")
     report = stability_of(played, arguments.rate)
     numbers |= {"stability.abscissa": report.abscissa, "stability.radius": report.radius, "speed": report.speed}
     lines.append(f"{report!r} at a rate of {arguments.rate:g}")

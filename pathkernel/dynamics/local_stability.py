@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pathkernel.errors import CertificateWarning, InputError
 from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.gradients.structural_copy import StructuralCopy
-from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 
 GameLoss = Callable[..., Tensor]
 """Loss of one player as a function of all players' networks, in their order."""
@@ -162,7 +161,7 @@ def stability(
         )
     stages = stages_of(updates, tuple(players))
     game = _Game(players, losses, rates)
-    with defer_interrupts(divisible=True), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         start = game.point
         field = _Stage(start, game.gradients(game.names))
         steps = list(game.steps(stages))
@@ -220,7 +219,6 @@ class _Game:
         def of(w: Tensor) -> Tensor:
             value = nothing = 0 * w  # with a graph, also where no loss depends on w
             for name in stepping:
-                deliver_interrupt()
                 torch.set_rng_state(self._drawn)
                 loss = self._losses[name](*self._at(w))
                 (gradient,) = torch.autograd.grad(loss + nothing.sum(), w, create_graph=True)
@@ -270,7 +268,6 @@ class _Stage:
 
     def pulled_back(self, u: Tensor) -> Tensor:
         """Product of the transposed Jacobian of f with a vector, (P,)."""
-        deliver_interrupt()
         (found,) = torch.autograd.grad(self.value, self._w, u, retain_graph=True)
         return found
 
