@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathkernel import optimizers as optimizers
     from pathkernel import plotting as plotting
     from pathkernel import testing as testing
+    from pathkernel.dynamics.game import GameRecorder as GameRecorder
     from pathkernel.estimators.gaussian_process import GaussianProcessKernel as GaussianProcessKernel
     from pathkernel.estimators.transformer import PathKernelTransformer as PathKernelTransformer
     from pathkernel.gradients.layers.rules import layer_rule as layer_rule
@@ -55,6 +56,7 @@ _HOMES = {
     "DiscreteGradient": "quadrature",
     "DiskStore": "storage.disk",
     "Every": "trajectory.schedule",
+    "GameRecorder": "dynamics.game",
     "GaussLegendre": "quadrature",
     "GaussianProcessKernel": "estimators.gaussian_process",
     "IndexedDataset": "recording.indexed",

@@ -74,6 +74,12 @@ class InputError(PathKernelError):
     """Samples of the wrong shape or type were given to a kernel."""
 
 
+class GameError(PathKernelError):
+    """Players of a game went away from each other for good; ``path`` is what was computed before, (rounds, players)."""
+
+    path: Any = None
+
+
 class UnsupportedModelError(RecordingError, InputError):
     """A network that has no tangent kernel: not differentiable, or no function of one sample."""
 

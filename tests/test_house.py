@@ -183,7 +183,14 @@ def blocks_of(page: str, language: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", ["tutorials/quick_start", "how_to/long_runs", "how_to/real_training_loops", "how_to/models_that"]
+    "page",
+    [
+        "tutorials/quick_start",
+        "how_to/long_runs",
+        "how_to/real_training_loops",
+        "how_to/models_that",
+        "explanation/two_players",
+    ],
 )
 def test_pages_run_as_printed(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

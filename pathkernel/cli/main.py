@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands.add_argument("--version", action="version", version=f"pathkernel {__version__}")
     subcommands = commands.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_demo, _plan, _info, _verify, _gram, _explain, _export, _flow):
+    for add in (_demo, _flow, _game, _plan, _info, _verify, _gram, _explain, _export):
         own = add(subcommands)
         own.add_argument("--json", type=Path, metavar="FILE", help="write every printed number to FILE")
         own.epilog = EXIT_CODES
@@ -52,6 +52,28 @@ def _demo(subcommands: Any) -> argparse.ArgumentParser:
     job.add_argument("--tolerance", type=float, default=1e-3, help="relative error of the path kernel (default 1e-3)")
     job.add_argument("--quiet", action="store_true", help="no progress bars")
     job.set_defaults(run_command="pathkernel.cli.demo:demo")
+    return job
+
+
+def _game(subcommands: Any) -> argparse.ArgumentParser:
+    job: argparse.ArgumentParser = subcommands.add_parser(
+        "game",
+        help="two networks that are trained against each other, and a picture",
+        description="Plays a built-in game. dirac: the variants of the Dirac GAN, with their eigenvalues and their "
+        "trajectories under simultaneous and alternating updates. gaussians, digits: a small GAN on a mixture of eight "
+        "Gaussians or on scikit-learn's handwritten digits, both of its players as exact kernel machines, and which "
+        "real and generated samples shaped the discriminator's view of a sample.",
+    )
+    job.add_argument("example", nargs="?", default="dirac", choices=("dirac", "gaussians", "digits"), metavar="EXAMPLE",
+                     help="dirac (default), gaussians or digits")  # fmt: skip
+    job.add_argument("--rounds", type=int, help="steps of the generator (default: as the example needs)")
+    job.add_argument("--rate", type=float, default=0.2, help="of the steps whose stability is reported (default 0.2)")
+    job.add_argument("--seed", type=int, default=0, help="of weights, batches and latents (default 0)")
+    job.add_argument(
+        "--output", type=Path, metavar="FILE", help="the picture, .png, .svg or .pdf (default game-EXAMPLE.png)"
+    )
+    job.add_argument("--quiet", action="store_true", help="no progress bars")
+    job.set_defaults(run_command="pathkernel.cli.game:game")
     return job
 
 

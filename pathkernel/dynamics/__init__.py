@@ -1,4 +1,4 @@
-"""Optimizers as dynamics: flows of a network on its data, finite steps, and ledgers of recorded runs.
+"""Optimizers as dynamics: flows, finite steps and ledgers of recorded runs, games of several players, their stability.
 
 The optimizers themselves are in `pathkernel.optimizers`; their names are forwarded, as this was their home once.
 """
@@ -9,19 +9,24 @@ from pathkernel import optimizers
 from pathkernel.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from pathkernel.dynamics import dirac_gan as dirac_gan
     from pathkernel.dynamics.adaptive_flows import adam_flow as adam_flow
     from pathkernel.dynamics.adaptive_flows import adam_settings as adam_settings
     from pathkernel.dynamics.adaptive_flows import rmsprop_flow as rmsprop_flow
     from pathkernel.dynamics.adaptive_flows import rmsprop_settings as rmsprop_settings
+    from pathkernel.dynamics.clock import Clock as Clock
     from pathkernel.dynamics.finite_steps import Ledger as Ledger
     from pathkernel.dynamics.finite_steps import RegularizationLedger as RegularizationLedger
     from pathkernel.dynamics.finite_steps import regularization_ledger as regularization_ledger
     from pathkernel.dynamics.flow import Flow as Flow
     from pathkernel.dynamics.flow import FlowDistance as FlowDistance
+    from pathkernel.dynamics.game import GameRecorder as GameRecorder
     from pathkernel.dynamics.gradient_flows import gradient_flow as gradient_flow
     from pathkernel.dynamics.gradient_flows import polyak_flow as polyak_flow
     from pathkernel.dynamics.gradient_flows import sign_flow as sign_flow
     from pathkernel.dynamics.gradient_flows import steepest_flow as steepest_flow
+    from pathkernel.dynamics.local_stability import Stability as Stability
+    from pathkernel.dynamics.local_stability import stability as stability
     from pathkernel.dynamics.loss_shares import LossLedger as LossLedger
     from pathkernel.dynamics.loss_shares import loss_ledger as loss_ledger
     from pathkernel.dynamics.modified_flows import modified_flow as modified_flow
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
     from pathkernel.dynamics.momentum_flows import momentum_flow as momentum_flow
     from pathkernel.dynamics.momentum_flows import nesterov_flow as nesterov_flow
     from pathkernel.dynamics.momentum_flows import nesterov_momentum as nesterov_momentum
+    from pathkernel.dynamics.origins import Origins as Origins
     from pathkernel.dynamics.stochastic_flows import kramers as kramers
     from pathkernel.dynamics.stochastic_flows import langevin as langevin
     from pathkernel.optimizers import CoordinateDescent as CoordinateDescent
@@ -57,15 +63,20 @@ if TYPE_CHECKING:
     from pathkernel.optimizers import leapfrog as leapfrog
 
 _HOMES = {
+    "Clock": "dynamics.clock",
     "EnergyLedger": "dynamics.momentum_flows",
     "Flow": "dynamics.flow",
     "FlowDistance": "dynamics.flow",
+    "GameRecorder": "dynamics.game",
     "Ledger": "dynamics.finite_steps",
     "LossLedger": "dynamics.loss_shares",
+    "Origins": "dynamics.origins",
     "RegularizationLedger": "dynamics.finite_steps",
+    "Stability": "dynamics.local_stability",
     "adam_flow": "dynamics.adaptive_flows",
     "adam_settings": "dynamics.adaptive_flows",
     "body_of": "dynamics.momentum_flows",
+    "dirac_gan": "dynamics.dirac_gan:",
     "energy_ledger": "dynamics.momentum_flows",
     "gradient_flow": "dynamics.gradient_flows",
     "kramers": "dynamics.stochastic_flows",
@@ -81,6 +92,7 @@ _HOMES = {
     "rmsprop_flow": "dynamics.adaptive_flows",
     "rmsprop_settings": "dynamics.adaptive_flows",
     "sign_flow": "dynamics.gradient_flows",
+    "stability": "dynamics.local_stability",
     "steepest_flow": "dynamics.gradient_flows",
 }
 

@@ -17,26 +17,36 @@ if TYPE_CHECKING:
     from pathkernel.plotting.gram import GramDisplay as GramDisplay
     from pathkernel.plotting.ledger import LossLedgerDisplay as LossLedgerDisplay
     from pathkernel.plotting.ledger import RegularizationDisplay as RegularizationDisplay
+    from pathkernel.plotting.player import PlayerViewDisplay as PlayerViewDisplay
     from pathkernel.plotting.report import KeyFigure as KeyFigure
     from pathkernel.plotting.report import ReportFigure as ReportFigure
     from pathkernel.plotting.report import Section as Section
     from pathkernel.plotting.report import write_report as write_report
+    from pathkernel.plotting.share_map import ShareMapDisplay as ShareMapDisplay
     from pathkernel.plotting.spectrum import SpectrumDisplay as SpectrumDisplay
+    from pathkernel.plotting.stability import StabilityDisplay as StabilityDisplay
+    from pathkernel.plotting.vector_field import DiracGANDisplay as DiracGANDisplay
+    from pathkernel.plotting.vector_field import VectorFieldDisplay as VectorFieldDisplay
 
 _HOMES = {
     "AttributionDisplay": "plotting.attribution",
     "CompletenessDisplay": "plotting.completeness",
+    "DiracGANDisplay": "plotting.vector_field",
     "EnergyDisplay": "plotting.flow",
     "FlowDisplay": "plotting.flow",
     "GramDisplay": "plotting.gram",
     "KernelEvolutionDisplay": "plotting.evolution",
     "KeyFigure": "plotting.report",
     "LossLedgerDisplay": "plotting.ledger",
+    "PlayerViewDisplay": "plotting.player",
     "RegularizationDisplay": "plotting.ledger",
     "ReportFigure": "plotting.report",
     "Sample": "plotting.attribution",
     "Section": "plotting.report",
+    "ShareMapDisplay": "plotting.share_map",
     "SpectrumDisplay": "plotting.spectrum",
+    "StabilityDisplay": "plotting.stability",
+    "VectorFieldDisplay": "plotting.vector_field",
     "write_report": "plotting.report",
 }
 

@@ -188,7 +188,7 @@ class AttributionDisplay:
             if self.query_image is not None:
                 query = cells["query"].subgridspec(2, 1, height_ratios=[HEADING, 2.0 + HEADING], hspace=0.0)
                 heading(self.figure_, query[0], "Query", fontsize=10)
-                self.axes_["query"] = _draw_image(self.figure_, query[1], self.query_image, NEUTRAL, cmap)
+                self.axes_["query"] = draw_image(self.figure_, query[1], self.query_image, NEUTRAL, cmap)
             rows = cells["samples"].subgridspec(
                 4, columns, height_ratios=[HEADING, 1.0, HEADING, 1.0], hspace=0.0, wspace=0.05
             )
@@ -199,31 +199,56 @@ class AttributionDisplay:
                 samples: list[Sample] = getattr(self, name)
                 heading(self.figure_, rows[row, :], title if samples else f"{title}: none", fontsize=10, color=color)
                 places = [rows[row + 1, column] for column in range(len(samples))]
-                self.axes_[name] = self._draw_samples(places, samples, color, cmap)
+                self.axes_[name] = draw_samples(self.figure_, places, samples, color, cmap)
             self.ax_ = self.axes_["waterfall"] = self.figure_.add_subplot(cells["waterfall"])
             draw_waterfall(self.ax_, self.bars)
         return self
 
-    def _draw_samples(self, places: list[SubplotSpec], samples: list[Sample], color: str, cmap: str) -> list[Axes]:
-        largest = max((abs(sample.share) for sample in samples), default=0.0)
-        panels = []
-        for place, sample in zip(places, samples, strict=True):
-            panel = _draw_image(self.figure_, place, sample.image, color, cmap)
-            panel.set_xlabel(f"{_name(sample)}\n", fontsize=8.5, labelpad=3, linespacing=1.3)
-            panel.annotate(
-                written(sample.share, largest, sign=True),
-                (0.5, 0.0),  # the label's empty second line
-                xycoords=panel.xaxis.label,
-                xytext=(0, 0),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                color=color,
-                fontsize=9,
-                fontweight="bold",
-            )
-            panels.append(panel)
-        return panels
+
+def draw_samples(
+    figure: Figure,
+    places: list[SubplotSpec],
+    samples: list[Sample],
+    color: str,
+    cmap: str,
+    captions: Sequence[str] = (),
+) -> list[Axes]:
+    """Draw tiles of samples with their shares below them.
+
+    Parameters
+    ----------
+    figure
+        Where.
+    places
+        A cell for each.
+    samples
+        Strongest first.
+    color
+        Of the frames and of the shares.
+    cmap
+        Colour map of images without colours.
+    captions
+        A line for each; by default its id and label.
+    """
+    largest = max((abs(sample.share) for sample in samples), default=0.0)
+    panels = []
+    for place, sample, caption in zip(places, samples, captions or map(_name, samples), strict=True):
+        panel = draw_image(figure, place, sample.image, color, cmap)
+        panel.set_xlabel(f"{caption}\n", fontsize=8.5, labelpad=3, linespacing=1.3)
+        panel.annotate(
+            written(sample.share, largest, sign=True),
+            (0.5, 0.0),  # the label's empty second line
+            xycoords=panel.xaxis.label,
+            xytext=(0, 0),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            color=color,
+            fontsize=9,
+            fontweight="bold",
+        )
+        panels.append(panel)
+    return panels
 
 
 def as_image(values: ArrayLike, name: str) -> NDArray[Any]:
@@ -258,7 +283,8 @@ def as_image(values: ArrayLike, name: str) -> NDArray[Any]:
     )
 
 
-def _draw_image(figure: Figure, cell: SubplotSpec, image: NDArray[Any], frame: str, cmap: str) -> Axes:
+def draw_image(figure: Figure, cell: SubplotSpec, image: NDArray[Any], frame: str, cmap: str) -> Axes:
+    """Draw an image in a frame of a colour, without axes."""
     panel = figure.add_subplot(cell)
     panel.imshow(image, cmap=cmap, interpolation="nearest")
     panel.set_anchor("N")  # close to its heading, whatever the shape of the cell

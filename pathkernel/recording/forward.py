@@ -209,7 +209,7 @@ class ForwardWatcher:
             )
 
     def _enter(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled() or _is_transformed():
+        if not torch.is_grad_enabled() or is_transformed():
             return
         if self._under_way and torch._C._current_graph_task_id() < 0:
             self._under_way = {}  # of backward passes that ended with an error, of which nobody is told
@@ -348,7 +348,7 @@ def edges_between(leaves: dict[int, Tensor]) -> list[tuple[int, Any, int]]:
     return found
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """True while a transformation of `torch.func` is under way, whose tensors take no hooks."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 

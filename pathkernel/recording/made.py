@@ -140,14 +140,15 @@ def made_for(given: Given, optimizers: list[Optimizer], stopped: Callable[[], No
         run.data.suit(run.function(), initial)
     live = LiveParameters(named, optimizer)
     observers = level.observers if isinstance(level, Streaming) else tuple(given.observers)
-    if run.data.limit is None and observers:
+    adding = [one for one in observers if one.needs_whole_run]
+    if run.data.limit is None and adding:
         raise RecordingError(
-            f"{type(observers[0]).__name__} was given to a recorder that counts samples as they come",
+            f"{type(adding[0]).__name__} was given to a recorder that counts samples as they come",
             "What watches training adds up shares while it runs, and has to know how many samples there are",
             "Write `KernelRecorder(..., data=number_of_samples)`",
         )
     averages = dict(given.averages or {})
-    kept, keyframes = store_for(store_at(given.store), run, live, bool(averages), bool(observers))
+    kept, keyframes = store_for(store_at(given.store), run, live, bool(averages), bool(adding))
     path = Trajectory(run, kept)
     records = {name: AverageRecord.begin(name, source, layout) for name, source in averages.items()}
     path.stand(End(averages=records))

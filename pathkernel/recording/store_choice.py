@@ -41,7 +41,7 @@ def store_for(
     run, live
         The run that is about to be recorded, and its parameters.
     averages, observed
-        Whether the recorder was given averages of the weights, and observers.
+        Whether the recorder was given averages of the weights, and observers that need the whole run.
 
     Raises
     ------

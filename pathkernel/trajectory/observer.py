@@ -20,6 +20,10 @@ class StepObserver(ABC):
     name: ClassVar[str]
     """What it serves."""
 
+    needs_whole_run: ClassVar[bool] = True
+    """Whether it adds something up over the run: it has to see every step from the first on, and to know beforehand how
+    many training samples there are. Observers that need neither may join a run that goes on from disk."""
+
     _missed: int | None = None
 
     @abstractmethod
