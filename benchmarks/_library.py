@@ -63,10 +63,11 @@ def _record(task: Task, arrays: Arrays) -> pk.Trajectory:
     return recorder.trajectory
 
 
-def tangent_kernel(task: Task, arrays: Arrays, engine: str) -> pk.TangentKernel:
+def tangent_kernel(task: Task, arrays: Arrays, engine: str, dtype: torch.dtype | None = None) -> pk.TangentKernel:
     loss = nn.CrossEntropyLoss() if task.network == "mlp" else loss_of
     return pk.TangentKernel(
         loaded(task, arrays),
+        dtype=dtype,
         outputs=task.outputs,
         engine=engine,
         memory=task.memory,
@@ -84,8 +85,8 @@ def samples(task: Task, arrays: Arrays) -> tuple[Any, Any]:
     return of("Xq", "yq"), of("X", "y") if "X" in arrays else None
 
 
-def gram(task: Task, arrays: Arrays, engine: str) -> Call:
-    kernel, (queries, references) = tangent_kernel(task, arrays, engine), samples(task, arrays)
+def gram(task: Task, arrays: Arrays, engine: str, dtype: torch.dtype | None = None) -> Call:
+    kernel, (queries, references) = tangent_kernel(task, arrays, engine, dtype), samples(task, arrays)
 
     def run() -> np.ndarray:
         return kernel(queries, references)
@@ -119,6 +120,7 @@ def library(task: Task, arrays: Arrays, engine: str) -> Call:
 
 ENGINES = {"pathkernel": "auto", "pathkernel-plain": "jacobian"}
 METHODS = {method: functools.partial(library, engine=engine) for method, engine in ENGINES.items()}
+METHODS["pathkernel-bfloat16"] = functools.partial(gram, engine="auto", dtype=torch.bfloat16)
 
 
 # ----------------------------------------------------------------------------------------------- the cost model
@@ -129,7 +131,7 @@ def predicted_seconds(task: Task, arrays: Arrays, method: str) -> float | None:
 
     The one place that knows how the model is asked.
     """
-    if task.kind == "shares" or task.tolerance:  # how many nodes a tolerance takes is not known before
+    if method not in ENGINES or task.kind == "shares" or task.tolerance:  # whose nodes are not known yet
         return None
     kernel, (queries, _) = tangent_kernel(task, arrays, ENGINES[method]), samples(task, arrays)
     if not hasattr(kernel, "cost"):

@@ -14,12 +14,12 @@ peak_mb        resident memory beyond what was there before the call, at its hig
 error          relative, Frobenius, against a plain float64 computation on rows and columns spread over the whole
                (`error_against` says how many)
 
-Methods: `pathkernel` is engine="auto", `pathkernel-plain` engine="jacobian", `tutorial` torch.func's own tutorial,
-`rows` vmap(grad) into a buffer and one product. `--peers` installs other libraries into environments of their own and
-runs them too. Workloads: W1 an MLP 64-256-256-10, W2 a small CNN, W3 a causal transformer; one TracIn checkpoint; path
-Gram matrices and shares of a network trained on digits; memory budgets; scaling. Where others work on the same machine,
-`--threads 1 --clock cpu` counts the time of each process on the processor alone: threads that wait for each other there
-say nothing of an engine.
+Methods: `pathkernel` is engine="auto", `pathkernel-plain` engine="jacobian", `pathkernel-bfloat16` rounds the factors
+of products, `tutorial` torch.func's own tutorial, `rows` vmap(grad) into a buffer and one product. `--peers` installs
+other libraries into environments of their own and runs them too. Workloads: W1 an MLP 64-256-256-10, W2 a small CNN, W3
+a causal transformer; one TracIn checkpoint; path Gram matrices and shares of a network trained on digits; memory
+budgets; scaling. Where others work on the same machine, `--threads 1 --clock cpu` counts the time of each process on
+the processor alone: threads that wait for each other there say nothing of an engine.
 
 Exit status 1 if a result of pathkernel is not as exact as it should be. Speed is reported, not enforced.
 """
@@ -49,6 +49,7 @@ MODULES = {
     "pathkernel": "_library",
     TORCH_FLOOR: "_torch_floor",
     "pathkernel-plain": "_library",
+    "pathkernel-bfloat16": "_library",
     "tutorial": "_plain",
     "rows": "_plain",
 }

@@ -4,10 +4,36 @@ from __future__ import annotations
 
 import torch
 
+from pathkernel.errors import InputError
 from pathkernel.gradients.forward_state import generators_untouched
-from pathkernel.gradients.low_types import low_types
+from pathkernel.gradients.low_types import LOW, low_types
+from pathkernel.quadrature import Quadrature
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.trajectory.trajectory import Trajectory
+
+
+def asked_type(dtype: torch.dtype | None, quadrature: Quadrature, trajectory: Trajectory) -> torch.dtype | None:
+    """Type that a machine was asked to work in, or that its quadrature needs; None for neither.
+
+    Raises
+    ------
+    InputError
+        For a type that cannot follow the recorded steps.
+    """
+    needed = quadrature.arithmetic
+    if dtype is not None and needed is not None and dtype != needed:
+        raise InputError(
+            f"`{quadrature!r}` was asked to work in {dtype}",
+            f"It refines below that type's rounding and needs {needed}",
+            "Leave `dtype` out, or use `DiscreteGradient()`",
+        )
+    if dtype in LOW and trajectory.precision not in LOW:
+        raise InputError(
+            f"A kernel machine of steps in {trajectory.precision} was asked to work in {dtype}",
+            "It is exact where its gradients are those of training, which are not rounded so coarsely",
+            "Leave `dtype` out; kernels, `TangentKernel` and `PathKernel`, take `dtype=torch.bfloat16`",
+        )
+    return dtype or needed
 
 
 def unrounded_type(trajectory: Trajectory) -> torch.dtype | None:

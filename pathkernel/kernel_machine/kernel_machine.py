@@ -14,7 +14,7 @@ from pathkernel.errors import InputError
 from pathkernel.gradients.forward_derivatives import load_transformations
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes
 from pathkernel.kernel_machine.accumulator import Accumulator, attributions_of, concatenate
-from pathkernel.kernel_machine.arithmetic import unrounded_type
+from pathkernel.kernel_machine.arithmetic import asked_type, unrounded_type
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
 from pathkernel.kernel_machine.averaging_error import AveragingError, Noted, shares_error
 from pathkernel.kernel_machine.backward_sweep import backward_sweep
@@ -183,14 +183,7 @@ class KernelMachine:
                 "The chord joins the untrained network to the last weights",
                 "Leave out `form` or `average`",
             )
-        needed = self.quadrature.arithmetic
-        if dtype is not None and needed is not None and dtype != needed:
-            raise InputError(
-                f"`{self.quadrature!r}` was asked to work in {dtype}",
-                f"It refines below that type's rounding and needs {needed}",
-                "Leave `dtype` out, or use `DiscreteGradient()`",
-            )
-        self._dtype = dtype or needed
+        self._dtype = asked_type(dtype, self.quadrature, self.trajectory)
         self._make()
 
     def _make(self) -> None:

@@ -92,8 +92,8 @@ class TangentKernel:
         for the next call, for as long as this object lives.
     dtype
         Floating type of passes and products, by default the parameters': ``torch.float64``, ``torch.float32``, or
-        ``torch.bfloat16`` for passes in float32 and products of factors rounded to bfloat16, twice as fast at errors
-        of some 1e-4. The matrix itself is float64 in each case.
+        ``torch.bfloat16`` for passes in float32 and products of factors rounded to bfloat16, at an error of
+        some 1e-3 (relative, Frobenius; `benchmarks/engines.py` prints it). The matrix itself is float64 in each case.
     loss
         ``(output, target)``, for ``outputs="loss"``.
 

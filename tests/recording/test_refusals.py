@@ -992,6 +992,11 @@ REFUSALS: dict[str, Case] = {
         errors.InputError,
         ("was asked to work in torch.float32", "needs torch.float64", "`DiscreteGradient()`"),
     ),
+    "a machine that rounds more than training": (
+        lambda: pk.KernelMachine(run().trajectory, dtype=torch.bfloat16),
+        errors.InputError,
+        ("steps in torch.float32 was asked to work in torch.bfloat16", "not rounded so coarsely", "Leave `dtype` out"),
+    ),
     "probabilities of a regressor": (
         lambda: pk.KernelMachine(record(loss="mse_mean").trajectory).predict_proba(X3),
         errors.InputError,
