@@ -113,7 +113,9 @@ class Tape:
         self.outputs = batch_outputs(returned, self.n)
         leaves = [leaf for leaf in output_leaves(returned) if isinstance(leaf, Tensor)]
         alone = len(leaves) == 1 and leaves[0].shape == self.outputs.shape
-        self._head = tracer.outputs.get(id(leaves[0])) if alone else None
+        number, version = tracer.outputs.get(id(leaves[0]), (None, 0)) if alone else (None, 0)
+        # What was written on in place since then is not what the layer returned.
+        self._head = number if number is None or leaves[0]._version == version else None
         self.calls, self.unsupported, self.composed = tracer.calls, tracer.unsupported, tracer.composed
         tracer.calls = []  # rules know the tracer: a cycle would keep every pass until the garbage collector runs
         for leaf, version, number in tracer.read:

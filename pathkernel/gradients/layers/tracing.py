@@ -97,7 +97,7 @@ class ParameterTracer(TorchFunctionMode):
     calls
         In the order of the pass.
     outputs
-        Number of each call by the identity of the tensor that the network went on with.
+        Number of each call by the identity of the tensor that the network went on with, and that tensor's version.
     unsupported
         Parameters that went into something that no rule covers, and into what.
     rearranges
@@ -121,7 +121,7 @@ class ParameterTracer(TorchFunctionMode):
         self.fixed = {id(value) for value in fixed}
         self.n, self.arrangement, self.roles = n, arrangement, roles
         self.calls: list[LayerCall] = []
-        self.outputs: dict[int, int] = {}
+        self.outputs: dict[int, tuple[int, int]] = {}
         self.unsupported: dict[str, str] = {}
         self.rearranges = False
         self.composed: dict[Place, tuple[torch.Size, ...]] = {}
@@ -276,7 +276,7 @@ class ParameterTracer(TorchFunctionMode):
         arrangement = self.arrangement(len(self.calls))
         self.calls.append(LayerCall(name, result, handles, gradients, arrangement, arguments, self.place))
         copy = result.clone()
-        self.outputs[id(copy)] = len(self.calls) - 1
+        self.outputs[id(copy)] = len(self.calls) - 1, copy._version
         self._kept.append(copy)
         return copy
 

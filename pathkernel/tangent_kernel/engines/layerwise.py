@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ class LayerwiseEngine(Engine):
     def sizes(self, theta: Tensor, X: PyTree, context: PyTree, form: Form) -> Sizes:
         """Bytes that a sample takes, from passes of a few; once for each shape of samples."""
         leaves = [leaf for leaf in pytree.tree_leaves((X, context)) if isinstance(leaf, Tensor)]
-        key = (*((leaf.shape[1:], leaf.dtype) for leaf in leaves), form.metric.preconditioner is None)
+        key = (*((leaf.shape[1:], leaf.dtype) for leaf in leaves), form.metric.preconditioner is None, form.alike)
         if key not in self._sizes:
             few = spread(count(X), FEW)
             self._sizes[key] = self._measured(theta, take(X, few), take(context, few), form)
@@ -173,7 +173,8 @@ class LayerwiseEngine(Engine):
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
         n, m = count(X), count(X if Y is None else Y)
-        form = self._form(preconditioner, n, m)
+        same_shapes = Y is None or alike((X, context_X), (Y, context_Y))
+        form = replace(self._form(preconditioner, n, m), alike=same_shapes)
         sizes = self.sizes(theta, X, context_X, form)
         check_budget(sizes.least(self.full), self.memory, "activations and signals")
         plan = Plan.of(sizes, self.memory, n, None if Y is None else m, self.full)
@@ -181,7 +182,7 @@ class LayerwiseEngine(Engine):
         right = left if Y is None else Side(self, theta, Y, context_Y, form, plan)
         k = sizes.components if self.full else 1
         result = self.workspace.empty((k, n, k, m), torch.float64, self.function.device)
-        together = right is not left and plan.holds(n + m) and not self.full and alike((X, context_X), (Y, context_Y))
+        together = right is not left and plan.holds(n + m) and not self.full and same_shapes
         for components in blocks(sizes.components, plan.components):
             if together:
                 _contract_together(left, right, components, result)

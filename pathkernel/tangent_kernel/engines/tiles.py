@@ -84,6 +84,9 @@ class Form:
         Of the factors of matrix products.
     workspace
         Memory for what is held.
+    alike
+        Whether rows and columns have the same shapes. Else what is cheaper for one of a layer's sides may not be so for
+        the other, and both sides are formed as rows.
     """
 
     pairs: tuple[int, int]
@@ -91,14 +94,16 @@ class Form:
     metric: Metric
     dtype: torch.dtype
     workspace: Workspace
+    alike: bool = True
 
     def by_pairs(self, piece: Piece) -> bool:
         """Test that all pairs of positions are contracted."""
-        return self.metric.constants(piece) is not None and by_pairs(piece.factor, *self.pairs, self.full)
+        constant = self.metric.constants(piece) is not None
+        return self.alike and constant and by_pairs(piece.factor, *self.pairs, self.full)
 
     def by_kept_rows(self, piece: Piece) -> bool:
         """Test that rows take no more memory than δ and a (by 5 %), and so are formed at once and kept."""
-        return piece.factor.formed or piece.factor.row_numbers <= 1.05 * sum(piece.factor.numbers)
+        return not self.alike or piece.factor.formed or piece.factor.row_numbers <= 1.05 * sum(piece.factor.numbers)
 
     def plain(self, factor: Factor) -> bool:
         """Test that nothing is to be done to rows."""
