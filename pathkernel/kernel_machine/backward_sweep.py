@@ -212,7 +212,7 @@ class BackwardSweep:
         size = self.count, self.layout.size
         weights = self._zeros(*size) if received.weights is None else received.weights
         batches = self.gradients.batches
-        for ids, slopes, kernel in batches.kernel(step, received.stage, weights, self.cuts.batch, done):
+        for ids, slopes, kernel in batches.kernel(step, received.stage, weights, self.passes, done):
             builder.add(step.index, ids, slopes, kernel)
 
     def _beyond_the_rule(self, step: Step, q: FactoredGradients) -> None:

@@ -224,7 +224,7 @@ class _Planner:
 
     def _width(self, plan: Plan) -> int:
         """Directions along which a whole batch is pushed at once in what its rows leave free, with their weights."""
-        large = [one for one in self.kinds if (self.dense or one.coupled) and one.size * self.size >= ALWAYS_ROWS]
+        large = [one for one in self.kinds if self.dense or (one.coupled and one.size * self.size >= ALWAYS_ROWS)]
         if self.by == "module" or plan.cuts.batch.streamed or not large:
             return plan.cuts.batch.width
         query = self.query if plan.passes is None else self.rows

@@ -6,7 +6,6 @@ import functools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,6 +98,7 @@ class RecordedGradients:
         self.columns = Columns(len(trajectory.data))
         self.examples: dict[Any, tuple[int, int, int]] = {}
         self._largest_gradient = largest_gradient
+        self._normed = 0  # steps whose gradients are in it
         self._every_captured = True
         self.discrepancies = self._discrepancies(taken)
 
@@ -151,10 +151,19 @@ class RecordedGradients:
         """Floating types of few bits that passes rounded to; empty where some have no slopes on record."""
         return self.batches.met_low if self._every_captured else frozenset()
 
-    @cached_property
-    def largest(self) -> float:
-        """The largest norm of a recorded gradient, which few comparisons depend on: all steps are read for it."""
-        return max([self._largest_gradient, *(step.gradient.norm().item() for step in self.trajectory.steps())])
+    def _is_rounding(self, difference: float, tolerance: float) -> bool:
+        """True where a difference is rounding beside the largest gradient of the run.
+
+        Few comparisons ask, and the first steps often answer, where gradients are large. Reading a step may mean to
+        train it again: they are read until one of them is large enough, and none of them twice.
+        """
+        while not difference <= tolerance * self._largest_gradient:
+            if self._normed == len(self.trajectory):
+                return False
+            step = self.trajectory.store.read(self._normed)
+            self._largest_gradient = max(self._largest_gradient, step.gradient.norm().item())
+            self._normed += 1
+        return True
 
     def prepare(self, steps: Sequence[Step], passes: Passes) -> None:
         """Run the batches of consecutive steps together, where they ran alike; `stages` then finds their gradients."""
@@ -270,7 +279,7 @@ class RecordedGradients:
         if found.relative <= tolerance:
             return ComparedGradient(recorded, expected, tolerance, found)
         # Gradients far below the largest of the run are differences of nearly equal numbers: judged by its scale.
-        rounding = found.relative * recorded.norm().item() <= tolerance * 1e-2 * self.largest
+        rounding = self._is_rounding(found.relative * recorded.norm().item(), tolerance * 1e-2)
         return ComparedGradient(recorded, expected, tolerance, found if rounding else None)
 
     def _fit_of_each_optimizer(

@@ -29,6 +29,7 @@ from pathkernel.gradients.losses import (
 from pathkernel.gradients.low_types import low_types
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import random_directions
+from pathkernel.gradients.pushed_shares import products_together
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
 from pathkernel.gradients.sample_wise import ComparedSamples, check_sample_wise
@@ -397,8 +398,8 @@ class RecomputedBatches:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Columns (B,), slopes λ (B, C) and kernel values k = −⟨u, ∇z⟩ (Q, B, C) of each micro-batch of a step.
 
-        One directional derivative of the whole batch, run as it was, for each query; ``directions`` are u, (Q, P), with
-        the factor of the stage. Those whose first sample has one of the places in ``done`` are left out.
+        By directional derivatives of the whole batch, run as it was; ``directions`` are u, (Q, P), with the factor of
+        the stage. Those whose first sample has one of the places in ``done`` are left out.
         """
         objective = self.trajectory.objective
         begin = 0
@@ -411,14 +412,13 @@ class RecomputedBatches:
             inputs, targets = samples_of(batch, self.trajectory.data)
             if not passes.cut(len(batch.ids)) or self.inseparable(batch, stage.point, inputs):
                 slopes = cotangents_of(batch, function, stage.point, objective, inputs, targets)
-                products = batch_products(function, stage.point, inputs, directions)
+                width = passes.width if passes.directions and not self.low(batch) else 0  # 0: it was not planned
+                products = products_together(function, stage.point, inputs, directions, width, batch.ids)
                 yield owners.spread(slopes.double().cpu(), -products.cpu())
                 continue
             slopes = self._cotangents(batch, function, stage.point, inputs, targets, passes)
-            found = [
-                batch_products(function, stage.point, take(inputs, piece), directions)
-                for piece in blocks(len(batch.ids), passes.samples)
-            ]
+            parts = (take(inputs, piece) for piece in blocks(len(batch.ids), passes.samples))
+            found = [batch_products(function, stage.point, part, directions) for part in parts]
             yield owners.spread(slopes.double().cpu(), -torch.cat(found, dim=1).cpu())
 
 
