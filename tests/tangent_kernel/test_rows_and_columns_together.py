@@ -34,9 +34,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     record = ProvedTapes.record
 
-    def noted(self: ProvedTapes, theta: Tensor, inputs: Any, *others: Any) -> Any:
+    def noted(self: ProvedTapes, theta: Tensor, inputs: Any, *others: Any, **options: Any) -> Any:
         found.append(count(inputs))
-        return record(self, theta, inputs, *others)
+        return record(self, theta, inputs, *others, **options)
 
     monkeypatch.setattr(ProvedTapes, "record", noted)
     return found

