@@ -67,29 +67,32 @@ hypothesis.settings.load_profile("pathkernel")
 
 
 TABLES = {
-    "tests/gradients/test_split.py": 4,
-    "tests/gradients/test_zoo.py": 5,
-    "tests/kernel_machine/test_backward_sweep.py": 3,
-    "tests/kernel_machine/test_forms.py": 3,
-    "tests/kernel_machine/test_kernel_machine.py": 3,
-    "tests/kernel_machine/test_memory_plan.py": 5,
-    "tests/kernel_machine/test_shares_error.py": 4,
+    "tests/gradients/layers/test_architectures.py": 3,
+    "tests/gradients/test_split.py": 6,
+    "tests/gradients/test_zoo.py": 8,
+    "tests/kernel_machine/test_backward_sweep.py": 5,
+    "tests/kernel_machine/test_forms.py": 5,
+    "tests/kernel_machine/test_kernel_machine.py": 5,
+    "tests/kernel_machine/test_memory_plan.py": 9,
+    "tests/kernel_machine/test_shares_error.py": 7,
     "tests/recording/test_batch_axis_and_watch.py": 3,
     "tests/recording/test_call_forms.py": 3,
-    "tests/recording/test_captured_cotangents.py": 3,
+    "tests/recording/test_captured_cotangents.py": 5,
     "tests/recording/test_kept_inputs.py": 3,
+    "tests/recording/test_layers_with_state.py": 3,
     "tests/recording/test_losses_and_shapes.py": 3,
-    "tests/recording/test_recorder.py": 4,
+    "tests/recording/test_observing.py": 3,
+    "tests/recording/test_recorder.py": 6,
     "tests/recording/test_resume.py": 3,
-    "tests/recording/test_training_is_as_without.py": 4,
+    "tests/recording/test_training_is_as_without.py": 7,
     "tests/runtime/test_other_device.py": 3,
-    "tests/runtime/test_pickling.py": 4,
-    "tests/tangent_kernel/test_layerwise.py": 4,
+    "tests/runtime/test_pickling.py": 6,
+    "tests/tangent_kernel/test_layerwise.py": 6,
     "tests/tangent_kernel/test_operators.py": 3,
     "tests/tangent_kernel/test_projection.py": 3,
     "tests/tangent_kernel/test_tangent_kernel.py": 3,
-    "tests/trajectory/test_replay.py": 3,
-    "tests/update_rules/test_torch_optimizers.py": 5,
+    "tests/trajectory/test_replay.py": 5,
+    "tests/update_rules/test_torch_optimizers.py": 7,
 }
 """Large tables, of which every run takes the first and every so many rows, and rows for what these leave out of the
 optimizers, levels, networks … that a table combines; ``-m exhaustive`` takes the rest. Together they would take longer
@@ -104,7 +107,7 @@ LONGEST = ("test_scripts.py", "test_house.py")
 MANY = 30
 """Values up to which a parameter of a table, if it is not the only one, has each of them in a row that is run."""
 
-OF_ONE = 3
+OF_ONE = 4
 """At most so many rows to one that is run, where a table has one parameter: every row is something else."""
 
 

@@ -52,7 +52,7 @@ KEYS = {
 
 
 PARTS = {
-    "dynamics.py": ("--only", "flows", "norms", "noise"),
+    "dynamics.py": ("--only", "norms", "noise"),
     "certificate.py": ("--parts", "coupled", "refused", "broken", "alarms"),
     "engines.py": ("--only", "W1 trace", "W2 full", "W3 loss", "path Gram", "shares SGD", "memory", "scaling"),
     "real_networks.py": ("--steps", "3", "--tasks", "explain 8", "decision_function 8"),

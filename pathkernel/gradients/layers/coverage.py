@@ -6,8 +6,7 @@ samples in random directions of the outputs are compared with autograd's, parame
 generic point near θ (where nothing is zero by initialisation). Once for each sequence of calls and shape of samples.
 
 The few are distinct, in random order, and their number is none of the lengths that occur in the network, so that no
-other axis is taken for that of the samples; that nothing changes at the number in use is seen by
-`pathkernel.gradients.layers.coverage`.
+other axis is taken for that of the samples; `ProvedTapes` sees that nothing changes at the number in use.
 """
 
 from __future__ import annotations
@@ -428,26 +427,24 @@ def _error(tape: Tape, theta: Tensor, inputs: PyTree) -> float:
     function, covered = tape.function, [name for name in tape.function.layout.names if name not in tape.plain]
     values = function.parameters(theta)
     own = ParameterLayout.of({name: values[name] for name in covered})
-    generator = torch.Generator().manual_seed(tape.n)
     v = random_signs(own.size, tape.n)
     whole = v.new_zeros(1, function.layout.size)
     for name, where in own.slices.items():
         whole[:, function.layout.slices[name]] = v[:, where]
-    weights = torch.randn(tape.outputs.shape, generator=generator, dtype=torch.float64)
-    drawn = weights.to(tape.outputs)
+    weights = torch.randn(tape.outputs.shape, generator=torch.Generator().manual_seed(tape.n), dtype=torch.float64)
 
     def rows() -> Tensor:
         with torch.enable_grad():
-            pieces = tape.pieces((tape.outputs * drawn).sum(dim=1, keepdim=True))
+            pieces = tape.pieces((tape.outputs * weights.to(tape.outputs)).sum(dim=1, keepdim=True))
         found = torch.zeros(tape.n, dtype=torch.float64, device=function.device)
         for piece in pieces:
             found += piece.products(function.cast(whole))[:, 0, 0].double()
         return found
 
-    found = result_or_error(rows, FAILURES)
-    if isinstance(found, Exception):
+    if isinstance(found := result_or_error(rows, FAILURES), Exception):
         return float("inf")
     # What is plain may hold operations that cannot be differentiated forward, and need not be here.
     part = function.restricted(own, values) if tape.plain else function
-    inputs = function.cast(inputs)
-    return error_of_rows(part, own.flatten(values), inputs, v, found[:, None, None], weights.unsqueeze(1))
+    return error_of_rows(
+        part, own.flatten(values), function.cast(inputs), v, found[:, None, None], weights.unsqueeze(1)
+    )
