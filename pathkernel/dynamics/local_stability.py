@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pathkernel.dynamics.game_field import Game, GameLoss, Stage, check_players
 from pathkernel.errors import CertificateWarning, InputError
-from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
-from pathkernel.gradients.structural_copy import StructuralCopy
-
-GameLoss = Callable[..., Tensor]
-"""Loss of one player as a function of all players' networks, in their order."""
 
 DENSE = 400
 """Parameters up to which whole Jacobians are formed: a backward pass for each, and O(P³) for the eigenvalues."""
 
 METHODS = ("auto", "dense", "arnoldi")
+
+MISSING = 0.01
+"""Part of a derivative by differences that backward passes may lack before it is said; ten times their error, too."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ class Stability:
     error
         Largest :math:`\lVert A u - \lambda u \rVert` of an eigenvector u of length 1 of the transposed Jacobians; NaN
         where they were formed whole.
+    rounding
+        What rounding may add to an eigenvalue: real parts, and sizes beside 1, that are nearer to it are neutral.
     """
 
     flow: np.ndarray
@@ -55,6 +56,7 @@ class Stability:
     updates: tuple[tuple[str, ...], ...]
     complete: bool
     error: float = float("nan")
+    rounding: float = 1e-12
 
     @property
     def abscissa(self) -> float:
@@ -99,10 +101,12 @@ def stability(
         The network of each player by its name. They are read, and neither run nor changed.
     losses
         What each player makes smaller, as a function of all players' networks in the order of ``players``:
-        ``lambda D, G: softplus(-D(G(z))).mean()``. It is called once for each step of the map, with the parameters of
-        the networks where they stand then, and begins each time with torch's generator as it was; which is put back.
+        ``lambda D, G: softplus(-D(G(z))).mean()``. It is called once for each step of the map and a few times more,
+        with the parameters of the networks where they stand then, and begins each time with torch's generator as it
+        was; which is put back. It is written without ``detach``: the usual :math:`L_D` of ``G(z).detach()`` has the
+        same gradient, but no derivative of it, :math:`\partial\dot\varphi/\partial\theta`.
     rates
-        Step size of plain gradient steps, one for all players or by name.
+        Step size of plain gradient steps, one for all players or by name, 0 or more.
     updates
         ``"simultaneous"``: all at once; ``"alternating"``: one after the other in the order of ``players``; or names in
         the order of their steps, ``("D", "D", "D", "D", "D", "G")``.
@@ -122,12 +126,16 @@ def stability(
     Raises
     ------
     InputError
-        For a player without a loss or a loss without a player, and where a gradient is not finite.
+        For a player without a loss or a loss without a player; for a loss that is no number with a graph, or does not
+        depend on the parameters of its player's network as it was passed in; for players that share parameters; and
+        where a gradient is not finite.
 
     Warns
     -----
     CertificateWarning
-        Where Arnoldi's method did not converge: those eigenvalues are returned that it has found.
+        Where backward passes lack a part of the derivatives of the vector field, as those of losses with ``detach``
+        do: along a random direction they are compared with a difference quotient. Where Arnoldi's method did not
+        converge: those eigenvalues are returned that it has found.
 
     Notes
     -----
@@ -159,11 +167,17 @@ def stability(
             f"Methods are {', '.join(map(repr, METHODS))}",
             'Write `method="auto"`',
         )
+    if not isinstance(count, int) or count < 1:
+        raise InputError(
+            f"`count={count!r}` was given", "So many eigenvalues are asked for, 1 or more", "Write `count=6`"
+        )
+    check_players(players, losses)
     stages = stages_of(updates, tuple(players))
-    game = _Game(players, losses, rates)
-    with torch.random.fork_rng(devices=[]):
+    game = Game(players, losses, rates)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         start = game.point
-        field = _Stage(start, game.gradients(game.names))
+        field = Stage(start, game.gradients(game.names))
+        _warn_of_missing_derivatives(field, game, seed)
         steps = list(game.steps(stages))
         size = len(start)
         if method == "dense" or (method == "auto" and size <= DENSE) or size <= count + 1:
@@ -176,103 +190,54 @@ def stability(
             error, complete = max(first, second), False
     flow = flow[np.lexsort((-flow.imag, -flow.real.round(12)))]
     of_map = of_map[np.lexsort((-of_map.imag, -np.abs(of_map).round(12)))]
-    return Stability(flow, of_map, float(field.value.detach().norm()), stages, complete, error)
+    scale = max(1.0, *np.abs(flow), *np.abs(of_map))
+    rounding = float(max(np.nan_to_num(error), _tolerance(start) * scale))
+    return Stability(flow, of_map, float(field.value.detach().norm()), stages, complete, error, rounding)
 
 
-class _Game:
-    """Gradients of all players' losses at a point, on copies of their networks.
+def _tolerance(like: Tensor) -> float:
+    """What rounding leaves of products with Jacobians, relative to their size: more of them makes it no better."""
+    return float(torch.finfo(like.dtype).eps) ** 0.75
 
-    Attributes
-    ----------
-    point
-        w where the players stand, (P,).
+
+def _warn_of_missing_derivatives(field: Stage, game: Game, seed: int) -> None:
+    r"""Warn where the graph of the vector field v lacks what a difference quotient of v finds.
+
+    Along a random direction r, :math:`d = (v(w + hr) - v(w - hr)) / 2h`, once more with h/2 for its error. What the
+    graph has of it is :math:`d^\top v' r`, one backward pass, beside :math:`d^\top d`.
     """
+    point = game.point
+    draws = np.random.default_rng(seed).normal(size=len(point))
+    direction = torch.from_numpy(draws / np.linalg.norm(draws)).to(point)
+    width = torch.finfo(point.dtype).eps ** (1 / 3) * max(1.0, float(point.norm()))
+    v = game.gradients(game.names)
 
-    def __init__(
-        self, players: Mapping[str, nn.Module], losses: Mapping[str, GameLoss], rates: float | Mapping[str, float]
-    ) -> None:
-        given = dict(rates) if isinstance(rates, Mapping) else dict.fromkeys(players, rates)
-        for name, by_player in (("losses", losses), ("rates", given)):
-            if by_player.keys() != players.keys():
-                raise InputError(
-                    f"`{name}` are of {', '.join(map(repr, by_player)) or 'nobody'}",
-                    f"Players are {', '.join(map(repr, players)) or 'nobody'}, and each has one",
-                    f"Write `{name}={{{', '.join(f'{player!r}: ...' for player in players)}}}`",
-                )
-        self.names = tuple(players)
-        self._losses, self._rates = losses, given
-        self._copies = {name: StructuralCopy(module) for name, module in players.items()}
-        trained = {name: named_trainable(module) for name, module in players.items()}
-        self._layouts = {name: ParameterLayout.of(own) for name, own in trained.items()}
-        self._constants = {name: constants_of(module, self._layouts[name]) for name, module in players.items()}
-        self._drawn = torch.get_rng_state()
-        self.point = torch.cat([self._layouts[name].flatten(own).detach() for name, own in trained.items()])
-        self._parts: dict[str, slice] = {}
-        begin = 0
-        for name in self.names:
-            self._parts[name] = slice(begin, begin + self._layouts[name].size)
-            begin += self._layouts[name].size
+    def difference(h: float) -> Tensor:
+        ends = [Stage(point + sign * h * direction, v).value.detach() for sign in (1, -1)]
+        return (ends[0] - ends[1]) / (2 * h)
 
-    def gradients(self, stepping: Sequence[str], scaled: bool = False) -> Callable[[Tensor], Tensor]:
-        """Function of w: minus the gradients of those who step, (P,), zero for the others; times their rates."""
-
-        def of(w: Tensor) -> Tensor:
-            value = nothing = 0 * w  # with a graph, also where no loss depends on w
-            for name in stepping:
-                torch.set_rng_state(self._drawn)
-                loss = self._losses[name](*self._at(w))
-                (gradient,) = torch.autograd.grad(loss + nothing.sum(), w, create_graph=True)
-                if not bool(gradient.isfinite().all()):
-                    raise InputError(
-                        f"The gradient of the loss of {name!r} is not finite where the players stand",
-                        "Eigenvalues are those of finite derivatives; a player that diverged has none",
-                        "Ask for the players as they were before, such as "
-                        "`game.trajectory(player).parameters(step)` loaded into the networks",
-                    )
-                own = self._parts[name]
-                rate = self._rates[name] if scaled else 1.0
-                value = value + torch.nn.functional.pad(-rate * gradient[own], (own.start, len(w) - own.stop))
-            return value
-
-        return of
-
-    def steps(self, stages: Sequence[Sequence[str]]) -> Iterator[_Stage]:
-        """The steps of the map, each where the one before has led."""
-        point = self.point
-        for stepping in stages:
-            stage = _Stage(point, self.gradients(stepping, scaled=True))
-            point = (point + stage.value).detach()
-            yield stage
-
-    def _at(self, w: Tensor) -> Iterator[nn.Module]:
-        """Copies of the networks with the parameters w, and with buffers that they may write on."""
-        for name, copy in self._copies.items():
-            values = self._layouts[name].unflatten(w[self._parts[name]])
-            constants = {key: value.clone() for key, value in self._constants[name].items()}
-            copy.fill({**constants, **values})
-            yield copy.module
+    rough, found = difference(width), difference(width / 2)
+    size = float(found.norm())
+    if size == 0.0:
+        return
+    error = float((found - rough).norm()) / size
+    unit = found / size
+    missing = 1 - float(field.pulled_back(unit) @ direction) / size
+    if abs(missing) > max(MISSING, 10 * error):
+        warnings.warn(
+            CertificateWarning(
+                f"Backward passes lack {abs(missing):.0%} of how the gradients of these losses change along a random "
+                "direction",
+                "Eigenvalues are right where losses are differentiable functions of all networks passed in; `detach`, "
+                "`no_grad` and `.item()` hide from the derivatives of a gradient what they let pass into its value",
+                "Write the losses without them, `softplus(D(G(z)))` in place of `softplus(D(G(z).detach()))`: of each "
+                "loss the gradient of its own player alone is taken in any case",
+            ),
+            stacklevel=3,  # the caller of `stability`
+        )
 
 
-class _Stage:
-    """A step w + f(w) at a point, with the graph of f.
-
-    Attributes
-    ----------
-    value
-        f(w), (P,).
-    """
-
-    def __init__(self, point: Tensor, of: Callable[[Tensor], Tensor]) -> None:
-        self._w = point.detach().clone().requires_grad_(True)
-        self.value = of(self._w)
-
-    def pulled_back(self, u: Tensor) -> Tensor:
-        """Product of the transposed Jacobian of f with a vector, (P,)."""
-        (found,) = torch.autograd.grad(self.value, self._w, u, retain_graph=True)
-        return found
-
-
-def _through(steps: Sequence[_Stage], u: Tensor) -> Tensor:
+def _through(steps: Sequence[Stage], u: Tensor) -> Tensor:
     """Product of the transposed Jacobian of all steps with a vector, which goes back from the last to the first."""
     for stage in reversed(steps):
         u = u + stage.pulled_back(u)
@@ -299,9 +264,8 @@ def _arnoldi(
     size = len(like)
     operator = LinearOperator((size, size), matvec=lambda u: _as_numpy(product, u, like), dtype=np.float64)
     start = np.random.default_rng(seed).normal(size=size)
-    tolerance = float(torch.finfo(like.dtype).eps) ** 0.75  # rounding of the products makes more of them no better
     try:
-        values, vectors = eigs(operator, k=count, which=which, v0=start, tol=tolerance)
+        values, vectors = eigs(operator, k=count, which=which, v0=start, tol=_tolerance(like))
     except ArpackNoConvergence as stopped:
         values, vectors = stopped.eigenvalues, stopped.eigenvectors
         warnings.warn(

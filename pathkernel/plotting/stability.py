@@ -14,6 +14,7 @@ from pathkernel.plotting.appearance import LOWERS, NEUTRAL, RAISES, several_axes
 class StabilityDisplay:
     """Eigenvalues of the flow and of the map of the steps; those that make it unstable have another colour.
 
+    Those within `report.rounding` of the line or the circle are neutral: rounding alone says on which side they are.
     Made by `from_stability`.
 
     Parameters
@@ -59,10 +60,10 @@ class StabilityDisplay:
             flow, steps = (self.figure_.add_subplot(grid[0, column]) for column in range(2))
             self.axes_ = {"flow": flow, "map": steps}
             flow.axvline(0.0, color=NEUTRAL, linewidth=1.0)
-            _scatter(flow, report.flow, report.flow.real > 0)
+            _scatter(flow, report.flow, report.flow.real, report.rounding)
             flow.set_title(f"Flow: real parts up to {report.abscissa:+.3g}")
             steps.add_patch(Circle((0.0, 0.0), 1.0, fill=False, color=NEUTRAL, linewidth=1.0))
-            _scatter(steps, report.map, np.abs(report.map) > 1)
+            _scatter(steps, report.map, np.abs(report.map) - 1, report.rounding)
             steps.set_title(f"Steps: radius {report.radius:.4g}")
             steps.set_aspect("equal", adjustable="datalim")
             for panel in (flow, steps):
@@ -71,8 +72,14 @@ class StabilityDisplay:
         return self
 
 
-def _scatter(panel: Axes, values: np.ndarray, unstable: np.ndarray) -> None:
-    for part, color, name in ((~unstable, RAISES, "stable"), (unstable, LOWERS, "unstable")):
+def _scatter(panel: Axes, values: np.ndarray, beyond: np.ndarray, rounding: float) -> None:
+    """Draw eigenvalues in the colours of how far they lie beyond the line or the circle."""
+    classes = {
+        "stable": (RAISES, beyond < -rounding),
+        "neutral": (NEUTRAL, np.abs(beyond) <= rounding),
+        "unstable": (LOWERS, beyond > rounding),
+    }
+    for name, (color, part) in classes.items():
         if part.any():
             panel.plot(
                 values.real[part], values.imag[part], "o", color=color, markersize=5, label=f"{name}: {part.sum()}"

@@ -136,9 +136,32 @@ def test_networks_and_random_numbers_stay_as_they_were() -> None:
         assert all(p.grad is None for p in network.parameters())
 
 
-def test_a_loss_may_depend_on_nobody() -> None:
-    report = stability(players(), {"D": lambda D, G: torch.zeros(()), "G": lambda D, G: torch.zeros(())}, 0.1)
-    assert report.speed == 0 and not report.flow.any() and (report.map == 1).all()
+def test_gradients_that_are_constants_do_not_move_each_other() -> None:
+    D, G = (nn.Linear(2, 1, bias=False).double() for _ in range(2))
+    losses = {"D": lambda D, G: D(REAL).sum(), "G": lambda D, G: G(REAL).sum()}
+    report = stability({"D": D, "G": G}, losses, 0.1)
+    expected = 2**0.5 * float(REAL.sum(dim=0).norm())
+    assert report.speed == pytest.approx(expected) and not report.flow.any() and (report.map == 1).all()
+
+
+def test_losses_that_hide_derivatives_are_said_to() -> None:
+    """`detach` leaves the gradients as they are, and takes the block of the other player out of the Jacobian."""
+    networks = players()
+    hidden = {**LOSSES, "D": lambda D, G: softplus(-D(REAL)).mean() + softplus(D(G(LATENT).detach())).mean()}
+    with pytest.warns(pk.errors.CertificateWarning, match=r"Backward passes lack \d+% of how the gradients") as said:
+        stability(networks, hidden, RATES)
+    assert said[0].filename == __file__
+    for dtype in (torch.float32, torch.float64):
+        converted = {name: network.to(dtype) for name, network in networks.items()}
+        real, latent = REAL.to(dtype), LATENT.to(dtype)
+        losses = {
+            "D": lambda D, G, real=real, latent=latent: (softplus(-D(real)) + softplus(D(G(latent)))).mean(),
+            "G": lambda D, G, latent=latent: softplus(-D(G(latent))).mean(),
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            report = stability(converted, losses, RATES)
+        assert 0 < report.rounding < 1e-4
 
 
 def test_eigenvalues_that_are_not_found_are_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +181,15 @@ def test_eigenvalues_that_are_not_found_are_said_so(monkeypatch: pytest.MonkeyPa
 
 def test_what_is_no_game_is_refused() -> None:
     networks = players()
+    D, G = networks.values()
+
+    def of_d(loss: Any) -> dict[str, Any]:
+        return {"losses": {**LOSSES, "D": loss}}
+
+    def of_players(**changed: Any) -> dict[str, Any]:
+        return {"players": {**networks, **changed}}
+
+    shared = nn.Sequential(D[0], nn.Tanh(), nn.Linear(3, 2).double())
     infinite = {**LOSSES, "D": lambda D, G: D(REAL).mean() * float("inf")}
     for said, options in [
         ("`losses` are of 'D'", {"losses": {"D": LOSSES["D"]}}),
@@ -167,10 +199,25 @@ def test_what_is_no_game_is_refused() -> None:
         (r"`updates=\('D', 'H'\)`", {"updates": ("D", "H")}),
         (r"`updates=\(\)`", {"updates": ()}),
         ("The gradient of the loss of 'D' is not finite", {"losses": infinite}),
+        ("The loss of 'D' does not depend on the parameters", of_d(lambda d, g: LOSSES["D"](D, G))),
+        ("The loss of 'D' does not depend on the parameters", of_d(lambda D, G: LOSSES["D"](D, G).detach())),
+        ("The loss of 'D' does not depend on the parameters", of_d(lambda D, G: torch.zeros(()))),
+        ("The loss of 'D' is a float", of_d(lambda D, G: LOSSES["D"](D, G).item())),
+        (r"The loss of 'D' is a tensor \(6, 1\)", of_d(lambda D, G: D(REAL))),
+        ("The loss of 'D' is a int", of_d(1)),
+        ("The players 'D' and 'G' share the parameter `0.weight`", of_players(G=shared)),
+        ("The player 'G' is a Tanh without parameters", of_players(G=nn.Tanh())),
+        (r"torch.float64 on cpu \('D'\), torch.float32 on cpu \('G'\)", of_players(G=nn.Linear(2, 2))),
+        ("`players` is a list of 2", {"players": [D, G]}),
+        ("`players` is a dict of 0", {"players": {}}),
+        ("The rate of 'G' is -0.1", {"rates": {"D": 0.1, "G": -0.1}}),
+        ("The rate of 'D' is nan", {"rates": float("nan")}),
+        ("The rate of 'D' is 'x'", {"rates": "x"}),
+        ("`count=0`", {"count": 0}),
     ]:
-        given: Any = {"losses": LOSSES, **options}
+        given: Any = {"players": networks, "losses": LOSSES, **options}
         with pytest.raises(pk.errors.InputError, match=said) as found:
-            stability(networks, **given)
+            stability(**given)
         assert found.value.expected and found.value.write
 
 

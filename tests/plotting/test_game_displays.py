@@ -48,6 +48,17 @@ def test_eigenvalues_that_make_a_game_unstable_have_another_colour():
     assert "radius 1.2" in display.axes_["map"].get_title(loc="left")
 
 
+@pytest.mark.parametrize("updates", ["alternating", ("D", "D", "D", "D", "D", "G")], ids=str)
+def test_eigenvalues_on_the_border_are_neutral_whatever_their_rounding(updates):
+    report = dirac_gan.gan().stability(0.05, updates)
+    moved = Stability(
+        report.flow + 1e-16, report.map * (1 + 1e-15), 0.0, report.updates, True, rounding=report.rounding
+    )
+    for one in (report, moved):
+        for panel in StabilityDisplay.from_stability(one).plot().axes_.values():
+            assert [text.get_text() for text in panel.get_legend().get_texts()] == ["neutral: 2"]
+
+
 def test_groups_in_the_plane_share_their_limits():
     real, fakes = np.eye(2), np.array([[3.0, 0.0], [0.0, -3.0], [1.0, 1.0]])
     figure, ax = plt.subplots()
