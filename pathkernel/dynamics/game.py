@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from pathkernel.dynamics.clock import Clock, unknown_player
 from pathkernel.dynamics.origins import MadeSamples, Origins, PlayerObserver, rows_of
-from pathkernel.errors import InputError, PathKernelError
+from pathkernel.errors import CertificateWarning, InputError, PathKernelError
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.recording.recorder import KernelRecorder
 from pathkernel.trajectory.trajectory import Trajectory
@@ -263,10 +264,28 @@ class GameRecorder:
         Returns
         -------
         Name of the source → `Origins`: entry j is of the column ``why.sources[name].start + j``.
+
+        Warns
+        -----
+        CertificateWarning
+            Where samples are ambiguous, and have no maker: their bits were made of several latents or at several times.
         """
         if player not in self._observers:
             raise unknown_player(player, self.players)
-        return self._observers[player].origins
+        found = self._observers[player].origins
+        for source, origins in found.items():
+            if origins.ambiguous.any():
+                warnings.warn(
+                    CertificateWarning(
+                        f"{origins.ambiguous.sum()} of the {len(origins)} samples of the source {source!r} of "
+                        f"{player!r} may be of several latents, or of several steps",
+                        "A sample is known again by its bits, which a generator that collapses or saturates makes more "
+                        "than once; such samples have no maker, and `made_at` is -1",
+                        f"Look at `game.origins({player!r})[{source!r}].ambiguous`",
+                    ),
+                    stacklevel=2,
+                )
+        return found
 
 
 def _check_players(players: Mapping[str, Player]) -> None:

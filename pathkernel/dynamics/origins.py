@@ -32,18 +32,22 @@ class Origins:
         (n,) int64: the step of the player itself that was trained on the sample, counted from 0.
     maker
         (n,) names of the players whose outputs they are; ``""`` where a sample is no output of a recorded player to the
-        last bit, as after augmentation.
+        last bit, as after augmentation, and where it is one of several (`ambiguous`).
     made_at
         (n,) int64: how many steps the maker had taken when it made the sample; -1 where there is no maker.
     latents
         What the maker was given, samples first: a tensor (n, ...), or a tuple of tensors where it takes several. NaN
         (0 in integers) where there is no maker; None where there is none for any.
+    ambiguous
+        (n,) bool: samples whose bits were made of several latents, or at several times, as those of a generator that
+        collapsed or saturates; also those whose arguments were made by different passes. They have no maker.
     """
 
     step: np.ndarray
     maker: np.ndarray
     made_at: np.ndarray
     latents: Tensor | tuple[Tensor, ...] | None = field(repr=False)
+    ambiguous: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=bool), repr=False)
 
     def __len__(self) -> int:
         return len(self.step)
@@ -62,12 +66,43 @@ class _Pass:
     taken: int
     given: tuple[Tensor, ...]
 
+    def row(self, place: int) -> list[Tensor]:
+        """What one of its samples was made of."""
+        return [leaf[place] for leaf in self.given]
+
+
+_Origin = tuple[_Pass, int]
+"""A pass, and the row of it."""
+
+
+def _same(one: _Origin, other: _Origin) -> bool:
+    """True where two rows were made at one time and of the same latent, and it does not matter which is meant."""
+    (first, row), (second, place) = one, other
+    if first is second and row == place:
+        return True
+    of_one, of_other = first.row(row), second.row(place)
+    return (
+        (first.player, first.taken) == (second.player, second.taken)
+        and bool(of_one)
+        and len(of_one) == len(of_other)
+        and all(map(torch.equal, of_one, of_other))
+    )
+
+
+class _Ambiguous:
+    """In place of an origin where there are several."""
+
+
+AMBIGUOUS = _Ambiguous()
+_Found = _Origin | _Ambiguous | None
+
 
 class MadeSamples:
     """Outputs of all players by their bits, so that they are known again where another player is given them.
 
     A row is known by a number of its bits (`pathkernel.recording.row_order.numbers_of`, modulo 2^64), through
-    ``detach``, ``torch.cat`` and reshaping. Where two passes made the same row, the later one is its origin.
+    ``detach``, ``torch.cat`` and reshaping. Rows that were made more than once have an origin where all of them are of
+    one latent and one time, as those of a pass that is run again; otherwise they are ambiguous.
 
     Parameters
     ----------
@@ -81,8 +116,7 @@ class MadeSamples:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self._passes: list[_Pass] = []
-        self._rows: dict[int, tuple[int, int]] = {}
+        self._rows: dict[str, dict[int, _Found]] = {}
         self._handles: list[Any] = []
 
     def watch(self, player: str, first: nn.Module, last: nn.Module) -> None:
@@ -125,16 +159,52 @@ class MadeSamples:
             return
         n = len(leaves[0])
         given = [leaf for leaf in rows_of(arguments) if len(leaf) == n]
-        self._passes.append(_Pass(player, self.clock.taken(player), tuple(one.detach().clone() for one in given)))
-        place = len(self._passes) - 1
+        made = _Pass(player, self.clock.taken(player), tuple(one.detach().clone() for one in given))
+        known = self._rows.setdefault(player, {})
         for leaf in leaves:
-            self._rows |= {bits: (place, row) for row, bits in enumerate(_numbers(leaf))}
+            for row, bits in enumerate(_numbers(leaf)):
+                known[bits] = _one_of([known.get(bits), (made, row)])
 
-    def origins_of(self, player: str, rows: Tensor) -> list[tuple[_Pass, int] | None]:
-        """The pass, and the row of it, that made each of some rows (n, ...) which a player was given."""
-        found = [self._rows.get(bits) for bits in _numbers(rows)]
-        passes = [None if at is None else (self._passes[at[0]], at[1]) for at in found]
-        return [one if one is not None and one[0].player != player else None for one in passes]
+    def origins_of(self, player: str, inputs: Any, n: int) -> list[_Found]:
+        """What made each of n samples that a player was given, by all of their tensors.
+
+        Parameters
+        ----------
+        player
+            Who was given them; its own outputs do not count.
+        inputs
+            Its arguments, of which tensors of n rows are looked at: whole numbers, such as labels, only where there is
+            nothing else, since many samples have the same.
+        n
+            How many samples.
+        """
+        leaves = [leaf for leaf in rows_of(inputs) if len(leaf) == n]
+        drawn = [leaf for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
+        numbers = [_numbers(leaf) for leaf in drawn or leaves]
+        others = [rows for name, rows in self._rows.items() if name != player]
+        return [_of_sample([[known.get(bits[row]) for known in others] for bits in numbers]) for row in range(n)]
+
+
+def _of_sample(by_argument: Sequence[Sequence[_Found]]) -> _Found:
+    """The origin of a sample by those of its arguments: one that is known alone says of which of several another is."""
+    found = [_one_of(candidates) for candidates in by_argument]
+    return _one_of([one for one in found if one is not AMBIGUOUS] if any(map(_is_known, found)) else found)
+
+
+def _is_known(found: _Found) -> bool:
+    return found is not None and found is not AMBIGUOUS
+
+
+def _one_of(candidates: Sequence[_Found]) -> _Found:
+    """The last of the origins that there are if all are the same, ambiguous if not, None where there is none."""
+    found: _Origin | None = None
+    for one in candidates:
+        if one is None:
+            continue
+        if isinstance(one, _Ambiguous) or (found is not None and not _same(found, one)):
+            return AMBIGUOUS
+        found = one
+    return found
 
 
 def rows_of(tree: Any) -> Iterator[Tensor]:
@@ -166,7 +236,7 @@ class PlayerObserver(StepObserver):
 
     def __init__(self, made: MadeSamples, player: str) -> None:
         self.made, self.player = made, player
-        self._found: dict[str, dict[int, tuple[int, tuple[_Pass, int] | None]]] = {}
+        self._found: dict[str, dict[int, tuple[int, _Found]]] = {}
 
     def begin(self, trajectory: Any, settings: tuple[Mapping[str, Any], ...]) -> None:
         """Begin where the record ends."""
@@ -179,8 +249,7 @@ class PlayerObserver(StepObserver):
             if batch.source is None:
                 continue
             own = self._found.setdefault(batch.source, {})
-            rows = next(rows_of(batch.inputs), None)
-            origins = [None] * len(batch.ids) if rows is None else self.made.origins_of(self.player, rows)
+            origins = self.made.origins_of(self.player, batch.inputs, len(batch.ids))
             own |= {int(column): (index, origin) for column, origin in zip(batch.ids, origins, strict=True)}
         self.made.clock.advance(self.player)
 
@@ -190,20 +259,23 @@ class PlayerObserver(StepObserver):
         return {source: _origins(columns) for source, columns in self._found.items()}
 
 
-def _origins(columns: Mapping[int, tuple[int, tuple[_Pass, int] | None]]) -> Origins:
+def _origins(columns: Mapping[int, tuple[int, _Found]]) -> Origins:
     n = max(columns) + 1  # columns before the first are of a record that was gone on with
     step = np.full(n, UNKNOWN, dtype=np.int64)
     made_at = np.full(n, UNKNOWN, dtype=np.int64)
     maker = np.full(n, "", dtype=object)
+    ambiguous = np.zeros(n, dtype=bool)
     given: list[tuple[Tensor, ...] | None] = [None] * n
     for column, (index, origin) in columns.items():
         step[column] = index
-        if origin is not None:
+        if isinstance(origin, _Ambiguous):
+            ambiguous[column] = True
+        elif origin is not None:
             one, row = origin
             made_at[column] = one.taken
             maker[column] = one.player
-            given[column] = tuple(leaf[row] for leaf in one.given)
-    return Origins(step, maker, made_at, _stacked(given))
+            given[column] = tuple(one.row(row))
+    return Origins(step, maker, made_at, _stacked(given), ambiguous)
 
 
 def _stacked(given: Sequence[tuple[Tensor, ...] | None]) -> Tensor | tuple[Tensor, ...] | None:

@@ -213,6 +213,72 @@ def test_samples_from_a_pool_keep_their_time_and_changed_ones_have_none() -> Non
     torch.testing.assert_close(origins.latents[:4], origins.latents[BATCH : BATCH + 4])
 
 
+class Saturated(nn.Linear):
+    """A generator of four different samples."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (50 * super().forward(z)).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("age", [0, 1])
+def test_fakes_that_are_alike_have_no_origin_or_the_right_one(age: int) -> None:
+    D, G = seeded(lambda: nn.Linear(2, 1)).double(), seeded(lambda: Saturated(LATENT, 2), 1).double()
+    optimizers = [torch.optim.SGD(network.parameters(), 0.01) for network in (D, G)]
+    g = torch.Generator().manual_seed(5)
+    latents, pool = [], []
+    with pk.GameRecorder({"D": (D, optimizers[0]), "G": (G, optimizers[1])}) as game:
+        for k in range(3):
+            with game.sources(D="generated", G="noise"):
+                latents.append(noise(g, 3))
+                fake = G(latents[-1])
+                pool.append(fake.detach())
+                optimizers[0].zero_grad()
+                D(pool[max(0, k - age)]).mean().backward()
+                optimizers[0].step()
+                optimizers[1].zero_grad()
+                (-D(fake)).mean().backward()
+                optimizers[1].step()
+    with pytest.warns(pk.errors.CertificateWarning, match="may be of several latents") as said:
+        origins = game.origins("D")["generated"]
+    assert said[0].filename == __file__
+    times = [max(0, k - age) for k in range(3)]
+    assert origins.known.any() and (origins.known == ~origins.ambiguous).all()
+    right = np.repeat(times, 3)[origins.known]
+    np.testing.assert_array_equal(origins.made_at[origins.known], right)
+    assert torch.cat([latents[k] for k in times])[origins.known].equal(origins.latents[origins.known])
+    assert (origins.maker[origins.ambiguous] == "").all()
+
+
+def test_fakes_may_be_any_argument_of_the_other_player() -> None:
+    class Critic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of_label, self.of_sample = nn.Embedding(3, 1), nn.Linear(2, 1)
+
+        def forward(self, label: Tensor, sample: Tensor) -> Tensor:
+            return self.of_label(label) + self.of_sample(sample)
+
+    D, G = seeded(Critic).double(), small_players()[1]
+    optimizers = [torch.optim.SGD(network.parameters(), 0.1) for network in (D, G)]
+    g = torch.Generator().manual_seed(5)
+    latents = []
+    with pk.GameRecorder({"D": (D, optimizers[0]), "G": (G, optimizers[1])}) as game:
+        for _ in range(2):
+            label = torch.randint(3, (BATCH,), generator=g)
+            latents.append(noise(g))
+            with game.sources(D="generated", G="noise"):
+                fake = G(latents[-1])
+                optimizers[0].zero_grad()
+                D(label, fake.detach()).mean().backward()
+                optimizers[0].step()
+                optimizers[1].zero_grad()
+                (-D(label, sample=fake)).mean().backward()
+                optimizers[1].step()
+    origins = game.origins("D")["generated"]
+    assert origins.made_at.tolist() == [0] * BATCH + [1] * BATCH and torch.cat(latents).equal(origins.latents)
+    assert not origins.ambiguous.any()
+
+
 def test_a_game_is_read_back_from_disk_player_by_player(tmp_path: Any) -> None:
     game, D, _, real = play("alternating", store=tmp_path / "game")
     opened = pk.Trajectory.open(tmp_path / "game" / "D", model=D, data=(real, torch.ones(REAL, 1).double()))
