@@ -64,7 +64,9 @@ class GameRecorder:
     kept.
 
     An error within the block, such as the `pathkernel.errors.NonFiniteStepError` of a player that diverges, ends the
-    recording and leaves what was recorded before it: `trajectory` and `machine` are those of the steps so far.
+    recording and leaves what was recorded before it: `trajectory` and `machine` are those of the steps so far. Where
+    the last of them already led to outputs that are not finite, `machine` refuses, names the step, and ``at=step`` is
+    the player before it.
 
     Examples
     --------
@@ -162,7 +164,8 @@ class GameRecorder:
         if isinstance(error, PathKernelError):
             steps = ", ".join(f"{player} {self.clock.taken(player)}" for player in self.players)
             error.add_note(
-                f"On record are the steps that were taken before it: {steps}. `game.machine(player)` is of these."
+                f"On record are the steps that were taken before it: {steps}. `game.machine(player)` is of these, and "
+                "`game.machine(player, at=step)` of the first of them."
             )
         self._made.stop()
         self._entered.__exit__(kind, error, traceback)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,10 +64,14 @@ def check_unexplained(accumulator: Accumulator, output: Tensor, recorded: Record
     Raises
     ------
     TrajectoryError
-        Naming the largest change without a name.
+        Naming the largest change without a name; and where outputs or shares are not finite, the step that led there.
     """
     moved = (output - accumulator.channels["initial"]).norm().item()
     rounding = accumulator.channels["rounding"].norm().item() if "rounding" in accumulator.channels else 0.0
+    size = accumulator.channels["unexplained"].norm().item() if "unexplained" in accumulator.channels else 0.0
+    finite = bool(np.isfinite([moved, rounding, size]).all())
+    if not finite and bool(accumulator.channels["initial"].isfinite().all()):  # else it is the query that is not
+        raise _diverged(recorded.trajectory)
     limit = LOW_ROUNDING_LIMIT if recorded.rounded_to else ROUNDING_LIMIT
     if rounding > max(limit, allowed) * moved:
         part = rounding / max(moved, 1e-300)
@@ -98,7 +103,6 @@ def check_unexplained(accumulator: Accumulator, output: Tensor, recorded: Record
             ),
             stacklevel=5,
         )
-    size = accumulator.channels["unexplained"].norm().item() if "unexplained" in accumulator.channels else 0.0
     if size <= allowed * moved:
         return
     where, write = _most_unexplained(recorded.trajectory, recorded.discrepancies)
@@ -108,6 +112,32 @@ def check_unexplained(accumulator: Accumulator, output: Tensor, recorded: Record
         f"{part:.1%} of what moved these outputs is unexplained; most of it is {where}",
         f"No more than {allowed:.1%} may come from changes that no sample and no named channel stands for",
         f"{write}, or allow more with `KernelMachine(..., unexplained={enough})`",
+    )
+
+
+def _diverged(trajectory: Trajectory) -> TrajectoryError:
+    """Error for outputs that are not finite along the path, with the step that led there, and how to ask before it.
+
+    It is the step that moved the parameters farthest, or first out of the finite numbers: from where it leads to,
+    passes, their gradients and products of these overflow.
+    """
+    farthest, step = -1.0, 0
+    before = trajectory.vector(0).double()
+    for s in range(len(trajectory)):
+        after = trajectory.vector(s + 1).double()
+        distance = float((after - before).norm())
+        if not np.isfinite(distance):
+            farthest, step = distance, s
+            break
+        if distance > farthest:
+            farthest, step = distance, s
+        before = after
+    return TrajectoryError(
+        f"Outputs along this path are not finite numbers: training diverged. Step {step} moved the parameters "
+        f"farthest, by {farthest:.2g} from a norm of {float(trajectory.vector(step).double().norm()):.2g}",
+        "A network that diverged is no sum of finite shares; what it was before that is",
+        f"Write `KernelMachine(trajectory, at={step})` or `trajectory.until({step})`, of a game "
+        f"`game.machine(player, at={step})`; at an earlier step where it had diverged by then",
     )
 
 

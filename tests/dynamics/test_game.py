@@ -490,6 +490,30 @@ def test_a_player_that_diverges_leaves_what_was_recorded() -> None:
     assert not D._forward_hooks and game.clock.order == ["D", "G", "D", "G", "D"]
 
 
+def test_a_player_that_has_diverged_is_told_the_step_before() -> None:
+    """Steps so long that the discriminator is finite, and its outputs are not."""
+    D, G = (
+        seeded(lambda: nn.Sequential(nn.Linear(2, 8), nn.LeakyReLU(), nn.Linear(8, 1))),
+        small_players(torch.float32)[1],
+    )
+    opt_d, opt_g = (torch.optim.SGD(network.parameters(), 0.1) for network in (D, G))
+    g = torch.Generator().manual_seed(5)
+    with pk.GameRecorder({"D": (D, opt_d), "G": (G, opt_g)}) as game:
+        for rate in (0.1, 0.1, 1e30):
+            opt_d.param_groups[0]["lr"] = rate
+            with game.sources(D="generated", G="noise"):
+                fake = G(noise(g).float())
+                opt_d.zero_grad()
+                D(fake.detach()).square().mean().backward()
+                opt_d.step()
+    assert all(bool(p.isfinite().all()) for p in D.parameters())
+    query = points(2, torch.float32)
+    with pytest.raises(pk.errors.TrajectoryError, match=r"training diverged\. Step 2 moved the parameters") as found:
+        game.machine("D").explain(query)
+    assert "`game.machine(player, at=2)`" in found.value.write and "trajectory.until(2)" in found.value.write
+    assert at_rounding(game.machine("D", at=2).explain(query), torch.float32)
+
+
 def test_what_is_no_game_is_refused() -> None:
     D, _ = small_players()
     pair = (D, torch.optim.SGD(D.parameters(), 0.1))
