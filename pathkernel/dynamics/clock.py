@@ -103,5 +103,5 @@ def unknown_player(name: object, players: Sequence[str]) -> TrajectoryError:
     return TrajectoryError(
         f"The player {name!r} was asked for",
         f"Players of this game are {', '.join(map(repr, players))}",
-        f"Write `game.trajectory({next(iter(players), 'D')!r})`",
+        f"Write one of these names, such as `game[{next(iter(players), 'D')!r}]`",
     )

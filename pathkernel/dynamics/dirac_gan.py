@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pathkernel.dynamics.local_stability import Stability, stability, stages_of
-from pathkernel.errors import GameError, InputError
+from pathkernel.errors import GameError, InputError, brief
 
 Numbers = Any
 """Numbers or arrays of them, of one shape for φ and θ."""
@@ -90,9 +90,9 @@ class DiracGAN:
         start
             (φ, θ).
         rate
-            h, of both.
+            h, of both, 0 or more.
         steps
-            How many rounds, each of all steps in ``updates``.
+            How many rounds, each of all steps in ``updates``, 0 or more.
         updates
             ``"simultaneous"``, ``"alternating"``, or names in the order of their steps, such as ``("D", "D", "G")``.
 
@@ -104,11 +104,13 @@ class DiracGAN:
         Raises
         ------
         InputError
-            For updates that are none of D's and G's.
+            For updates that are none of D's and G's, and a rate or a number of steps that is none.
         GameError
             Where the players go away from each other for good; its ``path`` are the rounds before that.
         """
         stages = stages_of(updates, ("D", "G"))
+        _check_number("rate", rate, at_least=0.0)
+        _check_number("steps", steps, at_least=0.0)
         phi, theta = map(float, start)
         path = np.empty((steps + 1, 2))
         path[0] = phi, theta
@@ -127,10 +129,13 @@ class DiracGAN:
     def flow(self, start: tuple[float, float], times: np.ndarray, tolerance: float = 1e-10) -> np.ndarray:
         """The flow (φ̇, θ̇) = field(φ, θ), solved to a tolerance: (φ, θ) at increasing times, (n, 2).
 
+        The first of the times is that of the start.
+
         Raises
         ------
         InputError
-            For a variant with a projection, whose flow has no vector field of its own.
+            For a variant with a projection, whose flow has no vector field of its own, and for times that do not
+            increase, or are fewer than two.
         GameError
             Where the flow ends before its time; its ``path`` is what there is of it.
         """
@@ -141,6 +146,13 @@ class DiracGAN:
                 f"The flow of {self.name} was asked for",
                 "Its discriminator is put back after every step, which a vector field does not",
                 "Write `variant.trajectory(start, rate, steps)` with a small rate",
+            )
+        times = np.asarray(times, dtype=float)
+        if times.ndim != 1 or len(times) < 2 or not bool((np.diff(times) > 0).all()):
+            raise InputError(
+                f"The flow was asked for at {times.size} times {brief(times.tolist())}",
+                "Times are two or more finite numbers that increase; the first is that of the start",
+                "Write `variant.flow(start, np.linspace(0, 10, 101))`",
             )
         found = solve_ivp(
             lambda t, w: np.array(self.field(*w)),
@@ -192,6 +204,19 @@ def _ended(found: str, path: np.ndarray) -> GameError:
     )
     error.path = path.copy()
     return error
+
+
+def _check_number(name: str, value: float, *, at_least: float = 0.0, above: float = -np.inf) -> None:
+    """Refuse a parameter that is no finite number of its range.
+
+    Raises
+    ------
+    InputError
+        With its name and value.
+    """
+    if not (np.isfinite(value) and value >= at_least and value > above):
+        expected = f"greater than {above:g}" if above >= at_least else f"{at_least:g} or more"
+        raise InputError(f"`{name}={value!r}` was given", f"It is a finite number, {expected}", f"Write `{name}=1`")
 
 
 # -- the variants ----------------------------------------------------------------------------------------------------
@@ -272,6 +297,8 @@ def wgan_gp(centre: float, weight: float = 0.5) -> DiracGAN:
         γ. With a centre of 1 and n steps of the discriminator to one of the generator, :math:`n\gamma^2 > 4` ends at a
         discriminator of zero and a fake at :math:`\theta = \pm\gamma`, which is not the real sample.
     """
+    _check_number("centre", centre)
+    _check_number("weight", weight)
 
     def field(phi: Numbers, theta: Numbers) -> tuple[Numbers, Numbers]:
         return -theta - weight * (phi - centre * np.sign(phi)), 1.0 * phi
@@ -289,8 +316,9 @@ def gan_qp(weight: float = 1.0) -> DiracGAN:
     Parameters
     ----------
     weight
-        λ.
+        λ, positive.
     """
+    _check_number("weight", weight, above=0.0)
 
     def field(phi: Numbers, theta: Numbers) -> tuple[Numbers, Numbers]:
         return -theta - phi * np.abs(theta) / weight, 1.0 * phi
@@ -311,6 +339,7 @@ def instance_noise(deviation: float = 1.0, nodes: int = 64) -> DiracGAN:
     nodes
         Of the quadrature.
     """
+    _check_number("deviation", deviation)
     points, weights = np.polynomial.hermite_e.hermegauss(nodes)
     noise, weights = deviation * points, weights / weights.sum()
 
@@ -336,6 +365,7 @@ def r1(weight: float = 1.0) -> DiracGAN:
     weight
         γ: the eigenvalues are −γ/2 ± √(γ²/4 − 1/4).
     """
+    _check_number("weight", weight)
     plain = gan()
 
     def field(phi: Numbers, theta: Numbers) -> tuple[Numbers, Numbers]:
@@ -359,6 +389,7 @@ def consensus(weight: float = 1.0) -> DiracGAN:
     weight
         γ: the eigenvalues are −γ/4 ± i/2.
     """
+    _check_number("weight", weight)
     plain = gan()
 
     def field(phi: Numbers, theta: Numbers) -> tuple[Numbers, Numbers]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +24,13 @@ from pathkernel.recording.recorder import KernelRecorder
 from pathkernel.trajectory.trajectory import Trajectory
 
 Player = tuple[nn.Module, Optimizer | Sequence[Optimizer]]
+
+OPTIONS = tuple(
+    name
+    for name in inspect.signature(KernelRecorder).parameters
+    if name not in ("model", "optimizer", "store")  # these are the players', and the game's
+)
+"""Options of a recorder, which a game takes as mappings from players."""
 
 
 class GameRecorder:
@@ -243,7 +252,7 @@ class GameRecorder:
         Raises
         ------
         InputError
-            For a source that is not on record.
+            For a source that is not on record, and a record that keeps no inputs of it.
         """
         batches = [batch for step in self.trajectory(player).steps() for batch in step.batches]
         own = [batch for batch in batches if batch.source == source]
@@ -254,7 +263,14 @@ class GameRecorder:
                 f"Sources on record are {', '.join(map(repr, known)) or 'none'}",
                 f"Put the passes of {player} into `with game.sources({{{player!r}: {source!r}}}):`",
             )
-        return torch.cat([next(rows_of(batch.inputs)) for batch in own])
+        found = [next(rows_of(batch.inputs), None) for batch in own]
+        if any(rows is None for rows in found):
+            raise InputError(
+                f"Samples of the source {source!r} of {player!r} were asked for",
+                "This record was thinned, and keeps no inputs of the steps between",
+                f"Record with `schedule={{{player!r}: pathkernel.Every()}}`",
+            )
+        return torch.cat([rows for rows in found if rows is not None])
 
     def origins(self, player: str) -> dict[str, Origins]:
         """Where the samples of each source of a player come from, in the order of its columns of the shares.
@@ -322,13 +338,20 @@ def _check_players(players: Mapping[str, Player]) -> None:
 
 
 def _check_option(option: str, by_player: Any, players: Mapping[str, Any]) -> None:
-    """Refuse an option that is no mapping from players.
+    """Refuse an option that no recorder has, and one that is no mapping from players.
 
     Raises
     ------
     InputError
-        For a value that stands for all players, and for a name that is none of theirs.
+        For such an option, for a value that stands for all players, and for a name that is none of theirs.
     """
+    if option not in OPTIONS:
+        near = difflib.get_close_matches(option, OPTIONS, n=1) or ["data"]
+        raise InputError(
+            f"`GameRecorder` was given `{option}=`",
+            f"Its options are those of `KernelRecorder`: {', '.join(OPTIONS)}",
+            f"Write `{near[0]}={{{next(iter(players))!r}: ...}}`",
+        )
     if not isinstance(by_player, Mapping) or not by_player.keys() <= players.keys():
         found = list(by_player) if isinstance(by_player, Mapping) else f"a {type(by_player).__name__}"
         raise InputError(

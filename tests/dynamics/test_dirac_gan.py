@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -201,5 +202,23 @@ def test_what_is_no_variant_is_refused() -> None:
         dirac_gan.wgan("cut")
     with pytest.raises(pk.errors.InputError, match=r"`updates=\('E',\)`"):
         VARIANTS["GAN"].trajectory((1.0, 0.0), 0.1, 3, ("E",))
+    refusals: list[tuple[str, Callable[[], Any]]] = [
+        ("`weight=0`", lambda: dirac_gan.gan_qp(0)),
+        ("`weight=-1.0`", lambda: dirac_gan.r1(-1.0)),
+        ("`weight=nan`", lambda: dirac_gan.consensus(float("nan"))),
+        ("`centre=inf`", lambda: dirac_gan.wgan_gp(float("inf"))),
+        ("`deviation=nan`", lambda: dirac_gan.instance_noise(float("nan"))),
+        ("`rate=-0.1`", lambda: VARIANTS["GAN"].trajectory((1.0, 0.0), -0.1, 3)),
+        ("`rate=nan`", lambda: VARIANTS["GAN"].trajectory((1.0, 0.0), float("nan"), 3)),
+        ("`steps=-1`", lambda: VARIANTS["GAN"].trajectory((1.0, 0.0), 0.1, -1)),
+        ("The rate of 'D' is nan", lambda: VARIANTS["GAN"].stability(float("nan"))),
+        (r"1 times \[0.0\]", lambda: VARIANTS["GAN"].flow((1.0, 0.0), np.array([0.0]))),
+        (r"2 times \[1.0, 0.0\]", lambda: VARIANTS["GAN"].flow((1.0, 0.0), np.array([1.0, 0.0]))),
+        (r"2 times \[0.0, nan\]", lambda: VARIANTS["GAN"].flow((1.0, 0.0), np.array([0.0, np.nan]))),
+    ]
+    for said, refused in refusals:
+        with pytest.raises(pk.errors.InputError, match=said) as found:
+            refused()
+        assert found.value.expected and found.value.write
     with pytest.raises(pk.errors.InputError, match="The flow of WGAN, clipped"):
         VARIANTS["WGAN, clipped"].flow((1.0, 0.0), np.linspace(0, 1, 3))

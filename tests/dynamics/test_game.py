@@ -526,6 +526,7 @@ def test_what_is_no_game_is_refused() -> None:
         ("A player is called 'D/G'", lambda: pk.GameRecorder({"D/G": pair})),
         ("`data=` of a game is a Tensor", lambda: pk.GameRecorder({"D": pair}, data=points())),  # type: ignore[arg-type]
         (r"`data=` of a game is \['G'\]", lambda: pk.GameRecorder({"D": pair}, data={"G": points()})),
+        ("`GameRecorder` was given `dta=`", lambda: pk.GameRecorder({"D": pair}, dta={"D": points()})),
         ("The player 'G' was asked for", lambda: pk.GameRecorder({"D": pair})["G"]),
         ("The player 'G' was asked for", lambda: pk.GameRecorder({"D": pair}).origins("G")),
         ("the source 'fakes' of D", lambda: pk.GameRecorder({"D": pair}).samples("D", "fakes")),
@@ -539,6 +540,19 @@ def test_what_is_no_game_is_refused() -> None:
         with pytest.raises(pk.errors.PathKernelError, match=said) as found:
             refused()
         assert found.value.expected and found.value.write
+
+
+def test_a_thinned_record_has_no_samples_of_a_source() -> None:
+    D, G = small_players()
+    optimizers = [torch.optim.SGD(network.parameters(), 0.1) for network in (D, G)]
+    pairs = {"D": (D, optimizers[0]), "G": (G, optimizers[1])}
+    real, g = points(), torch.Generator().manual_seed(5)
+    with pk.GameRecorder(pairs, data={"D": (real, torch.ones(REAL, 1))}, schedule={"D": pk.Every(2)}) as game:
+        for _ in range(2):
+            one_round(game, D, G, optimizers, real, g)
+    with pytest.raises(pk.errors.InputError, match="This record was thinned"):
+        game.samples("D", "generated")
+    assert game.origins("D")["generated"].known.all()
 
 
 def test_where_one_player_is_refused_the_others_are_let_go_of() -> None:
