@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from pathkernel.dynamics.game_field import check_number
 from pathkernel.dynamics.local_stability import Stability, stability, stages_of
 from pathkernel.errors import GameError, InputError, brief
 
@@ -109,8 +110,8 @@ class DiracGAN:
             Where the players go away from each other for good; its ``path`` are the rounds before that.
         """
         stages = stages_of(updates, ("D", "G"))
-        _check_number("rate", rate, at_least=0.0)
-        _check_number("steps", steps, at_least=0.0)
+        check_number("rate", rate)
+        check_number("steps", steps)
         phi, theta = map(float, start)
         path = np.empty((steps + 1, 2))
         path[0] = phi, theta
@@ -127,9 +128,7 @@ class DiracGAN:
         return path
 
     def flow(self, start: tuple[float, float], times: np.ndarray, tolerance: float = 1e-10) -> np.ndarray:
-        """The flow (φ̇, θ̇) = field(φ, θ), solved to a tolerance: (φ, θ) at increasing times, (n, 2).
-
-        The first of the times is that of the start.
+        """The flow (φ̇, θ̇) = field(φ, θ), solved to a tolerance: (φ, θ) at increasing times, the start's first, (n, 2).
 
         Raises
         ------
@@ -174,10 +173,7 @@ class DiracGAN:
         if not self.equilibrium:
             return None
         players = {"D": _Number(), "G": _Number()}
-        losses = {
-            "D": lambda D, G: self.losses(D(), G())[0],
-            "G": lambda D, G: self.losses(D(), G())[1],
-        }
+        losses = {"D": lambda D, G: self.losses(D(), G())[0], "G": lambda D, G: self.losses(D(), G())[1]}
         return stability(players, losses, rate, updates=updates)
 
     def _projected(self, phi: float) -> float:
@@ -204,19 +200,6 @@ def _ended(found: str, path: np.ndarray) -> GameError:
     )
     error.path = path.copy()
     return error
-
-
-def _check_number(name: str, value: float, *, at_least: float = 0.0, above: float = -np.inf) -> None:
-    """Refuse a parameter that is no finite number of its range.
-
-    Raises
-    ------
-    InputError
-        With its name and value.
-    """
-    if not (np.isfinite(value) and value >= at_least and value > above):
-        expected = f"greater than {above:g}" if above >= at_least else f"{at_least:g} or more"
-        raise InputError(f"`{name}={value!r}` was given", f"It is a finite number, {expected}", f"Write `{name}=1`")
 
 
 # -- the variants ----------------------------------------------------------------------------------------------------
@@ -297,8 +280,8 @@ def wgan_gp(centre: float, weight: float = 0.5) -> DiracGAN:
         γ. With a centre of 1 and n steps of the discriminator to one of the generator, :math:`n\gamma^2 > 4` ends at a
         discriminator of zero and a fake at :math:`\theta = \pm\gamma`, which is not the real sample.
     """
-    _check_number("centre", centre)
-    _check_number("weight", weight)
+    check_number("centre", centre)
+    check_number("weight", weight)
 
     def field(phi: Numbers, theta: Numbers) -> tuple[Numbers, Numbers]:
         return -theta - weight * (phi - centre * np.sign(phi)), 1.0 * phi
@@ -318,7 +301,7 @@ def gan_qp(weight: float = 1.0) -> DiracGAN:
     weight
         λ, positive.
     """
-    _check_number("weight", weight, above=0.0)
+    check_number("weight", weight, positive=True)
 
     def field(phi: Numbers, theta: Numbers) -> tuple[Numbers, Numbers]:
         return -theta - phi * np.abs(theta) / weight, 1.0 * phi
@@ -339,7 +322,7 @@ def instance_noise(deviation: float = 1.0, nodes: int = 64) -> DiracGAN:
     nodes
         Of the quadrature.
     """
-    _check_number("deviation", deviation)
+    check_number("deviation", deviation)
     points, weights = np.polynomial.hermite_e.hermegauss(nodes)
     noise, weights = deviation * points, weights / weights.sum()
 
@@ -365,7 +348,7 @@ def r1(weight: float = 1.0) -> DiracGAN:
     weight
         γ: the eigenvalues are −γ/2 ± √(γ²/4 − 1/4).
     """
-    _check_number("weight", weight)
+    check_number("weight", weight)
     plain = gan()
 
     def field(phi: Numbers, theta: Numbers) -> tuple[Numbers, Numbers]:
@@ -389,7 +372,7 @@ def consensus(weight: float = 1.0) -> DiracGAN:
     weight
         γ: the eigenvalues are −γ/4 ± i/2.
     """
-    _check_number("weight", weight)
+    check_number("weight", weight)
     plain = gan()
 
     def field(phi: Numbers, theta: Numbers) -> tuple[Numbers, Numbers]:

@@ -188,3 +188,16 @@ def check_players(players: Mapping[str, nn.Module], losses: Mapping[str, GameLos
             "Eigenvalues are those of one matrix, whose numbers are of one type and on one device",
             "Convert the networks, `network.double()`, and the samples in the losses",
         )
+
+
+def check_number(name: str, value: float, *, positive: bool = False) -> None:
+    """Refuse a parameter that is no finite number of 0 or more, or of more than 0.
+
+    Raises
+    ------
+    InputError
+        With its name and value.
+    """
+    if not (0 <= value < float("inf")) or (positive and value == 0):
+        expected = "greater than 0" if positive else "0 or more"
+        raise InputError(f"`{name}={value!r}` was given", f"It is a finite number, {expected}", f"Write `{name}=1`")
