@@ -46,6 +46,7 @@ class Game:
         self._losses, self._rates = losses, given
         self._copies = {name: StructuralCopy(module) for name, module in players.items()}
         trained = {name: named_trainable(module) for name, module in players.items()}
+        self._outside = [parameter for own in trained.values() for parameter in own.values()]
         self._layouts = {name: ParameterLayout.of(own) for name, own in trained.items()}
         self._constants = {name: constants_of(module, self._layouts[name]) for name, module in players.items()}
         self._drawn = torch.get_rng_state()
@@ -65,7 +66,7 @@ class Game:
                 torch.set_rng_state(self._drawn)
                 pieces = {player: w[part] for player, part in self._parts.items()}
                 loss = self._losses[name](*self._at(pieces))
-                gradient = _gradient(name, loss, pieces[name])
+                gradient = _gradient(name, loss, pieces[name], self._outside)
                 if not bool(gradient.isfinite().all()):
                     raise InputError(
                         f"The gradient of the loss of {name!r} is not finite where the players stand",
@@ -97,13 +98,14 @@ class Game:
             yield copy.module
 
 
-def _gradient(name: str, loss: object, own: Tensor) -> Tensor:
+def _gradient(name: str, loss: object, own: Tensor, outside: Sequence[nn.Parameter]) -> Tensor:
     """Gradient of a player's loss with respect to its own parameters, with its graph.
 
     Raises
     ------
     InputError
-        For a loss that is no number with a graph, and one that does not depend on these parameters.
+        For a loss that is no number with a graph, one that does not depend on these parameters, and one that depends on
+        the networks outside, of which those passed to it are copies.
     """
     expected = "A loss is a function of the networks passed to it, and a tensor of one number with its graph"
     write = f"Write `{{{name!r}: lambda {name}, ...: loss}}`, in which the loss calls its arguments"
@@ -118,6 +120,10 @@ def _gradient(name: str, loss: object, own: Tensor) -> Tensor:
             f"The loss of {name!r} does not depend on the parameters of the network {name!r} that was passed to it",
             expected,
             f"{write}, not the networks outside, and detaches nothing",
+        )
+    if any(one is not None for one in torch.autograd.grad(loss.sum(), outside, retain_graph=True, allow_unused=True)):
+        raise InputError(
+            f"The loss of {name!r} depends on the network of a player that was not passed to it", expected, write
         )
     return gradient
 

@@ -202,6 +202,7 @@ def test_what_is_no_game_is_refused() -> None:
         ("The loss of 'D' does not depend on the parameters", of_d(lambda d, g: LOSSES["D"](D, G))),
         ("The loss of 'D' does not depend on the parameters", of_d(lambda D, G: LOSSES["D"](D, G).detach())),
         ("The loss of 'D' does not depend on the parameters", of_d(lambda D, G: torch.zeros(()))),
+        ("The loss of 'D' depends on the network of a player", of_d(lambda D, g: LOSSES["D"](D, G))),
         ("The loss of 'D' is a float", of_d(lambda D, G: LOSSES["D"](D, G).item())),
         (r"The loss of 'D' is a tensor \(6, 1\)", of_d(lambda D, G: D(REAL))),
         ("The loss of 'D' is a int", of_d(1)),
