@@ -22,6 +22,8 @@ class Game:
     ----------
     point
         w where the players stand, (P,).
+    parts
+        Which entries of w are of which player.
     """
 
     def __init__(
@@ -51,10 +53,10 @@ class Game:
         self._constants = {name: constants_of(module, self._layouts[name]) for name, module in players.items()}
         self._drawn = torch.get_rng_state()
         self.point = torch.cat([self._layouts[name].flatten(own).detach() for name, own in trained.items()])
-        self._parts: dict[str, slice] = {}
+        self.parts: dict[str, slice] = {}
         begin = 0
         for name in self.names:
-            self._parts[name] = slice(begin, begin + self._layouts[name].size)
+            self.parts[name] = slice(begin, begin + self._layouts[name].size)
             begin += self._layouts[name].size
 
     def gradients(self, stepping: Sequence[str], scaled: bool = False) -> Callable[[Tensor], Tensor]:
@@ -64,7 +66,7 @@ class Game:
             value = 0 * w  # with a graph, also where gradients are constants
             for name in stepping:
                 torch.set_rng_state(self._drawn)
-                pieces = {player: w[part] for player, part in self._parts.items()}
+                pieces = {player: w[part] for player, part in self.parts.items()}
                 loss = self._losses[name](*self._at(pieces))
                 gradient = _gradient(name, loss, pieces[name], self._outside)
                 if not bool(gradient.isfinite().all()):
@@ -74,7 +76,7 @@ class Game:
                         "Ask for the players as they were before, such as "
                         "`game.trajectory(player).parameters(step)` loaded into the networks",
                     )
-                own = self._parts[name]
+                own = self.parts[name]
                 rate = self._rates[name] if scaled else 1.0
                 value = value + torch.nn.functional.pad(-rate * gradient, (own.start, len(w) - own.stop))
             return value

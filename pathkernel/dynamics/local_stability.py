@@ -134,8 +134,8 @@ def stability(
     -----
     CertificateWarning
         Where backward passes lack a part of the derivatives of the vector field, as those of losses with ``detach``
-        do: along a random direction they are compared with a difference quotient. Where Arnoldi's method did not
-        converge: those eigenvalues are returned that it has found.
+        do: along a random direction of each player they are compared with a difference quotient. Where Arnoldi's method
+        did not converge: those eigenvalues are returned that it has found.
 
     Notes
     -----
@@ -203,31 +203,37 @@ def _tolerance(like: Tensor) -> float:
 def _warn_of_missing_derivatives(field: Stage, game: Game, seed: int) -> None:
     r"""Warn where the graph of the vector field v lacks what a difference quotient of v finds.
 
-    Along a random direction r, :math:`d = (v(w + hr) - v(w - hr)) / 2h`, once more with h/2 for its error. What the
-    graph has of it is :math:`d^\top v' r`, one backward pass, beside :math:`d^\top d`.
+    Along a random direction r of each player's parameters, :math:`d = (v(w + hr) - v(w - hr)) / 2h`, once more with
+    h/2 for its error. What the graph has of each player's part of d is :math:`d^\top v' r`, beside
+    :math:`d^\top d`: one backward pass for each pair of players.
     """
-    point = game.point
-    draws = np.random.default_rng(seed).normal(size=len(point))
-    direction = torch.from_numpy(draws / np.linalg.norm(draws)).to(point)
-    width = torch.finfo(point.dtype).eps ** (1 / 3) * max(1.0, float(point.norm()))
-    v = game.gradients(game.names)
+    point, v = game.point, game.gradients(game.names)
+    draws = torch.from_numpy(np.random.default_rng(seed).normal(size=len(point))).to(point)
+    width = torch.finfo(point.dtype).eps ** 0.5 * max(1.0, float(point.norm()))  # short: few kinks of a ReLU within
 
-    def difference(h: float) -> Tensor:
+    def difference(direction: Tensor, h: float) -> Tensor:
         ends = [Stage(point + sign * h * direction, v).value.detach() for sign in (1, -1)]
         return (ends[0] - ends[1]) / (2 * h)
 
-    rough, found = difference(width), difference(width / 2)
-    size = float(found.norm())
-    if size == 0.0:
-        return
-    error = float((found - rough).norm()) / size
-    unit = found / size
-    missing = 1 - float(field.pulled_back(unit) @ direction) / size
-    if abs(missing) > max(MISSING, 10 * error):
+    missing = 0.0
+    for moving in game.parts.values():
+        direction = torch.zeros_like(point)
+        direction[moving] = draws[moving] / draws[moving].norm()
+        rough, found = difference(direction, width), difference(direction, width / 2)
+        for part in game.parts.values():
+            size = float(found[part].norm())
+            if size <= MISSING * float(found.norm()):
+                continue
+            unit = torch.zeros_like(point)
+            unit[part] = found[part] / size
+            lacking = abs(1 - float(field.pulled_back(unit) @ direction) / size)
+            if lacking > max(MISSING, 10 * float((found - rough)[part].norm()) / size):
+                missing = max(missing, lacking)
+    if missing > 0.0:
         warnings.warn(
             CertificateWarning(
-                f"Backward passes lack {abs(missing):.0%} of how the gradients of these losses change along a random "
-                "direction",
+                f"Backward passes lack {missing:.0%} of how the gradient of a loss changes with the parameters of a "
+                "player",
                 "Eigenvalues are right where losses are differentiable functions of all networks passed in; `detach`, "
                 "`no_grad` and `.item()` hide from the derivatives of a gradient what they let pass into its value",
                 "Write the losses without them, `softplus(D(G(z)))` in place of `softplus(D(G(z).detach()))`: of each "
