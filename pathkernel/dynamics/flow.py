@@ -16,6 +16,7 @@ from pathkernel.dynamics.integration import Integration, Solver
 from pathkernel.dynamics.system import System
 from pathkernel.errors import InputError
 from pathkernel.gradients.losses import output_cotangents
+from pathkernel.gradients.per_sample import output_products
 from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.quadrature import LeftEndpoint
@@ -178,11 +179,15 @@ class Flow:
         Raises
         ------
         InputError
-            For other flows: gradients act through velocities and averages there.
+            For other flows: gradients act through velocities and averages there. For a network that trains on other
+            outputs than it has in evaluation, as with batch normalization in train mode, and for one whose gradient is
+            not its derivative, as with a tied embedding that has a ``padding_idx``.
 
         Notes
         -----
-        Full blocks of the tangent kernel of n queries and N samples at every point: n N C² numbers at once.
+        Full blocks of the tangent kernel of n queries and N samples at every point: n N C² numbers at once. At both
+        ends of the flow, the rates at which shares grow are compared with the rates of the outputs themselves,
+        :math:`\nabla f \cdot \dot\theta` by forward differentiation.
         """
         loss = self.system.loss
         if not self.system.is_gradient_flow:
@@ -195,6 +200,9 @@ class Flow:
         inputs, function = loss.run.data.queries(X, "Flow.explain"), loss.run.function()
         ends = [function.outputs(theta, inputs, loss.block) for theta in (self.theta[0], self.theta[-1])]
         n, c = ends[0].shape
+        last = len(self) - 1
+        for point in (0, last):
+            loss.check_evaluation(self.theta[point])
         shares = torch.zeros(n, c, len(loss), dtype=torch.float64)
         for point, weight in enumerate(time_weights(self.times)):
             kernel = PathKernel(self._points({point: 1.0}), outputs="full", quadrature=LeftEndpoint())
@@ -202,7 +210,10 @@ class Flow:
             slopes = output_cotangents(
                 function, self.theta[point], loss.run.objective, loss.inputs, loss.targets, loss.weights
             )
-            shares -= weight * torch.einsum("nicd,id->nci", blocks, slopes.double().cpu())
+            rates = -torch.einsum("nicd,id->nci", blocks, slopes.double().cpu())
+            if point in (0, last):
+                self._check_rates(point, inputs, rates)
+            shares += weight * rates
         start, end = (values.double().cpu().flatten().numpy() for values in ends)
         added = shares.flatten(0, 1).numpy()
         missed = np.abs(end - start - added.sum(axis=1)) / np.maximum(np.abs(end - start), np.finfo(float).tiny)
@@ -214,6 +225,25 @@ class Flow:
             output_index=np.tile(np.arange(c), n),
             quadrature_error=missed,
         )
+
+    def _check_rates(self, point: int, inputs: PyTree, rates: Tensor) -> None:
+        """Refuse shares whose rates (n, C, N) do not add up to those of the outputs at a point, ∇f · θ̇.
+
+        Reverse sweeps make the shares; forward differentiation is independent of them.
+        """
+        loss, theta = self.system.loss, self.theta[point]
+        moved = output_products(loss.run.function(), theta, inputs, -loss.gradient(theta)[None])
+        if moved is None:  # torch has no forward derivative of this network
+            return
+        difference = float((rates.sum(dim=2) - moved[0].cpu()).abs().max())
+        if difference > torch.finfo(theta.dtype).eps ** 0.5 * float(rates.abs().sum(dim=2).max()):
+            raise InputError(
+                f"The shares of samples grow at other rates than the outputs at t = {self.times[point]:.6g} (by "
+                f"{difference:.1e}): the gradient that autograd takes of the network is not its derivative",
+                "Shares are products of gradients, and they add up to the outputs where gradients are derivatives; the "
+                "row `padding_idx` of an embedding that is tied to another layer gets no gradient for where it is read",
+                "Leave `padding_idx` out, or untie the weights",
+            )
 
     def _points(self, weights: Mapping[int, float]) -> Trajectory:
         """Some of the points that are kept as steps that stay where they are, with weights as rates."""

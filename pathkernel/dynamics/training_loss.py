@@ -256,6 +256,27 @@ class TrainingLoss:
                 "Write `model.eval()` before, or add noise of known size: `pathkernel.dynamics.langevin(noise=...)`",
             )
 
+    def check_evaluation(self, theta: Tensor) -> None:
+        """Refuse to explain a network that trains on other outputs than it has in evaluation.
+
+        Raises
+        ------
+        InputError
+            Where outputs of the training samples at θ differ between the modes of the flow and evaluation.
+        """
+        with self.function.evaluating(gradients=False):
+            trained = batch_outputs(self._outputs(theta, slice(0, len(self))), len(self))
+        evaluated = self.run.function().outputs(theta, self.inputs, self.block)
+        difference = float((trained - evaluated).abs().max())
+        if difference > torch.finfo(self.dtype).eps ** 0.5 * float(1 + evaluated.abs().max()):
+            raise InputError(
+                f"In the modes of the flow the outputs of the training samples are others than in evaluation (by "
+                f"{difference:.1e}), as with batch normalization in train mode",
+                "An explanation is made of the tangent kernel of one function, and the flow trained another, in which "
+                "samples of a batch may depend on each other",
+                "Write `model.eval()` before the flow, or record a run: `KernelMachine(trajectory).explain(X)`",
+            )
+
     def _proved_parts(self) -> list[tuple[slice, float]]:
         """Blocks whose weighted losses are L, as the losses of outputs drawn at random tell.
 

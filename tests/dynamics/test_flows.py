@@ -135,6 +135,48 @@ def test_several_outputs_are_explained_each() -> None:
     np.testing.assert_allclose(why.output.reshape(2, 3), flow.outputs(X[:2])[-1], rtol=1e-12)
 
 
+def test_a_network_that_trains_on_other_outputs_than_it_has_is_not_explained() -> None:
+    X, y = data()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(X.shape[1], 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1)).double()
+    flow = dynamics.gradient_flow(model, LOSS, (X, y), 0.2, points=3)
+    with pytest.raises(InputError, match=r"others than in evaluation.*model\.eval\(\)"):
+        flow.explain(X[:2])
+    model.eval()
+    why = dynamics.gradient_flow(model, LOSS, (X, y), 0.2, points=9).explain(X[:2])
+    assert why.residual.max() < 1e-4
+
+
+class Tied(nn.Module):
+    """An embedding whose rows are the weights of the layer behind it, as in language models."""
+
+    def __init__(self, padding: int | None, tied: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4, padding_idx=padding)
+        self.out = nn.Linear(4, 7)
+        if tied:
+            self.out.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.embedding(tokens)).mean(dim=1))
+
+
+@pytest.mark.parametrize(("padding", "tied"), [(0, True), (None, True), (0, False)])
+def test_a_gradient_that_is_no_derivative_is_not_explained(padding: int | None, tied: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tokens, target = (torch.randint(0, 7, shape, generator=generator) for shape in ((6, 5), (6,)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = Tied(padding, tied).double()
+    flow = dynamics.gradient_flow(model, nn.CrossEntropyLoss(), (tokens, target), 0.2, points=5)
+    if padding is not None and tied:
+        with pytest.raises(InputError, match="is not its derivative.*Leave `padding_idx` out"):
+            flow.explain(tokens[:2])
+    else:
+        assert flow.explain(tokens[:2]).residual.max() < 1e-5
+
+
 # -- what optimizers discretise ----------------------------------------------------------------------------------------
 
 
