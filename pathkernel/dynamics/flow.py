@@ -14,7 +14,7 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.dynamics.integration import Integration, Solver
 from pathkernel.dynamics.system import System
-from pathkernel.errors import InputError
+from pathkernel.errors import SENSELESS, InputError, brief
 from pathkernel.gradients.losses import output_cotangents
 from pathkernel.gradients.per_sample import output_products
 from pathkernel.kernel_machine.attributions import Attributions
@@ -280,7 +280,7 @@ class Flow:
         Tensor
             (n, P).
         """
-        wanted = np.asarray(times, dtype=np.float64)
+        wanted = points_of(times)
         end = self.times[-1]
         slack = 1e-9 * max(1.0, end)  # sums of many rates end a few roundings beside the time that was asked for
         if self.solver is None:
@@ -289,7 +289,7 @@ class Flow:
                 "A flow that draws random numbers has the points that were kept, and no others",
                 "Write a smaller `step=` and more `points=`",
             )
-        if wanted.ndim != 1 or (np.diff(wanted) < 0).any() or (wanted < 0).any() or (wanted > end + slack).any():
+        if wanted.ndim != 1 or not ((wanted >= 0) & (wanted <= end + slack)).all() or (np.diff(wanted) < 0).any():
             raise InputError(
                 f"Times {shown(wanted)} were asked of a flow",
                 f"They rise, from 0 to {end:.6g}",
@@ -308,7 +308,7 @@ class Flow:
                     state = integration.advance(now, time, state)
                     now = time
                 found.append(self.system.split(state)[0])
-        return torch.stack(found)
+        return torch.stack(found) if found else self.theta[:0]
 
     def distance(self, trajectory: Trajectory) -> FlowDistance:
         """Distance of a recorded run from the flow, point by point at equal times.
@@ -327,11 +327,13 @@ class Flow:
         Raises
         ------
         InputError
-            For a run from elsewhere, and where parameter groups have rates of their own.
+            For a run from elsewhere, where parameter groups have rates of their own, and for runs with ``maximize`` or
+            ``dampening``, which no flow here has a clock for.
         """
         start = self.theta[0]
+        initial = self.system.loss.initial  # a modified flow with momentum starts ahead of it
         if trajectory.layout != self.system.loss.run.layout or not torch.allclose(
-            trajectory.initial.to(start), start, rtol=1e-6, atol=1e-6 * start.abs().max().item()
+            trajectory.initial.to(initial), initial, rtol=1e-6, atol=1e-6 * initial.abs().max().item()
         ):
             raise InputError(
                 "The recorded run does not begin where the flow does",
@@ -382,6 +384,13 @@ def times_of(system: System, trajectory: Trajectory) -> list[float]:
     times = [0.0]
     for position in range(len(trajectory)):
         record = trajectory.store.summary(position).record
+        for settings in record.hyperparameters:
+            if settings.get("maximize") or (settings.get("momentum") and settings.get("dampening")):
+                raise InputError(
+                    f"Step {position} was taken with `maximize` or `dampening`",
+                    f"The {system.name} goes downhill, and its clock is that of steps without dampening",
+                    "Train with `maximize=False, dampening=0` to compare a run with a flow",
+                )
         own = {system.time_of_step(settings) for settings in record.hyperparameters}
         if len(own) > 1:
             raise InputError(
@@ -401,6 +410,24 @@ def time_weights(times: np.ndarray) -> np.ndarray:
         pattern[1:-1:2], pattern[2:-1:2] = 4.0, 2.0
         return pattern * lengths[0] / 3
     return (np.append(lengths, 0.0) + np.append(0.0, lengths)) / 2
+
+
+def points_of(times: ArrayLike) -> np.ndarray:
+    """Points of time as float64 numbers.
+
+    Raises
+    ------
+    InputError
+        For what is no array of numbers.
+    """
+    try:
+        return np.asarray(times, dtype=np.float64)
+    except SENSELESS:
+        raise InputError(
+            f"`times={brief(times)}` was given",
+            "Points of time are numbers",
+            "Write for example `times=[0.0, 0.5, 1.0]`",
+        ) from None
 
 
 def shown(values: np.ndarray) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel._typing import Loss, PyTree
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, is_whole
 from pathkernel.gradients.forward_state import ForwardState, generators_untouched
 from pathkernel.gradients.losses import Objective, batch_loss, check_loss, check_reduction
 from pathkernel.gradients.model_function import ModelFunction
@@ -108,6 +108,20 @@ class TrainingLoss:
         InputError
             For a network without parameters that move, and for one whose passes draw random numbers.
         """
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                f"`model` is a {type(model).__name__}",
+                "A flow moves the parameters of a network",
+                "Pass an `nn.Module`",
+            )
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InputError(
+                f"`dtype={dtype!r}` was given", "A flow is followed in a floating type", "Write `dtype=torch.float64`"
+            )
+        if not (is_whole(block) and block >= 1):
+            raise InputError(
+                f"`block={block!r}` was given", "A block holds one sample or more", "Write for example `block=4096`"
+            )
         named = named_trainable(model)
         if not named:
             raise InputError(
