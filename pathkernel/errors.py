@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -103,6 +104,19 @@ def brief(value: object, length: int = 200) -> str:
 def quoted(value: object, length: int = 200) -> str:
     """The same in quotation marks, escaped."""
     return brief(repr(value), length)
+
+
+def is_number(value: Any) -> bool:
+    """True for a finite number, of Python, numpy or torch."""
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # what texts, arrays, huge integers and tensors raise
+        return False
+
+
+def is_whole(value: Any) -> bool:
+    """True for a whole number, of Python or numpy; a truth value is none."""
+    return hasattr(value, "__index__") and not isinstance(value, bool) and is_number(value)
 
 
 SENSELESS = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError)

@@ -18,16 +18,55 @@ from pathkernel.dynamics.flow import Flow
 from pathkernel.dynamics.following import FlowOptions, flow_of
 from pathkernel.dynamics.system import System
 from pathkernel.dynamics.training_loss import TrainingLoss
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, brief, is_number
+
+SMALL_EPS = (
+    "; rates g / (√r + ε) turn as fast as signs where gradients pass through 0, most of all while averages are young: "
+    "a larger `eps=`, such as 1e-3, smooths them"
+)
+"""What makes flows of adaptive methods stiff."""
 
 
 def check_memory(*memories: float) -> None:
     """Refuse memories that are no times."""
-    if not all(memory > 0 for memory in memories):
+    if not all(is_number(memory) and memory > 0 for memory in memories):
         raise InputError(
             f"`memory={memories if len(memories) > 1 else memories[0]!r}` was given",
             "The memory of an average is a time above 0",
             "Write `memory=1.0`, which steps of 0.01 average over about a hundred steps",
+        )
+
+
+def pair_of(memory: tuple[float, float]) -> tuple[float, float]:
+    """τ₁ and τ₂ of Adam.
+
+    Raises
+    ------
+    InputError
+        For what is no pair of times.
+    """
+    if not isinstance(memory, tuple | list) or len(memory) != 2:
+        raise InputError(
+            f"`memory={brief(memory)}` was given",
+            "Adam averages g over one time and g² over another: a pair",
+            "Write for example `memory=(0.1, 1.0)`",
+        )
+    first, second = memory
+    check_memory(first, second)
+    return first, second
+
+
+def check_eps(eps: float) -> None:
+    """Refuse an ε that is below 0 or no number."""
+    if not (is_number(eps) and eps >= 0):
+        raise InputError(f"`eps={eps!r}` was given", "ε is 0 or more", "Write `eps=1e-8`")
+
+
+def check_time_step(time_step: float) -> None:
+    """Refuse a time step that is no time."""
+    if not (is_number(time_step) and time_step > 0):
+        raise InputError(
+            f"`time_step={time_step!r}` was given", "A time step is above 0", "Write for example `time_step=0.01`"
         )
 
 
@@ -46,9 +85,11 @@ class RMSpropFlow(System):
 
     name = "RMSprop flow"
     parts = ("theta", "square_average")
+    advice = SMALL_EPS
 
     def __init__(self, loss: TrainingLoss, memory: float, eps: float) -> None:
         check_memory(memory)
+        check_eps(eps)
         super().__init__(loss, loss.gradient(loss.initial).square())
         self.memory, self.eps = memory, eps
 
@@ -112,12 +153,14 @@ class AdamFlow(System):
 
     name = "Adam flow"
     parts = ("theta", "average", "square_average")
+    advice = SMALL_EPS
 
     def __init__(self, loss: TrainingLoss, memory: tuple[float, float], eps: float) -> None:
-        check_memory(*memory)
+        pair = pair_of(memory)
+        check_eps(eps)
         zero = torch.zeros_like(loss.initial)
         super().__init__(loss, zero, zero)
-        self.memory, self.eps = memory, eps
+        self.memory, self.eps = pair, eps
 
     def velocity(self, time: float, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         """(−m̂ / (√r̂ + ε), (g − m) / τ₁, (g² − r) / τ₂)."""
@@ -175,10 +218,13 @@ def adam_flow(
 
 def rmsprop_settings(time_step: float, memory: float) -> dict[str, Any]:
     """Settings of `torch.optim.RMSprop` that follow `rmsprop_flow`: ``lr``, which is γ, and ``alpha``, e^(−γ/τ)."""
+    check_time_step(time_step)
+    check_memory(memory)
     return {"lr": time_step, "alpha": math.exp(-time_step / memory)}
 
 
 def adam_settings(time_step: float, memory: tuple[float, float]) -> dict[str, Any]:
     """Settings of `torch.optim.Adam` that follow `adam_flow`: ``lr``, which is γ, and ``betas``, e^(−γ/τ) of each."""
-    first, second = memory
+    check_time_step(time_step)
+    first, second = pair_of(memory)
     return {"lr": time_step, "betas": (math.exp(-time_step / first), math.exp(-time_step / second))}

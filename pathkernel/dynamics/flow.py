@@ -14,8 +14,9 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.dynamics.integration import Integration, Solver
 from pathkernel.dynamics.system import System
-from pathkernel.errors import InputError
+from pathkernel.errors import SENSELESS, InputError, brief
 from pathkernel.gradients.losses import output_cotangents
+from pathkernel.gradients.per_sample import output_products
 from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.quadrature import LeftEndpoint
@@ -178,11 +179,15 @@ class Flow:
         Raises
         ------
         InputError
-            For other flows: gradients act through velocities and averages there.
+            For other flows: gradients act through velocities and averages there. For a network that trains on other
+            outputs than it has in evaluation, as with batch normalization in train mode, and for one whose gradient is
+            not its derivative, as with a tied embedding that has a ``padding_idx``.
 
         Notes
         -----
-        Full blocks of the tangent kernel of n queries and N samples at every point: n N C² numbers at once.
+        Full blocks of the tangent kernel of n queries and N samples at every point: n N C² numbers at once. At both
+        ends of the flow, the rates at which shares grow are compared with the rates of the outputs themselves,
+        :math:`\nabla f \cdot \dot\theta` by forward differentiation.
         """
         loss = self.system.loss
         if not self.system.is_gradient_flow:
@@ -195,6 +200,9 @@ class Flow:
         inputs, function = loss.run.data.queries(X, "Flow.explain"), loss.run.function()
         ends = [function.outputs(theta, inputs, loss.block) for theta in (self.theta[0], self.theta[-1])]
         n, c = ends[0].shape
+        last = len(self) - 1
+        for point in (0, last):
+            loss.check_evaluation(self.theta[point])
         shares = torch.zeros(n, c, len(loss), dtype=torch.float64)
         for point, weight in enumerate(time_weights(self.times)):
             kernel = PathKernel(self._points({point: 1.0}), outputs="full", quadrature=LeftEndpoint())
@@ -202,7 +210,10 @@ class Flow:
             slopes = output_cotangents(
                 function, self.theta[point], loss.run.objective, loss.inputs, loss.targets, loss.weights
             )
-            shares -= weight * torch.einsum("nicd,id->nci", blocks, slopes.double().cpu())
+            rates = -torch.einsum("nicd,id->nci", blocks, slopes.double().cpu())
+            if point in (0, last):
+                self._check_rates(point, inputs, rates)
+            shares += weight * rates
         start, end = (values.double().cpu().flatten().numpy() for values in ends)
         added = shares.flatten(0, 1).numpy()
         missed = np.abs(end - start - added.sum(axis=1)) / np.maximum(np.abs(end - start), np.finfo(float).tiny)
@@ -214,6 +225,25 @@ class Flow:
             output_index=np.tile(np.arange(c), n),
             quadrature_error=missed,
         )
+
+    def _check_rates(self, point: int, inputs: PyTree, rates: Tensor) -> None:
+        """Refuse shares whose rates (n, C, N) do not add up to those of the outputs at a point, ∇f · θ̇.
+
+        Reverse sweeps make the shares; forward differentiation is independent of them.
+        """
+        loss, theta = self.system.loss, self.theta[point]
+        moved = output_products(loss.run.function(), theta, inputs, -loss.gradient(theta)[None])
+        if moved is None:  # torch has no forward derivative of this network
+            return
+        difference = float((rates.sum(dim=2) - moved[0].cpu()).abs().max())
+        if difference > torch.finfo(theta.dtype).eps ** 0.5 * float(rates.abs().sum(dim=2).max()):
+            raise InputError(
+                f"The shares of samples grow at other rates than the outputs at t = {self.times[point]:.6g} (by "
+                f"{difference:.1e}): the gradient that autograd takes of the network is not its derivative",
+                "Shares are products of gradients, and they add up to the outputs where gradients are derivatives; the "
+                "row `padding_idx` of an embedding that is tied to another layer gets no gradient for where it is read",
+                "Leave `padding_idx` out, or untie the weights",
+            )
 
     def _points(self, weights: Mapping[int, float]) -> Trajectory:
         """Some of the points that are kept as steps that stay where they are, with weights as rates."""
@@ -250,7 +280,7 @@ class Flow:
         Tensor
             (n, P).
         """
-        wanted = np.asarray(times, dtype=np.float64)
+        wanted = points_of(times)
         end = self.times[-1]
         slack = 1e-9 * max(1.0, end)  # sums of many rates end a few roundings beside the time that was asked for
         if self.solver is None:
@@ -259,7 +289,7 @@ class Flow:
                 "A flow that draws random numbers has the points that were kept, and no others",
                 "Write a smaller `step=` and more `points=`",
             )
-        if wanted.ndim != 1 or (np.diff(wanted) < 0).any() or (wanted < 0).any() or (wanted > end + slack).any():
+        if wanted.ndim != 1 or not ((wanted >= 0) & (wanted <= end + slack)).all() or (np.diff(wanted) < 0).any():
             raise InputError(
                 f"Times {shown(wanted)} were asked of a flow",
                 f"They rise, from 0 to {end:.6g}",
@@ -278,7 +308,7 @@ class Flow:
                     state = integration.advance(now, time, state)
                     now = time
                 found.append(self.system.split(state)[0])
-        return torch.stack(found)
+        return torch.stack(found) if found else self.theta[:0]
 
     def distance(self, trajectory: Trajectory) -> FlowDistance:
         """Distance of a recorded run from the flow, point by point at equal times.
@@ -297,11 +327,13 @@ class Flow:
         Raises
         ------
         InputError
-            For a run from elsewhere, and where parameter groups have rates of their own.
+            For a run from elsewhere, where parameter groups have rates of their own, and for runs with ``maximize`` or
+            ``dampening``, which no flow here has a clock for.
         """
         start = self.theta[0]
+        initial = self.system.loss.initial  # a modified flow with momentum starts ahead of it
         if trajectory.layout != self.system.loss.run.layout or not torch.allclose(
-            trajectory.initial.to(start), start, rtol=1e-6, atol=1e-6 * start.abs().max().item()
+            trajectory.initial.to(initial), initial, rtol=1e-6, atol=1e-6 * initial.abs().max().item()
         ):
             raise InputError(
                 "The recorded run does not begin where the flow does",
@@ -352,6 +384,13 @@ def times_of(system: System, trajectory: Trajectory) -> list[float]:
     times = [0.0]
     for position in range(len(trajectory)):
         record = trajectory.store.summary(position).record
+        for settings in record.hyperparameters:
+            if settings.get("maximize") or (settings.get("momentum") and settings.get("dampening")):
+                raise InputError(
+                    f"Step {position} was taken with `maximize` or `dampening`",
+                    f"The {system.name} goes downhill, and its clock is that of steps without dampening",
+                    "Train with `maximize=False, dampening=0` to compare a run with a flow",
+                )
         own = {system.time_of_step(settings) for settings in record.hyperparameters}
         if len(own) > 1:
             raise InputError(
@@ -371,6 +410,24 @@ def time_weights(times: np.ndarray) -> np.ndarray:
         pattern[1:-1:2], pattern[2:-1:2] = 4.0, 2.0
         return pattern * lengths[0] / 3
     return (np.append(lengths, 0.0) + np.append(0.0, lengths)) / 2
+
+
+def points_of(times: ArrayLike) -> np.ndarray:
+    """Points of time as float64 numbers.
+
+    Raises
+    ------
+    InputError
+        For what is no array of numbers.
+    """
+    try:
+        return np.asarray(times, dtype=np.float64)
+    except SENSELESS:
+        raise InputError(
+            f"`times={brief(times)}` was given",
+            "Points of time are numbers",
+            "Write for example `times=[0.0, 0.5, 1.0]`",
+        ) from None
 
 
 def shown(values: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypedDict
@@ -9,14 +10,15 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from pathkernel._typing import Loss
-from pathkernel.dynamics.flow import Flow, shown
-from pathkernel.dynamics.integration import Integration, Solver, Stopped
+from pathkernel._typing import Loss, PyTree
+from pathkernel.dynamics.flow import Flow, points_of, shown
+from pathkernel.dynamics.integration import STIFF, Integration, Solver, Stopped
 from pathkernel.dynamics.system import System
 from pathkernel.dynamics.training_loss import TrainingLoss
-from pathkernel.errors import FlowError, InputError
+from pathkernel.errors import FlowError, InputError, is_number, is_whole
 from pathkernel.gradients.returned import Returns
 
 
@@ -75,8 +77,30 @@ def flow_of(
 
 
 def loss_of(model: nn.Module, loss: Loss, data: Any, options: PathOptions) -> TrainingLoss:
-    """L of a network on its data, as the options say."""
-    return TrainingLoss.of(model, loss, data, **_chosen(options, LOSS))
+    """L of a network on its data, as the options say.
+
+    Raises
+    ------
+    InputError
+        Where L(θ(0)) is no finite number.
+    """
+    made = TrainingLoss.of(model, loss, data, **_chosen(options, LOSS))
+    value = float(made.value(made.initial))
+    if not math.isfinite(value):
+        trees = {"the parameters": made.initial, "the inputs": made.inputs, "the targets": made.targets}
+        broken = [name for name, tree in trees.items() if not _is_finite(tree)]
+        raise InputError(
+            f"The loss is {value} at t = 0; {' and '.join(broken) or 'no input, target or parameter'} "
+            f"{'hold' if broken else 'holds'} NaN or infinity",
+            "A flow starts where the loss is a finite number",
+            "Look at `loss(model(X), y)` before, and leave samples out that are not finite: "
+            "`torch.isfinite(X).flatten(1).all(dim=1)`",
+        )
+    return made
+
+
+def _is_finite(tree: PyTree) -> bool:
+    return all(bool(leaf.isfinite().all()) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def _chosen(options: PathOptions, names: tuple[str, ...]) -> dict[str, Any]:
@@ -107,7 +131,7 @@ def follow(system: System, times: Sequence[float], solver: Solver) -> Flow:
         error = FlowError(
             f"The {system.name} came to its end at t = {reached[-1]:.6g}: {stop.reason}",
             f"It was to be followed to t = {times[-1]:.6g}",
-            stop.write,
+            f"{stop.write}{system.advice if stop.write == STIFF else ''}",
         )
         error.flow = Flow(system, reached, torch.stack(kept), solver)
         raise error from None
@@ -131,15 +155,15 @@ def grid_of(time: float, options: PathOptions, kind: type[PathOptions]) -> list[
         )
     times, points = options.get("times"), options.get("points", 65)
     if times is None:
-        if not time > 0 or points < 2:
+        if not (is_number(time) and time > 0 and is_whole(points) and points >= 2):
             raise InputError(
                 f"A flow was asked for with `time={time!r}` and `points={points!r}`",
                 "It lasts for a time above 0, and 2 points or more of it are kept",
                 "Write for example `time=2.0, points=65`",
             )
         return [float(t) for t in np.linspace(0.0, time, points)]
-    given = np.asarray(times, dtype=np.float64)
-    if given.ndim != 1 or len(given) < 2 or given[0] != 0 or not (np.diff(given) > 0).all():
+    given = points_of(times)
+    if given.ndim != 1 or len(given) < 2 or given[0] != 0 or not ((np.diff(given) > 0) & (given[1:] < np.inf)).all():
         raise InputError(
             f"A flow was asked for with `times={shown(given)}`",
             "Two or more points of time rise from 0",

@@ -23,6 +23,7 @@ from pathkernel.dynamics.following import FlowOptions, flow_of
 from pathkernel.dynamics.integration import Stopped
 from pathkernel.dynamics.system import System
 from pathkernel.dynamics.training_loss import TrainingLoss
+from pathkernel.errors import InputError, is_number
 from pathkernel.optimizers.norms import Norm, norm_of
 
 
@@ -189,6 +190,12 @@ class PolyakFlow(System):
         super().__init__(loss)
         self.minimum = minimum
         value, gradient = loss.value_and_gradient(loss.initial)
+        if not (is_number(minimum) and minimum <= float(value)):
+            raise InputError(
+                f"`minimum={minimum!r}` was given, and the loss starts at {float(value):.6g}",
+                "L_* is the smallest value of the loss, a number no larger than any",
+                "Write `minimum=0.0`, or what is known of the loss",
+            )
         self._steepness = self._ratio(value, gradient)
 
     def _ratio(self, value: Tensor, gradient: Tensor) -> float:

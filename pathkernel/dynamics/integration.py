@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, is_number, is_whole
 from pathkernel.runtime.extras import require_extra
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
@@ -81,11 +81,24 @@ class Solver:
                 f"Methods are {', '.join(map(repr, ADAPTIVE))}, and of fixed steps {', '.join(map(repr, FIXED))}",
                 'Write `method="dopri5"`',
             )
-        if self.step is not None and (self.method in ADAPTIVE or self.step <= 0):
+        if self.step is not None and (self.method in ADAPTIVE or not (is_number(self.step) and self.step > 0)):
             raise InputError(
                 f'`step={self.step!r}` was given with `method="{self.method}"`',
                 f"Steps above 0 are fixed by {', '.join(map(repr, FIXED))}; the other methods choose theirs",
                 'Write `method="rk4", step=0.01`, or `rtol=` and `atol=`',
+            )
+        errors = self.rtol, self.atol
+        if not (all(is_number(error) and error >= 0 for error in errors) and any(errors)):
+            raise InputError(
+                f"`rtol={self.rtol!r}` and `atol={self.atol!r}` were given",
+                "Errors are 0 or more, and one of them above 0",
+                "Write for example `rtol=1e-8, atol=1e-10`",
+            )
+        if not (is_whole(self.max_steps) and self.max_steps >= 1):
+            raise InputError(
+                f"`max_steps={self.max_steps!r}` was given",
+                "Steps are counted: a whole number from 1 on",
+                "Write for example `max_steps=10_000`",
             )
 
 
@@ -175,7 +188,8 @@ DIVERGED = (
 )
 STIFF = (
     "Look at the flow up to there, `error.flow`; write a larger `max_steps=`, larger `rtol=` and `atol=`, or a shorter "
-    "`time`"
+    "`time`; at kinks, where gradients jump (as those of ReLU networks do, or signs), take fixed steps: "
+    '`method="rk4", step=0.01`'
 )
 
 

@@ -39,7 +39,7 @@ from pathkernel.dynamics.flow import Flow
 from pathkernel.dynamics.following import FlowOptions, flow_of
 from pathkernel.dynamics.system import System
 from pathkernel.dynamics.training_loss import TrainingLoss
-from pathkernel.errors import InputError
+from pathkernel.errors import SENSELESS, InputError, brief, is_number
 
 ORDERINGS = ("mean", "given")
 
@@ -105,6 +105,12 @@ class ModifiedBatchFlow(System):
 
     def __init__(self, loss: TrainingLoss, lr: float, batches: Sequence[Tensor], ordering: str) -> None:
         super().__init__(loss)
+        if not all(0 <= int(ids.min()) <= int(ids.max()) < len(loss) for ids in batches):
+            raise InputError(
+                "`batches` holds ids that no sample has",
+                f"Samples have the ids 0 to {len(loss) - 1}, their places in `data`",
+                "Write for example `batches=torch.randperm(len(X)).split(8)`",
+            )
         self.lr, self.ordering = lr, ordering
         self.batches = [loss.of_batch(ids) for ids in batches]
 
@@ -167,16 +173,38 @@ def modified_flow(
     Each evaluation takes a gradient, and one more reverse sweep through it (order 2: four) for the products with H and
     T: about three (ten) times the time of gradient flow.
     """
-    ids = None if batches is None else [torch.as_tensor(batch, dtype=torch.int64) for batch in batches]
+    ids = None if batches is None else _ids_of(batches)
     _check(lr, order, momentum, ids, ordering)
     if ids is None:
         return flow_of(lambda own: ModifiedFlow(own, lr, momentum, order), model, loss, data, time, options)
     return flow_of(lambda own: ModifiedBatchFlow(own, lr, ids, ordering), model, loss, data, time, options)
 
 
+def _ids_of(batches: Sequence[Any]) -> list[Tensor]:
+    """Sample ids of each batch, (B,) int64, one or more.
+
+    Raises
+    ------
+    InputError
+        For what is no list of lists of whole numbers.
+    """
+    try:
+        ids = [torch.as_tensor(batch) for batch in batches]
+    except SENSELESS:
+        ids = []
+    whole = [one.dim() == 1 and len(one) > 0 and not one.is_floating_point() for one in ids]
+    if not whole or not all(whole) or any(one.is_complex() or one.dtype == torch.bool for one in ids):
+        raise InputError(
+            f"`batches={brief(batches)}` was given",
+            "Each batch is a list of sample ids, whole numbers, one or more",
+            "Write for example `batches=[[0, 1, 2, 3], [4, 5, 6, 7]]`, or `torch.randperm(len(X)).split(8)`",
+        )
+    return [one.long() for one in ids]
+
+
 def _check(lr: float, order: int, momentum: float, batches: list[Tensor] | None, ordering: str) -> None:
     """Refuse what no modified flow is known of here."""
-    if not lr > 0 or not 0 <= momentum < 1:
+    if not (is_number(lr) and lr > 0 and is_number(momentum) and 0 <= momentum < 1):
         raise InputError(
             f"`modified_flow(lr={lr!r}, momentum={momentum!r})` was asked for",
             "The rate is above 0, and momentum from 0 up to 1",

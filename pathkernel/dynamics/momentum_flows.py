@@ -22,7 +22,7 @@ from pathkernel.dynamics.flow import Flow
 from pathkernel.dynamics.following import FlowOptions, flow_of
 from pathkernel.dynamics.system import System
 from pathkernel.dynamics.training_loss import TrainingLoss
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, is_number, is_whole
 from pathkernel.optimizers.momentum import leapfrog
 
 
@@ -42,7 +42,7 @@ class MomentumFlow(System):
 
     def __init__(self, loss: TrainingLoss, friction: float | None) -> None:
         super().__init__(loss, torch.zeros_like(loss.initial), loss.initial.new_zeros(1))
-        if friction is not None and not friction >= 0:
+        if friction is not None and not (is_number(friction) and friction >= 0):
             raise InputError(
                 f"`friction={friction!r}` was given",
                 "Friction is 0 or more, in inverse time; None stands for 3/t",
@@ -227,6 +227,12 @@ def body_of(lr: float, momentum: float) -> dict[str, float]:
     >>> round(body["time_step"], 6), round(body["friction"], 6)
     (0.5, 0.8)
     """
+    if not (is_number(lr) and lr > 0 and is_number(momentum) and 0 <= momentum <= 1):
+        raise InputError(
+            f"`body_of(lr={lr!r}, momentum={momentum!r})` was asked for",
+            "A heavy ball has a rate above 0 and a momentum from 0 to 1",
+            "Write for example `body_of(lr=0.1, momentum=0.9)`",
+        )
     time_step = math.sqrt(2 * lr / (1 + momentum))
     return {"time_step": time_step, "friction": 2 / time_step * (1 - momentum) / (1 + momentum)}
 
@@ -253,6 +259,10 @@ def momentum_at_rate(lr: float, momentum: float, new_lr: float) -> dict[str, flo
     `pathkernel.optimizers.Momentum`; ``buffer_factor``, that times α/α', for the ``momentum_buffer`` of
     `torch.optim.SGD`, which is −v/α.
     """
+    if not (is_number(new_lr) and new_lr > 0):
+        raise InputError(
+            f"`new_lr={new_lr!r}` was given", "A rate is a number above 0", "Write for example `new_lr=0.01`"
+        )
     body = body_of(lr, momentum)
     quarter = new_lr * body["friction"] / 4
     time_step = quarter + math.sqrt(quarter**2 + new_lr)
@@ -267,5 +277,15 @@ def momentum_at_rate(lr: float, momentum: float, new_lr: float) -> dict[str, flo
 
 
 def nesterov_momentum(step: int) -> float:
-    """Momentum (k − 1)/(k + 2) before step k = 1, 2, … of Nesterov's method, under which its friction is 3/t."""
+    """Momentum (k − 1)/(k + 2) before step k = 1, 2, … of Nesterov's method, under which its friction is 3/t.
+
+    Raises
+    ------
+    InputError
+        For what is no number of a step, counted from 1.
+    """
+    if not (is_whole(step) and step >= 1):
+        raise InputError(
+            f"`nesterov_momentum({step!r})` was asked for", "Steps are counted from 1", "Write `nesterov_momentum(1)`"
+        )
     return (step - 1) / (step + 2)

@@ -27,7 +27,7 @@ from pathkernel.dynamics.following import PathOptions, grid_of, loss_of
 from pathkernel.dynamics.integration import DIVERGED, GROWTH, pieces_of
 from pathkernel.dynamics.system import System
 from pathkernel.dynamics.training_loss import TrainingLoss
-from pathkernel.errors import FlowError, InputError
+from pathkernel.errors import FlowError, InputError, is_number
 
 
 class StochasticSystem(System):
@@ -42,13 +42,21 @@ class StochasticSystem(System):
     noise
         σ ≥ 0.
     generator
-        Where random numbers come from.
+        Where random numbers come from, on the CPU; None for one of its own with the seed 0.
     """
 
-    def __init__(self, loss: TrainingLoss, *others: Tensor, noise: float, generator: torch.Generator) -> None:
+    def __init__(self, loss: TrainingLoss, *others: Tensor, noise: float, generator: torch.Generator | None) -> None:
         super().__init__(loss, *others)
-        if not noise >= 0:
+        if not (is_number(noise) and noise >= 0):
             raise InputError(f"`noise={noise!r}` was given", "σ is 0 or more", "Write for example `noise=0.1`")
+        if generator is None:
+            generator = torch.Generator().manual_seed(0)
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            raise InputError(
+                f"`generator={generator!r}` was given",
+                "Random numbers are drawn on the CPU, by a generator of torch",
+                "Write for example `generator=torch.Generator().manual_seed(0)`",
+            )
         self.noise, self.generator = noise, generator
 
     def drawn(self, like: Tensor) -> Tensor:
@@ -91,9 +99,9 @@ class Kramers(StochasticSystem):
     name = "Kramers flow"
     parts = ("theta", "velocity")
 
-    def __init__(self, loss: TrainingLoss, friction: float, noise: float, generator: torch.Generator) -> None:
+    def __init__(self, loss: TrainingLoss, friction: float, noise: float, generator: torch.Generator | None) -> None:
         super().__init__(loss, torch.zeros_like(loss.initial), noise=noise, generator=generator)
-        if not friction > 0:
+        if not (is_number(friction) and friction > 0):
             raise InputError(
                 f"`friction={friction!r}` was given",
                 "Without friction the noise heats the body for ever: λ is above 0",
@@ -129,7 +137,7 @@ def langevin(
     *,
     step: float,
     noise: float,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
     **options: Unpack[PathOptions],
 ) -> Flow:
     r"""Langevin's equation :math:`d\theta = -\nabla L\, dt + \sigma\, dW` of a network, by Euler and Maruyama.
@@ -145,7 +153,8 @@ def langevin(
     noise
         σ ≥ 0.
     generator
-        Where random numbers come from; those of torch and numpy are not touched.
+        Where random numbers come from, on the CPU; None for one of its own with the seed 0, which gives the same path
+        every time. The generators of torch and numpy are not touched.
     **options
         See `pathkernel.dynamics.following.PathOptions`.
 
@@ -171,7 +180,7 @@ def kramers(
     step: float,
     friction: float,
     noise: float,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
     **options: Unpack[PathOptions],
 ) -> Flow:
     r"""Kramers' equation :math:`\ddot\theta + \lambda\dot\theta = -\nabla L + \sigma\xi` of a network, by BAOAB.
@@ -187,7 +196,8 @@ def kramers(
     noise
         σ ≥ 0.
     generator
-        Where random numbers come from; those of torch and numpy are not touched.
+        Where random numbers come from, on the CPU; None for one of its own with the seed 0, which gives the same path
+        every time. The generators of torch and numpy are not touched.
     **options
         As for `langevin`.
 
@@ -206,7 +216,7 @@ def kramers(
 
 def _followed(system: StochasticSystem, time: float, step: float, options: PathOptions) -> Flow:
     """One path through the points of time, each reached by equal steps no larger than asked for."""
-    if not step > 0:
+    if not (is_number(step) and step > 0):
         raise InputError(f"`step={step!r}` was given", "A step is a time above 0", "Write for example `step=0.01`")
     times = grid_of(time, options, PathOptions)
     parts: Sequence[Tensor] = system.start

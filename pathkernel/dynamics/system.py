@@ -30,6 +30,8 @@ class System(ABC):
         Names of the parts of y, θ first.
     is_gradient_flow
         Whether it is θ̇ = −∇L.
+    advice
+        What else to write where a solver's steps become too small or too many; empty where there is nothing.
     start
         The parts of y at t = 0.
     """
@@ -37,6 +39,7 @@ class System(ABC):
     name: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ("theta",)
     is_gradient_flow: ClassVar[bool] = False
+    advice: ClassVar[str] = ""
 
     def __init__(self, loss: TrainingLoss, *others: Tensor) -> None:
         self.loss = loss

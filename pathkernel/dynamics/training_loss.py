@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel._typing import Loss, PyTree
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, is_whole
 from pathkernel.gradients.forward_state import ForwardState, generators_untouched
 from pathkernel.gradients.losses import Objective, batch_loss, check_loss, check_reduction
 from pathkernel.gradients.model_function import ModelFunction
@@ -108,6 +108,20 @@ class TrainingLoss:
         InputError
             For a network without parameters that move, and for one whose passes draw random numbers.
         """
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                f"`model` is a {type(model).__name__}",
+                "A flow moves the parameters of a network",
+                "Pass an `nn.Module`",
+            )
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InputError(
+                f"`dtype={dtype!r}` was given", "A flow is followed in a floating type", "Write `dtype=torch.float64`"
+            )
+        if not (is_whole(block) and block >= 1):
+            raise InputError(
+                f"`block={block!r}` was given", "A block holds one sample or more", "Write for example `block=4096`"
+            )
         named = named_trainable(model)
         if not named:
             raise InputError(
@@ -254,6 +268,27 @@ class TrainingLoss:
                 "does in train mode",
                 "A flow follows the gradient of one function of θ",
                 "Write `model.eval()` before, or add noise of known size: `pathkernel.dynamics.langevin(noise=...)`",
+            )
+
+    def check_evaluation(self, theta: Tensor) -> None:
+        """Refuse to explain a network that trains on other outputs than it has in evaluation.
+
+        Raises
+        ------
+        InputError
+            Where outputs of the training samples at θ differ between the modes of the flow and evaluation.
+        """
+        with self.function.evaluating(gradients=False):
+            trained = batch_outputs(self._outputs(theta, slice(0, len(self))), len(self))
+        evaluated = self.run.function().outputs(theta, self.inputs, self.block)
+        difference = float((trained - evaluated).abs().max())
+        if difference > torch.finfo(self.dtype).eps ** 0.5 * float(1 + evaluated.abs().max()):
+            raise InputError(
+                f"In the modes of the flow the outputs of the training samples are others than in evaluation (by "
+                f"{difference:.1e}), as with batch normalization in train mode",
+                "An explanation is made of the tangent kernel of one function, and the flow trained another, in which "
+                "samples of a batch may depend on each other",
+                "Write `model.eval()` before the flow, or record a run: `KernelMachine(trajectory).explain(X)`",
             )
 
     def _proved_parts(self) -> list[tuple[slice, float]]:

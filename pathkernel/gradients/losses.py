@@ -288,7 +288,7 @@ def check_reduction(reduction: str) -> str:
         raise InputError(
             f"`reduction={reduction!r}` was given",
             'A loss with one number per sample is reduced by `"mean"` or `"sum"`, or by the `weights` of each batch',
-            'Write `KernelRecorder(..., reduction="mean")`',
+            'Write `reduction="mean"`',
         )
     return reduction
 

@@ -28,8 +28,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pathkernel.errors import InputError, is_number
 from pathkernel.optimizers.closure import Closure, evaluated, received, required
 from pathkernel.update_rules.rule import Frozen, Memory, Observation, Observes, Settings, UpdateRule
+
+ROUNDING = 1e-12
+"""How far a product of friction and time step may be beyond 2, where momentum is 0."""
 
 
 def leapfrog(time_step: float, friction: float) -> dict[str, float]:
@@ -40,19 +44,36 @@ def leapfrog(time_step: float, friction: float) -> dict[str, float]:
     time_step
         γ > 0.
     friction
-        λ ≥ 0, in inverse time; λγ < 2 keeps β positive.
+        λ ≥ 0, in inverse time; λγ ≤ 2 keeps β from falling below 0.
 
     Returns
     -------
     ``lr``, which is α, and ``momentum``, which is β.
+
+    Raises
+    ------
+    InputError
+        For other values.
 
     Examples
     --------
     >>> leapfrog(time_step=0.5, friction=0.8)
     {'lr': 0.208..., 'momentum': 0.666...}
     """
+    if not (is_number(time_step) and time_step > 0 and is_number(friction) and friction >= 0):
+        raise InputError(
+            f"`leapfrog(time_step={time_step!r}, friction={friction!r})` was asked for",
+            "A time step is above 0, and friction 0 or more",
+            "Write for example `leapfrog(time_step=0.1, friction=1.0)`",
+        )
+    if friction * time_step > 2 + ROUNDING:
+        raise InputError(
+            f"`leapfrog(time_step={time_step!r}, friction={friction!r})` was asked for",
+            "Their product is 2 or less: beyond, momentum would be below 0",
+            f"Write a time step of {2 / friction:.4g} or less",
+        )
     slowed = 1 + friction * time_step / 2
-    return {"lr": time_step**2 / slowed, "momentum": (1 - friction * time_step / 2) / slowed}
+    return {"lr": time_step**2 / slowed, "momentum": max(0.0, 1 - friction * time_step / 2) / slowed}
 
 
 class MomentumRule(UpdateRule):

@@ -135,6 +135,48 @@ def test_several_outputs_are_explained_each() -> None:
     np.testing.assert_allclose(why.output.reshape(2, 3), flow.outputs(X[:2])[-1], rtol=1e-12)
 
 
+def test_a_network_that_trains_on_other_outputs_than_it_has_is_not_explained() -> None:
+    X, y = data()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(X.shape[1], 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1)).double()
+    flow = dynamics.gradient_flow(model, LOSS, (X, y), 0.2, points=3)
+    with pytest.raises(InputError, match=r"others than in evaluation.*model\.eval\(\)"):
+        flow.explain(X[:2])
+    model.eval()
+    why = dynamics.gradient_flow(model, LOSS, (X, y), 0.2, points=9).explain(X[:2])
+    assert why.residual.max() < 1e-4
+
+
+class Tied(nn.Module):
+    """An embedding whose rows are the weights of the layer behind it, as in language models."""
+
+    def __init__(self, padding: int | None, tied: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4, padding_idx=padding)
+        self.out = nn.Linear(4, 7)
+        if tied:
+            self.out.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.embedding(tokens)).mean(dim=1))
+
+
+@pytest.mark.parametrize(("padding", "tied"), [(0, True), (None, True), (0, False)])
+def test_a_gradient_that_is_no_derivative_is_not_explained(padding: int | None, tied: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tokens, target = (torch.randint(0, 7, shape, generator=generator) for shape in ((6, 5), (6,)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = Tied(padding, tied).double()
+    flow = dynamics.gradient_flow(model, nn.CrossEntropyLoss(), (tokens, target), 0.2, points=5)
+    if padding is not None and tied:
+        with pytest.raises(InputError, match=r"is not its derivative.*Leave `padding_idx` out"):
+            flow.explain(tokens[:2])
+    else:
+        assert flow.explain(tokens[:2]).residual.max() < 1e-5
+
+
 # -- what optimizers discretise ----------------------------------------------------------------------------------------
 
 
@@ -219,6 +261,19 @@ def test_momentum_has_its_own_clock() -> None:
     assert nesterov.system.time_of_step({"lr": 0.04}) == pytest.approx(0.2)
 
 
+def test_a_modified_flow_with_momentum_is_compared_with_its_own_run() -> None:
+    rates, ends = (0.004, 0.002), []
+    for rate in rates:
+        flow = dynamics.modified_flow(network(), LOSS, data(), 0.2, lr=rate, momentum=0.5, points=2)
+        trajectory = recorded(lambda p, h=rate: torch.optim.SGD(p, lr=h, momentum=0.5), round(0.1 / rate))
+        beside = flow.distance(trajectory)
+        assert beside.times[-1] == pytest.approx(0.2)
+        lead = float((flow.theta[0] - trajectory.initial).norm())  # the flow starts ahead of a ball at rest
+        assert beside.distance[-1] < beside.distance[0] == pytest.approx(lead)
+        ends.append(beside.distance[-1])
+    assert dynamical.order(rates, ends) == pytest.approx(2, abs=ORDER)
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     flow = dynamics.gradient_flow(network(), LOSS, data(), 0.1, points=3)
     other = network()
@@ -232,6 +287,12 @@ def test_what_cannot_be_compared_is_refused() -> None:
         flow.distance(recorded(groups, 1))
     with pytest.raises(InputError, match=r"Times \[0.05 0.2 \] were asked.*with `time=`"):
         flow.at([0.05, 0.2])
+    with pytest.raises(InputError, match=r"Times .*nan.* were asked"):
+        flow.at([math.nan])
+    assert flow.at([]).shape == (0, flow.theta.shape[1])
+    for settings in ({"maximize": True}, {"momentum": 0.9, "dampening": 0.5}):
+        with pytest.raises(InputError, match="Step 0 was taken with `maximize` or `dampening`"):
+            flow.distance(recorded(lambda p, own=settings: torch.optim.SGD(p, lr=0.01, **own), 1))
     with pytest.raises(InputError, match="The part 'velocity'"):
         flow.part("velocity")
     with pytest.raises(InputError, match="An energy ledger was asked of a gradient flow"):
@@ -276,6 +337,18 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "times": ({"times": [0.1, 0.2]}, "Two or more points of time rise from 0"),
     "time": ({"time": -1.0}, "It lasts for a time above 0"),
     "points": ({"points": 1}, "2 points or more"),
+    "time text": ({"time": "1"}, "It lasts for a time above 0"),
+    "time infinite": ({"time": math.inf}, "It lasts for a time above 0"),
+    "points half": ({"points": 2.5}, "2 points or more"),
+    "times text": ({"times": "abc"}, "Points of time are numbers"),
+    "times infinite": ({"times": [0, math.inf]}, "Two or more points of time rise from 0"),
+    "rtol": ({"rtol": -1.0}, r"`rtol=-1\.0`"),
+    "no error": ({"rtol": 0.0, "atol": 0.0}, "one of them above 0"),
+    "max_steps": ({"max_steps": 1.5}, "a whole number from 1 on"),
+    "dtype": ({"dtype": torch.int64}, "a floating type"),
+    "dtype text": ({"dtype": "float32"}, "a floating type"),
+    "block": ({"block": 0}, "one sample or more"),
+    "reduction": ({"reduction": "none"}, 'Write `reduction="mean"`'),
     "option": ({"learning_rate": 1.0}, "`learning_rate=` was given to a flow"),
 }
 
@@ -294,6 +367,75 @@ def test_frictions_and_memories_without_sense_are_refused() -> None:
         dynamics.rmsprop_flow(network(), LOSS, data(), memory=0.0)
     with pytest.raises(InputError, match=r"`memory=\(1.0, -1.0\)` was given"):
         dynamics.adam_flow(network(), LOSS, data(), memory=(1.0, -1.0))
+
+
+BATCHES_WITHOUT_SENSE: dict[str, Any] = {
+    "none": [],
+    "empty": [[]],
+    "floats": [[0.5]],
+    "truth values": [[True, False]],
+    "no lists": [0, 1],
+    "texts": ["a"],
+    "beyond": [[0, 99]],
+    "negative": [[-1], [1]],
+}
+
+
+@pytest.mark.parametrize("name", BATCHES_WITHOUT_SENSE)
+def test_batches_without_sense_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="`batches"):
+        dynamics.modified_flow(network(), LOSS, data(), 0.1, lr=0.1, batches=BATCHES_WITHOUT_SENSE[name])
+
+
+CALLS_WITHOUT_SENSE: dict[str, tuple[Any, str]] = {
+    "leapfrog step": (lambda: leapfrog(0.0, 1.0), "A time step is above 0"),
+    "leapfrog friction": (lambda: leapfrog(0.1, math.nan), "friction 0 or more"),
+    "leapfrog product": (lambda: leapfrog(1.0, 3.0), "a time step of 0.6667 or less"),
+    "body rate": (lambda: dynamics.body_of(-1.0, 0.5), "a rate above 0"),
+    "body momentum": (lambda: dynamics.body_of(0.1, 1.5), "a momentum from 0 to 1"),
+    "new rate": (lambda: dynamics.momentum_at_rate(0.1, 0.9, 0.0), "`new_lr=0.0`"),
+    "step of Nesterov": (lambda: dynamics.nesterov_momentum(0), "counted from 1"),
+    "half a step": (lambda: dynamics.nesterov_momentum(1.5), "counted from 1"),  # type: ignore[arg-type]
+    "RMSprop step": (lambda: dynamics.rmsprop_settings(-0.1, 1.0), "A time step is above 0"),
+    "RMSprop memory": (lambda: dynamics.rmsprop_settings(0.1, math.inf), "`memory=inf`"),
+    "Adam memory": (lambda: dynamics.adam_settings(0.1, 1.0), "a pair"),  # type: ignore[arg-type]
+    "Adam flow": (lambda: dynamics.adam_flow(network(), LOSS, data(), memory=1.0), "a pair"),  # type: ignore[arg-type]
+    "eps": (lambda: dynamics.rmsprop_flow(network(), LOSS, data(), eps=-1.0), "ε is 0 or more"),
+    "minimum": (lambda: dynamics.polyak_flow(network(), LOSS, data(), minimum=50.0), "no larger than any"),
+    "model": (lambda: dynamics.gradient_flow(len, LOSS, data()), "`model` is a builtin"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", CALLS_WITHOUT_SENSE)
+def test_numbers_without_sense_are_refused(name: str) -> None:
+    call, said = CALLS_WITHOUT_SENSE[name]
+    with pytest.raises(InputError, match=said):
+        call()
+
+
+def test_momentum_without_friction_left_is_gradient_descent() -> None:
+    body = dynamics.body_of(0.3, 0.0)
+    assert leapfrog(**body) == pytest.approx({"lr": 0.3, "momentum": 0.0})
+    assert leapfrog(**body)["momentum"] >= 0  # which torch demands
+
+
+def test_a_loss_that_is_no_number_at_the_start_is_named() -> None:
+    X, y = data()
+    broken = X.clone()
+    broken[0, 0] = math.nan
+    with pytest.raises(InputError, match="The loss is nan at t = 0; the inputs hold NaN or infinity"):
+        dynamics.gradient_flow(network(), LOSS, (broken, y))
+    with pytest.raises(InputError, match="The loss is nan at t = 0; no input, target or parameter holds"):
+        dynamics.gradient_flow(network(), lambda z, target: (z * math.nan).sum(), (X, y))
+
+
+def test_advice_for_stiff_flows_names_kinks_and_young_averages() -> None:
+    options: dict[str, Any] = {"points": 2, "max_steps": 1}
+    with pytest.raises(FlowError, match=r"at kinks.*method=\"rk4\"") as caught:
+        dynamics.gradient_flow(network(), LOSS, data(), 10.0, **options)
+    assert "`eps=`" not in str(caught.value)
+    with pytest.raises(FlowError, match="a larger `eps=`"):
+        dynamics.adam_flow(network(), LOSS, data(), 10.0, **options)
 
 
 def test_a_flow_that_diverges_keeps_what_was_computed() -> None:

@@ -53,6 +53,18 @@ def test_the_same_generator_gives_the_same_path_and_others_stay() -> None:
         one.at([0.01])
 
 
+def test_without_a_generator_one_of_its_own_is_taken() -> None:
+    state = torch.get_rng_state()
+    options: dict[str, Any] = {"step": 0.01, "noise": 0.1, "points": 3}
+    one, other = (dynamics.langevin(network(), LOSS, data(), 0.05, generator=own, **options) for own in (None, None))
+    assert torch.equal(one.theta, other.theta) and torch.equal(torch.get_rng_state(), state)
+    seeded = torch.Generator().manual_seed(0)
+    assert torch.equal(dynamics.langevin(network(), LOSS, data(), 0.05, generator=seeded, **options).theta, one.theta)
+    assert dynamics.kramers(network(), LOSS, data(), 0.05, friction=1.0, **options).theta.shape == one.theta.shape
+    with pytest.raises(InputError, match="by a generator of torch"):
+        dynamics.langevin(network(), LOSS, data(), 0.05, generator=3, **options)  # type: ignore[arg-type]
+
+
 def test_what_makes_no_sense_is_refused() -> None:
     options: dict[str, Any] = {"step": 0.01, "noise": 0.1, "generator": generator()}
     with pytest.raises(InputError, match="σ is 0 or more"):
