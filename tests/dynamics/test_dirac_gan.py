@@ -74,7 +74,7 @@ def test_variants_without_an_equilibrium_have_no_eigenvalues() -> None:
         assert (row.flow.size, len(row.radii)) == ((2, 3) if row.name in DAMPED else (0, 0))
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=str)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=lambda gan: gan.name)
 def test_a_field_is_minus_the_gradients_of_the_losses(variant: DiracGAN) -> None:
     points = np.random.default_rng(0).normal(size=(5, 2))
     grid = np.stack(variant.field(points[:, 0], points[:, 1]), axis=1)
@@ -132,7 +132,7 @@ def test_steps_at_once_spiral_outward_as_their_eigenvalues_say(rate: float) -> N
     np.testing.assert_allclose(np.hypot(*path.T), expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("updates", ["alternating", UPDATES["alternating 5"]], ids=str)
+@pytest.mark.parametrize("updates", ["alternating", UPDATES["alternating 5"]], ids=["by name", "alternating 5"])
 def test_steps_in_turns_stay_on_their_ellipse(updates: Any) -> None:
     path = VARIANTS["GAN"].trajectory((0.01, 0.0), 0.2, 2000, updates)
     radius = np.hypot(*path.T)
