@@ -14,7 +14,7 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.dynamics.integration import Integration, Solver
 from pathkernel.dynamics.system import System
-from pathkernel.errors import SENSELESS, InputError, brief
+from pathkernel.errors import SENSELESS, InputError, brief, is_whole
 from pathkernel.gradients.losses import output_cotangents
 from pathkernel.gradients.per_sample import output_products
 from pathkernel.kernel_machine.attributions import Attributions
@@ -87,6 +87,12 @@ class Flow:
 
     def parameters(self, point: int) -> dict[str, Tensor]:
         """θ at one of the points that are kept, by parameter name: copies, for ``model.load_state_dict``."""
+        if not (is_whole(point) and -len(self) <= point < len(self)):
+            raise InputError(
+                f"`parameters({point!r})` was asked for",
+                f"The flow keeps the points 0 to {len(self) - 1}",
+                "Write `flow.parameters(-1)` for its end",
+            )
         return self.system.loss.run.layout.unflatten(self.theta[point].clone())
 
     def outputs(self, X: PyTree) -> np.ndarray:
@@ -330,6 +336,12 @@ class Flow:
             For a run from elsewhere, where parameter groups have rates of their own, and for runs with ``maximize`` or
             ``dampening``, which no flow here has a clock for.
         """
+        if not isinstance(trajectory, Trajectory):
+            raise InputError(
+                f"A distance from a {type(trajectory).__name__} was asked for",
+                "A flow is compared with a recorded run",
+                "Write `flow.distance(recorder.trajectory)`",
+            )
         start = self.theta[0]
         initial = self.system.loss.initial  # a modified flow with momentum starts ahead of it
         if trajectory.layout != self.system.loss.run.layout or not torch.allclose(

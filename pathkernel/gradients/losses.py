@@ -43,8 +43,19 @@ def batch_loss(loss: Loss, outputs: PyTree, targets: PyTree, weights: Tensor | N
         (B,) coefficients of the samples' own losses, or None.
     reduction
         ``"mean"`` or ``"sum"`` over a loss that returns one number per sample.
+
+    Raises
+    ------
+    InputError
+        For a loss that returns no tensor.
     """
     value = loss(outputs, targets)
+    if not isinstance(value, Tensor):
+        raise InputError(
+            f"The loss returned a {type(value).__name__}",
+            "Its value is a tensor, which gradients can be taken of",
+            "Leave `.item()` and `float(...)` out of the loss",
+        )
     if value.dim() > 0:
         per_sample = value.reshape(value.shape[0], -1).mean(dim=1)
         if weights is not None:

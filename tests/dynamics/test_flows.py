@@ -293,6 +293,10 @@ def test_what_cannot_be_compared_is_refused() -> None:
     for settings in ({"maximize": True}, {"momentum": 0.9, "dampening": 0.5}):
         with pytest.raises(InputError, match="Step 0 was taken with `maximize` or `dampening`"):
             flow.distance(recorded(lambda p, own=settings: torch.optim.SGD(p, lr=0.01, **own), 1))
+    with pytest.raises(InputError, match=r"A distance from a Flow .*recorder\.trajectory"):
+        flow.distance(flow)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="The flow keeps the points 0 to 2"):
+        flow.parameters(3)
     with pytest.raises(InputError, match="The part 'velocity'"):
         flow.part("velocity")
     with pytest.raises(InputError, match="An energy ledger was asked of a gradient flow"):
@@ -402,6 +406,7 @@ CALLS_WITHOUT_SENSE: dict[str, tuple[Any, str]] = {
     "Adam flow": (lambda: dynamics.adam_flow(network(), LOSS, data(), memory=1.0), "a pair"),  # type: ignore[arg-type]
     "eps": (lambda: dynamics.rmsprop_flow(network(), LOSS, data(), eps=-1.0), "ε is 0 or more"),
     "minimum": (lambda: dynamics.polyak_flow(network(), LOSS, data(), minimum=50.0), "no larger than any"),
+    "loss": (lambda: dynamics.gradient_flow(network(), lambda z, y: 1.0, data()), "The loss returned a float"),
     "model": (lambda: dynamics.gradient_flow(len, LOSS, data()), "`model` is a builtin"),  # type: ignore[arg-type]
 }
 
