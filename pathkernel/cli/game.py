@@ -312,7 +312,7 @@ def trained(arguments: argparse.Namespace, rounds: int) -> tuple[dict[str, Any],
 
 
 def picture_of(name: str, played: Played, why: Attributions) -> Any:
-    """Which samples moved the discriminator's output for the first real one."""
+    """Picture of the samples that moved the discriminator's output for the first real one."""
     from pathkernel.plotting.player import PlayerViewDisplay  # drawing needs matplotlib
     from pathkernel.plotting.share_map import ShareMapDisplay
 

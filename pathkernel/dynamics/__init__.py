@@ -5,7 +5,7 @@ The optimizers themselves are in `pathkernel.optimizers`; their names are forwar
 
 from typing import TYPE_CHECKING
 
-from pathkernel import optimizers
+import pathkernel.optimizers as optimizers  # not from the face, which imports this
 from pathkernel.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:

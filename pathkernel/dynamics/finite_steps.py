@@ -1,4 +1,4 @@
-r"""What finite steps did to a recorded run of gradient descent: implicit regularisation, as a ledger.
+r"""Effects of finite steps on a recorded run of gradient descent: implicit regularisation, as a ledger.
 
 Each step follows, up to γ³, the first modified flow of its own batch's loss (`pathkernel.dynamics.modified_flows`).
 Along it a function f of θ changes by
@@ -54,7 +54,7 @@ class Ledger:
 
     @property
     def remainder(self) -> np.ndarray:
-        """What no part accounts for."""
+        """The part of the change that no cause accounts for."""
         return self.change - sum(self.parts.values(), np.zeros_like(self.change))
 
     @property
@@ -187,7 +187,7 @@ def regularization_ledger(
 
 @dataclass(frozen=True)
 class _Kind:
-    """What kind of gradient descent a run is."""
+    """Kind of gradient descent that a run is."""
 
     momentum: float
     decay: float

@@ -196,7 +196,7 @@ def stability(
 
 
 def _tolerance(like: Tensor) -> float:
-    """What rounding leaves of products with Jacobians, relative to their size: more of them makes it no better."""
+    """Rounding left in products with Jacobians, relative to their size: more of them makes it no better."""
     return float(torch.finfo(like.dtype).eps) ** 0.75
 
 
@@ -290,7 +290,7 @@ def _arnoldi(
 
 
 def stages_of(updates: str | Sequence[str], names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    """Who steps at once, in the order of the steps.
+    """Players that step at once, in the order of the steps.
 
     Raises
     ------

@@ -129,7 +129,7 @@ def loss_ledger(trajectory: Trajectory, *, memory: int | str = "1GB", progress: 
 
 
 def _weight(trajectory: Trajectory, why: Attributions) -> tuple[float, float, float]:
-    """By what the losses of single samples are multiplied in L, and L at both ends."""
+    """Weight of the losses of single samples in L, and L at both ends."""
     function = trajectory.function()
     before = TrainingLoss(trajectory.run, function, *trajectory.data[torch.arange(len(trajectory.data))]).in_blocks()
     final = function.with_(constants=trajectory.final_buffers)

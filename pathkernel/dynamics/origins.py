@@ -67,7 +67,7 @@ class _Pass:
     given: tuple[Tensor, ...]
 
     def row(self, place: int) -> list[Tensor]:
-        """What one of its samples was made of."""
+        """Origin of one of its samples."""
         return [leaf[place] for leaf in self.given]
 
 
@@ -90,7 +90,7 @@ def _same(one: _Origin, other: _Origin) -> bool:
 
 
 class _Ambiguous:
-    """In place of an origin where there are several."""
+    """Mark in place of an origin where there are several."""
 
 
 AMBIGUOUS = _Ambiguous()
@@ -166,7 +166,7 @@ class MadeSamples:
                 known[bits] = _one_of([known.get(bits), (made, row)])
 
     def origins_of(self, player: str, inputs: Any, n: int) -> list[_Found]:
-        """What made each of n samples that a player was given, by all of their tensors.
+        """Origins of n samples that a player was given, by all of their tensors.
 
         Parameters
         ----------

@@ -106,7 +106,7 @@ def linear(cases: Mapping[Any, Stepped]) -> dict[Any, Linear]:
 
 
 def _responses(case: Stepped) -> list[tuple[Tensor, ...]]:
-    """What a step makes of ones in each of its inputs and zeros in the others: (n,), or (1,) where entries agree."""
+    """Responses of a step to ones in each of its inputs and zeros in the others: (n,), or (1,) where entries agree."""
     rule, frozen = case.rule, case.frozen
     # Where nothing frozen has the parameter's shape, one entry stands for all.
     shaped = [value for value in frozen.values() if isinstance(value, Tensor) and value.numel() > 1]
@@ -135,7 +135,7 @@ def _may_be_proportional(rows: list[tuple[Tensor, ...]]) -> bool:
 
 
 def _proportionality(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Whether a = ρ b with ρ = c / d to a few roundings of float64, where there is one gradient and one slot."""
+    """Test of a = ρ b with ρ = c / d to a few roundings of float64, where there is one gradient and one slot."""
     if not _may_be_proportional(rows):
         return []
     (a, c), (b, d) = rows
@@ -228,7 +228,7 @@ class StepAdjoint:
         return Stepped(self.rule.of(settings), self.step.frozen[name], settings, self.shapes[name])
 
     def _key(self, name: str) -> Any:
-        """What parameters have in common that step alike: those of one group in which only numbers are frozen."""
+        """Key that parameters share which step alike: those of one group in which only numbers are frozen."""
         frozen = self.step.frozen[name]
         shared = all(isinstance(value, (bool, int, float)) for value in frozen.values())
         return (self.step.groups[name], tuple(sorted(frozen.items()))) if shared else name

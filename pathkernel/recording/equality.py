@@ -24,7 +24,7 @@ def equal_joined(pieces: Sequence[Tensor], vector: Tensor) -> bool:
 
 
 def alike(pieces: Sequence[Tensor], vector: Tensor) -> Tensor:
-    """Whether tensors, flattened and joined, are a vector entry by entry: a truth value that is not read yet."""
+    """Test that tensors, flattened and joined, are a vector entry by entry: a truth value that is not read yet."""
     joined = torch.cat([p.detach().reshape(-1) for p in pieces])
     return (joined == vector).all() if joined.shape == vector.shape else joined.new_zeros((), dtype=torch.bool)
 

@@ -47,7 +47,7 @@ class Mark(NamedTuple):
 
 
 class Glance(NamedTuple):
-    """What is asked before a step of θ and its gradient; off the CPU it is read in one transfer."""
+    """Answers that are wanted before a step of θ and its gradient; off the CPU it is read in one transfer."""
 
     theta: int
     """Checksum of θ."""

@@ -118,7 +118,7 @@ class LiveParameters:
         return equal_joined(self._values.of(self.named.values()), point)
 
     def seems_at(self, point: Tensor) -> Tensor:
-        """Whether θ is a given vector: a truth value that is not read yet."""
+        """Test that θ is a given vector: a truth value that is not read yet."""
         return alike(self._values.of(self.named.values()), point)
 
     def checksum(self) -> int:

@@ -98,7 +98,7 @@ class ExactProducts(ContextDecorator):
                     self._put(exact=True)
 
     def tensor_floats(self) -> tuple[bool, bool, bool]:
-        """Whether the user lets a GPU round to TensorFloat-32: in matrix products, convolutions, recurrent layers."""
+        """Permissions to round to TensorFloat-32 on a GPU: in matrix products, convolutions, recurrent layers."""
         with self._lock:
             own = self._on_gpu if self._inside and self._on_gpu else [own for *_, own in _present(_gpu_settings())]
         matmul, convolution, recurrence = (value in (True, "tf32") for value in own)

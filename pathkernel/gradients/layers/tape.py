@@ -36,7 +36,7 @@ FAILURES = (NoRule, ArithmeticError, *REFUSALS)
 
 
 class NotElementwise(Exception):
-    """What was proved of the layer before the output layer does not hold of the samples at hand."""
+    """Error: the form proved of the layer before the output layer does not hold of the samples at hand."""
 
 
 class OutputLayer(NamedTuple):
