@@ -105,9 +105,11 @@ def mixed(fault: Fault, values: Tensor) -> Tensor:
 def _broken_pieces(fault: Fault) -> Callable[..., list[Piece]]:
     right = Tape.pieces
 
-    def pieces(tape: Tape, components: Tensor, identity: slice | None = None) -> list[Piece]:
+    def pieces(
+        tape: Tape, components: Tensor, identity: slice | None = None, before_head: int | None = None
+    ) -> list[Piece]:
         if tape.n != BATCH or not components.requires_grad:
-            return right(tape, components, identity)
+            return right(tape, components, identity, before_head)
         if fault.slopes:
             with torch.enable_grad():
                 slopes = [

@@ -32,10 +32,11 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import pathkernel as pk
 from pathkernel import errors
 from pathkernel.gradients.forward_state import ForwardState
-from pathkernel.gradients.losses import Objective, check_reduction
+from pathkernel.gradients.losses import Objective, batch_loss, check_reduction
 from pathkernel.gradients.pytrees import as_tensors, memory_bytes
 from pathkernel.gradients.returned import batch_outputs, selected
 from pathkernel.kernel_machine.attributions import Attributions
+from pathkernel.optimizers.momentum import leapfrog
 from pathkernel.optimizers.runge_kutta import Heun
 from pathkernel.quadrature import as_quadrature
 from pathkernel.recording.compiled import check_random_numbers
@@ -57,6 +58,7 @@ ELSEWHERE = {
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
     "errors.py": "here",
+    "gradients/layers/stacked_passes.py": "tests/gradients",
     "gradients/layers/tape.py": "tests/gradients",
     "plotting/player.py": "tests/plotting/test_player_display.py",
     "plotting/share_map.py": "tests/plotting/test_game_displays.py",
@@ -153,6 +155,18 @@ def run() -> Recording:
 def recorder_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> pk.KernelRecorder:
     opt = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer
     return pk.KernelRecorder(model, opt, CE, **{"data": (make_inputs(2), torch.tensor([0, 1])), **options})
+
+
+def diverged() -> None:
+    model, data = make_model(), (make_inputs(4), torch.tensor([0, 1, 0, 1]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e200)
+    with pk.KernelRecorder(model, optimizer, CE, data=data, audit_every=0) as recorder:
+        for ids in ([0, 1], [2, 3], [0, 2]):
+            x, y = recorder.announce(ids)
+            optimizer.zero_grad()
+            CE(model(x), y).backward()
+            optimizer.step()
+    pk.KernelMachine(recorder.trajectory).explain(make_inputs(2))
 
 
 def machine() -> pk.KernelMachine:
@@ -682,7 +696,7 @@ REFUSALS: dict[str, Case] = {
     "unknown reduction": (
         lambda: recorder_of(make_model(), reduction="average"),
         errors.InputError,
-        ("`reduction='average'`", '`"mean"` or `"sum"`', "KernelRecorder"),
+        ("`reduction='average'`", '`"mean"` or `"sum"`', '`reduction="mean"`'),
     ),
     "restart after an unseen step": (
         restart_after_an_unseen_step,
@@ -992,10 +1006,30 @@ REFUSALS: dict[str, Case] = {
         errors.InputError,
         ("was asked to work in torch.float32", "needs torch.float64", "`DiscreteGradient()`"),
     ),
+    "a network that diverged": (
+        diverged,
+        errors.TrajectoryError,
+        ("training diverged", "no sum of finite shares", "trajectory.until(0)"),
+    ),
+    "a loss that is no tensor": (
+        lambda: batch_loss(lambda outputs, targets: 1.0, torch.ones(2, 1), torch.ones(2, 1), None, "mean"),  # type: ignore[arg-type,return-value]
+        errors.InputError,
+        ("returned a float", "gradients can be taken of", "`.item()`"),
+    ),
+    "a leapfrog step without length": (
+        lambda: leapfrog(time_step=0.0, friction=1.0),
+        errors.InputError,
+        ("time_step=0.0", "is above 0", "leapfrog(time_step=0.1"),
+    ),
+    "a leapfrog step that is too long": (
+        lambda: leapfrog(time_step=1.0, friction=4.0),
+        errors.InputError,
+        ("friction=4.0", "2 or less", "0.5 or less"),
+    ),
     "a machine that rounds more than training": (
         lambda: pk.KernelMachine(run().trajectory, dtype=torch.bfloat16),
         errors.InputError,
-        ("steps in torch.float32 was asked to work in torch.bfloat16", "not rounded so coarsely", "Leave `dtype` out"),
+        ("steps in torch.float64 was asked to work in torch.bfloat16", "not rounded so coarsely", "Leave `dtype` out"),
     ),
     "probabilities of a regressor": (
         lambda: pk.KernelMachine(record(loss="mse_mean").trajectory).predict_proba(X3),
