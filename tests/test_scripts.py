@@ -54,7 +54,10 @@ KEYS = {
 PARTS = {
     "dynamics.py": ("--only", "norms", "noise"),
     "certificate.py": ("--parts", "coupled", "refused", "broken", "alarms"),
-    "engines.py": ("--only", "W1 trace", "W2 full", "W3 loss", "path Gram", "shares SGD", "memory", "scaling"),
+    "engines.py": (
+        *("--only", "W1 trace", "W2 full", "W3 loss", "path Gram", "shares SGD", "memory", "scaling"),
+        *("--methods", "pathkernel", "pathkernel-bfloat16", "torch-floor", "tutorial"),
+    ),
     "real_networks.py": ("--steps", "3", "--tasks", "explain 8", "decision_function 8"),
     "loops.py": ("--only", "makemore", "gcn", "tabular", "truncated_bptt", "lbfgs"),
 }
