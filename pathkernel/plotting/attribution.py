@@ -43,6 +43,31 @@ class Sample:
     label: str | None
 
 
+def strongest(shares: NDArray[np.float64], side: str, k: int) -> list[int]:
+    """Places of the k largest shares of one side, ``"raising"`` or ``"lowering"``, the strongest first.
+
+    Raises
+    ------
+    PathKernelError
+        If `k` is below 1.
+    """
+    if k < 1:
+        raise PathKernelError(f"`k` is {k}", "At least one sample is shown on either side", "Write k=5")
+    signed = shares if side == "raising" else -shares
+    order = np.argsort(-signed, kind="stable")[:k]  # ties in id order
+    return [int(i) for i in order if signed[i] > 0]
+
+
+def samples_with_images(
+    shares: NDArray[np.float64], chosen: Sequence[int], images: Any, name: str, labels: NDArray[Any] | None = None
+) -> list[Sample]:
+    """The chosen samples of some shares; ``name`` is what the images are called in errors."""
+    return [
+        Sample(i, float(shares[i]), as_image(images[i], name), None if labels is None else str(labels[i]))
+        for i in chosen
+    ]
+
+
 class AttributionDisplay:
     """A query, the training samples that pushed its output up and down most, and the account.
 
@@ -134,8 +159,7 @@ class AttributionDisplay:
         """
         bars = waterfall(attributions, query)
         shares = np.asarray(attributions.shares[query], dtype=np.float64)
-        if k < 1:
-            raise PathKernelError(f"`k` is {k}", "At least one sample is shown on either side", "Write k=5")
+        raising, lowering = (strongest(shares, side, k) for side in ("raising", "lowering"))
         names = None if labels is None else np.asarray(labels)
         for name, given in (("images", images), ("labels", names)):
             if given is not None and len(given) != len(shares):  # type: ignore[arg-type]
@@ -145,15 +169,9 @@ class AttributionDisplay:
                     f"Pass the {name} of the whole training set",
                 )
 
-        def sample(index: int) -> Sample:
-            label = None if names is None else str(names[index])
-            return Sample(index, float(shares[index]), as_image(images[index], "images"), label)  # type: ignore[index]
-
-        descending = np.argsort(-shares, kind="stable")  # ties in id order
-        ascending = np.argsort(shares, kind="stable")
         return cls(
-            raising=[sample(int(i)) for i in descending[:k] if shares[i] > 0],
-            lowering=[sample(int(i)) for i in ascending[:k] if shares[i] < 0],
+            raising=samples_with_images(shares, raising, images, "images", names),
+            lowering=samples_with_images(shares, lowering, images, "images", names),
             bars=bars,
             query_image=None if query_image is None else as_image(query_image, "query_image"),
             title=title if title is not None else _default_title(attributions, query),

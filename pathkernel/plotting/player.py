@@ -14,7 +14,15 @@ from pathkernel.dynamics.origins import Origins
 from pathkernel.errors import PathKernelError
 from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.plotting.appearance import LOWERS, NEUTRAL, RAISES, heading, several_axes, styled
-from pathkernel.plotting.attribution import HEADING, Sample, as_image, draw_image, draw_samples
+from pathkernel.plotting.attribution import (
+    HEADING,
+    Sample,
+    as_image,
+    draw_image,
+    draw_samples,
+    samples_with_images,
+    strongest,
+)
 
 BARS = 24
 """Most bars over the generator's time."""
@@ -159,8 +167,10 @@ class PlayerViewDisplay:
             for part in (np.maximum, np.minimum)
         ]
         return cls(
-            real={name: _samples(of_real, strongest(of_real, name, k), images, "images") for name in chosen},
-            generated={name: _samples(of_source, own, generated, "generated") for name, own in chosen.items()},
+            real={name: samples_with_images(of_real, strongest(of_real, name, k), images, "images") for name in chosen},
+            generated={
+                name: samples_with_images(of_source, own, generated, "generated") for name, own in chosen.items()
+            },
             times={name: [int(origins.made_at[i]) for i in own] for name, own in chosen.items()},
             edges=edges,
             raised=sums[0],
@@ -230,17 +240,6 @@ class PlayerViewDisplay:
         panel.set_title("Fakes by their time", fontsize=10)
         panel.set(xlabel=f"step of {self.maker} at which they were made", ylabel="sum of shares")
         panel.legend(loc="best")
-
-
-def strongest(shares: NDArray[np.float64], side: str, k: int) -> list[int]:
-    """Places of the k largest shares of one side, ``"raising"`` or ``"lowering"``, the strongest first."""
-    signed = shares if side == "raising" else -shares
-    order = np.argsort(-signed, kind="stable")[:k]
-    return [int(i) for i in order if signed[i] > 0]
-
-
-def _samples(shares: NDArray[np.float64], chosen: list[int], images: Any, name: str) -> list[Sample]:
-    return [Sample(i, float(shares[i]), as_image(images[i], name), None) for i in chosen]
 
 
 def _edges(times: NDArray[np.int64]) -> NDArray[np.float64]:
