@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import pathkernel as pk
 from pathkernel import reference
 from pathkernel.gradients.layers.factors import Outer
+from pathkernel.tangent_kernel.engines import auto
 
 DOUBLE = TOLERANCES[torch.float64]
 
@@ -22,6 +23,19 @@ class Swapping(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.where(x[:, :1] > 3, x.flip(1), x)
+
+
+class Conditional(nn.Module):
+    """Mixes entries of samples whose first one is large; of those whose second one is, gradients are no numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.layer(x))
+        z = z + (x[:, :1] > 3) * z.sum(dim=1, keepdim=True)
+        return self.head(torch.sqrt((z.abs() + 1.0) * (x[:, 1:2] < 3)))
 
 
 class Twice(nn.Module):
@@ -151,14 +165,43 @@ def test_one_output_is_left_as_it_is() -> None:
     assert not joint_factors(pk.TangentKernel(model, engine="layerwise"), X)
 
 
-def test_samples_of_which_it_does_not_hold_are_seen() -> None:
+def swapping() -> tuple[nn.Module, Tensor, Tensor]:
+    """A network, samples of which it holds, and some of which it does not."""
     model, X = made(lambda: mlp(nn.ReLU(), Swapping()), n=12)
     with torch.no_grad():
-        model[2].weight[0] += 40 * X[11] @ model[0].weight.T  # the last sample alone is swapped
-    small, kernel = X[(model[:4](X)[:, 0] < 3).nonzero().flatten()], pk.TangentKernel(model, engine="layerwise")
-    assert 2 < len(small) < 12
-    kernel(small)
+        model[2].weight[0] += 40 * X[11] @ model[0].weight.T
+    held = model[:4](X)[:, 0] < 3
+    assert 2 < held.sum() < 12
+    return model, X[held], X[~held]
+
+
+def test_samples_of_which_it_does_not_hold_are_seen() -> None:
+    model, held, others = swapping()
+    kernel, X = pk.TangentKernel(model, engine="layerwise"), torch.cat([held, others])
+    kernel(held)
     assert kernel.engine.tapes.coverage.before_head is not None and kernel.engine._elementwise
     expected = reference_of(model, X)
     np.testing.assert_allclose(kernel(X), expected, rtol=0, atol=DOUBLE.rounding * np.abs(expected).max())
     assert not kernel.engine._elementwise
+
+
+def test_costs_of_such_samples_are_known_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "WORTH_CHOOSING", 0)
+    model, held, others = swapping()
+    for ask in (lambda kernel: kernel.cost(others), lambda kernel: kernel(others)):
+        kernel = pk.TangentKernel(model)
+        kernel(held)
+        assert kernel.engine._elementwise
+        assert len(ask(kernel)) and not kernel.engine._elementwise
+
+
+def test_a_sample_without_a_gradient_does_not_hide_others() -> None:
+    model, X = made(Conditional)
+    kernel = pk.TangentKernel(model, engine="layerwise")
+    kernel(X)
+    assert kernel.engine.tapes.coverage.before_head is not None
+    X[3, 0] = X[5, 1] = 4.0
+    found, expected = kernel(X), reference_of(model, X)
+    assert np.isnan(expected[5]).all() and np.isnan(expected).sum() == 2 * len(X) - 1
+    scale = np.nanmax(np.abs(expected))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=DOUBLE.rounding * scale)

@@ -228,7 +228,8 @@ class Tape:
         if slopes is None or signals is None:
             return None
         difference = (drawn @ layer.weight).mul_(slopes).sub_(signals).abs_().max()
-        return None if difference > limit * signals.abs().max() else slopes
+        # Of signals that are no numbers the maximum is none: it says nothing of the other samples.
+        return slopes if difference <= limit * signals.abs().max() else None
 
     def _with_joint(self, pieces: list[Piece], before_head: int, identity: slice) -> list[Piece]:
         """Tell the gradients of the layer's weight, unless other calls add to them, what `Outer.joint` is."""

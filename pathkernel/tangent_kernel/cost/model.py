@@ -211,8 +211,8 @@ class CostModel:
 
     def _pieces(self, samples: int, components: slice = slice(None)) -> list[Piece]:
         X, context = (take(own, slice(0, samples)) for own in (self.X, self.context))
-        joint = not self.engine.full
-        return self.engine.pieces(self.theta, X, context, components, joint=joint, used=False)[0]
+        joint, engine = not self.engine.full, self.engine
+        return engine.of_one_form(lambda: engine.pieces(self.theta, X, context, components, joint=joint, used=False)[0])
 
     def rows(self, engine: str, n: int, m: int | None = None) -> list[CostRow]:
         """The table of one engine for an (n, m) matrix; m None for the symmetric (n, n)."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ from pathkernel.tangent_kernel.engines.tiles import (
     own_products,
 )
 from pathkernel.tangent_kernel.outputs import OutputSelection
+
+T = TypeVar("T")
 
 FEW = 4
 """Samples of the passes in which is measured what one takes. Chosen, not measured."""
@@ -103,6 +105,14 @@ class LayerwiseEngine(Engine):
                 return tape.pieces(tape.outputs[:, chosen], chosen, before_head), tape
             return tape.pieces(self._values(tape, context)[:, components]), tape
 
+    def of_one_form(self, computation: Callable[[], T]) -> T:
+        """A computation from joint `pieces`; all of it once more, without `Outer.joint`, where that does not hold."""
+        try:
+            return computation()
+        except NotElementwise:  # pieces of other samples may be of that form already
+            self._elementwise = False
+            return computation()
+
     def _values(self, tape: Tape, context: PyTree) -> Float[Tensor, "n K"]:
         """h."""
         if self.selection.identity:
@@ -163,11 +173,7 @@ class LayerwiseEngine(Engine):
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
     ) -> Tensor:
         """K(X, Y); with Y None only entries on and above the diagonal are computed."""
-        try:
-            return self._gram(theta, X, Y, context_X, context_Y, preconditioner)
-        except NotElementwise:  # pieces of other samples are of that form already: all of them once more
-            self._elementwise = False
-            return self._gram(theta, X, Y, context_X, context_Y, preconditioner)
+        return self.of_one_form(lambda: self._gram(theta, X, Y, context_X, context_Y, preconditioner))
 
     def _gram(
         self, theta: Tensor, X: PyTree, Y: PyTree | None, context_X: PyTree, context_Y: PyTree, preconditioner: Diagonal
