@@ -36,6 +36,30 @@ def _gpu_settings() -> list[Setting]:
     return older
 
 
+class _MatrixProducts:
+    """Torch's common setting of matrix products on all devices, as an attribute."""
+
+    @property
+    def precision(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        torch.set_float32_matmul_precision(value)
+
+
+def _common_settings() -> list[Setting]:
+    """The setting that the switch of matrix products on a GPU changes as well, where putting that back loses it.
+
+    Torch then has ``"high"`` for ``"medium"``, and refuses to tell which where the processor's switch says otherwise.
+    """
+    common = _MatrixProducts()
+    try:
+        return [(common, "precision", "highest")] if common.precision == "medium" else []
+    except RuntimeError:  # somebody has used the newer names
+        return []
+
+
 def _processor_settings() -> list[Setting]:
     """Switches of oneDNN on the CPU."""
     parts = (getattr(torch.backends.mkldnn, name, None) for name in ("matmul", "conv", "rnn"))
@@ -64,11 +88,13 @@ class ExactProducts(ContextDecorator):
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                on_gpu = _present(_gpu_settings()) if torch.cuda.is_initialized() else []
+                gpu = torch.cuda.is_initialized()
+                on_gpu = _present(_gpu_settings()) if gpu else []
+                common = _present(_common_settings()) if gpu else []
                 self._on_gpu = [own for *_, own in on_gpu]
                 # "none" on the CPU asks for nothing, and follows a common setting, which a value would not.
                 on_processor = [one for one in _present(_processor_settings()) if one[3] != "none"]
-                self._found = [one for one in (*on_gpu, *on_processor) if one[3] != one[2]]
+                self._found = [one for one in (*on_gpu, *common, *on_processor) if one[3] != one[2]]
                 self._put(exact=True)
             self._inside += 1
 

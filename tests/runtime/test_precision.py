@@ -112,6 +112,27 @@ def test_what_the_user_lets_a_gpu_do_is_known_inside(monkeypatch: pytest.MonkeyP
     assert EXACT_PRODUCTS.tensor_floats() == before
 
 
+@pytest.mark.parametrize("asked", ["highest", "high", "medium"])
+def test_all_of_torchs_settings_come_back_with_a_gpu(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    torch.set_float32_matmul_precision(asked)
+    try:
+        before = settings()
+        with EXACT_PRODUCTS:
+            assert settings() == ["ieee", "ieee", False, False, "highest"]
+            with EXACT_PRODUCTS.lifted():
+                assert settings() == before
+        assert settings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def settings() -> list[Any]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    on_gpu = matmul.fp32_precision, matmul.allow_tf32, cudnn.allow_tf32
+    return [MATMUL.fp32_precision, *on_gpu, torch.get_float32_matmul_precision()]
+
+
 def test_settings_come_back_after_an_error_and_when_the_last_thread_leaves(reduced: str) -> None:
     with pytest.raises(ZeroDivisionError), EXACT_PRODUCTS:
         _ = 1 / 0
