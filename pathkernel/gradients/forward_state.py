@@ -40,6 +40,11 @@ Modes = bool | Mapping[str, bool]
 """Train mode of a whole module, or of each submodule by name."""
 
 
+def hashable(modes: Modes) -> Any:
+    """The modes of a pass as a key."""
+    return modes if isinstance(modes, bool) else tuple(modes.items())
+
+
 @dataclass(frozen=True)
 class ForwardState:
     """State in which a forward pass ran, as far as its outputs depend on it.

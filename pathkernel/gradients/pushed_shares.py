@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Int, PyTree
+from pathkernel.gradients.forward_state import hashable
 from pathkernel.gradients.losses import batch_products, check_slopes
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import ROW_LIMIT, output_products
@@ -74,10 +75,8 @@ def products_together(
 
 def _right_together(function: ModelFunction, vector: Tensor, inputs: PyTree, directions: int, ids: Tensor) -> bool:
     """True where so many directions in one pass were seen to give what each of them does in a pass of its own."""
-    modes = function.state.modes
-    mode = modes if isinstance(modes, bool) else tuple(modes.items())
     shapes = ((leaf.shape, leaf.dtype) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor))
-    key = ("together", function.submodule, function.layout.names, mode, directions, *shapes)
+    key = ("together", function.submodule, function.layout.names, hashable(function.state.modes), directions, *shapes)
     if key not in function.row_routes:
         if len(ids.unique()) < len(ids):
             return False

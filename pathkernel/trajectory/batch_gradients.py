@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pathkernel.errors import TrajectoryError
 from pathkernel.gradients.factored import FactoredGradients
-from pathkernel.gradients.forward_state import takes_tensor_floats
+from pathkernel.gradients.forward_state import hashable, takes_tensor_floats
 from pathkernel.gradients.gradient_source import GradientSource
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.trajectory.columns import Columns
@@ -31,7 +31,7 @@ from pathkernel.trajectory.gradient_fit import (
 from pathkernel.trajectory.joined_batches import runs_of
 from pathkernel.trajectory.recomputed_batches import RecomputedBatches
 from pathkernel.trajectory.split_certificate import EngineReplaced as EngineReplaced
-from pathkernel.trajectory.split_certificate import SplitCertificate, hashable
+from pathkernel.trajectory.split_certificate import SplitCertificate
 from pathkernel.trajectory.stacked_batches import run_together
 from pathkernel.trajectory.stage_gradients import WHOLE, ComparedGradient, Passes, StageGradients, Streamed
 from pathkernel.trajectory.step import MicroBatch, Step

@@ -20,12 +20,13 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.factored import accumulation_dtype
+from pathkernel.gradients.forward_state import hashable
 from pathkernel.gradients.losses import coupled_row_blocks, swept_rows, weighted_gradient
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import output_products, random_directions
 from pathkernel.gradients.pushed_shares import pushed_shares, weighted_outputs
 from pathkernel.gradients.pytrees import blocks
-from pathkernel.trajectory.split_certificate import DIRECTIONS, hashable, row_limit
+from pathkernel.trajectory.split_certificate import DIRECTIONS, row_limit
 from pathkernel.trajectory.step import MicroBatch
 
 ALWAYS_ROWS = 2**20

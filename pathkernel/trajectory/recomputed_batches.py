@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Parameters, PyTree
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
-from pathkernel.gradients.forward_state import Modes, generators_untouched
+from pathkernel.gradients.forward_state import Modes, generators_untouched, hashable
 from pathkernel.gradients.gradient_source import BY_ROWS, GradientSource, weighted_sum
 from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.losses import (
@@ -39,7 +39,7 @@ from pathkernel.trajectory.cotangents import cotangents_of, scaled
 from pathkernel.trajectory.coupled_samples import ALWAYS_ROWS, CoupledSamples, CoupledSweeps
 from pathkernel.trajectory.joined_batches import joined_batches
 from pathkernel.trajectory.samples import samples_of
-from pathkernel.trajectory.split_certificate import DIRECTIONS, SplitCheck, hashable, row_limit
+from pathkernel.trajectory.split_certificate import DIRECTIONS, SplitCheck, row_limit
 from pathkernel.trajectory.stage_gradients import WHOLE, Passes, StageGradients
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
-from pathkernel.gradients.forward_state import Modes
+from pathkernel.gradients.forward_state import hashable
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import ROW_LIMIT, error_of_rows, random_directions
 from pathkernel.trajectory.step import MicroBatch, Step
@@ -155,8 +155,3 @@ class SplitCheck:
 def row_limit(function: ModelFunction) -> float:
     """Difference of rows, relative to the largest, that is rounding in the arithmetic of a network."""
     return ROW_LIMIT[torch.promote_types(function.dtype, torch.float32)]
-
-
-def hashable(modes: Modes) -> Any:
-    """The modes of a pass as a key."""
-    return modes if isinstance(modes, bool) else tuple(modes.items())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel.gradients.arguments import same_arguments
 from pathkernel.gradients.gradient_source import BY_ROWS
+from pathkernel.gradients.pytrees import alike
 from pathkernel.trajectory.recomputed_batches import RecomputedBatches
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.stage_gradients import Passes
@@ -28,8 +27,7 @@ def run_together(batches: RecomputedBatches, steps: Sequence[Step], passes: Pass
     if not steps or len(ran) < len(steps) or not _may_be_joined(batches, steps, ran, passes):
         return
     inputs = [samples_of(batch, batches.trajectory.data)[0] for batch in ran]
-    kinds = {(str(pytree.tree_structure(own)), tuple(map(_kind, pytree.tree_leaves(own)))) for own in inputs}
-    if len(kinds) > 1:
+    if not all(alike(inputs[0], own) for own in inputs[1:]):
         return
     stacked = pytree.tree_map(lambda *leaves: torch.stack(leaves), *inputs)
     thetas = torch.stack([step.before for step in steps])
@@ -70,7 +68,3 @@ def _alike(one: MicroBatch, other: MicroBatch) -> bool:
         and a.buffers is b.buffers
         and same_arguments(a.arguments, b.arguments)
     )
-
-
-def _kind(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else type(leaf)

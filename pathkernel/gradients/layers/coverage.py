@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
+from pathkernel.gradients.forward_state import hashable
 from pathkernel.gradients.layers.batch_axis import NO_ROLES, Arrangement, Roles
 from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.losses import weighted_gradient
@@ -338,8 +339,7 @@ class ProvedTapes:
             proofs.coverages[calls] = coverage
             tape = self._tape(function, theta, inputs, *coverage.known)
             calls = (tape.roles, tape.signature, *kind)
-        modes = function.state.modes
-        met = (calls, tape.n, tuple(tape.shapes), modes if isinstance(modes, bool) else tuple(modes.items()))
+        met = (calls, tape.n, tuple(tape.shapes), hashable(function.state.modes))
         if rows and (met not in proofs.met or tape.rearranges) and len(coverage.plain) < len(function.layout.names):
             strangers = _rows_of_others(tape, theta, inputs)
             if strangers:

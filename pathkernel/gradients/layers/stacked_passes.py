@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Parameters, PyTree
 from pathkernel.gradients.forward_derivatives import load_transformations
-from pathkernel.gradients.forward_state import QUIET_FALLBACKS
+from pathkernel.gradients.forward_state import QUIET_FALLBACKS, hashable
 from pathkernel.gradients.layers.batch_axis import Arrangement, Roles, SamplesFirst
 from pathkernel.gradients.layers.coverage import ProvedTapes, distinct
 from pathkernel.gradients.layers.factors import Piece
@@ -299,10 +299,9 @@ class ProvedStacks:
         if key not in self._proved:
             self._proved[key] = self._pattern(thetas, inputs, shared, components, function)
         pattern = self._proved[key]
-        if pattern is not None:
-            self._outputs.add(kind)
         if pattern is None:
             return None
+        self._outputs.add(kind)
         found = result_or_error(lambda: StackedPasses(function, pattern, thetas, inputs, shared), FAILURES)
         if isinstance(found, Exception):
             self._proved[key] = None
@@ -320,10 +319,9 @@ class ProvedStacks:
 
     def _kind(self, thetas: Tensor, inputs: PyTree, shared: bool, function: ModelFunction) -> Any:
         leaves, tree = pytree.tree_flatten(inputs)
-        shapes = tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
-        modes = function.state.modes
-        ran = modes if isinstance(modes, bool) else tuple(modes.items())
-        return function.submodule, function.dtype, ran, function.state.autocast, len(thetas), shared, shapes, tree
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        ran = hashable(function.state.modes), function.state.autocast
+        return function.submodule, function.dtype, ran, len(thetas), shared, shapes, tree
 
     def _pattern(
         self, thetas: Tensor, inputs: PyTree, shared: bool, components: int, function: ModelFunction
@@ -333,10 +331,9 @@ class ProvedStacks:
         generator = torch.Generator().manual_seed(len(thetas))
         noise = torch.randn(thetas.shape, generator=generator, dtype=torch.float64).to(thetas.device)
         points = thetas + JITTER * thetas.abs().mean().clamp_min(JITTER) * noise
-        n = count(inputs) if shared else count(take_point(inputs, 0))
-        single = [inputs if shared else take_point(inputs, s) for s in range(len(thetas))]
         # The samples of every point are others, so that those of one are not taken for those of another.
-        drawn = [distinct(one, n, generator) for one in (single[:1] if shared else single)]
+        single = [inputs] if shared else [take(inputs, s) for s in range(len(thetas))]
+        drawn = [distinct(one, count(one), generator) for one in single]
         own = drawn[0] if shared else pytree.tree_map(lambda *leaves: torch.stack(leaves), *drawn)
         tape = self.tapes.record(points[0], drawn[0], function)
         pattern = Pattern.of(tape)
@@ -350,11 +347,6 @@ class ProvedStacks:
             if error <= ROW_LIMIT.get(of.dtype, 0.0):
                 return pattern
         return None
-
-
-def take_point(inputs: PyTree, point: int) -> PyTree:
-    """Samples of one of several points, of (k, n, ...) leaves."""
-    return pytree.tree_map(lambda leaf: leaf[0], take(inputs, slice(point, point + 1)))
 
 
 def _difference(
@@ -377,7 +369,7 @@ def _difference(
     plain = stacked_outputs(function, thetas, inputs) if shared else stack.outputs
     worst = 0.0
     for s in range(k):
-        own = inputs if shared else take_point(inputs, s)
+        own = inputs if shared else take(inputs, s)
         tape = Tape(function, thetas[s], own, pattern.arrangements, {}, None, pattern.roles)
         with torch.enable_grad():
             expected = tape.pieces(torch.einsum("nc,ncj->nj", tape.outputs, weights[s]))
