@@ -132,12 +132,17 @@ def _diverged(trajectory: Trajectory) -> TrajectoryError:
         if distance > farthest:
             farthest, step = distance, s
         before = after
+    write = (
+        f"Write `KernelMachine(trajectory, at={step})` or `trajectory.until({step})`, of a game "
+        f"`game.machine(player, at={step})`; at an earlier step where it had diverged by then"
+    )
+    if step == 0:  # a path to where it starts has no steps
+        write = "Record training with smaller steps: before step 0 the network is untrained, and no sample has a share"
     return TrajectoryError(
         f"Outputs along this path are not finite numbers: training diverged. Step {step} moved the parameters "
         f"farthest, by {farthest:.2g} from a norm of {float(trajectory.vector(step).double().norm()):.2g}",
         "A network that diverged is no sum of finite shares; what it was before that is",
-        f"Write `KernelMachine(trajectory, at={step})` or `trajectory.until({step})`, of a game "
-        f"`game.machine(player, at={step})`; at an earlier step where it had diverged by then",
+        write,
     )
 
 

@@ -1009,7 +1009,7 @@ REFUSALS: dict[str, Case] = {
     "a network that diverged": (
         diverged,
         errors.TrajectoryError,
-        ("training diverged", "no sum of finite shares", "trajectory.until(0)"),
+        ("training diverged. Step 0 moved", "no sum of finite shares", "with smaller steps: before step 0"),
     ),
     "a loss that is no tensor": (
         lambda: batch_loss(lambda outputs, targets: 1.0, torch.ones(2, 1), torch.ones(2, 1), None, "mean"),  # type: ignore[arg-type,return-value]
