@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
-from pathkernel.gradients.layers.coverage import ProvedTapes, TapeProofs
+from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.plain import warn_of_rows
+from pathkernel.gradients.layers.proofs import TapeProofs
 from pathkernel.gradients.layers.stacked_passes import ProvedStacks, StackedPasses
 from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.model_function import ModelFunction
@@ -170,10 +171,10 @@ class GradientSource:
         if self.engine in BY_ROWS:
             return
         proofs = self.tapes.proofs
-        known = len(proofs.coverages)
+        known = proofs.made
         with Allocations() if measured else nullcontext() as allocations:
             self.tapes.record(theta, inputs, function)
-        if allocations is not None and len(proofs.coverages) > known:
+        if allocations is not None and proofs.made > known:
             proofs.bytes = float(np.fmax(proofs.bytes, allocations.peak))
 
     def proof_bytes(self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction) -> float:

@@ -11,10 +11,8 @@ other axis is taken for that of the samples; `ProvedTapes` sees that nothing cha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.forward_state import hashable
 from pathkernel.gradients.layers.batch_axis import NO_ROLES, Arrangement, Roles
+from pathkernel.gradients.layers.proofs import Coverage, TapeProofs
 from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.losses import weighted_gradient
 from pathkernel.gradients.model_function import ModelFunction
@@ -41,36 +40,6 @@ that are no lengths in the network."""
 
 JITTER = 0.01
 """Relative size of the noise on floating inputs, which makes repeated samples distinct and leaves zeros alone."""
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Result of the proof for one sequence of calls.
-
-    Attributes
-    ----------
-    arrangements
-        Place of the samples in the result of each call.
-    plain
-        Parameters that the tape does not cover, and why.
-    largest
-        Largest relative difference among those that it does.
-    roles
-        Results that are of samples or of none otherwise than their arguments tell.
-    before_head
-        `Tape.elementwise_before_head`.
-    """
-
-    arrangements: tuple[Arrangement, ...]
-    plain: Mapping[str, str]
-    largest: float
-    roles: Roles = NO_ROLES
-    before_head: int | None = None
-
-    @property
-    def known(self) -> tuple[tuple[Arrangement, ...], Mapping[str, str], Roles]:
-        """Knowledge that a tape is given."""
-        return self.arrangements, self.plain, self.roles
 
 
 def prove(function: ModelFunction, theta: Float[Tensor, " P"], inputs: PyTree, lengths: Iterable[int] = ()) -> Coverage:
@@ -251,34 +220,6 @@ def _length(shape: torch.Size | None, axis: int) -> int | None:
     return shape[axis] if shape is not None and len(shape) > axis else None
 
 
-@dataclass
-class TapeProofs:
-    """Proofs of the tapes of one network, of the output of the same submodule and of the same parameters.
-
-    Attributes
-    ----------
-    coverages
-        By sequence of calls and shape of samples.
-    met
-        Numbers of samples whose rows were seen to be their own, by sequence of calls, modes, and shapes of results.
-    latest
-        What was proved last.
-    bytes
-        The most that a proof took, as far as that was measured.
-    """
-
-    coverages: dict[Any, Coverage] = field(default_factory=dict)
-    met: set[Any] = field(default_factory=set)
-    latest: Coverage | None = None
-    bytes: float = math.nan
-
-    @classmethod
-    def of(cls, function: ModelFunction) -> TapeProofs:
-        """Proofs that all functions of a network share, whatever state and constants they run with."""
-        found: TapeProofs = function.proofs.setdefault((function.submodule, function.layout.names), cls())
-        return found
-
-
 class ProvedTapes:
     r"""Records tapes of one network; a sequence of calls, or samples, not met before are proved first.
 
@@ -321,25 +262,29 @@ class ProvedTapes:
             Whether rows will be made of it: those of this number of samples are proved then.
         """
         function = function or self.function
-        proofs = self.proofs
-        latest = self._latest or proofs.latest
+        proofs, modes = self.proofs, hashable(function.state.modes)
+        latest = proofs.latest(modes)
         if latest is not None and latest.plain.keys() >= set(function.layout.names):
             self._latest = latest
             return self._tape(function, theta, inputs, *latest.known)
         known = latest.known if latest else ((), {}, NO_ROLES)
         tape = result_or_error(lambda: self._tape(function, theta, inputs, *known), FAILURES)
         if isinstance(tape, Exception):
-            self._latest = proofs.latest = proofs.coverages.setdefault(None, uncovered(function, tape))
+            self._latest = uncovered(function, tape)
+            proofs.note(None, modes, self._latest)
             return self._tape(function, theta, inputs, *self._latest.known)
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         kind = (function.submodule, *((leaf.shape[1:], leaf.dtype) for leaf in leaves))
         calls = (tape.roles, tape.signature, *kind)
-        coverage = proofs.coverages.get(calls) or prove(function, theta, inputs, tape.lengths)
+        coverage = proofs.find(calls, modes)
+        if coverage is None:
+            coverage = prove(function, theta, inputs, tape.lengths)
+            proofs.made += 1
         if coverage is not latest:
-            proofs.coverages[calls] = coverage
+            proofs.note(calls, modes, coverage)
             tape = self._tape(function, theta, inputs, *coverage.known)
             calls = (tape.roles, tape.signature, *kind)
-        met = (calls, tape.n, tuple(tape.shapes), hashable(function.state.modes))
+        met = (calls, tape.n, tuple(tape.shapes), modes)
         if rows and (met not in proofs.met or tape.rearranges) and len(coverage.plain) < len(function.layout.names):
             strangers = _rows_of_others(tape, theta, inputs)
             if strangers:
@@ -350,7 +295,8 @@ class ProvedTapes:
                     coverage = Coverage((), dict.fromkeys(function.layout.names, reason), 0.0)
                     tape = self._tape(function, theta, inputs, *coverage.known)
             proofs.met.add(met)
-        proofs.coverages[calls] = proofs.latest = self._latest = coverage
+        proofs.note(calls, modes, coverage)
+        self._latest = coverage
         return tape
 
     def repeat(self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction) -> Tape:

@@ -10,8 +10,9 @@ from networks import NETWORKS, PLAIN, network
 from torch import Tensor, nn
 
 from pathkernel.gradients.forward_state import ForwardState
-from pathkernel.gradients.layers.coverage import Coverage, ProvedTapes, prove
+from pathkernel.gradients.layers.coverage import ProvedTapes, prove
 from pathkernel.gradients.layers.factors import Dense
+from pathkernel.gradients.layers.proofs import Coverage
 from pathkernel.gradients.layers.rules import RULES, layer_rule, linear
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
@@ -211,6 +212,15 @@ def test_rows_are_held_against_the_batch_in_each_mode() -> None:
     training = function.with_(state=ForwardState(modes=True))
     assert not tapes.record(theta, inputs, training, rows=False).plain  # of which no rows are made
     assert set(tapes.record(theta, inputs, training).plain) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_samples_that_are_mixed_in_training_are_not_in_evaluation(first: bool) -> None:
+    function, theta = function_of(Rolled(6, 3).double())
+    inputs = torch.randn(4, 6, dtype=torch.float64)
+    for modes in (first, not first, first, not first):  # by tapes of their own, as of batches and of queries
+        tape = ProvedTapes(function).record(theta, inputs, function.with_(state=ForwardState(modes=modes)))
+        assert set(tape.plain) == ({"weight", "bias"} if modes else set())
 
 
 def test_a_network_that_cannot_run_under_a_tape_goes_to_the_plain_engine() -> None:
