@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _targets import TORCH_FLOOR
 from _workloads import OUTPUTS, Task, loaded, sample_losses
 from torch import Tensor, nn
 
@@ -187,4 +188,4 @@ def torch_floor(task: Task, arrays: dict[str, np.ndarray]) -> tuple[Callable[[],
     return TorchFloor(task, arrays), None
 
 
-METHODS = {"torch-floor": torch_floor}
+METHODS = {TORCH_FLOOR: torch_floor}

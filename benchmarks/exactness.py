@@ -663,7 +663,7 @@ def within_limits(rows: list[dict[str, object]]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="each optimizer on one network; all in one type")
+    parser.add_argument("--quick", action="store_true", help="each optimizer on one network; each case in one type")
     parser.add_argument("--json", metavar="FILE", help="write the rows as a list of flat objects")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data split, initial network and batches")
     arguments = parser.parse_args()
