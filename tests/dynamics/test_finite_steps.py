@@ -113,6 +113,10 @@ def test_the_parts_are_what_their_names_say() -> None:
     assert "remainder" in repr(ledger)
     cut = dynamics.regularization_ledger(trajectory, X[:3], block=3)
     np.testing.assert_allclose(cut.outputs.remainder, ledger.outputs.remainder, rtol=1e-6, atol=1e-14)
+    with pytest.raises(InputError, match="`regularization_ledger` was given no samples"):
+        dynamics.regularization_ledger(trajectory, X[:0])
+    with pytest.raises(InputError, match="`block=0` was given"):
+        dynamics.regularization_ledger(trajectory, X[:3], block=0)
 
 
 def network_at(theta: torch.Tensor) -> nn.Module:
