@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Unpack
 
 import torch
@@ -235,20 +236,19 @@ def _followed(system: StochasticSystem, times: Sequence[float], step: float) -> 
     """One path through the points of time, each reached by equal steps no larger than asked for."""
     parts: Sequence[Tensor] = system.start
     kept, limit = [torch.cat(list(parts))], GROWTH * max(1.0, float(torch.cat(list(parts)).norm()))
-    for k in range(1, len(times)):
-        length = times[k] - times[k - 1]
-        pieces = pieces_of(length, step)
-        with system.loss.held():
+    with system.loss.held():
+        for before, after in pairwise(times):
+            pieces = pieces_of(after - before, step)
             for _ in range(pieces):
-                parts = system.advance(parts, length / pieces)
-        state = torch.cat(list(parts))
-        if not float(state.norm()) <= limit:
-            error = FlowError(
-                f"The {system.name} came to its end between t = {times[k - 1]:.6g} and {times[k]:.6g}: it diverged",
-                f"It was to be followed to t = {times[-1]:.6g}",
-                DIVERGED,
-            )
-            error.flow = Flow(system, times[:k], torch.stack(kept), None)
-            raise error
-        kept.append(state)
+                parts = system.advance(parts, (after - before) / pieces)
+            state = torch.cat(list(parts))
+            if not float(state.norm()) <= limit:
+                error = FlowError(
+                    f"The {system.name} came to its end between t = {before:.6g} and {after:.6g}: it diverged",
+                    f"It was to be followed to t = {times[-1]:.6g}",
+                    DIVERGED,
+                )
+                error.flow = Flow(system, times[: len(kept)], torch.stack(kept), None)
+                raise error
+            kept.append(state)
     return Flow(system, times, torch.stack(kept), None)

@@ -226,11 +226,11 @@ class TrainingLoss:
         Ctrl-C is let through before each pass.
         """
         with self.function.evaluating(), self.function.kept():
-            self._held = True
+            before, self._held = self._held, True
             try:
                 yield
             finally:
-                self._held = False
+                self._held = before
 
     @contextmanager
     def _passes(self, gradients: bool) -> Iterator[None]:

@@ -43,13 +43,7 @@ def trained(loss: nn.Module) -> pk.Trajectory:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Linear(4, 3).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
-        for x, target in recorder.batches(batch_size=6):
-            optimizer.zero_grad()
-            loss(model(x), target).backward()
-            optimizer.step()
-    return recorder.trajectory
+    return recorded(lambda p: torch.optim.SGD(p, lr=0.1), 1, 6, model, (X, y), loss)
 
 
 def test_a_sum_over_samples_is_one_too() -> None:
