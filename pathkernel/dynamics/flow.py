@@ -139,6 +139,11 @@ class Flow:
         -------
         numpy.ndarray
             float64 (T, n, C).
+
+        Raises
+        ------
+        InputError
+            For no samples, and for samples of another shape.
         """
         loss, inputs = self.system.loss, self._queries(X, "Flow.outputs")
         found = [loss.function.outputs(theta, inputs, loss.block) for theta in self.theta]
@@ -223,9 +228,10 @@ class Flow:
         Raises
         ------
         InputError
-            For other flows: gradients act through velocities and averages there. For a network that trains on other
-            outputs than it has in evaluation, as with batch normalization in train mode, and for one whose gradient is
-            not its derivative, as with a tied embedding that has a ``padding_idx``.
+            For no samples, and for a flow of one point. For other flows: gradients act through velocities and averages
+            there. For a network that trains on other outputs than it has in evaluation, as with batch normalization in
+            train mode, and for one whose gradient is not its derivative, as with a tied embedding that has a
+            ``padding_idx``.
 
         Notes
         -----

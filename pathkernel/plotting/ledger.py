@@ -19,7 +19,7 @@ COLORS = {
     "start": "#E69F00",
     "remainder": NEUTRAL,
 }
-"""Of the parts of a ledger; the two numbers are colours of Okabe and Ito's palette that mean nothing elsewhere."""
+"""Of the parts of a ledger; those written as numbers, of Okabe and Ito's palette, mean nothing elsewhere."""
 
 
 class RegularizationDisplay:

@@ -268,7 +268,7 @@ def test_a_modified_flow_with_momentum_is_compared_with_its_own_run() -> None:
         trajectory = recorded(lambda p, h=rate: torch.optim.SGD(p, lr=h, momentum=0.5), round(0.1 / rate))
         beside = flow.distance(trajectory)
         assert beside.times[-1] == pytest.approx(0.2)
-        lead = float((flow.theta[0] - trajectory.initial).norm())  # the flow starts ahead of a ball at rest
+        lead = float((flow.theta[0] - trajectory.initial).norm())  # the flow starts uphill of a ball at rest
         assert beside.distance[-1] < beside.distance[0] == pytest.approx(lead)
         ends.append(beside.distance[-1])
     assert dynamical.order(rates, ends) == pytest.approx(2, abs=ORDER)
