@@ -6,7 +6,7 @@ What is measured stands in `tests/dynamical.py`, which the tests share.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import nn
 
-import pathkernel as pk
 from pathkernel import dynamics, optimizers
 from pathkernel.plotting.appearance import LOWERS, NEUTRAL, RAISES, TASK, styled
 
@@ -138,11 +137,14 @@ def draw(folder: Path) -> None:
     X, y = load_digits(return_X_y=True)
     data = torch.tensor(X[:DIGITS] / 16.0), torch.tensor(y[:DIGITS])
     loss = nn.CrossEntropyLoss()
+    given: dict[str, Any] = {"samples": data, "loss": loss}
     flow = dynamics.gradient_flow(_classifier(), loss, data, 20.0)
-    run = _trained(lambda p: torch.optim.SGD(p, lr=1.0), data, 20, DIGITS)
+    run = dynamical.recorded(lambda p: torch.optim.SGD(p, lr=1.0), 20, DIGITS, _classifier(), **given)
     rolling = dynamics.momentum_flow(_classifier(), loss, data, 15.0, friction=0.5)
-    decayed = _trained(lambda p: torch.optim.SGD(p, lr=0.5, weight_decay=1e-3), data, 40, DIGITS)
-    adam = _trained(lambda p: torch.optim.AdamW(p, lr=0.01), data, 5, 40)
+    decayed = dynamical.recorded(
+        lambda p: torch.optim.SGD(p, lr=0.5, weight_decay=1e-3), 40, DIGITS, _classifier(), **given
+    )
+    adam = dynamical.recorded(lambda p: torch.optim.AdamW(p, lr=0.01), 5, 40, _classifier(), **given)
     figures = {
         "flow": FlowDisplay.from_flow(flow, run).plot().figure_,
         "energy": EnergyDisplay(dynamics.energy_ledger(rolling)).plot().figure_,
@@ -160,20 +162,6 @@ def _classifier() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(64, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 10)).double()
-
-
-def _trained(
-    make: Callable[[Any], torch.optim.Optimizer], data: tuple[torch.Tensor, torch.Tensor], epochs: int, size: int
-) -> pk.Trajectory:
-    model, loss = _classifier(), nn.CrossEntropyLoss()
-    optimizer = make(model.parameters())
-    with pk.KernelRecorder(model, optimizer, loss, data=data) as recorder:
-        for _ in range(epochs):
-            for x, target in recorder.batches(batch_size=size):
-                optimizer.zero_grad()
-                loss(model(x), target).backward()
-                optimizer.step()
-    return recorder.trajectory
 
 
 def _orders() -> Figure:

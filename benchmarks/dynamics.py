@@ -44,8 +44,6 @@ def chosen(words: list[str], quick: bool) -> Iterator[Row]:
     parts = [part for part in PARTS if part in words] or list(PARTS)
     words = [word for word in words if word not in PARTS]
     for part in parts:
-        if not (Path(__file__).parent / f"{PARTS[part]}.py").exists():
-            continue
         module = import_module(PARTS[part])
         groups = getattr(module, "GROUPS", {})
         others = [word.lower() for word in words if word not in groups]
@@ -76,8 +74,7 @@ def main() -> int:
         arguments.json.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n", "utf-8")
     if arguments.figures:
         for part in PARTS.values():
-            if (Path(__file__).parent / f"{part}.py").exists():
-                getattr(import_module(part), "draw", lambda folder: None)(arguments.figures)
+            getattr(import_module(part), "draw", lambda folder: None)(arguments.figures)
     missed = [row.quantity for row in found if not row.ok]
     print(f"\n{len(found)} numbers, {len(missed)} not as expected{': ' if missed else ''}{'; '.join(missed)}")
     return 1 if missed or not found else 0

@@ -66,16 +66,24 @@ def descended(make: Callable[[Any], Optimizer], steps: int, before: Before | Non
 
 
 def recorded(
-    make: Callable[[Any], Optimizer], steps: int, size: int = 8, model: nn.Module | None = None
+    make: Callable[[Any], Optimizer],
+    steps: int,
+    size: int = 8,
+    model: nn.Module | None = None,
+    samples: tuple[Tensor, Tensor] | None = None,
+    loss: nn.Module = LOSS,
+    before: Callable[[nn.Module], Any] = lambda model: None,
+    **options: Any,
 ) -> pk.Trajectory:
-    """A recorded run of so many passes over the samples."""
-    model, (X, y) = network() if model is None else model, data()
+    """A recorded run of so many passes over the samples, with something done before each step of the optimizer."""
+    model = network() if model is None else model
     optimizer = make(model.parameters())
-    with pk.KernelRecorder(model, optimizer, LOSS, data=(X, y)) as recorder:
+    with pk.KernelRecorder(model, optimizer, loss, data=samples or data(), **options) as recorder:
         for _ in range(steps):
             for x, target in recorder.batches(batch_size=size):
                 optimizer.zero_grad()
-                LOSS(model(x), target).backward()
+                loss(model(x), target).backward()
+                before(model)
                 optimizer.step()
     return recorder.trajectory
 
@@ -138,23 +146,17 @@ def epoch_order(ordering: str, plain: bool = False) -> float:
 # -- from steps to flows -----------------------------------------------------------------------------------------------
 
 
-def _warm(rate: float) -> Before:
+def _warm(optimizer: Optimizer, k: int, closure: Callable[[], Tensor]) -> None:
     """RMSprop's average begins with g²."""
-
-    def before(optimizer: Optimizer, k: int, closure: Callable[[], Tensor]) -> None:
-        if k == 0:
-            closure()
-            for p in optimizer.param_groups[0]["params"]:
-                optimizer.state[p] = {"step": torch.tensor(0.0), "square_avg": p.grad.square()}
-
-    return before
+    if k == 0:
+        closure()
+        for p in optimizer.param_groups[0]["params"]:
+            optimizer.state[p] = {"step": torch.tensor(0.0), "square_avg": p.grad.square()}
 
 
-def _nesterov(rate: float) -> Before:
-    def before(optimizer: Optimizer, k: int, closure: Callable[[], Tensor]) -> None:
-        optimizer.param_groups[0]["momentum"] = dynamics.nesterov_momentum(k + 1)
-
-    return before
+def _nesterov(optimizer: Optimizer, k: int, closure: Callable[[], Tensor]) -> None:
+    """Momentum under which friction is 3/t."""
+    optimizer.param_groups[0]["momentum"] = dynamics.nesterov_momentum(k + 1)
 
 
 def _gradient(**options: Any) -> Any:
@@ -168,7 +170,7 @@ def _momentum(**options: Any) -> Any:
 EPS = 0.3
 """Of adaptive methods: with a smaller one, rates change as fast as signs of entries that pass through 0."""
 
-MAPS: dict[str, tuple[Any, Callable[[Any, float], Optimizer], Callable[[float], Before] | None, int]] = {
+MAPS: dict[str, tuple[Any, Callable[[Any, float], Optimizer], Before | None, int]] = {
     "SGD": (_gradient, lambda p, h: torch.optim.SGD(p, lr=h), None, 1),
     "Heun": (_gradient, lambda p, h: optimizers.Heun(p, lr=h), None, 2),
     "RungeKutta4": (_gradient, lambda p, h: optimizers.RungeKutta4(p, lr=h), None, 4),
@@ -207,7 +209,7 @@ def map_order(name: str) -> float:
     flow = follow(**EXACT)
     time, errors, steps = flow.times[-1], [], np.array([0.04, 0.02, 0.01])
     for step in steps:
-        end = descended(lambda p, h=step: make(p, h), round(time / step), before and before(step))
+        end = descended(lambda p, h=step: make(p, h), round(time / step), before)
         errors.append(float((end - flow.theta[-1]).norm()))
     return order(steps, errors)
 

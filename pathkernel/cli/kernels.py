@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 import numpy as np
-import torch
 
 from pathkernel._typing import PyTree
 from pathkernel.cli.objects import opened, samples
@@ -79,7 +78,7 @@ def explain(arguments: argparse.Namespace) -> Result:
 
 def _everything(trajectory: Trajectory) -> PyTree:
     """The inputs of all training samples."""
-    return trajectory.data[torch.arange(len(trajectory.data))][0]
+    return trajectory.data.everything()[0]
 
 
 def plan(arguments: argparse.Namespace) -> Result:

@@ -98,4 +98,4 @@ _HOMES = {
 
 __all__ = sorted([*_HOMES, *optimizers.__all__])
 if not TYPE_CHECKING:  # to which it would say that there is every name
-    __getattr__, __dir__ = lazy_names(__name__, {**optimizers._HOMES, **_HOMES})
+    __getattr__, __dir__ = lazy_names(__name__, {**dict.fromkeys(optimizers.__all__, "optimizers"), **_HOMES})

@@ -13,6 +13,7 @@ remainder, is of order γ² in a run of given length Σγ.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +26,7 @@ from pathkernel.dynamics.training_loss import TrainingLoss
 from pathkernel.errors import InputError
 from pathkernel.gradients.losses import batch_products
 from pathkernel.gradients.pytrees import blocks, count, take
+from pathkernel.tangent_kernel.tangent_kernel import no_samples
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.trajectory import Trajectory
@@ -161,28 +163,30 @@ def regularization_ledger(
     ----------
     Barrett and Dherin 2021 (2009.11162); Smith et al. 2021 (2101.12176); Ghosh et al. 2023 (2302.00849).
     """
-    trajectory.require_steps("KernelMachine")
+    trajectory.require_steps("KernelMachine")  # which needs as much of a record
     kind = _kind(trajectory)
     function = trajectory.function(torch.float64)
-    everything = trajectory.data[torch.arange(len(trajectory.data))]
-    whole = TrainingLoss(trajectory.run, function, *everything, block).in_blocks()
+    whole = TrainingLoss(trajectory.run, function, *trajectory.data.everything(), block).in_blocks()
     inputs = None if X is None else function.cast(trajectory.queries(X, "regularization_ledger"))
+    if inputs is not None and not count(inputs):
+        raise no_samples("regularization_ledger")
     sweep = _Sweep(trajectory, whole, inputs, kind, block)
     steps = sweep.run(progress)
 
     first, last = function.cast(trajectory.initial), function.cast(trajectory.final)
-    loss_change = np.array(float(whole.value(last) - whole.value(first)))
-    loss_parts = {name: own.sum() for name, own in steps.items()}
-    outputs = None
+    lagging = sweep.lagging(first) if kind.momentum else None
+
+    def ledger(f: Callable[[Tensor], np.ndarray], parts: dict[str, np.ndarray]) -> Ledger:
+        start = f(first)
+        lag = {} if lagging is None else {"start": np.asarray(f(lagging) - start)}
+        return Ledger(np.asarray(f(last) - start), {**parts, **lag})
+
+    of_loss = ledger(lambda theta: whole.value(theta).cpu().numpy(), {name: own.sum() for name, own in steps.items()})
+    of_outputs = None
     if inputs is not None:
-        at = lambda theta: function.outputs(theta, inputs, block).cpu().numpy()  # noqa: E731
-        change, parts = at(last) - at(first), {name: own.cpu().numpy() for name, own in sweep.outputs.items()}
-        if kind.momentum:
-            parts["start"] = at(sweep.lagging(first)) - at(first)
-        outputs = Ledger(change, parts)
-    if kind.momentum:
-        loss_parts["start"] = np.array(float(whole.value(sweep.lagging(first)) - whole.value(first)))
-    return RegularizationLedger(Ledger(loss_change, loss_parts), outputs, steps, np.array(sweep.times))
+        parts = {name: own.cpu().numpy() for name, own in sweep.outputs.items()}
+        of_outputs = ledger(lambda theta: function.outputs(theta, inputs, block).cpu().numpy(), parts)
+    return RegularizationLedger(of_loss, of_outputs, steps, np.array(sweep.times))
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,8 @@ def _kind(trajectory: Trajectory) -> _Kind:
             "fixed length, finite steps follow another flow than that of L + (γ/4)‖∇L‖²",
             "Ask for `pathkernel.dynamics.loss_ledger(trajectory)`, which is exact for every optimizer",
         )
-    settings = [trajectory.store.summary(s).record.hyperparameters for s in range(len(trajectory))]
+    records = [trajectory.store.summary(s).record for s in range(len(trajectory))]
+    settings = [record.hyperparameters for record in records]
     used = {(g.get("momentum", 0.0), g.get("weight_decay", 0.0)) for groups in settings for g in groups}
     rates = {tuple(float(g["lr"]) for g in groups) for groups in settings}
     odd = any(g.get(name) for groups in settings for g in groups for name in ("dampening", "nesterov", "maximize"))
@@ -223,7 +228,6 @@ def _kind(trajectory: Trajectory) -> _Kind:
             "momentum the rate does not change",
             "Record a run of `torch.optim.SGD(parameters, lr=..., momentum=...)`",
         )
-    records = [trajectory.store.summary(s).record for s in range(len(trajectory))]
     batches = [one for record in records for one in record.batches]
     whole = all(torch.equal(batch.ids.flatten().sort().values.cpu(), torch.arange(n)) for batch in batches)
     if any(len(record.batches) != 1 for record in records) or not all(batch.has_targets for batch in batches):

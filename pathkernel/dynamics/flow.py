@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -14,16 +14,48 @@ from torch import Tensor
 from pathkernel._typing import PyTree
 from pathkernel.dynamics.integration import Integration, Solver
 from pathkernel.dynamics.system import System
-from pathkernel.errors import SENSELESS, InputError, brief, is_whole
+from pathkernel.dynamics.times import points_of, shown, time_weights, times_of
+from pathkernel.errors import InputError, is_whole
 from pathkernel.gradients.losses import output_cotangents
 from pathkernel.gradients.per_sample import output_products
+from pathkernel.gradients.pytrees import count
 from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.quadrature import LeftEndpoint
+from pathkernel.tangent_kernel.engines.auto import EngineValue
+from pathkernel.tangent_kernel.engines.engine import Engine
+from pathkernel.tangent_kernel.tangent_kernel import no_samples
 from pathkernel.trajectory.memory import MemoryStore
 from pathkernel.trajectory.run import End
 from pathkernel.trajectory.step import Step
 from pathkernel.trajectory.trajectory import Trajectory
+
+
+class KernelOptions(TypedDict, total=False):
+    """Options of a flow's path kernel, whose nodes and weights are those of the flow.
+
+    Attributes
+    ----------
+    outputs, engine, memory, dtype, progress
+        As of `pathkernel.PathKernel`.
+    """
+
+    outputs: Any
+    engine: str | EngineValue | type[Engine]
+    memory: int | str
+    dtype: torch.dtype | None
+    progress: bool
+
+
+def check_options(options: Mapping[str, Any], kind: type, asked: str) -> None:
+    """Refuse options that a TypedDict does not name."""
+    known = kind.__annotations__  # with those of its bases
+    if unknown := sorted(set(options) - known.keys()):
+        raise InputError(
+            f"`{unknown[0]}=` was given to {asked}",
+            f"Its options are {', '.join(f'`{name}`' for name in sorted(known))}",
+            f"Leave `{unknown[0]}` out",
+        )
 
 
 class Flow:
@@ -107,15 +139,26 @@ class Flow:
         -------
         numpy.ndarray
             float64 (T, n, C).
+
+        Raises
+        ------
+        InputError
+            For no samples, and for samples of another shape.
         """
-        loss = self.system.loss
-        inputs = loss.run.data.queries(X, "Flow.outputs")
+        loss, inputs = self.system.loss, self._queries(X, "Flow.outputs")
         found = [loss.function.outputs(theta, inputs, loss.block) for theta in self.theta]
         return torch.stack(found).double().cpu().numpy()
 
+    def _queries(self, X: PyTree, asker: str) -> PyTree:
+        """Samples, one or more, shaped as those of the training loss."""
+        inputs = self.system.loss.run.data.queries(X, asker)
+        if not count(inputs):
+            raise no_samples(asker)
+        return inputs
+
     # -- the kernel along the flow ---------------------------------------------------------------------------
 
-    def kernel(self, **options: Any) -> PathKernel:
+    def kernel(self, **options: Unpack[KernelOptions]) -> PathKernel:
         r"""The path kernel of the flow, Domingos' object: the tangent kernel integrated over time.
 
         .. math:: K(x, x') = \int_0^T \langle \nabla f(x; \theta(t)), \nabla f(x'; \theta(t))\rangle\, dt
@@ -126,26 +169,26 @@ class Flow:
         Parameters
         ----------
         **options
-            ``outputs``, ``engine``, ``memory``, ``dtype`` and ``progress``, as of `pathkernel.PathKernel`.
+            See `pathkernel.dynamics.flow.KernelOptions`.
 
         Returns
         -------
         PathKernel
             A kernel for scikit-learn.
 
+        Raises
+        ------
+        InputError
+            For other options, and for a flow of one point.
+
         References
         ----------
         Domingos 2020 (2012.00152), Definition 3.
         """
-        if len(self) < 2:
-            raise InputError(
-                "The path kernel of a flow was asked for that has one point",
-                "An integral over time needs two points or more",
-                "Write a later `time`, or `points=65`",
-            )
+        check_options(options, KernelOptions, "a flow's path kernel")
         return PathKernel(self._points(dict(enumerate(time_weights(self.times)))), quadrature=LeftEndpoint(), **options)
 
-    def path_kernel(self, X: PyTree, Z: PyTree | None = None, **options: Any) -> np.ndarray:
+    def path_kernel(self, X: PyTree, Z: PyTree | None = None, **options: Unpack[KernelOptions]) -> np.ndarray:
         """Matrix of the path kernel of the flow: `kernel` called with samples.
 
         Parameters
@@ -185,9 +228,10 @@ class Flow:
         Raises
         ------
         InputError
-            For other flows: gradients act through velocities and averages there. For a network that trains on other
-            outputs than it has in evaluation, as with batch normalization in train mode, and for one whose gradient is
-            not its derivative, as with a tied embedding that has a ``padding_idx``.
+            For no samples, and for a flow of one point. For other flows: gradients act through velocities and averages
+            there. For a network that trains on other outputs than it has in evaluation, as with batch normalization in
+            train mode, and for one whose gradient is not its derivative, as with a tied embedding that has a
+            ``padding_idx``.
 
         Notes
         -----
@@ -203,14 +247,15 @@ class Flow:
                 "through velocities, averages and Hessians",
                 "Write `gradient_flow(...)`, or record a run: `KernelMachine(trajectory).explain(X)` is exact for it",
             )
-        inputs, function = loss.run.data.queries(X, "Flow.explain"), loss.run.function()
+        inputs, function = self._queries(X, "Flow.explain"), loss.run.function()
+        weights = time_weights(self.times)
         ends = [function.outputs(theta, inputs, loss.block) for theta in (self.theta[0], self.theta[-1])]
         n, c = ends[0].shape
         last = len(self) - 1
         for point in (0, last):
             loss.check_evaluation(self.theta[point])
         shares = torch.zeros(n, c, len(loss), dtype=torch.float64)
-        for point, weight in enumerate(time_weights(self.times)):
+        for point, weight in enumerate(weights):
             kernel = PathKernel(self._points({point: 1.0}), outputs="full", quadrature=LeftEndpoint())
             blocks = torch.from_numpy(kernel(inputs, loss.inputs))
             slopes = output_cotangents(
@@ -288,7 +333,7 @@ class Flow:
         """
         wanted = points_of(times)
         end = self.times[-1]
-        slack = 1e-9 * max(1.0, end)  # sums of many rates end a few roundings beside the time that was asked for
+        slack = 1e-9 * end  # sums of many rates end a few roundings beside the time that was asked for
         if self.solver is None:
             raise InputError(
                 f"A point between those kept of {self.system.name} was asked for",
@@ -343,7 +388,7 @@ class Flow:
                 "Write `flow.distance(recorder.trajectory)`",
             )
         start = self.theta[0]
-        initial = self.system.loss.initial  # a modified flow with momentum starts ahead of it
+        initial = self.system.loss.initial  # a modified flow with momentum starts uphill of it
         if trajectory.layout != self.system.loss.run.layout or not torch.allclose(
             trajectory.initial.to(initial), initial, rtol=1e-6, atol=1e-6 * initial.abs().max().item()
         ):
@@ -383,65 +428,3 @@ class FlowDistance:
     def relative(self) -> float:
         """The largest distance over how far the flow moved in all."""
         return float(self.distance.max() / max(self.moved.max(), np.finfo(float).tiny))
-
-
-def times_of(system: System, trajectory: Trajectory) -> list[float]:
-    """Times of the recorded points θ_0 … θ_S by a flow's own clock.
-
-    Raises
-    ------
-    InputError
-        For parameter groups with rates of their own, which have no common time.
-    """
-    times = [0.0]
-    for position in range(len(trajectory)):
-        record = trajectory.store.summary(position).record
-        for settings in record.hyperparameters:
-            if settings.get("maximize") or (settings.get("momentum") and settings.get("dampening")):
-                raise InputError(
-                    f"Step {position} was taken with `maximize` or `dampening`",
-                    f"The {system.name} goes downhill, and its clock is that of steps without dampening",
-                    "Train with `maximize=False, dampening=0` to compare a run with a flow",
-                )
-        own = {system.time_of_step(settings) for settings in record.hyperparameters}
-        if len(own) > 1:
-            raise InputError(
-                f"Parameter groups of step {position} have different rates",
-                "A run and a flow are compared at equal times, and time is a rate that all parameters share",
-                "Train all parameters at one rate to compare them with a flow",
-            )
-        times.append(times[-1] + own.pop())
-    return times
-
-
-def time_weights(times: np.ndarray) -> np.ndarray:
-    """Weights of Simpson's rule for an odd number of evenly spaced times, else of the trapezoid rule, (T,)."""
-    lengths = np.diff(times)
-    if len(times) % 2 and np.allclose(lengths, lengths[0], rtol=1e-9):
-        pattern = np.ones(len(times))
-        pattern[1:-1:2], pattern[2:-1:2] = 4.0, 2.0
-        return pattern * lengths[0] / 3
-    return (np.append(lengths, 0.0) + np.append(0.0, lengths)) / 2
-
-
-def points_of(times: ArrayLike) -> np.ndarray:
-    """Points of time as float64 numbers.
-
-    Raises
-    ------
-    InputError
-        For what is no array of numbers.
-    """
-    try:
-        return np.asarray(times, dtype=np.float64)
-    except SENSELESS:
-        raise InputError(
-            f"`times={brief(times)}` was given",
-            "Points of time are numbers",
-            "Write for example `times=[0.0, 0.5, 1.0]`",
-        ) from None
-
-
-def shown(values: np.ndarray) -> str:
-    """Numbers for a message, cut where they are many."""
-    return np.array2string(values, threshold=6, edgeitems=2, precision=4)

@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypedDict
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, PyTree
-from pathkernel.dynamics.flow import Flow, points_of, shown
+from pathkernel.dynamics.flow import Flow, check_options
 from pathkernel.dynamics.integration import STIFF, Integration, Solver, Stopped
 from pathkernel.dynamics.system import System
+from pathkernel.dynamics.times import grid_of
 from pathkernel.dynamics.training_loss import TrainingLoss
-from pathkernel.errors import FlowError, InputError, is_number, is_whole
+from pathkernel.errors import FlowError, InputError
 from pathkernel.gradients.returned import Returns
 
 
@@ -70,8 +70,9 @@ def flow_of(
     FlowError
         Where it comes to an end before its time; ``error.flow`` is the flow up to there.
     """
-    times = grid_of(time, options, FlowOptions)
-    given = _chosen(options, SOLVER)
+    check_options(options, FlowOptions, "a flow")
+    times = grid_of(time, **chosen(options, GRID))
+    given = chosen(options, SOLVER)
     solver = Solver(**given if options.get("dtype", torch.float64) == torch.float64 else {**COARSER, **given})
     return follow(make(loss_of(model, loss, data, options)), times, solver)
 
@@ -84,7 +85,7 @@ def loss_of(model: nn.Module, loss: Loss, data: Any, options: PathOptions) -> Tr
     InputError
         Where L(θ(0)) is no finite number.
     """
-    made = TrainingLoss.of(model, loss, data, **_chosen(options, LOSS))
+    made = TrainingLoss.of(model, loss, data, **chosen(options, LOSS))
     value = float(made.value(made.initial))
     if not math.isfinite(value):
         trees = {"the parameters": made.initial, "the inputs": made.inputs, "the targets": made.targets}
@@ -103,12 +104,14 @@ def _is_finite(tree: PyTree) -> bool:
     return all(bool(leaf.isfinite().all()) for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def _chosen(options: PathOptions, names: tuple[str, ...]) -> dict[str, Any]:
+def chosen(options: PathOptions, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the options that are given under these names."""
     return {name: value for name, value in options.items() if name in names}
 
 
 COARSER = {"rtol": 1e-4, "atol": 1e-6}
 """Of adaptive methods in less than float64, whose rounding they would else try to resolve."""
+GRID = ("times", "points")
 SOLVER = ("method", "rtol", "atol", "step", "max_steps")
 LOSS = ("reduction", "returns", "dtype", "block")
 
@@ -136,37 +139,3 @@ def follow(system: System, times: Sequence[float], solver: Solver) -> Flow:
         error.flow = Flow(system, reached, torch.stack(kept), solver)
         raise error from None
     return Flow(system, reached, torch.stack(kept), solver)
-
-
-def grid_of(time: float, options: PathOptions, kind: type[PathOptions]) -> list[float]:
-    """Points of time that are kept, from 0 on.
-
-    Raises
-    ------
-    InputError
-        For times that do not rise from 0, and for unknown options.
-    """
-    known = kind.__annotations__  # of a TypedDict, with those of its bases
-    if unknown := sorted(set(options) - known.keys()):
-        raise InputError(
-            f"`{unknown[0]}=` was given to a flow",
-            f"Its options are {', '.join(f'`{name}`' for name in sorted(known))}",
-            f"Leave `{unknown[0]}` out",
-        )
-    times, points = options.get("times"), options.get("points", 65)
-    if times is None:
-        if not (is_number(time) and time > 0 and is_whole(points) and points >= 2):
-            raise InputError(
-                f"A flow was asked for with `time={time!r}` and `points={points!r}`",
-                "It lasts for a time above 0, and 2 points or more of it are kept",
-                "Write for example `time=2.0, points=65`",
-            )
-        return [float(t) for t in np.linspace(0.0, time, points)]
-    given = points_of(times)
-    if given.ndim != 1 or len(given) < 2 or given[0] != 0 or not ((np.diff(given) > 0) & (given[1:] < np.inf)).all():
-        raise InputError(
-            f"A flow was asked for with `times={shown(given)}`",
-            "Two or more points of time rise from 0",
-            "Write for example `times=numpy.linspace(0, 2, 65)`",
-        )
-    return [float(t) for t in given]

@@ -205,14 +205,16 @@ class PolyakFlow(System):
     def velocity(self, time: float, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         """The direction of the gradient, as fast as makes L − L_* fall like its own size."""
         value, gradient = self.loss.value_and_gradient(parts[0])
+        excess = value - self.minimum
+        if excess == 0:  # where the flow has come to its end
+            return (torch.zeros_like(gradient),)
         if not self._ratio(value, gradient) > STATIONARY * self._steepness:
             raise Stopped(
                 f"θ is at a stationary point, where ∇L is 0 and L = {float(value):.6g}, above L_* = {self.minimum:.6g}",
                 "Look at the flow up to there, `error.flow`; write `minimum=` if L is not 0 at its least. The discrete "
                 "`pathkernel.optimizers.PolyakStep` may step across",
             )
-        excess = value - self.minimum
-        return (-excess / (gradient @ gradient) * gradient if excess else torch.zeros_like(gradient),)
+        return (-excess / (gradient @ gradient) * gradient,)
 
 
 def polyak_flow(

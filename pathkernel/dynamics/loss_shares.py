@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pathkernel._typing import PyTree
 from pathkernel.dynamics.training_loss import ADDS_UP, TrainingLoss
 from pathkernel.errors import InputError
 from pathkernel.kernel_machine.attributions import Attributions
@@ -111,10 +112,10 @@ def loss_ledger(trajectory: Trajectory, *, memory: int | str = "1GB", progress: 
     True
     """
     machine = KernelMachine(trajectory, memory=memory, progress=progress)
-    data = trajectory.data[torch.arange(len(trajectory.data))]
+    data = trajectory.data.everything()
     by_module = machine.explain(data, outputs="loss", by="module")
     by_step = machine.explain(data, outputs="loss", by="step")
-    weight, start, end = _weight(trajectory, by_module)
+    weight, start, end = _weight(trajectory, data, by_module)
     modules = {name: weight * own.sum(axis=0) for name, own in by_module.modules.items()}
     assert by_step.steps is not None
     return LossLedger(
@@ -128,10 +129,10 @@ def loss_ledger(trajectory: Trajectory, *, memory: int | str = "1GB", progress: 
     )
 
 
-def _weight(trajectory: Trajectory, why: Attributions) -> tuple[float, float, float]:
+def _weight(trajectory: Trajectory, data: tuple[PyTree, PyTree], why: Attributions) -> tuple[float, float, float]:
     """Weight of the losses of single samples in L, and L at both ends."""
     function = trajectory.function()
-    before = TrainingLoss(trajectory.run, function, *trajectory.data[torch.arange(len(trajectory.data))]).in_blocks()
+    before = TrainingLoss(trajectory.run, function, *data).in_blocks()
     final = function.with_(constants=trajectory.final_buffers)
     after = TrainingLoss(trajectory.run, final, before.inputs, before.targets).in_blocks()
     start, end = float(before.value(trajectory.initial)), float(after.value(trajectory.final))

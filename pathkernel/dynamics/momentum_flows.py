@@ -188,11 +188,12 @@ def energy_ledger(flow: Flow) -> EnergyLedger:
     Raises
     ------
     InputError
-        For a flow without velocity.
+        For a flow without inertia, and for what is no flow.
     """
-    if not isinstance(flow.system, MomentumFlow):
+    if not (isinstance(flow, Flow) and isinstance(flow.system, MomentumFlow)):
+        asked = flow.system.name if isinstance(flow, Flow) else type(flow).__name__
         raise InputError(
-            f"An energy ledger was asked of a {flow.system.name}",
+            f"An energy ledger was asked of a {asked}",
             "Kinetic energy is that of flows with inertia",
             "Write `momentum_flow(...)` or `nesterov_flow(...)`",
         )

@@ -16,16 +16,18 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from pathkernel._typing import Loss
-from pathkernel.dynamics.flow import Flow
-from pathkernel.dynamics.following import PathOptions, grid_of, loss_of
+from pathkernel.dynamics.flow import Flow, check_options
+from pathkernel.dynamics.following import GRID, PathOptions, chosen, loss_of
 from pathkernel.dynamics.integration import DIVERGED, GROWTH, pieces_of
 from pathkernel.dynamics.system import System
+from pathkernel.dynamics.times import grid_of
 from pathkernel.dynamics.training_loss import TrainingLoss
 from pathkernel.errors import FlowError, InputError, is_number
 
@@ -167,8 +169,9 @@ def langevin(
     ----------
     Kloeden and Platen 1992, section 10.2.
     """
+    times = _times(time, step, options)
     system = Langevin(loss_of(model, loss, data, options), noise=noise, generator=generator)
-    return _followed(system, time, step, options)
+    return _followed(system, times, step)
 
 
 def kramers(
@@ -210,31 +213,42 @@ def kramers(
     ----------
     Leimkuhler and Matthews 2013 (1203.5428), section 3.
     """
+    times = _times(time, step, options)
     system = Kramers(loss_of(model, loss, data, options), friction, noise, generator)
-    return _followed(system, time, step, options)
+    return _followed(system, times, step)
 
 
-def _followed(system: StochasticSystem, time: float, step: float, options: PathOptions) -> Flow:
-    """One path through the points of time, each reached by equal steps no larger than asked for."""
+def _times(time: float, step: float, options: PathOptions) -> list[float]:
+    """Points of time that are kept.
+
+    Raises
+    ------
+    InputError
+        For unknown options, and for times and a step that are none.
+    """
+    check_options(options, PathOptions, "a flow with noise")
     if not (is_number(step) and step > 0):
         raise InputError(f"`step={step!r}` was given", "A step is a time above 0", "Write for example `step=0.01`")
-    times = grid_of(time, options, PathOptions)
+    return grid_of(time, **chosen(options, GRID))
+
+
+def _followed(system: StochasticSystem, times: Sequence[float], step: float) -> Flow:
+    """One path through the points of time, each reached by equal steps no larger than asked for."""
     parts: Sequence[Tensor] = system.start
     kept, limit = [torch.cat(list(parts))], GROWTH * max(1.0, float(torch.cat(list(parts)).norm()))
-    for k in range(1, len(times)):
-        length = times[k] - times[k - 1]
-        pieces = pieces_of(length, step)
-        with system.loss.held():
+    with system.loss.held():
+        for before, after in pairwise(times):
+            pieces = pieces_of(after - before, step)
             for _ in range(pieces):
-                parts = system.advance(parts, length / pieces)
-        state = torch.cat(list(parts))
-        if not float(state.norm()) <= limit:
-            error = FlowError(
-                f"The {system.name} came to its end between t = {times[k - 1]:.6g} and {times[k]:.6g}: it diverged",
-                f"It was to be followed to t = {times[-1]:.6g}",
-                DIVERGED,
-            )
-            error.flow = Flow(system, times[:k], torch.stack(kept), None)
-            raise error
-        kept.append(state)
+                parts = system.advance(parts, (after - before) / pieces)
+            state = torch.cat(list(parts))
+            if not float(state.norm()) <= limit:
+                error = FlowError(
+                    f"The {system.name} came to its end between t = {before:.6g} and {after:.6g}: it diverged",
+                    f"It was to be followed to t = {times[-1]:.6g}",
+                    DIVERGED,
+                )
+                error.flow = Flow(system, times[: len(kept)], torch.stack(kept), None)
+                raise error
+            kept.append(state)
     return Flow(system, times, torch.stack(kept), None)

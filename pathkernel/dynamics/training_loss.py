@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from pathkernel._typing import Loss, PyTree
 from pathkernel.errors import InputError, is_whole
+from pathkernel.gradients.acceptance import Acceptance
+from pathkernel.gradients.forward_derivatives import REFUSALS
 from pathkernel.gradients.forward_state import ForwardState, generators_untouched
 from pathkernel.gradients.losses import Objective, batch_loss, check_loss, check_reduction
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
-from pathkernel.gradients.pytrees import blocks, cast_floating, count, take
+from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import Returns, batch_outputs, check_returns
 from pathkernel.trajectory.run import Run, Start
 from pathkernel.trajectory.samples import Samples
@@ -54,6 +56,11 @@ class TrainingLoss:
         As given, samples and what the loss holds in the floating type of the arithmetic.
     parts
         (block of samples, its weight) whose losses add up to L.
+
+    Raises
+    ------
+    InputError
+        For a block of no samples.
     """
 
     def __init__(
@@ -65,6 +72,10 @@ class TrainingLoss:
         block: int = 4096,
         weights: Tensor | None = None,
     ) -> None:
+        if not (is_whole(block) and block >= 1):
+            raise InputError(
+                f"`block={block!r}` was given", "A block holds one sample or more", "Write for example `block=4096`"
+            )
         self.function, self.block, self.weights = function, block, weights
         self.inputs, self.targets = function.cast(inputs), function.cast(targets)
         self.loss = in_type(run.objective.function("The training loss as a function of θ"), function.dtype)
@@ -106,7 +117,8 @@ class TrainingLoss:
         Raises
         ------
         InputError
-            For a network without parameters that move, and for one whose passes draw random numbers.
+            For a network without parameters that move, for one whose passes draw random numbers, and for samples that
+            it does not take.
         """
         if not isinstance(model, nn.Module):
             raise InputError(
@@ -117,10 +129,6 @@ class TrainingLoss:
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise InputError(
                 f"`dtype={dtype!r}` was given", "A flow is followed in a floating type", "Write `dtype=torch.float64`"
-            )
-        if not (is_whole(block) and block >= 1):
-            raise InputError(
-                f"`block={block!r}` was given", "A block holds one sample or more", "Write for example `block=4096`"
             )
         named = named_trainable(model)
         if not named:
@@ -145,7 +153,7 @@ class TrainingLoss:
         with generators_untouched():
             if run.data.holds_integers:
                 run.data.suit(function, theta)
-            made = cls(run, function, *run.data[torch.arange(len(run.data))], block)
+            made = cls(run, function, *run.data.everything(), block)
             made._check_deterministic()
             return made.in_blocks()
 
@@ -218,11 +226,11 @@ class TrainingLoss:
         Ctrl-C is let through before each pass.
         """
         with self.function.evaluating(), self.function.kept():
-            self._held = True
+            before, self._held = self._held, True
             try:
                 yield
             finally:
-                self._held = False
+                self._held = before
 
     @contextmanager
     def _passes(self, gradients: bool) -> Iterator[None]:
@@ -259,9 +267,13 @@ class TrainingLoss:
         return self
 
     def _check_deterministic(self) -> None:
-        """Refuse passes that draw random numbers: θ alone has to say where it goes."""
+        """Refuse samples that the network does not take, and random numbers: θ alone has to say where it goes."""
         piece = slice(0, min(self.block, len(self)))
-        first, second = self._flat(piece), self._flat(piece)
+        try:
+            first, second = self._flat(piece), self._flat(piece)
+        except REFUSALS:
+            Acceptance(self.function, self.initial, "pathkernel.dynamics")(self.inputs)  # names the layer that fails
+            raise
         if not torch.equal(first.nan_to_num(), second.nan_to_num()):
             raise InputError(
                 "Two passes of the network at the same θ gave different outputs: it draws random numbers, as dropout "
@@ -278,8 +290,7 @@ class TrainingLoss:
         InputError
             Where outputs of the training samples at θ differ between the modes of the flow and evaluation.
         """
-        with self.function.evaluating(gradients=False):
-            trained = batch_outputs(self._outputs(theta, slice(0, len(self))), len(self))
+        trained = torch.cat([self._flat(where, theta) for where, _ in self.parts])
         evaluated = self.run.function().outputs(theta, self.inputs, self.block)
         difference = float((trained - evaluated).abs().max())
         if difference > torch.finfo(self.dtype).eps ** 0.5 * float(1 + evaluated.abs().max()):
@@ -327,9 +338,11 @@ class TrainingLoss:
         halves = torch.cat([self._flat(slice(0, middle)), self._flat(slice(middle, piece.stop))])
         return bool((whole - halves).abs().max() > ADDS_UP * (1 + whole.abs().max()))
 
-    def _flat(self, piece: slice) -> Tensor:
+    def _flat(self, piece: slice, theta: Tensor | None = None) -> Tensor:
+        """Outputs of some samples at θ(0), or elsewhere, (n, C)."""
+        theta = self.initial if theta is None else theta
         with self.function.evaluating(gradients=False):
-            return batch_outputs(self._outputs(self.initial, piece), piece.stop - piece.start)
+            return batch_outputs(self._outputs(theta, piece), piece.stop - piece.start)
 
 
 def derivative(value: Tensor, leaf: Tensor, again: bool = False) -> Tensor:
@@ -342,10 +355,4 @@ def derivative(value: Tensor, leaf: Tensor, again: bool = False) -> Tensor:
 
 def in_type(loss: Loss, dtype: torch.dtype) -> Callable[..., Tensor]:
     """The loss with tensors that it holds (class weights) in the type of the arithmetic; a copy of a module."""
-    if not isinstance(loss, nn.Module):
-        return loss
-    own = copy.deepcopy(loss)
-    for name, value in [*own.named_parameters(), *own.named_buffers()]:
-        holder = own.get_submodule(name.rpartition(".")[0])
-        setattr(holder, name.rpartition(".")[2], cast_floating(value.detach(), dtype))
-    return own
+    return copy.deepcopy(loss).to(dtype).requires_grad_(False) if isinstance(loss, nn.Module) else loss

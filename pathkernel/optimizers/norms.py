@@ -34,15 +34,12 @@ class Norm:
 
     Attributes
     ----------
-    name
-        ``"l2"``, ``"linf"``, ``"l1"`` or ``"spectral"``.
     dual
         ‖g‖_*, a tensor of no axes.
     ascent
         −d(g), of norm 1 (0 where g is 0), so that ⟨g, −d⟩ = ‖g‖_*.
     """
 
-    name: str
     dual: Callable[[Sequence[Tensor]], Tensor]
     ascent: Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -55,7 +52,7 @@ def norm_of(name: str) -> Norm:
     InputError
         For any other.
     """
-    if name not in NORMS:
+    if not isinstance(name, str) or name not in NORMS:
         raise InputError(
             f"`norm={name!r}` was given", f"Norms are {', '.join(map(repr, NORMS))}", 'Write `norm="spectral"`'
         )
@@ -102,11 +99,10 @@ def _largest_entry(gradients: Sequence[Tensor]) -> list[Tensor]:
 
 
 NORMS = {
-    "l2": Norm("l2", lambda g: _flat(g).norm(), _over_length),
-    "linf": Norm("linf", lambda g: _flat(g).abs().sum(), lambda g: [one.sign() for one in g]),
-    "l1": Norm("l1", lambda g: _flat(g).abs().max(), _largest_entry),
+    "l2": Norm(lambda g: _flat(g).norm(), _over_length),
+    "linf": Norm(lambda g: _flat(g).abs().sum(), lambda g: [one.sign() for one in g]),
+    "l1": Norm(lambda g: _flat(g).abs().max(), _largest_entry),
     "spectral": Norm(
-        "spectral",
         lambda g: torch.stack([torch.linalg.matrix_norm(as_matrix(one), "nuc") for one in g]).sum(),
         lambda g: [polar_factor(one) for one in g],
     ),

@@ -14,7 +14,7 @@ The norms themselves are in `pathkernel.optimizers.norms`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,12 +27,22 @@ from pathkernel.update_rules.muon import whitened
 from pathkernel.update_rules.rule import Frozen, Memory, Observation, Observes, Settings, UpdateRule
 
 
-def _descend(optimizer: Optimizer, norm: str) -> None:
+class _Descent(Optimizer):
     """θ⁺ = θ + ηd, with d of norm 1 over all parameters together."""
-    every = list(received(optimizer))
-    ascent = NORMS[norm].ascent([gradient for _, gradient, _, _ in every]) if every else []
-    for (p, _, _, settings), direction in zip(every, ascent, strict=True):
-        p.sub_(direction, alpha=settings["lr"])
+
+    norm: ClassVar[str]
+
+    def __init__(self, params: Any, lr: float = 1e-2) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """One step; returns the closure's loss."""
+        loss, every = evaluated(closure), list(received(self))
+        ascent = NORMS[self.norm].ascent([gradient for _, gradient, _, _ in every]) if every else []
+        for (p, _, _, settings), direction in zip(every, ascent, strict=True):
+            p.sub_(direction, alpha=settings["lr"])
+        return loss
 
 
 class CoordinateDescentRule(UpdateRule):
@@ -50,7 +60,7 @@ class CoordinateDescentRule(UpdateRule):
         return -settings["lr"] * gradient * frozen["scale"], memory
 
 
-class CoordinateDescent(Optimizer):
+class CoordinateDescent(_Descent):
     r"""Greedy coordinate descent: steepest descent in the ℓ₁ norm, along which :math:`\dot L = -\max_i |g_i|`.
 
     .. math:: \Delta_i = -\eta \operatorname{sign} g_i \quad\text{for the largest}\ |g_i|,\qquad 0\ \text{elsewhere}
@@ -71,17 +81,7 @@ class CoordinateDescent(Optimizer):
     Nutini et al. 2015 (1506.00552), section 2, for the Gauss–Southwell rule.
     """
 
-    rule = CoordinateDescentRule
-
-    def __init__(self, params: Any, lr: float = 1e-2) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
-        """One step; returns the closure's loss."""
-        loss = evaluated(closure)
-        _descend(self, "l1")
-        return loss
+    rule, norm = CoordinateDescentRule, "l1"
 
 
 class SpectralDescentRule(UpdateRule):
@@ -107,7 +107,7 @@ class SpectralDescentRule(UpdateRule):
         return -settings["lr"] * direction.reshape(gradient.shape), memory
 
 
-class SpectralDescent(Optimizer):
+class SpectralDescent(_Descent):
     r"""Spectral descent, which is Muon without momentum: steepest descent in the largest singular value.
 
     .. math:: \Delta = -\eta\, U V^\top,\qquad g = U \Sigma V^\top,\qquad \dot L = -\textstyle\sum \Sigma
@@ -131,17 +131,7 @@ class SpectralDescent(Optimizer):
     Carlson et al. 2015, Preconditioned spectral descent for deep learning; Bernstein and Newhouse 2024 (2409.20325).
     """
 
-    rule = SpectralDescentRule
-
-    def __init__(self, params: Any, lr: float = 1e-2) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
-        """One step; returns the closure's loss."""
-        loss = evaluated(closure)
-        _descend(self, "spectral")
-        return loss
+    rule, norm = SpectralDescentRule, "spectral"
 
 
 STEEPEST: dict[str, type[Optimizer]] = {

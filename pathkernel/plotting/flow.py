@@ -112,12 +112,14 @@ class FlowDisplay:
         beside = flow.distance(trajectory)
         points = [trajectory.vector(s).to(flow.theta) for s in range(len(beside.times))]
         run = np.stack([point.double().cpu().numpy() for point in points])
+        with flow.system.loss.held():
+            losses = [float(flow.system.loss.value(point)) for point in points]
         return cls(
             flow.times,
             flow.losses,
             away @ directions.T,
             run_times=beside.times,
-            run_losses=[float(flow.system.loss.value(point)) for point in points],
+            run_losses=losses,
             run_plane=(run - theta[0]) @ directions.T,
             distance=beside.distance,
             name=flow.system.name,

@@ -19,7 +19,7 @@ COLORS = {
     "start": "#E69F00",
     "remainder": NEUTRAL,
 }
-"""Of the parts of a ledger; the last three of Okabe and Ito's palette are used nowhere else."""
+"""Of the parts of a ledger; those written as numbers, of Okabe and Ito's palette, mean nothing elsewhere."""
 
 
 class RegularizationDisplay:
@@ -95,9 +95,9 @@ class RegularizationDisplay:
                 fontsize=9,
             )
         panel.set_yticks(places, [name.replace("_", " ") for name in sums])
-        panel.set_xscale("log")
-        least = min((abs(value) for value in sums.values() if value), default=scale)
-        panel.set_xlim(least / 3, 30 * scale)  # room for the numbers
+        if scale:
+            panel.set_xscale("log")
+            panel.set_xlim(min(abs(value) for value in sums.values() if value) / 3, 30 * scale)  # room for the numbers
         panel.set(xlabel="size of its change of the loss", title="In all")
         panel.tick_params(axis="y", length=0)
 

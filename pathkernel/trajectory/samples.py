@@ -145,6 +145,10 @@ class Samples:
             )
         return (with_floats(inputs, self.dtype) if self._floats else inputs), targets
 
+    def everything(self) -> tuple[PyTree, PyTree]:
+        """Inputs and targets of all samples; see `__getitem__`."""
+        return self[torch.arange(len(self))]
+
     def targets(self, ids: Tensor) -> PyTree:
         """Targets of the given ids alone: inputs need not make a batch."""
         if self.dataset is None:

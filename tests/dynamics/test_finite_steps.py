@@ -113,6 +113,10 @@ def test_the_parts_are_what_their_names_say() -> None:
     assert "remainder" in repr(ledger)
     cut = dynamics.regularization_ledger(trajectory, X[:3], block=3)
     np.testing.assert_allclose(cut.outputs.remainder, ledger.outputs.remainder, rtol=1e-6, atol=1e-14)
+    with pytest.raises(InputError, match="`regularization_ledger` was given no samples"):
+        dynamics.regularization_ledger(trajectory, X[:0])
+    with pytest.raises(InputError, match="`block=0` was given"):
+        dynamics.regularization_ledger(trajectory, X[:3], block=0)
 
 
 def network_at(theta: torch.Tensor) -> nn.Module:
@@ -130,15 +134,24 @@ def test_without_queries_there_is_the_loss_alone_and_the_model_stays() -> None:
     assert torch.equal(dynamical.vector(trajectory.model), before)
 
 
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
 def clipped() -> pk.Trajectory:
+    return recorded(sgd, 1, before=lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1e-2))
+
+
+def edited() -> pk.Trajectory:
     model, (X, y) = network(), data()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = sgd(model.parameters())
     with pk.KernelRecorder(model, optimizer, LOSS, data=(X, y)) as recorder:
         for x, target in recorder.batches(batch_size=8):
             optimizer.zero_grad()
             LOSS(model(x), target).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
             optimizer.step()
+        with torch.no_grad():
+            model[0].weight.mul_(0.9)
     return recorder.trajectory
 
 
@@ -150,19 +163,6 @@ def accumulated() -> pk.Trajectory:
             (LOSS(model(x), target) / 2).backward()
             if k == 1:
                 optimizer.step()
-    return recorder.trajectory
-
-
-def edited() -> pk.Trajectory:
-    model, (X, y) = network(), data()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pk.KernelRecorder(model, optimizer, LOSS, data=(X, y)) as recorder:
-        for x, target in recorder.batches(batch_size=8):
-            optimizer.zero_grad()
-            LOSS(model(x), target).backward()
-            optimizer.step()
-        with torch.no_grad():
-            model[0].weight.mul_(0.9)
     return recorder.trajectory
 
 
@@ -194,12 +194,5 @@ def test_runs_without_a_known_modified_flow_are_refused(name: str) -> None:
 
 
 def test_a_thinned_record_is_refused() -> None:
-    model, (X, y) = network(), data()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pk.KernelRecorder(model, optimizer, LOSS, data=(X, y), schedule=pk.WeightsOnly()) as recorder:
-        for x, target in recorder.batches(batch_size=8):
-            optimizer.zero_grad()
-            LOSS(model(x), target).backward()
-            optimizer.step()
     with pytest.raises(TrajectoryError, match="needs the gradients of every step"):
-        dynamics.regularization_ledger(recorder.trajectory)
+        dynamics.regularization_ledger(recorded(sgd, 1, schedule=pk.WeightsOnly()))

@@ -268,7 +268,7 @@ def test_a_modified_flow_with_momentum_is_compared_with_its_own_run() -> None:
         trajectory = recorded(lambda p, h=rate: torch.optim.SGD(p, lr=h, momentum=0.5), round(0.1 / rate))
         beside = flow.distance(trajectory)
         assert beside.times[-1] == pytest.approx(0.2)
-        lead = float((flow.theta[0] - trajectory.initial).norm())  # the flow starts ahead of a ball at rest
+        lead = float((flow.theta[0] - trajectory.initial).norm())  # the flow starts uphill of a ball at rest
         assert beside.distance[-1] < beside.distance[0] == pytest.approx(lead)
         ends.append(beside.distance[-1])
     assert dynamical.order(rates, ends) == pytest.approx(2, abs=ORDER)
@@ -299,8 +299,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
         flow.parameters(3)
     with pytest.raises(InputError, match="The part 'velocity'"):
         flow.part("velocity")
-    with pytest.raises(InputError, match="An energy ledger was asked of a gradient flow"):
-        dynamics.energy_ledger(flow)
+    for other, name in ((flow, "gradient flow"), (None, "NoneType")):
+        with pytest.raises(InputError, match=f"An energy ledger was asked of a {name}"):
+            dynamics.energy_ledger(other)  # type: ignore[arg-type]
 
 
 # -- options, and how flows end ----------------------------------------------------------------------------------------
@@ -497,6 +498,13 @@ def test_polyak_flow_makes_any_loss_fall_exponentially() -> None:
     flow = dynamics.polyak_flow(network(), LOSS, data(), 1.0, minimum=0.01, points=9)
     expected = 0.01 + (flow.losses[0] - 0.01) * np.exp(-flow.times)
     np.testing.assert_allclose(flow.losses, expected, rtol=0, atol=1e-6)
+
+
+def test_polyak_flow_rests_where_the_loss_is_least() -> None:
+    model, _, theta = linear()
+    X, _ = data()
+    at_least = dynamics.polyak_flow(model, LOSS, (X, (X @ theta)[:, None]), 1.0, points=3)
+    assert torch.equal(at_least.theta, theta.expand(3, 3)) and not at_least.losses.any()
 
 
 def test_polyak_flow_stops_at_a_stationary_point_above_the_least_value() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import dynamical
 import numpy as np
 import pytest
@@ -73,9 +76,10 @@ def test_a_flow_of_unit_speed_cannot_stop() -> None:
         dynamics.steepest_flow(network(), LOSS, data(), 20.0, norm="linf", max_steps=60)
 
 
-def test_an_unknown_norm_is_refused() -> None:
-    with pytest.raises(InputError, match=r"`norm='l3'` was given.*norm=\"spectral\""):
-        norm_of("l3")
+@pytest.mark.parametrize("name", ["l3", ["l2"], None])
+def test_an_unknown_norm_is_refused(name: Any) -> None:
+    with pytest.raises(InputError, match=rf"`norm={re.escape(repr(name))}` was given.*norm=\"spectral\""):
+        norm_of(name)
 
 
 # -- the new optimizers ------------------------------------------------------------------------------------------------

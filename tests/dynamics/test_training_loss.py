@@ -120,6 +120,34 @@ def test_a_loss_of_one_number_per_sample_is_reduced_as_asked() -> None:
     torch.testing.assert_close(10 * mean.gradient(mean.initial), total.gradient(mean.initial))
 
 
+class Weighted(nn.Module):
+    """A loss with a parameter of its own, in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.scale * nn.functional.mse_loss(outputs, targets)
+
+
+def test_a_loss_with_parameters_of_its_own_is_taken_as_it_stands() -> None:
+    own, (X, y) = Weighted(), data()
+    loss, plain = (TrainingLoss.of(network(), one, (X, y)) for one in (own, nn.MSELoss()))
+    scale = own.scale.detach().double()
+    torch.testing.assert_close(loss.gradient(loss.initial), scale * plain.gradient(plain.initial))
+    assert own.scale.dtype == torch.float32 and own.scale.requires_grad and own.scale.grad is None
+
+
+def test_no_more_than_a_block_goes_through_at_once() -> None:
+    seen: list[int] = []
+    model = network()
+    model.register_forward_hook(lambda module, inputs, outputs: seen.append(len(inputs[0])))
+    loss = TrainingLoss.of(model, nn.MSELoss(), data(), block=3)
+    loss.check_evaluation(loss.initial)
+    assert max(seen) == 3
+
+
 def test_token_ids_stay_integers_and_unused_parameters_have_no_gradient() -> None:
     model = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(4, 1))
     model.unused = nn.Parameter(torch.ones(3))
@@ -135,5 +163,7 @@ def test_what_has_no_flow_is_refused() -> None:
         gradient_flow(nn.Sequential(nn.Tanh()), nn.MSELoss(), (X, y))
     with pytest.raises(InputError, match=r"draws random numbers.*model.eval\(\)"):
         gradient_flow(nn.Sequential(nn.Linear(3, 20), nn.Dropout(), nn.Linear(20, 1)), nn.MSELoss(), (X, y))
+    with pytest.raises(InputError, match=r"the network fails in `Linear\(in_features=3.*samples of shape \(n, …, 3\)"):
+        gradient_flow(network(), nn.MSELoss(), (X[:, :2], y))
     with pytest.raises(InputError, match="an instance of a module, or a function"):
         gradient_flow(network(), nn.MSELoss, (X, y))

@@ -71,6 +71,14 @@ def test_a_regularization_ledger_shows_every_part_and_the_remainder() -> None:
     assert "\N{MINUS SIGN}1.00" in [text.get_text() for text in sums.texts]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_ledger_of_a_run_that_stood_still_is_drawn() -> None:
+    still = dynamics.regularization_ledger(dynamical.recorded(lambda p: torch.optim.SGD(p, lr=0.0), 1))
+    display = RegularizationDisplay(still).plot()
+    display.figure_.canvas.draw()
+    assert [bar.get_width() for bar in display.axes_[1].patches] == [0, 0, 0]
+
+
 def test_a_loss_ledger_is_drawn_by_samples_modules_and_steps() -> None:
     samples, steps = np.array([-0.3, 0.1, -0.2]), np.array([-0.25, -0.15])
     modules: dict[str, Any] = {"0": -0.3, "2": -0.1}
