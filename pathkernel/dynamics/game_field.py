@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, brief, is_number, is_whole
 from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.gradients.structural_copy import StructuralCopy
 
@@ -38,7 +38,7 @@ class Game:
                     f"Write `{name}={{{', '.join(f'{player!r}: ...' for player in players)}}}`",
                 )
         for name, rate in given.items():
-            if isinstance(rate, str) or not 0 <= float(rate) < float("inf"):
+            if not (is_number(rate) and rate >= 0):
                 raise InputError(
                     f"The rate of {name!r} is {rate!r}",
                     "Rates are step sizes against the gradient: finite numbers, 0 or more",
@@ -159,7 +159,9 @@ def check_players(players: Mapping[str, nn.Module], losses: Mapping[str, GameLos
     """
     if not isinstance(players, Mapping) or not isinstance(losses, Mapping) or not players:
         raise InputError(
-            f"`players` is a {type(players).__name__} of {len(players)}, `losses` a {type(losses).__name__}",
+            f"`players` is {brief(players)}"
+            if not players
+            else f"`players` is a {type(players).__name__}, `losses` a {type(losses).__name__}",
             "Both are mappings from the names of players, of whom there is one at least",
             'Write `stability({"D": D, "G": G}, {"D": loss_d, "G": loss_g})`',
         )
@@ -198,14 +200,15 @@ def check_players(players: Mapping[str, nn.Module], losses: Mapping[str, GameLos
         )
 
 
-def check_number(name: str, value: float, *, positive: bool = False) -> None:
-    """Refuse a parameter that is no finite number of 0 or more, or of more than 0.
+def check_number(name: str, value: float, *, positive: bool = False, whole: bool = False) -> None:
+    """Refuse a parameter that is no finite number of 0 or more, or of more than 0, or no whole one.
 
     Raises
     ------
     InputError
         With its name and value.
     """
-    if not (0 <= value < float("inf")) or (positive and value == 0):
-        expected = "greater than 0" if positive else "0 or more"
-        raise InputError(f"`{name}={value!r}` was given", f"It is a finite number, {expected}", f"Write `{name}=1`")
+    known = is_whole(value) if whole else is_number(value)
+    if not (known and value >= 0) or (positive and value == 0):
+        kind, expected = "whole" if whole else "finite", "greater than 0" if positive else "0 or more"
+        raise InputError(f"`{name}={value!r}` was given", f"It is a {kind} number, {expected}", f"Write `{name}=1`")

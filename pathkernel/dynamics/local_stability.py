@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel.dynamics.game_field import Game, GameLoss, Stage, check_players
-from pathkernel.errors import CertificateWarning, InputError
+from pathkernel.errors import CertificateWarning, InputError, is_whole
 
 DENSE = 400
 """Parameters up to which whole Jacobians are formed: a backward pass for each, and O(P³) for the eigenvalues."""
@@ -167,7 +167,7 @@ def stability(
             f"Methods are {', '.join(map(repr, METHODS))}",
             'Write `method="auto"`',
         )
-    if not isinstance(count, int) or count < 1:
+    if not is_whole(count) or count < 1:
         raise InputError(
             f"`count={count!r}` was given", "So many eigenvalues are asked for, 1 or more", "Write `count=6`"
         )
@@ -299,8 +299,8 @@ def stages_of(updates: str | Sequence[str], names: tuple[str, ...]) -> tuple[tup
     """
     if updates == "simultaneous":
         return (names,)
-    order = names if updates == "alternating" else tuple(updates)
-    if (isinstance(updates, str) and updates != "alternating") or not order or not set(order) <= set(names):
+    order = names if updates == "alternating" else updates
+    if not isinstance(order, Sequence) or isinstance(order, str) or not order or not set(order) <= set(names):
         raise InputError(
             f"`updates={updates!r}` was given",
             f'Updates are "simultaneous", "alternating", or names of {", ".join(map(repr, names))} in the order of '
