@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel.errors import InputError, brief, is_number, is_whole
+from pathkernel.gradients.forward_state import generator_states, set_generators
 from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.gradients.structural_copy import StructuralCopy
 
@@ -24,6 +25,8 @@ class Game:
         w where the players stand, (P,).
     parts
         Which entries of w are of which player.
+    drawn
+        States of torch's random generators, on the CPU and where w lies, which every loss begins with.
     """
 
     def __init__(
@@ -51,8 +54,8 @@ class Game:
         self._outside = [parameter for own in trained.values() for parameter in own.values()]
         self._layouts = {name: ParameterLayout.of(own) for name, own in trained.items()}
         self._constants = {name: constants_of(module, self._layouts[name]) for name, module in players.items()}
-        self._drawn = torch.get_rng_state()
         self.point = torch.cat([self._layouts[name].flatten(own).detach() for name, own in trained.items()])
+        self.drawn = generator_states(self.point.device)
         self.parts: dict[str, slice] = {}
         begin = 0
         for name in self.names:
@@ -65,7 +68,7 @@ class Game:
         def of(w: Tensor) -> Tensor:
             value = 0 * w  # with a graph, also where gradients are constants
             for name in stepping:
-                torch.set_rng_state(self._drawn)
+                set_generators(self.drawn)
                 pieces = {player: w[part] for player, part in self.parts.items()}
                 loss = self._losses[name](*self._at(pieces))
                 gradient = _gradient(name, loss, pieces[name], self._outside)
