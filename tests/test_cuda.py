@@ -199,3 +199,17 @@ def test_data_on_the_cpu_and_a_network_on_the_gpu() -> None:
             optimizer.step()
     why = pk.KernelMachine(recorder.trajectory).explain(X[:5], outputs=1)
     assert why.relative_residual < 1e-9
+
+
+def test_stability_draws_the_same_each_time_and_puts_the_generators_back() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        D, G = (nn.Linear(2, 2, dtype=torch.float64, device=GPU) for _ in range(2))
+        losses = {
+            "D": lambda D, G: D(G(torch.randn(6, 2, dtype=torch.float64, device=GPU))).square().mean(),
+            "G": lambda D, G: -D(G(torch.randn(6, 2, dtype=torch.float64, device=GPU))).mean(),
+        }
+        before = torch.cuda.get_rng_state(GPU)
+        first, second = (pk.dynamics.stability({"D": D, "G": G}, losses, 0.1) for _ in range(2))
+        assert torch.equal(torch.cuda.get_rng_state(GPU), before)
+    np.testing.assert_array_equal(first.map, second.map)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pathkernel.dynamics.dirac_gan import UPDATES, eigenvalue_table
 from pathkernel.dynamics.game import GameRecorder
 from pathkernel.dynamics.local_stability import Stability, stability
-from pathkernel.errors import InputError, NonFiniteStepError
+from pathkernel.errors import InputError, NonFiniteStepError, is_number
 from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.runtime.extras import require_extra
 
@@ -249,6 +249,10 @@ def game(arguments: argparse.Namespace) -> Result:
     rounds = usual if arguments.rounds is None else arguments.rounds
     if rounds < 1:
         raise InputError(f"`--rounds {rounds}` was given", "A game has at least one round", "Write `--rounds 100`")
+    if not (is_number(arguments.rate) and arguments.rate >= 0):
+        raise InputError(
+            f"`--rate {arguments.rate}` was given", "A rate is a finite number, 0 or more", "Write `--rate 0.2`"
+        )
     output = arguments.output or Path(f"game-{arguments.example}.png")
     if output.suffix not in PICTURES:
         raise InputError(

@@ -111,7 +111,7 @@ class DiracGAN:
         """
         stages = stages_of(updates, ("D", "G"))
         check_number("rate", rate)
-        check_number("steps", steps)
+        check_number("steps", steps, whole=True)
         phi, theta = map(float, start)
         path = np.empty((steps + 1, 2))
         path[0] = phi, theta
@@ -119,7 +119,8 @@ class DiracGAN:
             for stepping in stages:
                 of_phi, of_theta = self.field(phi, theta)
                 if "D" in stepping:
-                    phi = self._projected(phi + rate * of_phi)
+                    moved = phi + rate * of_phi
+                    phi = moved if self.project is None else self.project(moved)
                 if "G" in stepping:
                     theta = theta + rate * of_theta
             path[k] = phi, theta
@@ -147,7 +148,7 @@ class DiracGAN:
                 "Write `variant.trajectory(start, rate, steps)` with a small rate",
             )
         times = np.asarray(times, dtype=float)
-        if times.ndim != 1 or len(times) < 2 or not bool((np.diff(times) > 0).all()):
+        if times.ndim != 1 or len(times) < 2 or not bool(np.isfinite(times).all() and (np.diff(times) > 0).all()):
             raise InputError(
                 f"The flow was asked for at {times.size} times {brief(times.tolist())}",
                 "Times are two or more finite numbers that increase; the first is that of the start",
@@ -175,9 +176,6 @@ class DiracGAN:
         players = {"D": _Number(), "G": _Number()}
         losses = {"D": lambda D, G: self.losses(D(), G())[0], "G": lambda D, G: self.losses(D(), G())[1]}
         return stability(players, losses, rate, updates=updates)
-
-    def _projected(self, phi: float) -> float:
-        return phi if self.project is None else self.project(phi)
 
 
 class _Number(nn.Module):
@@ -323,6 +321,7 @@ def instance_noise(deviation: float = 1.0, nodes: int = 64) -> DiracGAN:
         Of the quadrature.
     """
     check_number("deviation", deviation)
+    check_number("nodes", nodes, positive=True, whole=True)
     points, weights = np.polynomial.hermite_e.hermegauss(nodes)
     noise, weights = deviation * points, weights / weights.sum()
 

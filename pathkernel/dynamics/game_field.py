@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, brief, is_number, is_whole
+from pathkernel.gradients.forward_state import generator_states, set_generators
 from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.gradients.structural_copy import StructuralCopy
 
@@ -24,6 +25,8 @@ class Game:
         w where the players stand, (P,).
     parts
         Which entries of w are of which player.
+    drawn
+        States of torch's random generators, on the CPU and where w lies, which every loss begins with.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class Game:
                     f"Write `{name}={{{', '.join(f'{player!r}: ...' for player in players)}}}`",
                 )
         for name, rate in given.items():
-            if isinstance(rate, str) or not 0 <= float(rate) < float("inf"):
+            if not (is_number(rate) and rate >= 0):
                 raise InputError(
                     f"The rate of {name!r} is {rate!r}",
                     "Rates are step sizes against the gradient: finite numbers, 0 or more",
@@ -51,8 +54,8 @@ class Game:
         self._outside = [parameter for own in trained.values() for parameter in own.values()]
         self._layouts = {name: ParameterLayout.of(own) for name, own in trained.items()}
         self._constants = {name: constants_of(module, self._layouts[name]) for name, module in players.items()}
-        self._drawn = torch.get_rng_state()
         self.point = torch.cat([self._layouts[name].flatten(own).detach() for name, own in trained.items()])
+        self.drawn = generator_states(self.point.device)
         self.parts: dict[str, slice] = {}
         begin = 0
         for name in self.names:
@@ -65,7 +68,7 @@ class Game:
         def of(w: Tensor) -> Tensor:
             value = 0 * w  # with a graph, also where gradients are constants
             for name in stepping:
-                torch.set_rng_state(self._drawn)
+                set_generators(self.drawn)
                 pieces = {player: w[part] for player, part in self.parts.items()}
                 loss = self._losses[name](*self._at(pieces))
                 gradient = _gradient(name, loss, pieces[name], self._outside)
@@ -159,7 +162,9 @@ def check_players(players: Mapping[str, nn.Module], losses: Mapping[str, GameLos
     """
     if not isinstance(players, Mapping) or not isinstance(losses, Mapping) or not players:
         raise InputError(
-            f"`players` is a {type(players).__name__} of {len(players)}, `losses` a {type(losses).__name__}",
+            f"`players` is {brief(players)}"
+            if not players
+            else f"`players` is a {type(players).__name__}, `losses` a {type(losses).__name__}",
             "Both are mappings from the names of players, of whom there is one at least",
             'Write `stability({"D": D, "G": G}, {"D": loss_d, "G": loss_g})`',
         )
@@ -198,14 +203,15 @@ def check_players(players: Mapping[str, nn.Module], losses: Mapping[str, GameLos
         )
 
 
-def check_number(name: str, value: float, *, positive: bool = False) -> None:
-    """Refuse a parameter that is no finite number of 0 or more, or of more than 0.
+def check_number(name: str, value: float, *, positive: bool = False, whole: bool = False) -> None:
+    """Refuse a parameter that is no finite number of 0 or more, or of more than 0, or no whole one.
 
     Raises
     ------
     InputError
         With its name and value.
     """
-    if not (0 <= value < float("inf")) or (positive and value == 0):
-        expected = "greater than 0" if positive else "0 or more"
-        raise InputError(f"`{name}={value!r}` was given", f"It is a finite number, {expected}", f"Write `{name}=1`")
+    known = is_whole(value) if whole else is_number(value)
+    if not (known and value >= 0) or (positive and value == 0):
+        kind, expected = "whole" if whole else "finite", "greater than 0" if positive else "0 or more"
+        raise InputError(f"`{name}={value!r}` was given", f"It is a {kind} number, {expected}", f"Write `{name}=1`")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pathkernel.dynamics.game_field import Game, GameLoss, Stage, check_players
-from pathkernel.errors import CertificateWarning, InputError
+from pathkernel.errors import CertificateWarning, InputError, is_whole
+from pathkernel.gradients.forward_state import generators_at
 
 DENSE = 400
 """Parameters up to which whole Jacobians are formed: a backward pass for each, and O(P³) for the eigenvalues."""
@@ -102,9 +103,10 @@ def stability(
     losses
         What each player makes smaller, as a function of all players' networks in the order of ``players``:
         ``lambda D, G: softplus(-D(G(z))).mean()``. It is called once for each step of the map and a few times more,
-        with the parameters of the networks where they stand then, and begins each time with torch's generator as it
-        was; which is put back. It is written without ``detach``: the usual :math:`L_D` of ``G(z).detach()`` has the
-        same gradient, but no derivative of it, :math:`\partial\dot\varphi/\partial\theta`.
+        with the parameters of the networks where they stand then, and begins each time with torch's generators as they
+        were, on the CPU and on the device of the networks; they are put back. It is written without ``detach``: the
+        usual :math:`L_D` of ``G(z).detach()`` has the same gradient, but no derivative of it,
+        :math:`\partial\dot\varphi/\partial\theta`.
     rates
         Step size of plain gradient steps, one for all players or by name, 0 or more.
     updates
@@ -167,14 +169,14 @@ def stability(
             f"Methods are {', '.join(map(repr, METHODS))}",
             'Write `method="auto"`',
         )
-    if not isinstance(count, int) or count < 1:
+    if not is_whole(count) or count < 1:
         raise InputError(
             f"`count={count!r}` was given", "So many eigenvalues are asked for, 1 or more", "Write `count=6`"
         )
     check_players(players, losses)
     stages = stages_of(updates, tuple(players))
     game = Game(players, losses, rates)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with generators_at(game.drawn), torch.enable_grad():
         start = game.point
         field = Stage(start, game.gradients(game.names))
         _warn_of_missing_derivatives(field, game, seed)
@@ -299,8 +301,8 @@ def stages_of(updates: str | Sequence[str], names: tuple[str, ...]) -> tuple[tup
     """
     if updates == "simultaneous":
         return (names,)
-    order = names if updates == "alternating" else tuple(updates)
-    if (isinstance(updates, str) and updates != "alternating") or not order or not set(order) <= set(names):
+    order = names if updates == "alternating" else updates
+    if not isinstance(order, Sequence) or isinstance(order, str) or not order or not set(order) <= set(names):
         raise InputError(
             f"`updates={updates!r}` was given",
             f'Updates are "simultaneous", "alternating", or names of {", ".join(map(repr, names))} in the order of '

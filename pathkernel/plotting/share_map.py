@@ -16,7 +16,6 @@ from pathkernel.plotting.appearance import LOWERS, NEUTRAL, RAISES, several_axes
 
 SHADES = LinearSegmentedColormap.from_list("shares", [LOWERS, "#E6E6E6", RAISES])
 
-
 SHOWN = 0.99
 """Part of the points that lie within the picture, and of the shares within the scale of colours: few may be far out."""
 

@@ -63,3 +63,6 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(capsys: pytest.Cap
     assert "`--output game.txt` was given. Pictures end in .png, .svg, .pdf" in capsys.readouterr().err
     assert cli.main(["game", "--rounds", "0"]) == 2
     assert "`--rounds 0` was given" in capsys.readouterr().err
+    for rate in ("nan", "-0.1"):
+        assert cli.main(["game", "gaussians", "--quiet", f"--rate={rate}"]) == 2
+        assert f"`--rate {rate}` was given. A rate is a finite number, 0 or more" in capsys.readouterr().err

@@ -210,10 +210,14 @@ def test_what_is_no_variant_is_refused() -> None:
         ("`deviation=nan`", lambda: dirac_gan.instance_noise(float("nan"))),
         ("`rate=-0.1`", lambda: VARIANTS["GAN"].trajectory((1.0, 0.0), -0.1, 3)),
         ("`rate=nan`", lambda: VARIANTS["GAN"].trajectory((1.0, 0.0), float("nan"), 3)),
+        ("`steps=2.5` was given. It is a whole number", lambda: VARIANTS["GAN"].trajectory((1.0, 0.0), 0.1, 2.5)),  # type: ignore[arg-type]
+        ("`rate='x'`", lambda: VARIANTS["GAN"].trajectory((1.0, 0.0), "x", 3)),  # type: ignore[arg-type]
+        ("`nodes=0`", lambda: dirac_gan.instance_noise(1.0, 0)),
         ("`steps=-1`", lambda: VARIANTS["GAN"].trajectory((1.0, 0.0), 0.1, -1)),
         ("The rate of 'D' is nan", lambda: VARIANTS["GAN"].stability(float("nan"))),
         (r"1 times \[0.0\]", lambda: VARIANTS["GAN"].flow((1.0, 0.0), np.array([0.0]))),
         (r"2 times \[1.0, 0.0\]", lambda: VARIANTS["GAN"].flow((1.0, 0.0), np.array([1.0, 0.0]))),
+        (r"2 times \[0.0, inf\]", lambda: VARIANTS["GAN"].flow((1.0, 0.0), np.array([0.0, np.inf]))),
         (r"2 times \[0.0, nan\]", lambda: VARIANTS["GAN"].flow((1.0, 0.0), np.array([0.0, np.nan]))),
     ]
     for said, refused in refusals:

@@ -15,10 +15,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import pathkernel as pk
+from pathkernel.cli.game import EXAMPLES, convolutional_discriminator, convolutional_generator
 
 RESIDUAL = {torch.float64: 1e-10, torch.float32: 1e-4}
 """What both players of a GAN may leave, and their split errors, as the benchmark says."""
 REAL, BATCH, LATENT = 32, 8, 4
+OF_DIGITS = EXAMPLES["digits"].noise
+"""Shape of a latent of the generator of digits."""
 bce = F.binary_cross_entropy_with_logits
 
 
@@ -50,35 +53,12 @@ def at_rounding(why: pk.Attributions, dtype: torch.dtype = torch.float64) -> boo
 # -- a deep convolutional GAN with BatchNorm, R1 and EMA -----------------------------------------------------------
 
 
-def dcgan(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    D = nn.Sequential(
-        nn.Conv2d(1, 4, 4, 2, 1, bias=False),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(4, 8, 4, 2, 1, bias=False),
-        nn.BatchNorm2d(8),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(8, 1, 2, 1, 0, bias=False),
-        nn.Flatten(),
-    )
-    G = nn.Sequential(
-        nn.ConvTranspose2d(LATENT, 8, 2, 1, 0, bias=False),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.ConvTranspose2d(8, 4, 4, 2, 1, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.ConvTranspose2d(4, 1, 4, 2, 1, bias=False),
-        nn.Tanh(),
-    )
-    return D.to(dtype), G.to(dtype)
-
-
 def train_digits(dtype: torch.dtype, record: bool) -> dict[str, Any]:
     """The ordinary alternating loop, R1 in its channel and an average of the generator beside it."""
     images = torch.tensor(load_digits().images[:REAL] / 8 - 1, dtype=dtype)[:, None]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        D, G = dcgan(dtype)
+        D, G = convolutional_discriminator().to(dtype), convolutional_generator().to(dtype)
         opt_d, opt_g = (torch.optim.Adam(net.parameters(), 2e-3, betas=(0.5, 0.999)) for net in (D, G))
         ema = torch.optim.swa_utils.AveragedModel(
             G, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8), use_buffers=True
@@ -101,7 +81,7 @@ def train_digits(dtype: torch.dtype, record: bool) -> dict[str, Any]:
                 (slope,) = torch.autograd.grad(z.sum(), x, create_graph=True)
                 (0.5 * slope.square().sum((1, 2, 3)).mean()).backward()
             with game.sources(D="generated", G="noise"):
-                fake = G(torch.randn(BATCH, LATENT, 1, 1, dtype=dtype))
+                fake = G(torch.randn(BATCH, *OF_DIGITS, dtype=dtype))
                 bce(D(fake.detach()), 0 * ones).backward()
                 opt_d.step()
                 opt_g.zero_grad()
@@ -109,7 +89,7 @@ def train_digits(dtype: torch.dtype, record: bool) -> dict[str, Any]:
                 opt_g.step()
             ema.update_parameters(G)
         game.close()
-        latents = torch.randn(2, LATENT, 1, 1, dtype=dtype)
+        latents = torch.randn(2, *OF_DIGITS, dtype=dtype)
     return {"D": D, "G": G, "ema": ema, "game": game, "images": images, "latents": latents}
 
 
@@ -128,7 +108,7 @@ def test_both_players_of_a_dcgan_are_exact_machines(dtype: torch.dtype) -> None:
         np.testing.assert_allclose(made.output, said.tolist(), atol=RESIDUAL[dtype])
     origins = game.origins("D")["generated"]
     assert origins.known.all() and origins.made_at.tolist() == np.repeat(range(4), BATCH).tolist()
-    assert origins.latents.shape == (REAL, LATENT, 1, 1)
+    assert origins.latents.shape == (REAL, *OF_DIGITS)
 
 
 def test_training_is_as_without() -> None:

@@ -200,6 +200,7 @@ def test_what_is_no_game_is_refused() -> None:
         ("`updates='D'`", {"updates": "D"}),
         (r"`updates=\('D', 'H'\)`", {"updates": ("D", "H")}),
         (r"`updates=\(\)`", {"updates": ()}),
+        ("`updates=5`", {"updates": 5}),
         ("The gradient of the loss of 'D' is not finite", {"losses": infinite}),
         ("The loss of 'D' does not depend on the parameters", of_d(lambda d, g: LOSSES["D"](D, G))),
         ("The loss of 'D' does not depend on the parameters", of_d(lambda D, G: LOSSES["D"](D, G).detach())),
@@ -211,12 +212,16 @@ def test_what_is_no_game_is_refused() -> None:
         ("The players 'D' and 'G' share the parameter `0.weight`", of_players(G=shared)),
         ("The player 'G' is a Tanh without parameters", of_players(G=nn.Tanh())),
         (r"torch.float64 on cpu \('D'\), torch.float32 on cpu \('G'\)", of_players(G=nn.Linear(2, 2))),
-        ("`players` is a list of 2", {"players": [D, G]}),
-        ("`players` is a dict of 0", {"players": {}}),
+        ("`players` is a list, `losses` a dict", {"players": [D, G]}),
+        (r"`players` is \{\}", {"players": {}}),
+        ("`players` is None", {"players": None}),
+        ("`players` is a dict, `losses` a tuple", {"losses": tuple(LOSSES.values())}),
         ("The rate of 'G' is -0.1", {"rates": {"D": 0.1, "G": -0.1}}),
         ("The rate of 'D' is nan", {"rates": float("nan")}),
         ("The rate of 'D' is 'x'", {"rates": "x"}),
+        ("The rate of 'D' is None", {"rates": None}),
         ("`count=0`", {"count": 0}),
+        ("`count=True`", {"count": True}),
     ]:
         given: Any = {"players": networks, "losses": LOSSES, **options}
         with pytest.raises(pk.errors.InputError, match=said) as found:

@@ -60,7 +60,7 @@ def test_bars_add_up_the_shares_of_all_fakes_that_were_made(view, origins, digit
 
 def test_many_steps_share_a_bar(view, origins, digits):
     late = replace(origins, made_at=np.arange(FAKES) * 100)
-    assert len(display(view, late, digits[0]).edges) <= BARS + 2
+    assert len(display(view, late, digits[0]).edges) <= BARS + 1
 
 
 def test_without_fakes_on_one_side_it_says_so(view, origins, digits):
@@ -86,3 +86,6 @@ def test_what_does_not_belong_together_is_refused(view, origins, digits):
         PlayerViewDisplay.from_attributions(view, 0, images[1:REAL], images[REAL:], origins)
     with pytest.raises(PathKernelError, match="There are 9 `generated` for 10 columns"):
         PlayerViewDisplay.from_attributions(view, 0, images[:REAL], images[REAL + 1 :], origins)
+    few = replace(origins, **{name: getattr(origins, name)[1:] for name in ("step", "maker", "made_at")})
+    with pytest.raises(PathKernelError, match="There are 9 `origins` for 10 columns"):
+        display(view, few, images)
