@@ -23,6 +23,7 @@ import torch
 from cases import LOSSES, OPTIMIZERS, SAMPLES, Recording, make_inputs, make_model, record
 from refusals import OUTSIDE
 from refusals_of_calls import CALLS
+from refusals_of_influence import INFLUENCE
 from refusals_of_models import MODELS
 from refusals_of_optimizers import OF_OPTIMIZERS
 from sklearn.kernel_ridge import KernelRidge
@@ -1274,7 +1275,7 @@ REFUSALS: dict[str, Case] = {
 }
 
 
-REFUSALS |= OUTSIDE | MODELS | OF_OPTIMIZERS | CALLS
+REFUSALS |= OUTSIDE | MODELS | OF_OPTIMIZERS | CALLS | INFLUENCE
 
 
 def refuse(name: str) -> tuple[errors.PathKernelError, tuple[str, int]]:
