@@ -71,6 +71,7 @@ ELSEWHERE = {
     "runtime/workspace.py": "tests/runtime",
     "tangent_kernel/engines/proved.py": "tests/tangent_kernel/test_proved.py",
     "trajectory/observer.py": "tests/recording/test_observing.py",
+    "trajectory/weighted_retraining.py": "tests/trajectory/test_weighted_retraining.py",
     "update_rules/rule.py": "tests/update_rules/test_declaration.py",
 }
 """Where refusals of the rest are tested, beside what they belong to; some need a broken file or a second process."""
