@@ -58,6 +58,8 @@ ELSEWHERE = {
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
     "errors.py": "here",
+    "kernels": "tests/kernels",
+    "path_kernel/label_leak.py": "tests/path_kernel/test_label_leak.py",
     "gradients/layers/stacked_passes.py": "tests/gradients",
     "gradients/layers/tape.py": "tests/gradients",
     "plotting/player.py": "tests/plotting/test_player_display.py",
