@@ -58,6 +58,8 @@ ELSEWHERE = {
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
     "errors.py": "here",
+    "analysis/two_sample.py": "tests/analysis/test_two_sample.py",
+    "estimators": "tests/estimators",
     "kernels": "tests/kernels",
     "path_kernel/label_leak.py": "tests/path_kernel/test_label_leak.py",
     "gradients/layers/stacked_passes.py": "tests/gradients",
