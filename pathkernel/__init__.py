@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from pathkernel import callbacks as callbacks
     from pathkernel import dynamics as dynamics
     from pathkernel import errors as errors
+    from pathkernel import kernels as kernels
     from pathkernel import optimizers as optimizers
     from pathkernel import plotting as plotting
     from pathkernel import testing as testing
     from pathkernel.dynamics.game import GameRecorder as GameRecorder
+    from pathkernel.errors import LabelLeakWarning as LabelLeakWarning
     from pathkernel.estimators.gaussian_process import GaussianProcessKernel as GaussianProcessKernel
     from pathkernel.estimators.transformer import PathKernelTransformer as PathKernelTransformer
     from pathkernel.gradients.layers.rules import layer_rule as layer_rule
@@ -63,6 +65,7 @@ _HOMES = {
     "KernelMachine": "kernel_machine.kernel_machine",
     "KernelRecorder": "recording.recorder",
     "Keyframes": "trajectory.schedule",
+    "LabelLeakWarning": "errors",
     "LeftEndpoint": "quadrature",
     "Midpoint": "quadrature",
     "Nothing": "trajectory.schedule",
@@ -85,7 +88,7 @@ _HOMES = {
     "layer_rule": "gradients.layers.rules",
 }
 
-_SUBMODULES = ("analysis", "callbacks", "dynamics", "errors", "optimizers", "plotting", "testing")
+_SUBMODULES = ("analysis", "callbacks", "dynamics", "errors", "kernels", "optimizers", "plotting", "testing")
 
 __all__ = sorted([*_HOMES, *_SUBMODULES, "__version__"])
 if not TYPE_CHECKING:  # to which it would say that there is every name

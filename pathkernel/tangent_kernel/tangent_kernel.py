@@ -16,6 +16,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout, constants_of
 from pathkernel.gradients.pytrees import as_tensors, cast_floating, check_rows, copied_samples, count, take
 from pathkernel.gradients.sample_wise import check_module, check_sample_wise
+from pathkernel.kernels.kernel import Kernel
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.tangent_kernel.cost.model import CostRow
@@ -69,7 +70,7 @@ def no_samples(asker: str) -> InputError:
     )
 
 
-class TangentKernel:
+class TangentKernel(Kernel):
     r"""Empirical neural tangent kernel at one θ.
 
     .. math:: \hat\Theta(x, x') = \nabla_\theta f(x; \theta)\, \nabla_\theta f(x'; \theta)^\top
@@ -328,6 +329,3 @@ class TangentKernel:
 
     def __repr__(self) -> str:
         return f"<{self.describe()}>"
-
-    def __sklearn_clone__(self) -> TangentKernel:
-        return self
