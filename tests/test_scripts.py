@@ -53,6 +53,7 @@ KEYS = {
 
 PARTS = {
     "dynamics.py": ("--only", "norms", "noise"),
+    "coverage.py": ("--only", "GPT-2", "ResNet", "ConvNeXt", "U-Net", "LSTM classifier", "MLP-Mixer"),
     "certificate.py": ("--parts", "coupled", "refused", "broken", "alarms"),
     "engines.py": (
         *("--only", "W1 trace", "W2 full", "W3 loss", "path Gram", "shares SGD", "memory", "scaling"),
@@ -61,8 +62,8 @@ PARTS = {
     "real_networks.py": ("--steps", "3", "--tasks", "explain 8", "decision_function 8"),
     "loops.py": ("--only", "makemore", "gcn", "tabular", "truncated_bptt", "lbfgs"),
 }
-"""Of benchmarks whose other parts are tests by themselves (zoo, bars, threads, flows), take long, or depend on the
-machine."""
+"""Of benchmarks whose other parts are tests by themselves (zoo, bars, threads, flows, architectures), take long, or
+depend on the machine."""
 
 
 def run(script: Path, *arguments: str) -> None:
