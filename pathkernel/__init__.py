@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathkernel import testing as testing
     from pathkernel.dynamics.game import GameRecorder as GameRecorder
     from pathkernel.errors import LabelLeakWarning as LabelLeakWarning
+    from pathkernel.estimators.features import PathKernelFeatures as PathKernelFeatures
     from pathkernel.estimators.gaussian_process import GaussianProcessKernel as GaussianProcessKernel
     from pathkernel.estimators.gaussian_processes import PathKernelGP as PathKernelGP
     from pathkernel.estimators.gaussian_processes import PathKernelGPClassifier as PathKernelGPClassifier
@@ -81,6 +82,7 @@ _HOMES = {
     "Nothing": "trajectory.schedule",
     "OutputProbes": "tangent_kernel.output_probes",
     "PathKernel": "path_kernel.path_kernel",
+    "PathKernelFeatures": "estimators.features",
     "PathKernelGP": "estimators.gaussian_processes",
     "PathKernelGPClassifier": "estimators.gaussian_processes",
     "PathKernelRidge": "estimators.ridge",
