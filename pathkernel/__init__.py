@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from pathkernel import testing as testing
     from pathkernel.dynamics.game import GameRecorder as GameRecorder
     from pathkernel.errors import LabelLeakWarning as LabelLeakWarning
+    from pathkernel.estimators.features import PathKernelFeatures as PathKernelFeatures
     from pathkernel.estimators.gaussian_process import GaussianProcessKernel as GaussianProcessKernel
+    from pathkernel.estimators.gaussian_processes import PathKernelGP as PathKernelGP
+    from pathkernel.estimators.gaussian_processes import PathKernelGPClassifier as PathKernelGPClassifier
+    from pathkernel.estimators.kernel_machines import KernelMachineClassifier as KernelMachineClassifier
+    from pathkernel.estimators.kernel_machines import KernelMachineRegressor as KernelMachineRegressor
+    from pathkernel.estimators.ridge import PathKernelRidge as PathKernelRidge
+    from pathkernel.estimators.ridge import PathKernelRidgeClassifier as PathKernelRidgeClassifier
+    from pathkernel.estimators.support_vectors import PathKernelSVC as PathKernelSVC
+    from pathkernel.estimators.support_vectors import PathKernelSVR as PathKernelSVR
     from pathkernel.estimators.transformer import PathKernelTransformer as PathKernelTransformer
     from pathkernel.gradients.layers.rules import layer_rule as layer_rule
     from pathkernel.kernel_machine.attributions import Attributions as Attributions
@@ -63,6 +72,8 @@ _HOMES = {
     "GaussianProcessKernel": "estimators.gaussian_process",
     "IndexedDataset": "recording.indexed",
     "KernelMachine": "kernel_machine.kernel_machine",
+    "KernelMachineClassifier": "estimators.kernel_machines",
+    "KernelMachineRegressor": "estimators.kernel_machines",
     "KernelRecorder": "recording.recorder",
     "Keyframes": "trajectory.schedule",
     "LabelLeakWarning": "errors",
@@ -71,6 +82,13 @@ _HOMES = {
     "Nothing": "trajectory.schedule",
     "OutputProbes": "tangent_kernel.output_probes",
     "PathKernel": "path_kernel.path_kernel",
+    "PathKernelFeatures": "estimators.features",
+    "PathKernelGP": "estimators.gaussian_processes",
+    "PathKernelGPClassifier": "estimators.gaussian_processes",
+    "PathKernelRidge": "estimators.ridge",
+    "PathKernelRidgeClassifier": "estimators.ridge",
+    "PathKernelSVC": "estimators.support_vectors",
+    "PathKernelSVR": "estimators.support_vectors",
     "PathKernelTransformer": "estimators.transformer",
     "Projection": "tangent_kernel.engines.projection",
     "Schedule": "trajectory.schedule",

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.curves import TOGETHER, Curve
+from pathkernel.kernel_machine.kept_displacements import KeptDisplacements
 from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.runtime.workspace import give_back_freed_memory
@@ -47,12 +48,14 @@ def forward_sweep(
     gradients: RecordedGradients,
     progress: bool = False,
     passes: Passes = WHOLE,
+    kept: KeptDisplacements | None = None,
 ) -> Accumulator:
     """Sum over all samples and channels for each query: a prediction without shares.
 
     Time per step: one batch gradient, and one directional derivative of the queries along what samples and channels add
     up to. What a prediction is checked by stays apart and takes a derivative of its own: changes without a name, and
-    differences between recorded and recomputed gradients while they are more than a trifle. Memory O(P).
+    differences between recorded and recomputed gradients while they are more than a trifle. Memory O(P). Where ``kept``
+    holds the displacements already, their computation is left out.
     """
     trajectory = curve.trajectory
     size = curve.trajectory.layout.size
@@ -74,7 +77,9 @@ def forward_sweep(
         return _displacements(trajectory, segment, segment.step, gradients, memory, passes)
 
     accumulator = Accumulator.start(curve.initial)
-    curve.forward(accumulator, displacements)
+    curve.forward(accumulator, displacements if kept is None else kept.through(gradients, displacements))
+    if kept is not None:
+        kept.finish()
     bar.close()
     return accumulator.on_cpu()
 

@@ -27,6 +27,7 @@ from pathkernel.kernel_machine.explanation_identity import Asked, explanation_id
 from pathkernel.kernel_machine.forms import BUILDERS, FORMS, check_form
 from pathkernel.kernel_machine.forward_plan import plan_forward
 from pathkernel.kernel_machine.forward_sweep import forward_sweep
+from pathkernel.kernel_machine.kept_displacements import KeptDisplacements
 from pathkernel.kernel_machine.kept_explanation import kept_explanation
 from pathkernel.kernel_machine.kept_plans import KeptPlans
 from pathkernel.kernel_machine.memory_plan import Plan, plan_backward
@@ -45,7 +46,7 @@ ENGINES = ("auto", "layerwise", "jacobian", "autograd")
 
 T = TypeVar("T")
 
-MADE = ("function", "_gradients", "_plans", "_selection")
+MADE = ("function", "_gradients", "_plans", "_selection", "_kept")
 """Attributes that a machine makes of the others, and does not save."""
 
 SHORT = 1e-10
@@ -98,6 +99,9 @@ class KernelMachine:
         own ``forward``, which rounds nothing then. Sums are float64.
     progress
         Show a progress bar over the steps.
+    keep
+        Whether the first prediction keeps the displacements that samples and channels made, (S, P) float64, where that
+        takes at most a quarter of ``memory``: later ones train no step once more, and say the same to the last bit.
 
     Notes
     -----
@@ -132,6 +136,7 @@ class KernelMachine:
     discrete gradient.
     """
 
+    keep: bool = False  # where a pickle of an earlier version does not say
     _largest_gradient: float = 0.0
     """Norm of the largest gradient before this path, which is then part of a run; see `RecordedGradients`."""
 
@@ -149,6 +154,7 @@ class KernelMachine:
         dtype: torch.dtype | None = None,
         progress: bool = False,
         weights: str | None = None,
+        keep: bool = False,
     ) -> None:
         if at is not None:
             trajectory = trajectory.until(at)
@@ -162,6 +168,7 @@ class KernelMachine:
         self.average = average
         self.unexplained = unexplained
         self.engine = check_engine(engine)
+        self.keep = keep
         check_average(average, trajectory, form)
         self._dtype = asked_type(dtype, self.quadrature, self.trajectory)
         self._make()
@@ -172,6 +179,7 @@ class KernelMachine:
         self.function = self.trajectory.function(self._dtype or unrounded_type(self.trajectory))
         self._gradients: RecordedGradients | None = None
         self._plans = KeptPlans()
+        self._kept = KeptDisplacements(self.memory // 4) if self.keep else None
         self._selection = QuerySelection(self.trajectory, self.function, self.average, self.engine, self.memory)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -387,10 +395,11 @@ class KernelMachine:
 
     def _forward(self, curve: Curve) -> Accumulator:
         queries, recorded = curve.queries, self._recorded
+        memory = self.memory if self._kept is None else self.memory - self._kept.memory
         queries.forward, passes = self._plans.of(
-            ("forward",), queries, recorded, lambda: plan_forward(queries, recorded, self.quadrature, self.memory)
+            ("forward",), queries, recorded, lambda: plan_forward(queries, recorded, self.quadrature, memory)
         )
-        return forward_sweep(curve, recorded, self.progress, passes)
+        return forward_sweep(curve, recorded, self.progress, passes, self._kept)
 
     def _backward(self, curve: Curve, asked: Asked) -> Accumulator:
         plan = self._plan(curve, asked)  # blocks of queries that fit the budget

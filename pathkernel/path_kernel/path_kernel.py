@@ -157,6 +157,7 @@ class PathKernel(Kernel):
         self._made_of, self.measure, self.quadrature = made_of, made_of["measure"], made_of["quadrature"]
         self.trajectory, self.progress, self.memory = self.measure.trajectory, made_of["progress"], made_of["memory"]
         self.steps, self.tolerance = made_of["steps"], made_of["tolerance"]
+        self._errors_of_features: dict[Projection, MeasuredError] = {}
         self._leak = LabelLeak(self.trajectory.data, made_of.get("leak_allowed", False))  # pickles of before lack it
         self.function = self.trajectory.function(made_of["dtype"])
         outputs, engine, objective = made_of["outputs"], made_of["engine"], self.trajectory.objective
@@ -344,17 +345,19 @@ class PathKernel(Kernel):
         -----
         Time O(nodes · n · dim), memory O(n · dim).
         """
-        samples = self._some_samples(X)
-        engine = ProjectionEngine(self.function, self.selection, self.memory, Projection(dim, kind, seed))
+        samples, projection = self._some_samples(X), Projection(dim, kind, seed)
+        engine = ProjectionEngine(self.function, self.selection, self.memory, projection)
 
         def of(samples: Samples) -> Tensor:
             nodes = self._progress(self.nodes)
             return features_of(((engine.at(node, self._selection_at(node)), node) for node in nodes), *samples)
 
-        probe = of(self._training_samples(self._probe_ids[1]))
-        found = products(probe, probe).cpu().numpy()
-        error = MeasuredError.between(found, self._probe_kernel.cpu().numpy(), "the kernel's own matrix")
-        return Features.of(of(samples).cpu().numpy(), error)
+        if projection not in self._errors_of_features:
+            probe = of(self._training_samples(self._probe_ids[1]))
+            found, against = products(probe, probe).cpu().numpy(), "the kernel's own matrix"
+            error = MeasuredError.between(found, self._probe_kernel.cpu().numpy(), against)
+            self._errors_of_features[projection] = error
+        return Features.of(of(samples).cpu().numpy(), self._errors_of_features[projection])
 
     def check_label_leak(self, X: PyTree) -> None:
         """Warn where an estimator is being fitted to X, a part of the training samples; see ``leak``."""

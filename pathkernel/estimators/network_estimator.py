@@ -1,0 +1,345 @@
+"""What estimators share that train a network inside ``fit``."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, _clone_parametrized
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pathkernel._typing import Loss, PyTree
+from pathkernel.errors import InputError, is_number, is_whole
+from pathkernel.estimators.networks import (
+    Moments,
+    check_hidden,
+    made_network,
+    made_optimizer,
+    multilayer_perceptron,
+    seeded,
+)
+from pathkernel.estimators.samples import IndexedRows, Rows, checked_weights, in_three_parts
+from pathkernel.estimators.targets import loss_per_sample
+from pathkernel.estimators.training import Course, Stopping, Trainer, called
+from pathkernel.gradients.losses import check_loss
+from pathkernel.gradients.pytrees import as_tensors, moved, take
+from pathkernel.recording.recorder import KernelRecorder
+from pathkernel.trajectory.schedule import RecordingLevel, RunSize
+from pathkernel.trajectory.trajectory import Trajectory
+
+RECORD_BYTES = 256 * 2**20
+"""Memory that a recorded path may take before less of it is kept. Chosen, not measured."""
+
+
+@dataclass(frozen=True)
+class FittedOn:
+    """Samples that an estimator was fitted on, as its network takes them.
+
+    Attributes
+    ----------
+    inputs
+        Along their first axis, all that were given.
+    values
+        Places of classes or numbers, (n,) or (n, k).
+    weights
+        (n,), or None.
+    ids
+        Samples with a weight.
+    """
+
+    inputs: PyTree
+    values: np.ndarray
+    weights: np.ndarray | None
+    ids: np.ndarray
+
+
+class NetworkEstimator(BaseEstimator):
+    """Estimator that trains its network on the samples of ``fit``, recorded.
+
+    Cross-validation trains it anew on every fold, so that labels that are held out do not leak into a kernel.
+    """
+
+    module: Any
+    hidden: Any
+    optimizer: Any
+    loss: Loss | None
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    data: Any
+    device: str | torch.device | None
+    random_state: Any
+    early_stopping: bool
+    validation_fraction: float
+    n_iter_no_change: int
+    tol: float
+    callbacks: Any
+    verbose: bool | int
+    warm_start: bool
+
+    network_: nn.Module
+    trajectory_: Trajectory
+    loss_curve_: list[float]
+    validation_curve_: list[float]
+    n_iter_: int
+
+    _moments: Moments | None
+    _outputs: int
+
+    def _keep(self, parameters: Mapping[str, Any]) -> None:
+        """Keep the arguments of the constructor, as they are."""
+        self.__dict__.update({n: value for n, value in parameters.items() if n not in ("self", "__class__")})
+
+    # -- what kinds of estimators say of themselves -----------------------------------------------------------
+
+    task: ClassVar[str]
+    _target_checks: ClassVar[Mapping[str, Any]]
+
+    @abstractmethod
+    def _encoded(self, y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Targets as numbers, and the weights of the samples with those of their classes."""
+
+    @abstractmethod
+    def _wanted_outputs(self, values: np.ndarray) -> int:
+        """Outputs of a network that is made for such targets."""
+
+    @abstractmethod
+    def _loss_of(self, outputs: int, targets: Moments | None) -> Loss:
+        """The loss that was given, or the one of this kind of estimator."""
+
+    @abstractmethod
+    def _targets(self, values: np.ndarray, outputs: int, dtype: torch.dtype) -> Tensor:
+        """Targets as the loss takes them."""
+
+    @abstractmethod
+    def _schedule(self, run: RunSize) -> RecordingLevel:
+        """What is kept of each step."""
+
+    # -- fitting ----------------------------------------------------------------------------------------------
+
+    @property
+    def _samples(self) -> Rows | IndexedRows:
+        return Rows(any_dimension=self.module is not None) if self.data is None else IndexedRows(self.data)
+
+    def _fit_network(self, X: Any, y: Any, sample_weight: Any) -> FittedOn:
+        """Train the network; sets everything that is learnt of it."""
+        self._check_parameters()
+        fitted = self._checked(X, y, sample_weight)
+        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
+        with seeded(seed):
+            network, loss = self._made(fitted)
+            trainer = self._trainer(network, loss, fitted.weights, seed)
+            stopping = self._stopping(fitted, seed)
+            trained = fitted.ids if stopping is None else np.setdiff1d(fitted.ids, stopping.held_out.numpy())
+            recorder = self._recorder(trainer, fitted, len(trained))
+            with recorder:
+                course = trainer.train(recorder, torch.from_numpy(trained), self.epochs, stopping)
+        network.eval()
+        trajectory = recorder.trajectory
+        if course.best is not None and course.best < len(trajectory):
+            trajectory = trajectory.until(course.best)
+            network.load_state_dict({**trajectory.layout.unflatten(trajectory.final.clone())}, strict=False)
+            network.load_state_dict(dict(trajectory.final_buffers), strict=False)
+        self.trajectory_ = trajectory
+        self._note(course)
+        return fitted
+
+    def _checked(self, X: Any, y: Any, sample_weight: Any, reset: bool = True) -> FittedOn:
+        samples = self._samples
+        X, y = samples.checked(self, X, self._required(y), reset=reset, **self._target_checks)
+        values, weights = self._encoded(y, checked_weights(sample_weight, X))
+        ids = np.arange(len(values)) if weights is None else np.flatnonzero(weights)
+        return FittedOn(samples.inputs(X), values, weights, ids)
+
+    def _required(self, y: Any) -> Any:
+        if y is None:
+            raise InputError(
+                f"This {type(self).__name__} estimator requires y to be passed, but the target y is None",
+                "The network is trained on samples with their targets",
+                "Write `fit(X, y)`",
+            )
+        return y
+
+    def _made(self, fitted: FittedOn) -> tuple[nn.Module, Loss]:
+        """The network, and its loss as a function of a batch."""
+        outputs = self._wanted_outputs(fitted.values)
+        targets = None
+        if self.warm_start and hasattr(self, "network_"):
+            network = copy.deepcopy(self.network_)
+            targets = self._moments
+        elif self.module is None:
+            X = self._columns(fitted.inputs)
+            targets = self._standardisation(fitted.values, fitted.weights) if self.task == "regression" else None
+            self._moments = targets
+            network = multilayer_perceptron(_moments(X, fitted.weights), check_hidden(self.hidden), outputs, targets)
+        else:
+            leaf = fitted.inputs
+            features = leaf.shape[1] if isinstance(leaf, np.ndarray) and leaf.ndim == 2 else None
+            network, self._moments = made_network(self.module, features, outputs), None
+        self.network_ = network.to(self.device or "cpu")
+        self._outputs = self._found_outputs(fitted.inputs)
+        return network, self._loss_of(self._outputs, targets)
+
+    def _columns(self, inputs: PyTree) -> np.ndarray:
+        """Samples as rows of numbers, for the multilayer perceptron."""
+        X = np.asarray(inputs) if isinstance(inputs, (np.ndarray, Tensor)) else None
+        if X is None or X.ndim != 2:
+            raise InputError(
+                f"{type(self).__name__} was given no `module`, and samples of "
+                f"{'shape ' + str(X.shape) if X is not None else 'a ' + type(inputs).__name__}",
+                "The network that it makes by itself takes rows of numbers, (n_samples, n_features)",
+                f"Write `{type(self).__name__}(module=nn.Sequential(...))`",
+            )
+        return X
+
+    def _standardisation(self, values: np.ndarray, weights: np.ndarray | None) -> Moments:
+        return _moments(values.reshape(len(values), -1), weights)
+
+    def _tensors(self, inputs: PyTree) -> PyTree:
+        """Samples on the network's device, in its floating type."""
+        first = next(self.network_.parameters(), None)
+        dtype = torch.get_default_dtype() if first is None else first.dtype
+        return moved(as_tensors(inputs, dtype), torch.device(self.device or "cpu"))
+
+    def _found_outputs(self, inputs: PyTree) -> int:
+        """How many outputs the network has, tried on two samples."""
+        if self.module is None:
+            return next(m.out_features for m in reversed(list(self.network_.modules())) if isinstance(m, nn.Linear))
+        few = self._tensors(take(pytree.tree_map(torch.as_tensor, inputs), slice(0, 2)))
+        was_training = self.network_.training
+        self.network_.eval()
+        with torch.no_grad():
+            found = called(self.network_, few)
+        self.network_.train(was_training)
+        return int(found.shape[1:].numel()) if isinstance(found, Tensor) else 0
+
+    def _trainer(self, network: nn.Module, loss: Loss, weights: np.ndarray | None, seed: int) -> Trainer:
+        return Trainer(
+            network=network,
+            optimizer=made_optimizer(self.optimizer, network, self.learning_rate),
+            loss=loss if weights is None else loss_per_sample(loss),
+            weights=None if weights is None else torch.from_numpy(weights),
+            batch_size=self.batch_size,
+            generator=torch.Generator().manual_seed(seed),
+            after_epoch=self._after_epoch,
+        )
+
+    def _recorder(self, trainer: Trainer, fitted: FittedOn, trained: int) -> KernelRecorder:
+        parameters = [p for p in trainer.network.parameters() if p.requires_grad]
+        run = RunSize(
+            parameters=sum(p.numel() for p in parameters),
+            steps=self.epochs * math.ceil(trained / self.batch_size),
+            batch_size=min(self.batch_size, trained),
+            bytes_per_number=max((p.element_size() for p in parameters), default=4),
+        )
+        dtype = parameters[0].dtype if parameters else torch.get_default_dtype()
+        targets = self._targets(fitted.values, self._outputs, dtype).to(torch.device(self.device or "cpu"))
+        return KernelRecorder(
+            trainer.network,
+            trainer.optimizer,
+            trainer.loss,
+            data=(self._tensors(fitted.inputs), targets),
+            task=self.task,
+            schedule=self._schedule(run),
+            # The network that is made here is known to be recorded right; those of users are tried.
+            audit_every=0 if self.module is None else None,
+        )
+
+    def _stopping(self, fitted: FittedOn, seed: int) -> Stopping | None:
+        if not self.early_stopping:
+            return None
+        labels = fitted.values[fitted.ids] if self.task == "classification" else None
+        with in_three_parts(y=None):
+            _, held_out = train_test_split(
+                fitted.ids, test_size=self.validation_fraction, random_state=seed, stratify=labels
+            )
+        return Stopping(torch.from_numpy(np.sort(held_out)), self.n_iter_no_change, self.tol)
+
+    def _after_epoch(self, course: Course) -> bool:
+        self._note(course)
+        if self.verbose:
+            held_out = f", validation loss = {course.validation_curve[-1]:.6f}" if course.validation_curve else ""
+            print(f"Epoch {self.n_iter_}, loss = {self.loss_curve_[-1]:.6f}{held_out}")
+        return any([bool(callback(self)) for callback in self.callbacks or ()])
+
+    def _note(self, course: Course) -> None:
+        self.loss_curve_, self.validation_curve_ = course.loss_curve, course.validation_curve
+        self.n_iter_ = len(course.loss_curve)
+
+    def _check_parameters(self) -> None:
+        """Refuse settings that no training can be made of, all at once.
+
+        Raises
+        ------
+        InputError
+            With the first of them.
+        """
+        check_hidden(self.hidden)
+        for name in ("epochs", "batch_size", "n_iter_no_change"):
+            value = getattr(self, name)
+            if not is_whole(value) or value < 1:
+                raise InputError(
+                    f"`{name}={value!r}` was given", "It is a whole number from 1 upwards", f"Write `{name}=20`"
+                )
+        if not is_number(self.learning_rate) or self.learning_rate <= 0:
+            raise InputError(
+                f"`learning_rate={self.learning_rate!r}` was given",
+                "It is a positive number",
+                "Write `learning_rate=1e-3`",
+            )
+        if self.loss is not None:
+            check_loss(self.loss)
+
+    def _first(self, inputs: PyTree, n: int = 8) -> PyTree:
+        """The first few samples."""
+        return take(inputs, slice(0, n)) if not isinstance(inputs, np.ndarray) else inputs[:n]
+
+    # -- asking -----------------------------------------------------------------------------------------------
+
+    def _check_fitted(self) -> None:
+        check_is_fitted(self)
+
+    def _queries(self, X: Any) -> PyTree:
+        """Samples that are asked about, checked as those of ``fit`` were, as the network takes them."""
+        self._check_fitted()
+        samples = self._samples
+        return samples.inputs(samples.checked(self, X))
+
+    def _network_outputs(self, inputs: PyTree) -> np.ndarray:
+        """What the network returns, (n, C) float64."""
+        path = self.trajectory_
+        function = path.function().with_(constants=dict(path.final_buffers))
+        found = function.outputs(path.final, path.queries(inputs, type(self).__name__))
+        return found.double().cpu().numpy()
+
+    # -- scikit-learn -----------------------------------------------------------------------------------------
+
+    def __sklearn_clone__(self) -> Any:
+        """A clone that shares the data set: a copy of it would take its memory once more for every fold."""
+        other = object.__new__(type(self))
+        other.__dict__.update(vars(self), data=None)
+        cloned = _clone_parametrized(other)
+        cloned.data = self.data
+        return cloned
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array = self.data is not None
+        tags.input_tags.three_d_array = self.data is None and self.module is not None
+        return tags
+
+
+def _moments(X: np.ndarray, weights: np.ndarray | None) -> Moments:
+    scaler = StandardScaler().fit(np.asarray(X, dtype=np.float64), sample_weight=weights)
+    return Moments(torch.from_numpy(scaler.mean_), torch.from_numpy(scaler.scale_))
