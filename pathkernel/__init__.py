@@ -97,7 +97,17 @@ _HOMES = {
     "layer_rule": "gradients.layers.rules",
 }
 
-_SUBMODULES = ("analysis", "callbacks", "dynamics", "errors", "influence", "kernels", "optimizers", "plotting", "testing")
+_SUBMODULES = (
+    "analysis",
+    "callbacks",
+    "dynamics",
+    "errors",
+    "influence",
+    "kernels",
+    "optimizers",
+    "plotting",
+    "testing",
+)
 
 __all__ = sorted([*_HOMES, *_SUBMODULES, "__version__"])
 if not TYPE_CHECKING:  # to which it would say that there is every name

@@ -38,6 +38,7 @@ from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.outputs import OutputStructure, select_outputs
 from pathkernel.trajectory.schedule import PRECONDITIONED
 from pathkernel.trajectory.trajectory import Trajectory
+from pathkernel.trajectory.until import steps_taken
 
 if TYPE_CHECKING:
     import pandas
@@ -77,7 +78,7 @@ class LabelQuality:
     targets, predictions
         (N, ...) targets, and classes (N,) or outputs (N, C) at the end of the path.
     steps
-        Steps of the path, at whose start everything was measured.
+        After how many optimizer steps everything was measured.
     weights
         Weights w of the combined score.
 
@@ -338,6 +339,7 @@ class _Measurement:
             area += self._values(self.functional, z) * (node.weight / total)
             influence += squared * (node.weight / total)
             share -= (scaled[0] if scaled else squared) * (self.rates.get(node.position, 0.0) / n)
+        taken = steps_taken(self.trajectory.store)
         trained = self.function.with_(constants=self.trajectory.final_buffers)
         z = trained.outputs(self.trajectory.final, self.inputs)
         targets, classes = pytree.tree_leaves(self.targets)[0], self.kind == "margin"
@@ -349,7 +351,7 @@ class _Measurement:
             "functional": self.kind,
             "targets": _flat(targets).cpu().numpy(),
             "predictions": (_classes(z) if classes else _flat(z)).cpu().numpy(),
-            "steps": tuple(node.step.index for node in self.nodes),
+            "steps": tuple(taken[node.position] for node in self.nodes),
         }
 
     def _measured(self, engine: Engine, theta: Tensor, metrics: list[Diagonal]) -> tuple[Tensor, list[Tensor]]:

@@ -52,6 +52,9 @@ from pathkernel.update_rules.table import rule_of
 
 PACKAGE = Path(errors.__file__).parent
 ELSEWHERE = {
+    "analysis/generalization.py": "tests/analysis",
+    "analysis/regime.py": "tests/analysis",
+    "analysis/support_vectors.py": "tests/analysis",
     "callbacks": "tests/callbacks",
     "cli": "tests/cli",
     "dynamics": "tests/dynamics",
