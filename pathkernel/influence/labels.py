@@ -216,8 +216,9 @@ def label_quality(
 
     The weights of the combined score are equal for the two averages along the path that see different things, the
     outputs of a sample and its gradients, and zero for the rest: the estimated self-share says what the self-influence
-    says in the optimizer's metric, and the loss at the end says nothing more once labels are learnt by heart.
-    `benchmarks/labels.py` prints what other weights give, on data and seeds that they were not chosen on.
+    says in the optimizer's metric, and the loss at the end says nothing more once labels are learnt by heart. They were
+    compared with others on data and seeds of their own, which `benchmarks/labels.py --choose` prints; the same script
+    judges them on digits.
 
     Examples
     --------
