@@ -38,6 +38,14 @@ KEYS = {
     },
     "engines.py": {"workload", "method", "seconds", "floor_seconds", "peak_mb", "error"},
     "faults.py": {"fault", "trials", "survived", "lost", "silently_wrong"},
+    "generalization.py": {
+        *("network", "n", "gap", "bound", "by_kernel", "by_losses", "parameter_distance", "kernel_distance"),
+        *("svm_initial", "svm_path", "svm_after", "accuracy"),
+    },
+    "labels.py": {
+        *("data", "flips", "seed", "area_under_margin", "self_influence", "self_share", "final_loss"),
+        *("combined", "precision", "seconds", "training_ratio"),
+    },
     "loops.py": {
         *("loop", "lines", "recorded", "residual", "split_error", "agreement", "bit_identical_training"),
         *("overhead", "explain_ok", "path_kernel_ok"),

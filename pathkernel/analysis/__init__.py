@@ -1,4 +1,4 @@
-"""Analyses of kernel matrices: alignment with the task, speed of change, spectrum, and a two-sample test."""
+"""Analyses of kernel matrices and of the path they came along: alignment, speed, spectrum, two samples, bounds."""
 
 from typing import TYPE_CHECKING
 
@@ -9,8 +9,14 @@ if TYPE_CHECKING:
     from pathkernel.analysis.alignment import kernel_alignment as kernel_alignment
     from pathkernel.analysis.alignment import target_alignment as target_alignment
     from pathkernel.analysis.alignment import target_kernel as target_kernel
+    from pathkernel.analysis.generalization import LossPathBound as LossPathBound
+    from pathkernel.analysis.generalization import loss_path_bound as loss_path_bound
+    from pathkernel.analysis.regime import KernelRegime as KernelRegime
+    from pathkernel.analysis.regime import kernel_regime as kernel_regime
     from pathkernel.analysis.spectrum import cumulative as cumulative
     from pathkernel.analysis.spectrum import effective_rank as effective_rank
+    from pathkernel.analysis.support_vectors import KernelRow as KernelRow
+    from pathkernel.analysis.support_vectors import kernels_as_svm as kernels_as_svm
     from pathkernel.analysis.two_sample import TwoSampleTest as TwoSampleTest
     from pathkernel.analysis.two_sample import mmd_squared as mmd_squared
     from pathkernel.analysis.two_sample import two_sample_test as two_sample_test
@@ -18,13 +24,19 @@ if TYPE_CHECKING:
     from pathkernel.analysis.velocity import kernel_velocity as kernel_velocity
 
 _HOMES = {
+    "KernelRegime": "analysis.regime",
+    "KernelRow": "analysis.support_vectors",
+    "LossPathBound": "analysis.generalization",
     "TwoSampleTest": "analysis.two_sample",
     "centered_kernel_alignment": "analysis.alignment",
     "cumulative": "analysis.spectrum",
     "effective_rank": "analysis.spectrum",
     "kernel_alignment": "analysis.alignment",
     "kernel_distance": "analysis.velocity",
+    "kernel_regime": "analysis.regime",
     "kernel_velocity": "analysis.velocity",
+    "kernels_as_svm": "analysis.support_vectors",
+    "loss_path_bound": "analysis.generalization",
     "mmd_squared": "analysis.two_sample",
     "target_alignment": "analysis.alignment",
     "target_kernel": "analysis.alignment",

@@ -52,9 +52,15 @@ from pathkernel.update_rules.table import rule_of
 
 PACKAGE = Path(errors.__file__).parent
 ELSEWHERE = {
+    "analysis/generalization.py": "tests/analysis",
+    "analysis/regime.py": "tests/analysis",
+    "analysis/support_vectors.py": "tests/analysis",
     "callbacks": "tests/callbacks",
     "cli": "tests/cli",
     "dynamics": "tests/dynamics",
+    "influence/datamodels.py": "tests/influence",
+    "influence/labels.py": "tests/influence",
+    "influence/residuals.py": "tests/influence",
     "optimizers/norms.py": "tests/dynamics",
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
@@ -65,6 +71,7 @@ ELSEWHERE = {
     "path_kernel/label_leak.py": "tests/path_kernel/test_label_leak.py",
     "gradients/layers/stacked_passes.py": "tests/gradients",
     "gradients/layers/tape.py": "tests/gradients",
+    "plotting/doubtful_labels.py": "tests/cli/test_labels.py",
     "plotting/player.py": "tests/plotting/test_player_display.py",
     "plotting/share_map.py": "tests/plotting/test_game_displays.py",
     "plotting/vector_field.py": "tests/plotting/test_game_displays.py",
