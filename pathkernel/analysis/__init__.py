@@ -1,4 +1,4 @@
-"""Analyses of kernel matrices: alignment with the task, speed of change, spectrum."""
+"""Analyses of kernel matrices (alignment with the task, speed of change, spectrum), and judges of attributions."""
 
 from typing import TYPE_CHECKING
 
@@ -9,20 +9,38 @@ if TYPE_CHECKING:
     from pathkernel.analysis.alignment import kernel_alignment as kernel_alignment
     from pathkernel.analysis.alignment import target_alignment as target_alignment
     from pathkernel.analysis.alignment import target_kernel as target_kernel
+    from pathkernel.analysis.evaluation import brittleness as brittleness
+    from pathkernel.analysis.evaluation import leave_one_out_correlation as leave_one_out_correlation
+    from pathkernel.analysis.evaluation import linear_datamodeling_score as linear_datamodeling_score
+    from pathkernel.analysis.evaluation import metasmoothness as metasmoothness
+    from pathkernel.analysis.evaluation import mislabel_auc as mislabel_auc
+    from pathkernel.analysis.evaluation import mislabel_precision as mislabel_precision
+    from pathkernel.analysis.evaluation import query_loss_difference as query_loss_difference
+    from pathkernel.analysis.evaluation import random_subsets as random_subsets
+    from pathkernel.analysis.evaluation import top_removals as top_removals
     from pathkernel.analysis.spectrum import cumulative as cumulative
     from pathkernel.analysis.spectrum import effective_rank as effective_rank
     from pathkernel.analysis.velocity import kernel_distance as kernel_distance
     from pathkernel.analysis.velocity import kernel_velocity as kernel_velocity
 
 _HOMES = {
+    "brittleness": "analysis.evaluation",
     "centered_kernel_alignment": "analysis.alignment",
     "cumulative": "analysis.spectrum",
     "effective_rank": "analysis.spectrum",
     "kernel_alignment": "analysis.alignment",
     "kernel_distance": "analysis.velocity",
     "kernel_velocity": "analysis.velocity",
+    "leave_one_out_correlation": "analysis.evaluation",
+    "linear_datamodeling_score": "analysis.evaluation",
+    "metasmoothness": "analysis.evaluation",
+    "mislabel_auc": "analysis.evaluation",
+    "mislabel_precision": "analysis.evaluation",
+    "query_loss_difference": "analysis.evaluation",
+    "random_subsets": "analysis.evaluation",
     "target_alignment": "analysis.alignment",
     "target_kernel": "analysis.alignment",
+    "top_removals": "analysis.evaluation",
 }
 
 __all__ = sorted(_HOMES)

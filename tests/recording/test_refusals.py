@@ -51,6 +51,9 @@ from pathkernel.update_rules.table import rule_of
 
 PACKAGE = Path(errors.__file__).parent
 ELSEWHERE = {
+    "analysis/evaluation.py": "tests/analysis/test_evaluation.py",
+    "analysis/evaluation_checks.py": "tests/analysis/test_evaluation.py",
+    "analysis/evaluation_interfaces.py": "tests/analysis/test_evaluation.py",
     "callbacks": "tests/callbacks",
     "cli": "tests/cli",
     "dynamics": "tests/dynamics",
