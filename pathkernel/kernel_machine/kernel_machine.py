@@ -14,6 +14,7 @@ from pathkernel.errors import InputError
 from pathkernel.gradients.forward_derivatives import load_transformations
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes
 from pathkernel.kernel_machine.accumulator import Accumulator, attributions_of, concatenate
+from pathkernel.kernel_machine.added_samples import add_samples
 from pathkernel.kernel_machine.arithmetic import asked_type, unrounded_type
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
 from pathkernel.kernel_machine.averaging_error import AveragingError, Noted, shares_error
@@ -352,6 +353,8 @@ class KernelMachine:
         tolerance = self.quadrature.tolerance if isinstance(self.quadrature, Adaptive) else 0.0
         moved = torch.from_numpy(why._moved)
         return why, (accumulator.short > max(tolerance, SHORT) * moved).numpy()
+
+    add_samples = add_samples
 
     def _settled(self, compute: Callable[[], Accumulator]) -> Accumulator:
         """An accumulator all of whose rows were formed in a way that was not found wrong at any batch."""

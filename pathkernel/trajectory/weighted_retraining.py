@@ -214,7 +214,7 @@ def _described(trajectory: Trajectory, optimizer: type[Optimizer] | None) -> Ret
             "Train the networks by hand, or record a run without it",
         )
     recorded = trajectory.run.optimizer
-    kind = optimizer or (None if recorded is None else recorded.kind) or _class_of(trajectory)
+    kind = optimizer or (None if recorded is None else recorded.kind) or class_of(trajectory, f"`{ASKER}`")
     first = summaries[0].state
     if first is None and trajectory.run.initial_memory:
         raise TrajectoryError(
@@ -252,14 +252,21 @@ def _problems(trajectory: Trajectory, records: Sequence[Step]) -> Iterator[str]:
         yield f"a change of the weights after the last step, {trajectory.tail[0][0]!r}"
 
 
-def _class_of(trajectory: Trajectory) -> type[Optimizer]:
+def class_of(trajectory: Trajectory, asker: str) -> type[Optimizer]:
+    """The optimizer's class, by its rule.
+
+    Raises
+    ------
+    TrajectoryError
+        Where the rule is not that of one class.
+    """
     kinds = [kind for kind, rule in RULES.items() if rule is type(trajectory.rule)]
     if len(kinds) != 1:
         raise TrajectoryError(
-            f"`{ASKER}` found a run whose steps follow the rule {trajectory.rule.name!r}",
+            f"{asker} found a run whose steps follow the rule {trajectory.rule.name!r}",
             "Classes of optimizers are known by their rule where they are torch's, and one rule is one class's",
-            f"Write `trajectory.retrain(weights, optimizer={type(trajectory.rule).__name__})` with the class that "
-            "stepped, or record with `Schedule(keyframes=32)`, which notes it",
+            "Record with `Schedule(keyframes=32)`, which notes the class, or write `trajectory.retrain(weights, "
+            "optimizer=...)` with it",
         )
     return kinds[0]
 

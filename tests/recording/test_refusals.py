@@ -61,6 +61,7 @@ ELSEWHERE = {
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
     "errors.py": "here",
+    "kernel_machine/added_samples.py": "tests/kernel_machine/test_added_samples.py",
     "gradients/layers/stacked_passes.py": "tests/gradients",
     "gradients/layers/tape.py": "tests/gradients",
     "plotting/player.py": "tests/plotting/test_player_display.py",
@@ -73,6 +74,7 @@ ELSEWHERE = {
     "runtime/workspace.py": "tests/runtime",
     "tangent_kernel/engines/proved.py": "tests/tangent_kernel/test_proved.py",
     "trajectory/observer.py": "tests/recording/test_observing.py",
+    "trajectory/final_state.py": "tests/kernel_machine/test_added_samples.py",
     "trajectory/weighted_retraining.py": "tests/trajectory/test_weighted_retraining.py",
     "update_rules/rule.py": "tests/update_rules/test_declaration.py",
 }
