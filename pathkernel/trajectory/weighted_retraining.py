@@ -114,19 +114,35 @@ def retrain(
     Ilyas et al. 2022, "Datamodels" (2202.00622), section 2, for training on subsets; Engstrom et al. 2025 (2503.13751)
     for one fixed order and initialisation.
     """
+    rows = as_weights(weights, len(trajectory.data))
+    with generators_untouched():
+        return retrained(prepared(trajectory, optimizer), rows, trajectory.end_of_steps, engine)
+
+
+def retrained(run: Retraining, rows: Tensor, final: Tensor, engine: str) -> Tensor:
+    """θ_S of a run that is proved to come out again, (R, P).
+
+    Parameters
+    ----------
+    run
+        See `prepared`.
+    rows
+        (R, N) weights.
+    final
+        θ_S on record, which is that of weights of one.
+    engine
+        See `retrain`.
+    """
     if engine not in ENGINES:
         raise InputError(
             f"`engine={engine!r}` was given",
             f"Engines are {', '.join(map(repr, ENGINES))}",
             'Write `engine="auto"`',
         )
-    rows = as_weights(weights, len(trajectory.data)).to(trajectory.device)
-    with generators_untouched():
-        run = prepared(trajectory, optimizer)
-        found = trajectory.end_of_steps.repeat(len(rows), 1)
-        others = (rows != 1).any(dim=1).nonzero()[:, 0].tolist()  # the rest is the run on record
-        if others:
-            found[others] = _trained(run, rows[others], engine)
+    found = final.repeat(len(rows), 1)
+    others = (rows != 1).any(dim=1).nonzero()[:, 0].tolist()
+    if others:
+        found[others] = _trained(run, rows[others].to(final.device), engine)
     return found
 
 

@@ -61,6 +61,8 @@ ELSEWHERE = {
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
     "errors.py": "here",
+    "influence/checkpoint_scores.py": "tests/influence/test_checkpoint_scores.py",
+    "influence/retraining.py": "tests/influence/test_retraining.py",
     "kernel_machine/added_samples.py": "tests/kernel_machine/test_added_samples.py",
     "gradients/layers/stacked_passes.py": "tests/gradients",
     "gradients/layers/tape.py": "tests/gradients",
