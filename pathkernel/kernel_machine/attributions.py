@@ -43,6 +43,32 @@ class Ranking:
     opponents: np.ndarray
     opponent_shares: np.ndarray
 
+    @classmethod
+    def of(cls, shares: np.ndarray, k: int) -> Ranking:
+        """Rank samples by their shares, (Q, N): k on either side.
+
+        Raises
+        ------
+        InputError
+            For other numbers than 1 … N.
+        """
+        n = shares.shape[1]
+        if not 1 <= k <= n:
+            raise InputError(
+                f"`top({k})` was asked of {n} training samples",
+                f"k lies between 1 and {n}",
+                f"Write `top({min(5, n)})`",
+            )
+        order = np.argsort(shares, axis=1, kind="stable")
+        # Copies: torch refuses views with negative strides as indices.
+        opponents, proponents = order[:, :k].copy(), order[:, ::-1][:, :k].copy()
+        return cls(
+            proponents,
+            np.take_along_axis(shares, proponents, axis=1),
+            opponents,
+            np.take_along_axis(shares, opponents, axis=1),
+        )
+
     def __repr__(self) -> str:
         def line(ids: np.ndarray, shares: np.ndarray) -> str:
             return ", ".join(f"{i} ({s:+.3g})" for i, s in zip(ids, shares, strict=True))
@@ -183,22 +209,7 @@ class Attributions:
         Ranking
             Proponents (raised the output) and opponents (lowered it).
         """
-        n = self.shares.shape[1]
-        if not 1 <= k <= n:
-            raise InputError(
-                f"`top({k})` was asked of {n} training samples",
-                f"k lies between 1 and {n}",
-                f"Write `top({min(5, n)})`",
-            )
-        order = np.argsort(self.shares, axis=1, kind="stable")
-        # Copies: torch refuses views with negative strides as indices.
-        opponents, proponents = order[:, :k].copy(), order[:, ::-1][:, :k].copy()
-        return Ranking(
-            proponents,
-            np.take_along_axis(self.shares, proponents, axis=1),
-            opponents,
-            np.take_along_axis(self.shares, opponents, axis=1),
-        )
+        return Ranking.of(self.shares, k)
 
     def by_class(self, y: np.ndarray) -> dict[object, np.ndarray]:
         """Sum the shares over the training samples of each class: ``{label: (Q,)}``."""
@@ -255,6 +266,31 @@ class Attributions:
         )
 
 
+def warn_of_split_error(error: float, limit: float, stacklevel: int = 3) -> None:
+    """Warn where rows of gradients are not, to rounding, those of their samples.
+
+    Parameters
+    ----------
+    error
+        As measured; NaN where it could not be.
+    limit
+        Up to which it is rounding.
+    stacklevel
+        Of the user's line, as `warnings.warn` counts.
+    """
+    if error > limit:
+        warnings.warn(
+            CertificateWarning(
+                f"The split error is {error:.1e}: rows of gradients and the batch run forward differ by more "
+                f"than rounding ({limit:.0e})",
+                "Every row belongs to its sample where they agree. A gradient that is not the derivative of what "
+                "`forward` computes, or ill-conditioned arithmetic, makes them differ",
+                "Compare with `KernelMachine(..., dtype=torch.float64)`",
+            ),
+            stacklevel=stacklevel,
+        )
+
+
 def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float, stacklevel: int = 3) -> None:
     """Warn of what the certificate says against trusting the split; to be called by what the user calls.
 
@@ -269,17 +305,7 @@ def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float, stackleve
     stacklevel
         Of the user's line, as `warnings.warn` counts.
     """
-    if why.split_error > limit:
-        warnings.warn(
-            CertificateWarning(
-                f"The split error is {why.split_error:.1e}: rows of gradients and the batch run forward differ by more "
-                f"than rounding ({limit:.0e})",
-                "Every row belongs to its sample where they agree. A gradient that is not the derivative of what "
-                "`forward` computes, or ill-conditioned arithmetic, makes them differ",
-                "Compare with `KernelMachine(..., dtype=torch.float64)`",
-            ),
-            stacklevel=stacklevel,
-        )
+    warn_of_split_error(why.split_error, limit, stacklevel + 1)
     if why.samples_checked == 0:
         warnings.warn(
             CertificateWarning(

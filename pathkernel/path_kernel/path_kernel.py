@@ -52,9 +52,10 @@ class PathKernel:
     trajectory
         The recorded path, thinned or whole.
     outputs
-        ``"trace"`` over the outputs (default), ``"mean"``, ``"sum"``, an index, ``"full"``, ``"loss"`` (samples are
-        then pairs ``(X, y)``), a callable of one sample's outputs, or `OutputProbes`: random combinations of the
-        outputs, drawn afresh at every node, whose kernel is the trace in expectation.
+        ``"trace"`` over the outputs (default), ``"mean"``, ``"sum"``, an index, ``"full"``, ``"loss"`` or
+        ``"margin"`` of labels (samples are then pairs ``(X, y)``), a callable of one sample's outputs, or
+        `OutputProbes`: random combinations of the outputs, drawn afresh at every node, whose kernel is the trace in
+        expectation.
     measure
         w_s: ``"learning_rate"`` (the time of gradient flow; parameter groups each at their own rate),
         ``"arc_length"`` (‖Δ_s‖) or ``"uniform"`` (1).

@@ -23,6 +23,7 @@ import torch
 from cases import LOSSES, OPTIMIZERS, SAMPLES, Recording, make_inputs, make_model, record
 from refusals import OUTSIDE
 from refusals_of_calls import CALLS
+from refusals_of_influence import INFLUENCE
 from refusals_of_models import MODELS
 from refusals_of_optimizers import OF_OPTIMIZERS
 from sklearn.kernel_ridge import KernelRidge
@@ -57,6 +58,9 @@ ELSEWHERE = {
     "callbacks": "tests/callbacks",
     "cli": "tests/cli",
     "dynamics": "tests/dynamics",
+    "influence/datamodels.py": "tests/influence",
+    "influence/labels.py": "tests/influence",
+    "influence/residuals.py": "tests/influence",
     "optimizers/norms.py": "tests/dynamics",
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
@@ -1282,7 +1286,7 @@ REFUSALS: dict[str, Case] = {
 }
 
 
-REFUSALS |= OUTSIDE | MODELS | OF_OPTIMIZERS | CALLS
+REFUSALS |= OUTSIDE | MODELS | OF_OPTIMIZERS | CALLS | INFLUENCE
 
 
 def refuse(name: str) -> tuple[errors.PathKernelError, tuple[str, int]]:
