@@ -22,6 +22,10 @@ EXAMPLES = [
     for path in sorted((ROOT / "examples").glob("[0-9]*.py"))
 ]
 KEYS = {
+    "attribution.py": {
+        *("data", "network", "optimizer", "seed", "method", "lds_1", "lds_10", "lds_50", "lds_fresh", "loo"),
+        *("mislabel_auc", "precision", "seconds", "training_ratio", "peak_mb"),
+    },
     "exactness.py": {
         *("optimizer", "network", "loss", "dtype", "quadrature", "residual", "quadrature_error"),
         *("split_error", "gradients_per_step", "seconds"),
@@ -52,6 +56,7 @@ KEYS = {
 
 
 PARTS = {
+    "attribution.py": ("--tiny", "--only", "digits MLP tanh"),
     "dynamics.py": ("--only", "norms", "noise"),
     "certificate.py": ("--parts", "coupled", "refused", "broken", "alarms"),
     "engines.py": (

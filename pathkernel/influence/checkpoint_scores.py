@@ -7,7 +7,6 @@ Each is (Q, N), a positive one for a sample whose presence raises the query's ma
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 import torch
 from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from pathkernel.gradients.losses import batch_products, weighted_gradient
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import OutputFunctional, random_directions, sample_gradients, slopes_of
 from pathkernel.gradients.pytrees import blocks, count, take
+from pathkernel.influence.datamodels import datamodel
 from pathkernel.tangent_kernel.filters import ParameterFilter
 from pathkernel.tangent_kernel.tangent_kernel import TangentKernel
 
@@ -96,7 +96,7 @@ def trak_scores(
     Parameters
     ----------
     model
-        The trained classifier, in eval mode here; logits (n, C), or (n,) and (n, 1) of two classes.
+        The trained classifier, in eval mode here.
     samples, queries
         ``(X, y)`` of the N training samples, and of the Q queries; labels are class indices.
     regularization
@@ -116,27 +116,16 @@ def trak_scores(
 
     Notes
     -----
-    Memory: N² numbers. Time: the kernels, and O(N³).
+    It is `pathkernel.datamodel` with the kernel at one θ in place of that along the path. Memory: N² numbers. Time: the
+    kernels, and O(N³).
 
     References
     ----------
-    Park et al. 2023 (2303.14186), equation 13.
+    Park et al. 2023 (2303.14186), section 3.
     """
-    if regularization is not None and not (is_number(regularization) and regularization > 0):
-        raise InputError(
-            f"`regularization={regularization!r}` was given",
-            "It is a number above 0, in the units of the kernel",
-            "Leave it out for the mean diagonal of the kernel",
-        )
-    kernel = TangentKernel(model, parameters, outputs="loss", loss=margin, memory=memory)
-    K, K_query = kernel(samples), kernel(queries, samples)
-    ridge = float(K.diagonal().mean()) if regularization is None else float(regularization)
-    K[np.diag_indices_from(K)] += ridge
-    weights = scipy.linalg.cho_solve(scipy.linalg.cho_factor(K, lower=True, overwrite_a=True), K_query.T).T
-    inputs, targets = kernel._samples(samples)
-    outputs = kernel.function.outputs(kernel.theta, inputs)
-    residuals = torch.sigmoid(-per_sample_margin(outputs, targets.to(outputs.device)).double())
-    return np.asarray(weights * residuals.cpu().numpy())
+    kernel = TangentKernel(model, parameters, outputs="margin", memory=memory)
+    ridge = "mean_diagonal" if regularization is None else regularization
+    return datamodel(kernel, *samples, queries, regularization=ridge, memory=memory).scores
 
 
 def influence_function_scores(
@@ -269,17 +258,3 @@ def _solved(matrix: GaussNewton, damping: float, gradients: Tensor) -> Tensor:
             "Write a larger `damping`",
         )
     return torch.from_numpy(found.reshape(shape)).to(device)
-
-
-def per_sample_margin(outputs: Tensor, labels: Tensor) -> Tensor:
-    """log p / (1 − p) of each sample's own label, (n,), from logits (n, C), or (n,) and (n, 1) of two classes."""
-    if outputs.dim() == 1 or outputs.shape[1] == 1:
-        return outputs.reshape(-1) * (2 * labels.reshape(-1).to(outputs) - 1)
-    own = labels.reshape(-1, 1).long()
-    others = outputs.scatter(1, own, -torch.inf)
-    return outputs.gather(1, own)[:, 0] - others.logsumexp(dim=1)
-
-
-def margin(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Mean margin, in the form of a loss."""
-    return per_sample_margin(outputs, labels).mean()

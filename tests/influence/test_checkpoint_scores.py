@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import generator, make_inputs, make_model
 from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev
+from torch.func import functional_call, jacrev
 
 from pathkernel.errors import InputError
 from pathkernel.influence import checkpoint_scores
@@ -105,17 +105,6 @@ def test_influence_functions_are_exact_where_the_model_is_linear() -> None:
 
     expected = torch.func.jacrev(minus_loss)(torch.ones(20, dtype=torch.float64))
     assert np.linalg.norm(scores - expected.numpy()) <= 1e-3 * expected.norm()
-
-
-def test_margins_of_two_classes() -> None:
-    z, labels = torch.tensor([0.7, -1.2]), torch.tensor([1, 0])
-    p = torch.sigmoid(z)
-    expected = torch.stack([torch.log(p[0] / (1 - p[0])), torch.log((1 - p[1]) / p[1])])
-    assert torch.allclose(checkpoint_scores.per_sample_margin(z, labels), expected)
-    two = torch.stack([torch.zeros(2), z], dim=1)
-    assert torch.allclose(checkpoint_scores.per_sample_margin(two, labels), expected)
-    slope = hessian(lambda v: checkpoint_scores.margin(v[:, None], labels))(z)
-    assert torch.equal(slope, torch.zeros(2, 2))
 
 
 def test_refusals(drawn: tuple[nn.Module, Samples, Samples], monkeypatch: pytest.MonkeyPatch) -> None:
