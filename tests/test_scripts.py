@@ -22,6 +22,10 @@ EXAMPLES = [
     for path in sorted((ROOT / "examples").glob("[0-9]*.py"))
 ]
 KEYS = {
+    "added_samples.py": {
+        *("network", "optimizer", "seed", "labels", "steps", "rank_correlation", "relative_error", "remainder"),
+        "gradient_error",
+    },
     "attribution.py": {
         *("data", "network", "optimizer", "seed", "method", "lds_1", "lds_10", "lds_50", "lds_fresh", "loo"),
         *("mislabel_auc", "precision", "seconds", "training_ratio", "peak_mb"),

@@ -45,7 +45,6 @@ from pathkernel.trajectory.trajectory import Trajectory
 ENGINES = ("auto", "layerwise", "jacobian", "autograd")
 
 T = TypeVar("T")
-
 MADE = ("function", "_gradients", "_plans", "_selection")
 """Attributes that a machine makes of the others, and does not save."""
 

@@ -208,6 +208,9 @@ def test_refusals() -> None:
         machine.add_samples(X, y, steps=0)
     with pytest.raises(errors.InputError, match="`learning_rate=-1`"):
         machine.add_samples(X, y, learning_rate=-1)
+    machine.average = "ema"
+    with pytest.raises(errors.InputError, match="average 'ema'"):
+        machine.add_samples(X, y)
     amsgrad = pk.KernelMachine(record(optimizer="amsgrad").trajectory)
     with pytest.raises(errors.TrajectoryError, match="not on record"):
         amsgrad.add_samples(X, y)
