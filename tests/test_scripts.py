@@ -22,6 +22,14 @@ EXAMPLES = [
     for path in sorted((ROOT / "examples").glob("[0-9]*.py"))
 ]
 KEYS = {
+    "added_samples.py": {
+        *("network", "optimizer", "seed", "labels", "steps", "rank_correlation", "relative_error", "remainder"),
+        "gradient_error",
+    },
+    "attribution.py": {
+        *("data", "network", "optimizer", "seed", "method", "lds_1", "lds_10", "lds_50", "lds_fresh", "loo"),
+        *("mislabel_auc", "precision", "seconds", "training_ratio", "peak_mb"),
+    },
     "exactness.py": {
         *("optimizer", "network", "loss", "dtype", "quadrature", "residual", "quadrature_error"),
         *("split_error", "gradients_per_step", "seconds"),
@@ -60,6 +68,7 @@ KEYS = {
 
 
 PARTS = {
+    "attribution.py": ("--tiny", "--only", "digits MLP tanh"),
     "dynamics.py": ("--only", "norms", "noise"),
     "coverage.py": ("--only", "GPT-2", "ResNet", "ConvNeXt", "U-Net", "LSTM classifier", "MLP-Mixer"),
     "certificate.py": ("--parts", "coupled", "refused", "broken", "alarms"),

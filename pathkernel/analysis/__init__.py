@@ -1,4 +1,5 @@
-"""Analyses of kernel matrices and of the path they came along: alignment, speed, spectrum, two samples, bounds."""
+"""Analyses of kernel matrices and of the path they came along (alignment, speed, spectrum, two samples, bounds), and judges of
+attributions."""
 
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
     from pathkernel.analysis.generalization import loss_path_bound as loss_path_bound
     from pathkernel.analysis.regime import KernelRegime as KernelRegime
     from pathkernel.analysis.regime import kernel_regime as kernel_regime
+    from pathkernel.analysis.evaluation import brittleness as brittleness
+    from pathkernel.analysis.evaluation import leave_one_out_correlation as leave_one_out_correlation
+    from pathkernel.analysis.evaluation import linear_datamodeling_score as linear_datamodeling_score
+    from pathkernel.analysis.evaluation import metasmoothness as metasmoothness
+    from pathkernel.analysis.evaluation import mislabel_auc as mislabel_auc
+    from pathkernel.analysis.evaluation import mislabel_precision as mislabel_precision
+    from pathkernel.analysis.evaluation import query_loss_difference as query_loss_difference
+    from pathkernel.analysis.evaluation import random_subsets as random_subsets
+    from pathkernel.analysis.evaluation import top_removals as top_removals
     from pathkernel.analysis.spectrum import cumulative as cumulative
     from pathkernel.analysis.spectrum import effective_rank as effective_rank
     from pathkernel.analysis.support_vectors import KernelRow as KernelRow
@@ -28,6 +38,7 @@ _HOMES = {
     "KernelRow": "analysis.support_vectors",
     "LossPathBound": "analysis.generalization",
     "TwoSampleTest": "analysis.two_sample",
+    "brittleness": "analysis.evaluation",
     "centered_kernel_alignment": "analysis.alignment",
     "cumulative": "analysis.spectrum",
     "effective_rank": "analysis.spectrum",
@@ -41,6 +52,14 @@ _HOMES = {
     "target_alignment": "analysis.alignment",
     "target_kernel": "analysis.alignment",
     "two_sample_test": "analysis.two_sample",
+    "leave_one_out_correlation": "analysis.evaluation",
+    "linear_datamodeling_score": "analysis.evaluation",
+    "metasmoothness": "analysis.evaluation",
+    "mislabel_auc": "analysis.evaluation",
+    "mislabel_precision": "analysis.evaluation",
+    "query_loss_difference": "analysis.evaluation",
+    "random_subsets": "analysis.evaluation",
+    "top_removals": "analysis.evaluation",
 }
 
 __all__ = sorted(_HOMES)
