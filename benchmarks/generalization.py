@@ -9,8 +9,8 @@ parameters and tangent kernel went from where they began, and the kernel's align
 what support vector machines make of the initial kernel, the path kernel and the after-kernel, beside the network.
 
 The suprema of the theorem are over all training sets that might have been drawn, and here over three: the bound is an
-estimate of the theorem's. The script fails where a measured gap is above the bound's, with the confidence term for losses in
-[0, 1] left out.
+estimate of the theorem's. The script fails where a measured gap is above the bound's, with the confidence term for
+losses in [0, 1] left out.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Analyses of kernel matrices and of the path they came along (alignment, speed, spectrum, two samples, bounds), and judges of
-attributions."""
+"""Analyses of kernel matrices (alignment, speed, spectrum, two samples, bounds), and judges of attributions."""
 
 from typing import TYPE_CHECKING
 
@@ -10,10 +9,6 @@ if TYPE_CHECKING:
     from pathkernel.analysis.alignment import kernel_alignment as kernel_alignment
     from pathkernel.analysis.alignment import target_alignment as target_alignment
     from pathkernel.analysis.alignment import target_kernel as target_kernel
-    from pathkernel.analysis.generalization import LossPathBound as LossPathBound
-    from pathkernel.analysis.generalization import loss_path_bound as loss_path_bound
-    from pathkernel.analysis.regime import KernelRegime as KernelRegime
-    from pathkernel.analysis.regime import kernel_regime as kernel_regime
     from pathkernel.analysis.evaluation import brittleness as brittleness
     from pathkernel.analysis.evaluation import leave_one_out_correlation as leave_one_out_correlation
     from pathkernel.analysis.evaluation import linear_datamodeling_score as linear_datamodeling_score
@@ -23,6 +18,10 @@ if TYPE_CHECKING:
     from pathkernel.analysis.evaluation import query_loss_difference as query_loss_difference
     from pathkernel.analysis.evaluation import random_subsets as random_subsets
     from pathkernel.analysis.evaluation import top_removals as top_removals
+    from pathkernel.analysis.generalization import LossPathBound as LossPathBound
+    from pathkernel.analysis.generalization import loss_path_bound as loss_path_bound
+    from pathkernel.analysis.regime import KernelRegime as KernelRegime
+    from pathkernel.analysis.regime import kernel_regime as kernel_regime
     from pathkernel.analysis.spectrum import cumulative as cumulative
     from pathkernel.analysis.spectrum import effective_rank as effective_rank
     from pathkernel.analysis.support_vectors import KernelRow as KernelRow
