@@ -265,12 +265,6 @@ def _by_gram(kernel: Kernel, of: Explained, regularization: str | float, _: int)
 
 def _by_features(kernel: Kernel, of: Explained, regularization: str | float, dim: int) -> Found:
     r"""Solve by features: :math:`\phi_q (\phi^\top\phi + \lambda I)^{-1} \phi^\top`, the push-through identity."""
-    if not hasattr(kernel, "features"):
-        raise InputError(
-            f"`solver='features'` was asked of a {type(kernel).__name__}",
-            "Random features are those of a `PathKernel`",
-            'Write `solver="conjugate_gradients"`, or pass a `PathKernel`',
-        )
     phi, phi_query = (np.asarray(kernel.features(samples, dim)) for samples in (of.samples, of.queries))
     left, singular, right = scipy.linalg.svd(phi, full_matrices=False)
     mean, projected = float((phi**2).sum() / len(phi)), left.T @ of.residuals
