@@ -300,10 +300,10 @@ FAULTS = [
     Fault(
         "kill -9 while recording",
         f"flush_every=1: none; 16: {(QUEUE + 2) * 16} steps",
-        signals("recording", signal.SIGKILL, 2, 240),
+        signals("recording", signal.SIGKILL, 4, 240),
     ),
-    Fault("Ctrl-C while recording", "none", signals("recording", signal.SIGINT, 2, 80)),
-    Fault("kill -9 during a Gram matrix", IN_HAND, signals("gram", signal.SIGKILL, 2, 60)),
+    Fault("Ctrl-C while recording", "none", signals("recording", signal.SIGINT, 3, 80)),
+    Fault("kill -9 during a Gram matrix", IN_HAND, signals("gram", signal.SIGKILL, 3, 60)),
     Fault("Ctrl-C during a Gram matrix", IN_HAND, signals("gram", signal.SIGINT, 2, 30)),
     Fault("out of memory during a Gram matrix", IN_HAND, out_of_memory),
     Fault("kill -9 during an attribution", IN_HAND, signals("explain", signal.SIGKILL, 2, 40)),
