@@ -41,7 +41,8 @@ class SplitCertificate:
     Attributes
     ----------
     error
-        The worst of three random directions v and of all batches measured; NaN where torch has no way to J v.
+        The worst of three random directions v (of those in use, once shares are made by forward sweeps) and of all
+        batches measured; NaN where torch has no way to J v.
     batches
         How many were measured.
     limit
