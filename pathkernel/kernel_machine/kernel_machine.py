@@ -31,10 +31,11 @@ from pathkernel.kernel_machine.forward_sweep import forward_sweep
 from pathkernel.kernel_machine.kept_displacements import KeptDisplacements
 from pathkernel.kernel_machine.kept_explanation import kept_explanation
 from pathkernel.kernel_machine.kept_plans import KeptPlans
-from pathkernel.kernel_machine.memory_plan import Plan, plan_backward
+from pathkernel.kernel_machine.memory_plan import plan_backward
 from pathkernel.kernel_machine.queries import Queries
 from pathkernel.kernel_machine.query_selection import QuerySelection
 from pathkernel.kernel_machine.self_shares import at_once, check_own, own_shares
+from pathkernel.kernel_machine.sweep_plan import Plan
 from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
