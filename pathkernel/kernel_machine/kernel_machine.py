@@ -365,7 +365,7 @@ class KernelMachine:
         with FreedMemory(self.memory):
             queries, _, _ = self._selection.select(self.trajectory.data.everything(), outputs)
             curve, recorded = self._curve(queries), self._recorded
-            plan = self._plan(at_once(curve, recorded), Asked())
+            plan = self._plan(at_once(curve, recorded), Asked("module"))  # which takes rows of samples, too
             own = self._settled(lambda: own_shares(curve, recorded, plan, self.progress))
         warn_of_split_error(recorded.certificate.error, recorded.certificate.limit, stacklevel=4)  # past the lock
         return own.numpy()
