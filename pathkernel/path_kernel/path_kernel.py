@@ -359,6 +359,7 @@ class PathKernel(Kernel):
             self._errors_of_features[projection] = error
         return Features.of(of(samples).cpu().numpy(), self._errors_of_features[projection])
 
+    @one_at_a_time
     def check_label_leak(self, X: PyTree) -> None:
         """Warn where an estimator is being fitted to X, a part of the training samples; see ``leak``."""
         self._leak.check(self._samples(X)[0])
