@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from pathkernel import callbacks as callbacks
     from pathkernel import dynamics as dynamics
     from pathkernel import errors as errors
+    from pathkernel import kernels as kernels
     from pathkernel import optimizers as optimizers
     from pathkernel import plotting as plotting
     from pathkernel import testing as testing
     from pathkernel.dynamics.game import GameRecorder as GameRecorder
+    from pathkernel.errors import LabelLeakWarning as LabelLeakWarning
     from pathkernel.estimators.gaussian_process import GaussianProcessKernel as GaussianProcessKernel
     from pathkernel.estimators.gaussian_processes import PathKernelGP as PathKernelGP
     from pathkernel.estimators.gaussian_processes import PathKernelGPClassifier as PathKernelGPClassifier
@@ -73,6 +75,7 @@ _HOMES = {
     "KernelMachineRegressor": "estimators.kernel_machines",
     "KernelRecorder": "recording.recorder",
     "Keyframes": "trajectory.schedule",
+    "LabelLeakWarning": "errors",
     "LeftEndpoint": "quadrature",
     "Midpoint": "quadrature",
     "Nothing": "trajectory.schedule",
@@ -101,7 +104,7 @@ _HOMES = {
     "layer_rule": "gradients.layers.rules",
 }
 
-_SUBMODULES = ("analysis", "callbacks", "dynamics", "errors", "optimizers", "plotting", "testing")
+_SUBMODULES = ("analysis", "callbacks", "dynamics", "errors", "kernels", "optimizers", "plotting", "testing")
 
 __all__ = sorted([*_HOMES, *_SUBMODULES, "__version__"])
 if not TYPE_CHECKING:  # to which it would say that there is every name

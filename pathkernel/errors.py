@@ -39,6 +39,10 @@ class PlainGradientsWarning(InThreeParts, UserWarning):
     """A considerable part of θ is not accounted for layer by layer: results are the same, and take longer."""
 
 
+class LabelLeakWarning(InThreeParts, UserWarning):
+    """A path kernel knows the labels by which an estimator will be judged that is being fitted with it."""
+
+
 class RecordingError(PathKernelError):
     """The training loop did something that cannot be put on record."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from beartype._check.code import codemain
 from beartype._util.kind.integer import utilintget
+from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 
 # beartype draws which item of a list it looks at: from numbers of its own, as a user's are to stay as they are.
@@ -57,7 +58,8 @@ USUALLY = [
     "pathkernel.gradients.per_sample",
     "pathkernel.kernel_machine.queries",
 ]
-install_import_hook(SHAPED if os.environ.get("PATHKERNEL_CHECK_SHAPES") == "all" else USUALLY, "beartype.beartype")
+ALL_SHAPES = os.environ.get("PATHKERNEL_CHECK_SHAPES") == "all"
+install_import_hook(SHAPED if ALL_SHAPES else USUALLY, "beartype.beartype")
 
 torch.set_num_threads(1)
 
@@ -107,6 +109,11 @@ LONGEST = ("test_scripts.py", "test_house.py")
 MANY = 30
 """Values up to which a parameter of a table, if it is not the only one, has each of them in a row that is run."""
 
+UNCHECKED = pytest.StashKey[bool]()
+CHECKED_ROWS = 5
+"""Of the rows of a parametrized test, the first and every so many are run with their shapes checked, which takes a
+fifth of the time of a test; tests by themselves always are."""
+
 OF_ONE = 4
 """At most so many rows to one that is run, where a table has one parameter: every row is something else."""
 
@@ -127,6 +134,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             for item in own:
                 if item not in run:
                     item.add_marker(pytest.mark.exhaustive)
+    met: Counter[str] = Counter()
+    for item in items:
+        if hasattr(item, "callspec") and not item.get_closest_marker("exhaustive"):
+            function = item.nodeid.partition("[")[0]
+            item.stash[UNCHECKED] = bool(met[function] % CHECKED_ROWS) and not ALL_SHAPES
+            met[function] += 1
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Check shapes, or leave it to another row of the same table."""
+    shape_checks.update("jaxtyping_disable", item.stash.get(UNCHECKED, False))
 
 
 def rows_to_run(table: list[pytest.Item], every: int) -> set[pytest.Item]:

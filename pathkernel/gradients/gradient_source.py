@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
+from pathkernel.errors import InputError
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
@@ -33,6 +34,26 @@ measured."""
 
 BY_ROWS = ("jacobian", "autograd")
 """Engines that form rows of all parameters."""
+
+ENGINES = ("auto", "layerwise", "jacobian", "autograd")
+"""Ways to take gradients, as a user names them."""
+
+
+def check_engine(engine: str) -> str:
+    """Accept one of `ENGINES`.
+
+    Raises
+    ------
+    InputError
+        For any other, with those that there are.
+    """
+    if engine not in ENGINES:
+        raise InputError(
+            f"`engine={engine!r}` was given",
+            f"Engines are {', '.join(map(repr, ENGINES))}",
+            'Write `engine="auto"`',
+        )
+    return engine
 
 
 class GradientSource:

@@ -255,6 +255,31 @@ class Attributions:
         )
 
 
+def warn_of_split_error(error: float, limit: float, stacklevel: int = 3) -> None:
+    """Warn where rows of gradients are not, to rounding, those of their samples.
+
+    Parameters
+    ----------
+    error
+        As measured; NaN where it could not be.
+    limit
+        Up to which it is rounding.
+    stacklevel
+        Of the user's line, as `warnings.warn` counts.
+    """
+    if error > limit:
+        warnings.warn(
+            CertificateWarning(
+                f"The split error is {error:.1e}: rows of gradients and the batch run forward differ by more "
+                f"than rounding ({limit:.0e})",
+                "Every row belongs to its sample where they agree. A gradient that is not the derivative of what "
+                "`forward` computes, or ill-conditioned arithmetic, makes them differ",
+                "Compare with `KernelMachine(..., dtype=torch.float64)`",
+            ),
+            stacklevel=stacklevel,
+        )
+
+
 def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float, stacklevel: int = 3) -> None:
     """Warn of what the certificate says against trusting the split; to be called by what the user calls.
 
@@ -269,17 +294,7 @@ def warn_of_doubts(why: Attributions, short: np.ndarray, limit: float, stackleve
     stacklevel
         Of the user's line, as `warnings.warn` counts.
     """
-    if why.split_error > limit:
-        warnings.warn(
-            CertificateWarning(
-                f"The split error is {why.split_error:.1e}: rows of gradients and the batch run forward differ by more "
-                f"than rounding ({limit:.0e})",
-                "Every row belongs to its sample where they agree. A gradient that is not the derivative of what "
-                "`forward` computes, or ill-conditioned arithmetic, makes them differ",
-                "Compare with `KernelMachine(..., dtype=torch.float64)`",
-            ),
-            stacklevel=stacklevel,
-        )
+    warn_of_split_error(why.split_error, limit, stacklevel + 1)
     if why.samples_checked == 0:
         warnings.warn(
             CertificateWarning(

@@ -132,9 +132,7 @@ class BackwardSweep:
         # Rules that mix entries are differentiated, and add up rounding along the way.
         self.dtype = accumulation_dtype(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
         self.accumulator = accumulator = Accumulator.start(curve.initial)
-        # (N, Q), so that a batch adds to whole rows.
-        device = trajectory.device
-        self.shares = torch.zeros(len(gradients.columns), count, dtype=torch.float64, device=device)
+        self.shares = self._start_shares()
         modules = dict.fromkeys(module_of(name) for name in self.layout.names) if by == "module" else ()
         self.modules = {module: torch.zeros_like(self.shares) for module in modules}
         accumulator.steps = self._zeros(count, len(trajectory)) if by == "step" else None
@@ -163,6 +161,11 @@ class BackwardSweep:
                     yield ahead.pop()
         finally:
             self.gradients.prepare((), self.passes)
+
+    def _start_shares(self) -> Tensor:
+        """Zeros (N, Q), so that a batch adds to whole rows."""
+        device = self.trajectory.device
+        return torch.zeros(len(self.gradients.columns), self.count, dtype=torch.float64, device=device)
 
     # -- one step --------------------------------------------------------------------------------------------
 

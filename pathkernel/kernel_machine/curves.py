@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pathkernel.errors import InputError
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.queries import GradientStep, ProductStep, Queries, Rests
@@ -34,6 +35,28 @@ CHORD_PIECES = 32
 
 Displacements = Callable[[Segment], Mapping[str, Tensor]]
 """Splits the displacement of a segment by channel, (P,) each; called once for each segment, in their order."""
+
+
+def check_average(average: str | None, trajectory: Trajectory, form: str) -> None:
+    """Refuse an average that is not on record, and one of a chord.
+
+    Raises
+    ------
+    InputError
+        With the averages that there are.
+    """
+    if average is not None and average not in trajectory.averages:
+        raise InputError(
+            f"`average={average!r}` was given",
+            f"Averages on record are {', '.join(map(repr, trajectory.averages)) or 'none'}",
+            'Record them with `KernelRecorder(..., averages={"ema": averaged_model})`',
+        )
+    if average is not None and form == "chord":
+        raise InputError(
+            '`form="chord"` was asked of an averaged network',
+            "The chord joins the untrained network to the last weights",
+            "Leave out `form` or `average`",
+        )
 
 
 class Curve(ABC):
@@ -96,7 +119,13 @@ class Curve(ABC):
 
     def _average(self, accumulator: Accumulator, view: GradientStep) -> FactoredGradients:
         """The query gradients averaged over a segment, with error and cost booked."""
-        gradient = accumulator.add(self.quadrature.average(view))
+        return self._factored(accumulator.add(self.quadrature.average(view)))
+
+    def average_on(self, segment: Segment) -> FactoredGradients:
+        """The query gradients averaged over one segment, by itself, and nothing booked."""
+        return self._factored(self.quadrature.average(GradientStep(self.queries, segment)).gradient)
+
+    def _factored(self, gradient: Tensor | FactoredGradients) -> FactoredGradients:
         if isinstance(gradient, Tensor):  # a quadrature that treats each query by itself
             return FactoredGradients.dense(gradient, self.trajectory.layout)
         assert isinstance(gradient, FactoredGradients)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pathkernel.errors import InputError
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.queries import GradientStep
@@ -22,6 +23,29 @@ class Asked:
 
     by: str | None = None
     verify: bool = False
+
+    @classmethod
+    def of(cls, by: str | None, verify: str | None) -> Asked:
+        """Requests as a user writes them.
+
+        Raises
+        ------
+        InputError
+            For others, with those that there are.
+        """
+        if by not in (None, "module", "step"):
+            raise InputError(
+                f"`by={by!r}` was given",
+                'Shares are split by "module" or by "step"',
+                'Write `machine.explain(X, by="module")`',
+            )
+        if verify not in (None, "shares"):
+            raise InputError(
+                f"`verify={verify!r}` was given",
+                'What can be verified are the "shares"',
+                'Write `machine.explain(X, verify="shares")`, or leave it out',
+            )
+        return cls(by, verify is not None)
 
 
 def explanation_identity(

@@ -40,6 +40,23 @@ FORMS = {
 """The forms of the same exact sum, and their properties."""
 
 
+def check_form(form: str) -> str:
+    """Accept one of `FORMS`.
+
+    Raises
+    ------
+    InputError
+        For any other, with those that there are.
+    """
+    if form not in FORMS:
+        raise InputError(
+            f"`form={form!r}` was given",
+            f"Forms are {', '.join(map(repr, FORMS))}",
+            'Write `form="folded"`',
+        )
+    return form
+
+
 @dataclass(frozen=True)
 class AverageForm:
     """Σ_i Σ_c α_ic(x) K_ic(x), with both factors of each query.

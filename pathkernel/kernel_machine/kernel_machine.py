@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,18 +12,19 @@ import torch
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
 from pathkernel.gradients.forward_derivatives import load_transformations
+from pathkernel.gradients.gradient_source import check_engine
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes
 from pathkernel.kernel_machine.accumulator import Accumulator, attributions_of, concatenate
 from pathkernel.kernel_machine.arithmetic import asked_type, unrounded_type
-from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts
+from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts, warn_of_split_error
 from pathkernel.kernel_machine.averaging_error import AveragingError, Noted, shares_error
 from pathkernel.kernel_machine.backward_sweep import backward_sweep
 from pathkernel.kernel_machine.classification import is_classifier, probabilities
 from pathkernel.kernel_machine.completeness import check_end, check_unexplained
-from pathkernel.kernel_machine.curves import AverageCurve, ChordCurve, Curve, PathCurve
+from pathkernel.kernel_machine.curves import AverageCurve, ChordCurve, Curve, PathCurve, check_average
 from pathkernel.kernel_machine.description import described
 from pathkernel.kernel_machine.explanation_identity import Asked, explanation_identity
-from pathkernel.kernel_machine.forms import BUILDERS, FORMS
+from pathkernel.kernel_machine.forms import BUILDERS, FORMS, check_form
 from pathkernel.kernel_machine.forward_plan import plan_forward
 from pathkernel.kernel_machine.forward_sweep import forward_sweep
 from pathkernel.kernel_machine.kept_displacements import KeptDisplacements
@@ -32,6 +33,7 @@ from pathkernel.kernel_machine.kept_plans import KeptPlans
 from pathkernel.kernel_machine.memory_plan import Plan, plan_backward
 from pathkernel.kernel_machine.queries import Queries
 from pathkernel.kernel_machine.query_selection import QuerySelection
+from pathkernel.kernel_machine.self_shares import at_once, check_own, own_shares
 from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
@@ -41,6 +43,8 @@ from pathkernel.trajectory.split_certificate import EngineReplaced
 from pathkernel.trajectory.trajectory import Trajectory
 
 ENGINES = ("auto", "layerwise", "jacobian", "autograd")
+
+T = TypeVar("T")
 
 MADE = ("function", "_gradients", "_plans", "_selection", "_kept")
 """Attributes that a machine makes of the others, and does not save."""
@@ -160,35 +164,12 @@ class KernelMachine:
         self.quadrature = as_quadrature(quadrature)
         self.memory = memory_bytes(memory)
         self.progress = progress
-        self.form = form
+        self.form = check_form(form)
         self.average = average
         self.unexplained = unexplained
-        self.engine = engine
+        self.engine = check_engine(engine)
         self.keep = keep
-        if form not in FORMS:
-            raise InputError(
-                f"`form={form!r}` was given",
-                f"Forms are {', '.join(map(repr, FORMS))}",
-                'Write `form="folded"`',
-            )
-        if engine not in ENGINES:
-            raise InputError(
-                f"`engine={engine!r}` was given",
-                f"Engines are {', '.join(map(repr, ENGINES))}",
-                'Write `engine="auto"`',
-            )
-        if average is not None and average not in trajectory.averages:
-            raise InputError(
-                f"`average={average!r}` was given",
-                f"Averages on record are {', '.join(map(repr, trajectory.averages)) or 'none'}",
-                'Record them with `KernelRecorder(..., averages={"ema": averaged_model})`',
-            )
-        if average is not None and form == "chord":
-            raise InputError(
-                '`form="chord"` was asked of an averaged network',
-                "The chord joins the untrained network to the last weights",
-                "Leave out `form` or `average`",
-            )
+        check_average(average, trajectory, form)
         self._dtype = asked_type(dtype, self.quadrature, self.trajectory)
         self._make()
 
@@ -292,12 +273,13 @@ class KernelMachine:
         Parameters
         ----------
         X
-            n samples; pairs ``(X, y)`` for ``outputs="loss"``.
+            n samples; pairs ``(X, y)`` for ``outputs="loss"`` and ``outputs="margin"``.
         outputs
             Which output of each: None for the predicted class of a classifier (and for every output of a
-            regressor, sample by sample), an index for all samples, (n,) indices, ``"all"``, ``"loss"``, or a
-            callable of one sample's outputs (C,) that returns a scalar. A module's name explains every unit of its
-            output in place of the network's; ``(name, unit)`` or ``(name, callable)`` one function of them.
+            regressor, sample by sample), an index for all samples, (n,) indices, ``"all"``, ``"loss"``, ``"margin"``
+            (log p/(1 − p) of the label), or a callable of one sample's outputs (C,) that returns a scalar. A module's
+            name explains every unit of its output in place of the network's; ``(name, unit)`` or ``(name, callable)``
+            one function of them.
         by
             ``"module"`` splits the shares by module as well, ``"step"`` adds each step's total.
         store
@@ -332,19 +314,7 @@ class KernelMachine:
         verify: str | None = None,
     ) -> tuple[Attributions, np.ndarray]:
         """The explanation, and for each query whether its quadrature had to stop above its tolerance, (Q,)."""
-        if by not in (None, "module", "step"):
-            raise InputError(
-                f"`by={by!r}` was given",
-                'Shares are split by "module" or by "step"',
-                'Write `machine.explain(X, by="module")`',
-            )
-        if verify not in (None, "shares"):
-            raise InputError(
-                f"`verify={verify!r}` was given",
-                'What can be verified are the "shares"',
-                'Write `machine.explain(X, verify="shares")`, or leave it out',
-            )
-        asked = Asked(by, verify is not None)
+        asked = Asked.of(by, verify)
         with FreedMemory(self.memory):
             queries, samples, indices = self._selection.select(X, outputs)
             curve = self._curve(queries)
@@ -360,7 +330,43 @@ class KernelMachine:
         moved = torch.from_numpy(why._moved)
         return why, (accumulator.short > max(tolerance, SHORT) * moved).numpy()
 
-    def _settled(self, compute: Callable[[], Accumulator]) -> Accumulator:
+    @one_at_a_time
+    def self_shares(self, outputs: str = "loss") -> np.ndarray:
+        """Shares of the training samples in their own losses: the diagonal of N × N shares that are never formed.
+
+        A sample that lowered its own loss far more than others do was learnt by heart.
+
+        Parameters
+        ----------
+        outputs
+            ``"loss"`` (default), or ``"margin"``: how much each sample raised the margin of its own label.
+
+        Returns
+        -------
+        numpy.ndarray
+            (N,) float64: what ``explain((X_train, y_train), outputs=outputs)`` has on its diagonal.
+
+        Raises
+        ------
+        InputError
+            Where training samples are known from the batches on record alone, and for other ``outputs``.
+
+        Notes
+        -----
+        Memory O(N) beside a block of queries. Time of an optimizer without memory: some four passes of each batch; with
+        memory (momentum, Adam), where a sample goes on moving its own loss long after its batch: the gradients of all N
+        samples at every step, S N. `pathkernel.label_quality` estimates it from a few points of the path.
+        """
+        check_own(outputs)
+        with FreedMemory(self.memory):
+            queries, _, _ = self._selection.select(self.trajectory.data.everything(), outputs)
+            curve, recorded = self._curve(queries), self._recorded
+            plan = self._plan(at_once(curve, recorded), Asked())
+            own = self._settled(lambda: own_shares(curve, recorded, plan, self.progress))
+        warn_of_split_error(recorded.certificate.error, recorded.certificate.limit, stacklevel=4)  # past the lock
+        return own.numpy()
+
+    def _settled(self, compute: Callable[[], T]) -> T:
         """An accumulator all of whose rows were formed in a way that was not found wrong at any batch."""
         while True:
             try:

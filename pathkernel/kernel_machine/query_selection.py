@@ -23,6 +23,9 @@ from pathkernel.tangent_kernel.outputs import select_outputs
 from pathkernel.tangent_kernel.tangent_kernel import learn_structure, no_samples, split_samples
 from pathkernel.trajectory.trajectory import Trajectory
 
+OF_TARGETS = ("loss", "margin")
+"""Functions of outputs and target, for which samples are pairs."""
+
 
 class QuerySelection:
     """Makes queries of samples and of what is asked of them.
@@ -55,13 +58,13 @@ class QuerySelection:
 
     def select(self, X: PyTree, outputs: Any) -> tuple[Queries, np.ndarray, np.ndarray]:
         """The query functions, and which sample and output each of them is."""
-        if isinstance(outputs, str) and outputs == "loss":
+        if isinstance(outputs, str) and outputs in OF_TARGETS:
             objective = self.trajectory.objective
-            loss = objective.function('`outputs="loss"`')
-            selection = select_outputs("loss", loss, objective.reduction)
+            loss = objective.function('`outputs="loss"`') if outputs == "loss" else None
+            selection = select_outputs(outputs, loss, objective.reduction)
             inputs, targets = split_samples(X, selection, self.trajectory.data.dtype, "KernelMachine")
             inputs = self._samples(inputs, self.function)
-            learn_structure(selection, self.function, self.trajectory.initial, inputs)
+            learn_structure(selection, self.function, self.trajectory.initial, inputs, targets)
             queries = self._query(self.function, inputs, selection.function, targets, None)
             return queries, np.arange(len(queries)), np.full(len(queries), -1)
         function, outputs = self._tapped(outputs)
@@ -93,8 +96,8 @@ class QuerySelection:
         if not (fits and ((chosen >= -c) & (chosen < c)).all()):
             raise InputError(
                 f"`outputs={outputs!r}` was given for {n} samples of a network with {c} outputs",
-                'It must be None, an output index, one index for each sample, "all", "loss", or a callable of the '
-                "outputs",
+                'It must be None, an output index, one index for each sample, "all", "loss", "margin", or a callable '
+                "of the outputs",
                 "Write for example `machine.explain(X, outputs=0)`",
             )
         return chosen.expand(n).remainder(c), c

@@ -71,6 +71,6 @@ def samples_of_path(
     if selection.with_targets:
         inputs, targets = split_samples(X, selection, dtype, asker)
         inputs = trajectory.queries(inputs, asker)
-        learn_structure(selection, trajectory.function(dtype), trajectory.initial, inputs)
+        learn_structure(selection, trajectory.function(dtype), trajectory.initial, inputs, targets)
         return inputs, targets
     return split_samples(trajectory.queries(X, asker), selection, dtype, asker)

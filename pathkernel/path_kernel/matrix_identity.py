@@ -1,12 +1,15 @@
-"""Everything that a path kernel's matrix depends on, by which one that is kept in a store is known again."""
+"""Path kernel matrices that are kept in a store, and everything they depend on, by which they are known again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import take
@@ -67,4 +70,51 @@ def matrix_identity(made: Made, function: ModelFunction, rows: Samples, columns:
         rows=question.samples_identity(rows),
         columns=question.samples_identity(columns),
         **asked,
+    )
+
+
+def stored_gram(
+    store: str | os.PathLike[str],
+    made: Made,
+    identity: dict[str, Any],
+    rows: Samples,
+    columns: Samples | None,
+    shape: tuple[int, ...],
+    progress: bool,
+) -> np.ndarray:
+    """Kernel matrix that is kept in a store while it grows.
+
+    Parameters
+    ----------
+    store
+        Its folder.
+    made, identity
+        What the kernel is made of, and all that its matrix depends on.
+    rows, columns
+        n and m samples; None for the symmetric matrix.
+    shape
+        Of the matrix: (n, m), or (n, m, C, C).
+    progress
+        Show a progress bar.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64, of this shape.
+    """
+    from pathkernel.storage import resumable  # not before it is needed: what writes to disk takes a second to load
+
+    def term(i: slice, j: slice, s: int) -> Tensor:
+        node, one = made.nodes[s], take(rows, i)
+        x, context = one
+        y, context_y = (None, None) if columns is None and i == j else take(columns or rows, j)
+        tile = made.engine_at(node).gram(node.theta, x, y, context, context_y, node.preconditioner)
+        return tile.mul_(node.weight).cpu()
+
+    def fix_engines(sizes: Iterable[tuple[int, int | None]], before: Mapping[str, str]) -> dict[str, str]:
+        node = made.nodes[0]
+        return made.engine_at(node).fix_choices(node.theta, rows, sizes, before)
+
+    return resumable.resumable_gram(
+        store, identity, shape, columns is None, len(made.nodes), term, fix_engines, progress
     )

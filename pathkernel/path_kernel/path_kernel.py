@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +14,12 @@ from tqdm.auto import tqdm
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
-from pathkernel.gradients.pytrees import copied_samples, count, memory_bytes, take
+from pathkernel.gradients.pytrees import copied_samples, count, memory_bytes
 from pathkernel.gradients.sample_wise import check_sample_wise
+from pathkernel.kernels.kernel import Kernel
 from pathkernel.path_kernel.features import Features, features_of, samples_of_path
-from pathkernel.path_kernel.matrix_identity import Made, matrix_identity
+from pathkernel.path_kernel.label_leak import LabelLeak, check_leak
+from pathkernel.path_kernel.matrix_identity import Made, matrix_identity, stored_gram
 from pathkernel.path_kernel.node_selection import check_tolerance, probe_samples, select_nodes
 from pathkernel.path_kernel.nodes import PathMeasure, PathNode, nodes_along, path_nodes, stretches
 from pathkernel.quadrature import Quadrature, as_quadrature
@@ -36,7 +38,7 @@ from pathkernel.trajectory.schedule import PRECONDITIONED
 from pathkernel.trajectory.trajectory import Trajectory
 
 
-class PathKernel:
+class PathKernel(Kernel):
     r"""Tangent kernels integrated along the recorded path: a kernel in the sense of scikit-learn.
 
     .. math:: K(x, x') = \sum_s w_s \sum_n \omega_n
@@ -52,9 +54,10 @@ class PathKernel:
     trajectory
         The recorded path, thinned or whole.
     outputs
-        ``"trace"`` over the outputs (default), ``"mean"``, ``"sum"``, an index, ``"full"``, ``"loss"`` (samples are
-        then pairs ``(X, y)``), a callable of one sample's outputs, or `OutputProbes`: random combinations of the
-        outputs, drawn afresh at every node, whose kernel is the trace in expectation.
+        ``"trace"`` over the outputs (default), ``"mean"``, ``"sum"``, an index, ``"full"``, ``"loss"`` or
+        ``"margin"`` of labels (samples are then pairs ``(X, y)``), a callable of one sample's outputs, or
+        `OutputProbes`: random combinations of the outputs, drawn afresh at every node, whose kernel is the trace in
+        expectation.
     measure
         w_s: ``"learning_rate"`` (the time of gradient flow; parameter groups each at their own rate),
         ``"arc_length"`` (‖Δ_s‖) or ``"uniform"`` (1).
@@ -74,6 +77,9 @@ class PathKernel:
         As for `pathkernel.TangentKernel`; at every node a `Projection` draws a map of its own.
     progress
         Show a progress bar over the nodes.
+    leak
+        ``"warn"`` (default) of an estimator that is fitted to a part of the training samples: see
+        `pathkernel.errors.LabelLeakWarning`; ``"allow"`` where that is meant.
 
     Attributes
     ----------
@@ -98,7 +104,8 @@ class PathKernel:
 
     Notes
     -----
-    The path depends on all training labels: cross-validating an estimator over a kernel made from them leaks.
+    The path depends on all training labels: cross-validating an estimator over a kernel made from them leaks, of which
+    `pathkernel.errors.LabelLeakWarning` says so once per process.
 
     References
     ----------
@@ -119,6 +126,7 @@ class PathKernel:
         memory: int | str = "1GB",
         dtype: torch.dtype | None = None,
         progress: bool = False,
+        leak: str = "warn",
     ) -> None:
         trajectory.require_steps("PathKernel" if preconditioner is None else PRECONDITIONED)
         self._make(
@@ -132,6 +140,7 @@ class PathKernel:
                 "memory": memory_bytes(memory),
                 "dtype": dtype,
                 "progress": progress,
+                "leak_allowed": check_leak(leak),
             }
         )
         if isinstance(self.selection.function, OneOutput):
@@ -148,6 +157,7 @@ class PathKernel:
         self._made_of, self.measure, self.quadrature = made_of, made_of["measure"], made_of["quadrature"]
         self.trajectory, self.progress, self.memory = self.measure.trajectory, made_of["progress"], made_of["memory"]
         self.steps, self.tolerance = made_of["steps"], made_of["tolerance"]
+        self._leak = LabelLeak(self.trajectory.data, made_of.get("leak_allowed", False))  # pickles of before lack it
         self.function = self.trajectory.function(made_of["dtype"])
         outputs, engine, objective = made_of["outputs"], made_of["engine"], self.trajectory.objective
         self.probes = outputs if isinstance(outputs, OutputProbes) else None
@@ -250,6 +260,8 @@ class PathKernel:
         rows, columns = self._samples(X), None if Y is None or Y is X else self._samples(Y)
         if not count(rows[0]) or (columns is not None and not count(columns[0])):
             return np.zeros(self._shape(rows, columns))
+        if columns is None:
+            self._leak.check(rows[0])
         return self._gram(rows, columns).cpu().numpy() if store is None else self._stored_gram(store, rows, columns)
 
     def _gram(self, rows: Samples, columns: Samples | None) -> Tensor:
@@ -267,26 +279,10 @@ class PathKernel:
         return (count(rows[0]), count((columns or rows)[0]), *sides)
 
     def _stored_gram(self, store: str | os.PathLike[str], rows: Samples, columns: Samples | None) -> np.ndarray:
-        from pathkernel.storage import resumable  # not before it is needed: what writes to disk takes a second to load
-
-        def term(i: slice, j: slice, s: int) -> Tensor:
-            node, one = self.nodes[s], take(rows, i)
-            x, context = one
-            y, context_y = (None, None) if columns is None and i == j else take(columns or rows, j)
-            tile = self._engine_at(node).gram(node.theta, x, y, context, context_y, node.preconditioner)
-            return tile.mul_(node.weight).cpu()
-
-        def fix_engines(sizes: Iterable[tuple[int, int | None]], before: Mapping[str, str]) -> dict[str, str]:
-            node = self.nodes[0]
-            return self._engine_at(node).fix_choices(node.theta, rows, sizes, before)
-
         how = self._given_engine, self._engine_at, self.function.dtype
         made = Made(self.measure, self.nodes, self.selection, self.probes, *how)
         identity = matrix_identity(made, self.engine.function, rows, columns)
-        shape = self._shape(rows, columns)
-        return resumable.resumable_gram(
-            store, identity, shape, columns is None, len(self.nodes), term, fix_engines, self.progress
-        )
+        return stored_gram(store, made, identity, rows, columns, self._shape(rows, columns), self.progress)
 
     @one_at_a_time
     def diagonal(self, X: PyTree) -> np.ndarray:
@@ -359,6 +355,10 @@ class PathKernel:
         found = products(probe, probe).cpu().numpy()
         error = MeasuredError.between(found, self._probe_kernel.cpu().numpy(), "the kernel's own matrix")
         return Features.of(of(samples).cpu().numpy(), error)
+
+    def check_label_leak(self, X: PyTree) -> None:
+        """Warn where an estimator is being fitted to X, a part of the training samples; see ``leak``."""
+        self._leak.check(self._samples(X)[0])
 
     @one_at_a_time
     def check(self, X: PyTree) -> float:
@@ -437,7 +437,3 @@ class PathKernel:
             f"total weight {self.total_weight:.4g}, engine {self.engine.name!r}"
             f"{'' if self.tolerance is None else f', error {self.error}'})"
         )
-
-    def __sklearn_clone__(self) -> PathKernel:
-        # A deep copy would copy the whole trajectory; the kernel is immutable.
-        return self

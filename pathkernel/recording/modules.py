@@ -93,7 +93,7 @@ class WatchedModules:
     def other_generators(self) -> dict[str, Any]:
         """States of random generators that no record holds: Python's, numpy's, and those in attributes of modules."""
         self._list_modules()
-        states = {"Python's `random`": random.getstate(), "`numpy.random`": repr(np.random.get_state())}
+        states = {"Python's `random`": random.getstate(), "`numpy.random`": _state_of(np.random)}
         for name, module in self._named.items():
             for key, value in vars(module).items():
                 place = f"`{name}.{key}`" if name else f"`{key}`"
@@ -102,7 +102,7 @@ class WatchedModules:
                 elif isinstance(value, random.Random):
                     states[place] = value.getstate()
                 elif isinstance(value, (np.random.Generator, np.random.RandomState)):
-                    states[place] = repr(value.__getstate__())
+                    states[place] = _state_of(value)
         return states
 
     # Lists hold what they name, so that no other object can have taken its identity.
@@ -122,6 +122,27 @@ class WatchedModules:
             self._buffers, self._held = dict(self.model.named_buffers()), held
             self._versions = {}
         return self._buffers
+
+
+def _state_of(generator: Any) -> dict[str, Any]:
+    """State of one of numpy's generators, or of ``numpy.random`` itself, as values that ``==`` compares."""
+    if isinstance(generator, np.random.Generator):
+        state = generator.bit_generator.state  # what the generator says of itself in a pickle is None
+    else:
+        state = generator.get_state(legacy=False)
+    return _with_bytes(state)
+
+
+def _with_bytes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts with their arrays as bytes: read twice in every pass, where printing them takes a millisecond."""
+    return {
+        key: _with_bytes(value)
+        if isinstance(value, Mapping)
+        else value.tobytes()
+        if isinstance(value, np.ndarray)
+        else value
+        for key, value in state.items()
+    }
 
 
 def _version(buffer: Tensor) -> int:

@@ -29,10 +29,12 @@ from pathkernel.reference.decomposition import Decomposition, decompose
 from pathkernel.reference.flows import flow, gradient_and_hessian
 from pathkernel.reference.gradients import (
     flatten,
+    margin,
     output_gradients,
     sample_gradients,
     sample_gradients_from_losses,
     unflatten,
+    value_gradients,
 )
 from pathkernel.reference.kernels import path_kernel, tangent_kernel
 from pathkernel.reference.quadrature import (
@@ -47,6 +49,8 @@ from pathkernel.reference.training import train
 
 __all__ = [
     "output_gradients",
+    "value_gradients",
+    "margin",
     "sample_gradients",
     "sample_gradients_from_losses",
     "flatten",

@@ -9,7 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pathkernel.reference.gradients import Loss, Parameters, flatten, module_at, output_value, sample_gradients
+from pathkernel.reference.gradients import (
+    Loss,
+    Output,
+    Parameters,
+    flatten,
+    module_at,
+    output_value,
+    sample_gradients,
+)
 from pathkernel.reference.quadrature import Rule, average_gradient, discrete_gradient
 from pathkernel.reference.training import Statistics, loss_gradient, prepare, train
 
@@ -49,7 +57,7 @@ def decompose(
     batches: Sequence[Sequence[int]],
     optimizer: str,
     X_query: Tensor,
-    output: int | Sequence[int],
+    output: int | Sequence[Output],
     rule: Rule | Literal["discrete"],
     **hyperparameters: Any,
 ) -> Decomposition:
@@ -68,8 +76,9 @@ def decompose(
     model, loss, X, y, batches, optimizer, **hyperparameters
         The training run, as in `train`.
     X_query : Tensor of shape (Q, ...)
-    output : int or sequence of Q int
-        The output to explain (index into the flattened outputs), for all queries or for each.
+    output : int or sequence of Q
+        The output to explain (index into the flattened outputs), for all queries, or that or a scalar function of the
+        flattened outputs for each.
     rule : (nodes, weights) or "discrete"
         The quadrature on a step; "discrete" is `discrete_gradient`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +60,52 @@ def unflatten(model: nn.Module, vector: Tensor) -> Parameters:
     return {name: part.reshape(p.shape).clone() for (name, p), part in zip(named.items(), parts, strict=True)}
 
 
-def output_value(twin: nn.Module, x: Tensor, output: int) -> Tensor:
-    """Evaluate f_output(x), one entry of the flattened output, for one sample x given without batch dimension."""
-    value: Tensor = twin(double(x)[None]).reshape(-1)[output]
-    return value
+Output = int | Callable[[Tensor], Tensor]
+"""An entry of the flattened output, or a scalar function of all of them."""
+
+
+def output_value(twin: nn.Module, x: Tensor, output: Output) -> Tensor:
+    """Evaluate f_output(x) for one sample x given without batch dimension."""
+    z: Tensor = twin(double(x)[None]).reshape(-1)
+    return output(z) if callable(output) else z[output]
+
+
+def margin(z: Tensor, label: int) -> Tensor:
+    """Margin of a label, log p_y − log(1 − p_y), with p = softmax(z), or the sigmoid of a single output.
+
+    Parameters
+    ----------
+    z : Tensor of shape (C,)
+    label : int
+
+    Returns
+    -------
+    Tensor of shape ()
+    """
+    if len(z) == 1:
+        p = torch.sigmoid(z)
+        return torch.log(p[0]) - torch.log(1 - p[0]) if label else torch.log(1 - p[0]) - torch.log(p[0])
+    p = torch.softmax(z, dim=0)
+    return torch.log(p[label]) - torch.log(torch.stack([p[k] for k in range(len(p)) if k != label]).sum())
+
+
+def value_gradients(model: nn.Module, parameters: Parameters, X: Tensor, outputs: Sequence[Output]) -> Tensor:
+    """Gradient of one function of the outputs for every sample, ∇_θ h_i(f(x_i; θ)).
+
+    Parameters
+    ----------
+    model, parameters
+        As in `output_gradients`.
+    X : Tensor of shape (n, ...)
+    outputs : sequence of n
+        An entry of the flattened output, or a scalar function of all of them, for each sample.
+
+    Returns
+    -------
+    Tensor of shape (n, P), float64
+    """
+    twin = module_at(model, parameters)
+    return torch.stack([gradient(output_value(twin, x, h), twin) for x, h in zip(X, outputs, strict=True)])
 
 
 def output_gradients(model: nn.Module, parameters: Parameters, X: Tensor) -> Tensor:

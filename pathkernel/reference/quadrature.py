@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pathkernel.reference.gradients import Parameters, flatten, gradient, module_at, output_value, unflatten
+from pathkernel.reference.gradients import Output, Parameters, flatten, gradient, module_at, output_value, unflatten
 
 Rule = tuple[Tensor, Tensor]
 
@@ -47,7 +47,7 @@ def gauss_legendre(n: int) -> Rule:
 
 
 def average_gradient(
-    model: nn.Module, start: Parameters, end: Parameters, x: Tensor, output: int, rule: Rule
+    model: nn.Module, start: Parameters, end: Parameters, x: Tensor, output: Output, rule: Rule
 ) -> Tensor:
     """Gradient averaged along a step, q = Σ_n ω_n ∇f_output(x; θ + t_n (θ' − θ)).
 
@@ -58,8 +58,8 @@ def average_gradient(
         The end points θ and θ' of the step.
     x : Tensor
         One sample, without batch dimension.
-    output : int
-        Index into the flattened outputs.
+    output : int or callable
+        Index into the flattened outputs, or a scalar function of them.
     rule : (nodes, weights)
         On [0, 1]: `left`, `midpoint`, `trapezoid`, `gauss_legendre(n)`.
 
@@ -75,7 +75,7 @@ def average_gradient(
     return q
 
 
-def discrete_gradient(model: nn.Module, start: Parameters, end: Parameters, x: Tensor, output: int) -> Tensor:
+def discrete_gradient(model: nn.Module, start: Parameters, end: Parameters, x: Tensor, output: Output) -> Tensor:
     """Gonzalez' discrete gradient: the midpoint gradient, corrected so that the step is exact.
 
     q̂ = ∇f(mid) + [f(θ') − f(θ) − ∇f(mid)·Δ] Δ / ‖Δ‖² with Δ = θ' − θ, hence q̂·Δ = f(θ') − f(θ) for any f,

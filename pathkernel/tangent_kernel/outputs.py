@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -13,7 +14,12 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import Loss, PyTree
 from pathkernel.errors import InputError
 from pathkernel.gradients.losses import batch_loss, check_loss
-from pathkernel.gradients.returned import map_outputs
+from pathkernel.gradients.returned import map_outputs, output_leaves
+
+
+def _is_floating(leaf: Any) -> TypeGuard[Tensor]:
+    """True for what a network's outputs are made of."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 class OutputStructure:
@@ -37,7 +43,7 @@ class OutputStructure:
 
         def filled(leaf: Any) -> Any:
             nonlocal begin
-            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            if not _is_floating(leaf):
                 return leaf
             own = outputs[begin : begin + leaf.numel()].reshape(leaf.shape)
             begin += leaf.numel()
@@ -167,6 +173,78 @@ class LossOfOutputs:
         return batch_loss(self.loss, self.structure.restore(z), targets, None, self.reduction)
 
 
+@dataclass(frozen=True)
+class MarginOfOutputs:
+    r"""The margin of one sample's label, its target being the context.
+
+    .. math:: m(z, y) = \log \frac{p_y}{1 - p_y} = z_y - \log \sum_{k \ne y} e^{z_k},\qquad p = \mathrm{softmax}(z)
+
+    for C outputs, which may be logits or logarithms of probabilities alike; for one output, that of the sigmoid:
+    :math:`m(z, y) = (2y - 1)\, z` with y in {0, 1}.
+
+    Attributes
+    ----------
+    structure
+        In what form the network returns its outputs.
+    """
+
+    structure: OutputStructure
+
+    def __call__(self, z: Tensor, label: Any) -> Tensor:
+        """m(z, label)."""
+        (label,) = pytree.tree_leaves(label)
+        if len(z) == 1:
+            return (2 * label.reshape(()).to(z) - 1) * z[0]
+        own = label.reshape(1).long()
+        # Taken out, not subtracted: log(1 - p) of a certain sample is lost where p is computed first.
+        others = z.scatter(0, own, -math.inf)
+        return z.gather(0, own)[0] - others.logsumexp(0)
+
+    def check(self, targets: PyTree) -> None:
+        """Refuse targets that are no class labels, and outputs that are no row of class scores for each sample.
+
+        Raises
+        ------
+        InputError
+            With what they are.
+        """
+        scores = [leaf for leaf in output_leaves(self.structure.returned) if _is_floating(leaf)]
+        if len(scores) != 1 or scores[0].dim() > 2 or (scores[0].dim() == 2 and len(scores[0]) > 1):
+            raise InputError(
+                "The margin of a label was asked of a network that returns "
+                + " and ".join(f"{tuple(leaf.shape)}" for leaf in scores)
+                + " for one sample",
+                "A margin is of one label for each sample, among C outputs in one row",
+                "Write the function of the outputs that you mean: `outputs=lambda z: ...`, or `returns=` for the "
+                "output that is meant",
+            )
+        classes, leaves = scores[0].numel(), pytree.tree_leaves(targets)
+        labels = leaves[0]
+        if classes == 1:
+            expected = "With one output, labels are 0 or 1"
+            fits = labels[:1].numel() == 1 and bool(((labels == 0) | (labels == 1)).all())
+        else:
+            expected = f"With {classes} outputs, labels are integers from 0 to {classes - 1}, one for each sample"
+            fits = labels.dim() == 1 and not labels.is_floating_point()
+            fits = fits and bool(((labels >= 0) & (labels < classes)).all())
+        fits = fits and len(leaves) == 1
+        if not fits:
+            raise InputError(
+                f"The margin of a label was asked with targets {_described(leaves)}",
+                f"{expected}; numbers that a network regresses on have no margin",
+                'Pass samples as pairs `(X, labels)`; for other targets write `outputs="loss"`',
+            )
+
+
+def _described(leaves: list[Tensor]) -> str:
+    """Types, shapes and ranges of targets."""
+    return " and ".join(
+        f"of type {str(leaf.dtype).removeprefix('torch.')} and shape {tuple(leaf.shape)}"
+        + (f" from {leaf.min().item():g} to {leaf.max().item():g}" if leaf.numel() else "")
+        for leaf in leaves
+    )
+
+
 COMBINED: dict[str, Literal["sum", "mean", "full"]] = {"trace": "sum", "mean": "mean", "full": "full"}
 
 
@@ -177,8 +255,9 @@ def select_outputs(outputs: Any, loss: Loss | None = None, reduction: str = "mea
     ----------
     outputs
         ``"trace"``, ``"mean"``, ``"full"``: all outputs, their diagonal summed, averaged, or every pair;
-        ``"sum"``: the sum of the outputs (pseudo-NTK); an integer: that output; ``"loss"``: the loss of each
-        sample, samples being pairs ``(inputs, targets)``; a callable: any function of one sample's outputs (C,).
+        ``"sum"``: the sum of the outputs (pseudo-NTK); an integer: that output; ``"loss"``, ``"margin"``: the loss, or
+        the margin log p/(1 − p) of the label (`MarginOfOutputs`), of each sample, samples being pairs
+        ``(inputs, targets)``; a callable: any function of one sample's outputs (C,).
     loss
         Needed for ``"loss"``.
     reduction
@@ -189,6 +268,9 @@ def select_outputs(outputs: Any, loss: Loss | None = None, reduction: str = "mea
             return OutputSelection(outputs, Outputs(), False, COMBINED[outputs], identity=True)
         if outputs == "sum":
             return OutputSelection("sum", SumOfOutputs(), True)
+        if outputs == "margin":
+            structure = OutputStructure()
+            return OutputSelection("margin", MarginOfOutputs(structure), True, with_targets=True, structure=structure)
         if outputs == "loss" and loss is not None:
             structure = OutputStructure()
             function = LossOfOutputs(check_loss(loss), reduction, structure)
@@ -200,7 +282,7 @@ def select_outputs(outputs: Any, loss: Loss | None = None, reduction: str = "mea
         return OutputSelection(name, FunctionOfOutputs(outputs), False)
     raise InputError(
         f"`outputs={outputs!r}` was given",
-        'It must be "trace", "mean", "sum", "full", an output index, a callable of one sample\'s outputs, or "loss" '
-        "where a loss is at hand",
+        'It must be "trace", "mean", "sum", "full", an output index, a callable of one sample\'s outputs, "margin" of '
+        'labels, or "loss" where a loss is at hand',
         'Write for example `outputs="trace"`, or `PathKernel(trajectory, outputs="loss")`',
     )

@@ -16,6 +16,7 @@ from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout, constants_of
 from pathkernel.gradients.pytrees import as_tensors, cast_floating, check_rows, copied_samples, count, take
 from pathkernel.gradients.sample_wise import check_module, check_sample_wise
+from pathkernel.kernels.kernel import Kernel
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.tangent_kernel.cost.model import CostRow
@@ -26,7 +27,7 @@ from pathkernel.tangent_kernel.engines.engine import Engine
 from pathkernel.tangent_kernel.engines.products import error_of_engine
 from pathkernel.tangent_kernel.filters import ParameterFilter, chosen_parameters
 from pathkernel.tangent_kernel.operators import KernelOperator, Point, Term
-from pathkernel.tangent_kernel.outputs import OneOutput, OutputSelection, select_outputs
+from pathkernel.tangent_kernel.outputs import MarginOfOutputs, OneOutput, OutputSelection, select_outputs
 
 
 def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype, asker: str) -> tuple[PyTree, PyTree]:
@@ -34,8 +35,8 @@ def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype, ask
     if selection.with_targets:
         if not isinstance(X, (tuple, list)) or len(X) != 2:
             raise InputError(
-                f"A kernel of losses was given a {type(X).__name__}",
-                "The loss of a sample needs its target",
+                f"A kernel of {'margins' if selection.name == 'margin' else 'losses'} was given a {type(X).__name__}",
+                f"The {selection.name} of a sample needs its target",
                 "Pass samples as pairs: `kernel((X, y))`",
             )
         inputs, targets = as_tensors(X[0], dtype), cast_floating(as_tensors(X[1], dtype), dtype)
@@ -48,12 +49,16 @@ def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype, ask
     return inputs, torch.zeros(count(inputs), 0)
 
 
-def learn_structure(selection: OutputSelection, function: ModelFunction, theta: Tensor, inputs: PyTree) -> None:
-    """Tell a loss in what form the network returns its outputs, from one sample."""
+def learn_structure(
+    selection: OutputSelection, function: ModelFunction, theta: Tensor, inputs: PyTree, targets: PyTree
+) -> None:
+    """Tell a loss or a margin in what form the network returns its outputs, from one sample; labels are checked."""
     if selection.structure is not None and selection.structure.returned is None and count(inputs):
         with function.evaluating(gradients=False):
             one = function.cast(take(inputs, slice(0, 1)))
             selection.structure.learn(function.call(function.parameters(theta), one))
+    if isinstance(selection.function, MarginOfOutputs) and count(inputs):
+        selection.function.check(targets)
 
 
 def no_samples(asker: str) -> InputError:
@@ -65,7 +70,7 @@ def no_samples(asker: str) -> InputError:
     )
 
 
-class TangentKernel:
+class TangentKernel(Kernel):
     r"""Empirical neural tangent kernel at one θ.
 
     .. math:: \hat\Theta(x, x') = \nabla_\theta f(x; \theta)\, \nabla_\theta f(x'; \theta)^\top
@@ -81,7 +86,7 @@ class TangentKernel:
         by default all of them. The rest, and what is frozen, are constants and cost nothing. The kernel keeps copies:
         later training does not change it.
     outputs
-        ``"trace"`` (default), ``"mean"``, ``"sum"``, an index, ``"full"``, ``"loss"`` or a callable; see
+        ``"trace"`` (default), ``"mean"``, ``"sum"``, an index, ``"full"``, ``"loss"``, ``"margin"`` or a callable; see
         `pathkernel.tangent_kernel.outputs.select_outputs`.
     engine
         ``"auto"`` (default), ``"layerwise"``, ``"jacobian"`` (rows of gradients by `torch.func`), ``"products"`` (one
@@ -170,7 +175,7 @@ class TangentKernel:
         check_sample_wise(self.function, self.theta, x)
         if isinstance(self.selection.function, OneOutput) and count(x):
             self.selection.function.check(self.function.outputs(self.theta, take(x, slice(0, 1))).shape[1])
-        learn_structure(self.selection, self.function, self.theta, x)
+        learn_structure(self.selection, self.function, self.theta, x, context)
         return x, context
 
     def _some_samples(self, X: PyTree) -> tuple[PyTree, PyTree]:
@@ -195,7 +200,7 @@ class TangentKernel:
         ----------
         X, Y
             n and m samples (queries and columns); Y None stands for X. Pairs ``(inputs, targets)`` for
-            ``outputs="loss"``.
+            ``outputs="loss"`` and ``outputs="margin"``.
 
         Returns
         -------
@@ -324,6 +329,3 @@ class TangentKernel:
 
     def __repr__(self) -> str:
         return f"<{self.describe()}>"
-
-    def __sklearn_clone__(self) -> TangentKernel:
-        return self

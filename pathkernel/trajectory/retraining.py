@@ -250,9 +250,13 @@ class Replay:
                 )
             return [value], [batch.loss_slope.to(value)]
         loss = objective.function("A replay of steps")
-        outputs = function.call(parameters, inputs)
+        outputs = self._weighted(function.call(parameters, inputs), batch)
         value = batch_loss(loss, outputs, moved(targets, function.device), batch.weights, objective.reduction)
         return [value], [torch.ones_like(value)]
+
+    def _weighted(self, outputs: PyTree, batch: MicroBatch) -> PyTree:
+        """Outputs of a micro-batch whose slopes count as often as its samples do: here, once."""
+        return outputs
 
     def _stepping(self, step: Step) -> Optimizer:
         """The optimizer with the groups and settings of a step."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
@@ -148,6 +148,14 @@ class Samples:
     def everything(self) -> tuple[PyTree, PyTree]:
         """Inputs and targets of all samples; see `__getitem__`."""
         return self[torch.arange(len(self))]
+
+    @property
+    def inputs_in_memory(self) -> PyTree | None:
+        """Inputs of all samples where they lie in memory, as arrays or in a `TensorDataset`; None where they do not."""
+        if self.announced or not isinstance(self.dataset, TensorDataset | None):
+            return None
+        inputs = self._inputs if self.dataset is None else self.dataset.tensors[0]
+        return with_floats(inputs, self.dtype) if self._floats else inputs
 
     def targets(self, ids: Tensor) -> PyTree:
         """Targets of the given ids alone: inputs need not make a batch."""

@@ -32,6 +32,7 @@ from pathkernel.trajectory.schedule import EVERY_STEP, RecordingLevel
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.store import Store
 from pathkernel.trajectory.until import end_after, records_until
+from pathkernel.trajectory.weighted_retraining import retrain
 from pathkernel.update_rules.rule import UpdateRule
 
 
@@ -230,6 +231,9 @@ class Trajectory:
         from pathkernel.storage.opening import open_trajectory  # not before it is needed
 
         return open_trajectory(path, model, loss, data, rule, regularizers, optimizer, returns, at)
+
+    retrain = retrain
+    """θ_S of the run with other weights of its samples; see `pathkernel.trajectory.weighted_retraining.retrain`."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All parts, those that were not read yet included, but the lock; a store on disk travels as its path."""

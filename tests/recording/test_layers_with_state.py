@@ -326,9 +326,9 @@ def test_states_of_generators_are_kept_only_where_they_were_used() -> None:
 class NumpyNoise(nn.Module):
     """Draws from numpy, whose state nobody records."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: Any = None) -> None:
         super().__init__()
-        self.linear, self.source = nn.Linear(4, 3), np.random.default_rng(0)
+        self.linear, self.source = nn.Linear(4, 3), source or np.random.default_rng(0)
 
     def forward(self, x: Tensor) -> Tensor:
         noise = self.source.standard_normal(tuple(x.shape)) if self.training else 0.0
@@ -343,6 +343,21 @@ def test_noise_that_cannot_be_repeated_is_refused_before_the_step() -> None:
     run = Run("", make=NumpyNoise, audit_every=0)
     with pytest.raises(errors.TrajectoryError, match="random layers draw from torch's own generators"):
         pk.KernelMachine(run.trajectory).explain(run.queries)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: np.random.Generator(np.random.MT19937(0)),
+        lambda: np.random.Generator(np.random.PCG64(0)),
+        lambda: np.random.RandomState(0),
+    ],
+    ids=["mersenne twister", "pcg64", "random state"],
+)
+def test_generators_of_numpy_that_a_pass_drew_from_are_named(source: Callable[[], Any]) -> None:
+    with np.printoptions(threshold=3), pytest.raises(errors.SampleIdError) as caught:  # however arrays are printed
+        Run("", make=lambda: NumpyNoise(source()))
+    assert "The network drew from `source`, whose state no record holds" in caught.value.found
 
 
 class BatchMean(nn.Module):

@@ -23,6 +23,7 @@ import torch
 from cases import LOSSES, OPTIMIZERS, SAMPLES, Recording, make_inputs, make_model, record
 from refusals import OUTSIDE
 from refusals_of_calls import CALLS
+from refusals_of_influence import INFLUENCE
 from refusals_of_models import MODELS
 from refusals_of_optimizers import OF_OPTIMIZERS
 from sklearn.kernel_ridge import KernelRidge
@@ -58,7 +59,10 @@ ELSEWHERE = {
     "reference": "tests/test_reference.py",
     "storage": "tests/storage",
     "errors.py": "here",
+    "analysis/two_sample.py": "tests/analysis/test_two_sample.py",
     "estimators": "tests/estimators",
+    "kernels": "tests/kernels",
+    "path_kernel/label_leak.py": "tests/path_kernel/test_label_leak.py",
     "gradients/layers/stacked_passes.py": "tests/gradients",
     "gradients/layers/tape.py": "tests/gradients",
     "plotting/player.py": "tests/plotting/test_player_display.py",
@@ -71,6 +75,7 @@ ELSEWHERE = {
     "runtime/workspace.py": "tests/runtime",
     "tangent_kernel/engines/proved.py": "tests/tangent_kernel/test_proved.py",
     "trajectory/observer.py": "tests/recording/test_observing.py",
+    "trajectory/weighted_retraining.py": "tests/trajectory/test_weighted_retraining.py",
     "update_rules/rule.py": "tests/update_rules/test_declaration.py",
 }
 """Where refusals of the rest are tested, beside what they belong to; some need a broken file or a second process."""
@@ -1275,7 +1280,7 @@ REFUSALS: dict[str, Case] = {
 }
 
 
-REFUSALS |= OUTSIDE | MODELS | OF_OPTIMIZERS | CALLS
+REFUSALS |= OUTSIDE | MODELS | OF_OPTIMIZERS | CALLS | INFLUENCE
 
 
 def refuse(name: str) -> tuple[errors.PathKernelError, tuple[str, int]]:

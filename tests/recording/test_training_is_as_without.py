@@ -47,8 +47,10 @@ def flattened(value: Any, place: str = "", met: dict[int, Any] | None = None) ->
         yield place, value.get_state().numpy().tobytes()
     elif isinstance(value, random.Random):
         yield place, value.getstate()
-    elif isinstance(value, (np.random.RandomState, np.random.Generator)):
-        yield place, repr(value.__getstate__())
+    elif isinstance(value, np.random.Generator):
+        yield from flattened(value.bit_generator.state, place, met)
+    elif isinstance(value, np.random.RandomState):
+        yield from flattened(value.get_state(legacy=False), place, met)
     elif isinstance(value, np.ndarray):
         yield place, (value.dtype, value.shape, value.tobytes())
     elif isinstance(value, Mapping):
