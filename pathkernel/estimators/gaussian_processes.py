@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.gaussian_process import GaussianProcessClassifier, GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import Kernel, WhiteKernel
+from sklearn.gaussian_process.kernels import Kernel as Covariance
 
 from pathkernel._typing import Loss, PyTree
 from pathkernel.estimators.gaussian_process import GaussianProcessKernel
-from pathkernel.estimators.path_kernels import FittedKernel, PathKernelEstimator
+from pathkernel.estimators.path_kernels import PathKernelEstimator
 from pathkernel.estimators.tasks import NetworkClassification, NetworkRegression
+from pathkernel.kernels.kernel import Kernel
 
 
 class RowKernel:
@@ -25,29 +26,37 @@ class RowKernel:
     Parameters
     ----------
     kernel
-        The kernel of the samples of ``fit``, normalised.
+        The kernel, normalised.
     inputs
         Turns rows into samples as the network takes them.
-    rows
-        Of the samples of ``fit``, (m, d).
+    rows, references
+        Of the samples of ``fit``, (m, d), and these as the network takes them.
     matrix
-        Their matrix, (m, m), which is not saved.
+        Their matrix, (m, m), while a process is fitted.
     """
 
     def __init__(
-        self, kernel: FittedKernel, inputs: Callable[[np.ndarray], PyTree], rows: np.ndarray, matrix: np.ndarray | None
+        self,
+        kernel: Kernel,
+        inputs: Callable[[np.ndarray], PyTree],
+        rows: np.ndarray,
+        references: PyTree,
+        matrix: np.ndarray | None,
     ) -> None:
-        self.kernel, self.inputs, self.rows, self.matrix = kernel, inputs, rows, matrix
+        self.kernel, self.inputs = kernel, inputs
+        self.rows, self.references, self.matrix = rows, references, matrix
         self._asked: tuple[np.ndarray, tuple[np.ndarray, np.ndarray]] | None = None
 
     def __call__(self, X: np.ndarray, Y: np.ndarray | None = None) -> np.ndarray:
         """K(X, Y), (n, m)."""
-        other = X if Y is None else Y
-        if not np.array_equal(other, self.rows):
-            return self.kernel.between(self.inputs(X), None if Y is None else self.inputs(Y))
-        if self.matrix is not None and np.array_equal(X, self.rows):
+        first, second = (np.array_equal(own, self.rows) for own in (X, X if Y is None else Y))
+        if first and second and self.matrix is not None:
             return self.matrix
-        return self._of_queries(X)[0]
+        if first and Y is not None:
+            return self._of_queries(Y)[0].T
+        if second:
+            return self._of_queries(X)[0]
+        return self.kernel(self.inputs(X), None if Y is None else self.inputs(Y))
 
     def diagonal(self, X: np.ndarray) -> np.ndarray:
         """K(x, x), (n,)."""
@@ -58,7 +67,7 @@ class RowKernel:
         asked = self._asked
         if asked is None or not np.array_equal(asked[0], X):
             inputs = self.inputs(X)
-            self._asked = asked = X.copy(), (self.kernel.to_references(inputs), self.kernel.diagonal(inputs))
+            self._asked = asked = X.copy(), (self.kernel(inputs, self.references), self.kernel.diagonal(inputs))
         return asked[1]
 
     def __deepcopy__(self, memo: Any) -> RowKernel:
@@ -75,10 +84,13 @@ class PathKernelProcess(PathKernelEstimator):
     noise_bounds: Any
     scale_bounds: Any
 
-    def _covariance(self, rows: np.ndarray, matrix: np.ndarray) -> Kernel:
-        """σ² K, to which regression adds noise."""
-        kernel = RowKernel(self._kernel, self._inputs_of_rows, rows, matrix)
-        return GaussianProcessKernel(kernel, scale_bounds=self.scale_bounds)
+    def _conditioned(self, make: Callable[[Covariance], Any], X: Any, matrix: np.ndarray, targets: np.ndarray) -> Any:
+        """A process of scikit-learn that ``make`` makes of σ² K, fitted."""
+        rows = self._rows(X)
+        kernel = RowKernel(self._kernel, self._inputs_of_rows, rows, self._references, matrix)
+        process = make(GaussianProcessKernel(kernel, scale_bounds=self.scale_bounds)).fit(rows, targets)
+        kernel.matrix = None  # predictions are the same bits before saving and after loading
+        return process
 
     def _rows(self, X: Any) -> np.ndarray:
         """Checked samples as rows of numbers, (n, d): places in a data set are rows of one."""
@@ -99,9 +111,10 @@ class PathKernelGP(RegressorMixin, PathKernelProcess, NetworkRegression):
 
     Parameters
     ----------
-    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping
         Of the network and its training; see `pathkernel.KernelMachineRegressor`.
+    validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+        Of the same.
     steps, normalization
         See `PathKernelSVC`.
     noise, noise_bounds
@@ -136,18 +149,18 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
         self,
         module: Any = None,
         *,
-        steps: int | None = 8,
+        steps: int | None = 5,
         normalization: str | None = "mean",
         noise: float = 0.1,
         noise_bounds: Any = (1e-5, 1e5),
         scale_bounds: Any = (1e-10, 1e10),
         process_optimizer: Any = "fmin_l_bfgs_b",
-        hidden: int | Sequence[int] = (100,),
+        hidden: int | Sequence[int] = (256,),
         optimizer: Any = "adamw",
         loss: Loss | None = None,
-        epochs: int = 50,
+        epochs: int = 30,
         batch_size: int = 64,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         data: Any = None,
         device: str | torch.device | None = None,
         random_state: Any = None,
@@ -165,12 +178,12 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
         """Train the network, and condition the process on the samples; y is (n,) or (n, k)."""
         matrix, values, _ = self._fit_kernel(X, y, None)
         self._standardize(values, None)
-        rows = self._rows(X)
-        self.solver_ = GaussianProcessRegressor(
-            self._covariance(rows, matrix) + WhiteKernel(self.noise, self.noise_bounds),
-            optimizer=self.process_optimizer,
-        )
-        self.solver_.fit(rows, (values - self._mean) / self._scale)
+
+        def process(covariance: Covariance) -> Any:
+            covariance.set_params(noise=self.noise, noise_bounds=self.noise_bounds)
+            return GaussianProcessRegressor(covariance, optimizer=self.process_optimizer)
+
+        self.solver_ = self._conditioned(process, X, matrix, (values - self._mean) / self._scale)
         return self
 
     def predict(self, X: Any, return_std: bool = False, return_cov: bool = False) -> Any:
@@ -202,9 +215,10 @@ class PathKernelGPClassifier(ClassifierMixin, PathKernelProcess, NetworkClassifi
 
     Parameters
     ----------
-    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping
         Of the network and its training; see `pathkernel.KernelMachineClassifier`.
+    validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+        Of the same.
     steps, normalization
         See `PathKernelSVC`.
     scale, scale_bounds
@@ -234,17 +248,17 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
         self,
         module: Any = None,
         *,
-        steps: int | None = 8,
+        steps: int | None = 5,
         normalization: str | None = "mean",
         scale: float = 10.0,
         scale_bounds: Any = (1e-10, 1e10),
         process_optimizer: Any = None,
-        hidden: int | Sequence[int] = (100,),
+        hidden: int | Sequence[int] = (256,),
         optimizer: Any = "adamw",
         loss: Loss | None = None,
-        epochs: int = 50,
+        epochs: int = 30,
         batch_size: int = 64,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         data: Any = None,
         device: str | torch.device | None = None,
         random_state: Any = None,
@@ -261,10 +275,11 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
     def fit(self, X: Any, y: Any) -> PathKernelGPClassifier:
         """Train the network, and condition the process on the samples; see `KernelMachineClassifier.fit`."""
         matrix, places, _ = self._fit_kernel(X, y, None)
-        rows = self._rows(X)
-        covariance = self._covariance(rows, matrix).set_params(scale=self.scale)
-        self.solver_ = GaussianProcessClassifier(covariance, optimizer=self.process_optimizer)
-        self.solver_.fit(rows, places)
+
+        def process(covariance: Covariance) -> Any:
+            return GaussianProcessClassifier(covariance.set_params(scale=self.scale), optimizer=self.process_optimizer)
+
+        self.solver_ = self._conditioned(process, X, matrix, places)
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:

@@ -22,9 +22,10 @@ class PathKernelRidge(RegressorMixin, PathKernelEstimator, NetworkRegression):
 
     Parameters
     ----------
-    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping
         Of the network and its training; see `pathkernel.KernelMachineRegressor`.
+    validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+        Of the same.
     alpha
         Penalty α of `sklearn.kernel_ridge.KernelRidge`.
     steps, normalization
@@ -50,14 +51,14 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
         module: Any = None,
         *,
         alpha: float = 1.0,
-        steps: int | None = 8,
+        steps: int | None = 5,
         normalization: str | None = "mean",
-        hidden: int | Sequence[int] = (100,),
+        hidden: int | Sequence[int] = (256,),
         optimizer: Any = "adamw",
         loss: Loss | None = None,
-        epochs: int = 50,
+        epochs: int = 30,
         batch_size: int = 64,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         data: Any = None,
         device: str | torch.device | None = None,
         random_state: Any = None,
@@ -97,9 +98,10 @@ class PathKernelRidgeClassifier(ClassifierMixin, PathKernelEstimator, NetworkCla
 
     Parameters
     ----------
-    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, class_weight, callbacks, verbose, warm_start
+    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping
         Of the network and its training; see `pathkernel.KernelMachineClassifier`.
+    validation_fraction, n_iter_no_change, tol, class_weight, callbacks, verbose, warm_start
+        Of the same.
     alpha
         Penalty α of `sklearn.kernel_ridge.KernelRidge`.
     steps, normalization
@@ -124,15 +126,15 @@ validation_fraction, n_iter_no_change, tol, class_weight, callbacks, verbose, wa
         self,
         module: Any = None,
         *,
-        alpha: float = 1.0,
-        steps: int | None = 8,
+        alpha: float = 0.1,
+        steps: int | None = 5,
         normalization: str | None = "mean",
-        hidden: int | Sequence[int] = (100,),
+        hidden: int | Sequence[int] = (256,),
         optimizer: Any = "adamw",
         loss: Loss | None = None,
-        epochs: int = 50,
+        epochs: int = 30,
         batch_size: int = 64,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         data: Any = None,
         device: str | torch.device | None = None,
         random_state: Any = None,

@@ -22,10 +22,11 @@ class PathKernelSVC(ClassifierMixin, PathKernelEstimator, NetworkClassification)
 
     Parameters
     ----------
-    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, class_weight, callbacks, verbose, warm_start
+    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping
         Of the network and its training; see `pathkernel.KernelMachineClassifier`. Weights of classes and samples count
         for the support vector machine, too.
+    validation_fraction, n_iter_no_change, tol, class_weight, callbacks, verbose, warm_start
+        Of the same.
     C
         Penalty of `sklearn.svm.SVC`.
     steps
@@ -70,15 +71,15 @@ validation_fraction, n_iter_no_change, tol, class_weight, callbacks, verbose, wa
         module: Any = None,
         *,
         C: float = 1.0,
-        steps: int | None = 8,
+        steps: int | None = 5,
         normalization: str | None = "mean",
         solver_tol: float = 1e-9,
-        hidden: int | Sequence[int] = (100,),
+        hidden: int | Sequence[int] = (256,),
         optimizer: Any = "adamw",
         loss: Loss | None = None,
-        epochs: int = 50,
+        epochs: int = 30,
         batch_size: int = 64,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         data: Any = None,
         device: str | torch.device | None = None,
         random_state: Any = None,
@@ -96,7 +97,8 @@ validation_fraction, n_iter_no_change, tol, class_weight, callbacks, verbose, wa
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PathKernelSVC:
         """Train the network, and the support vector machine on its kernel; see `KernelMachineClassifier.fit`."""
         matrix, places, weights = self._fit_kernel(X, y, sample_weight)
-        self.solver_ = SVC(kernel="precomputed", C=self.C, tol=self.solver_tol)
+        # It draws a number for probabilities, which are not asked of it, from numpy's own generator otherwise.
+        self.solver_ = SVC(kernel="precomputed", C=self.C, tol=self.solver_tol, random_state=0)
         self.solver_.fit(matrix, places, sample_weight=weights)
         self.support_ = self._ids[self.solver_.support_]
         return self
@@ -116,9 +118,10 @@ class PathKernelSVR(RegressorMixin, PathKernelEstimator, NetworkRegression):
 
     Parameters
     ----------
-    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping
         Of the network and its training; see `pathkernel.KernelMachineRegressor`.
+    validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+        Of the same.
     C, epsilon
         Penalty and width of the tube of `sklearn.svm.SVR`, for targets that are standardised: ``epsilon`` is in units
         of their standard deviation.
@@ -146,15 +149,15 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
         *,
         C: float = 1.0,
         epsilon: float = 0.1,
-        steps: int | None = 8,
+        steps: int | None = 5,
         normalization: str | None = "mean",
         solver_tol: float = 1e-9,
-        hidden: int | Sequence[int] = (100,),
+        hidden: int | Sequence[int] = (256,),
         optimizer: Any = "adamw",
         loss: Loss | None = None,
-        epochs: int = 50,
+        epochs: int = 30,
         batch_size: int = 64,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         data: Any = None,
         device: str | torch.device | None = None,
         random_state: Any = None,
