@@ -52,6 +52,7 @@ SHAPED = [
     "pathkernel.tangent_kernel.operators",
     "pathkernel.tangent_kernel.output_probes",
     "pathkernel.trajectory.coupled_samples",
+    "pathkernel.trajectory.split_certificate",
     "pathkernel.trajectory.stage_gradients",
 ]
 # Checking all of them takes as long again as the tests: by default a few, and all in the run that test_house.py makes.

@@ -22,8 +22,8 @@ from pathkernel.gradients.pytrees import blocks, count
 from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.backward_sweep import BackwardSweep
 from pathkernel.kernel_machine.curves import Curve, PathCurve
-from pathkernel.kernel_machine.memory_plan import Plan
 from pathkernel.kernel_machine.query_selection import OF_TARGETS
+from pathkernel.kernel_machine.sweep_plan import Plan
 from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.runtime.workspace import give_back_freed_memory
