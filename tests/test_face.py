@@ -29,7 +29,7 @@ AUTHORS = {
     "pathkernel.analysis": ["effective_rank", "kernel_alignment", "kernel_velocity"],
     "pathkernel.kernels": ["CenteredKernel", "CosineKernel", "Kernel", "RepairedKernel", "distance"],
     "pathkernel.plotting": ["AttributionDisplay", "GramDisplay", "SpectrumDisplay", "write_report"],
-    "pathkernel.estimators": ["GaussianProcessKernel", "PathKernelTransformer"],
+    "pathkernel.estimators": ["GaussianProcessKernel", "PathKernelFeatures", "PathKernelTransformer"],
 }
 """What authors of layers, stores, engines and observers import, and from where."""
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from pathkernel.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from pathkernel.estimators.features import PathKernelFeatures as PathKernelFeatures
     from pathkernel.estimators.gaussian_process import GaussianProcessKernel as GaussianProcessKernel
     from pathkernel.estimators.gaussian_processes import PathKernelGP as PathKernelGP
     from pathkernel.estimators.gaussian_processes import PathKernelGPClassifier as PathKernelGPClassifier
@@ -20,6 +21,7 @@ _HOMES = {
     "GaussianProcessKernel": "estimators.gaussian_process",
     "KernelMachineClassifier": "estimators.kernel_machines",
     "KernelMachineRegressor": "estimators.kernel_machines",
+    "PathKernelFeatures": "estimators.features",
     "PathKernelGP": "estimators.gaussian_processes",
     "PathKernelGPClassifier": "estimators.gaussian_processes",
     "PathKernelRidge": "estimators.ridge",

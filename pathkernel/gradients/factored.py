@@ -19,7 +19,9 @@ from torch import Tensor
 
 from pathkernel._typing import Float
 from pathkernel.gradients.layers.factors import Dense, Piece
+from pathkernel.gradients.layers.stacked_pieces import StackedPieces
 from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.runtime.workspace import Workspace
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -43,6 +45,8 @@ class FactoredGradients:
         c, (Q,), and v, (P,), or None.
     place
         Where there are no pieces: the device of the zeros that stand for them, by default the CPU.
+    stack
+        The pieces of other points that these were taken with, and which of them they are; or None.
     """
 
     layout: ParameterLayout
@@ -51,6 +55,7 @@ class FactoredGradients:
     multiples: Tensor | None = None
     direction: Tensor | None = None
     place: torch.device | None = None
+    stack: tuple[StackedPieces, int] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -92,17 +97,46 @@ class FactoredGradients:
         rows = torch.empty(self.count, self.layout.size, dtype=dtype, device=self.device)
         return FactoredGradients.dense(self.rows(rows), self.layout)
 
+    @property
+    def positions(self) -> float:
+        """Positions that a gradient is a sum over, on average over its entries: what forming it takes, by its size."""
+        size = sum(piece.factor.size for piece in self.pieces)
+        return sum(piece.factor.forming for piece in self.pieces) / size if size else 0.0
+
+    def formed(self, workspace: Workspace) -> FactoredGradients:
+        """The same gradients as rows of each parameter, (Q, size), in memory of a workspace.
+
+        Pieces that are sums over many positions are formed anew, in as many operations, by each of a total, a product
+        with a direction and a range of columns; rows are read.
+        """
+        dtype = self.pieces[0].factor.dtype if self.pieces else torch.float32
+        rows = row_memory(self.layout, self.count, dtype, self.device, workspace)
+        self.write(rows)
+        return FactoredGradients.of_rows(rows, self.layout)
+
+    def write(self, rows: Mapping[str, Tensor]) -> None:
+        """Form the gradients of each parameter in given rows (Q, size), which are contiguous."""
+        for name, own in rows.items():
+            where, covering = self.layout.slices[name], self._by_name.get(name, [])
+            factors = [piece.factor for part, piece in covering if part == where == piece.where]
+            alone = len(covering) == len(factors) == 1 and self.multiples is None
+            if alone and factors[0].dtype == own.dtype:
+                factors[0].write(own.view(1, factors[0].samples, -1), full=False)
+            else:
+                own.copy_(self.columns(where, own.dtype))
+
     # -- linear combinations ---------------------------------------------------------------------------------
 
     def __rmul__(self, weight: float) -> FactoredGradients:
         """Every gradient times a number."""
         pieces = tuple(replace(piece, factor=piece.factor.scaled(weight)) for piece in self.pieces)
-        return replace(self, pieces=pieces, multiples=None if self.multiples is None else weight * self.multiples)
+        multiples = None if self.multiples is None else weight * self.multiples
+        return replace(self, pieces=pieces, multiples=multiples, stack=None)
 
     def __add__(self, other: FactoredGradients) -> FactoredGradients:
         """Gradients added one by one; neither may hold a multiple of a direction."""
         assert self.multiples is None and other.multiples is None
-        return replace(self, pieces=(*self.pieces, *other.pieces))
+        return replace(self, pieces=(*self.pieces, *other.pieces), stack=None)
 
     def plus(self, multiples: Float[Tensor, " Q"], direction: Float[Tensor, " P"]) -> FactoredGradients:
         """A multiple of one direction added to each."""
@@ -115,6 +149,23 @@ class FactoredGradients:
         """Inner products with a direction (P,) or several (P, D): float64 (Q,) or (Q, D)."""
         several = directions.unsqueeze(1) if directions.dim() == 1 else directions
         several = several.to(self.device)
+        result = self._products_at_hand(directions)
+        if result is None:
+            result = self._products(several)
+        if self.multiples is not None and self.direction is not None:
+            result.addr_(self.multiples, self.direction @ several.to(self.direction))
+        return result[:, 0] if directions.dim() == 1 else result
+
+    def _products_at_hand(self, directions: Tensor) -> Float[Tensor, "Q 1"] | None:
+        """Inner products of the pieces with a direction that were taken with those of other points."""
+        if self.stack is None or directions.dim() > 1:
+            return None
+        stack, place = self.stack
+        found = stack.along(place, directions)
+        return None if found is None else found.clone().unsqueeze(1)
+
+    def _products(self, several: Float[Tensor, "P D"]) -> Float[Tensor, "Q D"]:
+        """Inner products of the pieces, float64."""
         result = torch.zeros(self.count, several.shape[1], dtype=torch.float64, device=self.device)
         cast: dict[torch.dtype, Tensor] = {}
         for piece in self.pieces:
@@ -122,9 +173,7 @@ class FactoredGradients:
             if dtype not in cast:
                 cast[dtype] = several.T.to(dtype)
             result += piece.products(cast[dtype]).reshape(self.count, -1)
-        if self.multiples is not None and self.direction is not None:
-            result.addr_(self.multiples, self.direction @ several.to(self.direction))
-        return result[:, 0] if directions.dim() == 1 else result
+        return result
 
     def columns(self, where: slice, dtype: torch.dtype) -> Float[Tensor, "Q size"]:
         """The entries of a part of θ that lies within one parameter, formed; do not change them in place."""
@@ -175,10 +224,12 @@ class FactoredGradients:
 
     def total(self) -> Float[Tensor, " P"]:
         """The sum of all gradients, float64."""
-        result = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
-        for piece in self.pieces:
-            for where, factor in piece.separated():
-                result[where] += factor.total()
+        result = None if self.stack is None else self.stack[0].total(self.stack[1], self.layout.size)
+        if result is None:
+            result = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
+            for piece in self.pieces:
+                for where, factor in piece.separated():
+                    result[where] += factor.total()
         if self.multiples is not None and self.direction is not None:
             result += self.multiples.sum() * self.direction
         return result
@@ -210,3 +261,13 @@ class FactoredGradients:
             if start < stop:
                 part = piece if own == piece.where else Piece(own, Dense(piece.bias_rows()))
                 yield part, start - own.start, stop - own.start, start - where.start
+
+
+def row_memory(
+    layout: ParameterLayout, count: int, dtype: torch.dtype, device: torch.device, workspace: Workspace
+) -> dict[str, Tensor]:
+    """Rows (Q, size) of each parameter whose values are not set, contiguous, one after the other in one block."""
+    memory = workspace.empty((count * layout.size,), dtype, device)
+    return {
+        name: memory[count * where.start : count * where.stop].view(count, -1) for name, where in layout.slices.items()
+    }

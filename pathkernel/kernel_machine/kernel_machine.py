@@ -15,6 +15,7 @@ from pathkernel.gradients.forward_derivatives import load_transformations
 from pathkernel.gradients.gradient_source import check_engine
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes
 from pathkernel.kernel_machine.accumulator import Accumulator, attributions_of, concatenate
+from pathkernel.kernel_machine.added_samples import add_samples
 from pathkernel.kernel_machine.arithmetic import asked_type, unrounded_type
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts, warn_of_split_error
 from pathkernel.kernel_machine.averaging_error import AveragingError, Noted, shares_error
@@ -30,10 +31,11 @@ from pathkernel.kernel_machine.forward_sweep import forward_sweep
 from pathkernel.kernel_machine.kept_displacements import KeptDisplacements
 from pathkernel.kernel_machine.kept_explanation import kept_explanation
 from pathkernel.kernel_machine.kept_plans import KeptPlans
-from pathkernel.kernel_machine.memory_plan import Plan, plan_backward
+from pathkernel.kernel_machine.memory_plan import plan_backward
 from pathkernel.kernel_machine.queries import Queries
 from pathkernel.kernel_machine.query_selection import QuerySelection
 from pathkernel.kernel_machine.self_shares import at_once, check_own, own_shares
+from pathkernel.kernel_machine.sweep_plan import Plan
 from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
@@ -330,6 +332,8 @@ class KernelMachine:
         moved = torch.from_numpy(why._moved)
         return why, (accumulator.short > max(tolerance, SHORT) * moved).numpy()
 
+    add_samples = add_samples
+
     @one_at_a_time
     def self_shares(self, outputs: str = "loss") -> np.ndarray:
         """Shares of the training samples in their own losses: the diagonal of N × N shares that are never formed.
@@ -361,7 +365,7 @@ class KernelMachine:
         with FreedMemory(self.memory):
             queries, _, _ = self._selection.select(self.trajectory.data.everything(), outputs)
             curve, recorded = self._curve(queries), self._recorded
-            plan = self._plan(at_once(curve, recorded), Asked())
+            plan = self._plan(at_once(curve, recorded), Asked("module"))  # which takes rows of samples, too
             own = self._settled(lambda: own_shares(curve, recorded, plan, self.progress))
         warn_of_split_error(recorded.certificate.error, recorded.certificate.limit, stacklevel=4)  # past the lock
         return own.numpy()

@@ -75,8 +75,12 @@ class Kernel(ABC):
             return ProductKernel(other, self)
         return ScaledKernel(self, other) if np.ndim(other) == 0 else NotImplemented
 
+    # Clones and deep copies would copy networks and whole trajectories, and a kernel does not change.
+
     def __sklearn_clone__(self: K) -> K:
-        # A deep copy would copy networks and whole trajectories; a kernel does not change.
+        return self
+
+    def __deepcopy__(self: K, memo: dict[int, Any]) -> K:
         return self
 
 

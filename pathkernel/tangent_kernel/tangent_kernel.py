@@ -25,6 +25,7 @@ from pathkernel.tangent_kernel.cost.table import describe as cost_table
 from pathkernel.tangent_kernel.engines.auto import EngineValue, make_engine
 from pathkernel.tangent_kernel.engines.engine import Engine
 from pathkernel.tangent_kernel.engines.products import error_of_engine
+from pathkernel.tangent_kernel.engines.projection import Projection, ProjectionEngine
 from pathkernel.tangent_kernel.filters import ParameterFilter, chosen_parameters
 from pathkernel.tangent_kernel.operators import KernelOperator, Point, Term
 from pathkernel.tangent_kernel.outputs import MarginOfOutputs, OneOutput, OutputSelection, select_outputs
@@ -253,6 +254,32 @@ class TangentKernel(Kernel):
         same = Y is None or Y is X
         rows, columns = copied_samples((self._some_samples(X), None if same else self._some_samples(Y)))
         return KernelOperator([Point(self.theta)], self._engine_at, rows, columns, lock=self.lock)
+
+    @one_at_a_time
+    def features(self, X: PyTree, dim: int = 1024, *, kind: str = "tensor", seed: int = 0) -> np.ndarray:
+        """Features φ with φφᵀ ≈ K, for N beyond what a Gram matrix holds; the same in every call.
+
+        Parameters
+        ----------
+        X
+            n samples.
+        dim
+            Length of φ(x); the relative error falls like 1/√dim.
+        kind, seed
+            The random map, as of `pathkernel.tangent_kernel.engines.projection.Projection`.
+
+        Returns
+        -------
+        numpy.ndarray
+            float64 (n, dim), or (n, C, dim) for ``outputs="full"``.
+
+        Notes
+        -----
+        Time and memory O(n · dim).
+        """
+        samples, projection = self._some_samples(X), Projection(dim, kind, seed)
+        engine = ProjectionEngine(self.function, self.selection, self.engine.memory, projection)
+        return engine.features(self.theta, *samples, None).cpu().numpy()
 
     def _engine_at(self, _: Term) -> Engine:
         return self.engine

@@ -61,8 +61,9 @@ class Dense(Factor):
         return self.values
 
     def products(self, directions: Tensor) -> Tensor:
-        """One matrix product."""
-        return self.values @ directions.T
+        """One matrix product, of rows that may be a part of longer ones: a stack of them would be copied."""
+        n, k, _ = self.values.shape
+        return (self.values.flatten(0, 1) @ directions.T).view(n, k, len(directions))
 
     def total(self) -> Tensor:
         """Sum over samples and components."""
@@ -235,6 +236,12 @@ class Outer(Factor):
             signals = self.signal[:, 0] * v[:, :, None] if k == 1 else torch.einsum("nktp,nk->ntp", self.signal, v)
             own.append(self._contracted(signals.flatten(0, 1)))
         return torch.stack(own)
+
+    def weighted_squares(self, weights: Float[Tensor, " size"]) -> Float[Tensor, " n"]:
+        """Σ_kpq w_pq (δ_kp a_q)² of each sample, float64, by two products: of one position (T = 1)."""
+        (matrix,) = self._matrices(weights.unsqueeze(0))
+        signals = self.signal[:, :, 0].double().square().sum(dim=1)
+        return torch.linalg.vecdot(signals @ matrix, self.activation[:, 0].double().square())
 
     def _contracted(self, signals: Float[Tensor, "nT p"]) -> Float[Tensor, " size"]:
         """Σ_it δ_it a_itᵀ for signals of one component."""
