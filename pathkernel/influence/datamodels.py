@@ -277,14 +277,14 @@ def _by_features(kernel: Kernel, of: Explained, regularization: str | float, dim
 
 def _by_conjugate_gradients(kernel: Kernel, of: Explained, regularization: str | float, _: int) -> Found:
     """Solve by products with the kernel as an operator, all queries in one system."""
-    operator = kernel.operator(of.samples)
-    mean = float(np.asarray(kernel.diagonal(of.samples)).mean())
     if regularization == "generalized_cross_validation":
         raise InputError(
             "Generalised cross-validation was asked of conjugate gradients",
             "It needs the eigenvalues of K, which products with vectors do not give",
             'Write `regularization="mean_diagonal"`, a number, or `solver="features"`',
         )
+    operator = kernel.operator(of.samples)
+    mean = float(np.asarray(kernel.diagonal(of.samples)).mean())
     used, rules = _used(regularization, mean, None)
     targets = np.ascontiguousarray(kernel(of.samples, of.queries))  # (N, Q)
     shape = targets.shape

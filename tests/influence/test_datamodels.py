@@ -230,6 +230,7 @@ def test_refusals(name: str, run: Recording) -> None:
         call(run)
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # scipy divides by what is left
 def test_conjugate_gradients_that_do_not_converge(run: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RESIDUAL", 0.0)
     kernel = pk.PathKernel(run.trajectory, outputs="margin", steps=1, **LEFT)

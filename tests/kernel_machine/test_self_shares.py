@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import BATCHES, IN_ORACLE, LOSSES, OPTIMIZERS, SAMPLES, Recording, make_inputs, make_model, record
+from cases import (
+    BATCHES,
+    IN_ORACLE,
+    LOSSES,
+    OPTIMIZERS,
+    SAMPLES,
+    Recording,
+    make_inputs,
+    make_model,
+    record,
+    smallest_budget,
+)
 from tolerances import TOLERANCES
 from torch import Tensor, nn
 
@@ -105,6 +116,38 @@ def test_self_shares_where_rows_have_several_owners() -> None:
             optimizer.step()
     machine = pk.KernelMachine(recorder.trajectory)
     close(machine.self_shares(), machine.explain((X, y), outputs="loss").shares.diagonal())
+
+
+@pytest.mark.parametrize("what", ["coupled samples", "an average"])
+def test_self_shares_of_clipped_gradients(what: str) -> None:
+    """Samples that BatchNorm couples have rows of their own; an average weighs steps long after they were taken."""
+    X, y, loss = make_inputs(12), torch.arange(12) % 3, nn.CrossEntropyLoss()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        between = nn.BatchNorm1d(5) if what == "coupled samples" else nn.Tanh()
+        model = nn.Sequential(nn.Linear(4, 5), between, nn.Linear(5, 3)).double()
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8))
+    average = "ema" if what == "an average" else None
+    optimizer, averages = torch.optim.SGD(model.parameters(), lr=0.1), {"ema": averaged} if average else None
+    with pk.KernelRecorder(model, optimizer, loss, data=(X, y), averages=averages) as recorder:
+        for x, target in recorder.batches(4):
+            optimizer.zero_grad()
+            loss(model(x), target).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            optimizer.step()
+            if average:
+                averaged.update_parameters(model)
+    machine = pk.KernelMachine(recorder.trajectory, average=average)
+    close(machine.self_shares(), machine.explain((X, y), outputs="loss").shares.diagonal())
+
+
+def test_self_shares_within_a_small_budget() -> None:
+    run = record(optimizer="adam")
+
+    def within(memory: int) -> np.ndarray:
+        return pk.KernelMachine(run.trajectory, memory=memory).self_shares()
+
+    close(within(smallest_budget(within)), within(2**30))
 
 
 def test_what_has_no_self_share() -> None:
