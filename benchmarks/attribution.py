@@ -33,6 +33,7 @@ from _attribution_training import NETWORKS, OPTIMIZERS, Case, Sizes, Together, T
 from _worker import watched
 
 from pathkernel.analysis.evaluation import (
+    correlation,
     leave_one_out_correlation,
     linear_datamodeling_score,
     mislabel_auc,
@@ -46,6 +47,8 @@ QUICK = Sizes(samples=500, queries=20, subsets=24, fresh=2, removed=24, epochs=1
 TINY = Sizes(samples=100, queries=6, subsets=6, fresh=1, removed=5, epochs=3, memorizing=5)
 SAME = 1e-6
 """Relative difference up to which two loops in float64 have trained the same network."""
+ORACLE = "training again, one seed"
+"""How far one training on each half foresees the mean of other seeds': what fresh seeds leave to be foreseen."""
 FRESH, FRESH_RELU_SGD = 0.70, 0.62
 AUC, BEHIND = 0.95, 0.005
 Rows = list[dict[str, Any]]
@@ -62,6 +65,13 @@ def judged(scores: np.ndarray, true: Truth) -> dict[str, float]:
     found["lds_fresh"] = mean(linear_datamodeling_score(scores, *true.fresh))
     found["loo"] = mean(leave_one_out_correlation(scores, true.removed, true.changes))
     return found
+
+
+def foreseen_by_one_seed(margins: np.ndarray) -> float:
+    """Rank correlation over subsets of one training on each with the mean of the others, margins (M, R, Q)."""
+    seeds = range(len(margins))
+    others = [np.delete(margins, m, axis=0).mean(axis=0) for m in seeds]
+    return float(np.mean([mean(correlation(margins[m], others[m])) for m in seeds]))
 
 
 def trained(own: Case) -> tuple[ours.Trained, float]:
@@ -117,6 +127,9 @@ def measured(label: dict[str, Any], sizes: Sizes, methods: list[str] | None, wit
         if difference > SAME:
             raise SystemExit(f"`Trajectory.retrain` trains another network: {difference:.1e}")
         true = truth(right, sizes, random_subsets)
+        if sizes.fresh > 1:
+            row(ORACLE)["lds_fresh"] = foreseen_by_one_seed(true.fresh[1])
+            show(row(ORACLE))
         for method, call in scores.items():
             found = timed(method, lambda call=call, run=run: call(run), training)
             row(method).update(judged(found, true))
