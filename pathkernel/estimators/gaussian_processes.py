@@ -42,12 +42,14 @@ class RowKernel:
 
     def __call__(self, X: np.ndarray, Y: np.ndarray | None = None) -> np.ndarray:
         """K(X, Y), (n, m)."""
-        other = X if Y is None else Y
-        if not np.array_equal(other, self.rows):
-            return self.kernel.between(self.inputs(X), None if Y is None else self.inputs(Y))
-        if self.matrix is not None and np.array_equal(X, self.rows):
+        first, second = (np.array_equal(own, self.rows) for own in (X, X if Y is None else Y))
+        if first and second and self.matrix is not None:
             return self.matrix
-        return self._of_queries(X)[0]
+        if first and Y is not None:
+            return self._of_queries(Y)[0].T
+        if second:
+            return self._of_queries(X)[0]
+        return self.kernel.between(self.inputs(X), None if Y is None else self.inputs(Y))
 
     def diagonal(self, X: np.ndarray) -> np.ndarray:
         """K(x, x), (n,)."""

@@ -109,7 +109,8 @@ class PathKernelEstimator(NetworkEstimator):
 
     def _to_references(self, X: Any) -> np.ndarray:
         """Matrix between samples and those of ``fit``, (n, m)."""
-        return self._kernel.to_references(self._queries(X))
+        queries = self._queries(X)
+        return self._kernel.to_references(queries)
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
