@@ -46,6 +46,9 @@ KEYS = {
         *("network", "optimizer", "task", "seconds", "training_seconds", "ratio", "peak_mb", "error"),
     },
     "recording.py": {"model", "optimizer", "level", "ratio", "milliseconds_per_step", "target"},
+    "scikit_learn.py": {
+        *("estimator", "data", "metric", "score", "peer", "peer_score", "fit_seconds", "predict_seconds"),
+    },
     "structure.py": {"figure", "value"},
     "sgd_or_adam.py": {"optimizer", "rank_correlation", "residual_exact", "residual_as_sgd"},
 }

@@ -1,0 +1,121 @@
+"""Gaussian processes under the path kernel and under an RBF kernel: likelihood of held-out samples, and calibration.
+
+nll        mean negative log-likelihood of held-out targets: log loss of a classifier; of a regression the negative log
+           density of the normal distributions that are predicted, in units of the training targets' deviation
+ece        expected calibration error: mean distance of confidence and accuracy over ten bins of equal width by
+           confidence, weighted by how many samples are in them (Guo et al. 2017, 1706.04599, eq. 3)
+coverage   part of the held-out targets within the central interval of 90 %; its error is the distance from 90 %
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from _scikit_learn_defaults import splits
+from _scikit_learn_rows import Row, Split, measured, row
+from scipy.stats import norm
+from sklearn.gaussian_process import GaussianProcessClassifier, GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+from sklearn.metrics import log_loss
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import pathkernel as pk
+
+INTERVAL = 0.9
+BINS = 10
+COVERAGE, COVERAGE_ERROR = "coverage", "coverage, distance from 90 % (lower)"
+DIGITS = 500
+"""Training digits of a classification, whose time is N³ for each class."""
+
+
+def expected_calibration_error(probabilities: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
+    r""":math:`\sum_b \frac{n_b}{n} |\mathrm{accuracy}_b - \mathrm{confidence}_b|`.
+
+    Parameters
+    ----------
+    probabilities
+        (n, C).
+    right
+        (n,), whether the most probable class is the true one.
+    bins
+        Of equal width, by the largest probability.
+    """
+    confidence = probabilities.max(axis=1)
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gap = np.bincount(place, weights=right - confidence, minlength=bins)  # n_b (accuracy_b − confidence_b)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
+def of_classifier(classifier: Any, split: Split) -> dict[str, float]:
+    """Accuracy, nll and calibration on the held-out part."""
+    _, X, _, y = split
+    probabilities = classifier.predict_proba(X)
+    right = classifier.classes_[probabilities.argmax(axis=1)] == y
+    return {
+        "accuracy": float(right.mean()),
+        "nll (lower)": float(log_loss(y, probabilities, labels=classifier.classes_)),
+        "ece (lower)": expected_calibration_error(probabilities, right),
+    }
+
+
+def of_regressor(regressor: Any, split: Split) -> dict[str, float]:
+    """R², nll and coverage on the held-out part."""
+    _, X, y_train, y = split
+    mean, deviation = regressor.predict(X, return_std=True)
+    within = np.abs(y - mean) <= norm.ppf((1 + INTERVAL) / 2) * deviation
+    nll = -norm.logpdf(y, mean, deviation).mean() - np.log(y_train.std())
+    return {
+        "R²": float(1 - ((y - mean) ** 2).sum() / ((y - y.mean()) ** 2).sum()),
+        "nll (lower)": float(nll),
+        COVERAGE_ERROR: float(abs(within.mean() - INTERVAL)),
+        COVERAGE: float(within.mean()),
+    }
+
+
+def classification(quick: bool = False) -> Iterator[Row]:
+    """A row for each measure on digits."""
+    drawn = splits("digits", 1 if quick else 3, 60 if quick else DIGITS)
+    peer = make_pipeline(StandardScaler(), GaussianProcessClassifier(ConstantKernel(10.0) * RBF(5.0)))
+    yield from _rows("digits", drawn, pk.PathKernelGPClassifier, {"epochs": 2} if quick else {}, peer, of_classifier)
+
+
+def regression(quick: bool = False) -> Iterator[Row]:
+    """A row for each measure on diabetes."""
+    drawn = splits("diabetes", 1 if quick else 5, 60 if quick else None)
+    rbf = ConstantKernel(1.0) * RBF(3.0) + WhiteKernel(0.5)
+    peer = make_pipeline(StandardScaler(), GaussianProcessRegressor(rbf, normalize_y=True))
+    yield from _rows("diabetes", drawn, pk.PathKernelGP, {"epochs": 2} if quick else {}, peer, of_regressor)
+
+
+def _rows(
+    data: str,
+    drawn: list[Split],
+    kind: Callable[..., Any],
+    options: dict[str, Any],
+    peer: Any,
+    measure: Callable[[Any, Split], dict[str, float]],
+) -> Iterator[Row]:
+    found, others, fit, predict = [], [], [], []
+    for seed, split in enumerate(drawn):
+        one = measured(kind(random_state=seed, **options), split)
+        fit.append(one.fit_seconds)
+        predict.append(one.predict_seconds)
+        found.append(measure(one.estimator, split))
+        others.append(measure(peer.fit(split[0], split[2]), split))
+    sizes = {"train": len(drawn[0][2]), "test": len(drawn[0][3])}
+    for metric in found[0]:
+        if metric == COVERAGE:  # neither more nor less of it is better: it goes with its error
+            continue
+        more = {}
+        if metric == COVERAGE_ERROR:
+            more = {COVERAGE: _mean(found, COVERAGE), f"peer_{COVERAGE}": _mean(others, COVERAGE)}
+        own = kind.__name__, [one[metric] for one in found]
+        theirs = f"{type(peer[-1]).__name__}(rbf)", [one[metric] for one in others]
+        yield row("Gaussian processes", data, metric, own, theirs, (fit, predict), **sizes, **more)
+
+
+def _mean(measures: list[dict[str, float]], name: str) -> float:
+    return float(np.mean([one[name] for one in measures]))
