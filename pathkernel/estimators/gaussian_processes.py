@@ -31,7 +31,7 @@ class RowKernel:
     rows
         Of the samples of ``fit``, (m, d).
     matrix
-        Their matrix, (m, m), which is not saved.
+        Their matrix, (m, m), while a process is fitted.
     """
 
     def __init__(
@@ -77,10 +77,13 @@ class PathKernelProcess(PathKernelEstimator):
     noise_bounds: Any
     scale_bounds: Any
 
-    def _covariance(self, rows: np.ndarray, matrix: np.ndarray) -> Kernel:
-        """σ² K, to which regression adds noise."""
+    def _conditioned(self, make: Callable[[Kernel], Any], X: Any, matrix: np.ndarray, targets: np.ndarray) -> Any:
+        """A process of scikit-learn that ``make`` makes of σ² K, fitted."""
+        rows = self._rows(X)
         kernel = RowKernel(self._kernel, self._inputs_of_rows, rows, matrix)
-        return GaussianProcessKernel(kernel, scale_bounds=self.scale_bounds)
+        process = make(GaussianProcessKernel(kernel, scale_bounds=self.scale_bounds)).fit(rows, targets)
+        kernel.matrix = None  # predictions are the same bits before saving and after loading
+        return process
 
     def _rows(self, X: Any) -> np.ndarray:
         """Checked samples as rows of numbers, (n, d): places in a data set are rows of one."""
@@ -138,18 +141,18 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
         self,
         module: Any = None,
         *,
-        steps: int | None = 8,
+        steps: int | None = 5,
         normalization: str | None = "mean",
         noise: float = 0.1,
         noise_bounds: Any = (1e-5, 1e5),
         scale_bounds: Any = (1e-10, 1e10),
         process_optimizer: Any = "fmin_l_bfgs_b",
-        hidden: int | Sequence[int] = (100,),
+        hidden: int | Sequence[int] = (256,),
         optimizer: Any = "adamw",
         loss: Loss | None = None,
-        epochs: int = 50,
+        epochs: int = 30,
         batch_size: int = 64,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         data: Any = None,
         device: str | torch.device | None = None,
         random_state: Any = None,
@@ -167,12 +170,12 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
         """Train the network, and condition the process on the samples; y is (n,) or (n, k)."""
         matrix, values, _ = self._fit_kernel(X, y, None)
         self._standardize(values, None)
-        rows = self._rows(X)
-        self.solver_ = GaussianProcessRegressor(
-            self._covariance(rows, matrix) + WhiteKernel(self.noise, self.noise_bounds),
-            optimizer=self.process_optimizer,
-        )
-        self.solver_.fit(rows, (values - self._mean) / self._scale)
+
+        def process(covariance: Kernel) -> Any:
+            noise = WhiteKernel(self.noise, self.noise_bounds)
+            return GaussianProcessRegressor(covariance + noise, optimizer=self.process_optimizer)
+
+        self.solver_ = self._conditioned(process, X, matrix, (values - self._mean) / self._scale)
         return self
 
     def predict(self, X: Any, return_std: bool = False, return_cov: bool = False) -> Any:
@@ -236,17 +239,17 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
         self,
         module: Any = None,
         *,
-        steps: int | None = 8,
+        steps: int | None = 5,
         normalization: str | None = "mean",
         scale: float = 10.0,
         scale_bounds: Any = (1e-10, 1e10),
         process_optimizer: Any = None,
-        hidden: int | Sequence[int] = (100,),
+        hidden: int | Sequence[int] = (256,),
         optimizer: Any = "adamw",
         loss: Loss | None = None,
-        epochs: int = 50,
+        epochs: int = 30,
         batch_size: int = 64,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         data: Any = None,
         device: str | torch.device | None = None,
         random_state: Any = None,
@@ -263,10 +266,11 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
     def fit(self, X: Any, y: Any) -> PathKernelGPClassifier:
         """Train the network, and condition the process on the samples; see `KernelMachineClassifier.fit`."""
         matrix, places, _ = self._fit_kernel(X, y, None)
-        rows = self._rows(X)
-        covariance = self._covariance(rows, matrix).set_params(scale=self.scale)
-        self.solver_ = GaussianProcessClassifier(covariance, optimizer=self.process_optimizer)
-        self.solver_.fit(rows, places)
+
+        def process(covariance: Kernel) -> Any:
+            return GaussianProcessClassifier(covariance.set_params(scale=self.scale), optimizer=self.process_optimizer)
+
+        self.solver_ = self._conditioned(process, X, matrix, places)
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:

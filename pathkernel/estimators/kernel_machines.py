@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -11,14 +12,20 @@ import torch
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 
-from pathkernel._typing import Loss, PyTree
-from pathkernel.estimators.network_estimator import RECORD_BYTES, NetworkEstimator
+from pathkernel._typing import Loss
+from pathkernel.estimators.incremental import IncrementalEstimator
+from pathkernel.estimators.network_estimator import FittedOn
 from pathkernel.estimators.tasks import NetworkClassification, NetworkRegression
+from pathkernel.gradients.pytrees import take
 from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.kernel_machine.classification import probabilities
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.trajectory.schedule import Every, RecordingLevel, RunSize, Schedule
+
+RECORD_BYTES = 2**30
+"""Memory up to which all of every step is kept. Chosen, not measured: keyframes take little of it, but steps that are
+trained once more between them come out the same on the same machine only."""
 
 CERTIFIED = 8
 """Training samples on which the certificate of a fitted estimator is measured."""
@@ -27,33 +34,56 @@ NODES = 8
 """Stretches of the path of which `kernel_` takes one node or two each."""
 
 
-class KernelMachineEstimator(NetworkEstimator):
+class KernelMachineEstimator(IncrementalEstimator):
     """Estimator whose prediction is the exact sum over its training samples."""
 
+    schedule: RecordingLevel | None
     machine_: KernelMachine
 
     def _schedule(self, run: RunSize) -> RecordingLevel:
+        if self.schedule is not None:
+            return self.schedule
         fits = Every().bytes_per_step(run) * run.steps <= RECORD_BYTES
         return Every() if fits else Schedule.keyframes_for(run.steps)
 
     def _fit(self, X: Any, y: Any, sample_weight: Any) -> None:
-        fitted = self._fit_network(X, y, sample_weight)
-        self._make_machine(self._first(fitted.inputs))
+        self.__dict__.pop("_session", None)
+        self._make_machine(self._fit_network(X, y, sample_weight))
+        # The table of displacements is part of fitting; what no machine can say is refused here, not by `predict`.
+        with self._threads():
+            self.machine_.decision_function(self._certified)
 
-    def _make_machine(self, some: PyTree) -> None:
+    def _make_machine(self, fitted: FittedOn) -> None:
         for name in ("kernel_", "certificate_"):  # those of a fit before
             self.__dict__.pop(name, None)
-        self._certified = some
+        self._certified = take(fitted.inputs, slice(0, CERTIFIED))
         self.machine_ = KernelMachine(self.trajectory_, keep=True)
-        # The table of displacements is part of fitting; what no machine can say is refused here, not by `predict`.
-        self.machine_.decision_function(some)
+        self._number_of_threads = torch.get_num_threads()
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Compute with as many threads as training did, where steps are trained once more.
+
+        joblib's processes have one each, and sums of floating-point numbers depend on how many there are.
+        """
+        before = torch.get_num_threads()
+        other = self._number_of_threads if self.trajectory_.store.replays else before
+        if other == before:
+            yield
+            return
+        torch.set_num_threads(other)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def _outputs_of(self, X: Any, exact: bool) -> np.ndarray:
         """Outputs (n, C) float64: of the machine, or of the network."""
         inputs = self._queries(X)
         if not exact:
             return self._network_outputs(inputs)
-        found = self.machine_.decision_function(inputs)
+        with self._threads():
+            found = self.machine_.decision_function(inputs)
         return found[:, None] if found.ndim == 1 else found
 
     def explain(self, X: Any, outputs: Any = None, **options: Any) -> Attributions:
@@ -72,7 +102,9 @@ class KernelMachineEstimator(NetworkEstimator):
         Attributions
             Shares (Q, N), whose columns are the rows of the X of ``fit``; channels, and the certificate.
         """
-        return self.machine_.explain(self._queries(X), outputs, **options)
+        inputs = self._queries(X)
+        with self._threads():
+            return self.machine_.explain(inputs, outputs, **options)
 
     @cached_property
     def kernel_(self) -> PathKernel:
@@ -88,7 +120,8 @@ class KernelMachineEstimator(NetworkEstimator):
         between samples.
         """
         check_is_fitted(self)
-        why = self.machine_.explain(self._certified)
+        with self._threads():
+            why = self.machine_.explain(self._certified)
         largest = max(float(abs(why.output).max()), 1e-12)
         return {
             "residual": float(why.relative_residual),
@@ -138,6 +171,9 @@ class KernelMachineClassifier(ClassifierMixin, KernelMachineEstimator, NetworkCl
     warm_start
         Whether ``fit`` goes on from the weights of the last ``fit``. The record begins there: what was learnt before is
         in the channel ``"initial"``.
+    schedule
+        What is kept of each step, as `pathkernel.KernelRecorder` takes it. By default all of it up to 1 GB, and beyond
+        that `pathkernel.Keyframes`, between which steps are trained once more when they are asked for.
 
     Attributes
     ----------
@@ -163,9 +199,6 @@ class KernelMachineClassifier(ClassifierMixin, KernelMachineEstimator, NetworkCl
     Samples of weight 0 are trained on as if they were not there; their shares are 0. In one batch, weights are the same
     as repetitions.
 
-    A record that would take more than 256 MB is kept as keyframes, between which steps are trained again when they are
-    asked for (`pathkernel.Keyframes`).
-
     Examples
     --------
     >>> import pathkernel as pk
@@ -185,9 +218,9 @@ class KernelMachineClassifier(ClassifierMixin, KernelMachineEstimator, NetworkCl
         hidden: int | Sequence[int] = (100,),
         optimizer: Any = "adamw",
         loss: Loss | None = None,
-        epochs: int = 50,
+        epochs: int = 30,
         batch_size: int = 64,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         data: Any = None,
         device: str | torch.device | None = None,
         random_state: Any = None,
@@ -199,6 +232,7 @@ class KernelMachineClassifier(ClassifierMixin, KernelMachineEstimator, NetworkCl
         callbacks: Any = None,
         verbose: bool | int = False,
         warm_start: bool = False,
+        schedule: RecordingLevel | None = None,
     ) -> None:
         self._keep(locals())
 
@@ -220,6 +254,26 @@ class KernelMachineClassifier(ClassifierMixin, KernelMachineEstimator, NetworkCl
             For samples or labels that scikit-learn's own estimators refuse, in their words.
         """
         self._fit(X, y, sample_weight)
+        return self
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> KernelMachineClassifier:
+        """Train one epoch on further samples; the machine is a sum over the samples of all calls.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            As of `fit`.
+        classes
+            All classes that there will be, needed in the first call.
+
+        Notes
+        -----
+        The perceptron standardises by the samples of the first call. What the network was given is kept; columns of
+        shares are samples with a weight, in the order of their calls. After `fit`, and in a copy that was loaded from a
+        pickle, a new record begins: what was learnt before is in the channel ``"initial"``.
+        """
+        self._know_classes(classes)
+        self._make_machine(self._partial_fit(X, y, sample_weight))
         return self
 
     def decision_function(self, X: Any, exact: bool = True) -> np.ndarray:
@@ -256,7 +310,7 @@ class KernelMachineRegressor(RegressorMixin, KernelMachineEstimator, NetworkRegr
     Parameters
     ----------
     module, hidden, optimizer, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start, schedule
         As of `KernelMachineClassifier`. The perceptron standardises the targets, too: its outputs are in their units.
     loss
         ``(output, target) ->`` a scalar or one number per sample, both (n, k); by default the squared error, for the
@@ -279,9 +333,9 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
         hidden: int | Sequence[int] = (100,),
         optimizer: Any = "adamw",
         loss: Loss | None = None,
-        epochs: int = 50,
+        epochs: int = 30,
         batch_size: int = 64,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         data: Any = None,
         device: str | torch.device | None = None,
         random_state: Any = None,
@@ -292,12 +346,18 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
         callbacks: Any = None,
         verbose: bool | int = False,
         warm_start: bool = False,
+        schedule: RecordingLevel | None = None,
     ) -> None:
         self._keep(locals())
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> KernelMachineRegressor:
         """Train the network, and make the machine; y is (n,) or (n, k), the rest as of `KernelMachineClassifier`."""
         self._fit(X, y, sample_weight)
+        return self
+
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> KernelMachineRegressor:
+        """Train one epoch on further samples; see `KernelMachineClassifier.partial_fit`."""
+        self._make_machine(self._partial_fit(X, y, sample_weight))
         return self
 
     def predict(self, X: Any, exact: bool = True) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,14 +32,15 @@ from pathkernel.estimators.networks import (
 from pathkernel.estimators.samples import IndexedRows, Rows, checked_weights, in_three_parts
 from pathkernel.estimators.targets import loss_per_sample
 from pathkernel.estimators.training import Course, Stopping, Trainer, called
+from pathkernel.gradients.acceptance import with_floats
 from pathkernel.gradients.losses import check_loss
 from pathkernel.gradients.pytrees import as_tensors, moved, take
 from pathkernel.recording.recorder import KernelRecorder
 from pathkernel.trajectory.schedule import RecordingLevel, RunSize
 from pathkernel.trajectory.trajectory import Trajectory
 
-RECORD_BYTES = 256 * 2**20
-"""Memory that a recorded path may take before less of it is kept. Chosen, not measured."""
+Encoding = Callable[[np.ndarray, np.ndarray | None], tuple[np.ndarray, np.ndarray | None]]
+"""Turns checked targets and weights of samples into numbers and weights."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class NetworkEstimator(BaseEstimator):
 
     _moments: Moments | None
     _outputs: int
+    _floats: bool = False
 
     def _keep(self, parameters: Mapping[str, Any]) -> None:
         """Keep the arguments of the constructor, as they are."""
@@ -109,6 +111,10 @@ class NetworkEstimator(BaseEstimator):
     @abstractmethod
     def _encoded(self, y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
         """Targets as numbers, and the weights of the samples with those of their classes."""
+
+    def _encoded_again(self, y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Targets of ``partial_fit`` as numbers, and weights."""
+        return self._encoded(y, weights)
 
     @abstractmethod
     def _wanted_outputs(self, values: np.ndarray) -> int:
@@ -138,7 +144,7 @@ class NetworkEstimator(BaseEstimator):
         fitted = self._checked(X, y, sample_weight)
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         with seeded(seed):
-            network, loss = self._made(fitted)
+            network, loss = self._made(fitted, go_on=self.warm_start)
             trainer = self._trainer(network, loss, fitted.weights, seed)
             stopping = self._stopping(fitted, seed)
             trained = fitted.ids if stopping is None else np.setdiff1d(fitted.ids, stopping.held_out.numpy())
@@ -155,10 +161,12 @@ class NetworkEstimator(BaseEstimator):
         self._note(course)
         return fitted
 
-    def _checked(self, X: Any, y: Any, sample_weight: Any, reset: bool = True) -> FittedOn:
+    def _checked(
+        self, X: Any, y: Any, sample_weight: Any, reset: bool = True, encode: Encoding | None = None
+    ) -> FittedOn:
         samples = self._samples
         X, y = samples.checked(self, X, self._required(y), reset=reset, **self._target_checks)
-        values, weights = self._encoded(y, checked_weights(sample_weight, X))
+        values, weights = (encode or self._encoded)(y, checked_weights(sample_weight, X))
         ids = np.arange(len(values)) if weights is None else np.flatnonzero(weights)
         return FittedOn(samples.inputs(X), values, weights, ids)
 
@@ -171,17 +179,15 @@ class NetworkEstimator(BaseEstimator):
             )
         return y
 
-    def _made(self, fitted: FittedOn) -> tuple[nn.Module, Loss]:
-        """The network, and its loss as a function of a batch."""
+    def _made(self, fitted: FittedOn, go_on: bool) -> tuple[nn.Module, Loss]:
+        """The network, which goes on from the last one if there is one, and its loss as a function of a batch."""
         outputs = self._wanted_outputs(fitted.values)
-        targets = None
-        if self.warm_start and hasattr(self, "network_"):
-            network = copy.deepcopy(self.network_)
-            targets = self._moments
+        if go_on and hasattr(self, "network_"):
+            network = copy.deepcopy(self.network_)  # the last path has the other
         elif self.module is None:
             X = self._columns(fitted.inputs)
-            targets = self._standardisation(fitted.values, fitted.weights) if self.task == "regression" else None
-            self._moments = targets
+            values = fitted.values.reshape(len(fitted.values), -1)
+            self._moments = targets = _moments(values, fitted.weights) if self.task == "regression" else None
             network = multilayer_perceptron(_moments(X, fitted.weights), check_hidden(self.hidden), outputs, targets)
         else:
             leaf = fitted.inputs
@@ -189,7 +195,7 @@ class NetworkEstimator(BaseEstimator):
             network, self._moments = made_network(self.module, features, outputs), None
         self.network_ = network.to(self.device or "cpu")
         self._outputs = self._found_outputs(fitted.inputs)
-        return network, self._loss_of(self._outputs, targets)
+        return network, self._loss_of(self._outputs, self._moments)
 
     def _columns(self, inputs: PyTree) -> np.ndarray:
         """Samples as rows of numbers, for the multilayer perceptron."""
@@ -203,26 +209,47 @@ class NetworkEstimator(BaseEstimator):
             )
         return X
 
-    def _standardisation(self, values: np.ndarray, weights: np.ndarray | None) -> Moments:
-        return _moments(values.reshape(len(values), -1), weights)
-
     def _tensors(self, inputs: PyTree) -> PyTree:
         """Samples on the network's device, in its floating type."""
-        first = next(self.network_.parameters(), None)
-        dtype = torch.get_default_dtype() if first is None else first.dtype
-        return moved(as_tensors(inputs, dtype), torch.device(self.device or "cpu"))
+        tensors = as_tensors(inputs, self._dtype)
+        tensors = with_floats(tensors, self._dtype) if self._floats else tensors
+        return moved(tensors, torch.device(self.device or "cpu"))
 
     def _found_outputs(self, inputs: PyTree) -> int:
-        """How many outputs the network has, tried on two samples."""
+        """How many outputs the network has, tried on two samples; integers become floating where it takes none.
+
+        Raises
+        ------
+        InputError
+            Where it takes neither, or returns no tensor.
+        """
+        self._floats = False
         if self.module is None:
             return next(m.out_features for m in reversed(list(self.network_.modules())) if isinstance(m, nn.Linear))
-        few = self._tensors(take(pytree.tree_map(torch.as_tensor, inputs), slice(0, 2)))
-        was_training = self.network_.training
+        few = self._tensors(take(inputs, slice(0, 2)))
         self.network_.eval()
+        found: Any = None
         with torch.no_grad():
-            found = called(self.network_, few)
-        self.network_.train(was_training)
-        return int(found.shape[1:].numel()) if isinstance(found, Tensor) else 0
+            try:
+                found = called(self.network_, few)
+            except Exception as error:  # whatever the user's network raises
+                try:
+                    found = called(self.network_, with_floats(few, self._dtype))
+                except Exception:
+                    shapes = ", ".join(str(tuple(leaf.shape[1:])) for leaf in pytree.tree_leaves(few))
+                    raise InputError(
+                        f"The network could not be run on samples of shape {shapes} ({type(error).__name__}: {error})",
+                        "It takes a batch of samples as they are in X, along the first axis",
+                        "Give a `module` for samples of this shape, or reshape X",
+                    ) from error
+                self._floats = True
+        if not isinstance(found, Tensor):
+            raise InputError(
+                f"The network returned a {type(found).__name__}",
+                "Estimators train networks that return one tensor, a row of outputs for each sample",
+                "Wrap the network in a module that returns the one, or train it with `pathkernel.KernelRecorder`",
+            )
+        return int(found.shape[1:].numel())
 
     def _trainer(self, network: nn.Module, loss: Loss, weights: np.ndarray | None, seed: int) -> Trainer:
         return Trainer(
@@ -236,25 +263,36 @@ class NetworkEstimator(BaseEstimator):
         )
 
     def _recorder(self, trainer: Trainer, fitted: FittedOn, trained: int) -> KernelRecorder:
-        parameters = [p for p in trainer.network.parameters() if p.requires_grad]
         run = RunSize(
-            parameters=sum(p.numel() for p in parameters),
+            parameters=sum(p.numel() for p in trainer.network.parameters() if p.requires_grad),
             steps=self.epochs * math.ceil(trained / self.batch_size),
             batch_size=min(self.batch_size, trained),
-            bytes_per_number=max((p.element_size() for p in parameters), default=4),
+            bytes_per_number=self._dtype.itemsize,
         )
-        dtype = parameters[0].dtype if parameters else torch.get_default_dtype()
-        targets = self._targets(fitted.values, self._outputs, dtype).to(torch.device(self.device or "cpu"))
+        data = self._tensors(fitted.inputs), self._target_tensor(fitted.values)
+        return self._recorded(trainer, data, self._schedule(run))
+
+    def _recorded(self, trainer: Trainer, data: Any, schedule: RecordingLevel | None) -> KernelRecorder:
         return KernelRecorder(
             trainer.network,
             trainer.optimizer,
             trainer.loss,
-            data=(self._tensors(fitted.inputs), targets),
+            data=data,
             task=self.task,
-            schedule=self._schedule(run),
+            schedule=schedule,
             # The network that is made here is known to be recorded right; those of users are tried.
             audit_every=0 if self.module is None else None,
         )
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Floating type of the network."""
+        first = next(self.network_.parameters(), None)
+        return torch.get_default_dtype() if first is None else first.dtype
+
+    def _target_tensor(self, values: np.ndarray) -> Tensor:
+        """Targets as the loss takes them, on the network's device."""
+        return self._targets(values, self._outputs, self._dtype).to(torch.device(self.device or "cpu"))
 
     def _stopping(self, fitted: FittedOn, seed: int) -> Stopping | None:
         if not self.early_stopping:
@@ -300,10 +338,6 @@ class NetworkEstimator(BaseEstimator):
             )
         if self.loss is not None:
             check_loss(self.loss)
-
-    def _first(self, inputs: PyTree, n: int = 8) -> PyTree:
-        """The first few samples."""
-        return take(inputs, slice(0, n)) if not isinstance(inputs, np.ndarray) else inputs[:n]
 
     # -- asking -----------------------------------------------------------------------------------------------
 

@@ -42,13 +42,18 @@ class Moments:
     scale: Tensor
 
 
-class Standardized(nn.Module):
-    """The map x ↦ (x − mean) / scale, fixed when the network is made.
+BOUND = 3.0
+"""Standard deviations within which standardised inputs stay: a feature that is rarely not zero would outweigh the rest
+of a sample by far. Measured on digits, breast cancer, wine and diabetes."""
+
+
+class Affine(nn.Module):
+    """A map of columns that is fixed when the network is made.
 
     Parameters
     ----------
     moments
-        Of the training inputs.
+        Mean and scale of the columns.
     """
 
     mean: Tensor
@@ -59,12 +64,16 @@ class Standardized(nn.Module):
         self.register_buffer("mean", moments.mean)
         self.register_buffer("scale", moments.scale)
 
+
+class Standardized(Affine):
+    r"""The map :math:`x \mapsto b \tanh(z / b)`, z = (x − mean) / scale, b = 3: standardised, without outliers."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """Standardised inputs."""
-        return (x - self.mean) / self.scale
+        """Standardised inputs, of the same order within each column."""
+        return BOUND * torch.tanh((x - self.mean) / (BOUND * self.scale))
 
 
-class Unstandardized(Standardized):
+class Unstandardized(Affine):
     """The map z ↦ z · scale + mean: outputs in the units of the targets."""
 
     def forward(self, x: Tensor) -> Tensor:

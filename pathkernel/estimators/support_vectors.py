@@ -70,15 +70,15 @@ validation_fraction, n_iter_no_change, tol, class_weight, callbacks, verbose, wa
         module: Any = None,
         *,
         C: float = 1.0,
-        steps: int | None = 8,
+        steps: int | None = 5,
         normalization: str | None = "mean",
         solver_tol: float = 1e-9,
-        hidden: int | Sequence[int] = (100,),
+        hidden: int | Sequence[int] = (256,),
         optimizer: Any = "adamw",
         loss: Loss | None = None,
-        epochs: int = 50,
+        epochs: int = 30,
         batch_size: int = 64,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         data: Any = None,
         device: str | torch.device | None = None,
         random_state: Any = None,
@@ -96,7 +96,8 @@ validation_fraction, n_iter_no_change, tol, class_weight, callbacks, verbose, wa
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PathKernelSVC:
         """Train the network, and the support vector machine on its kernel; see `KernelMachineClassifier.fit`."""
         matrix, places, weights = self._fit_kernel(X, y, sample_weight)
-        self.solver_ = SVC(kernel="precomputed", C=self.C, tol=self.solver_tol)
+        # It draws a number for probabilities, which are not asked of it, from numpy's own generator otherwise.
+        self.solver_ = SVC(kernel="precomputed", C=self.C, tol=self.solver_tol, random_state=0)
         self.solver_.fit(matrix, places, sample_weight=weights)
         self.support_ = self._ids[self.solver_.support_]
         return self
@@ -146,15 +147,15 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
         *,
         C: float = 1.0,
         epsilon: float = 0.1,
-        steps: int | None = 8,
+        steps: int | None = 5,
         normalization: str | None = "mean",
         solver_tol: float = 1e-9,
-        hidden: int | Sequence[int] = (100,),
+        hidden: int | Sequence[int] = (256,),
         optimizer: Any = "adamw",
         loss: Loss | None = None,
-        epochs: int = 50,
+        epochs: int = 30,
         batch_size: int = 64,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         data: Any = None,
         device: str | torch.device | None = None,
         random_state: Any = None,

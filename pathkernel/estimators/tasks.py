@@ -40,6 +40,37 @@ class NetworkClassification(NetworkEstimator):
         places[counted] = found
         return places, weights_of(weights, self.class_weight, classes, places)
 
+    def _encoded_again(self, y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Targets of ``partial_fit`` as places of the classes that are known."""
+        strange = np.setdiff1d(y, self.classes_)
+        if len(strange):
+            raise InputError(
+                f"`y` holds the classes {strange.tolist()}, which are not among {self.classes_.tolist()}",
+                "The first call of `partial_fit` says all classes that there will be",
+                "Write `partial_fit(X, y, classes=numpy.unique(every_y))` with a new estimator",
+            )
+        places = np.searchsorted(self.classes_, y)
+        return places, weights_of(weights, self.class_weight, self.classes_, places)
+
+    def _know_classes(self, classes: Any) -> None:
+        """Take the classes of the first call of ``partial_fit``, and check that they are the same in others."""
+        if classes is None and not hasattr(self, "classes_"):
+            raise InputError(
+                "classes must be passed on the first call to partial_fit",
+                "Its samples need not be of every class that there will be",
+                "Write `partial_fit(X, y, classes=numpy.unique(every_y))`",
+            )
+        if classes is not None:
+            found, _ = checked_classes(classes)
+            if hasattr(self, "classes_") and not np.array_equal(found, self.classes_):
+                raise InputError(
+                    f"`classes={found.tolist()}` is not the same as on the last call to partial_fit, which was "
+                    f"{self.classes_.tolist()}",
+                    "The classes stay those of the first call",
+                    "Leave out `classes`",
+                )
+            self.classes_ = found
+
     def _wanted_outputs(self, values: np.ndarray) -> int:
         return logits(len(self.classes_), self.loss)
 

@@ -118,17 +118,15 @@ class Trainer:
                 break
         return course
 
-    def train_once(self, recorder: KernelRecorder, inputs: PyTree, targets: Tensor, first: int) -> Course:
-        """Train for one epoch on samples that the recorder counts from ``first`` on, and keeps."""
-        course, total = Course(), 0.0
+    def train_once(self, recorder: KernelRecorder, inputs: PyTree, targets: Tensor, first: int) -> float:
+        """Train for one epoch on samples that the recorder counts from ``first`` on, and keeps; their mean loss."""
+        total = 0.0
         self.network.train()
         for batch in torch.randperm(len(targets), generator=self.generator).split(self.batch_size):
             weights = self._coefficients(batch)
             announced = recorder.announce(batch + first, weights, take(inputs, batch), targets[batch])
             total += self._step(*announced, weights) * len(batch)
-        course.loss_curve.append(total / len(targets))
-        self.after_epoch(course)
-        return course
+        return total / len(targets)
 
     def _step(self, inputs: PyTree, targets: Tensor, weights: Tensor | None) -> float:
         self.optimizer.zero_grad()
