@@ -21,19 +21,20 @@ import pathkernel as pk
 # %%
 # Where a learnt kernel helps
 # ---------------------------
-# Labels that say whether a point lies outside of a sphere in three of twenty features. A kernel that is given, such as
-# the RBF kernel, measures distances over all twenty, whatever its width; a network finds out which of them matter.
+# Labels that say whether a point lies outside of a sphere in three of thirty features. A kernel that is given, such as
+# the RBF kernel, measures distances over all of them, whatever its width; a network finds out which of them matter.
 
 generator = np.random.default_rng(0)
-X = generator.standard_normal((1200, 20))
+X = generator.standard_normal((1800, 30))
 y = np.where((X[:, :3] ** 2).sum(axis=1) > 2.366, "outside", "inside")
-X_train, X_test, y_train, y_test = train_test_split(X, y, train_size=600, random_state=0)
+X_train, X_test, y_train, y_test = train_test_split(X, y, train_size=800, random_state=0)
 
-learnt = pk.PathKernelSVC(hidden=64, epochs=60, learning_rate=3e-3, batch_size=32, random_state=0)
+learnt = pk.PathKernelSVC(hidden=64, epochs=80, learning_rate=3e-3, batch_size=32, random_state=0)
 learnt.fit(X_train, y_train)
 given = GridSearchCV(
     make_pipeline(StandardScaler(), SVC()),
     {"svc__C": [0.3, 1.0, 3.0, 10.0], "svc__gamma": [0.01, 0.03, 0.1]},
+    cv=3,
 ).fit(X_train, y_train)
 learnt_accuracy, given_accuracy = learnt.score(X_test, y_test), given.score(X_test, y_test)
 print(f"SVM on the learnt kernel {learnt_accuracy:.3f}, on the RBF kernel at its best C and width {given_accuracy:.3f}")
@@ -45,8 +46,7 @@ print(f"SVM on the learnt kernel {learnt_accuracy:.3f}, on the RBF kernel at its
 # searches and cross-validation work as they do with `sklearn.svm.SVC`; ``kernel_`` is the `pathkernel.PathKernel`,
 # ``network_`` the network that it came from.
 
-digits, digit = load_digits(return_X_y=True)
-digits, digit = digits[:400], digit[:400]
+digits, _, digit, _ = train_test_split(*load_digits(return_X_y=True), train_size=400, random_state=0)
 search = GridSearchCV(pk.PathKernelSVC(random_state=0), {"C": [0.1, 1.0]}, cv=3).fit(digits, digit)
 print(f"digits: {search.best_score_:.3f} in cross-validation with C = {search.best_params_['C']}")
 print(f"{len(search.best_estimator_.support_)} of {len(digits)} digits are support vectors")
