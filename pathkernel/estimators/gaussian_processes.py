@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.gaussian_process import GaussianProcessClassifier, GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import Kernel, WhiteKernel
+from sklearn.gaussian_process.kernels import Kernel as Covariance
 
 from pathkernel._typing import Loss, PyTree
 from pathkernel.estimators.gaussian_process import GaussianProcessKernel
-from pathkernel.estimators.path_kernels import FittedKernel, PathKernelEstimator
+from pathkernel.estimators.path_kernels import PathKernelEstimator
 from pathkernel.estimators.tasks import NetworkClassification, NetworkRegression
+from pathkernel.kernels.kernel import Kernel
 
 
 class RowKernel:
@@ -25,19 +26,25 @@ class RowKernel:
     Parameters
     ----------
     kernel
-        The kernel of the samples of ``fit``, normalised.
+        The kernel, normalised.
     inputs
         Turns rows into samples as the network takes them.
-    rows
-        Of the samples of ``fit``, (m, d).
+    rows, references
+        Of the samples of ``fit``, (m, d), and these as the network takes them.
     matrix
         Their matrix, (m, m), while a process is fitted.
     """
 
     def __init__(
-        self, kernel: FittedKernel, inputs: Callable[[np.ndarray], PyTree], rows: np.ndarray, matrix: np.ndarray | None
+        self,
+        kernel: Kernel,
+        inputs: Callable[[np.ndarray], PyTree],
+        rows: np.ndarray,
+        references: PyTree,
+        matrix: np.ndarray | None,
     ) -> None:
-        self.kernel, self.inputs, self.rows, self.matrix = kernel, inputs, rows, matrix
+        self.kernel, self.inputs = kernel, inputs
+        self.rows, self.references, self.matrix = rows, references, matrix
         self._asked: tuple[np.ndarray, tuple[np.ndarray, np.ndarray]] | None = None
 
     def __call__(self, X: np.ndarray, Y: np.ndarray | None = None) -> np.ndarray:
@@ -49,7 +56,7 @@ class RowKernel:
             return self._of_queries(Y)[0].T
         if second:
             return self._of_queries(X)[0]
-        return self.kernel.between(self.inputs(X), None if Y is None else self.inputs(Y))
+        return self.kernel(self.inputs(X), None if Y is None else self.inputs(Y))
 
     def diagonal(self, X: np.ndarray) -> np.ndarray:
         """K(x, x), (n,)."""
@@ -60,7 +67,7 @@ class RowKernel:
         asked = self._asked
         if asked is None or not np.array_equal(asked[0], X):
             inputs = self.inputs(X)
-            self._asked = asked = X.copy(), (self.kernel.to_references(inputs), self.kernel.diagonal(inputs))
+            self._asked = asked = X.copy(), (self.kernel(inputs, self.references), self.kernel.diagonal(inputs))
         return asked[1]
 
     def __deepcopy__(self, memo: Any) -> RowKernel:
@@ -77,10 +84,10 @@ class PathKernelProcess(PathKernelEstimator):
     noise_bounds: Any
     scale_bounds: Any
 
-    def _conditioned(self, make: Callable[[Kernel], Any], X: Any, matrix: np.ndarray, targets: np.ndarray) -> Any:
+    def _conditioned(self, make: Callable[[Covariance], Any], X: Any, matrix: np.ndarray, targets: np.ndarray) -> Any:
         """A process of scikit-learn that ``make`` makes of σ² K, fitted."""
         rows = self._rows(X)
-        kernel = RowKernel(self._kernel, self._inputs_of_rows, rows, matrix)
+        kernel = RowKernel(self._kernel, self._inputs_of_rows, rows, self._references, matrix)
         process = make(GaussianProcessKernel(kernel, scale_bounds=self.scale_bounds)).fit(rows, targets)
         kernel.matrix = None  # predictions are the same bits before saving and after loading
         return process
@@ -104,9 +111,10 @@ class PathKernelGP(RegressorMixin, PathKernelProcess, NetworkRegression):
 
     Parameters
     ----------
-    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping
         Of the network and its training; see `pathkernel.KernelMachineRegressor`.
+    validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+        Of the same.
     steps, normalization
         See `PathKernelSVC`.
     noise, noise_bounds
@@ -171,9 +179,9 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
         matrix, values, _ = self._fit_kernel(X, y, None)
         self._standardize(values, None)
 
-        def process(covariance: Kernel) -> Any:
-            noise = WhiteKernel(self.noise, self.noise_bounds)
-            return GaussianProcessRegressor(covariance + noise, optimizer=self.process_optimizer)
+        def process(covariance: Covariance) -> Any:
+            covariance.set_params(noise=self.noise, noise_bounds=self.noise_bounds)
+            return GaussianProcessRegressor(covariance, optimizer=self.process_optimizer)
 
         self.solver_ = self._conditioned(process, X, matrix, (values - self._mean) / self._scale)
         return self
@@ -207,9 +215,10 @@ class PathKernelGPClassifier(ClassifierMixin, PathKernelProcess, NetworkClassifi
 
     Parameters
     ----------
-    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping
         Of the network and its training; see `pathkernel.KernelMachineClassifier`.
+    validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+        Of the same.
     steps, normalization
         See `PathKernelSVC`.
     scale, scale_bounds
@@ -267,7 +276,7 @@ validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
         """Train the network, and condition the process on the samples; see `KernelMachineClassifier.fit`."""
         matrix, places, _ = self._fit_kernel(X, y, None)
 
-        def process(covariance: Kernel) -> Any:
+        def process(covariance: Covariance) -> Any:
             return GaussianProcessClassifier(covariance.set_params(scale=self.scale), optimizer=self.process_optimizer)
 
         self.solver_ = self._conditioned(process, X, matrix, places)

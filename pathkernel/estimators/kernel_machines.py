@@ -309,9 +309,10 @@ class KernelMachineRegressor(RegressorMixin, KernelMachineEstimator, NetworkRegr
 
     Parameters
     ----------
-    module, hidden, optimizer, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start, schedule
+    module, hidden, optimizer, epochs, batch_size, learning_rate, data, device, random_state, early_stopping
         As of `KernelMachineClassifier`. The perceptron standardises the targets, too: its outputs are in their units.
+    validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start, schedule
+        Of the same.
     loss
         ``(output, target) ->`` a scalar or one number per sample, both (n, k); by default the squared error, for the
         perceptron in units of the targets' variance.

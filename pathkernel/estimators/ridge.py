@@ -22,9 +22,10 @@ class PathKernelRidge(RegressorMixin, PathKernelEstimator, NetworkRegression):
 
     Parameters
     ----------
-    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping
         Of the network and its training; see `pathkernel.KernelMachineRegressor`.
+    validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+        Of the same.
     alpha
         Penalty α of `sklearn.kernel_ridge.KernelRidge`.
     steps, normalization
@@ -97,9 +98,10 @@ class PathKernelRidgeClassifier(ClassifierMixin, PathKernelEstimator, NetworkCla
 
     Parameters
     ----------
-    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, class_weight, callbacks, verbose, warm_start
+    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping
         Of the network and its training; see `pathkernel.KernelMachineClassifier`.
+    validation_fraction, n_iter_no_change, tol, class_weight, callbacks, verbose, warm_start
+        Of the same.
     alpha
         Penalty α of `sklearn.kernel_ridge.KernelRidge`.
     steps, normalization

@@ -22,10 +22,11 @@ class PathKernelSVC(ClassifierMixin, PathKernelEstimator, NetworkClassification)
 
     Parameters
     ----------
-    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, class_weight, callbacks, verbose, warm_start
+    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping
         Of the network and its training; see `pathkernel.KernelMachineClassifier`. Weights of classes and samples count
         for the support vector machine, too.
+    validation_fraction, n_iter_no_change, tol, class_weight, callbacks, verbose, warm_start
+        Of the same.
     C
         Penalty of `sklearn.svm.SVC`.
     steps
@@ -117,9 +118,10 @@ class PathKernelSVR(RegressorMixin, PathKernelEstimator, NetworkRegression):
 
     Parameters
     ----------
-    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping, \
-validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+    module, hidden, optimizer, loss, epochs, batch_size, learning_rate, data, device, random_state, early_stopping
         Of the network and its training; see `pathkernel.KernelMachineRegressor`.
+    validation_fraction, n_iter_no_change, tol, callbacks, verbose, warm_start
+        Of the same.
     C, epsilon
         Penalty and width of the tube of `sklearn.svm.SVR`, for targets that are standardised: ``epsilon`` is in units
         of their standard deviation.

@@ -37,7 +37,7 @@ def wine() -> tuple[np.ndarray, np.ndarray]:
 def images(n: int = 24) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     y = np.arange(n) % 2
-    return (rng.standard_normal((n, 1, 6, 6)) + y[:, None, None, None]).astype(np.float32), y
+    return rng.standard_normal((n, 1, 6, 6)) + y[:, None, None, None], y
 
 
 def small_cnn(n_outputs: int) -> nn.Module:
