@@ -282,7 +282,7 @@ def changes(run: Path, kind: str) -> list[tuple[str, Change]]:
 
 
 def in_every_command(bench: Bench) -> Iterator[Outcome]:
-    for kind, quick, full in (("full", 40, 400), ("keyframes", 15, 100), ("tied", 15, 300)):
+    for kind, quick, full in (("full", 15, 400), ("keyframes", 6, 100), ("tied", 6, 300)):
         right, one = answers(bench.folder, kind), sent(bench.folder, kind).copy(bench.place())
         raw, cases = (one.run / "zarr.json").read_bytes(), changes(one.run, kind)
         for field, change in bench.random.sample(cases, min(bench.count(quick, full), len(cases))):
@@ -368,7 +368,7 @@ def in_computations(bench: Bench) -> Iterator[Outcome]:
         assert one.called(command)[0] == 0
     kept = {name: Path(shutil.copytree(one.folder / name, bench.place())) for name in commands}
     cases = computation_changes(one.run)
-    for name, field, change in bench.random.sample(cases, bench.count(40, len(cases))):
+    for name, field, change in bench.random.sample(cases, bench.count(20, len(cases))):
         raw = (kept[name] / "zarr.json").read_bytes()
         try:
             content = edited(raw, lambda c, change=change: change(c["attributes"]))

@@ -66,7 +66,7 @@ def _record(task: Task, arrays: Arrays) -> pk.Trajectory:
 def tangent_kernel(task: Task, arrays: Arrays, engine: str, dtype: torch.dtype | None = None) -> pk.TangentKernel:
     loss = nn.CrossEntropyLoss() if task.network == "mlp" else loss_of
     return pk.TangentKernel(
-        loaded(task, arrays),
+        loaded(task, arrays).to(task.device),
         dtype=dtype,
         outputs=task.outputs,
         engine=engine,
@@ -79,7 +79,7 @@ def samples(task: Task, arrays: Arrays) -> tuple[Any, Any]:
     """Rows and columns as a kernel takes them."""
 
     def of(x: str, y: str) -> Any:
-        inputs, targets = torch.from_numpy(arrays[x]), torch.from_numpy(arrays[y])
+        inputs, targets = (torch.from_numpy(arrays[key]).to(task.device) for key in (x, y))
         return (inputs, targets) if task.outputs == "loss" else inputs
 
     return of("Xq", "yq"), of("X", "y") if "X" in arrays else None

@@ -287,17 +287,19 @@ def spread(n: int, few: int) -> np.ndarray:
 class Speed:
     """The machine: product speed (FLOP/s) and memory bandwidth (bytes/s), the best of what was seen by a clock."""
 
-    def __init__(self, size: int, clock: str) -> None:
-        self.clock = CLOCKS[clock]
+    def __init__(self, size: int, clock: str, device: str = "cpu") -> None:
+        self.clock, self.device = CLOCKS[clock], device
         generator = torch.Generator().manual_seed(0)
-        self.a, self.b = (torch.rand(size, size, generator=generator) for _ in range(2))
-        self.out, self.block = torch.empty(size, size), torch.zeros(1 << 25 if size >= 2048 else 1 << 22)
+        self.a, self.b = (torch.rand(size, size, generator=generator).to(device) for _ in range(2))
+        self.out = torch.empty(size, size, device=device)
+        self.block = torch.zeros(1 << 25 if size >= 2048 else 1 << 22, device=device)
         self.target = torch.empty_like(self.block)
         self.products, self.bandwidth = 0.0, 0.0
 
     def __call__(self) -> None:
         work = 2.0 * len(self.a) ** 3
-        for product in (self._by_mkl, self._by_onednn) if torch.backends.mkldnn.is_available() else (self._by_mkl,):
+        onednn = self.device == "cpu" and torch.backends.mkldnn.is_available()
+        for product in (self._by_mkl, self._by_onednn) if onednn else (self._by_mkl,):
             self.products = max(self.products, *(work / self._duration(product) for _ in range(3)))
         moved = 2.0 * self.block.nbytes
         for move in (lambda: self.target.copy_(self.block), lambda: self.block.mul_(0.5)):
@@ -310,6 +312,9 @@ class Speed:
         torch.ops.mkldnn._linear_pointwise(self.a, self.b, None, "none", [], "")
 
     def _duration(self, of: Callable[[], Any]) -> float:
+        wait = torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        wait()
         start = self.clock()
         of()
+        wait()
         return self.clock() - start

@@ -111,11 +111,32 @@ def shares(rows: Rows) -> Iterator[Target]:
         yield Target(f"{exact}: target ≤ 1.1 × the midpoint rule", value, 1.1)
 
 
+CHECKPOINT = {"captum": 100, "captum-default": 100, "dattri": 400, "dattri-batches": 400}
+"""How many times faster than each other library one TracIn checkpoint is to be."""
+
+
 def checkpoint(rows: Rows) -> Iterator[Target]:
-    yield against(rows, "TracIn checkpoint", ("captum",), 100)
-    yield against(rows, "TracIn checkpoint", ("captum-default",), 100)
-    yield against(rows, "TracIn checkpoint", ("dattri",), 400)
-    yield against(rows, "TracIn checkpoint", ("dattri-batches",), 400)
+    for method, bound in CHECKPOINT.items():
+        yield against(rows, "TracIn checkpoint", (method,), bound)
+
+
+def bounds(rows: Rows) -> list[str]:
+    """What the targets of a TracIn checkpoint ask for in seconds, beside what its parts take without an engine."""
+    lines, ours = [], find(rows, "TracIn checkpoint")
+    if ours is None:
+        return []
+    for method, bound in CHECKPOINT.items():
+        theirs = find(rows, "TracIn checkpoint", method)
+        if theirs is None:
+            continue
+        asked, floors = theirs["seconds"] / bound, {"the product floor": ours["floor_seconds"]}
+        if ours["torch_seconds"] is not None:
+            floors["torch's own parts"] = ours["torch_seconds"]
+        beside = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in floors.items())
+        below = [name for name, seconds in floors.items() if asked < seconds]
+        remark = f": below {' and '.join(below)}" if below else ""
+        lines.append(f"TracIn checkpoint: {bound} × {method} is {asked:.3g} s; {beside}{remark}")
+    return lines
 
 
 def memory(rows: Rows) -> Iterator[Target]:

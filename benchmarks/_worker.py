@@ -36,6 +36,7 @@ class Work:
         self.clock = CLOCKS[clock]
         self.module = importlib.import_module(module)
         self.calls: dict[str, Any] = {}
+        self.devices: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
 
     def load(self, slot: str, method: str, task: dict[str, Any], arrays: str) -> dict[str, Any]:
@@ -45,6 +46,7 @@ class Work:
 
         data = dict(np.load(arrays))
         self.calls[slot] = self.module.METHODS[method](Task(**task), data)
+        self.devices[slot] = Task(**task).device
         predict = getattr(self.module, "predicted_seconds", None)
         return {"predicted_seconds": None if predict is None else predict(Task(**task), data, method)}
 
@@ -58,11 +60,12 @@ class Work:
         import numpy as np
 
         run, canonical = self.calls[slot]
-        seconds, peak, result = watched(run, self.clock)
+        watch = watched if self.devices[slot] == "cpu" else watched_on_gpu
+        seconds, peak, result = watch(run, self.clock)
         if seconds < SLOW:
             del result  # as a user who keeps one result at a time
             getattr(run, "forget", lambda: None)()
-            seconds, peak, result = watched(run, self.clock)
+            seconds, peak, result = watch(run, self.clock)
         self.seconds[slot] = seconds
         if canonical is None:
             return {"seconds": seconds, "peak_mb": None, "result_mb": None, "saved": False}
@@ -101,6 +104,19 @@ def watched(run: Any, clock: Callable[[], float]) -> tuple[float, float, Any]:
     result = run()
     seconds = clock() - start
     return seconds, (resident("VmHWM") - before) / 1e6, result
+
+
+def watched_on_gpu(run: Any, clock: Callable[[], float]) -> tuple[float, float, Any]:
+    """The same of a GPU: extra memory that its tensors take there at once. Results are on the CPU, so it has ended."""
+    import torch
+
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, start = torch.cuda.memory_allocated(), clock()
+    result = run()
+    seconds = clock() - start
+    return seconds, (torch.cuda.max_memory_allocated() - before) / 1e6, result
 
 
 def resident(which: str) -> float:

@@ -55,6 +55,7 @@ class Task:
     quadrature: str = "discrete_gradient"
     tolerance: float = 0.0
     memory: str = "1GB"
+    device: str = "cpu"
     part: int = 0
     """Steps, nodes or queries that a method too slow for all of them takes instead; its time is scaled."""
 

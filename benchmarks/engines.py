@@ -1,7 +1,7 @@
 """How fast are the engines, how far from the floor, and how much faster than other libraries?
 
     python benchmarks/engines.py [--quick] [--peers] [--json FILE] [--only NAME …] [--methods NAME …] [--threads N]
-                                 [--clock wall|cpu]
+                                 [--clock wall|cpu] [--device cpu|cuda]
 
 Each row is one method on one workload. All methods of a workload take turns, each in a process of its own.
 
@@ -19,7 +19,8 @@ of products, `tutorial` torch.func's own tutorial, `rows` vmap(grad) into a buff
 other libraries into environments of their own and runs them too. Workloads: W1 an MLP 64-256-256-10, W2 a small CNN, W3
 a causal transformer; one TracIn checkpoint; path Gram matrices and shares of a network trained on digits; memory
 budgets; scaling. Where others work on the same machine, `--threads 1 --clock cpu` counts the time of each process on
-the processor alone: threads that wait for each other there say nothing of an engine.
+the processor alone: threads that wait for each other there say nothing of an engine. `--device cuda` times pathkernel's
+tangent kernels on a GPU, with its products and memory as the floor; peak_mb is of the GPU's memory then.
 
 Exit status 1 if a result of pathkernel is not as exact as it should be. Speed is reported, not enforced.
 """
@@ -41,7 +42,7 @@ from _floors import count, gram_products, parameters_of, spared
 from _peers import ENVIRONMENTS
 from _peers import METHODS as PEER_METHODS
 from _rounds import Entry, Here, Rounds, Speed, Worker
-from _targets import TORCH_FLOOR, all_targets, find, scaling, wrong
+from _targets import TORCH_FLOOR, all_targets, bounds, find, scaling, wrong
 from _worker import CLOCKS
 from _workloads import OUTPUTS, Task
 
@@ -164,6 +165,28 @@ def all_groups(quick: bool) -> Groups:
 # ------------------------------------------------------------------------------------------------------- running
 
 
+def refusal(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with a device that was asked for: what was found, what was expected, what to write; or None."""
+    if arguments.device == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        found = f"`--device {arguments.device}` was given, and torch {torch.__version__} finds no such device"
+        expected = "kernels are timed on a device that is there, by a torch that was built for it"
+        return f"{found}; {expected}; leave `--device` out, or install torch for this GPU"
+    if arguments.clock != "wall":
+        found = f"`--device {arguments.device} --clock {arguments.clock}` was given"
+        return f"{found}; what a GPU takes is no time of the processor; write `--clock wall`, or leave it out"
+    return None
+
+
+def on_device(entries: list[Entry], device: str) -> list[Entry]:
+    """Kernels by pathkernel, on a device. Others run on the CPU, and a path that was trained there is another one."""
+    kept = [entry for entry in entries if entry.method.startswith("pathkernel") and entry.task.kind == "gram"]
+    for entry in kept:
+        entry.task = replace(entry.task, device=device)
+    return kept
+
+
 def workers_of(arguments: argparse.Namespace, threads: int) -> dict[str, Any]:
     """By method: here in this process for --quick, else processes of their own; peers where they are installed."""
     if arguments.quick:
@@ -206,6 +229,7 @@ def row_of(entry: Entry, speed: Speed, threads: int) -> dict[str, Any]:
         "product_gflops": speed.products / 1e9,
         "bandwidth_gbs": speed.bandwidth / 1e9,
         "threads": threads,
+        "device": entry.task.device,
         "error_against": "",
     }
     if entry.task.kind == "gram":
@@ -251,16 +275,21 @@ def main() -> int:
     parser.add_argument("--methods", metavar="NAME", nargs="+", default=METHODS, choices=METHODS, help="only these")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="of every method")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="what seconds are; cpu: of each process")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where pathkernel's kernels are")
     parser.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds, of methods that are quick")
     arguments = parser.parse_args()
 
+    if (problem := refusal(arguments)) is not None:
+        parser.error(problem)
     torch.set_num_threads(arguments.threads)
     print(f"Engines: how fast, how exact{' (quick)' if arguments.quick else ''}")
     versions = f"python {platform.python_version()}, torch {torch.__version__}"
-    print(
-        f"{versions}, {platform.machine()}, {arguments.threads} threads, {arguments.clock} time, {time.strftime('%F')}"
-    )
+    device = "" if arguments.device == "cpu" else f", {torch.cuda.get_device_name()}"
+    clock = f"{arguments.threads} threads, {arguments.clock} time"
+    print(f"{versions}, {platform.machine()}{device}, {clock}, {time.strftime('%F')}")
     groups = {name: entries for name, entries in all_groups(arguments.quick).items() if chosen(name, arguments.only)}
+    if arguments.device != "cpu":
+        groups = {name: on_device(entries, arguments.device) for name, entries in groups.items()}
     workers = workers_of(arguments, arguments.threads)
     rows: list[dict[str, Any]] = []
     print(
@@ -283,7 +312,8 @@ def main() -> int:
 def run_group(
     entries: list[Entry], workers: dict[str, Any], folder: Path, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    start, speed = time.perf_counter(), Speed(512 if arguments.quick else 2048, arguments.clock)
+    start = time.perf_counter()
+    speed = Speed(512 if arguments.quick else 2048, arguments.clock, arguments.device)
     speed()
     settings = {"most": 0, "subset": 4, "pause": 0.0} if arguments.quick else {"most": arguments.repeat, "subset": 48}
     Rounds(workers, folder, speed, **settings).run(entries, progress)
@@ -308,6 +338,8 @@ def verdict(rows: list[dict[str, Any]], quick: bool) -> int:
     targets = [target for target in all_targets(rows) if target.value is not None]
     for target in targets:
         print(target)
+    for line in bounds(rows):
+        print(line)
     print(f"targets met: {sum(bool(target.met) for target in targets)} of {len(targets)} measured")
     faults = wrong(rows)
     print(f"errors of pathkernel within their limits: {'ok' if not faults else 'NO'}")

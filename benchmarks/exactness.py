@@ -267,8 +267,8 @@ def size_of(quadrature: Quadrature, network: str, quick: bool) -> Size:
     if isinstance(quadrature, pk.Adaptive):
         return Size(steps=2, queries=4) if quick else Size(steps=4, queries=6)
     if network in ("cnn_batchnorm", "mlp_dropout", "transformer"):
-        return Size(steps=6, queries=6) if quick else Size(steps=12, queries=10)
-    return Size(steps=12, queries=10) if quick else Size(steps=30, queries=20)
+        return Size(steps=4, queries=4) if quick else Size(steps=12, queries=10)
+    return Size(steps=6, queries=5) if quick else Size(steps=30, queries=20)
 
 
 def cases(quick: bool) -> Iterator[tuple[str, str, str]]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathkernel import callbacks as callbacks
     from pathkernel import dynamics as dynamics
     from pathkernel import errors as errors
+    from pathkernel import influence as influence
     from pathkernel import kernels as kernels
     from pathkernel import optimizers as optimizers
     from pathkernel import plotting as plotting
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from pathkernel.estimators.support_vectors import PathKernelSVR as PathKernelSVR
     from pathkernel.estimators.transformer import PathKernelTransformer as PathKernelTransformer
     from pathkernel.gradients.layers.rules import layer_rule as layer_rule
+    from pathkernel.influence.datamodels import Datamodel as Datamodel
+    from pathkernel.influence.datamodels import datamodel as datamodel
+    from pathkernel.influence.labels import LabelQuality as LabelQuality
+    from pathkernel.influence.labels import label_quality as label_quality
     from pathkernel.kernel_machine.attributions import Attributions as Attributions
     from pathkernel.kernel_machine.kernel_machine import KernelMachine as KernelMachine
     from pathkernel.kernel_machine.streaming import StreamingShares as StreamingShares
@@ -64,6 +69,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Adaptive": "quadrature",
     "Attributions": "kernel_machine.attributions",
+    "Datamodel": "influence.datamodels",
     "DiscreteGradient": "quadrature",
     "DiskStore": "storage.disk",
     "Every": "trajectory.schedule",
@@ -77,6 +83,7 @@ _HOMES = {
     "KernelRecorder": "recording.recorder",
     "Keyframes": "trajectory.schedule",
     "LabelLeakWarning": "errors",
+    "LabelQuality": "influence.labels",
     "LeftEndpoint": "quadrature",
     "Midpoint": "quadrature",
     "Nothing": "trajectory.schedule",
@@ -102,11 +109,23 @@ _HOMES = {
     "Trapezoid": "quadrature",
     "UpdateRule": "update_rules.rule",
     "WeightsOnly": "trajectory.schedule",
+    "datamodel": "influence.datamodels",
     "indexed": "recording.indexed",
+    "label_quality": "influence.labels",
     "layer_rule": "gradients.layers.rules",
 }
 
-_SUBMODULES = ("analysis", "callbacks", "dynamics", "errors", "kernels", "optimizers", "plotting", "testing")
+_SUBMODULES = (
+    "analysis",
+    "callbacks",
+    "dynamics",
+    "errors",
+    "influence",
+    "kernels",
+    "optimizers",
+    "plotting",
+    "testing",
+)
 
 __all__ = sorted([*_HOMES, *_SUBMODULES, "__version__"])
 if not TYPE_CHECKING:  # to which it would say that there is every name

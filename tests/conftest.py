@@ -23,10 +23,12 @@ SHAPED = [
     "pathkernel.gradients.contraction",
     "pathkernel.gradients.factored",
     "pathkernel.gradients.gradient_source",
+    "pathkernel.gradients.inner_products",
     "pathkernel.gradients.layers.coverage",
     "pathkernel.gradients.layers.factor",
     "pathkernel.gradients.layers.factors",
     "pathkernel.gradients.layers.stacked_passes",
+    "pathkernel.gradients.layers.stacked_pieces",
     "pathkernel.gradients.layers.tape",
     "pathkernel.gradients.losses",
     "pathkernel.gradients.matmul",
@@ -36,6 +38,7 @@ SHAPED = [
     "pathkernel.gradients.pushed_shares",
     "pathkernel.gradients.sample_wise",
     "pathkernel.kernel_machine.queries",
+    "pathkernel.kernel_machine.scaled_steps",
     "pathkernel.kernel_machine.stacked_segments",
     "pathkernel.path_kernel.features",
     "pathkernel.path_kernel.node_selection",
@@ -69,32 +72,32 @@ hypothesis.settings.load_profile("pathkernel")
 
 
 TABLES = {
-    "tests/gradients/layers/test_architectures.py": 3,
-    "tests/gradients/test_split.py": 6,
-    "tests/gradients/test_zoo.py": 8,
-    "tests/kernel_machine/test_backward_sweep.py": 5,
-    "tests/kernel_machine/test_forms.py": 5,
-    "tests/kernel_machine/test_kernel_machine.py": 5,
-    "tests/kernel_machine/test_memory_plan.py": 9,
-    "tests/kernel_machine/test_shares_error.py": 7,
-    "tests/recording/test_batch_axis_and_watch.py": 3,
-    "tests/recording/test_call_forms.py": 3,
-    "tests/recording/test_captured_cotangents.py": 5,
-    "tests/recording/test_kept_inputs.py": 3,
-    "tests/recording/test_layers_with_state.py": 3,
-    "tests/recording/test_losses_and_shapes.py": 3,
-    "tests/recording/test_observing.py": 3,
-    "tests/recording/test_recorder.py": 6,
-    "tests/recording/test_resume.py": 3,
-    "tests/recording/test_training_is_as_without.py": 7,
-    "tests/runtime/test_other_device.py": 3,
-    "tests/runtime/test_pickling.py": 6,
-    "tests/tangent_kernel/test_layerwise.py": 6,
-    "tests/tangent_kernel/test_operators.py": 3,
-    "tests/tangent_kernel/test_projection.py": 3,
-    "tests/tangent_kernel/test_tangent_kernel.py": 3,
-    "tests/trajectory/test_replay.py": 5,
-    "tests/update_rules/test_torch_optimizers.py": 7,
+    "tests/gradients/layers/test_architectures.py": 5,
+    "tests/gradients/test_split.py": 9,
+    "tests/gradients/test_zoo.py": 12,
+    "tests/kernel_machine/test_backward_sweep.py": 8,
+    "tests/kernel_machine/test_forms.py": 8,
+    "tests/kernel_machine/test_kernel_machine.py": 8,
+    "tests/kernel_machine/test_memory_plan.py": 12,
+    "tests/kernel_machine/test_shares_error.py": 10,
+    "tests/recording/test_batch_axis_and_watch.py": 5,
+    "tests/recording/test_call_forms.py": 5,
+    "tests/recording/test_captured_cotangents.py": 8,
+    "tests/recording/test_kept_inputs.py": 5,
+    "tests/recording/test_layers_with_state.py": 5,
+    "tests/recording/test_losses_and_shapes.py": 5,
+    "tests/recording/test_observing.py": 5,
+    "tests/recording/test_recorder.py": 9,
+    "tests/recording/test_resume.py": 5,
+    "tests/recording/test_training_is_as_without.py": 10,
+    "tests/runtime/test_other_device.py": 5,
+    "tests/runtime/test_pickling.py": 9,
+    "tests/tangent_kernel/test_layerwise.py": 9,
+    "tests/tangent_kernel/test_operators.py": 5,
+    "tests/tangent_kernel/test_projection.py": 5,
+    "tests/tangent_kernel/test_tangent_kernel.py": 5,
+    "tests/trajectory/test_replay.py": 8,
+    "tests/update_rules/test_torch_optimizers.py": 10,
 }
 """Large tables, of which every run takes the first and every so many rows, and rows for what these leave out of the
 optimizers, levels, networks … that a table combines; ``-m exhaustive`` takes the rest. Together they would take longer
@@ -149,16 +152,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def rows_to_run(table: list[pytest.Item], every: int) -> set[pytest.Item]:
-    """Every so many rows, and the first with a value that none of them has."""
+    """Every so many rows, and few that have the values that none of these has."""
     values = {item: {(name, id(value)) for name, value in item.callspec.params.items()} for item in table}
     many = Counter(name for name, _ in set().union(*values.values()))
     every = min(every, OF_ONE) if max(many.values()) == len(table) else every
     there = [item for item in table if not item.get_closest_marker("exhaustive")]
     run = {item for item in table[::every] if item in there}
-    tried = set().union(*(values[item] for item in run))
-    for item in there:
-        new = {name for name, _ in values[item] - tried}
-        if any(many[name] <= MANY and many[name] < len(table) for name in new):
-            run.add(item)
-            tried |= values[item]
+    few = {name for name, number in many.items() if number <= MANY and number < len(table)}
+    wanted = {(name, value) for item in there for name, value in values[item] if name in few}
+    wanted -= set().union(*(values[item] for item in run))
+    while wanted:
+        run.add(most := max(there, key=lambda item: len(values[item] & wanted)))
+        wanted -= values[most]
     return run

@@ -189,6 +189,7 @@ def blocks_of(page: str, language: str) -> list[str]:
         "how_to/long_runs",
         "how_to/real_training_loops",
         "how_to/models_that",
+        "how_to/kernels_as_objects",
         "how_to/scikit_learn",
         "explanation/two_players",
     ],

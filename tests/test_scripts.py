@@ -23,6 +23,14 @@ EXAMPLES = [
     for path in sorted((ROOT / "examples").glob("[0-9]*.py"))
 ]
 KEYS = {
+    "added_samples.py": {
+        *("network", "optimizer", "seed", "labels", "steps", "rank_correlation", "relative_error", "remainder"),
+        "gradient_error",
+    },
+    "attribution.py": {
+        *("data", "network", "optimizer", "seed", "method", "lds_1", "lds_10", "lds_50", "lds_fresh", "loo"),
+        *("mislabel_auc", "precision", "seconds", "training_ratio", "peak_mb"),
+    },
     "exactness.py": {
         *("optimizer", "network", "loss", "dtype", "quadrature", "residual", "quadrature_error"),
         *("split_error", "gradients_per_step", "seconds"),
@@ -39,6 +47,14 @@ KEYS = {
     },
     "engines.py": {"workload", "method", "seconds", "floor_seconds", "peak_mb", "error"},
     "faults.py": {"fault", "trials", "survived", "lost", "silently_wrong"},
+    "generalization.py": {
+        *("network", "n", "gap", "bound", "by_kernel", "by_losses", "parameter_distance", "kernel_distance"),
+        *("svm_initial", "svm_path", "svm_after", "accuracy"),
+    },
+    "labels.py": {
+        *("data", "flips", "seed", "area_under_margin", "self_influence", "self_share", "final_loss"),
+        *("combined", "precision", "seconds", "training_ratio"),
+    },
     "loops.py": {
         *("loop", "lines", "recorded", "residual", "split_error", "agreement", "bit_identical_training"),
         *("overhead", "explain_ok", "path_kernel_ok"),
@@ -56,7 +72,9 @@ KEYS = {
 
 
 PARTS = {
+    "attribution.py": ("--tiny", "--only", "digits MLP tanh"),
     "dynamics.py": ("--only", "norms", "noise"),
+    "coverage.py": ("--only", "GPT-2", "ResNet", "ConvNeXt", "U-Net", "LSTM classifier", "MLP-Mixer"),
     "certificate.py": ("--parts", "coupled", "refused", "broken", "alarms"),
     "engines.py": (
         *("--only", "W1 trace", "W2 full", "W3 loss", "path Gram", "shares SGD", "memory", "scaling"),
@@ -65,8 +83,8 @@ PARTS = {
     "real_networks.py": ("--steps", "3", "--tasks", "explain 8", "decision_function 8"),
     "loops.py": ("--only", "makemore", "gcn", "tabular", "truncated_bptt", "lbfgs"),
 }
-"""Of benchmarks whose other parts are tests by themselves (zoo, bars, threads, flows), take long, or depend on the
-machine."""
+"""Of benchmarks whose other parts are tests by themselves (zoo, bars, threads, flows, architectures), take long, or
+depend on the machine."""
 
 
 def run(script: Path, *arguments: str) -> None:

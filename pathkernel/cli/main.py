@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands.add_argument("--version", action="version", version=f"pathkernel {__version__}")
     subcommands = commands.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_demo, _flow, _game, _plan, _info, _verify, _gram, _explain, _export):
+    for add in (_demo, _flow, _game, _plan, _info, _verify, _gram, _explain, _labels, _export):
         own = add(subcommands)
         own.add_argument("--json", type=Path, metavar="FILE", help="write every printed number to FILE")
         own.epilog = EXIT_CODES
@@ -156,6 +156,24 @@ def _explain(subcommands: Any) -> argparse.ArgumentParser:
     job.add_argument("--output-index", type=int, help="which output (default: the predicted class)")
     job.add_argument("--top", type=int, default=5, help="samples to print for each query (default 5)")
     job.set_defaults(run_command="pathkernel.cli.kernels:explain")
+    return job
+
+
+def _labels(subcommands: Any) -> argparse.ArgumentParser:
+    job: argparse.ArgumentParser = subcommands.add_parser(
+        "labels",
+        aliases=["audit"],
+        help="which training samples may have wrong labels, and why",
+        description="Ranks the training samples by how doubtful their labels are, from what one recorded run did with "
+        "them, and names the samples that pulled the other way.",
+    )
+    _computing(job)
+    job.add_argument("--top", type=int, default=20, help="samples to list (default 20)")
+    job.add_argument("--nodes", type=int, default=20, help="points of the path that are looked at (default 20)")
+    job.add_argument("--reasons", type=int, default=3, help="samples that pulled the other way, for each (default 3); "
+                     "0 for none, which leaves out the most expensive part")  # fmt: skip
+    job.add_argument("--picture", type=Path, metavar="FILE", help="draw the samples, .png, .svg or .pdf (images only)")
+    job.set_defaults(run_command="pathkernel.cli.labels:labels")
     return job
 
 

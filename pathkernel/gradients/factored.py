@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pathkernel._typing import Float
 from pathkernel.gradients.layers.factors import Dense, Piece
+from pathkernel.gradients.layers.stacked_pieces import StackedPieces
 from pathkernel.gradients.parameters import ParameterLayout
 
 
@@ -43,6 +44,8 @@ class FactoredGradients:
         c, (Q,), and v, (P,), or None.
     place
         Where there are no pieces: the device of the zeros that stand for them, by default the CPU.
+    stack
+        The pieces of other points that these were taken with, and which of them they are; or None.
     """
 
     layout: ParameterLayout
@@ -51,6 +54,7 @@ class FactoredGradients:
     multiples: Tensor | None = None
     direction: Tensor | None = None
     place: torch.device | None = None
+    stack: tuple[StackedPieces, int] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -97,12 +101,13 @@ class FactoredGradients:
     def __rmul__(self, weight: float) -> FactoredGradients:
         """Every gradient times a number."""
         pieces = tuple(replace(piece, factor=piece.factor.scaled(weight)) for piece in self.pieces)
-        return replace(self, pieces=pieces, multiples=None if self.multiples is None else weight * self.multiples)
+        multiples = None if self.multiples is None else weight * self.multiples
+        return replace(self, pieces=pieces, multiples=multiples, stack=None)
 
     def __add__(self, other: FactoredGradients) -> FactoredGradients:
         """Gradients added one by one; neither may hold a multiple of a direction."""
         assert self.multiples is None and other.multiples is None
-        return replace(self, pieces=(*self.pieces, *other.pieces))
+        return replace(self, pieces=(*self.pieces, *other.pieces), stack=None)
 
     def plus(self, multiples: Float[Tensor, " Q"], direction: Float[Tensor, " P"]) -> FactoredGradients:
         """A multiple of one direction added to each."""
@@ -115,6 +120,23 @@ class FactoredGradients:
         """Inner products with a direction (P,) or several (P, D): float64 (Q,) or (Q, D)."""
         several = directions.unsqueeze(1) if directions.dim() == 1 else directions
         several = several.to(self.device)
+        result = self._products_at_hand(directions)
+        if result is None:
+            result = self._products(several)
+        if self.multiples is not None and self.direction is not None:
+            result.addr_(self.multiples, self.direction @ several.to(self.direction))
+        return result[:, 0] if directions.dim() == 1 else result
+
+    def _products_at_hand(self, directions: Tensor) -> Float[Tensor, "Q 1"] | None:
+        """Inner products of the pieces with a direction that were taken with those of other points."""
+        if self.stack is None or directions.dim() > 1:
+            return None
+        stack, place = self.stack
+        found = stack.along(place, directions)
+        return None if found is None else found.clone().unsqueeze(1)
+
+    def _products(self, several: Float[Tensor, "P D"]) -> Float[Tensor, "Q D"]:
+        """Inner products of the pieces, float64."""
         result = torch.zeros(self.count, several.shape[1], dtype=torch.float64, device=self.device)
         cast: dict[torch.dtype, Tensor] = {}
         for piece in self.pieces:
@@ -122,9 +144,7 @@ class FactoredGradients:
             if dtype not in cast:
                 cast[dtype] = several.T.to(dtype)
             result += piece.products(cast[dtype]).reshape(self.count, -1)
-        if self.multiples is not None and self.direction is not None:
-            result.addr_(self.multiples, self.direction @ several.to(self.direction))
-        return result[:, 0] if directions.dim() == 1 else result
+        return result
 
     def columns(self, where: slice, dtype: torch.dtype) -> Float[Tensor, "Q size"]:
         """The entries of a part of θ that lies within one parameter, formed; do not change them in place."""
@@ -175,10 +195,12 @@ class FactoredGradients:
 
     def total(self) -> Float[Tensor, " P"]:
         """The sum of all gradients, float64."""
-        result = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
-        for piece in self.pieces:
-            for where, factor in piece.separated():
-                result[where] += factor.total()
+        result = None if self.stack is None else self.stack[0].total(self.stack[1], self.layout.size)
+        if result is None:
+            result = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
+            for piece in self.pieces:
+                for where, factor in piece.separated():
+                    result[where] += factor.total()
         if self.multiples is not None and self.direction is not None:
             result += self.multiples.sum() * self.direction
         return result

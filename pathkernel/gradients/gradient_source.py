@@ -180,7 +180,8 @@ class GradientSource:
         if isinstance(found, Exception):
             return None
         layout, functions = self.function.layout, components.shape[1] * components.shape[2]
-        return [FactoredGradients(layout, functions, accumulated(pieces)) for pieces in found]
+        stacked = found.to(accumulation_dtype(components.dtype))
+        return [FactoredGradients(layout, functions, stacked.at(s), stack=(stacked, s)) for s in range(len(components))]
 
     def prove(
         self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction, *, measured: bool = False

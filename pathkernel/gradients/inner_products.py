@@ -6,11 +6,12 @@ one position each, p + q multiplications for a query and a sample in place of p 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from pathkernel._typing import Float
 from pathkernel.gradients.contraction import by_pairs, pair_products
 from pathkernel.gradients.factored import FactoredGradients
 from pathkernel.gradients.layers.factors import Piece
@@ -64,6 +65,8 @@ def contracted(left: FactoredGradients, right: FactoredGradients, rates: Mapping
         Bytes for a tile of pairs.
     """
     alike = len(set(rates.values())) == 1
+    if alike and (found := _taken_together(left, right, rates)) is not None:
+        return found.T.double() * next(iter(rates.values()))
     total: Tensor | None = None
     for piece in left.pieces:
         names = left.names(piece)
@@ -78,6 +81,17 @@ def contracted(left: FactoredGradients, right: FactoredGradients, rates: Mapping
     if total is None:
         return torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     return total.double() * (next(iter(rates.values())) if alike else 1.0)
+
+
+def _taken_together(
+    left: FactoredGradients, right: FactoredGradients, names: Collection[str]
+) -> Float[Tensor, "B Q"] | None:
+    """Inner products of pairs that are taken with those of other points; None where the two are not of one stack."""
+    if left.stack is None or right.stack is None or left.stack[1] != right.stack[1]:
+        return None
+    stack, place = left.stack
+    wanted = {piece.where.start for piece in left.pieces if left.names(piece)[0] in names}
+    return stack.pairs(right.stack[0], wanted, place)
 
 
 def _tiled(left: Piece, right: Piece, weight: float, bias: float, memory: int) -> Tensor:

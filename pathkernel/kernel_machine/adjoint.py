@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,12 @@ from pathkernel.update_rules.rule import Frozen, Settings, UpdateRule, adjoint
 JOINED = 2**16
 """Entries of θ up to which the coefficients of several parameters are found at once: networks have many small ones, and
 each takes as long as its calls. More would take more memory at once than one large parameter does. Chosen."""
+
+KEPT = 64
+"""Coefficients that are kept from step to step. Chosen: a few parameter groups of a few steps."""
+
+NUMBERS = (bool, int, float, str, type(None))
+"""Types of settings by whose equality coefficients are the same."""
 
 Coefficient = float | Tensor
 """Number for all entries of a parameter, or a tensor with one for each."""
@@ -80,6 +86,14 @@ class Stepped:
     frozen: Frozen
     settings: Settings
     shape: torch.Size
+
+
+class _Settled(NamedTuple):
+    """Parameters whose steps have the same coefficients: their group, what is frozen of them, and its settings."""
+
+    group: int
+    frozen: tuple[tuple[str, Any], ...]
+    settings: tuple[tuple[str, Any], ...]
 
 
 def linear(cases: Mapping[Any, Stepped]) -> dict[Any, Linear]:
@@ -159,18 +173,27 @@ class StepAdjoint:
         The step, and its optimizer's rule.
     shapes
         Shape of each parameter by name.
+    known
+        Coefficients that follow from settings and frozen numbers alone, kept from step to step of one rule.
     """
 
-    def __init__(self, rule: UpdateRule, step: Step, shapes: dict[str, torch.Size]) -> None:
+    def __init__(
+        self, rule: UpdateRule, step: Step, shapes: dict[str, torch.Size], known: dict[Any, Linear] | None = None
+    ) -> None:
         self.rule = rule
         self.step = step
         self.shapes = shapes
+        self.known = {} if known is None else known
         self._linear: dict[Any, Linear] = {}
 
     def linear(self, name: str) -> Linear | None:
         """The coefficients of a parameter, found once; None where its rule is not elementwise."""
         key = self._key(name)
-        if key not in self._linear and self._stepped(name).rule.elementwise:
+        if key in self._linear:
+            return self._linear[key]
+        if key in self.known:
+            return self.known[key]
+        if self._stepped(name).rule.elementwise:
             # Off the CPU they are found together, in one transfer; on it a few small ones, which takes less memory.
             frozen = [value for value in self.step.frozen[name].values() if isinstance(value, Tensor)]
             on_cpu = all(value.is_cpu for value in frozen)
@@ -179,8 +202,16 @@ class StepAdjoint:
                 self._linear |= self._joined(alike)
                 return self._linear[key]
             cases = {self._key(other): self._stepped(other) for other in (alike if on_cpu else self.step.active)}
-            self._linear |= linear({other: case for other, case in cases.items() if case.rule.elementwise})
+            found = linear({other: case for other, case in cases.items() if case.rule.elementwise})
+            self._linear |= found
+            self._keep({other: own for other, own in found.items() if isinstance(other, _Settled)})
         return self._linear.get(key)
+
+    def _keep(self, found: Mapping[Any, Linear]) -> None:
+        """Keep coefficients for later steps; of settings that change from step to step only the latest."""
+        if len(self.known) + len(found) > KEPT:
+            self.known.clear()
+        self.known.update(found)
 
     def _joined(self, names: Sequence[str]) -> dict[str, Linear]:
         """The coefficients of parameters that step alike, from one evaluation of the rule on all of them end to end."""
@@ -229,9 +260,14 @@ class StepAdjoint:
 
     def _key(self, name: str) -> Any:
         """Key that parameters share which step alike: those of one group in which only numbers are frozen."""
-        frozen = self.step.frozen[name]
-        shared = all(isinstance(value, (bool, int, float)) for value in frozen.values())
-        return (self.step.groups[name], tuple(sorted(frozen.items()))) if shared else name
+        frozen, group = self.step.frozen[name], self.step.groups[name]
+        if not all(isinstance(value, (bool, int, float)) for value in frozen.values()):
+            return name
+        numbered = tuple(sorted(frozen.items()))
+        settings = tuple(sorted(self.step.hyperparameters_of(name).items()))
+        values = (value for _, own in settings for value in (own if isinstance(own, tuple) else (own,)))
+        settled = all(isinstance(value, NUMBERS) for value in values)
+        return _Settled(group, numbered, settings) if settled else (group, numbered)
 
     def of(self, name: str, dtype: torch.dtype) -> Callable[[slice, Tensor, list[Tensor | None]], list[Scaled]]:
         """A function that pulls blocks of columns of a parameter back.

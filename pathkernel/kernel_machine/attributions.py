@@ -43,6 +43,32 @@ class Ranking:
     opponents: np.ndarray
     opponent_shares: np.ndarray
 
+    @classmethod
+    def of(cls, shares: np.ndarray, k: int) -> Ranking:
+        """Rank samples by their shares, (Q, N): k on either side.
+
+        Raises
+        ------
+        InputError
+            For other numbers than 1 … N.
+        """
+        n = shares.shape[1]
+        if not 1 <= k <= n:
+            raise InputError(
+                f"`top({k})` was asked of {n} training samples",
+                f"k lies between 1 and {n}",
+                f"Write `top({min(5, n)})`",
+            )
+        order = np.argsort(shares, axis=1, kind="stable")
+        # Copies: torch refuses views with negative strides as indices.
+        opponents, proponents = order[:, :k].copy(), order[:, ::-1][:, :k].copy()
+        return cls(
+            proponents,
+            np.take_along_axis(shares, proponents, axis=1),
+            opponents,
+            np.take_along_axis(shares, opponents, axis=1),
+        )
+
     def __repr__(self) -> str:
         def line(ids: np.ndarray, shares: np.ndarray) -> str:
             return ", ".join(f"{i} ({s:+.3g})" for i, s in zip(ids, shares, strict=True))
@@ -183,22 +209,7 @@ class Attributions:
         Ranking
             Proponents (raised the output) and opponents (lowered it).
         """
-        n = self.shares.shape[1]
-        if not 1 <= k <= n:
-            raise InputError(
-                f"`top({k})` was asked of {n} training samples",
-                f"k lies between 1 and {n}",
-                f"Write `top({min(5, n)})`",
-            )
-        order = np.argsort(self.shares, axis=1, kind="stable")
-        # Copies: torch refuses views with negative strides as indices.
-        opponents, proponents = order[:, :k].copy(), order[:, ::-1][:, :k].copy()
-        return Ranking(
-            proponents,
-            np.take_along_axis(self.shares, proponents, axis=1),
-            opponents,
-            np.take_along_axis(self.shares, opponents, axis=1),
-        )
+        return Ranking.of(self.shares, k)
 
     def by_class(self, y: np.ndarray) -> dict[object, np.ndarray]:
         """Sum the shares over the training samples of each class: ``{label: (Q,)}``."""

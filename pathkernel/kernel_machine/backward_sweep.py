@@ -13,19 +13,20 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
-from pathkernel.gradients.inner_products import contracted, paired_names
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.kernel_machine.accumulator import Accumulator
-from pathkernel.kernel_machine.adjoint import StepAdjoint
+from pathkernel.kernel_machine.adjoint import Linear, StepAdjoint
 from pathkernel.kernel_machine.block_memory import BlockMemory
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.forms import FormBuilder
+from pathkernel.kernel_machine.scaled_steps import ScaledSteps
 from pathkernel.kernel_machine.step_contributions import Contributions, StepGradients, module_of
 from pathkernel.runtime.interrupts import defer_interrupts, deliver_interrupt
 from pathkernel.runtime.precision import EXACT_PRODUCTS
@@ -132,6 +133,8 @@ class BackwardSweep:
         # Rules that mix entries are differentiated, and add up rounding along the way.
         self.dtype = accumulation_dtype(curve.queries.function.dtype) if self.rule.elementwise else torch.float64
         self.accumulator = accumulator = Accumulator.start(curve.initial)
+        self.scaled = ScaledSteps(self.layout, accumulator, cuts.scratch)
+        self._coefficients: dict[Any, Linear] = {}
         self.shares = self._start_shares()
         modules = dict.fromkeys(module_of(name) for name in self.layout.names) if by == "module" else ()
         self.modules = {module: torch.zeros_like(self.shares) for module in modules}
@@ -174,7 +177,7 @@ class BackwardSweep:
         if q.zero and not self.memory:
             return
         give_back_freed_memory()
-        adjoint = StepAdjoint(self.rule, step, self.shapes)
+        adjoint = StepAdjoint(self.rule, step, self.shapes, self._coefficients)
         stages = self.gradients.stages(step, rows=True, passes=self.passes)
         give_back_freed_memory()
         in_gradient, in_displacement = self._sources(segment, step)
@@ -194,7 +197,7 @@ class BackwardSweep:
         else:
             rates = self._scalar_rates(adjoint, step, q, received[0], stages[0].parts)
             if rates:
-                self._contract_scaled(q, rates, received[0], totals[0])
+                self.scaled.contract(step, q, rates, received[0], totals[0])
             for name, where, pulled in self._pull_back_memory(step, adjoint, q, rates):
                 deliver_interrupt()
                 for place, u, scale in pulled:
@@ -254,6 +257,9 @@ class BackwardSweep:
                     found[source][where] = term.reshape(-1)
         return sources
 
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.shares.device)
+
     # -- steps that only scale the gradient: no P numbers a query ---------------------------------------------
 
     def _scalar_rates(
@@ -264,75 +270,11 @@ class BackwardSweep:
         received: StepGradients,
         parts: Iterable[FactoredGradients | CoupledSamples],
     ) -> dict[str, float]:
-        """The rate of each parameter that is only scaled, where pieces are best met in pairs; often all or none."""
+        """The rate of each parameter that is only scaled and met in pairs; see `ScaledSteps.rates`."""
         if isinstance(received.stage.factor, Tensor) or self.memory or self.by == "module" or self.builder is not None:
             return {}
-        formed = [part for part in parts if isinstance(part, FactoredGradients)]
-        if received.coupled:  # they are met with the weights of all parameters
-            return {}
-        rates: dict[str, float] = {}
-        for name in step.active:
-            linear = adjoint.linear(name)
-            if linear is None or linear.rate is None:
-                return {}
-            rates[name] = linear.rate
-        # A weight goes with its bias, also where one of the two stays as it is (frozen, or without a gradient).
-        rates |= {name: 0.0 for name in self.layout.names if name not in step.active}
-        return {name: rates[name] for name in paired_names(q, formed) if name in rates}
-
-    def _contract_scaled(
-        self, q: FactoredGradients, rates: dict[str, float], received: StepGradients, total: Contributions
-    ) -> None:
-        """u = a q: pieces of queries and batch meet directly."""
-        begin = 0
-        scale = self._scale(rates)
-        for part in received.stage.parts:
-            assert isinstance(part, FactoredGradients)
-            self._contract_scaled_part(q, rates, scale, received, total, begin, part)
-            begin += len(part)
-        self._contract_scaled_channels(q, scale, received, total)
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self.shares.device)
-
-    def _scale(self, rates: dict[str, float]) -> float | Tensor:
-        """Rates of all entries of θ, zero where there is none, (P,); one number where they are all the same."""
-        different = set(rates.values())
-        if len(different) == 1 and len(rates) == len(self.layout.names):
-            return different.pop()
-        scale = self._zeros(self.layout.size)
-        for name, rate in rates.items():
-            scale[self.layout.slices[name]] = rate
-        return scale
-
-    def _contract_scaled_part(
-        self,
-        q: FactoredGradients,
-        rates: dict[str, float],
-        scale: float | Tensor,
-        received: StepGradients,
-        total: Contributions,
-        begin: int,
-        part: FactoredGradients,
-    ) -> None:
-        factor = received.stage.factor
-        assert isinstance(factor, float | int)
-        products = contracted(q, part, rates, self.cuts.scratch)
-        if q.multiples is not None and q.direction is not None:
-            along = part @ q.direction * scale if isinstance(scale, float) else part @ (scale * q.direction)
-            products.addr_(q.multiples, along)
-        total.add_rows(begin, products.T, factor)
-
-    def _contract_scaled_channels(
-        self, q: FactoredGradients, scale: float | Tensor, received: StepGradients, total: Contributions
-    ) -> None:
-        if not received.vectors:
-            return
-        vectors = torch.stack(received.vectors, dim=1)
-        if isinstance(scale, float):
-            total.add_rows(len(received.owners), (q @ vectors).T, scale)
-        else:
-            total.add_rows(len(received.owners), (q @ (vectors * scale[:, None])).T)
+        # Samples that are not formed are met with the weights of all parameters.
+        return {} if received.coupled else self.scaled.rates(adjoint, step, q, parts)
 
     # -- all other steps: columns of the queries' cotangents, block by block ----------------------------------
 
@@ -400,11 +342,11 @@ class BackwardSweep:
                 if rates is None:
                     rates = self._scalar_rates(adjoint, step, q, one, [part])
                     columns = list(self._pull_back_memory(step, adjoint, q, rates))
-                    rate = self._scale(rates)
+                    rate = self.scaled.scale(rates)
                     for where, own, u, scale in ((w, *one_pulled) for _, w, pulled in columns for one_pulled in pulled):
                         received[own].keep(where, u, scale)
                 if rates:
-                    self._contract_scaled_part(q, rates, rate, one, total, begin, part)
+                    self.scaled.contract_part(q, rates, rate, one, total, begin, part)
                 for name, where, pulled in columns:
                     for u, scale in ((u, scale) for own, u, scale in pulled if own == stage):
                         total.add_samples(name, begin, one.part_products(part, where, u, self._pushed), scale)
@@ -413,7 +355,7 @@ class BackwardSweep:
                 give_back_freed_memory()
                 part = next(parts, None)
             if rates:
-                self._contract_scaled_channels(q, rate, one, total)
+                self.scaled.contract_channels(step, q, rate, one, total)
             for _, where, pulled in columns:
                 for u, scale in ((u, scale) for own, u, scale in pulled if own == stage):
                     total.add_rows(begin, one.channel_products(where, u), scale)
@@ -433,6 +375,7 @@ class BackwardSweep:
 
     def finish(self) -> None:
         """Book what was in the optimizer's memory before the first recorded step, and close the accumulator."""
+        self.scaled.settle()
         self.accumulator.shares = self.shares.T.contiguous()
         del self.shares
         for module in list(self.modules):  # one at a time, so that only one is there twice

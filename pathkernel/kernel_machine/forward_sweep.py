@@ -25,13 +25,10 @@ from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.discrepancies import Discrepancy
-from pathkernel.trajectory.stage_gradients import WHOLE, Passes
+from pathkernel.trajectory.stage_gradients import ROUNDING, WHOLE, Passes
 from pathkernel.trajectory.step import Segment, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Memory
-
-ROUNDING = "rounding"
-"""Channel of the differences between recorded gradients and those of the recorded samples."""
 
 TRIFLE = 1e-3
 """Part of a displacement up to which that of rounding is no channel of its own: `check_unexplained` allows it a tenth

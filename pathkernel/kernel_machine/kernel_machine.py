@@ -15,6 +15,7 @@ from pathkernel.gradients.forward_derivatives import load_transformations
 from pathkernel.gradients.gradient_source import check_engine
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes
 from pathkernel.kernel_machine.accumulator import Accumulator, attributions_of, concatenate
+from pathkernel.kernel_machine.added_samples import add_samples
 from pathkernel.kernel_machine.arithmetic import asked_type, unrounded_type
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts, warn_of_split_error
 from pathkernel.kernel_machine.averaging_error import AveragingError, Noted, shares_error
@@ -329,6 +330,8 @@ class KernelMachine:
         tolerance = self.quadrature.tolerance if isinstance(self.quadrature, Adaptive) else 0.0
         moved = torch.from_numpy(why._moved)
         return why, (accumulator.short > max(tolerance, SHORT) * moved).numpy()
+
+    add_samples = add_samples
 
     @one_at_a_time
     def self_shares(self, outputs: str = "loss") -> np.ndarray:

@@ -93,6 +93,9 @@ STACKING = 2.0
 """Growth of what a pass takes where several are run together: zeros are added to each result. Chosen, to be above what
 `tests/kernel_machine/test_stacked_steps.py` measures."""
 
+PAIRED = 12.0
+"""Bytes of a query and a sample of steps together, met in pairs: products of readings, of signals, and their sum."""
+
 LONG = 4
 """Times as many steps a path has as are run together, at least: the proof takes as long as twice these. Chosen."""
 
@@ -202,9 +205,8 @@ class _Planner:
     def plan(self) -> Plan:
         """Choose everything at once where there is ample room, else the cheapest way that fits."""
         plan = self._cut()
-        cuts = plan.cuts
-        batch = replace(cuts.batch, width=self._width(plan))
-        return replace(plan, cuts=replace(cuts, batch=batch, steps=self._steps(plan)))
+        batch = replace(plan.cuts.batch, width=self._width(plan))
+        return replace(plan, cuts=replace(plan.cuts, batch=batch, steps=self._steps(plan)))
 
     def _steps(self, plan: Plan) -> int:
         """Steps that are run together in what a sweep leaves free: one, where that gains nothing or few are alike."""
@@ -219,7 +221,8 @@ class _Planner:
         passes = max(self.query.peak(plan.queries), self.batches.separate.peak(self.batches.largest))
         held = self.query.held(plan.queries) + self.batches.separate.held(self.batches.largest)
         # Those of the steps before are there until the first of these is used.
-        of_step = PASSING * (STACKING * passes + 2 * held) + HELD * self.vector
+        paired = PAIRED * self.k * plan.queries * self.gradients.most
+        of_step = PASSING * (STACKING * passes + 2 * held) + HELD * self.vector + paired
         return STEPS if STEPS * of_step <= min(usable_bytes(self.memory) - peak, STACKED) else 1
 
     def _width(self, plan: Plan) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pathkernel._typing import Float
 from pathkernel.gradients.factored import FactoredGradients
+from pathkernel.gradients.layers.stacked_pieces import Directions
 from pathkernel.kernel_machine.queries import Queries
 from pathkernel.trajectory.step import Segment
 
@@ -48,16 +49,28 @@ class StackedSegments:
     def _starts(self) -> Float[Tensor, "k P"]:
         return torch.stack([segment.start for segment in self.segments])
 
+    @cached_property
+    def _displacements(self) -> Directions:
+        """Δ of each segment, float64: exact for float32 parameters."""
+        ends = torch.stack([segment.end for segment in self.segments])
+        return Directions(ends.double().sub_(self._starts))
+
+    def displacement(self, segment: Segment) -> Float[Tensor, " P"]:
+        """Δ of one of the segments: by this very tensor the products with it are found that are taken of all."""
+        return self._displacements.rows[self._place(segment)]
+
     def gradient(self, segment: Segment, time: float) -> FactoredGradients | None:
         """∇h at start + time · Δ of one of the segments; None where passes are taken one by one."""
         if time not in self._gradients:
-            starts = self._starts.double()
-            ends = torch.stack([own.end for own in self.segments])
-            points = torch.add(starts, torch.sub(ends, starts), alpha=time)
-            self._gradients[time] = self.queries.gradients_at_points(points)
+            points = torch.add(self._starts, self._displacements.matrix, alpha=time)
+            self._gradients[time] = found = self.queries.gradients_at_points(points)
+            for stack, _ in (own.stack for own in (found or ())[:1] if own.stack is not None):
+                stack.meet(self._displacements)
         found = self._gradients[time]
-        place = next(place for place, own in enumerate(self.segments) if own is segment)
-        return None if found is None else found[place]
+        return None if found is None else found[self._place(segment)]
+
+    def _place(self, segment: Segment) -> int:
+        return next(place for place, own in enumerate(self.segments) if own is segment)
 
 
 def stacked(

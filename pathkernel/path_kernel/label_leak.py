@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, LabelLeakWarning
+from pathkernel.errors import InputError, LabelLeakWarning, PathKernelError
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.trajectory.samples import Samples
 
@@ -87,11 +88,14 @@ class Fit:
     ----------
     estimators
         Those that are being fitted, from the innermost outwards.
+    samples
+        What the innermost is being fitted to.
     stacklevel
         Of the user's line that began it, as `warnings.warn` counts from the caller of `fit_in_progress`.
     """
 
     estimators: list[Any]
+    samples: Any
     stacklevel: int
 
     @property
@@ -117,12 +121,15 @@ def fit_in_progress() -> Fit | None:
     found: dict[int, tuple[Any, bool]] = {}
     frame: FrameType | None = sys._getframe(1)
     level = 0
+    samples: Any = None
     user: int | None = None
     while frame is not None:
         level += 1
         if frame.f_code.co_name in FITS:
             own = frame.f_locals.get("self")
             if isinstance(own, base.BaseEstimator):
+                if not found:
+                    samples = frame.f_locals.get("X")
                 # The outermost method says what the user gave: OneClassSVM hands labels of its own further in.
                 found[id(own)] = own, frame.f_locals.get("y") is not None
                 user = None
@@ -131,7 +138,7 @@ def fit_in_progress() -> Fit | None:
         frame = frame.f_back
     if not any(labels for _, labels in found.values()):
         return None
-    return Fit([estimator for estimator, _ in found.values()], user or level)
+    return Fit([estimator for estimator, _ in found.values()], samples, user or level)
 
 
 @dataclass
@@ -148,7 +155,6 @@ class LabelLeak:
 
     data: Samples
     allowed: bool
-    _trained: np.ndarray | None = field(default=None, init=False, repr=False)
 
     def check(self, inputs: PyTree) -> None:
         """Warn, once per process, where an estimator is being fitted to a strict part of the training samples.
@@ -167,7 +173,7 @@ class LabelLeak:
         if self.allowed or _said or _unchecked.get():
             return
         fit = fit_in_progress()
-        if fit is None or not self._is_strict_part(inputs):
+        if fit is None or not self._is_strict_part(inputs) or self._holds_all(fit.samples):
             return
         _said.append(type(fit.estimators[0]))
         warnings.warn(
@@ -183,11 +189,22 @@ class LabelLeak:
         )
 
     def _is_strict_part(self, inputs: PyTree) -> bool:
-        if self._trained is None:
-            held = self.data.inputs_in_memory
-            self._trained = np.empty(0, np.int64) if held is None else np.unique(row_hashes(held))
         own = np.unique(row_hashes(inputs))
         return 0 < len(own) < len(self._trained) and bool(np.isin(own, self._trained, assume_unique=True).all())
+
+    def _holds_all(self, samples: Any) -> bool:
+        """True where a fit has all training samples and asks for a matrix of some: of landmarks, or of a batch."""
+        try:
+            inputs = self.data.queries(samples, "PathKernel")
+        except PathKernelError:  # samples of another form, from which those of the matrix were made
+            return False
+        return bool(np.isin(self._trained, row_hashes(inputs)).all())
+
+    @cached_property
+    def _trained(self) -> np.ndarray:
+        """Hashes of the training samples, sorted; none where they do not lie in memory."""
+        held = self.data.inputs_in_memory
+        return np.empty(0, np.int64) if held is None else np.unique(row_hashes(held))
 
 
 def row_hashes(inputs: PyTree) -> np.ndarray:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pathkernel.plotting.attribution import AttributionDisplay as AttributionDisplay
     from pathkernel.plotting.attribution import Sample as Sample
     from pathkernel.plotting.completeness import CompletenessDisplay as CompletenessDisplay
+    from pathkernel.plotting.doubtful_labels import DoubtfulLabelsDisplay as DoubtfulLabelsDisplay
     from pathkernel.plotting.evolution import KernelEvolutionDisplay as KernelEvolutionDisplay
     from pathkernel.plotting.flow import EnergyDisplay as EnergyDisplay
     from pathkernel.plotting.flow import FlowDisplay as FlowDisplay
@@ -32,6 +33,7 @@ _HOMES = {
     "AttributionDisplay": "plotting.attribution",
     "CompletenessDisplay": "plotting.completeness",
     "DiracGANDisplay": "plotting.vector_field",
+    "DoubtfulLabelsDisplay": "plotting.doubtful_labels",
     "EnergyDisplay": "plotting.flow",
     "FlowDisplay": "plotting.flow",
     "GramDisplay": "plotting.gram",

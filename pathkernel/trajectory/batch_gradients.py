@@ -33,7 +33,7 @@ from pathkernel.trajectory.recomputed_batches import RecomputedBatches
 from pathkernel.trajectory.split_certificate import EngineReplaced as EngineReplaced
 from pathkernel.trajectory.split_certificate import SplitCertificate
 from pathkernel.trajectory.stacked_batches import run_together
-from pathkernel.trajectory.stage_gradients import WHOLE, ComparedGradient, Passes, StageGradients, Streamed
+from pathkernel.trajectory.stage_gradients import ROUNDING, WHOLE, ComparedGradient, Passes, StageGradients, Streamed
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.joint import OPTIMIZER
@@ -228,7 +228,7 @@ class RecordedGradients:
         self.certificate.compared(fit.checked and not _is_round_the_samples(step))
         channels = {**named, **{name: scale * g.double() for name, g in regularizers.items()}}
         channels |= {name: change * fit.factor for name, change in round_outputs.items()}
-        channels["rounding"] = fit.difference
+        channels[ROUNDING] = fit.difference
         owners = self.columns.owners(step.batches)
         return StageGradients(total * fit.factor, parts, channels, fit.factor, point, step.batches, owners)
 
@@ -329,7 +329,8 @@ class RecordedGradients:
 
     def _types(self, step: Step) -> set[torch.dtype]:
         """Floating types in which the gradients of a step have been rounded."""
-        types = {self.trajectory.precision, self.function.dtype}
-        if takes_tensor_floats(self.trajectory.model, self.trajectory.precision):
+        precision = self.trajectory.precision
+        types = {precision, self.function.dtype}
+        if takes_tensor_floats(self.trajectory.model, precision):
             types.add(torch.float16)  # which has as many bits
         return types.union(*(self.batches.low(batch) for batch in step.batches))

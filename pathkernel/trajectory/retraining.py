@@ -185,6 +185,10 @@ class Replay:
     def _gradients(self) -> list[Tensor]:
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters.values()]
 
+    def vector(self) -> Tensor:
+        """θ where the replay stands, (P,)."""
+        return self._at
+
     def state(self) -> dict[str, dict[str, Any]]:
         """A copy of the optimizer's state where the replay stands, by parameter name."""
         assert self._optimizer is not None

@@ -16,6 +16,9 @@ from pathkernel.trajectory.coupled_samples import CoupledSamples
 from pathkernel.trajectory.gradient_fit import Fit
 from pathkernel.trajectory.step import MicroBatch
 
+ROUNDING = "rounding"
+"""Channel of the differences between recorded gradients and those of the recorded samples."""
+
 
 @dataclass(frozen=True)
 class Passes:

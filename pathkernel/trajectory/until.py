@@ -80,7 +80,7 @@ def records_until(trajectory: Path, step: int) -> int:
     step = step_number(step)
     whole = isinstance(step, int) and not isinstance(step, bool)
     thinned = getattr(schedule, "every", 1) > 1
-    nodes = _nodes(store) if thinned else range(len(store) + 1)
+    nodes = steps_taken(store) if thinned else range(len(store) + 1)
     if whole and step in nodes:
         return nodes.index(step)
     where = f"at the steps {_listed(nodes)} only, as `{schedule!r}` keeps it" if thinned else f"0 to {nodes[-1]}"
@@ -101,7 +101,8 @@ def step_number(given: Any) -> Any:
     return given
 
 
-def _nodes(store: Store) -> list[int]:
+def steps_taken(store: Store) -> list[int]:
+    """Count the optimizer steps up to each point of a path, (S + 1,): a record of a thinned one joins several."""
     nodes = [0]
     for index in range(len(store)):
         nodes.append(nodes[-1] + store.summary(index).record.length)

@@ -114,19 +114,35 @@ def retrain(
     Ilyas et al. 2022, "Datamodels" (2202.00622), section 2, for training on subsets; Engstrom et al. 2025 (2503.13751)
     for one fixed order and initialisation.
     """
+    rows = as_weights(weights, len(trajectory.data))
+    with generators_untouched():
+        return retrained(prepared(trajectory, optimizer), rows, trajectory.end_of_steps, engine)
+
+
+def retrained(run: Retraining, rows: Tensor, final: Tensor, engine: str) -> Tensor:
+    """θ_S of a run that is proved to come out again, (R, P).
+
+    Parameters
+    ----------
+    run
+        See `prepared`.
+    rows
+        (R, N) weights.
+    final
+        θ_S on record, which is that of weights of one.
+    engine
+        See `retrain`.
+    """
     if engine not in ENGINES:
         raise InputError(
             f"`engine={engine!r}` was given",
             f"Engines are {', '.join(map(repr, ENGINES))}",
             'Write `engine="auto"`',
         )
-    rows = as_weights(weights, len(trajectory.data)).to(trajectory.device)
-    with generators_untouched():
-        run = prepared(trajectory, optimizer)
-        found = trajectory.end_of_steps.repeat(len(rows), 1)
-        others = (rows != 1).any(dim=1).nonzero()[:, 0].tolist()  # the rest is the run on record
-        if others:
-            found[others] = _trained(run, rows[others], engine)
+    found = final.repeat(len(rows), 1)
+    others = (rows != 1).any(dim=1).nonzero()[:, 0].tolist()
+    if others:
+        found[others] = _trained(run, rows[others].to(final.device), engine)
     return found
 
 
@@ -214,7 +230,7 @@ def _described(trajectory: Trajectory, optimizer: type[Optimizer] | None) -> Ret
             "Train the networks by hand, or record a run without it",
         )
     recorded = trajectory.run.optimizer
-    kind = optimizer or (None if recorded is None else recorded.kind) or _class_of(trajectory)
+    kind = optimizer or (None if recorded is None else recorded.kind) or class_of(trajectory, f"`{ASKER}`")
     first = summaries[0].state
     if first is None and trajectory.run.initial_memory:
         raise TrajectoryError(
@@ -252,14 +268,21 @@ def _problems(trajectory: Trajectory, records: Sequence[Step]) -> Iterator[str]:
         yield f"a change of the weights after the last step, {trajectory.tail[0][0]!r}"
 
 
-def _class_of(trajectory: Trajectory) -> type[Optimizer]:
+def class_of(trajectory: Trajectory, asker: str) -> type[Optimizer]:
+    """The optimizer's class, by its rule.
+
+    Raises
+    ------
+    TrajectoryError
+        Where the rule is not that of one class.
+    """
     kinds = [kind for kind, rule in RULES.items() if rule is type(trajectory.rule)]
     if len(kinds) != 1:
         raise TrajectoryError(
-            f"`{ASKER}` found a run whose steps follow the rule {trajectory.rule.name!r}",
+            f"{asker} found a run whose steps follow the rule {trajectory.rule.name!r}",
             "Classes of optimizers are known by their rule where they are torch's, and one rule is one class's",
-            f"Write `trajectory.retrain(weights, optimizer={type(trajectory.rule).__name__})` with the class that "
-            "stepped, or record with `Schedule(keyframes=32)`, which notes it",
+            "Record with `Schedule(keyframes=32)`, which notes the class, or write `trajectory.retrain(weights, "
+            "optimizer=...)` with it",
         )
     return kinds[0]
 

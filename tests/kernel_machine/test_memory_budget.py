@@ -58,11 +58,11 @@ print(budget, (top[0] - start) / 1e6, memory_bytes(budget) / 1e6)
     ("budget", "kind", "optimizer", "ask"),
     [
         ("20MB", "mlp", "adam", "explain"),  # with little room, one query after the other
-        ("60MB", "mlp", "adam", "explain"),
+        pytest.param("60MB", "mlp", "adam", "explain", marks=pytest.mark.exhaustive),
         ("60MB", "mlp", "sgd", "decision"),
-        ("20MB", "conv", "sgd", "explain"),
+        pytest.param("20MB", "conv", "sgd", "explain", marks=pytest.mark.exhaustive),
         ("150MB", "conv", "adam", "explain"),
-        ("150MB", "batch norm", "sgd", "explain"),
+        pytest.param("150MB", "batch norm", "sgd", "explain", marks=pytest.mark.exhaustive),  # test_memory_plan has one
     ],
 )
 def test_a_budget_is_kept_or_refused(budget: str, kind: str, optimizer: str, ask: str) -> None:

@@ -236,6 +236,12 @@ class Outer(Factor):
             own.append(self._contracted(signals.flatten(0, 1)))
         return torch.stack(own)
 
+    def weighted_squares(self, weights: Float[Tensor, " size"]) -> Float[Tensor, " n"]:
+        """Σ_kpq w_pq (δ_kp a_q)² of each sample, float64, by two products: of one position (T = 1)."""
+        (matrix,) = self._matrices(weights.unsqueeze(0))
+        signals = self.signal[:, :, 0].double().square().sum(dim=1)
+        return torch.linalg.vecdot(signals @ matrix, self.activation[:, 0].double().square())
+
     def _contracted(self, signals: Float[Tensor, "nT p"]) -> Float[Tensor, " size"]:
         """Σ_it δ_it a_itᵀ for signals of one component."""
         activations = self.activation.flatten(0, 1)

@@ -9,7 +9,7 @@ Nothing of it is believed before it is compared with the passes one by one (`Pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,8 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Parameters, PyTree
+from pathkernel.gradients.contraction import pair_products
+from pathkernel.gradients.factored import FactoredGradients
 from pathkernel.gradients.forward_derivatives import load_transformations
 from pathkernel.gradients.forward_state import QUIET_FALLBACKS, hashable
 from pathkernel.gradients.layers.batch_axis import Arrangement, Roles, SamplesFirst
@@ -27,9 +29,11 @@ from pathkernel.gradients.layers.coverage import ProvedTapes, distinct
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.parameter_views import Handle, View
 from pathkernel.gradients.layers.rules import RULES, Gradient, NoRule, Rule
+from pathkernel.gradients.layers.stacked_pieces import Directions, StackedPieces
 from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.layers.tracing import LayerCall, ParameterTracer
 from pathkernel.gradients.model_function import ModelFunction
+from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.per_sample import ROW_LIMIT
 from pathkernel.gradients.pytrees import count, take
 from pathkernel.runtime.interrupts import result_or_error
@@ -194,7 +198,7 @@ class StackedPasses:
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return outputs, [leaves[place] for place in self._places]
 
-    def pieces(self, components: Float[Tensor, "k n K"]) -> list[tuple[Piece, ...]]:
+    def pieces(self, components: Float[Tensor, "k n K"]) -> StackedPieces:
         """Gradients of K scalars of each sample, functions of ``outputs`` with their graph, at each point."""
         signals, used = self._signals(components)
         found: list[Piece] = []
@@ -205,10 +209,7 @@ class StackedPasses:
 
         with self.function.without_graph(), QUIET_FALLBACKS:
             stacked = vmap(taken_apart)(self._read, signals)
-        return [
-            tuple(_with_tensors(piece, [t[s] for t in own]) for piece, own in zip(found, stacked, strict=True))
-            for s in range(len(components))
-        ]
+        return StackedPieces.of(found, stacked)
 
     def _signals(self, components: Tensor) -> tuple[list[list[Tensor]], list[int]]:
         """δ of each call in each component, (k, *output), of calls that have any; and which these are."""
@@ -245,12 +246,6 @@ class StackedPasses:
             parts = [calls[i].arrangement.front(part, n) for part in columns]
             fronted[i] = torch.stack(parts, dim=1) if len(parts) > 1 else parts[0].unsqueeze(1)
         return Tape.of_calls(self.function, n, calls).pieces_of_signals(fronted)
-
-
-def _with_tensors(piece: Piece, tensors: Sequence[Tensor]) -> Piece:
-    """The piece with other numbers, in the order of the fields of its factor."""
-    own = iter(tensors)
-    return replace(piece, factor=piece.factor.map(lambda _: next(own)))
 
 
 def stacked_parameters(function: ModelFunction, thetas: Float[Tensor, "k P"]) -> Parameters:
@@ -367,6 +362,8 @@ def _difference(
     with torch.enable_grad():
         found = stack.pieces(torch.einsum("knc,kncj->knj", stack.outputs, weights))
     plain = stacked_outputs(function, thetas, inputs) if shared else stack.outputs
+    random = torch.randn(thetas.shape, generator=generator, dtype=torch.float64).to(thetas.device)
+    found.meet(Directions(random))
     worst = 0.0
     for s in range(k):
         own = inputs if shared else take(inputs, s)
@@ -374,14 +371,45 @@ def _difference(
         with torch.enable_grad():
             expected = tape.pieces(torch.einsum("nc,ncj->nj", tape.outputs, weights[s]))
         pairs = [(stack.outputs[s], tape.outputs), (plain[s], tape.outputs)]
-        if len(expected) != len(found[s]):
+        at_point = found.at(s)
+        if len(expected) != len(at_point):
             return float("inf")
-        for one, other in zip(found[s], expected, strict=True):
+        for one, other in zip(at_point, expected, strict=True):
             if (one.where, one.bias, _form(one)) != (other.where, other.bias, _form(other)):
                 return float("inf")
             pairs += zip(one.factor.tensors, other.factor.tensors, strict=True)
+        pairs += _results(found, s, function.layout)
         worst = max(worst, *(_relative(one.detach(), other.detach()) for one, other in pairs))
     return worst
+
+
+def _results(found: StackedPieces, place: int, layout: ParameterLayout) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sums and inner products of stacked pieces at one point, each beside that of the pieces of this point alone."""
+    pieces = found.at(place)
+    if not pieces:
+        return
+    count = pieces[0].factor.samples * pieces[0].factor.components
+    single = FactoredGradients(layout, count, pieces)
+    total = found.total(place, layout.size)
+    if total is not None:
+        yield total, single.total()
+    assert found.directions is not None
+    direction = found.directions.rows[place]
+    along = found.along(place, direction)
+    if along is not None:
+        yield along, single @ direction
+    first = found.first_component()
+    wanted = {piece.where.start for piece in pieces}
+    for start in wanted:  # layer by layer, so that one without a batched product does not hide the others
+        products = found.pairs(first, {start}, place)
+        if products is None:
+            continue
+        one = [piece for piece in pieces if piece.where.start == start]
+        others = [piece for piece in first.at(place) if piece.where.start == start]
+        expected = sum(
+            pair_products(a, b, full=a.factor.components > 1).reshape(count, -1) for a in one for b in others
+        )
+        yield products.T, torch.as_tensor(expected)
 
 
 def _form(piece: Piece) -> tuple[Any, ...]:

@@ -58,7 +58,7 @@ class AutomaticEngine(LayerwiseEngine):
                 self.choices[n, m] = known
         return {_size(n, m): self.chosen(theta, *samples, n, m) for n, m in sizes}
 
-    def _uncovered(self, theta: Tensor, X: PyTree) -> bool:
+    def covers_none(self, theta: Tensor, X: PyTree) -> bool:
         """Test that no parameter is accounted for by a layer."""
         if count(X):
             self.tapes.record(theta, take(X, spread(count(X), PROBED)), self.function, rows=False)
@@ -66,7 +66,7 @@ class AutomaticEngine(LayerwiseEngine):
         return coverage is not None and coverage.plain.keys() >= set(self.function.layout.names)
 
     def _choose(self, theta: Tensor, X: PyTree, context: PyTree, n: int, m: int | None) -> str:
-        if self._uncovered(theta, X):
+        if self.covers_none(theta, X):
             return "jacobian"
         if (n + (m or 0)) * self.function.layout.size < WORTH_CHOOSING:
             return "layerwise"
@@ -85,7 +85,7 @@ class AutomaticEngine(LayerwiseEngine):
 
     def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> Tensor:
         """K(x, x), layer by layer if there is any."""
-        if self._uncovered(theta, X):
+        if self.covers_none(theta, X):
             plain = JacobianEngine(self.function, self.selection, self.memory)
             return plain.diagonal(theta, X, context, preconditioner)
         return super().diagonal(theta, X, context, preconditioner)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -211,23 +211,40 @@ class LayerwiseEngine(Engine):
     @EXACT_PRODUCTS
     def diagonal(self, theta: Tensor, X: PyTree, context: PyTree, preconditioner: Diagonal) -> Tensor:
         """K(x, x), sample by sample."""
-        form = self._form(preconditioner, 1, 1)
-        sizes = self.sizes(theta, X, context, form)
-        check_budget(sizes.least(True), self.memory, "activations and signals")
-        k, passing = sizes.components, Plan.of(sizes, self.memory, count(X), None, True).passing
-        found = []
+        return self.outputs_and_diagonals(theta, X, context, [preconditioner])[1][0]
+
+    @defer_interrupts(divisible=True)
+    @EXACT_PRODUCTS
+    def outputs_and_diagonals(
+        self, theta: Tensor, X: PyTree, context: PyTree, preconditioners: Sequence[Diagonal], *, squares: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The network's outputs, (n, C), and K(x, x) under several preconditioners, from one pass over the samples.
+
+        ``squares`` as of `tiles.own_products`.
+        """
+        forms = [self._form(preconditioner, 1, 1) for preconditioner in preconditioners]
+        sizes = [self.sizes(theta, X, context, form) for form in forms]
+        check_budget(max(own.least(True) for own in sizes), self.memory, "activations and signals")
+        k = sizes[0].components
+        passing = min(Plan.of(own, self.memory, count(X), None, True).passing for own in sizes)
+        outputs, found = [], []
         for block in blocks(count(X), passing):
-            n, pieces = block.stop - block.start, self.pieces(theta, take(X, block), take(context, block))[0]
-            total = torch.zeros((n, *(k,) * 2 * self.full), dtype=torch.float64, device=self.function.device)
-            for piece in pieces:
-                total += own_products(piece, form, self.memory // (16 * n))
-            found.append(total / k if self.selection.combine == "mean" else total)
-        result = torch.cat(found)
+            n, (pieces, tape) = block.stop - block.start, self.pieces(theta, take(X, block), take(context, block))
+            outputs.append(tape.outputs.detach())
+            totals = []
+            for form in forms:
+                total = torch.zeros((n, *(k,) * 2 * self.full), dtype=torch.float64, device=self.function.device)
+                for piece in pieces:
+                    total += own_products(piece, form, self.memory // (16 * n), squares=squares)
+                totals.append(total / k if self.selection.combine == "mean" else total)
+            found.append(totals)
+        results = [torch.cat(of_blocks) for of_blocks in zip(*found, strict=True)]
         rest = self.uncovered(theta)
         if rest is not None:
             engine, own, where = rest
-            result += engine.diagonal(own, X, context, None if preconditioner is None else preconditioner[where])
-        return result
+            for result, d in zip(results, preconditioners, strict=True):
+                result += engine.diagonal(own, X, context, None if d is None else d[where])
+        return torch.cat(outputs), results
 
     def jacobian(self, theta: Tensor, samples: Samples, memory: int) -> JacobianProducts:
         """Activations and signals of the layers, and passes of the batch for what these do not cover."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from pathkernel._typing import Float
 from pathkernel.gradients.contraction import Pairs, by_pairs, parts
 from pathkernel.gradients.layers.factor import Factor, side_by_side
-from pathkernel.gradients.layers.factors import Dense, Piece
+from pathkernel.gradients.layers.factors import Dense, Outer, Piece
 from pathkernel.gradients.layers.tape import NotElementwise
 from pathkernel.gradients.matmul import product
 from pathkernel.gradients.pytrees import blocks
@@ -315,10 +315,11 @@ def contract(
         result[k + 1 :, :, k].copy_(result[k, :, k + 1 :].permute(1, 2, 0))
 
 
-def own_products(piece: Piece, form: Form, limit: int) -> Tensor:
+def own_products(piece: Piece, form: Form, limit: int, *, squares: bool = False) -> Tensor:
     """Inner products of each sample's gradients with themselves: (n,), or (n, K, K) for blocks; float64.
 
-    ``limit`` is how many bytes of rows a sample may have at a time.
+    ``limit`` is how many bytes of rows a sample may have at a time. ``squares`` contracts a layer of one position with
+    the preconditioner without rows, by squares of its factors, which rounds in another order.
     """
     if form.by_pairs(piece):
         constants = form.metric.constants(piece)
@@ -328,7 +329,12 @@ def own_products(piece: Piece, form: Form, limit: int) -> Tensor:
     factor = piece.factor
     shape = (factor.samples, *(factor.components,) * 2 * form.full)
     total = torch.zeros(shape, dtype=torch.float64, device=factor.device)
-    rows = ((where, part.factor.rows()) for where, part in parts(piece, limit))
+    d = form.metric.preconditioner
+    if squares and d is not None and not form.full and isinstance(factor, Outer) and factor.positions == 1:
+        total += factor.weighted_squares(d[piece.where].double())
+        rows: Iterator[tuple[slice, Tensor]] = iter(())
+    else:
+        rows = ((where, part.factor.rows()) for where, part in parts(piece, limit))
     for where, own in chain(rows, () if piece.bias is None else ((piece.bias, piece.bias_rows()),)):
         weighted = form.metric.applied(own.double(), where)
         total += weighted @ weighted.mT if form.full else weighted.square().sum(dim=(1, 2))

@@ -62,7 +62,7 @@ def assert_single(stack: StackedPasses, function: ModelFunction, thetas: Tensor,
         torch.testing.assert_close(stack.outputs[s], tape.outputs, rtol=1e-10, atol=1e-12)
         expected = tape.pieces(torch.einsum("nc,ncj->nj", tape.outputs, weights[s]))
         count = 2 * tape.n
-        one, other = rows_of(found[s], function, count), rows_of(expected, function, count)
+        one, other = rows_of(found.at(s), function, count), rows_of(expected, function, count)
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 

@@ -1,0 +1,350 @@
+r"""Datamodels: what training again without some samples would say, predicted from one recorded run.
+
+Ridge regression of the residuals on the features of a kernel, split over the training samples:
+
+.. math:: \mathrm{score}_{qi} = \bigl[K_q (K + \lambda I)^{-1}\bigr]_i\, r_i
+
+with K the kernel of the training samples, K_q that of queries with them, and r the slope of a sample's loss, averaged
+over the same points of the path as the kernel is. By the push-through identity that is TRAK without its projection,
+with the kernel along the path in place of an ensemble of final ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.linalg
+from scipy.sparse.linalg import LinearOperator, cg
+
+from pathkernel._typing import PyTree
+from pathkernel.errors import InputError, PathKernelError
+from pathkernel.gradients.pytrees import memory_bytes
+from pathkernel.influence.residuals import Explained, Kernel, explained
+from pathkernel.kernel_machine.attributions import Ranking
+from pathkernel.runtime.extras import require_extra
+
+if TYPE_CHECKING:
+    import pandas
+
+SOLVERS = ("gram", "features", "conjugate_gradients")
+"""Ways to apply (K + λI)⁻¹."""
+
+RULES = ("mean_diagonal", "generalized_cross_validation")
+"""Rules for λ, which see the kernel and the residuals of the training samples alone."""
+
+GRID = np.logspace(-4, 3, 57)
+"""Multiples of the mean diagonal among which generalised cross-validation chooses: eight a decade."""
+
+RESIDUAL = 1e-8
+"""Relative residual at which conjugate gradients end."""
+
+
+@dataclass(frozen=True)
+class Datamodel:
+    r"""Linear predictions of the outputs of networks that are trained again without some samples.
+
+    .. math:: f_q(\text{without } G) \approx f_q - \sum_{i \in G} \mathrm{score}_{qi}
+
+    A positive score raises the output. It says what training *again* does, with another initialisation and order, not
+    what a sample did in the recorded run; that is what shares say. Sizes are not calibrated: ridge regression knows the
+    directions in which samples act together and not how long the loop trains. Compare queries and groups by them.
+
+    Attributes
+    ----------
+    scores
+        (Q, N) float64, columns in the order of the training samples.
+    output
+        (Q,) what the recorded network says of the queries now.
+    residuals
+        (N,) r for margins; (N, C) for kernels of outputs.
+    regularization
+        λ that was used.
+    regularizations
+        λ by each rule: ``"mean_diagonal"``, ``"generalized_cross_validation"``; None where a rule was out of reach.
+    solver
+        How (K + λI)⁻¹ was applied.
+    """
+
+    scores: np.ndarray
+    output: np.ndarray
+    residuals: np.ndarray
+    regularization: float
+    regularizations: dict[str, float | None]
+    solver: str
+
+    def without(self, ids: Any) -> np.ndarray:
+        """Predicted outputs after training again without some samples.
+
+        Parameters
+        ----------
+        ids
+            Ids of the samples that are left out, each once; or a sequence of such groups.
+
+        Returns
+        -------
+        numpy.ndarray
+            (Q,), or (groups, Q) for a sequence of groups.
+
+        Raises
+        ------
+        InputError
+            For other ids, and for an id twice in one group.
+        """
+        groups = isinstance(ids, Sequence) and len(ids) > 0 and all(np.ndim(group) == 1 for group in ids)
+        found = np.stack([self._without(np.asarray(group)) for group in (ids if groups else [ids])])
+        return found if groups else found[0]
+
+    def _without(self, ids: np.ndarray) -> np.ndarray:
+        n = self.scores.shape[1]
+        ids = ids.astype(np.int64) if ids.size == 0 else ids
+        fits = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer) and len(np.unique(ids)) == len(ids)
+        if not fits or not ((ids >= 0) & (ids < n)).all():
+            raise InputError(
+                f"`without` was given {np.array2string(ids, threshold=8)}",
+                f"A group is of different sample ids, integers from 0 to {n - 1}",
+                "Write for example `model.without([3, 17])`, or a list of such groups",
+            )
+        return np.asarray(self.output - self.scores[:, ids].sum(axis=1))
+
+    def top(self, k: int = 5) -> Ranking:
+        """Rank the training samples of every query: those whose absence would lower it most, and raise it most.
+
+        Parameters
+        ----------
+        k
+            How many on either side, at most N.
+        """
+        return Ranking.of(self.scores, k)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row for each query and training sample: ``query, training_sample, score``."""
+        require_extra("pandas", "`to_frame`", "pandas")
+        import pandas
+
+        q, n = self.scores.shape
+        return pandas.DataFrame(
+            {
+                "query": np.repeat(np.arange(q), n),
+                "training_sample": np.tile(np.arange(n), q),
+                "score": self.scores.ravel(),
+            }
+        )
+
+    def __repr__(self) -> str:
+        q, n = self.scores.shape
+        rules = ", ".join(
+            f"{name} {'not known' if value is None else format(value, '.3g')}"
+            for name, value in self.regularizations.items()
+        )
+        return f"Datamodel({q} queries × {n} training samples, λ = {self.regularization:.3g} ({rules}), {self.solver})"
+
+
+def datamodel(
+    kernel: Kernel,
+    X: PyTree,
+    y: PyTree,
+    X_query: PyTree,
+    *,
+    outputs: Any = None,
+    regularization: str | float = "mean_diagonal",
+    solver: str = "auto",
+    dim: int = 4096,
+    memory: int | str = "1GB",
+) -> Datamodel:
+    r"""What training again without some samples would say, by ridge regression on a kernel.
+
+    Parameters
+    ----------
+    kernel
+        A `PathKernel`, of outputs (``"trace"``, the default, ``"mean"`` or an index) or of margins
+        (``outputs="margin"``); a `TangentKernel` for its one θ, whose scores are those of TRAK. The path kernel of some
+        20 steps does: ``PathKernel(trajectory, outputs="margin", measure="uniform", steps=20)``.
+    X, y
+        The N training samples, and their targets as the loss takes them.
+    X_query
+        The Q queries: inputs for a kernel of outputs, pairs ``(X, labels)`` for one of margins, all of them in this
+        call.
+    outputs
+        Which output of each query the scores are for, where the kernel is of several: None for the predicted class of a
+        classifier (and the only output of a network with one), an index, or (Q,) indices.
+    regularization
+        λ: ``"mean_diagonal"`` (default) for the mean of K_ii, ``"generalized_cross_validation"`` for the multiple of it
+        that predicts the residuals best, or a number. Neither rule sees any network that was trained again.
+    solver
+        How (K + λI)⁻¹ is applied: ``"gram"`` by a factorisation of K, which takes N² numbers; ``"features"`` by random
+        features φ with φφᵀ near K, N · ``dim``; ``"conjugate_gradients"`` by products with the kernel as an operator,
+        N Q; ``"auto"`` (default) by the first of the first and the last that fits ``memory``.
+    dim
+        Length of the random features.
+    memory
+        Bytes for matrices, which the choice of a solver keeps to, as a number or text.
+
+    Returns
+    -------
+    Datamodel
+
+    Raises
+    ------
+    InputError
+        For kernels of other functions of the outputs, whose residuals have no meaning, and what does not fit together.
+
+    Notes
+    -----
+    Time beside the kernels K (N, N) and K_q (Q, N): a forward pass of the training samples at each node, O(N³) by a
+    factorisation (and as much again for the eigenvalues that generalised cross-validation needs), O(N dim²) by
+    features, and with conjugate gradients one product of the kernel with Q vectors for each of some √N iterations at
+    most, since λ is as large as the mean diagonal.
+
+    Examples
+    --------
+    >>> import torch, pathkernel as pk
+    >>> X, y = torch.randn(40, 4), torch.randint(3, (40,))
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    >>> optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), torch.nn.CrossEntropyLoss()
+    >>> with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+    ...     for epoch in range(3):
+    ...         for x, target in recorder.batches(batch_size=8):
+    ...             optimizer.zero_grad()
+    ...             loss(model(x), target).backward()
+    ...             optimizer.step()
+    >>> kernel = pk.PathKernel(recorder.trajectory, outputs="margin", measure="uniform", steps=10)
+    >>> model = pk.datamodel(kernel, X, y, (X[:2], y[:2]))
+    >>> model.scores.shape, model.without([0, 1, 2]).shape
+    ((2, 40), (2,))
+
+    References
+    ----------
+    Park et al. 2023 (2303.14186), TRAK; Ilyas et al. 2022 (2202.00622) for datamodels; Golub, Heath and Wahba 1979 for
+    generalised cross-validation.
+    """
+    _check(regularization, solver)
+    of = explained(kernel, X, y, X_query, outputs)
+    n, q = of.residuals.shape[0], len(of.output)
+    if solver == "auto":
+        solver = "gram" if 24 * n * n <= memory_bytes(memory) else "conjugate_gradients"
+    weights, used, rules = _SOLVE[solver](kernel, of, regularization, dim)
+    assert weights.shape == (q, n)
+    return Datamodel(weights * of.of_query, of.output, of.residuals, used, rules, solver)
+
+
+def _check(regularization: str | float, solver: str) -> None:
+    """Refuse other rules, numbers and solvers, before anything is computed."""
+    number = isinstance(regularization, (int, float)) and not isinstance(regularization, bool)
+    fits = 0 < float(regularization) < float("inf") if number else regularization in RULES
+    if not fits:
+        raise InputError(
+            f"`regularization={regularization!r}` was given",
+            f"It is one of {', '.join(map(repr, RULES))}, or a number above 0",
+            'Write `regularization="mean_diagonal"`',
+        )
+    if solver not in ("auto", *SOLVERS):
+        raise InputError(
+            f"`solver={solver!r}` was given",
+            f"Solvers are 'auto', {', '.join(map(repr, SOLVERS))}",
+            'Write `solver="auto"`',
+        )
+
+
+Found = tuple[np.ndarray, float, dict[str, float | None]]
+"""K_q (K + λI)⁻¹, λ, and λ by each rule."""
+
+
+def _by_gram(kernel: Kernel, of: Explained, regularization: str | float, _: int) -> Found:
+    """Solve by a Cholesky factorisation of K + λI; eigenvalues for generalised cross-validation."""
+    K, K_query = kernel(of.samples), kernel(of.queries, of.samples)
+    mean = float(K.diagonal().mean())
+    values, vectors = scipy.linalg.eigh(K)
+    chosen = _cross_validated(mean, values, vectors.T @ of.residuals, 0.0)
+    used, rules = _used(regularization, mean, chosen)
+    factor = scipy.linalg.cho_factor(K + used * np.eye(len(K)), lower=True, overwrite_a=True)
+    return scipy.linalg.cho_solve(factor, K_query.T).T, used, rules
+
+
+def _by_features(kernel: Kernel, of: Explained, regularization: str | float, dim: int) -> Found:
+    r"""Solve by features: :math:`\phi_q (\phi^\top\phi + \lambda I)^{-1} \phi^\top`, the push-through identity."""
+    phi, phi_query = (np.asarray(kernel.features(samples, dim)) for samples in (of.samples, of.queries))
+    left, singular, right = scipy.linalg.svd(phi, full_matrices=False)
+    mean, projected = float((phi**2).sum() / len(phi)), left.T @ of.residuals
+    rest = float((of.residuals**2).sum() - (projected**2).sum())
+    chosen = _cross_validated(mean, singular**2, projected, max(0.0, rest), len(phi))
+    used, rules = _used(regularization, mean, chosen)
+    # By the singular vectors φ = U S Vᵀ: φ_q V S / (S² + λ) Uᵀ.
+    return (phi_query @ right.T * (singular / (singular**2 + used))) @ left.T, used, rules
+
+
+def _by_conjugate_gradients(kernel: Kernel, of: Explained, regularization: str | float, _: int) -> Found:
+    """Solve by products with the kernel as an operator, all queries in one system."""
+    operator = kernel.operator(of.samples)
+    mean = float(np.asarray(kernel.diagonal(of.samples)).mean())
+    if regularization == "generalized_cross_validation":
+        raise InputError(
+            "Generalised cross-validation was asked of conjugate gradients",
+            "It needs the eigenvalues of K, which products with vectors do not give",
+            'Write `regularization="mean_diagonal"`, a number, or `solver="features"`',
+        )
+    used, rules = _used(regularization, mean, None)
+    targets = np.ascontiguousarray(kernel(of.samples, of.queries))  # (N, Q)
+    shape = targets.shape
+
+    def product(v: np.ndarray) -> np.ndarray:
+        own = v.reshape(shape)
+        return (operator @ own + used * own).ravel()
+
+    system = LinearOperator((targets.size, targets.size), matvec=product, dtype=np.float64)
+    found, failed = cg(system, targets.ravel(), rtol=RESIDUAL, maxiter=10 * len(targets))
+    if failed:
+        raise PathKernelError(
+            f"Conjugate gradients did not come to a relative residual of {RESIDUAL} in {10 * len(targets)} products",
+            f"With λ = {used:.3g} the system has the condition number {1 + mean * len(targets) / used:.3g} at most",
+            "Write a larger `regularization`",
+        )
+    return found.reshape(shape).T, used, rules
+
+
+_SOLVE = {"gram": _by_gram, "features": _by_features, "conjugate_gradients": _by_conjugate_gradients}
+
+
+def _used(regularization: str | float, mean: float, chosen: float | None) -> tuple[float, dict[str, float | None]]:
+    """λ as asked for, and by each rule."""
+    if not mean > 0:
+        raise InputError(
+            "The kernel is zero on all training samples",
+            "Ridge regression needs a direction in which outputs can move",
+            "Look for parameters that are frozen, and for a path without length",
+        )
+    rules: dict[str, float | None] = dict(zip(RULES, (mean, chosen), strict=True))
+    used = rules[regularization] if isinstance(regularization, str) else float(regularization)
+    assert used is not None
+    return used, rules
+
+
+def _cross_validated(
+    mean: float, values: np.ndarray, projected: np.ndarray, rest: float, n: int | None = None
+) -> float:
+    r"""λ by generalised cross-validation.
+
+    .. math:: \min_\lambda \frac{\lVert (I - H) t \rVert^2}{(n - \operatorname{tr} H)^2},\qquad
+              H = K (K + \lambda I)^{-1}
+
+    Parameters
+    ----------
+    mean
+        Mean diagonal of K, of which λ is a multiple in `GRID`.
+    values, projected
+        Eigenvalues of K, (m,), and the targets along its eigenvectors, (m,) or (m, C).
+    rest
+        Squared length of the targets outside of these.
+    n
+        Number of samples, m by default: eigenvalues beyond the m-th are zero.
+    """
+    n = len(values) if n is None else n
+    squares = projected.reshape(len(values), -1) ** 2
+    best = (np.inf, mean)
+    for multiple in GRID:
+        left = multiple * mean / (np.maximum(values, 0.0) + multiple * mean)  # of I − H
+        error = (left[:, None] ** 2 * squares).sum() + rest
+        best = min(best, (error / (left.sum() + n - len(values)) ** 2, multiple * mean))
+    return float(best[1])
