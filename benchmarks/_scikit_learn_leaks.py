@@ -63,7 +63,7 @@ def rows(quick: bool = False) -> Iterator[Row]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         score, seconds = _mean_score(lambda X, y, seed: leaking(X, y, epochs, seed), data)
-    warned = sum(issubclass(one.category, pk.errors.LabelLeakWarning) for one in caught)
+    warned = sum(issubclass(one.category, pk.LabelLeakWarning) for one in caught)
     ok = score > high and warned == 1  # once per process
     yield _row("SVC(PathKernel of all labels), leaking", score, seconds, warnings=warned, ok=ok, **bounds)
 
@@ -73,7 +73,7 @@ def rows(quick: bool = False) -> Iterator[Row]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             score, seconds = _mean_score(_cross_validated(kind, own), data)
-        warned = sum(issubclass(one.category, pk.errors.LabelLeakWarning) for one in caught)
+        warned = sum(issubclass(one.category, pk.LabelLeakWarning) for one in caught)
         # Folds that hold out more of one class train on more of the other: honest scores lie rather below one half.
         yield _row(kind.__name__, score, seconds, warnings=warned, ok=score <= high and not warned, **bounds)
 

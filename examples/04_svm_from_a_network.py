@@ -73,7 +73,7 @@ print(f"a {digit[300]} taken for a {machine_says[0]}: raised by {pushed}")
 noise, coins = generator.standard_normal((150, 20)), generator.integers(2, size=150)
 trained_on_all = pk.KernelMachineClassifier(hidden=32, epochs=40, learning_rate=1e-2, random_state=0).fit(noise, coins)
 with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always", pk.errors.LabelLeakWarning)
+    warnings.simplefilter("always", pk.LabelLeakWarning)
     leaking = cross_val_score(SVC(kernel=trained_on_all.kernel_), noise, coins).mean()
 honest_svc = pk.PathKernelSVC(hidden=32, epochs=40, learning_rate=1e-2, random_state=0)
 honest = cross_val_score(honest_svc, noise, coins).mean()
@@ -89,4 +89,4 @@ assert search.best_score_ > 0.9
 assert (machine_says == network_says).all()
 assert abs(why.residual).max() < 1e-6
 assert leaking > 0.65 > 0.63 > honest  # coin flips exceed 0.63 once in a thousand draws
-assert [one.category for one in caught] == [pk.errors.LabelLeakWarning]
+assert [one.category for one in caught] == [pk.LabelLeakWarning]

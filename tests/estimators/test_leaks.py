@@ -40,7 +40,7 @@ def coin_flips() -> tuple[np.ndarray, np.ndarray]:
 def leaks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[warnings.WarningMessage]]:
     """Warnings of leaks, as a process hears them that has heard none."""
     monkeypatch.setattr(label_leak, "_said", [])
-    with warnings.catch_warnings(record=True, category=pk.errors.LabelLeakWarning, action="always") as caught:
+    with warnings.catch_warnings(record=True, category=pk.LabelLeakWarning, action="always") as caught:
         yield caught
 
 
@@ -62,7 +62,7 @@ def test_a_kernel_of_all_labels_scores_above_chance_and_warns(coin_flips, leaks)
     X, y = coin_flips
     score = cross_val_score(SVC(kernel=kernel_of_all_labels(X, y)), X, y, cv=3).mean()
     assert score > CHANCE
-    assert [one.category for one in leaks] == [pk.errors.LabelLeakWarning]
+    assert [one.category for one in leaks] == [pk.LabelLeakWarning]
     assert "PathKernelSVC" in str(leaks[0].message)
 
 
