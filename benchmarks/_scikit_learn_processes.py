@@ -1,10 +1,13 @@
 """Gaussian processes under the path kernel and under an RBF kernel: likelihood of held-out samples, and calibration.
 
-nll        mean negative log-likelihood of held-out targets: log loss of a classifier; of a regression the negative log
-           density of the normal distributions that are predicted, in units of the training targets' deviation
-ece        expected calibration error: mean distance of confidence and accuracy over ten bins of equal width by
-           confidence, weighted by how many samples are in them (Guo et al. 2017, 1706.04599, eq. 3)
-coverage   part of the held-out targets within the central interval of 90 %; its error is the distance from 90 %
+negative log-likelihood
+    mean over held-out targets: the log loss of a classifier; of a regression the negative log density of the normal
+    distributions that are predicted, in units of the training targets' standard deviation
+expected calibration error
+    mean distance of confidence and accuracy over ten bins of equal width by confidence, weighted by how many samples
+    are in them (Guo et al. 2017, 1706.04599, eq. 3)
+coverage
+    part of the held-out targets within the central interval of 90 %; its error is the distance from 90 %
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from _scikit_learn_rows import Row, Split, measured, row
 from scipy.stats import norm
 from sklearn.gaussian_process import GaussianProcessClassifier, GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -26,7 +29,10 @@ import pathkernel as pk
 
 INTERVAL = 0.9
 BINS = 10
-COVERAGE, COVERAGE_ERROR = "coverage", "coverage, distance from 90 % (lower)"
+LIKELIHOOD, CALIBRATION = "negative log-likelihood", "expected calibration error"
+COVERAGE, COVERAGE_ERROR = "coverage", "distance of coverage from 90 %"
+ERRORS = {LIKELIHOOD, CALIBRATION, COVERAGE_ERROR}
+"""Measures that are better where they are lower."""
 DIGITS = 500
 """Training digits of a classification, whose time is N³ for each class."""
 
@@ -50,26 +56,26 @@ def expected_calibration_error(probabilities: np.ndarray, right: np.ndarray, bin
 
 
 def of_classifier(classifier: Any, split: Split) -> dict[str, float]:
-    """Accuracy, nll and calibration on the held-out part."""
+    """Accuracy, likelihood and calibration on the held-out part."""
     _, X, _, y = split
     probabilities = classifier.predict_proba(X)
     right = classifier.classes_[probabilities.argmax(axis=1)] == y
     return {
         "accuracy": float(right.mean()),
-        "nll (lower)": float(log_loss(y, probabilities, labels=classifier.classes_)),
-        "ece (lower)": expected_calibration_error(probabilities, right),
+        LIKELIHOOD: float(log_loss(y, probabilities, labels=classifier.classes_)),
+        CALIBRATION: expected_calibration_error(probabilities, right),
     }
 
 
 def of_regressor(regressor: Any, split: Split) -> dict[str, float]:
-    """R², nll and coverage on the held-out part."""
+    """R², likelihood and coverage on the held-out part."""
     _, X, y_train, y = split
     mean, deviation = regressor.predict(X, return_std=True)
     within = np.abs(y - mean) <= norm.ppf((1 + INTERVAL) / 2) * deviation
-    nll = -norm.logpdf(y, mean, deviation).mean() - np.log(y_train.std())
+    negative_log_density = -norm.logpdf(y, mean, deviation).mean()
     return {
-        "R²": float(1 - ((y - mean) ** 2).sum() / ((y - y.mean()) ** 2).sum()),
-        "nll (lower)": float(nll),
+        "R²": float(r2_score(y, mean)),
+        LIKELIHOOD: float(negative_log_density - np.log(y_train.std())),
         COVERAGE_ERROR: float(abs(within.mean() - INTERVAL)),
         COVERAGE: float(within.mean()),
     }
@@ -109,11 +115,12 @@ def _rows(
     for metric in found[0]:
         if metric == COVERAGE:  # neither more nor less of it is better: it goes with its error
             continue
-        more = {}
+        more: dict[str, Any] = {}
         if metric == COVERAGE_ERROR:
             more = {COVERAGE: _mean(found, COVERAGE), f"peer_{COVERAGE}": _mean(others, COVERAGE)}
         own = kind.__name__, [one[metric] for one in found]
         theirs = f"{type(peer[-1]).__name__}(rbf)", [one[metric] for one in others]
+        more["lower_is_better"] = metric in ERRORS
         yield row("Gaussian processes", data, metric, own, theirs, (fit, predict), **sizes, **more)
 
 

@@ -52,6 +52,7 @@ def row(
     peer: tuple[str, Sequence[float]],
     seconds: tuple[Sequence[float], Sequence[float]] | None = None,
     at_least: float | None = None,
+    lower_is_better: bool = False,
     **more: Any,
 ) -> Row:
     """Means over the splits, and the paired difference in points: hundredths, positive where the estimator is better.
@@ -59,17 +60,19 @@ def row(
     Parameters
     ----------
     table, data, metric
-        What was measured, on which data; a metric that says "lower" is better where it is lower.
+        What was measured, on which data.
     estimator, peer
         Names, and scores on the same splits.
     seconds
         Of fitting and predicting, (fit, predict) by split.
     at_least
         Limit of the mean difference in points, where there is one.
+    lower_is_better
+        Of an error, whose points are positive where it is smaller than the peer's.
     **more
         Further flat keys.
     """
-    better = np.subtract(estimator[1], peer[1]) * (-100.0 if "lower" in metric else 100.0)
+    better = np.subtract(estimator[1], peer[1]) * (-100.0 if lower_is_better else 100.0)
     fit, predict = (None, None) if seconds is None else (float(np.mean(part)) for part in seconds)
     ok = True if at_least is None else bool(better.mean() >= at_least)
     return {
@@ -77,6 +80,7 @@ def row(
         "estimator": estimator[0],
         "data": data,
         "metric": metric,
+        "lower_is_better": lower_is_better,
         "score": float(np.mean(estimator[1])),
         "peer": peer[0],
         "peer_score": float(np.mean(peer[1])),

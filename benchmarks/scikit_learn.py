@@ -9,9 +9,9 @@ coin-flips                               cross-validation on random labels (`_sc
 leak-warnings                            who is warned of a leak, rightly and wrongly (`_label_leak.py`)
 two-sample                               do two sets of images differ? (`_two_sample.py`)
 
-estimator, data, metric   what was measured: accuracy, R², …, mean over splits; test samples are held out
+estimator, data, metric   what was measured on held-out samples, mean over splits: accuracy, R², an error, …
 score, peer, peer_score   of the estimator and of what it is compared with, on the same splits
-points                    hundredths by which the estimator is better, and the standard error of their mean over splits
+points, error             hundredths by which the estimator is better, and the standard error of their mean over splits
 fit, predict              CPU seconds, one thread
 ok                        whether what has a limit keeps it: `at_least` points, times on digits, chance on coin flips,
                           warnings, the size of two-sample tests
