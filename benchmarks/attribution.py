@@ -181,6 +181,9 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="so small that figures mean nothing, to see that it runs")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    known = {*ours.SCORES, *ours.SUSPICIONS, *peers.SCORES, *peers.SUSPICIONS}
+    if strange := set(arguments.methods or ()) - known:
+        parser.error(f"no methods: {', '.join(sorted(strange))}; there are {', '.join(sorted(known))}")
     if arguments.peers and (lacking := peers.missing()):
         print(f"--peers: {lacking}", file=sys.stderr)
         return 2

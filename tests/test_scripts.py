@@ -72,7 +72,10 @@ KEYS = {
 
 
 PARTS = {
-    "attribution.py": ("--tiny", "--only", "digits MLP tanh"),
+    "attribution.py": (
+        *("--tiny", "--only", "digits MLP tanh"),
+        *("--methods", "datamodel", "trak_scores", "tracin_scores", "label_quality"),
+    ),
     "dynamics.py": ("--only", "norms", "noise"),
     "coverage.py": ("--only", "GPT-2", "ResNet", "ConvNeXt", "U-Net", "LSTM classifier", "MLP-Mixer"),
     "certificate.py": ("--parts", "coupled", "refused", "broken", "alarms"),

@@ -41,7 +41,7 @@ def random_subsets(samples: int, removed: float, count: int, generator: np.rando
     samples
         N.
     removed
-        α, the part that is left out, above 0 and below 1; at least one sample is.
+        α, the part that is left out, above 0 and below 1; at least one sample is, and one stays.
     count
         R, how many subsets.
     generator
@@ -63,9 +63,10 @@ def random_subsets(samples: int, removed: float, count: int, generator: np.rando
             "The part of the samples that a subset lacks lies between 0 and 1, both excluded",
             "Write `removed=0.5` for halves",
         )
+    left_out = min(max(1, round(removed * samples)), samples - 1)
     weights = np.ones((count, samples))
     for row in weights:
-        row[generator.permutation(samples)[: max(1, round(removed * samples))]] = 0
+        row[generator.permutation(samples)[:left_out]] = 0
     return weights
 
 

@@ -157,7 +157,18 @@ class InfluenceInterface:
         -------
         torch.Tensor or KMostInfluentialResults
             (Q, N), or (1, N) summed; with ``k`` the strongest, (Q, k) each.
+
+        Raises
+        ------
+        InputError
+            Without inputs.
         """
+        if inputs is None:
+            raise InputError(
+                "`influence` was called without inputs",
+                "Scores are of the queries that it is given",
+                "Pass a batch as a tuple `(inputs, labels)`, or a DataLoader",
+            )
         batches = [inputs] if isinstance(inputs, (tuple, list)) else list(inputs)
         found = torch.cat([torch.from_numpy(np.asarray(self._scores(*batch), dtype=np.float64)) for batch in batches])
         found = found.sum(dim=0, keepdim=True) if aggregate else found

@@ -13,6 +13,7 @@ from sklearn.gaussian_process.kernels import Kernel as Covariance
 
 from pathkernel._typing import Loss, PyTree
 from pathkernel.estimators.gaussian_process import GaussianProcessKernel
+from pathkernel.estimators.network_estimator import all_or_nothing
 from pathkernel.estimators.path_kernels import PathKernelEstimator
 from pathkernel.estimators.tasks import NetworkClassification, NetworkRegression
 from pathkernel.kernels.kernel import Kernel
@@ -174,6 +175,7 @@ class PathKernelGP(RegressorMixin, PathKernelProcess, NetworkRegression):
     ) -> None:
         self._keep(locals())
 
+    @all_or_nothing
     def fit(self, X: Any, y: Any) -> PathKernelGP:
         """Train the network, and condition the process on the samples; y is (n,) or (n, k)."""
         matrix, values, _ = self._fit_kernel(X, y, None)
@@ -272,6 +274,7 @@ class PathKernelGPClassifier(ClassifierMixin, PathKernelProcess, NetworkClassifi
     ) -> None:
         self._keep(locals())
 
+    @all_or_nothing
     def fit(self, X: Any, y: Any) -> PathKernelGPClassifier:
         """Train the network, and condition the process on the samples; see `KernelMachineClassifier.fit`."""
         matrix, places, _ = self._fit_kernel(X, y, None)

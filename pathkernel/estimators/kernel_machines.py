@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from pathkernel._typing import Loss
 from pathkernel.estimators.incremental import IncrementalEstimator
-from pathkernel.estimators.network_estimator import FittedOn
+from pathkernel.estimators.network_estimator import FittedOn, all_or_nothing
 from pathkernel.estimators.tasks import NetworkClassification, NetworkRegression
 from pathkernel.gradients.pytrees import take
 from pathkernel.kernel_machine.attributions import Attributions
@@ -236,6 +236,7 @@ class KernelMachineClassifier(ClassifierMixin, KernelMachineEstimator, NetworkCl
     ) -> None:
         self._keep(locals())
 
+    @all_or_nothing
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> KernelMachineClassifier:
         """Train the network, and make the machine.
 
@@ -256,6 +257,7 @@ class KernelMachineClassifier(ClassifierMixin, KernelMachineEstimator, NetworkCl
         self._fit(X, y, sample_weight)
         return self
 
+    @all_or_nothing
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> KernelMachineClassifier:
         """Train one epoch on further samples; the machine is a sum over the samples of all calls.
 
@@ -351,11 +353,13 @@ class KernelMachineRegressor(RegressorMixin, KernelMachineEstimator, NetworkRegr
     ) -> None:
         self._keep(locals())
 
+    @all_or_nothing
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> KernelMachineRegressor:
         """Train the network, and make the machine; y is (n,) or (n, k), the rest as of `KernelMachineClassifier`."""
         self._fit(X, y, sample_weight)
         return self
 
+    @all_or_nothing
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> KernelMachineRegressor:
         """Train one epoch on further samples; see `KernelMachineClassifier.partial_fit`."""
         self._make_machine(self._partial_fit(X, y, sample_weight))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from pathkernel.estimators.networks import (
     multilayer_perceptron,
     seeded,
 )
-from pathkernel.estimators.samples import IndexedRows, Rows, checked_weights, in_three_parts
+from pathkernel.estimators.samples import IndexedRows, Rows, checked_weights
 from pathkernel.estimators.targets import loss_per_sample
 from pathkernel.estimators.training import Course, Stopping, Trainer, called
 from pathkernel.gradients.acceptance import with_floats
@@ -63,6 +64,25 @@ class FittedOn:
     values: np.ndarray
     weights: np.ndarray | None
     ids: np.ndarray
+
+
+M = TypeVar("M", bound=Callable[..., Any])
+
+
+def all_or_nothing(method: M) -> M:
+    """A method that leaves the estimator as it was where it fails: with what it had learnt before, or nothing."""
+
+    @functools.wraps(method)
+    def whole(self: NetworkEstimator, *arguments: Any, **options: Any) -> Any:
+        before = dict(vars(self))
+        try:
+            return method(self, *arguments, **options)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+    return whole  # type: ignore[return-value]
 
 
 class NetworkEstimator(BaseEstimator):
@@ -155,8 +175,8 @@ class NetworkEstimator(BaseEstimator):
         trajectory = recorder.trajectory
         if course.best is not None and course.best < len(trajectory):
             trajectory = trajectory.until(course.best)
-            network.load_state_dict({**trajectory.layout.unflatten(trajectory.final.clone())}, strict=False)
-            network.load_state_dict(dict(trajectory.final_buffers), strict=False)
+            weights = trajectory.layout.unflatten(trajectory.final.clone())
+            network.load_state_dict({**weights, **trajectory.final_buffers}, strict=False)
         self.trajectory_ = trajectory
         self._note(course)
         return fitted
@@ -298,10 +318,17 @@ class NetworkEstimator(BaseEstimator):
         if not self.early_stopping:
             return None
         labels = fitted.values[fitted.ids] if self.task == "classification" else None
-        with in_three_parts(y=None):
+        try:
             _, held_out = train_test_split(
                 fitted.ids, test_size=self.validation_fraction, random_state=seed, stratify=labels
             )
+        except ValueError as error:
+            raise InputError(
+                f"`validation_fraction={self.validation_fraction}` of {len(fitted.ids)} samples cannot be held out "
+                f"({str(error).rstrip('.')})",
+                "Early stopping holds out samples of every class, and trains on others of every class",
+                f"Write `{type(self).__name__}(early_stopping=False)`, or give more samples",
+            ) from error
         return Stopping(torch.from_numpy(np.sort(held_out)), self.n_iter_no_change, self.tol)
 
     def _after_epoch(self, course: Course) -> bool:
@@ -316,12 +343,12 @@ class NetworkEstimator(BaseEstimator):
         self.n_iter_ = len(course.loss_curve)
 
     def _check_parameters(self) -> None:
-        """Refuse settings that no training can be made of, all at once.
+        """Refuse settings that no training can be made of.
 
         Raises
         ------
         InputError
-            With the first of them.
+            For the first of them.
         """
         check_hidden(self.hidden)
         for name in ("epochs", "batch_size", "n_iter_no_change"):
@@ -335,6 +362,13 @@ class NetworkEstimator(BaseEstimator):
                 f"`learning_rate={self.learning_rate!r}` was given",
                 "It is a positive number",
                 "Write `learning_rate=1e-3`",
+            )
+        fraction = self.validation_fraction
+        if self.early_stopping and not (is_number(fraction) and 0 < fraction < 1):
+            raise InputError(
+                f"`validation_fraction={fraction!r}` was given",
+                "It is the part of the samples that is held out, between 0 and 1",
+                "Write `validation_fraction=0.1`",
             )
         if self.loss is not None:
             check_loss(self.loss)

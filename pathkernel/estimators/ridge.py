@@ -11,6 +11,7 @@ from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.kernel_ridge import KernelRidge
 
 from pathkernel._typing import Loss
+from pathkernel.estimators.network_estimator import all_or_nothing
 from pathkernel.estimators.path_kernels import PathKernelEstimator
 from pathkernel.estimators.tasks import NetworkClassification, NetworkRegression
 
@@ -72,6 +73,7 @@ class PathKernelRidge(RegressorMixin, PathKernelEstimator, NetworkRegression):
     ) -> None:
         self._keep(locals())
 
+    @all_or_nothing
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PathKernelRidge:
         """Train the network, and solve for the coefficients; y is (n,) or (n, k)."""
         matrix, values, weights = self._fit_kernel(X, y, sample_weight)
@@ -149,6 +151,7 @@ class PathKernelRidgeClassifier(ClassifierMixin, PathKernelEstimator, NetworkCla
     ) -> None:
         self._keep(locals())
 
+    @all_or_nothing
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PathKernelRidgeClassifier:
         """Train the network, and solve for the coefficients; see `KernelMachineClassifier.fit`."""
         matrix, places, weights = self._fit_kernel(X, y, sample_weight)

@@ -11,6 +11,7 @@ from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.svm import SVC, SVR
 
 from pathkernel._typing import Loss
+from pathkernel.estimators.network_estimator import all_or_nothing
 from pathkernel.estimators.path_kernels import PathKernelEstimator
 from pathkernel.estimators.tasks import NetworkClassification, NetworkRegression
 
@@ -94,6 +95,7 @@ class PathKernelSVC(ClassifierMixin, PathKernelEstimator, NetworkClassification)
     ) -> None:
         self._keep(locals())
 
+    @all_or_nothing
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PathKernelSVC:
         """Train the network, and the support vector machine on its kernel; see `KernelMachineClassifier.fit`."""
         matrix, places, weights = self._fit_kernel(X, y, sample_weight)
@@ -171,6 +173,7 @@ class PathKernelSVR(RegressorMixin, PathKernelEstimator, NetworkRegression):
     ) -> None:
         self._keep(locals())
 
+    @all_or_nothing
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PathKernelSVR:
         """Train the network, and the support vector machine on its kernel; y is (n,)."""
         matrix, values, weights = self._fit_kernel(X, y, sample_weight)

@@ -21,6 +21,7 @@ from pathkernel._typing import Float
 from pathkernel.gradients.layers.factors import Dense, Piece
 from pathkernel.gradients.layers.stacked_pieces import StackedPieces
 from pathkernel.gradients.parameters import ParameterLayout
+from pathkernel.runtime.workspace import Workspace
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -95,6 +96,34 @@ class FactoredGradients:
             return self
         rows = torch.empty(self.count, self.layout.size, dtype=dtype, device=self.device)
         return FactoredGradients.dense(self.rows(rows), self.layout)
+
+    @property
+    def positions(self) -> float:
+        """Positions that a gradient is a sum over, on average over its entries: what forming it takes, by its size."""
+        size = sum(piece.factor.size for piece in self.pieces)
+        return sum(piece.factor.forming for piece in self.pieces) / size if size else 0.0
+
+    def formed(self, workspace: Workspace) -> FactoredGradients:
+        """The same gradients as rows of each parameter, (Q, size), in memory of a workspace.
+
+        Pieces that are sums over many positions are formed anew, in as many operations, by each of a total, a product
+        with a direction and a range of columns; rows are read.
+        """
+        dtype = self.pieces[0].factor.dtype if self.pieces else torch.float32
+        rows = row_memory(self.layout, self.count, dtype, self.device, workspace)
+        self.write(rows)
+        return FactoredGradients.of_rows(rows, self.layout)
+
+    def write(self, rows: Mapping[str, Tensor]) -> None:
+        """Form the gradients of each parameter in given rows (Q, size), which are contiguous."""
+        for name, own in rows.items():
+            where, covering = self.layout.slices[name], self._by_name.get(name, [])
+            factors = [piece.factor for part, piece in covering if part == where == piece.where]
+            alone = len(covering) == len(factors) == 1 and self.multiples is None
+            if alone and factors[0].dtype == own.dtype:
+                factors[0].write(own.view(1, factors[0].samples, -1), full=False)
+            else:
+                own.copy_(self.columns(where, own.dtype))
 
     # -- linear combinations ---------------------------------------------------------------------------------
 
@@ -232,3 +261,13 @@ class FactoredGradients:
             if start < stop:
                 part = piece if own == piece.where else Piece(own, Dense(piece.bias_rows()))
                 yield part, start - own.start, stop - own.start, start - where.start
+
+
+def row_memory(
+    layout: ParameterLayout, count: int, dtype: torch.dtype, device: torch.device, workspace: Workspace
+) -> dict[str, Tensor]:
+    """Rows (Q, size) of each parameter whose values are not set, contiguous, one after the other in one block."""
+    memory = workspace.empty((count * layout.size,), dtype, device)
+    return {
+        name: memory[count * where.start : count * where.stop].view(count, -1) for name, where in layout.slices.items()
+    }

@@ -75,7 +75,8 @@ class GradientSource:
 
     def __init__(self, function: ModelFunction, engine: str, memory: int, proofs: TapeProofs | None = None) -> None:
         self.function, self.engine = function, engine
-        self.tapes = ProvedTapes(function, Workspace(memory), proofs)
+        self.workspace = Workspace(memory)
+        self.tapes = ProvedTapes(function, self.workspace, proofs)
         self.stacks = ProvedStacks(self.tapes)
 
     def gradients(
@@ -184,17 +185,27 @@ class GradientSource:
         return [FactoredGradients(layout, functions, stacked.at(s), stack=(stacked, s)) for s in range(len(components))]
 
     def prove(
-        self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction, *, measured: bool = False
+        self,
+        theta: Float[Tensor, " P"],
+        inputs: PyTree,
+        function: ModelFunction,
+        *,
+        measured: bool = False,
+        trial: bool = False,
     ) -> None:
         """Prove now how gradients are taken from such samples, which else happens with the first of them.
 
-        ``measured`` notes the bytes that it takes, where it was not proved before.
+        ``measured`` notes the bytes that it takes, where it was not proved before. In a ``trial`` the rows of so many
+        samples are not compared: they are those of another number than will be used.
         """
         if self.engine in BY_ROWS:
             return
         proofs = self.tapes.proofs
         known = proofs.made
-        with Allocations() if measured else nullcontext() as allocations:
+        with (
+            Allocations() if measured else nullcontext() as allocations,
+            self.tapes.trying() if trial else nullcontext(),
+        ):
             self.tapes.record(theta, inputs, function)
         if allocations is not None and proofs.made > known:
             proofs.bytes = float(np.fmax(proofs.bytes, allocations.peak))

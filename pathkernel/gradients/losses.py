@@ -131,7 +131,7 @@ def batch_gradient(
 ) -> Float[Tensor, " P"]:
     """∇L of a whole batch at θ, (P,), by one reverse sweep; regularisers are left out."""
     leaves = leaf_parameters(function, vector)
-    with function.evaluating(gradients=True), function.kept():
+    with function.evaluating(gradients=True, fused_attention=True), function.kept():
         outputs = function.call(leaves, function.cast(inputs))
         targets = function.cast(targets)
         loss = objective.function("The gradient of a batch")
@@ -249,7 +249,7 @@ def weighted_gradient(
 ) -> Float[Tensor, " P"]:
     """Σ_i J_iᵀ λ_i by one reverse sweep; ``as_trained`` as for `ModelFunction.evaluating`."""
     leaves = leaf_parameters(function, vector)
-    with function.evaluating(gradients=True, as_trained=as_trained), function.kept():
+    with function.evaluating(gradients=True, as_trained=as_trained, fused_attention=True), function.kept():
         outputs = function.batch(leaves, function.cast(inputs))
         check_slopes(outputs, cotangents)
         return function.layout.flatten(pulled_back(leaves, outputs, cotangents.to(outputs), retain=False))

@@ -5,16 +5,24 @@ from typing import TYPE_CHECKING
 from pathkernel.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from pathkernel.influence.checkpoint_scores import influence_function_scores as influence_function_scores
+    from pathkernel.influence.checkpoint_scores import tracin_scores as tracin_scores
+    from pathkernel.influence.checkpoint_scores import trak_scores as trak_scores
     from pathkernel.influence.datamodels import Datamodel as Datamodel
     from pathkernel.influence.datamodels import datamodel as datamodel
     from pathkernel.influence.labels import LabelQuality as LabelQuality
     from pathkernel.influence.labels import label_quality as label_quality
+    from pathkernel.influence.retraining import retrain as retrain
 
 _HOMES = {
     "Datamodel": "influence.datamodels",
     "LabelQuality": "influence.labels",
     "datamodel": "influence.datamodels",
+    "influence_function_scores": "influence.checkpoint_scores",
     "label_quality": "influence.labels",
+    "retrain": "influence.retraining",
+    "tracin_scores": "influence.checkpoint_scores",
+    "trak_scores": "influence.checkpoint_scores",
 }
 
 __all__ = sorted(_HOMES)

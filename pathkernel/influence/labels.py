@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
 from pathkernel.gradients.per_sample import OutputFunctional, values_of
-from pathkernel.gradients.pytrees import memory_bytes
+from pathkernel.gradients.pytrees import count, memory_bytes, take
 from pathkernel.gradients.sample_wise import check_sample_wise
 from pathkernel.kernel_machine.classification import is_classifier
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
@@ -35,7 +35,7 @@ from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.tangent_kernel.engines.auto import AutomaticEngine, make_engine
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
-from pathkernel.tangent_kernel.outputs import OutputStructure, select_outputs
+from pathkernel.tangent_kernel.outputs import MarginOfOutputs, OutputStructure, select_outputs
 from pathkernel.trajectory.schedule import PRECONDITIONED
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.trajectory.until import steps_taken
@@ -267,31 +267,34 @@ class _Measurement:
     """
 
     def __init__(self, trajectory: Trajectory, nodes: int, memory: int, progress: bool) -> None:
-        self.trajectory, self.progress, self.lock = trajectory, progress, trajectory.lock
-        objective = trajectory.objective
+        self.trajectory, self.count, self.memory, self.progress = trajectory, nodes, memory, progress
+        self.lock = trajectory.lock
+
+    def _prepare(self) -> None:
+        """Samples, functions of their outputs, and points of the path."""
+        trajectory, objective = self.trajectory, self.trajectory.objective
         loss = objective.function("`label_quality`")
         self.function = trajectory.function()
         selection = select_outputs("loss", loss, objective.reduction)
-        everything = trajectory.data.everything()
-        self.inputs, self.targets = samples_of_path(
-            trajectory, everything, selection, self.function.dtype, "label_quality"
-        )
+        everything, dtype = trajectory.data.everything(), self.function.dtype
+        self.inputs, self.targets = samples_of_path(trajectory, everything, selection, dtype, "label_quality")
         check_sample_wise(self.function, trajectory.initial, self.inputs)
         self.loss: OutputFunctional = selection.function
-        self.engine = make_engine("auto", self.function, selection, memory)
-        assert selection.structure is not None
-        # Where no layer accounts for a parameter, rows of whole gradients are taken.
-        assert isinstance(self.engine, AutomaticEngine)
-        self._by_layers = not self.engine.covers_none(trajectory.initial, self.inputs)
+        self.engine = make_engine("auto", self.function, selection, self.memory)
+        assert selection.structure is not None and isinstance(self.engine, AutomaticEngine)
         self.functional, self.kind = self._functional(selection.structure)
-        self.nodes = self._along("uniform", nodes)
-        self.rates = {node.position: node.weight for node in self._along("learning_rate", nodes)}
+        # Where no layer accounts for a parameter, rows of whole gradients are taken.
+        self.by_layers = not self.engine.covers_none(trajectory.initial, self.inputs)
+        self.nodes = self._along("uniform")
+        settings = trajectory.store.summary(0).record.hyperparameters
+        rates = "learning_rate" if all("lr" in own for own in settings) else "uniform"
+        self.rates = {node.position: node.weight for node in self._along(rates)}
         scaled = trajectory.rule.elementwise and PRECONDITIONED in trajectory.schedule.serves
-        self.metric = PathMeasure(trajectory, "learning_rate", "optimizer" if scaled else None)
+        self.metric = PathMeasure(trajectory, rates, "optimizer" if scaled else None)
 
-    def _along(self, measure: str, nodes: int) -> list[PathNode]:
+    def _along(self, measure: str) -> list[PathNode]:
         """One node for each stretch of the path; none for those without a weight."""
-        cut = stretches(len(self.trajectory), nodes)
+        cut = stretches(len(self.trajectory), self.count)
         try:
             return list(nodes_along(PathMeasure(self.trajectory, measure), LeftEndpoint(), cut))
         except InputError:  # learning rates of 0 throughout
@@ -301,10 +304,10 @@ class _Measurement:
         """What is averaged along the path, and its name."""
         if is_classifier(self.trajectory):
             margin = select_outputs("margin")
-            assert margin.structure is not None
-            margin.structure.returned = structure.returned
+            assert isinstance(margin.function, MarginOfOutputs)
+            margin.function.structure.returned = structure.returned
             try:
-                margin.function.check(self.targets)  # type: ignore[attr-defined]
+                margin.function.check(self.targets)
             except InputError as refusal:
                 raise InputError(
                     refusal.found,
@@ -313,12 +316,12 @@ class _Measurement:
                     "with any targets",
                 ) from None
             return margin.function, "margin"
-        outputs = self.function.outputs(self.trajectory.final, self.inputs).shape
-        targets = pytree.tree_leaves(self.targets)
-        if len(targets) != 1 or not targets[0].is_floating_point() or targets[0].numel() != outputs.numel():
+        (c,) = self.function.outputs(self.trajectory.initial, take(self.inputs, slice(0, 1))).shape[1:]
+        targets, n = pytree.tree_leaves(self.targets), count(self.inputs)
+        if len(targets) != 1 or not targets[0].is_floating_point() or targets[0].numel() != n * c:
             raise InputError(
                 f"`label_quality` was given targets of shape {', '.join(str(tuple(t.shape)) for t in targets)} for "
-                f"outputs of shape {tuple(outputs)}",
+                f"outputs of shape {(n, c)}",
                 "A sample of a regression has a target for each output, and one of a classification a single label",
                 "Take `pk.PathKernel(trajectory, outputs='loss').diagonal((X, y))`, the self-influence of samples with "
                 "any targets",
@@ -328,6 +331,7 @@ class _Measurement:
     @one_at_a_time
     def result(self) -> dict[str, Any]:
         """The attributes of a `LabelQuality`."""
+        self._prepare()
         n = len(self.trajectory.data)
         area, influence, share = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
         total = sum(node.weight for node in self.nodes)
@@ -358,7 +362,7 @@ class _Measurement:
     def _measured(self, engine: Engine, theta: Tensor, metrics: list[Diagonal]) -> tuple[Tensor, list[Tensor]]:
         """Outputs (N, C) at θ, and the squared length of the gradient of each loss under each metric, (N,)."""
         samples = self.inputs, self.targets
-        if isinstance(engine, LayerwiseEngine) and self._by_layers:
+        if isinstance(engine, LayerwiseEngine) and self.by_layers:
             z, found = engine.outputs_and_diagonals(theta, *samples, metrics, squares=True)
         else:
             z = engine.function.outputs(theta, self.inputs)

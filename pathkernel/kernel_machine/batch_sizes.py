@@ -16,7 +16,7 @@ from pathkernel.gradients.losses import coupled_row_blocks, weighted_gradient
 from pathkernel.gradients.per_sample import output_products
 from pathkernel.gradients.pytrees import take
 from pathkernel.gradients.returned import batch_outputs
-from pathkernel.runtime.allocations import Footprint, allocated, footprint, footprint_of
+from pathkernel.runtime.allocations import Footprint, allocated, footprint, footprint_of, proportional
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.step import MicroBatch, Step
@@ -74,14 +74,14 @@ class BatchSizes:
         return cls(gradients.most, largest, max(separate, key=lambda found: found.peak(64)), whole, held, rows, inputs)
 
     @staticmethod
-    def of_two(kinds: Sequence[SmallBatch]) -> tuple[float, float]:
-        """Peak bytes of two samples, and the bytes held of them and their inputs."""
+    def of_trial(kinds: Sequence[SmallBatch], samples: int) -> tuple[float, float]:
+        """Peak bytes of so many samples, and the bytes held of them and their inputs, at most, from a single trial."""
         peaks, held = [0.0], [0.0]
         for one in kinds:
-            changes = one.allocated(2)
-            peaks.append(float(changes.cumsum().max()))
-            rows = 8.0 * 2 * one.function.layout.size if one.coupled else 0.0
-            held.append(float(changes.sum()) + rows + 2 * one.bytes)
+            vector = 8.0 * one.function.layout.size
+            found = proportional(one.allocated, vector)
+            peaks.append(found.peak(samples))
+            held.append(found.held(samples) + samples * (one.bytes + (vector if one.coupled else 0.0)))
         return max(peaks), max(held)
 
 
@@ -102,7 +102,7 @@ def kinds_of_batches(gradients: RecordedGradients, pushed: int = 1, total: bool 
         step = gradients.trajectory.store.summary(index).record
         one = SmallBatch(gradients, step, step.batches[place], pushed, size, total)
         if not (one.coupled or total):
-            one.source.prove(one.point, take(one.inputs, slice(0, 2)), one.function)
+            one.source.prove(one.point, take(one.inputs, slice(0, 2)), one.function, trial=True)
         found.append(one)
     return found
 
@@ -162,17 +162,14 @@ class SmallBatch:
         return footprint_of(self.allocated)
 
     def taken(self, n: int) -> Any:
-        """Gradients of n samples, and a product with each of a few directions; coupled ones are rows, one by one.
-
-        With the proof of rows that each new number of samples has: the sweep's own is one.
-        """
+        """Gradients of n samples, and a product with each of a few directions; coupled ones are rows, one by one."""
         if self.coupled:
             for _ in coupled_row_blocks(self.function, self.point, *self._weighted(n), 1):
                 pass
             return None
-        self.source.tapes.forget(n)
         ones = lambda outputs: torch.ones_like(batch_outputs(outputs, n))  # noqa: E731
-        part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
+        with self.source.tapes.trying():
+            part = self.source.pulled_back(self.point, take(self.inputs, slice(0, n)), ones, self.function)
         for piece in part.pieces:
             piece.factor.products(
                 torch.zeros(self.pushed, piece.factor.size, dtype=piece.factor.dtype, device=piece.factor.device)

@@ -343,3 +343,10 @@ class ChordCurve(Curve):
 def _rows(directions: Mapping[str, Tensor], like: Tensor) -> Tensor:
     """Displacements of channels, (D, P); none of a step whose gradients were all cleared."""
     return torch.stack(list(directions.values())) if directions else like.new_empty(0, len(like))
+
+
+def curve_to(trajectory: Trajectory, queries: Queries, quadrature: Quadrature, average: str | None, form: str) -> Curve:
+    """The curve that ends in the last weights or in an average on record: the path, or the chord of that form."""
+    if average is not None:
+        return AverageCurve(trajectory, queries, quadrature, trajectory.averages[average])
+    return (ChordCurve if form == "chord" else PathCurve)(trajectory, queries, quadrature)

@@ -57,6 +57,22 @@ def check_form(form: str) -> str:
     return form
 
 
+def check_kept(form: str) -> None:
+    """Refuse to keep an explanation in a store in a form that has matrices of its own.
+
+    Raises
+    ------
+    InputError
+        With the forms that are kept.
+    """
+    if form in BUILDERS:
+        raise InputError(
+            f'An explanation in the form "{form}" was to be kept in a store',
+            "What is kept are shares, channels and the certificate, of the forms folded and chord",
+            'Write `KernelMachine(trajectory, form="folded")`, or leave `store` out',
+        )
+
+
 @dataclass(frozen=True)
 class AverageForm:
     """Σ_i Σ_c α_ic(x) K_ic(x), with both factors of each query.

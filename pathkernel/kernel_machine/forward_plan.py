@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from pathkernel._typing import PyTree
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, take
 from pathkernel.kernel_machine.batch_sizes import BatchSizes, kinds_of_batches
-from pathkernel.kernel_machine.memory_plan import PASSING, STAGE, refusal, shortened, usable_bytes
+from pathkernel.kernel_machine.memory_budget import refusal, usable_bytes
+from pathkernel.kernel_machine.memory_plan import PASSING, STAGE, shortened
 from pathkernel.kernel_machine.queries import ProductStep, Queries, Rests
 from pathkernel.quadrature import DiscreteGradient, Quadrature
-from pathkernel.runtime.allocations import Allocations, allocated, footprint, footprint_of
+from pathkernel.runtime.allocations import Allocations, allocated, footprint, footprint_of, proportional
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.stage_gradients import WHOLE, Passes
 
@@ -75,13 +77,13 @@ def plan_forward(
     # Gradients, displacement, memory and directions of each channel.
     rule, values = trajectory.rule, 8.0 * queries.components * (channels + 8)
     fixed = vector * (STAGE + channels * (2 * rule.stages + len(rule.memory) + 2))
-    two = allocated(pushed, 2)
+    seen = cache(partial(allocated, pushed))
     kinds = kinds_of_batches(gradients, total=True)
-    one = PASSING / 2 * max(BatchSizes.of_two(kinds))
-    peak = two.cumsum().max() + others
-    if (PASSING * peak / 2 + values) * samples + fixed + one * gradients.most <= usable:
+    batch = max(BatchSizes.of_trial(kinds, gradients.most))
+    at_once = proportional(seen, vector).plus(others).peak(samples)
+    if PASSING * (at_once + batch) + values * samples + fixed <= usable:
         return samples, WHOLE
-    query = footprint_of(lambda n: two if n == 2 else allocated(pushed, n)).plus(others).times(PASSING)
+    query = footprint_of(seen).plus(others).times(PASSING)
     query = query.plus(fixed - vector * channels)
     batches = BatchSizes.of(gradients, kinds)
     resting = fixed + values * samples

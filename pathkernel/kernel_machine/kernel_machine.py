@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError
 from pathkernel.gradients.forward_derivatives import load_transformations
 from pathkernel.gradients.gradient_source import check_engine
 from pathkernel.gradients.pytrees import blocks, count, memory_bytes
@@ -22,19 +21,20 @@ from pathkernel.kernel_machine.averaging_error import AveragingError, Noted, sha
 from pathkernel.kernel_machine.backward_sweep import backward_sweep
 from pathkernel.kernel_machine.classification import is_classifier, probabilities
 from pathkernel.kernel_machine.completeness import check_end, check_unexplained
-from pathkernel.kernel_machine.curves import AverageCurve, ChordCurve, Curve, PathCurve, check_average
+from pathkernel.kernel_machine.curves import Curve, check_average, curve_to
 from pathkernel.kernel_machine.description import described
 from pathkernel.kernel_machine.explanation_identity import Asked, explanation_identity
-from pathkernel.kernel_machine.forms import BUILDERS, FORMS, check_form
+from pathkernel.kernel_machine.forms import BUILDERS, FORMS, check_form, check_kept
 from pathkernel.kernel_machine.forward_plan import plan_forward
 from pathkernel.kernel_machine.forward_sweep import forward_sweep
 from pathkernel.kernel_machine.kept_displacements import KeptDisplacements
 from pathkernel.kernel_machine.kept_explanation import kept_explanation
 from pathkernel.kernel_machine.kept_plans import KeptPlans
-from pathkernel.kernel_machine.memory_plan import Plan, plan_backward
+from pathkernel.kernel_machine.memory_plan import plan_backward
 from pathkernel.kernel_machine.queries import Queries
 from pathkernel.kernel_machine.query_selection import QuerySelection
 from pathkernel.kernel_machine.self_shares import at_once, check_own, own_shares
+from pathkernel.kernel_machine.sweep_plan import Plan
 from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
@@ -42,8 +42,6 @@ from pathkernel.runtime.workspace import FreedMemory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.split_certificate import EngineReplaced
 from pathkernel.trajectory.trajectory import Trajectory
-
-ENGINES = ("auto", "layerwise", "jacobian", "autograd")
 
 T = TypeVar("T")
 
@@ -364,7 +362,7 @@ class KernelMachine:
         with FreedMemory(self.memory):
             queries, _, _ = self._selection.select(self.trajectory.data.everything(), outputs)
             curve, recorded = self._curve(queries), self._recorded
-            plan = self._plan(at_once(curve, recorded), Asked())
+            plan = self._plan(at_once(curve, recorded), Asked("module"))  # which takes rows of samples, too
             own = self._settled(lambda: own_shares(curve, recorded, plan, self.progress))
         warn_of_split_error(recorded.certificate.error, recorded.certificate.limit, stacklevel=4)  # past the lock
         return own.numpy()
@@ -391,10 +389,7 @@ class KernelMachine:
         return self._gradients
 
     def _curve(self, queries: Queries) -> Curve:
-        if self.average is not None:
-            record = self.trajectory.averages[self.average]
-            return AverageCurve(self.trajectory, queries, self.quadrature, record)
-        return (ChordCurve if self.form == "chord" else PathCurve)(self.trajectory, queries, self.quadrature)
+        return curve_to(self.trajectory, queries, self.quadrature, self.average, self.form)
 
     def _forward(self, curve: Curve) -> Accumulator:
         queries, recorded = curve.queries, self._recorded
@@ -420,12 +415,7 @@ class KernelMachine:
 
     def _stored(self, store: str | os.PathLike[str], curve: Curve, asked: Asked) -> Accumulator:
         """The same, block by block in a store."""
-        if self.form in BUILDERS:
-            raise InputError(
-                f'An explanation in the form "{self.form}" was to be kept in a store',
-                "What is kept are shares, channels and the certificate, of the forms folded and chord",
-                'Write `KernelMachine(trajectory, form="folded")`, or leave `store` out',
-            )
+        check_kept(self.form)
         identity = explanation_identity(curve, self.quadrature, self.form, self.engine, self.average, asked)
         columns = len(self._recorded.columns)
         return kept_explanation(store, identity, curve, columns, lambda block: self._backward(block, asked))

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -33,7 +33,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pathkernel.errors import InputError
 from pathkernel.gradients.factored import accumulation_dtype
 from pathkernel.gradients.pytrees import count, take
 from pathkernel.kernel_machine.accumulator import Accumulator
@@ -41,28 +40,27 @@ from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.backward_sweep import BLOCK, FEW, Cuts
 from pathkernel.kernel_machine.batch_sizes import BatchSizes, SmallBatch, kinds_of_batches, pushed_at_once
 from pathkernel.kernel_machine.curves import Curve
+from pathkernel.kernel_machine.memory_budget import refusal, usable_bytes
+from pathkernel.kernel_machine.sweep_plan import PASSES, POSITIONS, Plan, with_rows
 from pathkernel.quadrature import Adaptive, DiscreteGradient, FixedQuadrature, Quadrature
-from pathkernel.runtime.allocations import Allocations, Footprint, allocated, footprint, footprint_of
+from pathkernel.runtime.allocations import (
+    TRIED,
+    Allocations,
+    Footprint,
+    allocated,
+    footprint,
+    footprint_of,
+    proportional,
+)
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.coupled_samples import ALWAYS_ROWS, PROBED
 from pathkernel.trajectory.stage_gradients import Passes
 from pathkernel.trajectory.step import Step
 
-SHARE = 0.7
-"""Part of a budget that is planned with: the rest is for gaps between tensors. That it suffices is measured by
-tests/kernel_machine/test_memory_budget.py, in fresh processes."""
-
 PASSING = 1.6
 """Growth of a process in a pass through a network, over what its tensors take at once: operations need memory
 inside, and many results of many sizes leave gaps. Measured on convolutional networks, where it is largest; that it
 suffices, tests/kernel_machine/test_memory_budget.py measures."""
-
-RUNTIME = 24 << 20
-"""Bytes that code and Python's own objects take when they are first used, measured on three networks by
-tests/kernel_machine/test_memory_budget.py."""
-
-OF_SMALL = 0.6
-"""Part of a small budget that they take at most. Chosen, so that a small budget is refused by what tensors take."""
 
 STAGE = 6
 """Vectors of P numbers in float64 by which a recorded gradient is compared with its recomputation."""
@@ -102,26 +100,6 @@ LONG = 4
 PASS, BLOCK_OF_COLUMNS = 1e6, 5e4
 """Cost of a pass through the network, and of a block of columns, by itself: in entries of a sample's gradient. Chosen,
 not measured: they rank ways to cut a sweep that all fit."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Cut of a backward sweep.
-
-    Attributes
-    ----------
-    queries
-        Samples in a block of queries.
-    passes
-        Samples of a block that go through the network at once, their gradients then kept as rows; None for a whole
-        block, its gradients in pieces.
-    cuts
-        How the rest is cut.
-    """
-
-    queries: int
-    passes: int | None
-    cuts: Cuts
 
 
 def shortened(quadrature: Quadrature) -> Quadrature:
@@ -201,12 +179,29 @@ class _Planner:
         self.weights = float(self.k * c * (24 * self.size * self.rule.stages / max(1, c) + 40 * gradients.most))
         self.pushed = FEW if self.samples * self.k <= FEW else 1
         self._few: dict[int, np.ndarray] = {}
+        self.positions = 0.0
+        self.needed: float | None = None
 
     def plan(self) -> Plan:
         """Choose everything at once where there is ample room, else the cheapest way that fits."""
         plan = self._cut()
-        batch = replace(plan.cuts.batch, width=self._width(plan))
-        return replace(plan, cuts=replace(plan.cuts, batch=batch, steps=self._steps(plan)))
+        width, steps = self._width(plan), self._steps(plan)
+        plan = plan if steps > 1 else self._with_rows(plan)
+        batch = replace(plan.cuts.batch, width=width)
+        return replace(plan, cuts=replace(plan.cuts, batch=batch, steps=steps))
+
+    def _with_rows(self, plan: Plan) -> Plan:
+        """The same with rows formed at once, where the optimizer has a memory, so that all columns are formed."""
+        self._allocated(TRIED)
+        whole = not plan.cuts.batch.streamed and plan.cuts.batch.samples >= self.gradients.most
+        if not (whole and self.gradients.keeps_memory) or self.dense or self.positions < POSITIONS:
+            return plan
+        rows = self.k * plan.queries * self.row, math.inf if self.batches.rows else self.gradients.most * self.row
+        return with_rows(plan, self.needed or self._needed(plan), self._needed, usable_bytes(self.memory), *rows)
+
+    def _needed(self, plan: Plan) -> float:
+        """Bytes of a block of queries, at most."""
+        return max(phase.peak(plan.queries) for phase in self._phases(plan, plan.queries))
 
     def _steps(self, plan: Plan) -> int:
         """Steps that are run together in what a sweep leaves free: one, where that gains nothing or few are alike."""
@@ -217,7 +212,7 @@ class _Planner:
         # What is measured below takes as long as a few steps.
         if not alike or len(self.trajectory) < LONG * STEPS or self.batches.rows:
             return 1
-        peak = max(phase.peak(plan.queries) for phase in self._phases(plan, plan.queries))
+        peak = self._needed(plan)
         passes = max(self.query.peak(plan.queries), self.batches.separate.peak(self.batches.largest))
         held = self.query.held(plan.queries) + self.batches.separate.held(self.batches.largest)
         # Those of the steps before are there until the first of these is used.
@@ -242,7 +237,7 @@ class _Planner:
         few = self.queries.block(torch.arange(2) % n)
         # Measured while it is made, unless it is hardly needed: of a small network there is room for everything.
         large = LARGE * few.function.dtype.itemsize * self.size > usable
-        few.source.prove(self.trajectory.final, few.inputs, few.function, measured=large)
+        few.source.prove(self.trajectory.final, few.inputs, few.function, measured=large, trial=True)
         if self._ample(usable):
             return whole
         exactly = replace(whole.cuts, columns=max(1, BLOCK // (n * self.k)))
@@ -267,11 +262,14 @@ class _Planner:
         curve = self.curve.block(torch.arange(n) % self.samples)
         curve.queries.passes = passes
         curve.queries.forward = None
-        curve.queries.source.tapes.forget(n)  # each new number of samples is proved, the sweep's own too
         curve.quadrature = shortened(curve.quadrature)
         accumulator = Accumulator.start(curve.initial)
         segments = curve.backward(accumulator)
-        return segments, accumulator, next(segments, None)
+        with curve.queries.source.tapes.trying():
+            last = next(segments, None)
+        if last is not None and passes is None:
+            self.positions = last[1].positions
+        return segments, accumulator, last
 
     @cached_property
     def query(self) -> Footprint:
@@ -351,17 +349,19 @@ class _Planner:
     # -- what follows ----------------------------------------------------------------------------------------
 
     def _ample(self, usable: float) -> bool:
-        """Test that all fits at once even if all that two samples take grew with their number and came together."""
+        """Test that all fits at once even if all that a few samples take grew with their number and came together."""
         quadrature = self.curve.quadrature
         if not (self.rule.elementwise and isinstance(quadrature, FixedQuadrature | DiscreteGradient)):
             return False
-        query = float(self._allocated(2).cumsum().max())
-        one = self.gradients.most / 2 * sum(BatchSizes.of_two(self.kinds))
+        query = proportional(self._allocated, self.vector).peak(self.samples)
+        peak, held = BatchSizes.of_trial(self.kinds, self.gradients.most)
         columns = min(self.widest, BLOCK // (self.samples * self.k) + 1)
-        vectors = (STAGE + HELD + 2 * (2 + len(self.rule.memory)) * self.rule.stages) * self.vector
-        together = 3.0 * self.itemsize * (BLOCK + columns * self.gradients.most) + self.gaps + vectors
-        of_query = PASSING * (query / 2 + self.curve.dense * self.k * self.row) + self.throughout + self.weights
-        return of_query * self.samples + PASSING * one + together <= usable
+        moved = (STAGE + HELD + 2 * (2 + len(self.rule.memory)) * self.rule.stages) * self.vector
+        together = 3.0 * self.itemsize * (BLOCK + columns * self.gradients.most) + self.gaps + moved
+        of_query = PASSING * self.curve.dense * self.k * self.row + self.throughout + self.weights
+        needed = PASSING * (query + peak + held) + of_query * self.samples + together
+        self.needed = needed if needed <= usable else None
+        return needed <= usable
 
     def _phases(self, way: Plan, samples: int) -> Iterator[Footprint]:
         """Bytes of query samples in each part of a step; ``samples`` is what a block has at most."""
@@ -416,7 +416,7 @@ class _Planner:
         for columns in COLUMNS:
             yield Plan(1, None, Cuts(columns=columns, scratch=max(1, scratch)))
         sizes = [largest, *(size for power in range(1, 11) if (size := largest >> power))]
-        for passes, size, streamed, columns in product((None, 16, 4, 1), sizes, (False, True), COLUMNS):
+        for passes, size, streamed, columns in product((None, *PASSES), sizes, (False, True), COLUMNS):
             if not (streamed and size == most):
                 batch = Passes(sys.maxsize if size == largest else size, streamed)
                 yield Plan(1, passes, Cuts(batch, columns, max(1, scratch), roomy=False))
@@ -430,21 +430,3 @@ class _Planner:
         batch = most * self.size + PASS * (passes + sweeps) + BLOCK_OF_COLUMNS * columns * portions
         query = self.size + PASS / (way.passes or block)
         return math.ceil(self.samples / block) * batch + self.samples * query
-
-
-def usable_bytes(memory: float) -> float:
-    """Part of a budget that tensors may take."""
-    return SHARE * (memory - min(OF_SMALL * memory, RUNTIME))
-
-
-def refusal(least: float, memory: int) -> InputError:
-    """Error that names a budget which is too small, and one that is not."""
-    needed = least / SHARE + min(least / SHARE * OF_SMALL / (1 - OF_SMALL), RUNTIME)
-    digits = max(0, 1 - math.floor(math.log10(needed / 1e6)))
-    enough = math.ceil(needed / 1e6 * 10**digits) / 10**digits
-    return InputError(
-        f"One query and the least part of a batch take {enough:.{max(0, digits)}f} MB beside the trajectory and the "
-        f"result, and the budget is {memory / 1e6:.3g} MB",
-        "A budget has to hold at least these; it is kept, not exceeded in silence",
-        f'Write `memory="{enough:.{max(0, digits)}f}MB"` or more',
-    )

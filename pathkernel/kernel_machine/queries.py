@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import Float, Int, PyTree
-from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
+from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype, row_memory
 from pathkernel.gradients.forward_derivatives import REFUSALS, push_forward
 from pathkernel.gradients.gradient_source import ROWS, GradientSource
 from pathkernel.gradients.per_sample import OutputFunctional, gradients_along, values_of
@@ -86,7 +86,7 @@ class Queries:
     def values(self, theta: Float[Tensor, " P"]) -> Float[Tensor, " Q"]:
         """h at θ."""
         point = self.function.cast(theta)
-        with self.function.evaluating(gradients=False):
+        with self.function.evaluating(gradients=False, fused_attention=True):
             values = (self._values(point, own.inputs, own.context) for own in self._cut(self.forward))
             return _joined([own.double().reshape(-1) for own in values])
 
@@ -114,15 +114,17 @@ class Queries:
     def gradients(self, theta: Float[Tensor, " P"]) -> FactoredGradients:
         """∇h at θ."""
         layout, function = self.function.layout, self.function
-        if self.passes is None:
-            return self.source.gradients(theta, self.inputs, self.functional, self._context, self._components, function)
-        dtype = accumulation_dtype(function.dtype)
-        rows, begin = torch.empty(len(self), layout.size, dtype=dtype, device=function.device), 0
+        if self.passes is None or self.passes >= count(self.inputs):
+            context, components = self._context, self._components
+            found = self.source.gradients(theta, self.inputs, self.functional, context, components, function)
+            return found if self.passes is None else found.formed(self.source.workspace)
+        dtype, begin = accumulation_dtype(function.dtype), 0
+        rows = row_memory(layout, len(self), dtype, function.device, self.source.workspace)
         for own in self._cut(self.passes):
             found = self.source.gradients(theta, own.inputs, self.functional, own._context, self._components, function)
-            found.rows(rows[begin : begin + len(found)])
+            found.write({name: every[begin : begin + len(found)] for name, every in rows.items()})
             begin += len(found)
-        return FactoredGradients.dense(rows, layout)
+        return FactoredGradients.of_rows(rows, layout)
 
     def values_at_points(self, thetas: Float[Tensor, "k P"]) -> Float[Tensor, "k Q"] | None:
         """h at several θ in one pass; None where they are to be taken one by one."""

@@ -101,7 +101,8 @@ class Fit:
     @property
     def instead(self) -> str:
         """The estimators to use in place of these."""
-        last_steps = [each.steps[-1][1] for each in self.estimators if getattr(each, "steps", None)]
+        pipelines = () if "sklearn.pipeline" not in sys.modules else sys.modules["sklearn.pipeline"].Pipeline
+        last_steps = [each.steps[-1][1] for each in self.estimators if isinstance(each, pipelines)]
         for estimator in (*self.estimators, *last_steps):
             for base in type(estimator).__mro__:
                 if base.__name__ in INSTEAD:
@@ -133,7 +134,7 @@ def fit_in_progress() -> Fit | None:
                 # The outermost method says what the user gave: OneClassSVM hands labels of its own further in.
                 found[id(own)] = own, frame.f_locals.get("y") is not None
                 user = None
-        if user is None and frame.f_globals.get("__name__", "").partition(".")[0] not in LIBRARIES:
+        if user is None and str(frame.f_globals.get("__name__")).partition(".")[0] not in LIBRARIES:
             user = level
         frame = frame.f_back
     if not any(labels for _, labels in found.values()):
@@ -167,8 +168,8 @@ class LabelLeak:
         Notes
         -----
         Nothing but a look at the stack outside of a fit with labels. Within one, the bytes of all training samples are
-        hashed, once for each kernel, and those of A. Samples that a dataset loads one by one are not looked at, nor
-        are those known again whose numbers an earlier step of a pipeline changed.
+        hashed, once for each kernel, and those of A. Samples that a dataset loads one by one are not looked at, those
+        whose numbers an earlier step of a pipeline changed are not known again, and a weight of zero leaves none out.
         """
         if self.allowed or _said or _unchecked.get():
             return

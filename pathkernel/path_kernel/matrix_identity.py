@@ -76,7 +76,7 @@ def matrix_identity(made: Made, function: ModelFunction, rows: Samples, columns:
 def stored_gram(
     store: str | os.PathLike[str],
     made: Made,
-    identity: dict[str, Any],
+    function: ModelFunction,
     rows: Samples,
     columns: Samples | None,
     shape: tuple[int, ...],
@@ -88,8 +88,8 @@ def stored_gram(
     ----------
     store
         Its folder.
-    made, identity
-        What the kernel is made of, and all that its matrix depends on.
+    made, function
+        What the kernel is made of, and the network.
     rows, columns
         n and m samples; None for the symmetric matrix.
     shape
@@ -115,6 +115,7 @@ def stored_gram(
         node = made.nodes[0]
         return made.engine_at(node).fix_choices(node.theta, rows, sizes, before)
 
+    identity = matrix_identity(made, function, rows, columns)
     return resumable.resumable_gram(
         store, identity, shape, columns is None, len(made.nodes), term, fix_engines, progress
     )

@@ -19,7 +19,7 @@ from pathkernel.gradients.sample_wise import check_sample_wise
 from pathkernel.kernels.kernel import Kernel
 from pathkernel.path_kernel.features import Features, features_of, samples_of_path
 from pathkernel.path_kernel.label_leak import LabelLeak, check_leak
-from pathkernel.path_kernel.matrix_identity import Made, matrix_identity, stored_gram
+from pathkernel.path_kernel.matrix_identity import Made, stored_gram
 from pathkernel.path_kernel.node_selection import check_tolerance, probe_samples, select_nodes
 from pathkernel.path_kernel.nodes import PathMeasure, PathNode, nodes_along, path_nodes, stretches
 from pathkernel.quadrature import Quadrature, as_quadrature
@@ -104,8 +104,7 @@ class PathKernel(Kernel):
 
     Notes
     -----
-    The path depends on all training labels: cross-validating an estimator over a kernel made from them leaks, of which
-    `pathkernel.errors.LabelLeakWarning` says so once per process.
+    The path depends on all training labels: cross-validating an estimator over a kernel made from them leaks.
 
     References
     ----------
@@ -157,7 +156,7 @@ class PathKernel(Kernel):
         self._made_of, self.measure, self.quadrature = made_of, made_of["measure"], made_of["quadrature"]
         self.trajectory, self.progress, self.memory = self.measure.trajectory, made_of["progress"], made_of["memory"]
         self.steps, self.tolerance = made_of["steps"], made_of["tolerance"]
-        self._errors_of_features: dict[Projection, MeasuredError] = {}
+        self._feature_errors: dict[Projection, MeasuredError] = {}
         self._leak = LabelLeak(self.trajectory.data, made_of.get("leak_allowed", False))  # pickles of before lack it
         self.function = self.trajectory.function(made_of["dtype"])
         outputs, engine, objective = made_of["outputs"], made_of["engine"], self.trajectory.objective
@@ -282,8 +281,7 @@ class PathKernel(Kernel):
     def _stored_gram(self, store: str | os.PathLike[str], rows: Samples, columns: Samples | None) -> np.ndarray:
         how = self._given_engine, self._engine_at, self.function.dtype
         made = Made(self.measure, self.nodes, self.selection, self.probes, *how)
-        identity = matrix_identity(made, self.engine.function, rows, columns)
-        return stored_gram(store, made, identity, rows, columns, self._shape(rows, columns), self.progress)
+        return stored_gram(store, made, self.engine.function, rows, columns, self._shape(rows, columns), self.progress)
 
     @one_at_a_time
     def diagonal(self, X: PyTree) -> np.ndarray:
@@ -352,13 +350,13 @@ class PathKernel(Kernel):
             nodes = self._progress(self.nodes)
             return features_of(((engine.at(node, self._selection_at(node)), node) for node in nodes), *samples)
 
-        if projection not in self._errors_of_features:
+        if projection not in self._feature_errors:
             probe = of(self._training_samples(self._probe_ids[1]))
-            found, against = products(probe, probe).cpu().numpy(), "the kernel's own matrix"
-            error = MeasuredError.between(found, self._probe_kernel.cpu().numpy(), against)
-            self._errors_of_features[projection] = error
-        return Features.of(of(samples).cpu().numpy(), self._errors_of_features[projection])
+            found, own = (matrix.cpu().numpy() for matrix in (products(probe, probe), self._probe_kernel))
+            self._feature_errors[projection] = MeasuredError.between(found, own, "the kernel's own matrix")
+        return Features.of(of(samples).cpu().numpy(), self._feature_errors[projection])
 
+    @one_at_a_time
     def check_label_leak(self, X: PyTree) -> None:
         """Warn where an estimator is being fitted to X, a part of the training samples; see ``leak``."""
         self._leak.check(self._samples(X)[0])

@@ -29,6 +29,13 @@ _SCALED = torch.ops.aten.mul.Scalar
 FEW = (2, 3)
 """Samples with which a computation is tried out."""
 
+TRIED = 3
+"""Samples of a single trial; rows of two in float32 would be as large as a vector of P numbers in float64."""
+
+VECTOR = 1 << 20
+"""Bytes from which on a vector of θ is told from what samples take by its size alone. Chosen: below it neither takes
+much, and something else may happen to be as large."""
+
 
 class Allocations(TorchDispatchMode):
     """Tensors allocated and freed inside, in bytes; what operations need beside their results is not seen.
@@ -156,6 +163,24 @@ def allocated(computation: Callable[[int], Any], n: int) -> np.ndarray:
         changes = np.array([0, *allocations.changes], dtype=float)
         del result
     return changes
+
+
+def proportional(allocations: Callable[[int], np.ndarray], vector: float) -> Footprint:
+    """A footprint from a single trial, whose lines are nowhere below what `footprint_of` says of more samples.
+
+    All that is not as large as a vector of P numbers is taken to grow in proportion to the number of samples.
+
+    Parameters
+    ----------
+    allocations
+        What `allocated` says of so many samples.
+    vector
+        Bytes of a vector of P numbers in float64.
+    """
+    changes = allocations(TRIED)
+    same = np.isin(np.abs(changes), (vector, vector / 2)) & (vector >= VECTOR)
+    constant, growing = (np.where(own, changes, 0.0).cumsum() for own in (same, ~same))
+    return Footprint(constant, growing / TRIED)
 
 
 def footprint(computation: Callable[[int], Any], few: tuple[int, int] = FEW) -> Footprint:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -109,6 +109,9 @@ class CoupledSamples:
         Directions that are pushed at once.
     first
         Place of the first of the samples whose rows are compared with a forward sweep.
+    certify
+        Given the error of the first forward sweep that is made, along directions in use, and its limit, where the
+        certificate wants one: as `split_error`, which makes a sweep for it.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class CoupledSamples:
         cotangents: Float[Tensor, "B C"],
         width: int,
         first: int = 0,
+        certify: Callable[[float, float], None] | None = None,
     ) -> None:
         self.costs = costs
         self.function = function
@@ -128,6 +132,7 @@ class CoupledSamples:
         self.cotangents = cotangents
         self.width = width
         self._first = first
+        self._certify = certify
 
     def __len__(self) -> int:
         return len(self.cotangents)
@@ -172,6 +177,8 @@ class CoupledSamples:
             costs.note_forward(took, len(some))
             costs.used = True
             found[:, piece] = shares
+        if self._certify is not None:  # rows took less
+            self._certified(self.split_error())
         return found
 
     def outputs(self, directions: Float[Tensor, "D P"]) -> Float[Tensor, "D B C"] | None:
@@ -223,6 +230,8 @@ class CoupledSamples:
     def _right(self, shares: Tensor, directions: Tensor) -> bool:
         """Test what forward sweeps along the directions in use gave."""
         limit = row_limit(self.function)
+        if self._certify is not None:
+            return self._certified(self._error(shares, directions))
         if len(directions) in self.costs.proved:
             off = shares.sum(dim=0) - self._along_total(directions)
             return bool(off.abs().max() <= limit * shares.abs().max())
@@ -230,6 +239,14 @@ class CoupledSamples:
         if right:
             self.costs.proved.add(len(directions))
         return right
+
+    def _certified(self, error: float) -> bool:
+        """Tell the certificate, once, and whether forward sweeps are right."""
+        limit, certify, self._certify = row_limit(self.function), self._certify, None
+        self.costs.refused = not error <= limit
+        if certify is not None:
+            certify(error, limit)
+        return not self.costs.refused
 
     def _along_total(self, directions: Tensor) -> Tensor:
         """Products of the gradient of the whole batch with some directions, (D,)."""

@@ -67,6 +67,12 @@ def _from_keyframe(trajectory: Trajectory, replay: Replay) -> Replay:
     replay.restore(summaries[start].record.before, summaries[start].state or {})
     for one in summaries[start:]:
         replay.take(one.record)
+    if not torch.equal(replay.vector(), trajectory.end_of_steps):  # an optimizer that a copy does not step like
+        raise TrajectoryError(
+            f"The steps from keyframe {start} on do not lead to the recorded end",
+            "The optimizer's state at the end is found by taking the steps since the last keyframe once more",
+            "Call it on the machine of the recording, with as many threads",
+        )
     return replay
 
 

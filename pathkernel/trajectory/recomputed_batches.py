@@ -191,13 +191,15 @@ class RecomputedBatches:
                 continue
             found: list[Tensor] = []
             for rows, piece, cotangents in self._rows(batch, function, point, inputs, targets, passes, held):
-                if measured and piece is not None:
+                if measured:
                     v = random_directions(function.layout.size, DIRECTIONS)
-                    self.check.measure(function, point, take(inputs, piece), cotangents[piece], rows @ v.T, low)
-                elif measured:  # a part of the rows of a whole batch
-                    found.append(rows @ random_directions(function.layout.size, DIRECTIONS).T)
-                    if sum(len(part) for part in found) == len(cotangents):
-                        self.check.measure(function, point, inputs, cotangents, torch.cat(found), low)
+                    whole = piece is not None
+                    found = [rows @ v.T] if whole else [*found, rows @ v.T]  # a part of the rows of a whole batch
+                    if whole or sum(len(part) for part in found) == len(cotangents):
+                        own = slice(None) if piece is None else piece
+                        measured_on = take(inputs, own), cotangents[own]
+                        self.check.measure(function, point, *measured_on, v, torch.cat(found), low)
+                    del v
                 yield rows
                 give_back_freed_memory()
 
@@ -218,13 +220,7 @@ class RecomputedBatches:
         passes: Passes,
         measured: bool,
     ) -> CoupledSamples | None:
-        """Samples whose rows are not formed, as forward sweeps take less; None where rows are to be formed.
-
-        Raises
-        ------
-        EngineReplaced
-            When shares were made by forward sweeps that are seen not to be the rows' products.
-        """
+        """Samples whose rows are not formed, as forward sweeps take less; None where rows are to be formed."""
         n = len(batch.ids)
         if not self._may_push(batch, passes):
             return None
@@ -237,13 +233,13 @@ class RecomputedBatches:
         if not wanted:
             return None
         cotangents = cotangents_of(batch, function, point, self.trajectory.objective, inputs, targets)
-        own = CoupledSamples(costs, function, point, inputs, cotangents, passes.width, step.index)
-        if measured:
+        # Sweeps whose shares are used already are measured along the directions in use, which takes none of its own.
+        certify = self.check.certify if measured and costs.used else None
+        own = CoupledSamples(costs, function, point, inputs, cotangents, passes.width, step.index, certify)
+        if measured and certify is None:
             error, limit = own.split_error(), row_limit(function)
             if not error <= limit:
                 costs.refused = True
-                if costs.used:
-                    raise self.check.anew()
                 return None
             # Both ways have been timed now. Rows are measured by themselves.
             if not (passes.outputs or costs.forward_pays(n, passes.directions, passes.width)):
@@ -295,7 +291,7 @@ class RecomputedBatches:
 
             found = source.pulled_back(point, inputs, of_outputs, function)
             self.check.certificate.engines |= source.engines
-            yield found, slice(0, n), slopes[-1]
+            yield found.formed(source.workspace) if passes.rows else found, slice(0, n), slopes[-1]
         else:
             cotangents = self._cotangents(batch, function, point, inputs, targets, passes)
             for piece in blocks(n, passes.samples):

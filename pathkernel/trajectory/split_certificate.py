@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pathkernel._typing import PyTree
+from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.forward_state import hashable
 from pathkernel.gradients.model_function import ModelFunction
-from pathkernel.gradients.per_sample import ROW_LIMIT, error_of_rows, random_directions
+from pathkernel.gradients.per_sample import ROW_LIMIT, error_of_rows
 from pathkernel.trajectory.step import MicroBatch, Step
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -41,7 +41,8 @@ class SplitCertificate:
     Attributes
     ----------
     error
-        The worst of three random directions v and of all batches measured; NaN where torch has no way to J v.
+        The worst of three random directions v (of those in use, once shares are made by forward sweeps) and of all
+        batches measured; NaN where torch has no way to J v.
     batches
         How many were measured.
     limit
@@ -123,21 +124,33 @@ class SplitCheck:
         point: Tensor,
         inputs: PyTree,
         cotangents: Tensor,
-        found: Tensor,
+        directions: Float[Tensor, "D P"],
+        found: Float[Tensor, "n D"],
         low: bool,
     ) -> None:
-        """Compare ⟨row, v⟩, (n, D), with the same samples run forward, in few bits (``low``) or not.
+        """Compare ⟨row, v⟩ for directions v with the same samples run forward, in few bits (``low``) or not.
 
         Raises
         ------
         EngineReplaced
             When rows are not their samples'; they come from reverse sweeps of whole batches then.
         """
-        v = random_directions(function.layout.size, DIRECTIONS)
-        error = error_of_rows(function, point, inputs, v, found.unsqueeze(1), cotangents.unsqueeze(1))
+        error = error_of_rows(function, point, inputs, directions, found.unsqueeze(1), cotangents.unsqueeze(1))
         limit = AUTOCAST_LIMIT if low else row_limit(function)
         if error > limit and not self.coupled:
             raise self.replaced()
+        self.certificate.note(error, limit)
+
+    def certify(self, error: float, limit: float) -> None:
+        """Add what was measured of forward sweeps whose shares are used.
+
+        Raises
+        ------
+        EngineReplaced
+            When they are seen not to be the rows' products.
+        """
+        if not error <= limit:
+            raise self.anew()
         self.certificate.note(error, limit)
 
     def replaced(self) -> EngineReplaced:

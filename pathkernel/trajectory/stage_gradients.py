@@ -37,6 +37,8 @@ class Passes:
         Whether derivatives of all outputs along these directions are wanted as well, of whatever samples.
     width
         Directions that a batch may be pushed along at once; 0 where there is no memory for it.
+    rows
+        Whether gradients of a whole batch are formed as rows at once, where that is less work than each use of pieces.
     """
 
     samples: int
@@ -44,6 +46,7 @@ class Passes:
     directions: int = 0
     outputs: bool = False
     width: int = 16
+    rows: bool = False
 
     def cut(self, batch: int) -> bool:
         """True where so many samples are taken in several passes."""

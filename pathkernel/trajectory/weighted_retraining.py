@@ -260,6 +260,8 @@ def _problems(trajectory: Trajectory, records: Sequence[Step]) -> Iterator[str]:
         for batch in step.batches:
             if batch.ids.dim() > 1 or batch.parts is not None:
                 yield f"rows that are of several samples each, {where}"
+            if batch.targets is None and (trajectory.data.announced or batch.source is not None):
+                yield f"a batch of which no targets are on record, {where}"
             if batch.channel is not None:
                 yield f"a backward pass under the name {batch.channel!r} {where}"
     if trajectory.final_buffers:

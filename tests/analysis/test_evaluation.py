@@ -33,6 +33,7 @@ def test_subsets_have_one_size_and_are_not_all_the_same() -> None:
     subsets = analysis.random_subsets(20, 0.25, 8, np.random.default_rng(1))
     assert set(subsets.sum(axis=1)) == {15.0} and set(subsets.ravel()) == {0.0, 1.0}
     assert len({tuple(row) for row in subsets}) == 8
+    assert (analysis.random_subsets(20, 0.999, 2, np.random.default_rng(1)) == 1).sum() == 2
     assert (analysis.random_subsets(20, 0.001, 2, np.random.default_rng(1)) == 0).sum() == 2  # one at least
 
 
@@ -181,6 +182,7 @@ REFUSED = {
     "inspected": (lambda: analysis.mislabel_precision([0.1, 0.2], [0, 1], 3), "Between 1 and all 2"),
     "still": (lambda: analysis.metasmoothness([1.0], [1.0], [2.0]), "are the same"),
     "other sizes": (lambda: interfaces.dattri_lds([[1.0, 2.0]], [[1, 1], [1, 0]], [[1.0], [2.0]]), "2 sizes"),
+    "no queries": (lambda: interfaces.InfluenceInterface(lambda x: x).influence(), "without inputs"),
     "self": (lambda: interfaces.InfluenceInterface(lambda x: x).self_influence(), "self_scores"),
 }
 

@@ -100,19 +100,19 @@ def test_solvers_agree(run: Recording) -> None:
     by_gram = pk.datamodel(*asked, solver="gram")
     close(pk.datamodel(*asked, solver="conjugate_gradients").scores, by_gram.scores, 1e-6)
     assert pk.datamodel(*asked, memory=1000).solver == "conjugate_gradients"
-    by_features = pk.datamodel(*asked, solver="features", dim=8192)
-    close(by_features.scores, by_gram.scores, 0.1)  # 1/√dim, on kernels of a few samples
-    assert by_features.regularization == pytest.approx(by_gram.regularization, rel=0.05)
+    by_features = pk.datamodel(*asked, solver="features", dim=2048)
+    close(by_features.scores, by_gram.scores, 0.2)  # 1/√dim, on kernels of a few samples
+    assert by_features.regularization == pytest.approx(by_gram.regularization, rel=0.1)
 
 
 @pytest.mark.parametrize("solver", ["gram", "features"])
 def test_generalized_cross_validation(solver: str, run: Recording) -> None:
     kernel = pk.PathKernel(run.trajectory, outputs="margin", **LEFT)
     rule = "generalized_cross_validation"
-    found = pk.datamodel(kernel, run.X, run.y, (run.queries, LABELS), solver=solver, dim=4096, regularization=rule)
+    found = pk.datamodel(kernel, run.X, run.y, (run.queries, LABELS), solver=solver, dim=512, regularization=rule)
     K, identity = kernel((run.X, run.y)), np.eye(SAMPLES)
     if solver == "features":
-        phi = kernel.features((run.X, run.y), 4096)
+        phi = kernel.features((run.X, run.y), 512)
         K = np.asarray(phi @ phi.T)
     ridges = K.diagonal().mean() * 10 ** np.arange(-4, 3.1, 0.125)
     left = [identity - K @ np.linalg.inv(K + ridge * identity) for ridge in ridges]
@@ -232,5 +232,6 @@ def test_refusals(name: str, run: Recording) -> None:
 
 def test_conjugate_gradients_that_do_not_converge(run: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RESIDUAL", 0.0)
+    kernel = pk.PathKernel(run.trajectory, outputs="margin", steps=1, **LEFT)
     with pytest.raises(errors.PathKernelError, match=r"did not come to .*condition number.*larger `regularization`"):
-        asked(run, solver="conjugate_gradients")
+        pk.datamodel(kernel, run.X, run.y, (run.queries[:1], LABELS[:1]), solver="conjugate_gradients")

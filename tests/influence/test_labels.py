@@ -165,7 +165,7 @@ def test_wrong_labels_stand_out() -> None:
         model = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 3)).double()
     optimizer, loss = torch.optim.AdamW(model.parameters(), lr=1e-2), nn.CrossEntropyLoss()
     with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
-        for epoch in range(30):
+        for epoch in range(20):
             for x, target in recorder.batches(25, generator=torch.Generator().manual_seed(epoch)):
                 optimizer.zero_grad()
                 loss(model(x), target).backward()

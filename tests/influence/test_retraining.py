@@ -65,7 +65,7 @@ def test_float32_comes_back_from_a_store_to_the_last_bit(tmp_path: Path) -> None
     assert torch.equal(retrain(trajectory, weights, store=tmp_path / "runs"), trajectory.retrain(weights))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # two processes load torch
 def test_processes_give_the_same_bits(trajectory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retraining, "BLOCK", 3)
     weights = some_weights(6)

@@ -113,7 +113,7 @@ def on_digits(optimizer: str, seed: int) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (1, 2))])
 def test_ranks_of_really_continued_steps(optimizer: str, seed: int) -> None:
     X, y = digits()
     recording, Xq = on_digits(optimizer, seed), X[300:]
@@ -177,6 +177,20 @@ def test_keyframes_know_the_state_of_every_optimizer() -> None:
         grown = pk.KernelMachine(recorder.trajectory).add_samples(*new_samples(), steps=3)
         found.append(grown.displacement)
     assert (found[0] - found[1]).norm() <= 1e-9 * found[0].norm()
+
+
+def test_a_state_that_a_replay_does_not_find_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = make_inputs(10), torch.randint(3, (10,), generator=generator(1))
+    model = make_model()
+    opt = OPTIMIZERS["adamw"](model.parameters())
+    with pk.KernelRecorder(model, opt, CE, data=(X, y), schedule=pk.Schedule(keyframes=3)) as recorder:
+        x, target = recorder.batch(range(10))
+        CE(model(x), target).backward()
+        opt.step()
+    machine = pk.KernelMachine(recorder.trajectory)
+    monkeypatch.setattr("pathkernel.trajectory.final_state.Replay.vector", lambda self: self._at + 1)
+    with pytest.raises(errors.TrajectoryError, match="do not lead to the recorded end"):
+        machine.add_samples(*new_samples())
 
 
 def test_float32_and_the_network_stays() -> None:

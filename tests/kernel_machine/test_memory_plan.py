@@ -20,7 +20,7 @@ import pathkernel as pk
 from pathkernel.errors import InputError
 from pathkernel.gradients.pytrees import memory_bytes
 from pathkernel.kernel_machine.backward_sweep import Cuts
-from pathkernel.kernel_machine.memory_plan import Plan
+from pathkernel.kernel_machine.sweep_plan import Plan
 from pathkernel.runtime.allocations import Allocations, Footprint, footprint
 from pathkernel.trajectory.stage_gradients import Passes
 

@@ -133,8 +133,8 @@ def test_samples_that_are_drawn_with_replacement(kernel: pk.PathKernel) -> None:
 class OwnClassifier(ClassifierMixin, BaseEstimator):
     """Somebody's own, which asks a kernel within its ``fit``."""
 
-    def __init__(self, kernel: Any = None) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Any = None, steps: int = 8) -> None:
+        self.kernel, self.steps = kernel, steps  # which are not those of a pipeline
 
     def fit(self, X: Any, y: Any) -> OwnClassifier:
         self.matrix_ = self.kernel(X)

@@ -28,8 +28,9 @@ def close(found: Any, expected: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=DOUBLE.rounding, atol=DOUBLE.rounding)
 
 
-@pytest.mark.parametrize("engine", ["auto", "jacobian", "products"])
-@pytest.mark.parametrize("outputs", LABELS)
+@pytest.mark.parametrize(
+    ("outputs", "engine"), [(3, "auto"), (2, "auto"), (1, "auto"), (3, "jacobian"), (1, "products")]
+)
 def test_against_autograd(outputs: int, engine: str) -> None:
     module, y = make_model(outputs=outputs), LABELS[outputs]
     G = rows(module, dict(module.named_parameters()), y)

@@ -210,6 +210,35 @@ def test_a_sweep_that_goes_wrong_later_is_seen_by_the_gradient_of_the_batch(monk
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
 
 
+def test_sweeps_in_use_are_certified_along_the_directions_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    trajectory, X = recorded()
+    monkeypatch.setattr(SweepCosts, "forward_pays", always_forward)
+    measured = CoupledSamples.split_error
+    asked = []
+    monkeypatch.setattr(CoupledSamples, "split_error", lambda own: asked.append(own) or measured(own))
+    machine = pk.KernelMachine(trajectory)
+    why = machine.explain(X, outputs=0)
+    assert len(asked) == 1  # before the first sweep is used
+    assert machine._recorded.certificate.batches == 2 and 0 < why.split_error < 1e-12
+
+
+def test_a_sweep_in_use_that_is_found_wrong_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    trajectory, X = recorded()
+    expected = pk.KernelMachine(trajectory, engine="autograd").explain(X, outputs=0)
+    monkeypatch.setattr(SweepCosts, "forward_pays", always_forward)
+    along = CoupledSamples.pushed
+
+    def broken(own: CoupledSamples, directions: Tensor, width: int) -> Tensor | None:
+        found = along(own, directions, width)
+        return found * 1.001 if found is not None and own.costs.used else found
+
+    monkeypatch.setattr(CoupledSamples, "pushed", broken)
+    why, costs = explained(trajectory, X)
+    assert costs is not None and costs.refused
+    np.testing.assert_allclose(why.shares, expected.shares, rtol=0, atol=1e-12)
+    assert why.split_error < 1e-12
+
+
 def test_the_cheaper_way_is_taken() -> None:
     costs = SweepCosts()
     assert costs.forward_pays(50, 8, 16)  # and measured

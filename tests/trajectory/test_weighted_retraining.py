@@ -236,6 +236,18 @@ def without_loss() -> pk.Trajectory:
     return recorder.trajectory
 
 
+def without_targets() -> pk.Trajectory:
+    """Only the number of samples is known, and what the network saw of them."""
+    X, y = data()
+    model = network()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pk.KernelRecorder(model, opt, CE, data=N) as recorder:
+        recorder.batch(range(N), inputs=X)
+        CE(model(X), y).backward()
+        opt.step()
+    return recorder.trajectory
+
+
 REFUSED: dict[str, tuple[Callable[[], pk.Trajectory], str]] = {
     "thinned": (lambda: train(schedule=pk.Schedule(every=2))[0], "needs every step"),
     "no_steps": (lambda: train()[0].until(0), "no steps"),
@@ -244,6 +256,7 @@ REFUSED: dict[str, tuple[Callable[[], pk.Trajectory], str]] = {
     "clipped": (lambda: train(edit=clip)[0], "step 0 has another gradient"),
     "clipped_keyframes": (lambda: train(edit=clip, schedule=pk.Schedule(keyframes=4))[0], "gradient that is not"),
     "running_statistics": (with_norm, "running statistics"),
+    "no_targets": (without_targets, "no targets are on record"),
     "warm": (warm, "had a state when recording began"),
     "moved": (moved_outside, "change of the weights"),
 }

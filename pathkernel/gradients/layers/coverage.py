@@ -11,7 +11,8 @@ other axis is taken for that of the samples; `ProvedTapes` sees that nothing cha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -246,6 +247,7 @@ class ProvedTapes:
         self.function, self.workspace = function, workspace
         self.proofs = TapeProofs.of(function) if proofs is None else proofs
         self._latest: Coverage | None = None
+        self._trying = False
 
     def record(
         self, theta: Float[Tensor, " P"], inputs: PyTree, function: ModelFunction | None = None, *, rows: bool = True
@@ -285,7 +287,9 @@ class ProvedTapes:
             tape = self._tape(function, theta, inputs, *coverage.known)
             calls = (tape.roles, tape.signature, *kind)
         met = (calls, tape.n, tuple(tape.shapes), modes)
-        if rows and (met not in proofs.met or tape.rearranges) and len(coverage.plain) < len(function.layout.names):
+        # What rearranges its samples may have other parameters left out, which takes other memory: also in a trial.
+        known_rows = met in proofs.met or self._trying
+        if rows and (not known_rows or tape.rearranges) and len(coverage.plain) < len(function.layout.names):
             strangers = _rows_of_others(tape, theta, inputs)
             if strangers:
                 reason = f"rows of {tape.n} samples are not the samples' own: the network mixes or rearranges them"
@@ -294,7 +298,8 @@ class ProvedTapes:
                 if len(coverage.plain) < len(function.layout.names) and _rows_of_others(tape, theta, inputs):
                     coverage = Coverage((), dict.fromkeys(function.layout.names, reason), 0.0)
                     tape = self._tape(function, theta, inputs, *coverage.known)
-            proofs.met.add(met)
+            if not self._trying:
+                proofs.met.add(met)
         proofs.note(calls, modes, coverage)
         self._latest = coverage
         return tape
@@ -315,9 +320,17 @@ class ProvedTapes:
     ) -> Tape:
         return Tape(function, theta, inputs, arrangements, plain, self.workspace, roles)
 
-    def forget(self, n: int) -> None:
-        """Compare the rows of n samples once more when they are met next, as those of a new number of samples are."""
-        self.proofs.met = {met for met in self.proofs.met if met[1] != n}
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Passes whose memory is measured, and of which nothing is used: their rows need no proof of their own.
+
+        The proof holds less at once than the gradients themselves: the signals, and after them a pass without a graph.
+        """
+        before, self._trying = self._trying, True
+        try:
+            yield
+        finally:
+            self._trying = before
 
     @property
     def coverage(self) -> Coverage | None:

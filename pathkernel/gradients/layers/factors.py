@@ -61,8 +61,9 @@ class Dense(Factor):
         return self.values
 
     def products(self, directions: Tensor) -> Tensor:
-        """One matrix product."""
-        return self.values @ directions.T
+        """One matrix product, of rows that may be a part of longer ones: a stack of them would be copied."""
+        n, k, _ = self.values.shape
+        return (self.values.flatten(0, 1) @ directions.T).view(n, k, len(directions))
 
     def total(self) -> Tensor:
         """Sum over samples and components."""

@@ -235,3 +235,14 @@ def test_a_network_that_cannot_run_under_a_tape_goes_to_the_plain_engine() -> No
     tape = tapes.record(theta, torch.randn(4, 6, dtype=torch.float64))
     assert tape.outputs.shape == (4, 3) and not tape.calls
     assert tapes.coverage is not None and set(tapes.coverage.plain) == {"weight", "bias"}
+
+
+def test_rows_of_a_trial_are_proved_when_they_are_used() -> None:
+    model, inputs = network("conditional")
+    function, theta = function_of(model)
+    tapes = ProvedTapes(function)
+    with tapes.trying():
+        tapes.record(theta, inputs)
+    assert len(tapes.proofs.coverages) == 1 and not tapes.proofs.met
+    tapes.record(theta, inputs)
+    assert len(tapes.proofs.met) == 1
