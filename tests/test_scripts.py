@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,9 @@ KEYS = {
         *("network", "optimizer", "task", "seconds", "training_seconds", "ratio", "peak_mb", "error"),
     },
     "recording.py": {"model", "optimizer", "level", "ratio", "milliseconds_per_step", "target"},
+    "scikit_learn.py": {
+        *("estimator", "data", "metric", "score", "peer", "peer_score", "fit_seconds", "predict_seconds"),
+    },
     "structure.py": {"figure", "value"},
     "sgd_or_adam.py": {"optimizer", "rank_correlation", "residual_exact", "residual_as_sgd"},
 }
@@ -168,3 +172,40 @@ def test_lines_of_a_program_are_those_added_changed_or_lost(
     from _programs import changed_lines  # the fixture has put its folder on the path
 
     assert changed_lines(tmp_path / "plain.py", tmp_path / "recorded.py") == lines
+
+
+# -- benchmarks/scikit_learn.py ----------------------------------------------------------------------------------------
+
+
+def test_calibration_error_is_that_of_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from _scikit_learn_processes import BINS, expected_calibration_error
+
+    generator = np.random.default_rng(0)
+    probabilities = generator.dirichlet(np.ones(3), size=200)
+    right = generator.random(200) < 0.6
+    confidence = probabilities.max(axis=1)
+    total = 0.0
+    for b in range(BINS):
+        inside = (b / BINS <= confidence) & (confidence < (b + 1) / BINS)
+        if inside.any():
+            total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert expected_calibration_error(probabilities, right) == pytest.approx(total, rel=1e-12)
+    # A certain and right answer is in the last bin, a certain and wrong one is as far off as can be.
+    assert expected_calibration_error(np.eye(2), np.array([True, True])) == 0.0
+    assert expected_calibration_error(np.eye(2), np.array([False, False])) == 1.0
+
+
+def test_no_sample_on_which_defaults_were_chosen_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from _scikit_learn_defaults import DATA, REGRESSIONS, development, splits
+
+    for name, load in DATA.items():
+        X, y = load(return_X_y=True)
+        chosen_on, unseen = development(y, None if name in REGRESSIONS else y)
+        assert sorted([*chosen_on, *unseen]) == list(range(len(y)))
+        rows = {x.tobytes() for x in X[chosen_on]}
+        for X_train, X_test, y_train, y_test in splits(name, 2):
+            assert not rows & {x.tobytes() for x in X_test}
+            assert not {x.tobytes() for x in X_train} & {x.tobytes() for x in X_test}
+            assert len(X_train) + len(X_test) == len(y) and len(y_train) + len(y_test) == len(y)
