@@ -16,7 +16,7 @@ from pathkernel._typing import Loss
 from pathkernel.estimators.incremental import IncrementalEstimator
 from pathkernel.estimators.network_estimator import FittedOn, all_or_nothing
 from pathkernel.estimators.tasks import NetworkClassification, NetworkRegression
-from pathkernel.gradients.pytrees import take
+from pathkernel.gradients.pytrees import copied_samples, take
 from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.kernel_machine.classification import probabilities
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
@@ -56,7 +56,7 @@ class KernelMachineEstimator(IncrementalEstimator):
     def _make_machine(self, fitted: FittedOn) -> None:
         for name in ("kernel_", "certificate_"):  # those of a fit before
             self.__dict__.pop(name, None)
-        self._certified = take(fitted.inputs, slice(0, CERTIFIED))
+        self._certified = copied_samples(take(fitted.inputs, slice(0, CERTIFIED)))
         self.machine_ = KernelMachine(self.trajectory_, keep=True)
         self._number_of_threads = torch.get_num_threads()
 

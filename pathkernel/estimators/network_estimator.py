@@ -289,7 +289,9 @@ class NetworkEstimator(BaseEstimator):
             batch_size=min(self.batch_size, trained),
             bytes_per_number=self._dtype.itemsize,
         )
-        data = self._tensors(fitted.inputs), self._target_tensor(fitted.values)
+        # Copies: the user may fill the same array anew, and the record refers to its samples.
+        inputs = pytree.tree_map(torch.clone, self._tensors(fitted.inputs))
+        data = inputs, self._target_tensor(fitted.values)
         return self._recorded(trainer, data, self._schedule(run))
 
     def _recorded(self, trainer: Trainer, data: Any, schedule: RecordingLevel | None) -> KernelRecorder:

@@ -106,7 +106,7 @@ class NetworkRegression(NetworkEstimator):
 
     def _encoded(self, y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
         self._single = y.ndim == 1
-        return np.asarray(y, dtype=np.float64), weights
+        return np.array(y, dtype=np.float64), weights
 
     def _wanted_outputs(self, values: np.ndarray) -> int:
         return 1 if values.ndim == 1 else values.shape[1]

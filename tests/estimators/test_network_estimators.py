@@ -108,6 +108,17 @@ def test_shares_are_of_the_rows_that_were_given(wine) -> None:
     assert machine.kernel_(X[:3]).shape == (3, 3)
 
 
+@pytest.mark.parametrize("kind", MACHINES, ids=named)
+def test_a_fitted_machine_keeps_samples_of_its_own(kind: Any, wine) -> None:
+    X, y = wine[0].copy(), wine[1].astype(float)
+    machine = kind(schedule=pk.Keyframes(3), **SMALL).fit(X, y)
+    shares = machine.explain(wine[0][:2]).shares
+    X[:] = 0
+    y[:] = 0
+    assert np.array_equal(machine.explain(wine[0][:2]).shares, shares)
+    assert machine.certificate_["residual"] < 1e-10
+
+
 def test_early_stopping_keeps_the_epoch_of_the_lowest_loss(wine) -> None:
     X, y = wine
     options = {**SMALL, "epochs": 60, "learning_rate": 0.3}
