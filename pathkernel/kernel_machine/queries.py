@@ -17,7 +17,7 @@ from pathkernel.gradients.gradient_source import ROWS, GradientSource
 from pathkernel.gradients.per_sample import OutputFunctional, gradients_along, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.runtime.interrupts import result_or_error
-from pathkernel.runtime.workspace import give_back_freed_memory
+from pathkernel.runtime.workspace import Workspace, give_back_freed_memory
 from pathkernel.trajectory.step import Segment
 
 LONG_PASS = 10_000_000
@@ -119,7 +119,8 @@ class Queries:
             found = self.source.gradients(theta, self.inputs, self.functional, context, components, function)
             return found if self.passes is None else found.formed(self.source.workspace)
         dtype, begin = accumulation_dtype(function.dtype), 0
-        rows = row_memory(layout, len(self), dtype, function.device, self.source.workspace)
+        # Given back after the step: where queries are taken in passes, the budget has no room for what is kept.
+        rows = row_memory(layout, len(self), dtype, function.device, Workspace(0))
         for own in self._cut(self.passes):
             found = self.source.gradients(theta, own.inputs, self.functional, own._context, self._components, function)
             found.write({name: every[begin : begin + len(found)] for name, every in rows.items()})
