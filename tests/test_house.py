@@ -206,7 +206,8 @@ def test_readme_code_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     X, y = torch.randn(60, 64, generator=generator), torch.randint(10, (60,), generator=generator)
-    names: dict[str, object] = {"X_train": X[:50], "y_train": y[:50], "X_test": X[50:]}
+    names: dict[str, object] = {"X_train": X[:50], "y_train": y[:50], "X_test": X[50:], "y_test": y[50:]}
+    names |= {"X_new": X[50:55], "y_new": y[50:55]}
     for block in blocks_of("README.md", "python"):
         exec(block, names)
 
