@@ -84,19 +84,26 @@ TABLES = {
     "tests/recording/test_batch_axis_and_watch.py": 5,
     "tests/recording/test_call_forms.py": 5,
     "tests/recording/test_captured_cotangents.py": 8,
+    "tests/recording/test_compiled.py": 5,
     "tests/recording/test_kept_inputs.py": 5,
     "tests/recording/test_layers_with_state.py": 5,
     "tests/recording/test_losses_and_shapes.py": 5,
     "tests/recording/test_observing.py": 5,
     "tests/recording/test_recorder.py": 9,
     "tests/recording/test_resume.py": 5,
+    "tests/recording/test_schedule.py": 5,
     "tests/recording/test_training_is_as_without.py": 10,
     "tests/runtime/test_other_device.py": 5,
     "tests/runtime/test_pickling.py": 9,
+    "tests/storage/test_levels_on_disk.py": 5,
+    "tests/storage/test_question.py": 4,
     "tests/tangent_kernel/test_layerwise.py": 9,
     "tests/tangent_kernel/test_operators.py": 5,
     "tests/tangent_kernel/test_projection.py": 5,
     "tests/tangent_kernel/test_tangent_kernel.py": 5,
+    "tests/test_inputs.py": 5,
+    "tests/trajectory/test_coupled_samples.py": 5,
+    "tests/trajectory/test_discrepancies.py": 5,
     "tests/trajectory/test_replay.py": 8,
     "tests/update_rules/test_torch_optimizers.py": 10,
 }
@@ -105,7 +112,10 @@ optimizers, levels, networks … that a table combines; ``-m exhaustive`` takes 
 than all other tests."""
 
 SMALL_TABLE = 8
-"""Rows up to which a table is run whole."""
+"""Rows up to which a table of one parameter is run whole."""
+
+SMALL_PRODUCT = 4
+"""Rows up to which one is that combines the values of several, each of which is in a row that is run."""
 
 LONGEST = ("test_scripts.py", "test_house.py")
 """Files whose slow tests take up to a minute each."""
@@ -133,11 +143,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if path in TABLES and hasattr(item, "callspec"):
             rows.setdefault(f"{path}::{name.partition('[')[0]}", []).append(item)
     for function, own in rows.items():
-        if len(own) > SMALL_TABLE:
-            run = rows_to_run(own, TABLES[function.partition("::")[0]])
-            for item in own:
-                if item not in run:
-                    item.add_marker(pytest.mark.exhaustive)
+        run = rows_to_run(own, TABLES[function.partition("::")[0]])
+        for item in own:
+            if item not in run:
+                item.add_marker(pytest.mark.exhaustive)
     met: Counter[str] = Counter()
     for item in items:
         if hasattr(item, "callspec") and not item.get_closest_marker("exhaustive"):
@@ -156,7 +165,10 @@ def rows_to_run(table: list[pytest.Item], every: int) -> set[pytest.Item]:
     """Every so many rows, and few that have the values that none of these has."""
     values = {item: {(name, id(value)) for name, value in item.callspec.params.items()} for item in table}
     many = Counter(name for name, _ in set().union(*values.values()))
-    every = min(every, OF_ONE) if max(many.values()) == len(table) else every
+    of_one = max(many.values()) == len(table)
+    if len(table) <= (SMALL_TABLE if of_one else SMALL_PRODUCT):
+        return set(table)
+    every = min(every, OF_ONE) if of_one else every
     there = [item for item in table if not item.get_closest_marker("exhaustive")]
     run = {item for item in table[::every] if item in there}
     few = {name for name, number in many.items() if number <= MANY and number < len(table)}

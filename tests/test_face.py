@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import subprocess
@@ -34,23 +35,51 @@ AUTHORS = {
 """What authors of layers, stores, engines and observers import, and from where."""
 
 
-def in_a_fresh_process(code: str) -> None:
+def in_a_fresh_process(code: str) -> str:
+    """What the code prints."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "errors.InputError",
-        "testing.check_update_rule",
-        "plotting.GramDisplay",
-        "analysis.effective_rank",
-        "optimizers.Lion",
-    ],
+FORKING = """
+import os, sys, traceback
+import torch  # which takes longest, once for all; the package is left for each to import
+for code in {codes!r}:
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    try:
+        exec(code, {{}})
+        print({fine!r}, flush=True)
+    except BaseException:
+        print(traceback.format_exc().strip().splitlines()[-1], flush=True)
+    finally:
+        os._exit(0)
+"""
+FINE = "nothing was raised"
+
+
+@functools.cache
+def raised_by(codes: tuple[str, ...]) -> dict[str, str]:
+    """The last line of what each code raises, or `FINE`, in processes that have imported torch and nothing else."""
+    said = in_a_fresh_process(FORKING.format(codes=codes, fine=FINE)).splitlines()
+    return dict(zip(codes, said, strict=True))
+
+
+def one_import(name: str) -> str:
+    return f"import pathkernel as pk; assert pk.{name}.__name__ == {name.split('.')[1]!r}"
+
+
+ELEMENTS = (
+    *("errors.InputError", "testing.check_update_rule", "plotting.GramDisplay", "analysis.effective_rank"),
+    "optimizers.Lion",
 )
+
+
+@pytest.mark.parametrize("name", ELEMENTS)
 def test_submodules_need_no_second_import(name: str) -> None:
-    in_a_fresh_process(f"import pathkernel as pk; assert pk.{name}.__name__ == {name.split('.')[1]!r}")
+    assert raised_by(tuple(map(one_import, ELEMENTS)))[one_import(name)] == FINE
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
@@ -60,7 +89,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("home", AUTHORS)
 def test_authors_find_their_names(home: str) -> None:
-    in_a_fresh_process(f"from {home} import {', '.join(AUTHORS[home])}")
+    codes = {home: f"from {home} import {', '.join(names)}" for home, names in AUTHORS.items()}
+    assert raised_by(tuple(codes.values()))[codes[home]] == FINE
 
 
 def test_every_public_name_is_found_and_listed() -> None:
@@ -171,23 +201,29 @@ pk.KernelMachine(recorder.trajectory).explain(X).to_frame()
 }  # fmt: skip
 
 
+def libraries_of_extras() -> list[str]:
+    """The libraries of all extras, but for filelock: it comes with torch, which imports it."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    names = {re.split(r"[\[>=]", name)[0] for extra in declared.values() for name in extra} - {"pathkernel"}
+    return sorted(names - {"filelock"})
+
+
 def without(libraries: list[str], code: str) -> str:
-    """Run code in a process that finds none of these; its last line on stderr."""
-    hidden = f"import sys; sys.modules.update(dict.fromkeys({libraries!r}))\n"
-    done = subprocess.run([sys.executable, "-c", hidden + code], cwd=ROOT, text=True, capture_output=True, check=False)
-    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
+    """The code, run where none of these is found."""
+    return f"import sys; sys.modules.update(dict.fromkeys({libraries!r}))\n{code}"
+
+
+WITHOUT = {extra: without(*tried) for extra, tried in EXTRAS.items()}
+WITHOUT["all"] = without(libraries_of_extras(), TRAINED.replace(".to_frame()", ""))
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_a_missing_extra_is_named(extra: str) -> None:
-    libraries, code = EXTRAS[extra]
-    said = without(libraries, code)
+    libraries, _ = EXTRAS[extra]
+    said = raised_by(tuple(WITHOUT.values()))[WITHOUT[extra]]
     assert said.startswith("pathkernel.errors.MissingExtraError: ") and f"needs `{libraries[0]}`" in said
     assert f"comes with the extra `[{extra}]`" in said and f"pip install 'pathkernel[{extra}]'" in said
 
 
 def test_recording_in_memory_needs_no_extra() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
-    names = {re.split(r"[\[>=]", name)[0] for extra in declared.values() for name in extra} - {"pathkernel"}
-    # filelock comes with torch, which imports it.
-    assert not without(sorted(names - {"filelock"}), TRAINED.replace(".to_frame()", ""))
+    assert raised_by(tuple(WITHOUT.values()))[WITHOUT["all"]] == FINE

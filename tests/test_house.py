@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -82,10 +83,11 @@ def test_imports() -> None:
     passes("-c", "from importlinter.cli import lint_imports_command as lint; lint(['--no-cache', '--no-logo'])")
 
 
-def imported_modules(source: str) -> set[str]:
+@functools.cache
+def imported_modules(file: Path) -> set[str]:
     """Return the dotted names that a module imports, ``from a import b`` counting as both ``a`` and ``a.b``."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -99,7 +101,7 @@ def test_libraries_are_imported_in_one_place(library: str, place: str) -> None:
         file.relative_to(PACKAGE).as_posix()
         for file in sorted(PACKAGE.rglob("*.py"))
         if not file.relative_to(PACKAGE).is_relative_to(place)
-        and any(name == library or name.startswith(library + ".") for name in imported_modules(file.read_text("utf-8")))
+        and any(name == library or name.startswith(library + ".") for name in imported_modules(file))
     ]
     assert not intruders, f"{library} may be imported only in pathkernel/{place}, but is in {intruders}"
 
