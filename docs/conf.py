@@ -87,5 +87,14 @@ def without_docstrings_of_frameworks(
     return True if ours.startswith("pathkernel.callbacks") and not getattr(member, "__doc__", None) else None
 
 
+def without_requests_of_scikit_learn(
+    app: Any, what: str, name: str, member: Any, skip: bool, options: Any
+) -> bool | None:
+    """`set_fit_request` and its like are made by scikit-learn, with docstrings that link to its own pages."""
+    made = name.startswith("set_") and name.endswith("_request")
+    return True if made and getattr(member, "__module__", "").startswith("sklearn.") else None
+
+
 def setup(app: Any) -> None:
     app.connect("autodoc-skip-member", without_docstrings_of_frameworks)
+    app.connect("autodoc-skip-member", without_requests_of_scikit_learn)
