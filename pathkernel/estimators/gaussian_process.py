@@ -39,7 +39,8 @@ class GaussianProcessKernel(GenericKernelMixin, Kernel):
     Raises
     ------
     InputError
-        When it is called, for a scale that is not positive, or a negative noise.
+        When it is called or its parameters are asked for, for a scale that is not positive, a negative noise, or bounds
+        that are none.
 
     Notes
     -----
@@ -80,6 +81,7 @@ class GaussianProcessKernel(GenericKernelMixin, Kernel):
     @property
     def hyperparameter_scale(self) -> Hyperparameter:
         """σ² on a logarithmic scale."""
+        self._check()  # before a logarithm is taken, for `theta`
         return Hyperparameter("scale", "numeric", self.scale_bounds)
 
     @property
@@ -128,6 +130,16 @@ class GaussianProcessKernel(GenericKernelMixin, Kernel):
                     f"`GaussianProcessKernel({name}={value!r})` was given",
                     f"`{name}` is a number that is {least}: a variance",
                     "Write for example `GaussianProcessKernel(kernel, scale=1.0, noise=0.1)`",
+                )
+        for name, bounds in (("scale_bounds", self.scale_bounds), ("noise_bounds", self.noise_bounds)):
+            if isinstance(bounds, str) and bounds == "fixed":
+                continue
+            pair = np.ravel(np.asarray(bounds))
+            if pair.dtype.kind not in "iuf" or len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+                raise InputError(
+                    f"`GaussianProcessKernel({name}={bounds!r})` was given",
+                    'Bounds are two positive numbers, the lower first, or `"fixed"`',
+                    f"Write for example `{name}=(1e-5, 1e5)`",
                 )
 
     def __repr__(self) -> str:

@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -30,8 +30,8 @@ from pathkernel.estimators.networks import (
     multilayer_perceptron,
     seeded,
 )
-from pathkernel.estimators.samples import IndexedRows, Rows, checked_weights
-from pathkernel.estimators.targets import loss_per_sample
+from pathkernel.estimators.samples import IndexedRows, Rows, checked_weights, in_three_parts
+from pathkernel.estimators.targets import beside, loss_per_sample
 from pathkernel.estimators.training import Course, Stopping, Trainer, called
 from pathkernel.gradients.acceptance import with_floats
 from pathkernel.gradients.losses import check_loss
@@ -186,6 +186,8 @@ class NetworkEstimator(BaseEstimator):
     ) -> FittedOn:
         samples = self._samples
         X, y = samples.checked(self, X, self._required(y), reset=reset, **self._target_checks)
+        # Copies: the record holds the samples, and outlives what the user does with the arrays.
+        X = np.array(X, order="K")
         values, weights = (encode or self._encoded)(y, checked_weights(sample_weight, X))
         ids = np.arange(len(values)) if weights is None else np.flatnonzero(weights)
         return FittedOn(samples.inputs(X), values, weights, ids)
@@ -215,7 +217,8 @@ class NetworkEstimator(BaseEstimator):
             network, self._moments = made_network(self.module, features, outputs), None
         self.network_ = network.to(self.device or "cpu")
         self._outputs = self._found_outputs(fitted.inputs)
-        return network, self._loss_of(self._outputs, self._moments)
+        loss = self._loss_of(self._outputs, self._moments)
+        return network, beside(loss, self._dtype, torch.device(self.device or "cpu"))
 
     def _columns(self, inputs: PyTree) -> np.ndarray:
         """Samples as rows of numbers, for the multilayer perceptron."""
@@ -372,8 +375,27 @@ class NetworkEstimator(BaseEstimator):
                 "It is the part of the samples that is held out, between 0 and 1",
                 "Write `validation_fraction=0.1`",
             )
+        if not is_number(self.tol) or self.tol < 0:
+            raise InputError(f"`tol={self.tol!r}` was given", "It is a number that is not negative", "Write `tol=1e-4`")
+        callbacks = () if self.callbacks is None else self.callbacks
+        if not isinstance(callbacks, Iterable) or not all(map(callable, callbacks)):
+            raise InputError(
+                f"`callbacks={self.callbacks!r}` was given",
+                "It is a list of functions, each of which is called with the estimator after every epoch",
+                "Write `callbacks=[function]`",
+            )
         if self.loss is not None:
             check_loss(self.loss)
+        with in_three_parts():
+            check_random_state(self.random_state)
+        try:
+            torch.device(self.device or "cpu")
+        except (RuntimeError, TypeError) as error:
+            raise InputError(
+                f"`device={self.device!r}` was given",
+                "It is a device of torch, or None for the processor",
+                'Write `device="cuda"`',
+            ) from error
 
     # -- asking -----------------------------------------------------------------------------------------------
 

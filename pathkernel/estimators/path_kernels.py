@@ -9,6 +9,7 @@ import numpy as np
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, is_whole
 from pathkernel.estimators.network_estimator import FittedOn, NetworkEstimator
+from pathkernel.estimators.samples import in_three_parts
 from pathkernel.gradients.pytrees import take
 from pathkernel.kernels.cosine import CosineKernel
 from pathkernel.kernels.kernel import Kernel, ScaledKernel
@@ -82,3 +83,11 @@ class PathKernelEstimator(NetworkEstimator):
                 f"It is one of {', '.join(map(repr, NORMALIZATIONS))}",
                 'Write `normalization="mean"`',
             )
+        solver = self._unfitted()
+        if solver is not None:  # refused before the network is trained, not after
+            with in_three_parts():
+                solver._validate_params()
+
+    def _unfitted(self) -> Any:
+        """The solver before it is fitted; None for those that are made with the matrix."""
+        return None

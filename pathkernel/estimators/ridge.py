@@ -78,9 +78,11 @@ class PathKernelRidge(RegressorMixin, PathKernelEstimator, NetworkRegression):
         """Train the network, and solve for the coefficients; y is (n,) or (n, k)."""
         matrix, values, weights = self._fit_kernel(X, y, sample_weight)
         self._mean = np.average(values, axis=0, weights=weights)
-        self.solver_ = KernelRidge(alpha=self.alpha, kernel="precomputed")
-        self.solver_.fit(matrix, values - self._mean, sample_weight=weights)
+        self.solver_ = self._unfitted().fit(matrix, values - self._mean, sample_weight=weights)
         return self
+
+    def _unfitted(self) -> KernelRidge:
+        return KernelRidge(alpha=self.alpha, kernel="precomputed")
 
     def predict(self, X: Any) -> np.ndarray:
         """Numbers, (n,) or (n, k)."""
@@ -158,9 +160,11 @@ class PathKernelRidgeClassifier(ClassifierMixin, PathKernelEstimator, NetworkCla
         signs = 2.0 * (places[:, None] == np.arange(len(self.classes_))) - 1.0
         signs = signs[:, 1:] if len(self.classes_) == 2 else signs
         self._mean = np.average(signs, axis=0, weights=weights)
-        self.solver_ = KernelRidge(alpha=self.alpha, kernel="precomputed")
-        self.solver_.fit(matrix, signs - self._mean, sample_weight=weights)
+        self.solver_ = self._unfitted().fit(matrix, signs - self._mean, sample_weight=weights)
         return self
+
+    def _unfitted(self) -> KernelRidge:
+        return KernelRidge(alpha=self.alpha, kernel="precomputed")
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Regressed signs (n, C), or (n,) for two classes."""

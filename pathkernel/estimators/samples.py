@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, PathKernelError
 from pathkernel.gradients.forward_state import generators_untouched
-from pathkernel.gradients.pytrees import count, take
+from pathkernel.gradients.pytrees import count
 
 NAMED = 5
 """Rows that an error names, at most."""
@@ -171,11 +171,19 @@ class IndexedRows:
     def inputs(self, X: np.ndarray) -> PyTree:
         """What the network takes, for places that are checked: samples collated as a DataLoader does it."""
         if self.nested:
-            numbers = pytree.tree_map(torch.as_tensor, self.data)
-            return take(numbers, torch.from_numpy(X))
+            places = torch.from_numpy(X)
+            return pytree.tree_map(lambda leaf: _taken(leaf, places), self.data)
         with generators_untouched():
             return default_collate([_input_of(self.data[int(place)]) for place in X])
 
 
 def _input_of(item: Any) -> Any:
-    return item[0] if isinstance(item, (tuple, list)) and len(item) == 2 else item
+    """Input of ``(input, target)``, or of ``(input,)`` as `torch.utils.data.TensorDataset` gives for one tensor."""
+    return item[0] if isinstance(item, (tuple, list)) and len(item) <= 2 and item else item
+
+
+def _taken(leaf: Any, places: torch.Tensor) -> torch.Tensor:
+    """Samples at some places; taken from an array first, since tensors have no negative strides or foreign bytes."""
+    if isinstance(leaf, np.ndarray):
+        return torch.from_numpy(np.array(leaf[places.numpy()], dtype=leaf.dtype.newbyteorder("="), order="C"))
+    return torch.as_tensor(leaf)[places]

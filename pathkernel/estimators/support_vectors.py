@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -99,11 +99,13 @@ class PathKernelSVC(ClassifierMixin, PathKernelEstimator, NetworkClassification)
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PathKernelSVC:
         """Train the network, and the support vector machine on its kernel; see `KernelMachineClassifier.fit`."""
         matrix, places, weights = self._fit_kernel(X, y, sample_weight)
-        # It draws a number for probabilities, which are not asked of it, from numpy's own generator otherwise.
-        self.solver_ = SVC(kernel="precomputed", C=self.C, tol=self.solver_tol, random_state=0)
-        self.solver_.fit(matrix, places, sample_weight=weights)
+        self.solver_ = self._unfitted().fit(matrix, places, sample_weight=weights)
         self.support_ = self._ids[self.solver_.support_]
         return self
+
+    def _unfitted(self) -> SVC:
+        # It draws a number for probabilities, which are not asked of it, from numpy's own generator otherwise.
+        return SVC(kernel="precomputed", C=self.C, tol=self.solver_tol, random_state=0)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Scores (n, C), or (n,) for two classes, of `sklearn.svm.SVC`, one class against the others."""
@@ -145,6 +147,8 @@ class PathKernelSVR(RegressorMixin, PathKernelEstimator, NetworkRegression):
     True
     """
 
+    _target_checks: ClassVar[Mapping[str, Any]] = {"y_numeric": True}  # scikit-learn's takes one target
+
     def __init__(
         self,
         module: Any = None,
@@ -178,10 +182,13 @@ class PathKernelSVR(RegressorMixin, PathKernelEstimator, NetworkRegression):
         """Train the network, and the support vector machine on its kernel; y is (n,)."""
         matrix, values, weights = self._fit_kernel(X, y, sample_weight)
         self._standardize(values, weights)
-        self.solver_ = SVR(kernel="precomputed", C=self.C, epsilon=self.epsilon, tol=self.solver_tol)
-        self.solver_.fit(matrix, (values - self._mean) / self._scale, sample_weight=weights)
+        targets = (values - self._mean) / self._scale
+        self.solver_ = self._unfitted().fit(matrix, targets, sample_weight=weights)
         self.support_ = self._ids[self.solver_.support_]
         return self
+
+    def _unfitted(self) -> SVR:
+        return SVR(kernel="precomputed", C=self.C, epsilon=self.epsilon, tol=self.solver_tol)
 
     def predict(self, X: Any) -> np.ndarray:
         """Numbers, (n,)."""

@@ -36,21 +36,38 @@ def checked_classes(y: Any) -> tuple[np.ndarray, np.ndarray]:
     return classes, places
 
 
-def weights_of(
-    sample_weight: np.ndarray | None, class_weight: Any, classes: np.ndarray, places: np.ndarray
-) -> np.ndarray | None:
+def weights_of(sample_weight: np.ndarray | None, class_weight: Any, y: np.ndarray) -> np.ndarray | None:
     """Weights of samples times those of their classes, (n,), or None where all are 1.
+
+    Parameters
+    ----------
+    sample_weight
+        (n,), or None.
+    class_weight
+        As of scikit-learn's classifiers: a dict of labels, ``"balanced"``, or None. Balanced are the samples with a
+        weight: the others are as if they were not there.
+    y
+        Labels, (n,).
 
     Raises
     ------
     InputError
-        For class weights that scikit-learn does not take.
+        For class weights that scikit-learn does not take, and for weights that are negative, not finite, or all zero.
     """
     if class_weight is None:
         return sample_weight
-    with in_three_parts():
-        of_class = compute_sample_weight(class_weight, classes[places])
-    return of_class if sample_weight is None else of_class * sample_weight
+    counted = np.full(len(y), True) if sample_weight is None else sample_weight > 0
+    weights = np.zeros(len(y))
+    with in_three_parts(y=y):
+        check_classification_targets(y)
+        weights[counted] = compute_sample_weight(class_weight, y[counted])
+    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        raise InputError(
+            f"`class_weight={class_weight!r}` was given",
+            "Weights of classes are finite numbers that are not negative, and not all of them are zero",
+            'Write `class_weight="balanced"`, or a dict of a positive number for every class',
+        )
+    return weights if sample_weight is None else weights * sample_weight
 
 
 def class_targets(places: np.ndarray, outputs: int, dtype: torch.dtype) -> Tensor:
@@ -69,6 +86,16 @@ def class_loss(loss: Loss | None, outputs: int) -> Loss:
 def logits(classes: int, loss: Loss | None) -> int:
     """Outputs of a classifier: one for two classes, unless the loss that was given takes one for each class."""
     return 1 if classes == 2 and (loss is None or isinstance(loss, nn.BCEWithLogitsLoss)) else classes
+
+
+def beside(loss: Loss, dtype: torch.dtype, device: torch.device) -> Loss:
+    """The loss, or a copy whose own tensors, such as weights of classes, are where and as the network's outputs are."""
+    if not isinstance(loss, nn.Module):
+        return loss
+    own = [tensor for tensor in loss.state_dict(keep_vars=True).values() if tensor.is_floating_point()]
+    if all(tensor.dtype == dtype and tensor.device == device for tensor in own):
+        return loss
+    return copy.deepcopy(loss).to(device, dtype)
 
 
 def loss_per_sample(loss: Loss) -> Loss:

@@ -13,6 +13,7 @@ from pathkernel._typing import Loss
 from pathkernel.errors import InputError
 from pathkernel.estimators.network_estimator import NetworkEstimator
 from pathkernel.estimators.networks import Moments, StandardizedSquaredError
+from pathkernel.estimators.samples import in_three_parts
 from pathkernel.estimators.targets import checked_classes, class_loss, class_targets, logits, weights_of
 
 
@@ -26,7 +27,8 @@ class NetworkClassification(NetworkEstimator):
     classes_: np.ndarray
 
     def _encoded(self, y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-        # Samples of weight 0 are as if they were not there: their classes are none.
+        # Samples of weight 0 are as if they were not there: their classes are none, and count for no other's weight.
+        weights = weights_of(weights, self.class_weight, y)
         counted = slice(None) if weights is None else weights > 0
         classes, found = checked_classes(y[counted])
         if self.warm_start and hasattr(self, "network_") and not np.array_equal(classes, self.classes_):
@@ -38,7 +40,7 @@ class NetworkClassification(NetworkEstimator):
         self.classes_ = classes
         places = np.zeros(len(y), dtype=np.int64)
         places[counted] = found
-        return places, weights_of(weights, self.class_weight, classes, places)
+        return places, weights
 
     def _encoded_again(self, y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
         """Targets of ``partial_fit`` as places of the classes that are known."""
@@ -49,8 +51,7 @@ class NetworkClassification(NetworkEstimator):
                 "The first call of `partial_fit` says all classes that there will be",
                 "Write `partial_fit(X, y, classes=numpy.unique(every_y))` with a new estimator",
             )
-        places = np.searchsorted(self.classes_, y)
-        return places, weights_of(weights, self.class_weight, self.classes_, places)
+        return np.searchsorted(self.classes_, y), weights_of(weights, self.class_weight, y)
 
     def _know_classes(self, classes: Any) -> None:
         """Take the classes of the first call of ``partial_fit``, and check that they are the same in others."""
@@ -106,7 +107,9 @@ class NetworkRegression(NetworkEstimator):
 
     def _encoded(self, y: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
         self._single = y.ndim == 1
-        return np.array(y, dtype=np.float64), weights
+        with in_three_parts(y=y):
+            # A copy: tensors take no negative strides, and the record outlives what the user does with y.
+            return np.array(y, dtype=np.float64), weights
 
     def _wanted_outputs(self, values: np.ndarray) -> int:
         return 1 if values.ndim == 1 else values.shape[1]

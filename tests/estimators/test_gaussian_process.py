@@ -140,12 +140,16 @@ def test_it_composes_and_classifies(kernel: pk.TangentKernel) -> None:
         ({"scale": "one"}, "`scale` is a number that is positive"),
         ({"noise": -0.1}, "`noise` is a number that is not negative"),
         ({"noise": float("nan")}, "`noise` is a number that is not negative"),
+        ({"scale_bounds": (2.0, 1.0)}, "two positive numbers, the lower first"),
+        ({"scale_bounds": (0.0, 1.0)}, "two positive numbers, the lower first"),
+        ({"noise_bounds": "free"}, "two positive numbers, the lower first"),
     ],
     ids=str,
 )
 def test_what_is_no_variance(wrong: dict[str, Any], said: str, kernel: pk.TangentKernel) -> None:
     (name, value), covariance = *wrong.items(), pk.GaussianProcessKernel(kernel, **wrong)
-    for act in (lambda: covariance(X), lambda: covariance.diag(X)):
+    fit = GaussianProcessRegressor(covariance).fit
+    for act in (lambda: covariance(X), lambda: covariance.diag(X), lambda: fit(X, TARGETS)):
         with pytest.raises(InputError) as caught:
             act()
         assert f"{name}={value!r}" in caught.value.found and said in caught.value.expected

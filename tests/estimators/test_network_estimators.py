@@ -241,7 +241,10 @@ def test_images_go_to_a_network_of_ones_own(kind: Any) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "form"),
-    [*((kind, "data set") for kind in CLASSIFIERS), (pk.PathKernelSVC, "dict"), (pk.PathKernelSVC, "tensor")],
+    [
+        *((kind, "data set") for kind in CLASSIFIERS),
+        *((pk.PathKernelSVC, form) for form in ("dict", "tensor", "array", "one tensor")),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_samples_may_be_places_in_a_data_set(kind: Any, form: str) -> None:
@@ -250,6 +253,8 @@ def test_samples_may_be_places_in_a_data_set(kind: Any, form: str) -> None:
         "data set": texts,
         "tensor": texts.tokens,
         "dict": {"tokens": texts.tokens, "mask": torch.full((24, 5), 0.2)},
+        "array": texts.tokens.flip(0).numpy()[::-1],  # with a negative stride, which no tensor has
+        "one tensor": torch.utils.data.TensorDataset(texts.tokens),
     }
     places = np.arange(24)
     estimator = kind(BagOfTokens, data=data[form], **{**SMALL, "epochs": 20}).fit(places, texts.y)
@@ -350,6 +355,35 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "no weight": (lambda: pk.PathKernelSVC().fit(X, y, 0.0 * y), "weights.*zero"),
     "negative weight": (lambda: pk.PathKernelSVC().fit(X, y, y - 1.0), "[Nn]egative values"),
     "class weights": (lambda: pk.PathKernelSVC(class_weight="even").fit(X, y), "balanced"),
+    "negative class weight": (
+        lambda: pk.KernelMachineClassifier(class_weight={0: -1, 1: 1, 2: 1}).fit(X, y),
+        "class_weight=.* not negative",
+    ),
+    "NaN as class weight": (
+        lambda: pk.PathKernelRidgeClassifier(class_weight={0: np.nan, 1: 1, 2: 1}).fit(X, y),
+        "class_weight=.* finite",
+    ),
+    "no class weight": (
+        lambda: pk.PathKernelSVC(class_weight=dict.fromkeys(range(3), 0)).fit(X, y),
+        "class_weight=.* not all of them are zero",
+    ),
+    "one class with a weight": (
+        lambda: pk.PathKernelSVC(class_weight={0: 1, 1: 0, 2: 0}).fit(X, y),
+        "holds 1 class",
+    ),
+    "text for numbers": (
+        lambda: pk.PathKernelRidge().fit(X, np.array(["a", "b", "c"])[y]),
+        "could not convert string to float",
+    ),
+    "several targets": (lambda: pk.PathKernelSVR().fit(X, X[:, :2]), "y should be a 1d array"),
+    "C": (lambda: pk.PathKernelSVC(C=-1).fit(X, y), "'C' parameter of SVC"),
+    "epsilon": (lambda: pk.PathKernelSVR(epsilon=-1).fit(X, y), "'epsilon' parameter of SVR"),
+    "alpha": (lambda: pk.PathKernelRidge(alpha=-1).fit(X, y), "'alpha' parameter of KernelRidge"),
+    "alpha of a classifier": (lambda: pk.PathKernelRidgeClassifier(alpha="a").fit(X, y), "'alpha' parameter"),
+    "tol": (lambda: pk.PathKernelSVC(tol="small").fit(X, y), "tol='small'"),
+    "callbacks": (lambda: pk.PathKernelSVC(callbacks=print).fit(X, y), "callbacks=<built-in function print>"),
+    "device": (lambda: pk.PathKernelSVC(device="nowhere").fit(X, y), "device='nowhere'"),
+    "random state": (lambda: pk.PathKernelSVC(random_state="a").fit(X, y), "'a' cannot be used to seed"),
     "hidden": (lambda: pk.PathKernelSVC(hidden=(8, 0)).fit(X, y), r"hidden=\(8, 0\)"),
     "epochs": (lambda: pk.PathKernelSVC(epochs=0).fit(X, y), "epochs=0"),
     "rate": (lambda: pk.PathKernelSVC(learning_rate=-1).fit(X, y), "learning_rate=-1"),
