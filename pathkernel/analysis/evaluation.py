@@ -25,7 +25,7 @@ from pathkernel.analysis.evaluation_checks import (
     matrix,
     sample_ids,
 )
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, is_whole
 
 CORRELATIONS = ("spearman", "pearson")
 
@@ -117,7 +117,11 @@ def linear_datamodeling_score(scores: ArrayLike, subsets: ArrayLike, outputs: Ar
     f = f.mean(axis=0) if f.ndim == 3 else f
     check_agreement({"scores": (s, "QN"), "subsets": (w, "RN"), "outputs": (f, "RQ")})
     check_several(len(w), "subsets")
-    return correlation(w @ s.T, f)
+    predicted = w @ s.T
+    # Sums that differ by their rounding alone, such as those of equal scores over subsets of one size, have no order.
+    rounding = np.finfo(np.float64).eps * s.shape[1] * (np.abs(w) @ np.abs(s).T).max(axis=0)
+    predicted[:, np.ptp(predicted, axis=0) <= rounding] = 0.0
+    return correlation(predicted, f)
 
 
 def leave_one_out_correlation(
@@ -187,8 +191,10 @@ def correlation(predicted: ArrayLike, true: ArrayLike, method: Literal["spearman
     a, b = np.asarray(predicted, dtype=np.float64), np.asarray(true, dtype=np.float64)
     if method == "spearman":
         a, b = rankdata(a, axis=0), rankdata(b, axis=0)
+    # Equal numbers minus their mean are not always 0.
+    vary = (np.ptp(a, axis=0) > 0) & (np.ptp(b, axis=0) > 0) if len(a) else np.zeros(a.shape[1:], dtype=bool)
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-    norms = np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
+    norms = vary * np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(norms > 0, (a * b).sum(axis=0), np.nan) / np.where(norms > 0, norms, 1.0))
 
@@ -354,7 +360,7 @@ def mislabel_precision(suspicion: ArrayLike, flipped: ArrayLike, inspected: int 
     """
     score, wrong = checked_suspicion(suspicion, flipped)
     n = int(wrong.sum()) if inspected is None else inspected
-    if not 1 <= n <= len(wrong):
+    if not (is_whole(n) and 1 <= n <= len(wrong)):
         raise InputError(
             f"`inspected={inspected!r}` was given",
             f"Between 1 and all {len(wrong)} samples are looked at",

@@ -13,8 +13,18 @@ Floats = NDArray[np.float64]
 
 
 def finite(values: ArrayLike, name: str) -> Floats:
-    """Array of finite float64 numbers."""
-    array = np.asarray(values, dtype=np.float64)
+    """Array of finite float64 numbers; what is no array of real numbers is refused."""
+    try:
+        given = np.asarray(values.detach() if hasattr(values, "detach") else values)
+        array = None if np.iscomplexobj(given) else given.astype(np.float64)
+    except (TypeError, ValueError):  # text, objects, rows of different lengths
+        array = None
+    if array is None:
+        raise InputError(
+            f"`{name}` is {type(values).__name__}, which is no array of real numbers",
+            "Scores and outputs are real numbers",
+            f"Pass `{name}` as an array of floating point numbers",
+        )
     if not np.isfinite(array).all():
         raise InputError(
             f"`{name}` holds NaN or infinity, {int((~np.isfinite(array)).sum())} of {array.size} numbers",
@@ -77,7 +87,14 @@ def sample_ids(removed: ArrayLike, samples: int) -> NDArray[np.int64]:
 
 def checked_suspicion(suspicion: ArrayLike, flipped: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
     """Suspicions (N,) and whether labels are wrong, (N,), some of either."""
-    score, wrong = finite(suspicion, "suspicion"), np.asarray(flipped).astype(bool)
+    score, marks = finite(suspicion, "suspicion"), finite(flipped, "flipped")
+    if not np.isin(marks, (0, 1)).all():
+        raise InputError(
+            "`flipped` holds other things than true and false",
+            "There is one mark for each sample, true where its label is wrong",
+            "Write `flipped != 0`, or `numpy.isin(numpy.arange(N), ids)` for the ids of wrong labels",
+        )
+    wrong = marks.astype(bool)
     check_agreement({"suspicion": (score, "N"), "flipped": (wrong, "N")})
     if wrong.all() or not wrong.any():
         raise InputError(

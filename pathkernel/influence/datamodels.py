@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.linalg
-from scipy.sparse.linalg import LinearOperator, cg
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, PathKernelError
 from pathkernel.gradients.pytrees import memory_bytes
+from pathkernel.influence.linear_systems import conjugate_gradients
 from pathkernel.influence.residuals import Explained, Kernel, explained
 from pathkernel.kernel_machine.attributions import Ranking
 from pathkernel.runtime.extras import require_extra
@@ -94,7 +94,8 @@ class Datamodel:
             For other ids, and for an id twice in one group.
         """
         groups = isinstance(ids, Sequence) and len(ids) > 0 and all(np.ndim(group) == 1 for group in ids)
-        found = np.stack([self._without(np.asarray(group)) for group in (ids if groups else [ids])])
+        # Numbers and groups side by side are refused as they are.
+        found = np.stack([self._without(_ids(group)) for group in (ids if groups else [ids])])
         return found if groups else found[0]
 
     def _without(self, ids: np.ndarray) -> np.ndarray:
@@ -230,6 +231,14 @@ def datamodel(
     return Datamodel(weights * of.of_query, of.output, of.residuals, used, rules, solver)
 
 
+def _ids(group: Any) -> np.ndarray:
+    """Array of ids; of objects where rows of different lengths make none."""
+    try:
+        return np.asarray(group)
+    except ValueError:
+        return np.array(group, dtype=object)
+
+
 def _check(regularization: str | float, solver: str) -> None:
     """Refuse other rules, numbers and solvers, before anything is computed."""
     number = isinstance(regularization, (int, float)) and not isinstance(regularization, bool)
@@ -286,22 +295,20 @@ def _by_conjugate_gradients(kernel: Kernel, of: Explained, regularization: str |
     operator = kernel.operator(of.samples)
     mean = float(np.asarray(kernel.diagonal(of.samples)).mean())
     used, rules = _used(regularization, mean, None)
-    targets = np.ascontiguousarray(kernel(of.samples, of.queries))  # (N, Q)
-    shape = targets.shape
+    targets = np.asarray(kernel(of.samples, of.queries)).T  # (Q, N)
 
     def product(v: np.ndarray) -> np.ndarray:
-        own = v.reshape(shape)
-        return (operator @ own + used * own).ravel()
+        return (operator @ np.ascontiguousarray(v.T) + used * v.T).T
 
-    system = LinearOperator((targets.size, targets.size), matvec=product, dtype=np.float64)
-    found, failed = cg(system, targets.ravel(), rtol=RESIDUAL, maxiter=10 * len(targets))
-    if failed:
+    most = 10 * targets.shape[1]
+    found = conjugate_gradients(product, targets, residual=RESIDUAL, most=most)
+    if found is None:
         raise PathKernelError(
-            f"Conjugate gradients did not come to a relative residual of {RESIDUAL} in {10 * len(targets)} products",
-            f"With λ = {used:.3g} the system has the condition number {1 + mean * len(targets) / used:.3g} at most",
+            f"Conjugate gradients did not come to a relative residual of {RESIDUAL} in {most} products",
+            f"With λ = {used:.3g} the system has the condition number {1 + mean * targets.shape[1] / used:.3g} at most",
             "Write a larger `regularization`",
         )
-    return found.reshape(shape).T, used, rules
+    return found, used, rules
 
 
 _SOLVE = {"gram": _by_gram, "features": _by_features, "conjugate_gradients": _by_conjugate_gradients}

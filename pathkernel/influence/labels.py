@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, is_whole
 from pathkernel.gradients.per_sample import OutputFunctional, values_of
 from pathkernel.gradients.pytrees import count, memory_bytes, take
 from pathkernel.gradients.sample_wise import check_sample_wise
@@ -47,6 +47,11 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
     {"area_under_margin": 0.5, "self_influence": 0.5, "self_share": 0.0, "final_loss": 0.0}
 )
 """Weights of the ranks in the combined one."""
+
+INSTEAD = (
+    "Take `pk.PathKernel(trajectory, outputs='loss').diagonal((X, y))`, the self-influence of samples with any targets"
+)
+"""What to write where neither a margin nor a residual is defined."""
 
 NODES = 20
 """Points of the path at which margins and gradients are taken."""
@@ -137,9 +142,9 @@ class LabelQuality:
         InputError
             For other numbers than 1 … N.
         """
-        if not 1 <= k <= len(self):
+        if not (is_whole(k) and 1 <= k <= len(self)):
             raise InputError(
-                f"`top({k})` was asked of {len(self)} training samples",
+                f"`top({k!r})` was asked of {len(self)} training samples",
                 f"k lies between 1 and {len(self)}",
                 f"Write `top({min(20, len(self))})`",
             )
@@ -204,7 +209,8 @@ def label_quality(
     Raises
     ------
     InputError
-        Where there is no loss, or are no targets, to judge: the network returns its loss itself, samples are known from
+        Where a loss is smallest neither where outputs equal targets nor for large margins of labels; and where there
+        is no loss, or are no targets, to judge: the network returns its loss itself, samples are known from
         the batches on record alone, or a sample has several labels.
 
     Notes
@@ -303,19 +309,7 @@ class _Measurement:
     def _functional(self, structure: OutputStructure) -> tuple[OutputFunctional, str]:
         """What is averaged along the path, and its name."""
         if is_classifier(self.trajectory):
-            margin = select_outputs("margin")
-            assert isinstance(margin.function, MarginOfOutputs)
-            margin.function.structure.returned = structure.returned
-            try:
-                margin.function.check(self.targets)
-            except InputError as refusal:
-                raise InputError(
-                    refusal.found,
-                    refusal.expected,
-                    "Take `pk.PathKernel(trajectory, outputs='loss').diagonal((X, y))`, the self-influence of samples "
-                    "with any targets",
-                ) from None
-            return margin.function, "margin"
+            return self._margin(structure), "margin"
         (c,) = self.function.outputs(self.trajectory.initial, take(self.inputs, slice(0, 1))).shape[1:]
         targets, n = pytree.tree_leaves(self.targets), count(self.inputs)
         if len(targets) != 1 or not targets[0].is_floating_point() or targets[0].numel() != n * c:
@@ -323,10 +317,41 @@ class _Measurement:
                 f"`label_quality` was given targets of shape {', '.join(str(tuple(t.shape)) for t in targets)} for "
                 f"outputs of shape {(n, c)}",
                 "A sample of a regression has a target for each output, and one of a classification a single label",
-                "Take `pk.PathKernel(trajectory, outputs='loss').diagonal((X, y))`, the self-influence of samples with "
-                "any targets",
+                INSTEAD,
             )
-        return _residual, "residual"
+        y = targets[0].reshape(n, c).to(self.function.dtype)
+        if self._is_distance(y):
+            return _residual, "residual"
+        # A loss that the user wrote, of logits and labels as numbers, is one of classes all the same.
+        sides = 2 * y - 1
+        if c == 1 and bool(((y == 0) | (y == 1)).all()) and self._rises(sides, -sides):
+            return self._margin(structure), "margin"
+        raise InputError(
+            "`label_quality` was given a loss that is not smallest where outputs equal targets, and no class labels",
+            "Doubtful are small margins of labels, or large residuals of a regression",
+            INSTEAD,
+        )
+
+    def _margin(self, structure: OutputStructure) -> OutputFunctional:
+        """The margin of a sample's label, which the targets have to be."""
+        margin = select_outputs("margin")
+        assert isinstance(margin.function, MarginOfOutputs)
+        margin.function.structure.returned = structure.returned
+        try:
+            margin.function.check(self.targets)
+        except InputError as refusal:
+            raise InputError(refusal.found, refusal.expected, INSTEAD) from None
+        return margin.function
+
+    def _is_distance(self, y: Tensor) -> bool:
+        """Test that the loss of every sample rises on both sides of its target, (N, C), or on neither (weight 0)."""
+        step = 1 + y.abs()
+        at, above, below = (self._values(self.loss, z) for z in (y, y + step, y - step))
+        return bool(((above > at) == (below > at)).all() and ((above >= at) & (below >= at)).all())
+
+    def _rises(self, start: Tensor, end: Tensor) -> bool:
+        """Test that the loss of every sample is larger for the second outputs (N, C)."""
+        return bool((self._values(self.loss, end) > self._values(self.loss, start)).all())
 
     @one_at_a_time
     def result(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pathkernel.errors import CertificateWarning, InputError
+from pathkernel.errors import CertificateWarning, InputError, is_whole
 from pathkernel.kernel_machine.forms import Form
 from pathkernel.runtime.extras import require_extra
 
@@ -53,9 +53,9 @@ class Ranking:
             For other numbers than 1 … N.
         """
         n = shares.shape[1]
-        if not 1 <= k <= n:
+        if not (is_whole(k) and 1 <= k <= n):
             raise InputError(
-                f"`top({k})` was asked of {n} training samples",
+                f"`top({k!r})` was asked of {n} training samples",
                 f"k lies between 1 and {n}",
                 f"Write `top({min(5, n)})`",
             )

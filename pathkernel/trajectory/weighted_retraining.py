@@ -169,9 +169,18 @@ def as_weights(weights: Any, samples: int) -> Tensor:
     Raises
     ------
     InputError
-        For another shape, or numbers that are not finite.
+        For another shape, and for what is not real and finite.
     """
-    given = torch.as_tensor(np.asarray(weights) if not isinstance(weights, Tensor) else weights.detach())
+    try:
+        given = torch.as_tensor(np.asarray(weights) if not isinstance(weights, Tensor) else weights.detach())
+    except (TypeError, ValueError):  # text, objects, rows of different lengths
+        given = None
+    if given is None or given.is_complex():
+        raise InputError(
+            f"`weights` is {type(weights).__name__}, which is no array of real numbers",
+            f"There is one row for each run, with one weight for each of the {samples} training samples",
+            f"Pass an array of shape (R, {samples})",
+        )
     if given.dim() != 2 or given.shape[1] != samples:
         one = f", or `weights[None]` for the {samples} weights of one run" if given.shape == (samples,) else ""
         raise InputError(

@@ -192,3 +192,23 @@ def test_refusals(name: str) -> None:
     call, message = REFUSED[name]
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_equal_scores_predict_nothing_to_rounding() -> None:
+    """Sums of equal scores over subsets of one size differ by their rounding, which is no order."""
+    rng = np.random.default_rng(0)
+    subsets, outputs = analysis.random_subsets(20, 0.3, 15, rng), rng.normal(size=(15, 1))
+    assert np.ptp(subsets @ np.full(20, 0.1)) > 0
+    assert np.isnan(analysis.linear_datamodeling_score(np.full((1, 20), 0.1), subsets, outputs)).all()
+    removed, changes = np.arange(10), rng.normal(size=(10, 1))
+    assert np.isnan(analysis.leave_one_out_correlation(np.full((1, 20), 0.1), removed, changes, "pearson")).all()
+
+
+@pytest.mark.parametrize(
+    "scores", ["text", [[1.0], [1.0, 2.0]], 1j * np.ones((1, 3))], ids=["text", "ragged", "complex"]
+)
+def test_what_is_no_array_of_real_numbers_is_refused(scores: Any) -> None:
+    with pytest.raises(InputError, match=r"`scores` is .* no array of real numbers"):
+        analysis.linear_datamodeling_score(scores, np.eye(3), np.ones((3, 1)))
+    with pytest.raises(InputError, match="other things than true and false"):
+        analysis.mislabel_auc([0.1, 0.2, 0.3], [0, 2, 5])

@@ -111,8 +111,24 @@ def test_refusals(drawn: tuple[nn.Module, Samples, Samples], monkeypatch: pytest
     model, samples, queries = drawn
     with pytest.raises(InputError, match="`regularization=0`"):
         trak_scores(model, samples, queries, regularization=0)
+    with pytest.raises(InputError, match="`samples` is Tensor"):
+        trak_scores(model, samples[0], queries)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="`learning_rate=nan`"):
+        tracin_scores(model, CE, samples, queries, learning_rate=float("nan"))
     with pytest.raises(InputError, match="`damping=-1`"):
         influence_function_scores(model, CE, samples, queries, damping=-1)
-    monkeypatch.setattr(checkpoint_scores, "cg", lambda *_, **__: (np.zeros(1), 7))
+    monkeypatch.setattr(checkpoint_scores, "conjugate_gradients", lambda *_, **__: None)
     with pytest.raises(checkpoint_scores.PathKernelError, match="Conjugate gradients did not"):
         influence_function_scores(model, CE, samples, queries)
+
+
+def test_influence_functions_of_a_query_that_is_nearly_right() -> None:
+    """Its gradient is short beside another's, and its row no less accurate."""
+    model, sizes, damping = nn.Linear(4, 1, bias=False).double(), torch.tensor([30.0, 1.0, 2.0, 3.0]).double(), 0.01
+    X, X_query = sizes.diag(), torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 1]]).double()
+    residuals = torch.tensor([[1.0], [1e-7]]).double()
+    y, y_query = model(X).detach() - 1, model(X_query).detach() - residuals
+    # ∇ℓ = 2 r x and G = 2/N Σ x xᵀ, a diagonal matrix.
+    expected = (2 * residuals * X_query / (2 * sizes**2 / 4 + damping)) @ (2 * X).T / 4
+    scores = influence_function_scores(model, nn.MSELoss(), (X, y), (X_query, y_query), damping=damping)
+    assert np.allclose(scores, expected, rtol=1e-3, atol=0)

@@ -219,6 +219,8 @@ REFUSED = {
     "a kernel that is zero": (lambda run: module._used("mean_diagonal", 0.0, None), "The kernel is zero"),
     "an id that there is none of": (lambda run: asked(run).without([0, 10]), "integers from 0 to 9"),
     "an id twice": (lambda run: asked(run).without([1, 1]), "different sample ids"),
+    "ids beside groups": (lambda run: asked(run).without([[1], 2]), "different sample ids"),
+    "half a rank": (lambda run: asked(run).top(1.5), r"`top\(1.5\)` was asked"),
     "ids that are no integers": (lambda run: asked(run).without([0.5]), "different sample ids"),
 }
 

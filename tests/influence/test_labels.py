@@ -192,6 +192,7 @@ def test_targets_that_are_no_labels() -> None:
 REFUSED = {
     "another way to self-shares": (lambda path: pk.label_quality(path, self_shares="all"), "'all'.*\"every step\""),
     "no points": (lambda path: pk.label_quality(path, nodes=0), "`nodes=0`.*number of points.*`nodes=20`"),
+    "half a sample": (lambda path: pk.label_quality(path).top(1.5), r"`top\(1.5\)` was asked of 10"),
     "more than there are": (lambda path: pk.label_quality(path).top(11), r"`top\(11\)` was asked of 10.*`top\(10\)`"),
 }
 
@@ -231,3 +232,28 @@ def test_targets_of_a_regression_that_do_not_fit() -> None:
             optimizer.step()
     with pytest.raises(errors.InputError, match=r"targets of shape \(6, 2\) for outputs of shape \(6, 3\)"):
         pk.label_quality(recorder.trajectory)
+
+
+def test_losses_of_ones_own_are_judged_by_what_they_do() -> None:
+    """|z − y| says nothing where the loss of a logit falls beyond its label."""
+    X, y = make_inputs(SAMPLES), (torch.arange(SAMPLES) % 2).double()
+
+    starts = []
+
+    def of(loss: Any, targets: Tensor) -> pk.LabelQuality:
+        model = nn.Linear(4, 1).double()
+        starts.append(model(X)[:, 0].detach().numpy())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pk.KernelRecorder(model, optimizer, loss, data=(X, targets)) as recorder:
+            for x, target in recorder.batches(batch_size=SAMPLES):
+                optimizer.zero_grad()
+                loss(model(x), target).backward()
+                optimizer.step()
+        return pk.label_quality(recorder.trajectory)
+
+    flat = of(lambda z, t: nn.functional.binary_cross_entropy_with_logits(z[:, 0], t), y)
+    assert flat.functional == "margin"
+    close(flat.area_under_margin, starts[0] * (2 * y.numpy() - 1))
+    assert of(lambda z, t: (z[:, 0] - t).abs().mean(), y).functional == "residual"
+    with pytest.raises(errors.InputError, match="not smallest where outputs equal targets"):
+        of(lambda z, t: (1 - z[:, 0] * t).relu().mean(), 2 * y - 1)

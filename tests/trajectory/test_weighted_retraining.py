@@ -16,7 +16,7 @@ from torch.nn import functional
 import pathkernel as pk
 from pathkernel import errors
 from pathkernel.trajectory.stacked_retraining import stacked
-from pathkernel.trajectory.weighted_retraining import prepared
+from pathkernel.trajectory.weighted_retraining import as_weights, prepared
 
 N, BATCH, EPOCHS = 24, 6, 3
 CE = nn.CrossEntropyLoss()
@@ -313,3 +313,11 @@ def test_a_model_of_several_kinds_of_layers() -> None:
     weights = some_weights(4)[:, :10]
     plain = recording.trajectory.retrain(weights, engine="plain")
     assert (recording.trajectory.retrain(weights, engine="stacked") - plain).norm() <= ROUNDING * plain.norm()
+
+
+@pytest.mark.parametrize(
+    "weights", ["text", None, [[1.0], [1.0, 2.0]], 1j * np.ones((1, 3))], ids=["text", "none", "ragged", "complex"]
+)
+def test_weights_that_are_no_real_numbers_are_refused(weights: Any) -> None:
+    with pytest.raises(errors.InputError, match="no array of real numbers"):
+        as_weights(weights, 3)
