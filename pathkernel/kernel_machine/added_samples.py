@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,17 +23,14 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import CertificateWarning, InputError, TrajectoryError, is_number
-from pathkernel.gradients.losses import batch_gradient, batch_products, loss_slopes, weighted_gradient
+from pathkernel.errors import CertificateWarning, InputError, is_number
+from pathkernel.gradients.losses import batch_products
 from pathkernel.gradients.model_function import ModelFunction
-from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.pytrees import as_tensors, count
+from pathkernel.kernel_machine.linear_steps import LinearStep, linear_steps, pull_back
 from pathkernel.kernel_machine.queries import Queries
 from pathkernel.runtime.threads import one_at_a_time
-from pathkernel.trajectory.final_state import replay_at_end
-from pathkernel.trajectory.step import Step
-from pathkernel.trajectory.trajectory import Trajectory
-from pathkernel.update_rules.rule import Memory, UpdateRule, adjoint
+from pathkernel.update_rules.rule import Memory
 
 if TYPE_CHECKING:
     from pathkernel.kernel_machine.kernel_machine import KernelMachine
@@ -41,25 +38,6 @@ if TYPE_CHECKING:
 REMAINDER = 0.3
 """Part of the predicted change, and of the largest gradient, that may lie beyond first order without a warning. Chosen:
 ranks of really continued steps that fell below .9 had more than .305 (`benchmarks/added_samples.py`)."""
-
-
-@dataclass(frozen=True)
-class LinearStep:
-    """One step of the optimizer on the new samples, with the network replaced by its expansion at θ_S.
-
-    Attributes
-    ----------
-    record
-        θ before and after, the gradient, settings and what the rule freezes.
-    slopes
-        λ of the new samples, (n, C).
-    regularizers
-        Gradients of terms of the loss that depend on θ alone, by name, (P,) each.
-    """
-
-    record: Step
-    slopes: Tensor
-    regularizers: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -210,7 +188,7 @@ class AddedSamples:
         channels: dict[str, Tensor] = {}
         memory: dict[str, Memory] = {}
         for step in reversed(self._taken):
-            pulled, terms = _pull_back(step, trajectory.rule, layout, weights, memory)
+            pulled, terms = pull_back(step, trajectory.rule, layout, weights, memory)
             products = batch_products(self._function, self._theta, self._inputs, pulled)
             shares += torch.einsum("qnc,nc->qn", products.cpu(), step.slopes.double().cpu())
             for name, term in terms.items():
@@ -294,6 +272,11 @@ def add_samples(
         Where the optimizer's state at the end of training is not on record: without keyframes it is found for SGD, Adam
         and AdamW; and for a network that returns more than one tensor.
 
+    Warns
+    -----
+    CertificateWarning
+        Where the network trains on other outputs than it has in evaluation, as with batch normalization and dropout.
+
     Notes
     -----
     Time: for each step a forward and a reverse sweep of the new samples at θ_S, about as much as training on them once;
@@ -343,93 +326,8 @@ def add_samples(
     inputs, targets = machine._selection._samples(X, machine.function), as_tensors(y, trajectory.data.dtype)
     function = machine.function.with_(constants=trajectory.final_buffers)
     with machine.lock:
-        taken, memory, error = _taken(trajectory, function, inputs, targets, steps, learning_rate)
+        taken, memory, error = linear_steps(trajectory, function, inputs, targets, steps, learning_rate)
     return AddedSamples(machine, function, inputs, taken, memory, error)
-
-
-def _taken(
-    trajectory: Trajectory,
-    function: ModelFunction,
-    inputs: PyTree,
-    targets: PyTree,
-    steps: int,
-    learning_rate: float | None,
-) -> tuple[tuple[LinearStep, ...], dict[str, Memory], float]:
-    """The steps, the optimizer's linear memory before the first, and `AddedSamples.gradient_error`."""
-    theta, objective, n = trajectory.end_of_steps, trajectory.objective, count(inputs)
-    with function.evaluating(gradients=False):
-        outputs = function.call(function.parameters(theta), function.cast(inputs))
-    if not isinstance(outputs, Tensor) or outputs.shape[:1] != (n,):
-        raise TrajectoryError(
-            f"The network returns a {type(outputs).__name__} for {n} samples",
-            "New samples are added to networks that return one tensor with a row for each sample",
-            "Give the recorder `returns=` with the key or index of the outputs that the loss takes",
-        )
-    replay = replay_at_end(trajectory)
-    last = trajectory.store.summary(len(trajectory) - 1).record
-    changed = {} if learning_rate is None else {"lr": float(learning_rate)}
-    settings = tuple({**group, **changed} for group in last.hyperparameters)
-    template = replace(last, hyperparameters=settings, batches=(), changes=(), frozen={}, replay=None)
-    memory = _memory(replay.state(), trajectory.rule, template)
-    taken: list[LinearStep] = []
-    largest = 0.0
-    for step in range(steps + 1):
-        moved = replay.vector() - theta.double()
-        pushed = batch_products(function, theta, inputs, moved[None])[0]
-        expanded = outputs.double() + pushed.reshape(outputs.shape)
-        slopes = loss_slopes(function, objective, expanded.to(outputs.dtype), targets, None, n)
-        gradient = weighted_gradient(function, theta, inputs, slopes).double()
-        largest = max(largest, gradient.norm().item())
-        if step == steps:
-            break
-        terms = objective.regularizer_gradients(function.converted(torch.float64), replay.vector())
-        whole = gradient + sum(terms.values(), torch.zeros_like(gradient))
-        taken.append(LinearStep(replay.take(replace(template, gradient=whole)), slopes, terms))
-    there = batch_gradient(function, replay.vector().to(function.dtype), objective, inputs, targets).double()
-    error = (there - gradient).norm().item() / largest if largest else 0.0
-    return tuple(taken), memory, error
-
-
-def _memory(state: Mapping[str, Mapping[str, Any]], rule: UpdateRule, step: Step) -> dict[str, Memory]:
-    """Linear memory of the optimizer by parameter name, where there is any."""
-    found = {}
-    for name in step.active:
-        slots = [state.get(name, {}).get(key) for key in rule.of(step.hyperparameters_of(name)).memory]
-        if any(isinstance(slot, Tensor) for slot in slots):
-            like = next(slot for slot in slots if isinstance(slot, Tensor))
-            found[name] = tuple(slot if isinstance(slot, Tensor) else torch.zeros_like(like) for slot in slots)
-    return found
-
-
-def _pull_back(
-    step: LinearStep, rule: UpdateRule, layout: ParameterLayout, weights: Tensor, memory: dict[str, Memory]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weights of a step's gradient, (Q, P), and what its sources and regularisers add, (Q,) each.
-
-    ``memory`` holds the weights of the optimizer's memory after the step, and of that before it afterwards.
-    """
-    record, pulled = step.record, torch.zeros_like(weights)
-    at = layout.unflatten(record.before)
-    terms: dict[str, Tensor] = {}
-
-    def add(name: str, weight: Tensor, term: Tensor) -> None:
-        terms[name] = terms.get(name, 0) + weight.flatten(1) @ term.flatten().to(weight)
-
-    for name, shape in zip(layout.names, layout.shapes, strict=True):
-        if name not in record.active:
-            continue
-        where, settings, frozen = layout.slices[name], record.hyperparameters_of(name), record.frozen[name]
-        own, q = rule.of(settings), weights[:, layout.slices[name]].reshape(-1, *shape)
-        after = memory.get(name) or tuple(torch.zeros_like(q) for _ in own.memory)
-        (u,), memory[name] = adjoint(own, frozen, settings, q, after)
-        pulled[:, where] = u.flatten(1)
-        for channel, term in own.gradient_sources(at[name], frozen, settings).items():
-            add(channel, u, term)
-        for channel, term in own.displacement_sources(at[name], frozen, settings).items():
-            add(channel, q, term)
-    for channel, gradient in step.regularizers.items():
-        add(channel, pulled, gradient)
-    return pulled, terms
 
 
 def _relative(change: np.ndarray, remainder: np.ndarray) -> float:

@@ -281,3 +281,33 @@ def test_a_network_that_returns_two_tensors_is_refused() -> None:
         opt.step()
     with pytest.raises(errors.TrajectoryError, match="returns a tuple"):
         pk.KernelMachine(recorder.trajectory).add_samples(*new_samples())
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.Dropout(0.3)], ids=["batch statistics", "dropout"])
+def test_networks_that_train_on_other_outputs_are_warned_of(layer: nn.Module) -> None:
+    X, y = make_inputs(10), torch.randint(3, (10,), generator=generator(1))
+    model = nn.Sequential(layer, nn.Linear(4, 3)).double()
+    opt = OPTIMIZERS["sgd"](model.parameters())
+    with pk.KernelRecorder(model, opt, CE, data=(X, y)) as recorder:
+        for x, target in recorder.batches(batch_size=5):
+            opt.zero_grad()
+            CE(model(x), target).backward()
+            opt.step()
+    machine = pk.KernelMachine(recorder.trajectory)
+    before = torch.random.get_rng_state()
+    with pytest.warns(pk.errors.CertificateWarning, match="In train mode the network returns other outputs"):
+        machine.add_samples(*new_samples())
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_one_sample_has_no_batch_statistics() -> None:
+    X, y = make_inputs(10), torch.randint(3, (10,), generator=generator(1))
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    opt = OPTIMIZERS["sgd"](model.parameters())
+    with pk.KernelRecorder(model, opt, CE, data=(X, y)) as recorder:
+        x, target = recorder.batch(range(10))
+        CE(model(x), target).backward()
+        opt.step()
+    inputs, targets = new_samples()
+    with pytest.warns(pk.errors.CertificateWarning, match="does not take the new samples"):
+        pk.KernelMachine(recorder.trajectory).add_samples(inputs[:1], targets[:1])
