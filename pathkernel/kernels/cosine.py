@@ -31,7 +31,7 @@ class CosineKernel(Kernel):
     --------
     >>> import torch, pathkernel as pk
     >>> kernel = pk.kernels.CosineKernel(pk.TangentKernel(torch.nn.Linear(3, 1)))
-    >>> kernel(torch.eye(3)).tolist()  # (⟨x, x'⟩ + 1) / 2
+    >>> kernel(torch.eye(3)).round(6).tolist()  # (⟨x, x'⟩ + 1) / 2
     [[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.5, 0.5, 1.0]]
     """
 
