@@ -99,7 +99,7 @@ class TangentKernel(Kernel):
     dtype
         Floating type of passes and products, by default the parameters': ``torch.float64``, ``torch.float32``, or
         ``torch.bfloat16`` for passes in float32 and products of factors rounded to bfloat16, at an error of
-        1e-3 to 4e-3 (relative, Frobenius; `benchmarks/engines.py` prints it). The matrix itself is float64 in each case.
+        1e-3 to 4e-3 (relative, Frobenius; `benchmarks/engines.py` prints it). The matrix is float64 in each case.
     loss
         ``(output, target)``, for ``outputs="loss"``.
 
