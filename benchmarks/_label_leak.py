@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from _trained_path import trained
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.datasets import load_digits
 from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVC, OneClassSVM
-from torch import nn
 
 import pathkernel as pk
 from pathkernel.path_kernel import label_leak
@@ -40,20 +40,6 @@ class PlainNystroem(TransformerMixin, BaseEstimator):
 
     def transform(self, X: np.ndarray) -> np.ndarray:
         return self.kernel(X, self.chosen_) @ self.inverse_.T
-
-
-def trained(X: np.ndarray, y: np.ndarray, epochs: int) -> pk.Trajectory:
-    """A multilayer perceptron's path on all of the samples."""
-    torch.manual_seed(0)
-    model, loss = nn.Sequential(nn.Linear(X.shape[1], 32), nn.ReLU(), nn.Linear(32, 10)).double(), nn.CrossEntropyLoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    with pk.KernelRecorder(model, optimizer, loss, data=(X, y), schedule=pk.WeightsOnly()) as recorder:
-        for _ in range(epochs):
-            for inputs, targets in recorder.batches(64, shuffle=True):
-                optimizer.zero_grad()
-                loss(model(inputs), targets).backward()
-                optimizer.step()
-    return recorder.trajectory
 
 
 def is_warned(act: Callable[[], object]) -> bool:
@@ -109,7 +95,7 @@ def rows(quick: bool = False, seed: int = 0) -> list[dict[str, object]]:
     n, trials, epochs = (200, 2, 2) if quick else (600, 20, 5)
     X, y = load_digits(return_X_y=True)
     X, y = X[:n] / 16, y[:n]
-    trajectory, table = trained(X, y, epochs), []
+    trajectory, table = trained(X, y, epochs, hidden=32), []
     for leak in ("warn", "allow"):
         kernel = pk.PathKernel(trajectory, steps=2, quadrature="midpoint", leak=leak)
         for leaks, uses in ((True, LEAKING), (False, HONEST)):

@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
+from _trained_path import trained
 from scipy.stats import binom
 from sklearn.datasets import load_digits
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.model_selection import train_test_split
-from torch import nn
 
 import pathkernel as pk
 from pathkernel.analysis import two_sample_test
@@ -32,16 +31,8 @@ Gram = Callable[[np.ndarray], np.ndarray]
 
 def path_kernel(X: np.ndarray, y: np.ndarray, epochs: int, seed: int) -> pk.kernels.Kernel:
     """The cosine of the path kernel of a multilayer perceptron that is trained here."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(X.shape[1], 64), nn.ReLU(), nn.Linear(64, 10)).double()
-    optimizer, loss = torch.optim.AdamW(model.parameters(), lr=3e-3), nn.CrossEntropyLoss()
-    with pk.KernelRecorder(model, optimizer, loss, data=(X, y), schedule=pk.WeightsOnly()) as recorder:
-        for _ in range(epochs):
-            for inputs, targets in recorder.batches(64, shuffle=True):
-                optimizer.zero_grad()
-                loss(model(inputs), targets).backward()
-                optimizer.step()
-    return pk.kernels.CosineKernel(pk.PathKernel(recorder.trajectory, steps=10, quadrature="midpoint"))
+    trajectory = trained(X, y, epochs, hidden=64, seed=seed)
+    return pk.kernels.CosineKernel(pk.PathKernel(trajectory, steps=10, quadrature="midpoint"))
 
 
 def median_rbf(distances: np.ndarray) -> np.ndarray:

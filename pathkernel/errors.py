@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -121,6 +122,35 @@ def is_number(value: Any) -> bool:
 def is_whole(value: Any) -> bool:
     """True for a whole number, of Python or numpy; a truth value is none."""
     return hasattr(value, "__index__") and not isinstance(value, bool) and is_number(value)
+
+
+def check_number(name: str, value: Any, *, positive: bool = False, whole: bool = False, example: float = 1) -> None:
+    """Refuse a parameter that is no finite number of 0 or more, or of more than 0, or no whole one.
+
+    Raises
+    ------
+    InputError
+        With its name and value, and an example of a right one.
+    """
+    known = is_whole(value) if whole else is_number(value)
+    if not (known and value >= 0) or (positive and value == 0):
+        kind, least = "whole" if whole else "finite", "greater than 0" if positive else "0 or more"
+        expected = f"It is a {kind} number, {least}"
+        raise InputError(f"`{name}={value!r}` was given", expected, f"Write `{name}={example}`")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str | None], plural: str) -> None:
+    """Refuse a parameter that is none of some choices, which are called by their plural; the first is the usual one.
+
+    Raises
+    ------
+    InputError
+        With its name and value, and the choices.
+    """
+    first, *others = choices
+    if value not in (first, *others):
+        known = ", ".join(map(repr, (first, *others)))
+        raise InputError(f"`{name}={value!r}` was given", f"{plural} are {known}", f'Write `{name}="{first}"`')
 
 
 SENSELESS = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError)

@@ -35,9 +35,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pathkernel.dynamics.game_field import check_number
 from pathkernel.dynamics.local_stability import Stability, stability, stages_of
-from pathkernel.errors import GameError, InputError, brief
+from pathkernel.errors import GameError, InputError, brief, check_number
 
 Numbers = Any
 """Numbers or arrays of them, of one shape for φ and θ."""

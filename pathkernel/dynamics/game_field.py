@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pathkernel.errors import InputError, brief, is_number, is_whole
+from pathkernel.errors import InputError, brief, is_number
 from pathkernel.gradients.forward_state import generator_states, set_generators
 from pathkernel.gradients.parameters import ParameterLayout, constants_of, named_trainable
 from pathkernel.gradients.structural_copy import StructuralCopy
@@ -201,17 +201,3 @@ def check_players(players: Mapping[str, nn.Module], losses: Mapping[str, GameLos
             "Eigenvalues are those of one matrix, whose numbers are of one type and on one device",
             "Convert the networks, `network.double()`, and the samples in the losses",
         )
-
-
-def check_number(name: str, value: float, *, positive: bool = False, whole: bool = False) -> None:
-    """Refuse a parameter that is no finite number of 0 or more, or of more than 0, or no whole one.
-
-    Raises
-    ------
-    InputError
-        With its name and value.
-    """
-    known = is_whole(value) if whole else is_number(value)
-    if not (known and value >= 0) or (positive and value == 0):
-        kind, expected = "whole" if whole else "finite", "greater than 0" if positive else "0 or more"
-        raise InputError(f"`{name}={value!r}` was given", f"It is a {kind} number, {expected}", f"Write `{name}=1`")

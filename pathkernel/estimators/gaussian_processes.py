@@ -206,11 +206,6 @@ class PathKernelGP(RegressorMixin, PathKernelProcess, NetworkRegression):
         mean, spread = found
         return mean * self._scale + self._mean, spread * (self._scale if return_std else self._scale**2)
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
-
 
 class PathKernelGPClassifier(ClassifierMixin, PathKernelProcess, NetworkClassification):
     """Gaussian process classification whose covariance is the path kernel of a network trained on those samples.

@@ -368,8 +368,3 @@ class KernelMachineRegressor(RegressorMixin, KernelMachineEstimator, NetworkRegr
     def predict(self, X: Any, exact: bool = True) -> np.ndarray:
         """Numbers (n,) or (n, k): of the machine, or of the network where ``exact=False``."""
         return self._numbers(self._outputs_of(X, exact))
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags

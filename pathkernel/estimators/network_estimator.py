@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, PyTree
-from pathkernel.errors import InputError, is_number, is_whole
+from pathkernel.errors import InputError, check_number, is_number
 from pathkernel.estimators.networks import (
     Moments,
     check_hidden,
@@ -357,17 +357,9 @@ class NetworkEstimator(BaseEstimator):
         """
         check_hidden(self.hidden)
         for name in ("epochs", "batch_size", "n_iter_no_change"):
-            value = getattr(self, name)
-            if not is_whole(value) or value < 1:
-                raise InputError(
-                    f"`{name}={value!r}` was given", "It is a whole number from 1 upwards", f"Write `{name}=20`"
-                )
-        if not is_number(self.learning_rate) or self.learning_rate <= 0:
-            raise InputError(
-                f"`learning_rate={self.learning_rate!r}` was given",
-                "It is a positive number",
-                "Write `learning_rate=1e-3`",
-            )
+            check_number(name, getattr(self, name), positive=True, whole=True, example=20)
+        check_number("learning_rate", self.learning_rate, positive=True, example=1e-3)
+        check_number("tol", self.tol, example=1e-4)
         fraction = self.validation_fraction
         if self.early_stopping and not (is_number(fraction) and 0 < fraction < 1):
             raise InputError(
@@ -375,8 +367,6 @@ class NetworkEstimator(BaseEstimator):
                 "It is the part of the samples that is held out, between 0 and 1",
                 "Write `validation_fraction=0.1`",
             )
-        if not is_number(self.tol) or self.tol < 0:
-            raise InputError(f"`tol={self.tol!r}` was given", "It is a number that is not negative", "Write `tol=1e-4`")
         callbacks = () if self.callbacks is None else self.callbacks
         if not isinstance(callbacks, Iterable) or not all(map(callable, callbacks)):
             raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, is_whole
+from pathkernel.errors import check_choice, check_number
 from pathkernel.estimators.network_estimator import FittedOn, NetworkEstimator
 from pathkernel.estimators.samples import in_three_parts
 from pathkernel.gradients.pytrees import take
@@ -71,18 +71,9 @@ class PathKernelEstimator(NetworkEstimator):
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        if self.steps is not None and (not is_whole(self.steps) or self.steps < 1):
-            raise InputError(
-                f"`steps={self.steps!r}` was given",
-                "The path is cut into that many stretches, a whole number from 1 upwards; None takes every step",
-                "Write `steps=8`",
-            )
-        if self.normalization not in NORMALIZATIONS:
-            raise InputError(
-                f"`normalization={self.normalization!r}` was given",
-                f"It is one of {', '.join(map(repr, NORMALIZATIONS))}",
-                'Write `normalization="mean"`',
-            )
+        if self.steps is not None:
+            check_number("steps", self.steps, positive=True, whole=True, example=8)
+        check_choice("normalization", self.normalization, NORMALIZATIONS, "Normalizations")
         solver = self._unfitted()
         if solver is not None:  # refused before the network is trained, not after
             with in_three_parts():

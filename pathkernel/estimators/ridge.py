@@ -16,7 +16,24 @@ from pathkernel.estimators.path_kernels import PathKernelEstimator
 from pathkernel.estimators.tasks import NetworkClassification, NetworkRegression
 
 
-class PathKernelRidge(RegressorMixin, PathKernelEstimator, NetworkRegression):
+class RidgeEstimator(PathKernelEstimator):
+    """Part of both: kernel ridge regression of centred targets."""
+
+    alpha: float
+
+    def _unfitted(self) -> KernelRidge:
+        return KernelRidge(alpha=self.alpha, kernel="precomputed")
+
+    def _solve(self, matrix: np.ndarray, targets: np.ndarray, weights: np.ndarray | None) -> None:
+        self._mean = np.average(targets, axis=0, weights=weights)
+        self.solver_ = self._unfitted().fit(matrix, targets - self._mean, sample_weight=weights)
+
+    def _regressed(self, X: Any) -> np.ndarray:
+        matrix = self._to_references(X)
+        return self.solver_.predict(matrix) + self._mean
+
+
+class PathKernelRidge(RegressorMixin, RidgeEstimator, NetworkRegression):
     r"""Kernel ridge regression on the path kernel of a network that is trained on the samples of ``fit``.
 
     .. math:: f(x) = \bar y + \sum_i a_i K(x, x_i), \qquad (K + \alpha W^{-1})\, a = y - \bar y
@@ -76,26 +93,15 @@ class PathKernelRidge(RegressorMixin, PathKernelEstimator, NetworkRegression):
     @all_or_nothing
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> PathKernelRidge:
         """Train the network, and solve for the coefficients; y is (n,) or (n, k)."""
-        matrix, values, weights = self._fit_kernel(X, y, sample_weight)
-        self._mean = np.average(values, axis=0, weights=weights)
-        self.solver_ = self._unfitted().fit(matrix, values - self._mean, sample_weight=weights)
+        self._solve(*self._fit_kernel(X, y, sample_weight))
         return self
-
-    def _unfitted(self) -> KernelRidge:
-        return KernelRidge(alpha=self.alpha, kernel="precomputed")
 
     def predict(self, X: Any) -> np.ndarray:
         """Numbers, (n,) or (n, k)."""
-        matrix = self._to_references(X)
-        return self.solver_.predict(matrix) + self._mean
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
-        return tags
+        return self._regressed(X)
 
 
-class PathKernelRidgeClassifier(ClassifierMixin, PathKernelEstimator, NetworkClassification):
+class PathKernelRidgeClassifier(ClassifierMixin, RidgeEstimator, NetworkClassification):
     """Kernel ridge regression of labels, on the path kernel of a network that is trained on the samples of ``fit``.
 
     Each class is told from the others by a regression of +1 and −1, as in `sklearn.linear_model.RidgeClassifier`.
@@ -159,17 +165,12 @@ class PathKernelRidgeClassifier(ClassifierMixin, PathKernelEstimator, NetworkCla
         matrix, places, weights = self._fit_kernel(X, y, sample_weight)
         signs = 2.0 * (places[:, None] == np.arange(len(self.classes_))) - 1.0
         signs = signs[:, 1:] if len(self.classes_) == 2 else signs
-        self._mean = np.average(signs, axis=0, weights=weights)
-        self.solver_ = self._unfitted().fit(matrix, signs - self._mean, sample_weight=weights)
+        self._solve(matrix, signs, weights)
         return self
-
-    def _unfitted(self) -> KernelRidge:
-        return KernelRidge(alpha=self.alpha, kernel="precomputed")
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Regressed signs (n, C), or (n,) for two classes."""
-        matrix = self._to_references(X)
-        found = self.solver_.predict(matrix) + self._mean
+        found = self._regressed(X)
         return found[:, 0] if found.shape[1] == 1 else found
 
     def predict(self, X: Any) -> np.ndarray:

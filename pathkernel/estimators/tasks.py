@@ -137,3 +137,8 @@ class NetworkRegression(NetworkEstimator):
         self._mean = np.average(values, axis=0, weights=weights)
         deviation = np.sqrt(np.average((values - self._mean) ** 2, axis=0, weights=weights))
         self._scale = np.where(deviation > 1e-12 * np.abs(self._mean), deviation, 1.0)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = self._target_checks.get("multi_output", False)
+        return tags

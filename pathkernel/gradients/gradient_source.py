@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.errors import InputError
+from pathkernel.errors import check_choice
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
@@ -47,12 +47,7 @@ def check_engine(engine: str) -> str:
     InputError
         For any other, with those that there are.
     """
-    if engine not in ENGINES:
-        raise InputError(
-            f"`engine={engine!r}` was given",
-            f"Engines are {', '.join(map(repr, ENGINES))}",
-            'Write `engine="auto"`',
-        )
+    check_choice("engine", engine, ENGINES, "Engines")
     return engine
 
 

@@ -27,6 +27,7 @@ from pathkernel.errors import CertificateWarning, InputError, is_number
 from pathkernel.gradients.losses import batch_products
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import as_tensors, count
+from pathkernel.kernel_machine.classification import predictions
 from pathkernel.kernel_machine.linear_steps import LinearStep, linear_steps, pull_back
 from pathkernel.kernel_machine.queries import Queries
 from pathkernel.runtime.threads import one_at_a_time
@@ -132,10 +133,7 @@ class AddedSamples:
 
     def predict(self, X: PyTree) -> np.ndarray:
         """Class indices (n,) for classifiers; outputs for regressors; see `decision_function`."""
-        outputs = self.decision_function(X)
-        if not self._machine.is_classifier:
-            return outputs
-        return outputs.argmax(axis=1) if outputs.ndim == 2 else (outputs > 0).astype(np.int64)
+        return predictions(self._machine.trajectory, self.decision_function(X))
 
     @one_at_a_time
     def remainder(self, X: PyTree) -> float:

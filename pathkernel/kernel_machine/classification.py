@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -22,6 +23,13 @@ def is_classifier(trajectory: Trajectory) -> bool:
         return False
     target = pytree.tree_leaves(trajectory.data.example[1])[0]
     return not target.is_floating_point() and target.dim() == 1
+
+
+def predictions(trajectory: Trajectory, outputs: np.ndarray) -> np.ndarray:
+    """Class indices (n,) of a classifier's outputs, (n, C) or (n,); a regressor's outputs as they are."""
+    if not is_classifier(trajectory):
+        return outputs
+    return outputs.argmax(axis=1) if outputs.ndim == 2 else (outputs > 0).astype(np.int64)
 
 
 def probabilities(loss: Loss, outputs: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, check_choice
 
 FORMS = {
     "folded": "coefficients 1, the loss derivative inside the kernel",
@@ -48,12 +48,7 @@ def check_form(form: str) -> str:
     InputError
         For any other, with those that there are.
     """
-    if form not in FORMS:
-        raise InputError(
-            f"`form={form!r}` was given",
-            f"Forms are {', '.join(map(repr, FORMS))}",
-            'Write `form="folded"`',
-        )
+    check_choice("form", form, FORMS, "Forms")
     return form
 
 

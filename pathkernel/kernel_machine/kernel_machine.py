@@ -19,7 +19,7 @@ from pathkernel.kernel_machine.arithmetic import asked_type, unrounded_type
 from pathkernel.kernel_machine.attributions import Attributions, warn_of_doubts, warn_of_split_error
 from pathkernel.kernel_machine.averaging_error import AveragingError, Noted, shares_error
 from pathkernel.kernel_machine.backward_sweep import backward_sweep
-from pathkernel.kernel_machine.classification import is_classifier, probabilities
+from pathkernel.kernel_machine.classification import is_classifier, predictions, probabilities
 from pathkernel.kernel_machine.completeness import check_end, check_unexplained
 from pathkernel.kernel_machine.curves import Curve, check_average, curve_to
 from pathkernel.kernel_machine.description import described
@@ -219,10 +219,7 @@ class KernelMachine:
 
     def predict(self, X: PyTree) -> np.ndarray:
         """Class indices (n,) for classifiers; outputs (n,) or (n, C) for regressors."""
-        outputs = self.decision_function(X)
-        if not self.is_classifier:
-            return outputs
-        return outputs.argmax(axis=1) if outputs.ndim == 2 else (outputs > 0).astype(np.int64)
+        return predictions(self.trajectory, self.decision_function(X))
 
     def predict_proba(self, X: PyTree) -> np.ndarray:
         """Class probabilities (n, C) under the loss that the network was trained with.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pathkernel.errors import SENSELESS, InputError, PathKernelError, TrajectoryError, brief
+from pathkernel.errors import SENSELESS, InputError, PathKernelError, TrajectoryError, brief, check_choice
 from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.losses import loss_slopes
 from pathkernel.gradients.returned import map_outputs
@@ -133,12 +133,7 @@ def retrained(run: Retraining, rows: Tensor, final: Tensor, engine: str) -> Tens
     engine
         See `retrain`.
     """
-    if engine not in ENGINES:
-        raise InputError(
-            f"`engine={engine!r}` was given",
-            f"Engines are {', '.join(map(repr, ENGINES))}",
-            'Write `engine="auto"`',
-        )
+    check_choice("engine", engine, ENGINES, "Engines")
     found = final.repeat(len(rows), 1)
     others = (rows != 1).any(dim=1).nonzero()[:, 0].tolist()
     if others:
