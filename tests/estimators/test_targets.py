@@ -88,3 +88,12 @@ def test_what_happens_to_the_arrays_after_fit_changes_nothing(kind: Any, own: bo
     samples[:] = 0
     targets[:] = 0
     assert np.array_equal(machine.explain(X[:3]).shares, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "several"),
+    [("KernelMachineRegressor", True), ("PathKernelRidge", True), ("PathKernelGP", True), ("PathKernelSVR", False)],
+)
+def test_regressors_say_whether_they_take_several_targets(name: str, several: bool) -> None:
+    # scikit-learn's checks of several targets are made of those alone that say so.
+    assert getattr(pk, name)().__sklearn_tags__().target_tags.multi_output is several
