@@ -1,17 +1,18 @@
 r"""Datamodels: what training again without some samples would say, predicted from one recorded run.
 
-Ridge regression of the residuals on the features of a kernel, split over the training samples:
+The response of training with a kernel to the weight of a sample:
 
-.. math:: \mathrm{score}_{qi} = \bigl[K_q (K + \lambda I)^{-1}\bigr]_i\, r_i
+.. math:: \mathrm{score}_{qi} = \bigl[K_q (H K + \lambda I)^{-1}\bigr]_i\, r_i
 
-with K the kernel of the training samples, K_q that of queries with them, and r the slope of a sample's loss, averaged
-over the same points of the path as the kernel is. By the push-through identity that is TRAK without its projection,
-with the kernel along the path in place of an ensemble of final ones.
+with K the kernel of the training samples, K_q that of queries with them, r the slope of a sample's loss and H the
+curvatures, averaged over the same points of the path as the kernel is. Without the slope a sample would have had, all
+others change theirs in answer, which is what H is for; 1/λ is how long training goes on. With H = I and another λ it is
+ridge regression, and by the push-through identity TRAK without its projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 SOLVERS = ("gram", "features", "conjugate_gradients")
 """Ways to apply (K + λI)⁻¹."""
 
-RULES = ("mean_diagonal", "generalized_cross_validation")
-"""Rules for λ, which see the kernel and the residuals of the training samples alone."""
+RULES = ("training_time", "mean_diagonal", "generalized_cross_validation")
+"""Rules for λ, which see the kernel and the outputs of the training samples along the recorded path alone."""
 
 GRID = np.logspace(-4, 3, 57)
 """Multiples of the mean diagonal among which generalised cross-validation chooses: eight a decade."""
@@ -49,8 +50,9 @@ class Datamodel:
     .. math:: f_q(\text{without } G) \approx f_q - \sum_{i \in G} \mathrm{score}_{qi}
 
     A positive score raises the output. It says what training *again* does, with another initialisation and order, not
-    what a sample did in the recorded run; that is what shares say. Sizes are not calibrated: ridge regression knows the
-    directions in which samples act together and not how long the loop trains. Compare queries and groups by them.
+    what a sample did in the recorded run; that is what shares say. Sizes are those of a linear response where λ is from
+    the time of training; ridge regression knows the directions in which samples act together and not how long the loop
+    trains, so that with the other rules only queries and groups can be compared.
 
     Attributes
     ----------
@@ -63,9 +65,12 @@ class Datamodel:
     regularization
         λ that was used.
     regularizations
-        λ by each rule: ``"mean_diagonal"``, ``"generalized_cross_validation"``; None where a rule was out of reach.
+        λ by each rule: ``"training_time"``, ``"mean_diagonal"``, ``"generalized_cross_validation"``; None where a rule
+        was out of reach.
+    rule
+        Which of them was used, or ``"given"``.
     solver
-        How (K + λI)⁻¹ was applied.
+        How (HK + λI)⁻¹ was applied.
     """
 
     scores: np.ndarray
@@ -73,6 +78,7 @@ class Datamodel:
     residuals: np.ndarray
     regularization: float
     regularizations: dict[str, float | None]
+    rule: str
     solver: str
 
     def without(self, ids: Any) -> np.ndarray:
@@ -150,12 +156,18 @@ def datamodel(
     X_query: PyTree,
     *,
     outputs: Any = None,
-    regularization: str | float = "mean_diagonal",
+    regularization: str | float = "auto",
     solver: str = "auto",
     dim: int = 4096,
     memory: int | str = "1GB",
 ) -> Datamodel:
-    r"""What training again without some samples would say, by ridge regression on a kernel.
+    r"""What training again without some samples would say, from a kernel of one recorded run.
+
+    .. math:: \mathrm{score}_{qi} = \bigl[K_q (H K + \lambda I)^{-1}\bigr]_i\, r_i,\qquad
+              r_i = \overline{1 - p_i},\qquad H = \operatorname{diag} \overline{p_i (1 - p_i)}
+
+    with p the probability of a sample's label and bars for averages along the path, for margins; for outputs r is minus
+    the slope of the loss, and H = I.
 
     Parameters
     ----------
@@ -172,10 +184,14 @@ def datamodel(
         Which output of each query the scores are for, where the kernel is of several: None for the predicted class of a
         classifier (and the only output of a network with one), an index, or (Q,) indices.
     regularization
-        λ: ``"mean_diagonal"`` (default) for the mean of K_ii, ``"generalized_cross_validation"`` for the multiple of it
-        that predicts the residuals best, or a number. Neither rule sees any network that was trained again.
+        λ, by a rule that sees no network that was trained again: ``"training_time"`` for
+        :math:`\lVert K r \rVert^2 / \langle K r, m_S - m_0 \rangle`, with which r / λ moves the margins of the training
+        samples as far as training moved them (least squares), of kernels of margins along a path;
+        ``"mean_diagonal"`` for the mean of K_ii, ``"generalized_cross_validation"`` for the multiple of it that
+        predicts the residuals best, or a number, all three with H = I, as TRAK has it. ``"auto"`` (default) is the
+        first that is known.
     solver
-        How (K + λI)⁻¹ is applied: ``"gram"`` by a factorisation of K, which takes N² numbers; ``"features"`` by random
+        How (HK + λI)⁻¹ is applied: ``"gram"`` by a factorisation of K, which takes N² numbers; ``"features"`` by random
         features φ with φφᵀ near K, N · ``dim``; ``"conjugate_gradients"`` by products with the kernel as an operator,
         N Q; ``"auto"`` (default) by the first of the first and the last that fits ``memory``.
     dim
@@ -196,8 +212,12 @@ def datamodel(
     -----
     Time beside the kernels K (N, N) and K_q (Q, N): a forward pass of the training samples at each node, O(N³) by a
     factorisation (and as much again for the eigenvalues that generalised cross-validation needs), O(N dim²) by
-    features, and with conjugate gradients one product of the kernel with Q vectors for each of some √N iterations at
-    most, since λ is as large as the mean diagonal.
+    features, and with conjugate gradients one product of the kernel with Q vectors for each iteration, of which there
+    are some √N where λ is as large as the mean diagonal.
+
+    Where the slopes are −r + h m, training by gradient flow in a fixed kernel answers the weight of a sample with
+    :math:`K_q \varphi(HK/\lambda)\, r/\lambda`, :math:`\varphi(z) = (1 - e^{-z})/z`: ridge regression,
+    :math:`1/(1 + z)`, is its well-known neighbour, with a time of training for 1/λ.
 
     Examples
     --------
@@ -218,17 +238,18 @@ def datamodel(
 
     References
     ----------
-    Park et al. 2023 (2303.14186), TRAK; Ilyas et al. 2022 (2202.00622) for datamodels; Golub, Heath and Wahba 1979 for
-    generalised cross-validation.
+    Park et al. 2023 (2303.14186), TRAK; Ilyas et al. 2022 (2202.00622) for datamodels; Ali, Kolter and Tibshirani 2019
+    (1810.10082) for ridge regression and the time of training; Golub, Heath and Wahba 1979 for generalised
+    cross-validation.
     """
     _check(regularization, solver)
     of = explained(kernel, X, y, X_query, outputs)
     n, q = of.residuals.shape[0], len(of.output)
     if solver == "auto":
         solver = "gram" if 24 * n * n <= memory_bytes(memory) else "conjugate_gradients"
-    weights, used, rules = _SOLVE[solver](kernel, of, regularization, dim)
+    weights, chosen = _SOLVE[solver](kernel, of, regularization, dim)
     assert weights.shape == (q, n)
-    return Datamodel(weights * of.of_query, of.output, of.residuals, used, rules, solver)
+    return Datamodel(weights * of.of_query, of.output, of.residuals, chosen.value, chosen.by_rule, chosen.rule, solver)
 
 
 def _ids(group: Any) -> np.ndarray:
@@ -242,12 +263,12 @@ def _ids(group: Any) -> np.ndarray:
 def _check(regularization: str | float, solver: str) -> None:
     """Refuse other rules, numbers and solvers, before anything is computed."""
     number = isinstance(regularization, (int, float)) and not isinstance(regularization, bool)
-    fits = 0 < float(regularization) < float("inf") if number else regularization in RULES
+    fits = 0 < float(regularization) < float("inf") if number else regularization in ("auto", *RULES)
     if not fits:
         raise InputError(
             f"`regularization={regularization!r}` was given",
-            f"It is one of {', '.join(map(repr, RULES))}, or a number above 0",
-            'Write `regularization="mean_diagonal"`',
+            f"It is 'auto', one of {', '.join(map(repr, RULES))}, or a number above 0",
+            'Write `regularization="auto"`',
         )
     if solver not in ("auto", *SOLVERS):
         raise InputError(
@@ -257,64 +278,115 @@ def _check(regularization: str | float, solver: str) -> None:
         )
 
 
-Found = tuple[np.ndarray, float, dict[str, float | None]]
-"""K_q (K + λI)⁻¹, λ, and λ by each rule."""
+@dataclass(frozen=True)
+class Regularization:
+    """λ that is used, the rule that it is by, and what every rule says."""
+
+    value: float
+    rule: str
+    by_rule: dict[str, float | None]
 
 
-def _by_gram(kernel: Kernel, of: Explained, regularization: str | float, _: int) -> Found:
-    """Solve by a Cholesky factorisation of K + λI; eigenvalues for generalised cross-validation."""
+Found = tuple[np.ndarray, Regularization]
+"""K_q (HK + λI)⁻¹, and λ."""
+
+
+def _by_gram(kernel: Kernel, of: Explained, asked: str | float, _: int) -> Found:
+    """Solve by a Cholesky factorisation; eigenvalues for generalised cross-validation."""
     K, K_query = kernel(of.samples), kernel(of.queries, of.samples)
     mean = float(K.diagonal().mean())
     values, vectors = scipy.linalg.eigh(K)
-    chosen = _cross_validated(mean, values, vectors.T @ of.residuals, 0.0)
-    used, rules = _used(regularization, mean, chosen)
-    factor = scipy.linalg.cho_factor(K + used * np.eye(len(K)), lower=True, overwrite_a=True)
-    return scipy.linalg.cho_solve(factor, K_query.T).T, used, rules
+    cross_validated = _cross_validated(mean, values, vectors.T @ of.residuals, 0.0)
+    chosen = _chosen(asked, mean, cross_validated, _of_training_time(of, lambda r: K @ r))
+    root = _root_of_curvature(of, chosen)
+    system = root[:, None] * K * root + chosen.value * np.eye(len(K))
+    factor = scipy.linalg.cho_factor(system, lower=True, overwrite_a=True)
+    solved = scipy.linalg.cho_solve(factor, (K_query * root).T).T
+    return _response(K_query, solved, root, chosen, lambda v: v @ K), chosen
 
 
-def _by_features(kernel: Kernel, of: Explained, regularization: str | float, dim: int) -> Found:
-    r"""Solve by features: :math:`\phi_q (\phi^\top\phi + \lambda I)^{-1} \phi^\top`, the push-through identity."""
+def _by_features(kernel: Kernel, of: Explained, asked: str | float, dim: int) -> Found:
+    r"""Solve by features: :math:`\phi_q (\phi^\top H \phi + \lambda I)^{-1} \phi^\top`, the push-through identity."""
     phi, phi_query = (np.asarray(kernel.features(samples, dim)) for samples in (of.samples, of.queries))
-    left, singular, right = scipy.linalg.svd(phi, full_matrices=False)
+    left, singular, _ = scipy.linalg.svd(phi, full_matrices=False)
     mean, projected = float((phi**2).sum() / len(phi)), left.T @ of.residuals
     rest = float((of.residuals**2).sum() - (projected**2).sum())
-    chosen = _cross_validated(mean, singular**2, projected, max(0.0, rest), len(phi))
-    used, rules = _used(regularization, mean, chosen)
-    # By the singular vectors φ = U S Vᵀ: φ_q V S / (S² + λ) Uᵀ.
-    return (phi_query @ right.T * (singular / (singular**2 + used))) @ left.T, used, rules
+    cross_validated = _cross_validated(mean, singular**2, projected, max(0.0, rest), len(phi))
+    chosen = _chosen(asked, mean, cross_validated, _of_training_time(of, lambda r: phi @ (phi.T @ r)))
+    root = _root_of_curvature(of, chosen)
+    _, singular, right = scipy.linalg.svd(root[:, None] * phi, full_matrices=False)
+    # (A + λI)⁻¹ by the singular vectors of √H φ = U S Vᵀ, which leave out directions that it divides by λ alone.
+    kept = singular**2 / (singular**2 + chosen.value)
+    return (phi_query - (phi_query @ right.T * kept) @ right) @ phi.T / chosen.value, chosen
 
 
-def _by_conjugate_gradients(kernel: Kernel, of: Explained, regularization: str | float, _: int) -> Found:
+def _by_conjugate_gradients(kernel: Kernel, of: Explained, asked: str | float, _: int) -> Found:
     """Solve by products with the kernel as an operator, all queries in one system."""
-    if regularization == "generalized_cross_validation":
+    if asked == "generalized_cross_validation":
         raise InputError(
             "Generalised cross-validation was asked of conjugate gradients",
             "It needs the eigenvalues of K, which products with vectors do not give",
-            'Write `regularization="mean_diagonal"`, a number, or `solver="features"`',
+            'Write `regularization="auto"`, a number, or `solver="features"`',
         )
     operator = kernel.operator(of.samples)
     mean = float(np.asarray(kernel.diagonal(of.samples)).mean())
-    used, rules = _used(regularization, mean, None)
-    targets = np.asarray(kernel(of.samples, of.queries)).T  # (Q, N)
+    chosen = _chosen(asked, mean, None, _of_training_time(of, lambda r: operator @ r))
+    root = _root_of_curvature(of, chosen)
+    K_query = np.asarray(kernel(of.samples, of.queries)).T  # (Q, N)
+    times = lambda v: (operator @ np.ascontiguousarray(v.T)).T  # noqa: E731
 
-    def product(v: np.ndarray) -> np.ndarray:
-        return (operator @ np.ascontiguousarray(v.T) + used * v.T).T
-
-    most = 10 * targets.shape[1]
-    found = conjugate_gradients(product, targets, residual=RESIDUAL, most=most)
-    if found is None:
+    most = 10 * K_query.shape[1]
+    solved = conjugate_gradients(
+        lambda v: root * times(root * v) + chosen.value * v, K_query * root, residual=RESIDUAL, most=most
+    )
+    if solved is None:
+        condition = 1 + mean * K_query.shape[1] / chosen.value
         raise PathKernelError(
             f"Conjugate gradients did not come to a relative residual of {RESIDUAL} in {most} products",
-            f"With λ = {used:.3g} the system has the condition number {1 + mean * targets.shape[1] / used:.3g} at most",
+            f"With λ = {chosen.value:.3g} the system has the condition number {condition:.3g} at most",
             "Write a larger `regularization`",
         )
-    return found, used, rules
+    return _response(K_query, solved, root, chosen, times), chosen
 
 
 _SOLVE = {"gram": _by_gram, "features": _by_features, "conjugate_gradients": _by_conjugate_gradients}
 
 
-def _used(regularization: str | float, mean: float, chosen: float | None) -> tuple[float, dict[str, float | None]]:
+def _response(
+    K_query: np.ndarray,
+    solved: np.ndarray,
+    root: np.ndarray,
+    chosen: Regularization,
+    times: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    r"""K_q (HK + λI)⁻¹ from :math:`K_q \sqrt H (\sqrt H K \sqrt H + \lambda I)^{-1}`.
+
+    By :math:`(K_q - K_q \sqrt H (\dots)^{-1} \sqrt H K) / \lambda`, which does not divide by curvatures, that are next
+    to nothing for samples learnt long ago.
+    """
+    return solved if chosen.rule != "training_time" else (K_query - times(solved * root)) / chosen.value
+
+
+def _root_of_curvature(of: Explained, chosen: Regularization) -> np.ndarray:
+    """√h of every training sample where it is part of the rule, else ones: (N,)."""
+    if chosen.rule == "training_time":
+        assert of.curvatures is not None
+        return np.sqrt(of.curvatures)
+    return np.ones(len(of.residuals))
+
+
+def _of_training_time(of: Explained, times: Callable[[np.ndarray], np.ndarray]) -> float | None:
+    """λ with which r / λ moves the training samples as far as training did; None where they moved the other way."""
+    if of.moved is None:
+        return None
+    pushed = times(of.residuals)
+    along = float(pushed @ of.moved)
+    return float(pushed @ pushed) / along if along > 0 else None
+
+
+def _chosen(
+    asked: str | float, mean: float, cross_validated: float | None, training_time: float | None
+) -> Regularization:
     """λ as asked for, and by each rule."""
     if not mean > 0:
         raise InputError(
@@ -322,10 +394,19 @@ def _used(regularization: str | float, mean: float, chosen: float | None) -> tup
             "Ridge regression needs a direction in which outputs can move",
             "Look for parameters that are frozen, and for a path without length",
         )
-    rules: dict[str, float | None] = dict(zip(RULES, (mean, chosen), strict=True))
-    used = rules[regularization] if isinstance(regularization, str) else float(regularization)
-    assert used is not None
-    return used, rules
+    by_rule: dict[str, float | None] = dict(zip(RULES, (training_time, mean, cross_validated), strict=True))
+    if not isinstance(asked, str):
+        return Regularization(float(asked), "given", by_rule)
+    rule = asked if asked != "auto" else "mean_diagonal" if training_time is None else "training_time"
+    value = by_rule[rule]
+    if value is None:
+        raise InputError(
+            f"`regularization={rule!r}` was given, and no time of training is known",
+            "It is how far margins moved along a path, in the direction in which the kernel moves them",
+            'Pass `PathKernel(trajectory, outputs="margin", measure="uniform", steps=20)`, or write '
+            '`regularization="mean_diagonal"`',
+        )
+    return Regularization(value, rule, by_rule)
 
 
 def _cross_validated(

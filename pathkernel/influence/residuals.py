@@ -39,6 +39,11 @@ class Explained:
         r of each training sample in the function that a query is asked about, (1, N) or (Q, N).
     output
         That function at the end of the path, (Q,).
+    curvatures
+        h, slope of minus the residual in the margin, averaged as the residuals are, (N,); None for other outputs.
+    moved
+        By how much the margins of the training samples changed from the beginning of the path to its end, (N,); None
+        for other outputs and kernels without a path.
     """
 
     samples: Any
@@ -46,6 +51,8 @@ class Explained:
     residuals: np.ndarray
     of_query: np.ndarray
     output: np.ndarray
+    curvatures: np.ndarray | None = None
+    moved: np.ndarray | None = None
 
 
 def explained(kernel: Kernel, X: PyTree, y: PyTree, X_query: PyTree, outputs: Any) -> Explained:
@@ -81,14 +88,19 @@ def _of_outputs(selection: OutputSelection) -> bool:
 
 
 def _margins(kernel: Kernel, X: PyTree, y: PyTree, X_query: PyTree) -> Explained:
-    """r = 1 − p of the label."""
+    """r = 1 − p of the label, h = p (1 − p)."""
     (inputs, labels), queries = (_with_targets(kernel, kernel.selection, own) for own in ((X, y), X_query))
     margin = kernel.selection.function
-    r = torch.zeros(())
+    r, h = torch.zeros(()), torch.zeros(())
     for function, theta, weight in _points(kernel):
-        r = r + weight * torch.sigmoid(-_values(function, theta, inputs, labels, margin))
+        wrong = torch.sigmoid(-_values(function, theta, inputs, labels, margin))
+        r, h = r + weight * wrong, h + weight * wrong * (1 - wrong)
     output = _values(*_end(kernel), *queries, margin).numpy()
-    return Explained((X, y), X_query, r.numpy(), r.numpy()[None], output)
+    moved = None
+    if isinstance(kernel, PathKernel):
+        before, after = (_values(*at(kernel), inputs, labels, margin) for at in (_beginning, _end))
+        moved = (after - before).numpy()
+    return Explained((X, y), X_query, r.numpy(), r.numpy()[None], output, h.numpy(), moved)
 
 
 def _outputs(kernel: PathKernel, X: PyTree, y: PyTree, X_query: PyTree, outputs: Any) -> Explained:
@@ -154,6 +166,11 @@ def _points(kernel: Kernel) -> Iterator[tuple[ModelFunction, Tensor, float]]:
     total = kernel.total_weight
     for node in kernel.nodes:
         yield _under(kernel.function, node.buffers), node.theta, node.weight / total
+
+
+def _beginning(kernel: PathKernel) -> tuple[ModelFunction, Tensor]:
+    """The network and θ at the beginning of the path."""
+    return _under(kernel.function, kernel.nodes[0].buffers), kernel.trajectory.initial
 
 
 def _end(kernel: Kernel) -> tuple[ModelFunction, Tensor]:

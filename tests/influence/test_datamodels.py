@@ -42,19 +42,29 @@ def outputs_at(run: Recording, s: int, X: Tensor) -> Tensor:
 def test_margins_by_the_formula(run: Recording) -> None:
     kernel = pk.PathKernel(run.trajectory, outputs="margin", **LEFT)
     found = pk.datamodel(kernel, run.X, run.y, (run.queries, LABELS))
+    ridge = pk.datamodel(kernel, run.X, run.y, (run.queries, LABELS), regularization="mean_diagonal")
     path = range(len(run.trajectory))
-    K, K_query, r = 0.0, 0.0, 0.0
+    K, K_query, r, h = 0.0, 0.0, 0.0, 0.0
     for s in path:
         theta = run.trajectory.parameters(s)
         G = reference.value_gradients(run.start, theta, run.X, margins(run.y))
         G_query = reference.value_gradients(run.start, theta, run.queries, margins(LABELS))
         K, K_query = K + G @ G.T, K_query + G_query @ G.T
-        r = r + (1 - outputs_at(run, s, run.X).softmax(1)[torch.arange(SAMPLES), run.y]) / len(path)
-    ridge = K.diagonal().mean()
-    expected = K_query @ torch.linalg.inv(K + ridge * torch.eye(SAMPLES, dtype=torch.float64)) * r
-    close(found.scores, expected)
-    close(found.residuals, r)
-    close(found.regularization, ridge)
+        p = outputs_at(run, s, run.X).softmax(1)[torch.arange(SAMPLES), run.y]
+        r, h = r + (1 - p) / len(path), h + p * (1 - p) / len(path)
+    identity = torch.eye(SAMPLES, dtype=torch.float64)
+    mean = K.diagonal().mean()
+    close(ridge.scores, K_query @ torch.linalg.inv(K + mean * identity) * r)
+    close(ridge.residuals, r)
+    close(ridge.regularization, mean)
+    # λ is what r is divided by to move margins as training did, by least squares.
+    before, after = (
+        torch.stack([m(z) for m, z in zip(margins(run.y), outputs_at(run, s, run.X), strict=True)]) for s in (0, -1)
+    )
+    slope = torch.linalg.lstsq((K @ r)[:, None], (after - before)[:, None]).solution[0, 0]
+    assert found.rule == "training_time"
+    close(found.regularization, 1 / slope)
+    close(found.scores, K_query @ torch.linalg.inv(h[:, None] * K + identity / slope) * r)
     z = run.model(run.queries).detach()
     close(found.output, torch.stack([m(one) for m, one in zip(margins(LABELS), z, strict=True)]))
 
@@ -89,18 +99,20 @@ def test_the_kernel_at_the_end_alone(run: Recording) -> None:
     asked = pk.TangentKernel(run.model, outputs="margin"), run.X, run.y, (run.queries, LABELS)
     found = pk.datamodel(*asked)
     G = reference.value_gradients(run.model, dict(run.model.named_parameters()), run.X, margins(run.y))
+    assert found.rule == "mean_diagonal" and found.regularizations["training_time"] is None
     close(found.regularization, (G**2).sum(1).mean())
     assert found.scores.shape == (4, SAMPLES)
     close(pk.datamodel(*asked, solver="features", dim=8192).scores, found.scores, 0.1)  # 1/√dim
 
 
-def test_solvers_agree(run: Recording) -> None:
+@pytest.mark.parametrize("rule", ["training_time", "mean_diagonal"])
+def test_solvers_agree(rule: str, run: Recording) -> None:
     kernel = pk.PathKernel(run.trajectory, outputs="margin", **LEFT)
     asked = kernel, run.X, run.y, (run.queries, LABELS)
-    by_gram = pk.datamodel(*asked, solver="gram")
-    close(pk.datamodel(*asked, solver="conjugate_gradients").scores, by_gram.scores, 1e-6)
+    by_gram = pk.datamodel(*asked, solver="gram", regularization=rule)
+    close(pk.datamodel(*asked, solver="conjugate_gradients", regularization=rule).scores, by_gram.scores, 1e-6)
     assert pk.datamodel(*asked, memory=1000).solver == "conjugate_gradients"
-    by_features = pk.datamodel(*asked, solver="features", dim=2048)
+    by_features = pk.datamodel(*asked, solver="features", dim=2048, regularization=rule)
     close(by_features.scores, by_gram.scores, 0.2)  # 1/√dim, on kernels of a few samples
     assert by_features.regularization == pytest.approx(by_gram.regularization, rel=0.1)
 
@@ -216,7 +228,15 @@ REFUSED = {
         lambda run: asked(run, solver="conjugate_gradients", regularization="generalized_cross_validation"),
         "needs the eigenvalues of K",
     ),
-    "a kernel that is zero": (lambda run: module._used("mean_diagonal", 0.0, None), "The kernel is zero"),
+    "a kernel that is zero": (lambda run: module._chosen("mean_diagonal", 0.0, None, None), "The kernel is zero"),
+    "the time of no path": (
+        lambda run: pk.datamodel(
+            pk.TangentKernel(run.model, outputs="margin"),
+            *(run.X, run.y, (run.queries, LABELS)),
+            regularization="training_time",
+        ),
+        "no time of training is known.*along a path",
+    ),
     "an id that there is none of": (lambda run: asked(run).without([0, 10]), "integers from 0 to 9"),
     "an id twice": (lambda run: asked(run).without([1, 1]), "different sample ids"),
     "ids beside groups": (lambda run: asked(run).without([[1], 2]), "different sample ids"),
