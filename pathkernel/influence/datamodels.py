@@ -185,8 +185,8 @@ def datamodel(
         classifier (and the only output of a network with one), an index, or (Q,) indices.
     regularization
         λ, by a rule that sees no network that was trained again: ``"training_time"`` for
-        :math:`\lVert K r \rVert^2 / \langle K r, m_S - m_0 \rangle`, with which r / λ moves the margins of the training
-        samples as far as training moved them (least squares), of kernels of margins along a path;
+        :math:`\langle K r, m_S - m_0 \rangle / \lVert m_S - m_0 \rVert^2`, with which λ times what training did to the
+        margins m of the training samples is K r (least squares), of kernels of margins along a path;
         ``"mean_diagonal"`` for the mean of K_ii, ``"generalized_cross_validation"`` for the multiple of it that
         predicts the residuals best, or a number, all three with H = I, as TRAK has it. ``"auto"`` (default) is the
         first that is known.
@@ -376,12 +376,15 @@ def _root_of_curvature(of: Explained, chosen: Regularization) -> np.ndarray:
 
 
 def _of_training_time(of: Explained, times: Callable[[np.ndarray], np.ndarray]) -> float | None:
-    """λ with which r / λ moves the training samples as far as training did; None where they moved the other way."""
+    """λ with which Kr / λ is what training did to the margins of the training samples; None where Kr points elsewhere.
+
+    Of the two, Kr is the approximation, so it is what least squares fit: the other way round its errors shorten the
+    time of training.
+    """
     if of.moved is None:
         return None
-    pushed = times(of.residuals)
-    along = float(pushed @ of.moved)
-    return float(pushed @ pushed) / along if along > 0 else None
+    along, squares = float(times(of.residuals) @ of.moved), float(of.moved @ of.moved)
+    return along / squares if along > 0 else None
 
 
 def _chosen(

@@ -57,14 +57,14 @@ def test_margins_by_the_formula(run: Recording) -> None:
     close(ridge.scores, K_query @ torch.linalg.inv(K + mean * identity) * r)
     close(ridge.residuals, r)
     close(ridge.regularization, mean)
-    # λ is what r is divided by to move margins as training did, by least squares.
-    before, after = (
+    # λ times what training did to the margins is K r, by least squares.
+    start, end = (
         torch.stack([m(z) for m, z in zip(margins(run.y), outputs_at(run, s, run.X), strict=True)]) for s in (0, -1)
     )
-    slope = torch.linalg.lstsq((K @ r)[:, None], (after - before)[:, None]).solution[0, 0]
+    time = torch.linalg.lstsq((end - start)[:, None], (K @ r)[:, None]).solution[0, 0]
     assert found.rule == "training_time"
-    close(found.regularization, 1 / slope)
-    close(found.scores, K_query @ torch.linalg.inv(h[:, None] * K + identity / slope) * r)
+    close(found.regularization, time)
+    close(found.scores, K_query @ torch.linalg.inv(h[:, None] * K + time * identity) * r)
     z = run.model(run.queries).detach()
     close(found.output, torch.stack([m(one) for m, one in zip(margins(LABELS), z, strict=True)]))
 
