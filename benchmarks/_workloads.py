@@ -117,7 +117,7 @@ def transformer() -> nn.Module:
 
         def forward(self, tokens: Tensor) -> Tensor:
             # One row of positions for each sample: libraries that hook modules want the samples first everywhere.
-            positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
             x = self.embedding(tokens) + self.position(positions)
             for block in self.blocks:
                 x = block(x)

@@ -2,7 +2,8 @@
 
 Operations on them are computed on the CPU. As on an accelerator, tensors of two devices are refused in one operation,
 and what waits for the device in the thread that entered it is counted, with the file of the package that waited: the
-thread that writes a store waits by itself.
+thread that writes a store waits by itself. As on CUDA, the host waits for what it reads, and for what it sends from
+ordinary memory unless it says `non_blocking`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ WAITS = {
 """Operations whose result, or the shape of it, the host has to know."""
 
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-"""Operations that take indices from the CPU, and wait for how many places a mask marks."""
+"""Operations that take indices from the CPU, for which they wait, and for how many places a mask marks."""
 
 
 class OnDevice(Tensor):
@@ -102,15 +103,17 @@ def asker() -> str:
 
 def waits(func: Any, args: Any, kwargs: Any) -> bool:
     """True where a call on the device's tensors waits for it."""
+    if func is aten._to_copy.default:
+        here, there = isinstance(args[0], OnDevice), torch.device(kwargs.get("device") or args[0].device).type != "cpu"
+        return here != there and not (there and kwargs.get("non_blocking"))
     leaves = pytree.tree_leaves((args, kwargs))
     if not any(isinstance(leaf, OnDevice) for leaf in leaves):
         return False
-    if func is aten._to_copy.default:
-        return torch.device(kwargs.get("device") or DEVICE).type == "cpu"
     if func is aten.copy_.default:
-        return isinstance(args[1], OnDevice) and not isinstance(args[0], OnDevice)
+        there, here = (isinstance(leaf, OnDevice) for leaf in args[:2])
+        return here != there and not (there and (args[2:] or [kwargs.get("non_blocking")])[0])
     if func in INDEXING:
-        return any(index is not None and index.dtype == torch.bool for index in args[1])
+        return any(index is not None and (index.dtype == torch.bool or index.device != DEVICE) for index in args[1])
     return func in WAITS
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import traceback
 import warnings
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,9 @@ OPTIMIZERS: dict[str, Any] = {
 }
 RULED: dict[str, Any] = {cls.__name__: lambda p, cls=cls: cls(p, lr=1e-2) for cls in RULES}
 """Every optimizer that has a rule."""
+TRAINED_OTHERWISE = {"Muon"}
+"""Optimizers that train another network on each device: torch's Newton–Schulz iteration is in bfloat16, of whose last
+bits each device has its own, so that the weights differ by 1e-4 after eight steps."""
 CE = nn.CrossEntropyLoss()
 
 
@@ -96,9 +102,21 @@ def test_the_machine_is_the_network(network: str, optimizer: str) -> None:
 
 @pytest.mark.parametrize("engine", ["auto", "jacobian"])
 @pytest.mark.parametrize("optimizer", RULED)
-def test_every_optimizer_as_on_the_cpu(optimizer: str, engine: str) -> None:
+def test_every_optimizer_as_the_network_that_it_trained_here(optimizer: str, engine: str) -> None:
+    model, trajectory, X = train("matrices", optimizer)
+    machine = pk.KernelMachine(trajectory, engine=engine)
+    # Sums of 8 steps in float64, on the CPU 2e-13 at most: what is left are its roundings, whatever type the optimizer
+    # itself rounds to on its way, which is on record.
+    assert machine.explain(X[:3], outputs=1).relative_residual < 1e-9
+    with torch.no_grad():
+        live = model(X[:3]).cpu().numpy()
+    np.testing.assert_allclose(machine.decision_function(X[:3]), live, atol=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", [name for name in RULED if name not in TRAINED_OTHERWISE])
+def test_every_optimizer_as_on_the_cpu(optimizer: str) -> None:
     found = [train("matrices", optimizer, device=device) for device in (GPU, torch.device("cpu"))]
-    machines = [pk.KernelMachine(trajectory, engine=engine) for _, trajectory, _ in found]
+    machines = [pk.KernelMachine(trajectory) for _, trajectory, _ in found]
     shares, expected = (m.explain(X[:3], outputs=1).shares for m, (_, _, X) in zip(machines, found, strict=True))
     np.testing.assert_allclose(shares, expected, rtol=1e-6, atol=1e-8)
     predicted, expected = (m.decision_function(X[:3]) for m, (_, _, X) in zip(machines, found, strict=True))
@@ -124,32 +142,50 @@ def test_products_are_full_whatever_torch_was_told(older: bool) -> None:
         torch.set_float32_matmul_precision(before)
 
 
+def waits_of_a_loop(epochs: int, recorded: bool, schedule: Any) -> Counter[str]:
+    """How often a loop waits for the device, as torch counts for itself: by the lines that were running, inside out."""
+    found: Counter[str] = Counter()
+
+    def note(message: Any, *_: Any) -> None:
+        # The first call that sets the mode says that it "does not yet detect all synchronizing operations".
+        if "called a synchronizing" in str(message):
+            lines = [f"{Path(one.filename).name}:{one.lineno}" for one in traceback.extract_stack()[:-1]]
+            found[" < ".join(lines[:-9:-1])] += 1
+
+    torch.manual_seed(0)
+    model = NETWORKS["mlp"]().to(GPU)
+    X, y = data(torch.float32)
+    live = OPTIMIZERS["adamw"](model.parameters())
+    recorder = pk.KernelRecorder(model, live, CE, data=(X, y), audit_every=0, schedule=schedule)
+    with warnings.catch_warnings(), recorder if recorded else nullcontext():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for _ in range(epochs):
+                for ids in torch.arange(48, device=GPU).split(12):
+                    if recorded:
+                        recorder.announce(ids.cpu())
+                    live.zero_grad()
+                    CE(model(X[ids]), y[ids]).backward()
+                    live.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return found
+
+
 @pytest.mark.parametrize("schedule", [None, pk.Schedule(keyframes=64)], ids=["every step", "keyframes"])
 def test_a_recorded_step_waits_at_most_twice(schedule: Any) -> None:
-    """torch counts for itself what waits for the device."""
+    def of_further_steps(recorded: bool) -> Counter[str]:
+        few, many = (waits_of_a_loop(epochs, recorded, schedule) for epochs in (2, 4))
+        many.subtract(few)
+        return +many
 
-    def waits(epochs: int) -> int:
-        torch.manual_seed(0)
-        model = NETWORKS["mlp"]().to(GPU)
-        X, y = data(torch.float32)
-        live = OPTIMIZERS["adamw"](model.parameters())
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            with pk.KernelRecorder(model, live, CE, data=(X, y), audit_every=0, schedule=schedule) as recorder:
-                torch.cuda.set_sync_debug_mode("warn")
-                try:
-                    for _ in range(epochs):
-                        for ids in torch.arange(48, device=GPU).split(12):
-                            recorder.announce(ids.cpu())
-                            live.zero_grad()
-                            CE(model(X[ids]), y[ids]).backward()
-                            live.step()
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(one.message) for one in caught)
-
+    recorded, plain = of_further_steps(recorded=True), of_further_steps(recorded=False)
+    assert recorded, "torch saw nothing that waits"
     steps = 4 * 2
-    assert (waits(4) - waits(2)) / steps - 1 <= 2  # of which one is the loop's own `ids.cpu()`
+    allowed = steps * (2 + 1) + plain.total()  # one is the `ids.cpu()` that ids on the device are announced by
+    assert recorded.total() <= allowed, "\n".join(f"{n / steps:g} a step: {where}" for where, n in recorded.items())
 
 
 @pytest.mark.parametrize("network", ["mlp", "convolution", "dropout"])

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
+from pathkernel.runtime.transfers import sent
 
 
 def _is_array_like(node: Any) -> bool:
@@ -148,9 +149,9 @@ def check_rows(inputs: PyTree, asker: str) -> None:
 def take(tree: PyTree, index: Any) -> PyTree:
     """Index the first axis of every leaf, wherever the index is."""
     if isinstance(tree, Tensor):  # most are, and torch's own way through a tree takes longer than the samples
-        return tree[index.to(tree.device) if isinstance(index, Tensor) else index]
+        return tree[sent(index, tree.device) if isinstance(index, Tensor) else index]
     if isinstance(index, Tensor):
-        return pytree.tree_map(lambda leaf: leaf[index.to(leaf.device)], tree)
+        return pytree.tree_map(lambda leaf: leaf[sent(index, leaf.device)], tree)
     return pytree.tree_map(lambda leaf: leaf[index], tree)
 
 
@@ -181,7 +182,8 @@ def cast_floating(tree: PyTree, dtype: torch.dtype, device: torch.device | None 
     """Convert the floating leaves, and move all to a device; integers (token ids, masks) keep their type."""
 
     def cast(leaf: Tensor) -> Tensor:
-        return leaf.to(device=device, dtype=dtype if torch.is_floating_point(leaf) else None)
+        own = leaf.to(dtype) if torch.is_floating_point(leaf) else leaf
+        return own if device is None else sent(own, device)
 
     return pytree.tree_map(cast, tree)
 
@@ -190,7 +192,7 @@ def moved(tree: PyTree, device: torch.device) -> PyTree:
     """The tensors of a tree on a device; the tree itself where they are there."""
     if all(leaf.device == device for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)):
         return tree
-    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)
+    return pytree.tree_map(lambda leaf: sent(leaf, device) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def blocks(n: int, size: int) -> Iterator[slice]:

@@ -27,6 +27,7 @@ def checked_ids(ids: Tensor, samples: int | None, axes: int = 1) -> Tensor:
     SampleIdError
         Unless they are integers from 0, to ``samples`` − 1 where that is known, with so many axes.
     """
+    ids = ids.cpu()  # one transfer, rather than one for each question below
     integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
     low, high = ids.aminmax() if integral and ids.numel() else (0, 0)
     beyond = samples is not None and int(high) >= samples
@@ -38,7 +39,7 @@ def checked_ids(ids: Tensor, samples: int | None, axes: int = 1) -> Tensor:
             "Ids are a list of integers from 0" + ("" if samples is None else f" to {samples - 1}, the rows of `data`"),
             "Write `recorder.batch(ids)` with the positions of the batch's samples in `data`",
         )
-    return ids.to(torch.int64).cpu().clone()
+    return ids.to(torch.int64).clone()
 
 
 def checked_batch(samples: int | None, ids: Any, weights: Any, inputs: PyTree, targets: PyTree) -> MicroBatch:

@@ -1,4 +1,4 @@
-"""Numbers that lie on a device, read on the host in one transfer.
+"""Numbers that lie on a device, read on the host in one transfer; and those that are sent there without waiting.
 
 Whoever reads a number from an accelerator waits until all work that was given to it is done, and it stands idle
 afterwards until new work arrives. So what a step needs to know on the host is worked out there in full, and read once.
@@ -11,6 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+TAKES_AT_ONCE = ("cuda", "meta")
+"""Kinds of devices that have a copy of ordinary memory by when a call returns that does not wait: CUDA lays one aside,
+and nothing is read for tensors without numbers."""
+
 
 def on_the_host(values: Sequence[int | Tensor]) -> list[int | Tensor]:
     """Integers as they are, and vectors of int64 as copies on the CPU, (n,) each; copied in one transfer."""
@@ -19,6 +23,16 @@ def on_the_host(values: Sequence[int | Tensor]) -> list[int | Tensor]:
         return list(values)
     copies = iter(torch.cat(vectors).cpu().split([len(vector) for vector in vectors]))
     return [next(copies) if isinstance(value, Tensor) else value for value in values]
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """The same numbers on another device, (...); where that is a GPU nobody waits for them."""
+    if values.device == device:
+        return values
+    # Page-locked memory is read later, and may be written on by then. On the way back nothing would tell when the
+    # numbers are there.
+    at_once = device.type in TAKES_AT_ONCE and values.is_cpu and not values.is_pinned()
+    return values.to(device, non_blocking=at_once)
 
 
 def numbers(values: Sequence[Tensor]) -> list[float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pathkernel.runtime.transfers import sent
 from pathkernel.trajectory.step import MicroBatch
 
 
@@ -33,7 +34,7 @@ class Owners:
 
     def to(self, device: torch.device) -> Owners:
         """The same on a device."""
-        return Owners(self.columns.to(device), None if self.weights is None else self.weights.to(device))
+        return Owners(sent(self.columns, device), None if self.weights is None else sent(self.weights, device))
 
     def part(self, rows: slice) -> Owners:
         """Owners of some of the rows."""

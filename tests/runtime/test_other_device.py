@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pathkernel as pk
+from pathkernel.recording.announced_batch import checked_ids
 from pathkernel.update_rules.table import RULES
 
 SAMPLES = 12
@@ -91,7 +92,10 @@ def test_the_device_refuses_mixtures_and_counts_what_waits(away: Accelerator) ->
         x + torch.ones(3)
     with pytest.raises(RuntimeError, match="on the same device"):
         torch.zeros(3).add_(x)
-    assert not away.waits
+    assert away.waits == {"the loop": 1}  # for the list of numbers that was sent there
+    assert torch.ones(3).to(DEVICE, non_blocking=True).to(DEVICE).sum().item() == x[torch.arange(3)].sum().item()
+    assert away.waits == {"the loop": 4}
+    away.waits.clear()
     assert x.sum().item() == 3.0
     assert x.cpu().tolist() == [0.0, 1.0, 2.0]
     assert x[x > 0].shape == (2,)
@@ -210,6 +214,12 @@ def test_recording_waits_at_most_twice_a_step(network: str, on_disk: bool, away:
 
     found = waits_a_step(away, record)
     assert 0 < sum(found.values()) <= 2, found
+
+
+def test_ids_on_the_device_are_read_in_one_transfer(away: Accelerator) -> None:
+    ids = torch.arange(3).to(DEVICE, non_blocking=True)
+    assert checked_ids(ids, SAMPLES).tolist() == [0, 1, 2]
+    assert away.waits == {"recording/announced_batch.py": 1}
 
 
 def test_keyframes_wait_twice_a_step(away: Accelerator) -> None:

@@ -29,6 +29,7 @@ from pathkernel.gradients.per_sample import ROW_LIMIT
 from pathkernel.gradients.pytrees import count
 from pathkernel.gradients.returned import batch_outputs, output_leaves
 from pathkernel.runtime.interrupts import result_or_error
+from pathkernel.runtime.transfers import sent
 from pathkernel.runtime.workspace import Workspace, give_back_freed_memory
 
 FAILURES = (NoRule, ArithmeticError, *REFUSALS)
@@ -220,7 +221,8 @@ class Tape:
         (with probability one), up to ``limit`` times the largest.
         """
         generator = torch.Generator().manual_seed(self.n)
-        drawn = torch.randn(self.outputs.shape, generator=generator, dtype=torch.float64).to(self.outputs)
+        drawn = torch.randn(self.outputs.shape, generator=generator, dtype=torch.float64).to(self.outputs.dtype)
+        drawn = sent(drawn, self.outputs.device)
         slopes, signals = (
             torch.autograd.grad(of, call.output, cotangent, retain_graph=True, allow_unused=True)[0]
             for of, cotangent in ((layer.read, torch.ones_like(layer.read)), (self.outputs, drawn))
