@@ -150,8 +150,10 @@ class Pairs:
         """δ_k · δ_l is 1 for k = l and 0 otherwise."""
         if total is None:
             total = readings.new_zeros(len(own), readings.shape[0], len(others), readings.shape[1])
-        for j in set(own) & set(others):
-            total[own.index(j), :, others.index(j)].add_(readings, alpha=self.alike)
+        first, end = max(own.start, others.start), min(own.stop, others.stop)
+        if first < end:
+            both = total[first - own.start : end - own.start, :, first - others.start : end - others.start]
+            both.diagonal(dim1=0, dim2=2).add_(readings.unsqueeze(2), alpha=self.alike)
         return total
 
 

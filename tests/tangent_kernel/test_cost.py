@@ -23,7 +23,7 @@ CALM = Machine(products=1e11, batched=1e10, bandwidth=4e10, call=2e-6)
 @pytest.fixture(autouse=True)
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same machine in every run."""
-    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.machine", lambda dtype: CALM)
+    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.machine", lambda dtype, device=None: CALM)
 
 
 def mlp(width: int = 32, depth: int = 1) -> nn.Module:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -25,6 +27,10 @@ from pathkernel.gradients import matmul as matrix_products
 from pathkernel.gradients.contraction import pair_products, parts
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Lookup, Outer, Piece
+from pathkernel.tangent_kernel.cost import model as cost_model
+from pathkernel.tangent_kernel.cost.operations import Count
+from pathkernel.tangent_kernel.engines import layerwise as layerwise_engine
+from pathkernel.tangent_kernel.engines import tiles
 from pathkernel.tangent_kernel.engines.blocking import Plan, Sizes
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 
@@ -117,6 +123,47 @@ def test_blocks_are_the_whole(name: str, outputs: str, memory: int) -> None:
     np.testing.assert_array_equal(matrix, matrix.T)
     eigenvalues = np.linalg.eigvalsh(matrix)
     assert eigenvalues[0] > -DOUBLE.psd * eigenvalues[-1]
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Takes the blocks that an accelerator gets, on the CPU."""
+
+    def take() -> None:
+        for module in (layerwise_engine, tiles, cost_model):
+            monkeypatch.setattr(module, "is_away", lambda device: True)
+
+    return take
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [("mlp", "1GB"), ("mlp", 20_000), ("convolutions", "1GB"), ("convolutions", 10**5), ("tied", "1GB")],
+)
+@pytest.mark.parametrize("outputs", ["trace", "full"])
+def test_blocks_of_an_accelerator_are_the_whole(name: str, outputs: str, memory: Any, away: Callable[[], None]) -> None:
+    model, X = network(name)
+    kernel = pk.TangentKernel(model, outputs=outputs, engine="layerwise", memory=memory)
+    away()
+    K, expected = kernel(X), REDUCTIONS[outputs](blocks_of(name))
+    assert off(K, expected) < ACCEPTED
+    assert off(kernel(X, X[:2]), expected[:, :2]) < ACCEPTED
+    np.testing.assert_array_equal(K, K.transpose(1, 0, 3, 2) if outputs == "full" else K.T)
+
+
+@pytest.mark.parametrize("outputs", ["trace", "full"])
+def test_an_accelerator_is_given_fewer_operations(outputs: str, away: Callable[[], None]) -> None:
+    model, X = network("mlp")
+    X = X.repeat(60, 1)
+    kernel = pk.TangentKernel(model, outputs=outputs, engine="layerwise", memory="64MB")
+    kernel(X)
+    with Count() as here:
+        expected = kernel(X)
+    away()
+    with Count() as there:
+        found = kernel(X)
+    assert off(found, expected) < 1e-12
+    assert len(there.operations) < len(here.operations)
 
 
 def metrics(engine: LayerwiseEngine) -> dict[str, Tensor]:
@@ -336,11 +383,12 @@ def test_the_product_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plans_stay_within_the_budget() -> None:
     sizes = Sizes(components=10, passing=(1e6, 4e5), held=(1e4, 8e4))
     for memory in (64_000_000, 256_000_000, 4_000_000_000):
-        for full in (False, True):
+        for full, away in itertools.product((False, True), repeat=2):
             for n, m in ((256, None), (1000, 500)):
-                plan = Plan.of(sizes, memory, n, m, full)
+                plan = Plan.of(sizes, memory, n, m, full, away)
                 held = (plan.left + (plan.right if plan.left < n or m else 0)) * (1e4 + plan.components * 8e4)
                 assert held + plan.passing * (1e6 + plan.components * 4e5) + plan.scratch <= memory
+                assert plan.passing >= Plan.of(sizes, memory, n, m, full).passing
     roomy = Plan.of(sizes, 4_000_000_000, 256, None, False)
     assert (roomy.components, roomy.left) == (10, 256)
     tight = Plan.of(sizes, 64_000_000, 256, None, False)

@@ -1,11 +1,11 @@
-"""Speed of the machine at hand: four numbers, measured once in a few hundredths of a second."""
+"""Speed of the machine at hand, or of a GPU in it: four numbers, measured once in a few hundredths of a second."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -13,6 +13,12 @@ from torch import Tensor
 LONGEST = 1.5e-2
 """Seconds that one number may take to measure, beyond a few runs: four of them delay the first call. Chosen, not
 measured."""
+
+LARGE_ON_A_GPU = 2048, 4096
+"""Size and number of the products that are timed on a GPU, which is idle for the most part of smaller ones. Chosen, not
+measured."""
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -37,33 +43,41 @@ class Machine:
     call: float
 
 
-def machine(dtype: torch.dtype) -> Machine:
-    """The machine at hand, for one floating type and the present number of threads; measured on the first call."""
-    return _measured(dtype, torch.get_num_threads())
+def machine(dtype: torch.dtype, device: torch.device = CPU) -> Machine:
+    """The machine at hand, for one floating type and the present number of threads; measured on the first call.
+
+    Of a GPU its own rates, and the time that starting an operation on it takes; of devices of other kinds those of the
+    processor.
+    """
+    return _measured(dtype, torch.get_num_threads(), device if device.type == "cuda" else CPU)
 
 
 @lru_cache
-def _measured(dtype: torch.dtype, threads: int) -> Machine:
+def _measured(dtype: torch.dtype, threads: int, device: torch.device) -> Machine:
     generator = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
-    square, left, right = random(320, 320), random(64, 64, 64), random(64, 64, 64)
+    random = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
+    size, batch = (320, 64) if device == CPU else LARGE_ON_A_GPU
+    square, left, right = random(size, size), random(batch, 64, 64), random(batch, 64, 64)
     large, small = random((1 << 24) // dtype.itemsize), random(4)
+    wait = (lambda: None) if device == CPU else partial(torch.cuda.synchronize, device)
     return Machine(
-        products=2 * 320**3 / _seconds(lambda: square @ square),
-        batched=2 * 64 * 64**3 / _seconds(lambda: left @ right),
+        products=2 * size**3 / _seconds(lambda: square @ square, wait),
+        batched=2 * batch * 64**3 / _seconds(lambda: left @ right, wait),
         # Into fresh memory, as layers write their results: the system has to hand out its pages first.
-        bandwidth=3 * large.nbytes / _seconds(lambda: large + large),
-        call=_seconds(lambda: small + small, 32),
+        bandwidth=3 * large.nbytes / _seconds(lambda: large + large, wait),
+        call=_seconds(lambda: small + small, wait, 32),
     )
 
 
-def _seconds(operation: Callable[[], Tensor], repeat: int = 1) -> float:
+def _seconds(operation: Callable[[], Tensor], wait: Callable[[], object], repeat: int = 1) -> float:
     """The shortest of a few runs: what else the machine does only ever adds to it."""
     operation()
     times: list[float] = []
     while len(times) < 4 or (len(times) < 64 and sum(times) * repeat < LONGEST):
+        wait()
         begin = time.perf_counter()
         for _ in range(repeat):
             operation()
+        wait()
         times.append((time.perf_counter() - begin) / repeat)
     return min(times)

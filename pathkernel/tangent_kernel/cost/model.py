@@ -23,9 +23,9 @@ from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.tangent_kernel.cost.hardware import machine
 from pathkernel.tangent_kernel.cost.operations import operations_of
-from pathkernel.tangent_kernel.engines.blocking import BLOCKS, Plan, Sizes
+from pathkernel.tangent_kernel.engines.blocking import BLOCKS, TILE, Plan, Sizes, is_away
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
-from pathkernel.tangent_kernel.engines.tiles import TILE, Form, Metric
+from pathkernel.tangent_kernel.engines.tiles import Form, Metric
 
 ENGINES = ("layerwise", "jacobian", "products")
 
@@ -51,7 +51,8 @@ are wrong elsewhere make "auto" take a slower engine, and `benchmarks/engines.py
 """
 
 RECORDING = 10.0
-"""Calls' worth of Python for each operation on a tape or under `torch.func`. Provenance as of `EFFICIENCY`."""
+"""The processor's calls' worth of Python for each operation on a tape or under `torch.func`. Provenance as of
+`EFFICIENCY`."""
 
 JVP = 1.5
 """A forward-mode sweep for each component, in units of the forward and backward passes of a tape. Provenance as of
@@ -145,28 +146,31 @@ class Work:
         Rows and columns.
     symmetric
         Whether columns are the rows.
+    away
+        Whether what symmetry would spare is computed as well; see `blocking.is_away`.
     """
 
     n: int
     m: int
     symmetric: bool
+    away: bool = False
 
     @property
     def samples(self) -> int:
         """Rows and columns, those that are both once."""
         return self.n if self.symmetric else self.n + self.m
 
-    def pairs(self, tile: int = TILE) -> float:
+    def pairs(self, tile: int | None = None) -> float:
         """Pairs of samples that are computed: tiles of rows, of a symmetric matrix from the diagonal on."""
-        if not self.symmetric:
+        if not self.symmetric or (self.away and tile is None):
             return float(self.n * self.m)
-        return float(sum((b.stop - b.start) * (self.n - b.start) for b in blocks(self.n, tile)))
+        return float(sum((b.stop - b.start) * (self.n - b.start) for b in blocks(self.n, tile or TILE)))
 
     def component_pairs(self, k: int, full: bool) -> float:
         """Pairs of gradients whose inner products are computed; of full blocks on the diagonal, half."""
         if not full:
             return self.pairs() * k
-        if not self.symmetric:
+        if not self.symmetric or self.away:
             return float(self.n * self.m * k * k)
         sizes = [b.stop - b.start for b in blocks(self.n, BLOCKS)]
         own = sum(size**2 for size in sizes)
@@ -204,7 +208,10 @@ class CostModel:
         coverage = engine.tapes.coverage
         self.plain: dict[str, str] = dict(coverage.plain) if coverage is not None else {}
         self.item = engine.function.dtype.itemsize
-        self.arithmetic, self.products = machine(engine.function.dtype), machine(engine.products)
+        function = engine.function
+        self.arithmetic, self.products = (machine(of, function.device) for of in (function.dtype, engine.products))
+        self.recording = RECORDING * machine(function.dtype).call  # Python runs on the processor
+        self.away = is_away(function.device)
 
     def _form(self, work: Work) -> Form:
         return Form((work.n, work.m), self.engine.full, Metric(None), self.engine.products, self.engine.workspace)
@@ -216,7 +223,7 @@ class CostModel:
 
     def rows(self, engine: str, n: int, m: int | None = None) -> list[CostRow]:
         """The table of one engine for an (n, m) matrix; m None for the symmetric (n, n)."""
-        work = Work(n, n if m is None else m, m is None)
+        work = Work(n, n if m is None else m, m is None, self.away)
         makers: dict[str, Callable[[Work], Iterable[CostRow]]] = {
             "layerwise": self._layerwise,
             "jacobian": self._jacobian,
@@ -244,7 +251,7 @@ class CostModel:
     def _by_layers(self, work: Work) -> Iterator[CostRow]:
         form = self._form(work)
         sizes = self.engine.sizes(self.theta, self.X, self.context, form)
-        plan = Plan.of(sizes, self.engine.memory, work.n, None if work.symmetric else work.m, form.full)
+        plan = Plan.of(sizes, self.engine.memory, work.n, None if work.symmetric else work.m, form.full, self.away)
         yield self._passes(work, sizes, plan)
         held = plan.left + (plan.right if plan.left < work.n or not work.symmetric else 0)
         for shape in self.shapes:
@@ -260,7 +267,7 @@ class CostModel:
         operations = operations_of(lambda n: self._pieces(n, slice(0, plan.components)), largest, FEW)
         times = swept * chunks / largest
         seconds = times * sum(o.seconds(self.arithmetic) for o in operations) / EFFICIENCY["passes"]
-        seconds += max(1.0, times) * len(operations) * self.arithmetic.call * RECORDING
+        seconds += max(1.0, times) * len(operations) * self.recording
         peak = largest * (sizes.passing[0] + plan.components * sizes.passing[1])
         reason = f"{swept} samples × {chunks} groups of components, {largest} at a time"
         flops, moved = times * sum(o.flops for o in operations), times * sum(o.bytes for o in operations)
@@ -288,7 +295,7 @@ class CostModel:
     def _rows(self, shape: Shape, work: Work, plan: Plan, held: int, form: Form) -> CostRow:
         """Rows of this layer, kept or formed part by part whenever they are contracted."""
         kept, k = form.by_kept_rows(shape.piece), self.components
-        groups = -(-work.n // BLOCKS) if form.full else -(-work.n // plan.left)
+        groups = -(-work.n // (plan.tile if self.away else BLOCKS)) if form.full else -(-work.n // plan.left)
         formed = work.passed(plan.left, plan.right) * (1 if kept else max(1.0, groups / 2))
         forming = formed * k * shape.forming
         pairs = work.component_pairs(k, form.full)
@@ -319,7 +326,7 @@ class CostModel:
         operations = operations_of(self._pieces, min(block, work.n), FEW)
         times, seconds = swept / min(block, work.n), sum(o.seconds(self.arithmetic, batched=True) for o in operations)
         flops, moved = times * sum(o.flops for o in operations), times * sum(o.bytes for o in operations)
-        seconds = times * (seconds / EFFICIENCY["plain passes"] + len(operations) * self.arithmetic.call * RECORDING)
+        seconds = times * (seconds / EFFICIENCY["plain passes"] + len(operations) * self.recording)
         reason = f"{swept} samples, {min(block, work.n)} at a time"
         yield CostRow(engine, "passes of torch.func", "passes", flops, moved, 0.0, seconds, reason)
         pairs = work.pairs(block) * (k * k if self.engine.full else k)
@@ -344,7 +351,7 @@ class CostModel:
         sweeps = work.m * JVP
         flops, moved = sweeps * sum(o.flops for o in operations), sweeps * sum(o.bytes for o in operations)
         peak = sum(o.result for o in operations)
-        seconds = sweeps * (once + len(operations) * self.arithmetic.call * RECORDING)
+        seconds = sweeps * (once + len(operations) * self.recording)
         yield CostRow("products", "passes", "jvp ∘ vjp", flops, moved, peak, seconds, "one column at a time")
 
 

@@ -23,7 +23,7 @@ from pathkernel.gradients.pytrees import alike, blocks, count, joined_samples, s
 from pathkernel.runtime.interrupts import defer_interrupts, result_or_error
 from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.runtime.workspace import Workspace, keep_freed_memory
-from pathkernel.tangent_kernel.engines.blocking import Plan, Sizes, cuts
+from pathkernel.tangent_kernel.engines.blocking import Plan, Sizes, cuts, is_away
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Samples, check_budget
 from pathkernel.tangent_kernel.engines.jacobian import JacobianEngine
 from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts
@@ -183,7 +183,7 @@ class LayerwiseEngine(Engine):
         form = replace(self._form(preconditioner, n, m), alike=same_shapes)
         sizes = self.sizes(theta, X, context_X, form)
         check_budget(sizes.least(self.full), self.memory, "activations and signals")
-        plan = Plan.of(sizes, self.memory, n, None if Y is None else m, self.full)
+        plan = Plan.of(sizes, self.memory, n, None if Y is None else m, self.full, is_away(self.function.device))
         left = Side(self, theta, X, context_X, form, plan)
         right = left if Y is None else Side(self, theta, Y, context_Y, form, plan)
         k = sizes.components if self.full else 1

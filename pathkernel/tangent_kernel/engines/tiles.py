@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -18,27 +19,14 @@ from pathkernel.gradients.matmul import product
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.runtime.interrupts import deliver_interrupt
 from pathkernel.runtime.workspace import Workspace
-
-TILE = 128
-"""Rows of a trace kernel computed at once: enough for products at full speed, few enough to leave out nearly half.
-
-By which script this number and the four below were found is not on record. They change how long a matrix takes, and its
-last bits; `benchmarks/engines.py` times the matrices.
-"""
-
-HIGH = 512
-"""Rows of a trace kernel computed at once where nothing is left out. Provenance as of `TILE`."""
+from pathkernel.tangent_kernel.engines.blocking import HIGH, MIRRORED, MIRRORED_AWAY, PART, TILE, is_away
 
 WIDE = 4096
 """Columns from which rows are contracted by themselves; narrower ones are put beside each other, so that one product
-pays for one pass over the tile. Provenance as of `TILE`."""
+pays for one pass over the tile. Provenance as of `blocking.TILE`."""
 
 EVEN = 64
-"""Columns of a product come in multiples of this: odd shapes are slower. Provenance as of `TILE`."""
-
-PART = 32 << 20
-"""Bytes of rows formed at once where they are not kept: few, for memory, but each part passes over the result once
-more. Provenance as of `TILE`."""
+"""Columns of a product come in multiples of this: odd shapes are slower. Provenance as of `blocking.TILE`."""
 
 
 class Metric:
@@ -281,10 +269,11 @@ def contract(
     if any(one.width != two.width for one, two in zip(left.pairs, right.pairs, strict=True)):
         raise NotElementwise
     count, n, _, m = result.shape
-    shape = (count, n, m, same)
+    away = is_away(result.device)
+    shape = Extent(count, n, m, same, away, 3 * max(4, form.dtype.itemsize))
     widest = max([_row_bytes(own.signal) for own in right.pairs] + [_row_bytes(own) for own in right.rows], default=1)
     # Blocks below the diagonal are transposed while their tile is in the cache, unless more is added to it later.
-    near = same and count > 1 and first and not left.unformed
+    near = same and count > 1 and first and not left.unformed and not away
     # Activations meet once a panel for all components; only signals differ from one component to the next.
     for rows, columns in _panels(shape, _positions(left.pairs), widest, scratch):
         deliver_interrupt()
@@ -343,52 +332,77 @@ def own_products(piece: Piece, form: Form, limit: int, *, squares: bool = False)
 
 def mirror(result: Float[Tensor, "J n J n"], groups: list[slice]) -> None:
     """Fill in the entries that `contract` and the choice of groups left out, from those across the diagonal."""
-    count = result.shape[0]
-    tile = min(512, result.shape[1])
-    above = torch.ones(tile, tile, dtype=torch.bool, device=result.device).triu()
+    count, away = result.shape[0], is_away(result.device)
+    tile = min(MIRRORED_AWAY if away else MIRRORED, result.shape[1])
+    above = torch.ones(tile, tile, dtype=torch.bool, device=result.device).triu().unsqueeze(2)
     for place, i in enumerate(groups):
         for j in groups[place + 1 :]:
             for k in range(count):  # one matrix at a time: a transposition within the cache
                 result[:, j, k, i].copy_(result[k, i, :, j].permute(1, 2, 0))
-        for k in range(count):
+        for several in blocks(count, count if away else 1):
+            equal = result[several, i, several, i].diagonal(dim1=0, dim2=2)  # (n, n, K)
             for a in blocks(i.stop - i.start, tile):
-                own = result[k, i, k, i][a, a]
-                own.copy_(torch.where(above[: len(own), : len(own)], own, own.T))
+                own = equal[a, a]
+                own.copy_(torch.where(above[: len(own), : len(own)], own, own.transpose(0, 1)))
                 for b in blocks(i.stop - i.start, tile):
                     if b.start > a.start:
-                        result[k, i, k, i][b, a] = result[k, i, k, i][a, b].T
+                        equal[b, a] = equal[a, b].transpose(0, 1)
 
 
-def _panels(
-    shape: tuple[int, int, int, bool], positions: int, widest: int, scratch: int
-) -> Iterator[tuple[slice, slice]]:
+@dataclass(frozen=True)
+class Extent:
+    """What two groups are contracted into.
+
+    Attributes
+    ----------
+    count, n, m
+        J, and samples on each side.
+    same
+        Whether the groups are the same.
+    away
+        As of `blocking.is_away`.
+    entry
+        Bytes that an entry takes while its tile is made.
+    """
+
+    count: int
+    n: int
+    m: int
+    same: bool
+    away: bool
+    entry: int
+
+
+def _panels(shape: Extent, positions: int, widest: int, scratch: int) -> Iterator[tuple[slice, slice]]:
     """Tiles of samples, together all n × m; for a trace of a group with itself those on and above the diagonal."""
-    count, n, m, same = shape
-    if count > 1:
+    n, m = shape.n, shape.m
+    if shape.count > 1:
         yield slice(0, n), slice(0, m)
         return
     # Low panels leave out more of what lies below the diagonal; high ones are multiplied faster.
-    height = max(1, (min(TILE, max(32, n // 4)) if same else HIGH) // positions)
+    height = max(1, (min(TILE, max(32, n // 4)) if shape.same else HIGH) // positions)
+    if shape.away:
+        height = min(n, max(1, isqrt(scratch // (24 * positions**2))))
     # A tile is made three times over, and a product may copy its right factor into an order of its own.
     width = max(1, min(scratch // (24 * height * positions**2), scratch // widest))
     if width > EVEN:  # products of odd shapes are up to a third slower
         width -= width % EVEN
     for rows in blocks(n, height):
-        start = rows.start if same else 0
+        start = rows.start if shape.same else 0
         for columns in blocks(m - start, width):
             yield rows, slice(start + columns.start, start + columns.stop)
 
 
-def _steps(
-    shape: tuple[int, int, int, bool], columns: slice, widest: int, scratch: int
-) -> Iterator[tuple[slice, slice]]:
-    """Components of each side, together all pairs; of a group with itself those with k ≤ l."""
-    count, _, _, same = shape
-    step = max(1, scratch // (widest * (columns.stop - columns.start)))
-    for j in range(count):
-        start = j if same else 0
+def _steps(shape: Extent, columns: slice, widest: int, scratch: int) -> Iterator[tuple[slice, slice]]:
+    """Components of each side, together all pairs; of a group with itself those with k ≤ l, and others beside them."""
+    count, width = shape.count, columns.stop - columns.start
+    step = max(1, scratch // (widest * width))
+    # Away, as many rows of blocks as a tile of all components may have.
+    high = max(1, scratch // (shape.entry * shape.n * width * count)) if shape.away else 1
+    for own in blocks(count, high):
+        start = own.start if shape.same else 0
         for others in blocks(count - start, step):
-            yield slice(j, j + 1), slice(start + others.start, start + others.stop)
+            yield own, slice(start + others.start, start + others.stop)
 
 
 def _row_bytes(values: Tensor | None) -> int:
@@ -413,7 +427,8 @@ def _formed(left: Piece, right: Piece, same: bool, form: Form, scratch: int) -> 
     n, m = left.factor.samples, 0 if same else right.factor.samples
     # Every part is one pass over the result: its products have to be long enough to make up for that.
     long = WIDE * left.factor.components * 4 if form.full else 0
-    limit = max(1, min(scratch // (n + m), max(PART // (n + m), long)))
+    part = scratch if is_away(left.factor.device) else PART
+    limit = max(1, min(scratch // (n + m), max(part // (n + m), long)))
     for (where, one), (_, two) in zip(parts(left, limit), parts(right, limit), strict=True):
         mine = Rows.of(one.factor, where, form).formed(form)
         yield mine, mine if same else Rows.of(two.factor, where, form).formed(form)
