@@ -155,15 +155,22 @@ def test_blocks_of_an_accelerator_are_the_whole(name: str, outputs: str, memory:
 def test_an_accelerator_is_given_fewer_operations(outputs: str, away: Callable[[], None]) -> None:
     model, X = network("mlp")
     X = X.repeat(60, 1)
-    kernel = pk.TangentKernel(model, outputs=outputs, engine="layerwise", memory="64MB")
-    kernel(X)
-    with Count() as here:
-        expected = kernel(X)
+    kernel = pk.TangentKernel(model, outputs=outputs, engine="layerwise")
+
+    def fewest() -> tuple[int, np.ndarray]:
+        """Operations of a call that proves nothing beside, as some of the first do."""
+        counts = []
+        for _ in range(3):
+            with Count() as counted:
+                found = kernel(X)
+            counts.append(len(counted.operations))
+        return min(counts), found
+
+    here, expected = fewest()
     away()
-    with Count() as there:
-        found = kernel(X)
+    there, found = fewest()
     assert off(found, expected) < 1e-12
-    assert len(there.operations) < len(here.operations)
+    assert there < 0.9 * here
 
 
 def metrics(engine: LayerwiseEngine) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class _WindowsBesideEachOther(torch.autograd.Function):
-    """torch's own backward pass goes entry by entry: three times as slow, and a fifth of a small network's time."""
+    """On the CPU torch's own backward pass goes entry by entry: thrice as slow, a fifth of a small network's time."""
 
     generate_vmap_rule = True
 
@@ -51,7 +51,7 @@ def average_pooling(
 ) -> Tensor:
     """`torch.nn.functional.avg_pool2d`, the same to the last bit; windows that cover the input once go another way."""
     kernel, step, border = (_pair(value) for value in (kernel_size, stride or kernel_size, padding))
-    once = kernel == step and border == (0, 0) and divisor_override is None
+    once = kernel == step and border == (0, 0) and divisor_override is None and input.is_cpu
     if once and input.dim() == 4 and not any(size % k for size, k in zip(input.shape[2:], kernel, strict=True)):
         pooled: Tensor = _WindowsBesideEachOther.apply(input, *kernel)
         return pooled
