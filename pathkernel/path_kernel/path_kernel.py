@@ -25,6 +25,7 @@ from pathkernel.path_kernel.nodes import PathMeasure, PathNode, nodes_along, pat
 from pathkernel.quadrature import Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
+from pathkernel.runtime.transfers import received
 from pathkernel.tangent_kernel.engines.auto import EngineValue, make_engine
 from pathkernel.tangent_kernel.engines.engine import Engine, Samples
 from pathkernel.tangent_kernel.engines.products import error_of_engine
@@ -262,7 +263,9 @@ class PathKernel(Kernel):
             return np.zeros(self._shape(rows, columns))
         if columns is None:
             self._leak.check(rows[0])
-        return self._gram(rows, columns).cpu().numpy() if store is None else self._stored_gram(store, rows, columns)
+        if store is not None:
+            return self._stored_gram(store, rows, columns)
+        return received(self._gram(rows, columns), self.engine.workspace)
 
     def _gram(self, rows: Samples, columns: Samples | None) -> Tensor:
         (x, context_x), (y, context_y) = rows, columns or (None, None)

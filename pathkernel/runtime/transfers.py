@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from pathkernel.runtime.workspace import Workspace
 
 TAKES_AT_ONCE = ("cuda", "meta")
 """Kinds of devices that have a copy of ordinary memory by when a call returns that does not wait: CUDA lays one aside,
@@ -33,6 +36,23 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
     # numbers are there.
     at_once = device.type in TAKES_AT_ONCE and values.is_cpu and not values.is_pinned()
     return values.to(device, non_blocking=at_once)
+
+
+def received(values: Tensor, memory: Workspace | None) -> np.ndarray:
+    """A large result as an array of numpy: the tensor's own numbers on the CPU, else a copy in memory used again.
+
+    What memory costs that a process touches for the first time, `Workspace` tells.
+    """
+    if values.is_cpu or memory is None:
+        found: np.ndarray = values.cpu().numpy()
+        return found
+    # In the order in which the numbers lie, they come in one transfer.
+    order = sorted(range(values.dim()), key=values.stride, reverse=True)
+    lying = values.permute(order)
+    into = memory.empty(tuple(lying.shape), lying.dtype)
+    into.copy_(lying)
+    copied: np.ndarray = into.permute([order.index(axis) for axis in range(values.dim())]).numpy()
+    return copied
 
 
 def numbers(values: Sequence[Tensor]) -> list[float]:

@@ -19,6 +19,7 @@ from pathkernel.gradients.sample_wise import check_module, check_sample_wise
 from pathkernel.kernels.kernel import Kernel
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
+from pathkernel.runtime.transfers import received
 from pathkernel.tangent_kernel.cost.model import CostRow
 from pathkernel.tangent_kernel.cost.table import cost_rows, precision
 from pathkernel.tangent_kernel.cost.table import describe as cost_table
@@ -213,7 +214,7 @@ class TangentKernel(Kernel):
         if not count(x) or (y is not None and not count(y)):
             columns = x if y is None else y
             return np.zeros((count(x), count(columns), *self._block(columns if count(columns) else x)))
-        return self.engine.gram(self.theta, x, y, context_x, context_y, None).cpu().numpy()
+        return received(self.engine.gram(self.theta, x, y, context_x, context_y, None), self.engine.workspace)
 
     @one_at_a_time
     def diagonal(self, X: PyTree) -> np.ndarray:

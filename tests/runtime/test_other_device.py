@@ -191,6 +191,18 @@ def test_loaders_are_handed_out_as_they_are(away: Accelerator) -> None:
     assert pk.KernelMachine(recorder.trajectory).explain(X[:3], outputs=0).relative_residual < 1e-9
 
 
+@pytest.mark.parametrize("outputs", ["trace", "full"])
+def test_matrices_come_into_memory_that_is_used_again(outputs: str, away: Accelerator) -> None:
+    model, rows = NETWORKS["mlp"]().double(), X.repeat(40, 1)
+    expected = pk.TangentKernel(model, outputs=outputs)(rows)
+    kernel = pk.TangentKernel(model.to(DEVICE), outputs=outputs)
+    found = kernel(rows.to(DEVICE))
+    assert found.nbytes <= kernel.engine.workspace.used
+    agree(found, expected)
+    del found
+    assert kernel.engine.workspace.kept
+
+
 # -- few steps wait ----------------------------------------------------------------------------------------------------
 
 

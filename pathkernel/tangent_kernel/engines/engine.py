@@ -14,6 +14,7 @@ from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import moved, take
+from pathkernel.runtime.workspace import Workspace
 from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts, PlainJacobianProducts
 from pathkernel.tangent_kernel.outputs import OutputSelection
 
@@ -61,6 +62,9 @@ class Engine(ABC):
 
     exact: ClassVar[bool] = True
     """True where matrices are the kernel's to rounding; False frees an engine that approximates from the proof."""
+
+    workspace: Workspace | None = None
+    """Memory for results, if an engine keeps any."""
 
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
         if function.dtype not in (torch.float64, torch.float32, torch.bfloat16):

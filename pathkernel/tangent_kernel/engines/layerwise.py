@@ -57,6 +57,7 @@ class LayerwiseEngine(Engine):
     """
 
     name = "layerwise"
+    workspace: Workspace
 
     def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
         super().__init__(function, selection, memory)
