@@ -63,7 +63,7 @@ def _record(task: Task, arrays: Arrays) -> pk.Trajectory:
     return recorder.trajectory
 
 
-def tangent_kernel(task: Task, arrays: Arrays, engine: str, dtype: torch.dtype | None = None) -> pk.TangentKernel:
+def tangent_kernel(task: Task, arrays: Arrays, engine: str, dtype: torch.dtype | str | None = None) -> pk.TangentKernel:
     loss = nn.CrossEntropyLoss() if task.network == "mlp" else loss_of
     return pk.TangentKernel(
         loaded(task, arrays).to(task.device),
@@ -85,7 +85,7 @@ def samples(task: Task, arrays: Arrays) -> tuple[Any, Any]:
     return of("Xq", "yq"), of("X", "y") if "X" in arrays else None
 
 
-def gram(task: Task, arrays: Arrays, engine: str, dtype: torch.dtype | None = None) -> Call:
+def gram(task: Task, arrays: Arrays, engine: str, dtype: torch.dtype | str | None = None) -> Call:
     kernel, (queries, references) = tangent_kernel(task, arrays, engine, dtype), samples(task, arrays)
 
     def run() -> np.ndarray:
@@ -121,6 +121,7 @@ def library(task: Task, arrays: Arrays, engine: str) -> Call:
 ENGINES = {"pathkernel": "auto", "pathkernel-plain": "jacobian"}
 METHODS = {method: functools.partial(library, engine=engine) for method, engine in ENGINES.items()}
 METHODS["pathkernel-bfloat16"] = functools.partial(gram, engine="auto", dtype=torch.bfloat16)
+METHODS["pathkernel-tf32"] = functools.partial(gram, engine="auto", dtype="tf32")
 
 
 # ----------------------------------------------------------------------------------------------- the cost model

@@ -19,6 +19,8 @@ ERROR_LIMIT = {"gram": 5e-5, "path gram": 5e-5, "shares": 5e-5}
 ROUNDED_LIMIT = 2**-8
 """Of kernels both of whose factors are rounded to bfloat16, by up to 2^-9 each. It was 3e-3, above the kernels' 1.5e-3,
 until the loss products were tried: the terms of a trained network's cancel, and leave 3.6e-3."""
+TENSOR_FLOAT_LIMIT = 2**-9
+"""Of kernels both of whose factors keep ten bits behind the point, and are off by less than 2^-10 each."""
 TOLERANCE_LIMIT = 1e-3
 WRONG = 1e-4
 """Relative error of another library beyond which its result is not the kernel that was asked for."""
@@ -150,9 +152,9 @@ def memory(rows: Rows) -> Iterator[Target]:
 
 def peers(rows: Rows) -> Iterator[Target]:
     """Faster than each, on all that each can do."""
-    own = ("pathkernel", "pathkernel-plain", "pathkernel-bfloat16", TORCH_FLOOR, "tutorial", "rows")
+    own = (TORCH_FLOOR, "tutorial", "rows")
     for row in rows:
-        if row["method"] not in own and row["seconds"]:
+        if row["method"] not in own and not row["method"].startswith("pathkernel") and row["seconds"]:
             target = against(rows, row["workload"], (row["method"],), 1)
             error = "unknown" if row["error"] is None else f"{row['error']:.0e}"
             error += ", WRONG" if row["error"] is not None and row["error"] > WRONG else ""
@@ -207,6 +209,8 @@ def wrong(rows: Rows) -> list[str]:
         limit = TOLERANCE_LIMIT if "tolerance" in row["workload"] else ERROR_LIMIT[row["kind"]]
         if "bfloat16" in row["method"]:
             limit = ROUNDED_LIMIT
+        if "tf32" in row["method"]:
+            limit = TENSOR_FLOAT_LIMIT
         if row["seconds"] is None and "NotAvailable" not in row["status"]:
             found.append(f"{row['workload']}, {row['method']}: {row['status']}")
         elif row["seconds"] is not None and row["error"] is not None and not row["error"] <= limit:

@@ -15,11 +15,12 @@ error          relative, Frobenius, against a plain float64 computation on rows 
                (`error_against` says how many)
 
 Methods: `pathkernel` is engine="auto", `pathkernel-plain` engine="jacobian", `pathkernel-bfloat16` rounds the factors
-of products, `tutorial` torch.func's own tutorial, `rows` vmap(grad) into a buffer and one product. `--peers` installs
-other libraries into environments of their own and runs them too. Workloads: W1 an MLP 64-256-256-10, W2 a small CNN, W3
-a causal transformer; one TracIn checkpoint; path Gram matrices and shares of a network trained on digits; memory
-budgets; scaling. Where others work on the same machine, `--threads 1 --clock cpu` counts the time of each process on
-the processor alone: threads that wait for each other there say nothing of an engine. `--device cuda` times pathkernel's
+of products, `pathkernel-tf32` rounds them to TensorFloat-32 and is there with `--device cuda` alone, `tutorial`
+torch.func's own tutorial, `rows` vmap(grad) into a buffer and one product. `--peers` installs other libraries into
+environments of their own and runs them too. Workloads: W1 an MLP 64-256-256-10, W2 a small CNN, W3 a causal
+transformer; one TracIn checkpoint; path Gram matrices and shares of a network trained on digits; memory budgets;
+scaling. Where others work on the same machine, `--threads 1 --clock cpu` counts the time of each process on the
+processor alone: threads that wait for each other there say nothing of an engine. `--device cuda` times pathkernel's
 tangent kernels on a GPU, with its products and memory as the floor; peak_mb is of the GPU's memory then.
 
 Exit status 1 if a result of pathkernel is not as exact as it should be. Speed is reported, not enforced.
@@ -51,6 +52,7 @@ MODULES = {
     TORCH_FLOOR: "_torch_floor",
     "pathkernel-plain": "_library",
     "pathkernel-bfloat16": "_library",
+    "pathkernel-tf32": "_library",
     "tutorial": "_plain",
     "rows": "_plain",
 }
@@ -181,6 +183,8 @@ def refusal(arguments: argparse.Namespace) -> str | None:
 
 def on_device(entries: list[Entry], device: str) -> list[Entry]:
     """Kernels by pathkernel, on a device. Others run on the CPU, and a path that was trained there is another one."""
+    if device == "cpu":
+        return [entry for entry in entries if entry.method != "pathkernel-tf32"]
     kept = [entry for entry in entries if entry.method.startswith("pathkernel") and entry.task.kind == "gram"]
     for entry in kept:
         entry.task = replace(entry.task, device=device)
@@ -288,8 +292,7 @@ def main() -> int:
     clock = f"{arguments.threads} threads, {arguments.clock} time"
     print(f"{versions}, {platform.machine()}{device}, {clock}, {time.strftime('%F')}")
     groups = {name: entries for name, entries in all_groups(arguments.quick).items() if chosen(name, arguments.only)}
-    if arguments.device != "cpu":
-        groups = {name: on_device(entries, arguments.device) for name, entries in groups.items()}
+    groups = {name: on_device(entries, arguments.device) for name, entries in groups.items()}
     workers = workers_of(arguments, arguments.threads)
     rows: list[dict[str, Any]] = []
     print(

@@ -190,6 +190,18 @@ OUTSIDE: dict[str, Row] = {
         lambda: pk.TangentKernel(make_model(), dtype=torch.float16),
         errors.InputError, ("`dtype=torch.float16`", "float64, in float32", "dtype"),
     ),
+    "a floating type of another name": (
+        lambda: pk.TangentKernel(make_model(), dtype="half"),
+        errors.InputError, ("`dtype='half'`", 'and "tf32"', "dtype=torch.float32"),
+    ),
+    "TensorFloat-32 on the CPU": (
+        lambda: pk.TangentKernel(make_model(), dtype="tf32"),
+        errors.InputError, ("on cpu, which does not", "compute capability 8.0", 'first, `model.to("cuda")`'),
+    ),
+    "TensorFloat-32 of a path on the CPU": (
+        lambda: pk.PathKernel(observed(), dtype="tf32"),
+        errors.InputError, ("on cpu, which does not", "compute capability 8.0", "dtype=torch.float32"),
+    ),
     "a budget below one sample": (
         lambda: pk.TangentKernel(make_model(), engine="jacobian", memory=10)(X2),
         errors.InputError, ("One sample takes", "at least one sample", "memory"),

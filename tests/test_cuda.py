@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import pathkernel as pk
+from pathkernel.tangent_kernel.precision import multiplies_tensor_floats
 from pathkernel.update_rules.table import RULES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -140,6 +141,23 @@ def test_products_are_full_whatever_torch_was_told(older: bool) -> None:
         assert torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(not multiplies_tensor_floats(GPU), reason="needs products in TensorFloat-32")
+@pytest.mark.parametrize("outputs", ["trace", "full"])
+@pytest.mark.parametrize("engine", ["auto", "jacobian"])
+def test_products_in_tensor_floats_where_they_are_asked_for(engine: str, outputs: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 3)).to(GPU)
+    X, _ = data(torch.float32)
+    before = torch.get_float32_matmul_precision()
+    exact = pk.TangentKernel(model, engine=engine, outputs=outputs)(X)
+    rounded = pk.TangentKernel(model, engine=engine, outputs=outputs, dtype="tf32")(X)
+    # Factors keep ten bits behind the point; each is off by less than 2^-10, even where the rest is cut off, so that a
+    # product of two is by less than 2^-9. Exact products of float32 are off by 1e-7.
+    assert 1e-6 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 2**-9
+    np.testing.assert_array_equal(pk.TangentKernel(model, engine=engine, outputs=outputs)(X), exact)
+    assert torch.get_float32_matmul_precision() == before
 
 
 def waits_of_a_loop(epochs: int, recorded: bool, schedule: Any) -> Counter[str]:

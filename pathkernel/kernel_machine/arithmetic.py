@@ -12,7 +12,7 @@ from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.trajectory.trajectory import Trajectory
 
 
-def asked_type(dtype: torch.dtype | None, quadrature: Quadrature, trajectory: Trajectory) -> torch.dtype | None:
+def asked_type(dtype: torch.dtype | str | None, quadrature: Quadrature, trajectory: Trajectory) -> torch.dtype | None:
     """Type that a machine was asked to work in, or that its quadrature needs; None for neither.
 
     Raises
@@ -21,6 +21,13 @@ def asked_type(dtype: torch.dtype | None, quadrature: Quadrature, trajectory: Tr
         For a type that cannot follow the recorded steps.
     """
     needed = quadrature.arithmetic
+    if isinstance(dtype, str):
+        raise InputError(
+            f"A kernel machine was asked to work in {dtype!r}",
+            "It is exact where its products are not rounded more coarsely than training rounds its own, and takes "
+            "types of torch",
+            'Leave `dtype` out; kernels, `TangentKernel` and `PathKernel`, take `dtype="tf32"` on a GPU',
+        )
     if dtype is not None and needed is not None and dtype != needed:
         raise InputError(
             f"`{quadrature!r}` was asked to work in {dtype}",

@@ -32,8 +32,8 @@ class Made:
         The function of the outputs, and random outputs where they are drawn.
     engine, engine_at
         The engine as given, and the one that is used at a node.
-    dtype
-        Floating type of the arithmetic.
+    dtype, tensor_floats
+        Floating type of the arithmetic, and whether products are in TensorFloat-32.
     """
 
     measure: PathMeasure
@@ -43,6 +43,7 @@ class Made:
     engine: Any
     engine_at: Callable[[PathNode], Engine]
     dtype: torch.dtype
+    tensor_floats: bool = False
 
 
 def matrix_identity(made: Made, function: ModelFunction, rows: Samples, columns: Samples | None) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def matrix_identity(made: Made, function: ModelFunction, rows: Samples, columns:
         trajectory,
         outputs=f"{selection.combine}, {selection.scalar}, {question.described(made.probes, 'outputs')}",
         measure=f"{made.measure.name}, {made.measure.preconditioner}",
-        engine=question.described(made.engine, "engine"),
+        engine=question.described(made.engine, "engine") + (" in TensorFloat-32" if made.tensor_floats else ""),
         dtype=made.dtype,
         nodes=question.samples_identity(torch.tensor([(node.position, node.number) for node in nodes])),
         weights=question.numbers(weights.T, question.NETWORK_ROUNDING[torch.float64]),

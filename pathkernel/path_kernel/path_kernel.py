@@ -34,6 +34,7 @@ from pathkernel.tangent_kernel.measured_error import MeasuredError
 from pathkernel.tangent_kernel.operators import KernelOperator
 from pathkernel.tangent_kernel.output_probes import OutputProbes
 from pathkernel.tangent_kernel.outputs import OneOutput, OutputSelection, select_outputs
+from pathkernel.tangent_kernel.precision import asked_precision
 from pathkernel.tangent_kernel.tangent_kernel import no_samples
 from pathkernel.trajectory.schedule import PRECONDITIONED
 from pathkernel.trajectory.trajectory import Trajectory
@@ -124,11 +125,12 @@ class PathKernel(Kernel):
         tolerance: float | None = None,
         engine: str | EngineValue | type[Engine] = "auto",
         memory: int | str = "1GB",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         progress: bool = False,
         leak: str = "warn",
     ) -> None:
         trajectory.require_steps("PathKernel" if preconditioner is None else PRECONDITIONED)
+        floating, tensor_floats = asked_precision(dtype, trajectory.device)
         self._make(
             {
                 "measure": PathMeasure(trajectory, measure, preconditioner),
@@ -138,7 +140,8 @@ class PathKernel(Kernel):
                 "tolerance": tolerance,
                 "engine": engine,
                 "memory": memory_bytes(memory),
-                "dtype": dtype,
+                "dtype": floating,
+                "tensor_floats": tensor_floats,
                 "progress": progress,
                 "leak_allowed": check_leak(leak),
             }
@@ -166,6 +169,7 @@ class PathKernel(Kernel):
         self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
         self._given_engine = engine
         self.engine = make_engine(engine, self.function, self.selection, self.memory)
+        self.engine.tensor_floats = made_of.get("tensor_floats", False)
         itself = self.probes is None and self.engine.exact
         self._exact = self.engine if itself else make_engine("auto", self.function, exact, self.memory)
 
@@ -282,7 +286,7 @@ class PathKernel(Kernel):
         return (count(rows[0]), count((columns or rows)[0]), *sides)
 
     def _stored_gram(self, store: str | os.PathLike[str], rows: Samples, columns: Samples | None) -> np.ndarray:
-        how = self._given_engine, self._engine_at, self.function.dtype
+        how = self._given_engine, self._engine_at, self.function.dtype, self.engine.tensor_floats
         made = Made(self.measure, self.nodes, self.selection, self.probes, *how)
         return stored_gram(store, made, self.engine.function, rows, columns, self._shape(rows, columns), self.progress)
 

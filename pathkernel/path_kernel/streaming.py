@@ -65,7 +65,7 @@ class StreamingGram(StepObserver):
         preconditioner: str | None = None,
         engine: str | EngineValue | type[Engine] = "auto",
         memory: int | str = "1GB",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         steps: Any = None,
         tolerance: Any = None,
     ) -> None:

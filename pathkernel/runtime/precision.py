@@ -9,6 +9,7 @@ the settings stay the user's. Training that is run again is run as the loop ran 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ContextDecorator, contextmanager
 from typing import Any
@@ -80,6 +81,7 @@ class ExactProducts(ContextDecorator):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._inside = 0
+        self._threads: Counter[int] = Counter()
         self._lifted = 0
         self._found: list[tuple[Any, str, Any, Any]] = []
         """Settings that were not as they have to be, with the user's value last."""
@@ -97,10 +99,12 @@ class ExactProducts(ContextDecorator):
                 self._found = [one for one in (*on_gpu, *common, *on_processor) if one[3] != one[2]]
                 self._put(exact=True)
             self._inside += 1
+            self._threads[threading.get_ident()] += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
+            self._threads -= Counter({threading.get_ident(): 1})
             if self._inside == 0:
                 self._put(exact=False)
                 self._found = []
@@ -122,6 +126,24 @@ class ExactProducts(ContextDecorator):
                 self._lifted -= 1
                 if self._inside and not self._lifted:
                     self._put(exact=True)
+
+    @contextmanager
+    def tensor_floats_in_products(self) -> Iterator[None]:
+        """Products that are started inside may round their factors to TensorFloat-32, on a GPU, where somebody asked.
+
+        In full precision where another thread computes in it meanwhile: the switch is the process's. Others come in
+        when it has been put back.
+        """
+        with self._lock:
+            if len(self._threads) != 1 or threading.get_ident() not in self._threads:
+                yield
+                return
+            holder, name, full = _gpu_settings()[0]
+            setattr(holder, name, "tf32" if full == "ieee" else True)
+            try:
+                yield
+            finally:
+                setattr(holder, name, full)
 
     def tensor_floats(self) -> tuple[bool, bool, bool]:
         """Permissions to round to TensorFloat-32 on a GPU: in matrix products, convolutions, recurrent layers."""

@@ -30,6 +30,7 @@ from pathkernel.tangent_kernel.engines.projection import Projection, ProjectionE
 from pathkernel.tangent_kernel.filters import ParameterFilter, chosen_parameters
 from pathkernel.tangent_kernel.operators import KernelOperator, Point, Term
 from pathkernel.tangent_kernel.outputs import MarginOfOutputs, OneOutput, OutputSelection, select_outputs
+from pathkernel.tangent_kernel.precision import asked_precision
 
 
 def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype, asker: str) -> tuple[PyTree, PyTree]:
@@ -100,7 +101,9 @@ class TangentKernel(Kernel):
     dtype
         Floating type of passes and products, by default the parameters': ``torch.float64``, ``torch.float32``, or
         ``torch.bfloat16`` for passes in float32 and products of factors rounded to bfloat16, at an error of
-        1e-3 to 4e-3 (relative, Frobenius; `benchmarks/engines.py` prints it). The matrix is float64 in each case.
+        1e-3 to 4e-3 (relative, Frobenius; `benchmarks/engines.py` prints it). ``"tf32"``, on an NVIDIA GPU of compute
+        capability 8.0 or later, rounds these factors to TensorFloat-32 instead, of three more bits; whatever torch was
+        told, float32 is exact without it. The matrix is float64 in each case.
     loss
         ``(output, target)``, for ``outputs="loss"``.
 
@@ -124,7 +127,7 @@ class TangentKernel(Kernel):
         outputs: Any = "trace",
         engine: str | EngineValue | type[Engine] = "auto",
         memory: int | str = "1GB",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         loss: Loss | None = None,
     ) -> None:
         check_module(model)
@@ -136,13 +139,15 @@ class TangentKernel(Kernel):
             for name, p in model.named_parameters()
             if name not in chosen
         }
+        floating, tensor_floats = asked_precision(dtype, theta.device)
         self._make(
             {
                 "model": model,
                 "layout": layout,
                 "theta": theta,
                 "constants": constants_of(model, layout),
-                "dtype": dtype or theta.dtype,
+                "dtype": floating or theta.dtype,
+                "tensor_floats": tensor_floats,
                 "selection": select_outputs(outputs, loss),
                 "engine": engine,
                 "memory": memory,
@@ -155,6 +160,7 @@ class TangentKernel(Kernel):
         self._made_of, self.theta, self.selection = made_of, made_of["theta"], made_of["selection"]
         function = ModelFunction(made_of["model"], made_of["layout"], made_of["constants"], made_of["dtype"])
         self.engine = make_engine(made_of["engine"], function, self.selection, made_of["memory"])
+        self.engine.tensor_floats = made_of.get("tensor_floats", False)  # pickles of before lack it
         self.function = self.engine.function
         self._accept = Acceptance(self.function, self.theta, "TangentKernel")
         self._left_out = made_of["left_out"]

@@ -1053,6 +1053,11 @@ REFUSALS: dict[str, Case] = {
         errors.InputError,
         ("steps in torch.float64 was asked to work in torch.bfloat16", "not rounded so coarsely", "Leave `dtype` out"),
     ),
+    "a machine in TensorFloat-32": (
+        lambda: pk.KernelMachine(run().trajectory, dtype="tf32"),
+        errors.InputError,
+        ("asked to work in 'tf32'", "not rounded more coarsely", "Leave `dtype` out"),
+    ),
     "probabilities of a regressor": (
         lambda: pk.KernelMachine(record(loss="mse_mean").trajectory).predict_proba(X3),
         errors.InputError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import pathkernel as pk
+from pathkernel.gradients import matmul
+from pathkernel.runtime import precision
 from pathkernel.runtime.precision import EXACT_PRODUCTS
+from pathkernel.tangent_kernel import precision as asked
 
 MATMUL: Any = torch.backends.mkldnn.matmul
 CE = nn.CrossEntropyLoss()
@@ -154,3 +158,67 @@ def test_settings_come_back_after_an_error_and_when_the_last_thread_leaves(reduc
     leave.set()
     thread.join()
     assert MATMUL.fp32_precision == reduced
+
+
+class Switch:
+    """Stands for torch's switch of products on a GPU."""
+
+    allow_tf32 = False
+
+
+@pytest.fixture
+def switch(monkeypatch: pytest.MonkeyPatch) -> Switch:
+    found = Switch()
+    monkeypatch.setattr(precision, "_gpu_settings", lambda: [(found, "allow_tf32", False)])
+    return found
+
+
+def test_products_in_tensor_floats_for_as_long_as_they_are_started(switch: Switch) -> None:
+    with EXACT_PRODUCTS:
+        with EXACT_PRODUCTS, EXACT_PRODUCTS.tensor_floats_in_products():
+            assert switch.allow_tf32
+        assert not switch.allow_tf32
+        with pytest.raises(KeyError), EXACT_PRODUCTS.tensor_floats_in_products():
+            raise KeyError
+        assert not switch.allow_tf32
+
+
+def test_no_tensor_floats_while_another_thread_computes_in_full_precision(switch: Switch) -> None:
+    inside, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with EXACT_PRODUCTS:
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    with EXACT_PRODUCTS:
+        with EXACT_PRODUCTS.tensor_floats_in_products():
+            assert not switch.allow_tf32
+        done.set()
+        thread.join()
+        with EXACT_PRODUCTS.tensor_floats_in_products():
+            assert switch.allow_tf32
+
+
+@pytest.mark.parametrize("outputs", ["trace", "full"])
+@pytest.mark.parametrize("engine", ["layerwise", "jacobian"])
+def test_products_of_gradients_are_all_that_tensor_floats_are_for(
+    engine: str, outputs: str, switch: Switch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU stands for a GPU that has them: the factors that `product` is given under the switch are noted."""
+    rounded: list[torch.Size] = []
+    monkeypatch.setattr(matmul, "_takes_tensor_floats", lambda factor: rounded.append(factor.shape) is None)
+    monkeypatch.setattr(matmul, "_has_onednn", lambda: False)
+    monkeypatch.setattr(asked, "multiplies_tensor_floats", lambda device: True)
+    model, X = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(8, 4)
+    exact = pk.TangentKernel(model, engine=engine, outputs=outputs)(X)
+    assert not rounded
+    kernel = pk.TangentKernel(model.double(), engine=engine, outputs=outputs, dtype="tf32")
+    np.testing.assert_allclose(kernel(X), exact, rtol=1e-4, atol=1e-5)
+    assert rounded and all(shape[0] % len(X) == 0 for shape in rounded)
+    assert kernel.function.dtype == torch.float32
+    assert "passes in float32, products in TensorFloat-32" in kernel.describe()
+    assert pickle.loads(pickle.dumps(kernel)).engine.tensor_floats

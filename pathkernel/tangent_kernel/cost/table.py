@@ -68,6 +68,7 @@ def describe(
 def precision(engine: Engine) -> str:
     """Floating types in which an engine computes."""
     passes, products = (str(dtype).removeprefix("torch.") for dtype in (engine.function.dtype, engine.products))
+    products = "TensorFloat-32" if engine.tensor_floats else products
     return f"passes in {passes}, products in {products}, sums in {passes}, matrix in float64"
 
 

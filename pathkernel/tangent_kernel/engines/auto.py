@@ -80,6 +80,7 @@ class AutomaticEngine(LayerwiseEngine):
         """K(X, Y) by the engine chosen for its size."""
         if self.chosen(theta, X, context_X, count(X), None if Y is None else count(Y)) == "jacobian":
             plain = JacobianEngine(self.function, self.selection, self.memory)
+            plain.tensor_floats = self.tensor_floats
             return plain.gram(theta, X, Y, context_X, context_Y, preconditioner)
         return super().gram(theta, X, Y, context_X, context_Y, preconditioner)
 

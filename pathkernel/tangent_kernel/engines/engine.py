@@ -63,6 +63,9 @@ class Engine(ABC):
     exact: ClassVar[bool] = True
     """True where matrices are the kernel's to rounding; False frees an engine that approximates from the proof."""
 
+    tensor_floats: bool = False
+    """Whether the factors of matrix products between gradients are rounded to TensorFloat-32; set by who makes it."""
+
     workspace: Workspace | None = None
     """Memory for results, if an engine keeps any."""
 

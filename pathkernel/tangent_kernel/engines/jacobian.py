@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
-from pathkernel.gradients.matmul import product
+from pathkernel.gradients.matmul import product, tensor_float_products
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import sample_gradients
 from pathkernel.gradients.pytrees import blocks, count, take
@@ -54,11 +54,12 @@ class JacobianEngine(Engine):
     def contract(self, left: Tensor, right: Tensor) -> Tensor:
         """Inner products of two blocks of rows, float64."""
         (n, k, p), (m, j, _) = left.shape, right.shape
-        left, right = left.to(self.products), right.to(self.products)
-        if self.selection.combine == "full":
-            products = product(left.reshape(n * k, p), right.reshape(m * j, p))
-            return products.double().reshape(n, k, m, j).transpose(1, 2)
-        products = product(left.reshape(n, k * p), right.reshape(m, j * p)).double()
+        full = self.selection.combine == "full"
+        factors = (left.reshape(n * k, p), right.reshape(m * j, p)) if full else (left.flatten(1), right.flatten(1))
+        with tensor_float_products(self.tensor_floats):
+            products = product(*(factor.to(self.products) for factor in factors)).double()
+        if full:
+            return products.reshape(n, k, m, j).transpose(1, 2)
         return products / k if self.selection.combine == "mean" else products
 
     @defer_interrupts(divisible=True)

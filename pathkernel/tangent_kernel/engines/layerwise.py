@@ -16,6 +16,7 @@ from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.plain import lines_on, warn_of_rows
 from pathkernel.gradients.layers.tape import NotElementwise, Tape
+from pathkernel.gradients.matmul import tensor_float_products
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.per_sample import values_of
@@ -277,6 +278,7 @@ class LayerwiseEngine(Engine):
         where = torch.cat([torch.arange(layout.slices[name].start, layout.slices[name].stop) for name in names])
         engine = JacobianEngine(function, self.selection, self.memory)
         engine.products, engine.known = self.products, self._plain_components
+        engine.tensor_floats = self.tensor_floats
         return engine, theta[where], where
 
 
@@ -351,4 +353,5 @@ class Side:
     def contract(self, one: Group, two: Group, result: Tensor, components: slice, *, same: bool) -> None:
         """Inner products of a group of this side with one of the other."""
         first = components.start == 0
-        contract(one, two, result, self.form, same=same, first=first, scratch=self.plan.scratch)
+        with tensor_float_products(self.engine.tensor_floats):
+            contract(one, two, result, self.form, same=same, first=first, scratch=self.plan.scratch)
