@@ -60,7 +60,10 @@ def test_on_a_device_there_are_pathkernels_tangent_kernels(engines: Any) -> None
         for entry in entries:
             assert (entry.task.kind, entry.task.device) == ("gram", "cuda")
             assert entry.method.startswith("pathkernel")
-    assert len(groups["W1 trace"]) == 3
+    methods = ["pathkernel", "pathkernel-plain", "pathkernel-bfloat16", "pathkernel-tf32"]
+    assert [entry.method for entry in groups["W1 trace"]] == methods
+    here = engines.on_device(engines.all_groups(quick=True)["W1 trace"], "cpu")
+    assert "pathkernel-tf32" not in [entry.method for entry in here]
 
 
 def test_targets_of_a_checkpoint_stand_beside_their_floors(engines: Any) -> None:
