@@ -14,7 +14,7 @@ LONGEST = 1.5e-2
 """Seconds that one number may take to measure, beyond a few runs: four of them delay the first call. Chosen, not
 measured."""
 
-LARGE_ON_A_GPU = 2048, 4096
+LARGE_ON_A_GPU = 2048, 1024
 """Size and number of the products that are timed on a GPU, which is idle for the most part of smaller ones. Chosen, not
 measured."""
 
@@ -54,8 +54,8 @@ def machine(dtype: torch.dtype, device: torch.device = CPU) -> Machine:
 
 @lru_cache
 def _measured(dtype: torch.dtype, threads: int, device: torch.device) -> Machine:
-    generator = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(*shape, generator=generator).to(device, dtype)  # noqa: E731
+    generator = torch.Generator(device).manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=generator, device=device).to(dtype)  # noqa: E731
     size, batch = (320, 64) if device == CPU else LARGE_ON_A_GPU
     square, left, right = random(size, size), random(batch, 64, 64), random(batch, 64, 64)
     large, small = random((1 << 24) // dtype.itemsize), random(4)

@@ -31,7 +31,7 @@ more. Provenance as of `TILE`."""
 MIRRORED = 512
 """Rows and columns that are transposed at once: so many stay in the processor's cache. Provenance as of `TILE`."""
 
-MIRRORED_AWAY = 2048
+MIRRORED_AWAY = 1024
 """The same on an accelerator, where they only have to fit into memory beside the result. Chosen, not measured."""
 
 ALLOCATOR = 14 << 20
