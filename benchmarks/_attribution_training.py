@@ -135,10 +135,11 @@ def case(data: str, network: str, optimizer: str, seed: int, sizes: Sizes, wrong
 
 
 class Together:
-    """Networks of one architecture as rows of parameters, (R, P)."""
+    """Networks of one architecture as rows of parameters, (R, P), which are trained on a device."""
 
-    def __init__(self, own: Case) -> None:
-        self.case, self.module = own, own.network(0)
+    def __init__(self, own: Case, device: str = "cpu") -> None:
+        self.case, self.module, self.device = own, own.network(0).to(device), device
+        self.X, self.y = own.X.to(device), own.y.to(device)
         named = dict(self.module.named_parameters())
         self.names, self.shapes = list(named), [p.shape for p in named.values()]
         self.sizes = [p.numel() for p in named.values()]
@@ -163,10 +164,11 @@ class Together:
 
     def margins(self, thetas: Tensor) -> Tensor:
         """log p / (1 − p) of the queries' labels, (R, Q)."""
-        X, y = self.case.X_query, self.case.y_query
+        X, y = self.case.X_query.to(self.device), self.case.y_query.to(self.device)
         with torch.no_grad():
-            logits = vmap(lambda theta: functional_call(self.module, self._named(theta), (X,)))(thetas)
-            own = y.expand(len(thetas), -1)[..., None]
+            call = vmap(lambda theta: functional_call(self.module, self._named(theta), (X,)))
+            logits = call(thetas.to(self.device)).cpu()
+            own = y.cpu().expand(len(thetas), -1)[..., None]
             others = logits.scatter(2, own, -torch.inf).logsumexp(2)
             return logits.gather(2, own)[..., 0] - others
 
@@ -183,20 +185,14 @@ class Together:
 
     def _trained(self, theta: Tensor, batches: list[Tensor], weights: Tensor) -> Tensor:
         step = _ADVANCE[self.case.optimizer]
-        state = torch.zeros(2, *theta.shape, dtype=theta.dtype)
-        theta = theta.clone()
-        for t, ids in enumerate(batches, 1):
+        theta, weights = theta.to(self.device, copy=True), weights.to(self.device)
+        state = torch.zeros(2, *theta.shape, dtype=theta.dtype, device=self.device)
+        for t, ids in enumerate((ids.to(self.device) for ids in batches), 1):
             shared = ids.dim() == 1
             own = weights[:, ids] if shared else weights.gather(1, ids)
             with torch.no_grad():
-                step(
-                    theta,
-                    self.gradients[shared](theta, self.case.X[ids], self.case.y[ids], own),
-                    state,
-                    t,
-                    self.case.settings,
-                )
-        return theta
+                step(theta, self.gradients[shared](theta, self.X[ids], self.y[ids], own), state, t, self.case.settings)
+        return theta.cpu()
 
 
 def _sgd(theta: Tensor, gradient: Tensor, state: Tensor, t: int, settings: dict[str, float]) -> None:
@@ -238,9 +234,9 @@ class Truth:
     changes: np.ndarray
 
 
-def truth(own: Case, sizes: Sizes, random_subsets: Callable[..., np.ndarray]) -> Truth:
+def truth(own: Case, sizes: Sizes, random_subsets: Callable[..., np.ndarray], device: str = "cpu") -> Truth:
     """Train again: on subsets in the order of the run, on halves afresh, and without single samples."""
-    together = Together(own)
+    together = Together(own, device)
     n, generator = len(own.X), np.random.default_rng(5000 + own.seed)
     start, order = together.start(own.seed), list(own.batches(own.seed))
     again = lambda weights: together.margins(  # noqa: E731

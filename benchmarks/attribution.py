@@ -1,7 +1,7 @@
 """How well do attributions foresee what training again says, and find wrong labels?
 
     python benchmarks/attribution.py [--quick] [--only "digits MLP tanh" ...] [--optimizers AdamW ...] [--seeds 0 1 2]
-        [--methods datamodel ...] [--peers] [--tiny] [--json FILE]
+        [--methods datamodel ...] [--peers] [--tiny] [--device NAME] [--json FILE]
 
 For each network, optimizer and seed: linear datamodelling scores on subsets without 1, 10 and 50 % of the samples in
 the order of the run (`lds_1`, `lds_10`, `lds_50`) and on halves of the data afresh (`lds_fresh`, mean of 3 trainings
@@ -11,7 +11,8 @@ that were trained again, by a loop that knows nothing of pathkernel; no option o
 is CPU time on one thread, `training_ratio` that over the time of training plainly, `peak_mb` the growth of resident
 memory.
 
-`--peers` adds captum and dattri, where the environment has them. Exit status 1 where `Trajectory.retrain` is not what
+`--peers` adds captum and dattri, where the environment has them. With `--device cuda` the networks of the truth are
+trained on a GPU, 60 at a time; methods stay on the processor. Exit status 1 where `Trajectory.retrain` is not what
 the benchmark's own loop trains, and, for the whole table, where a target is not met.
 """
 
@@ -102,7 +103,9 @@ def check_retraining(run: ours.Trained, own: Case) -> float:
     return float((ours.trained_again(run, weights) - theirs).norm() / (theirs - start).norm())
 
 
-def measured(label: dict[str, Any], sizes: Sizes, methods: list[str] | None, with_peers: bool) -> Rows:
+def measured(
+    label: dict[str, Any], sizes: Sizes, methods: list[str] | None, with_peers: bool, device: str = "cpu"
+) -> Rows:
     """All rows of one network, optimizer and seed."""
     take = lambda table: {name: call for name, call in table.items() if methods is None or name in methods}  # noqa: E731
     scores = take({**ours.SCORES, **(peers.SCORES if with_peers else {})})
@@ -126,7 +129,7 @@ def measured(label: dict[str, Any], sizes: Sizes, methods: list[str] | None, wit
         print(f"  Trajectory.retrain is the plain loop to {difference:.1e}; training {training:.2f} s", flush=True)
         if difference > SAME:
             raise SystemExit(f"`Trajectory.retrain` trains another network: {difference:.1e}")
-        true = truth(right, sizes, random_subsets)
+        true = truth(right, sizes, random_subsets, device)
         if sizes.fresh > 1:
             row(ORACLE)["lds_fresh"] = foreseen_by_one_seed(true.fresh[1])
             show(row(ORACLE))
