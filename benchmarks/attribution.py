@@ -195,6 +195,7 @@ def main() -> int:
     parser.add_argument("--peers", action="store_true", help="captum and dattri too")
     parser.add_argument("--quick", action="store_true", help="fewer samples and subsets, two networks, one seed")
     parser.add_argument("--tiny", action="store_true", help="so small that figures mean nothing, to see that it runs")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="where the networks of the truth are trained")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     known = {*ours.SCORES, *ours.SUSPICIONS, *peers.SCORES, *peers.SUSPICIONS}
@@ -215,7 +216,7 @@ def main() -> int:
             for seed in seeds if f"{data} {network}" in chosen else ():
                 print(f"{data}, {network}, {optimizer}, seed {seed}", flush=True)
                 label = {"data": data, "network": network, "optimizer": optimizer, "seed": seed}
-                rows += measured(label, sizes, arguments.methods, arguments.peers)
+                rows += measured(label, sizes, arguments.methods, arguments.peers, arguments.device)
                 if arguments.json:  # after each, so that a long run that ends early leaves what it has
                     arguments.json.write_text(json.dumps(rows, indent=1))
     if small:
