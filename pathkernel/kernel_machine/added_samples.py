@@ -33,7 +33,6 @@ from pathkernel.kernel_machine.classification import predictions
 from pathkernel.kernel_machine.linear_steps import LinearStep, linear_steps, pull_back
 from pathkernel.kernel_machine.queries import Queries
 from pathkernel.runtime.threads import one_at_a_time
-from pathkernel.tangent_kernel.tangent_kernel import no_samples
 from pathkernel.update_rules.rule import Memory
 
 if TYPE_CHECKING:
@@ -316,8 +315,6 @@ def add_samples(
         )
     trajectory.objective.function("`add_samples`")
     inputs, targets = machine._selection._samples(X, machine.function), as_tensors(y, trajectory.data.dtype)
-    if not count(inputs):
-        raise no_samples("add_samples")
     check_rows((inputs, targets), "add_samples")
     if len(rows := not_finite(targets)):
         raise named_rows("add_samples", list(rows), "targets")
