@@ -71,7 +71,7 @@ INFLUENCE: dict[str, Row] = {
         errors.InputError,
         (
             "`CrossEntropyLoss` was given targets of type int64 and shape (3,) from 1 to 3, and has no class 3",
-            "one for each sample, here for 3 outputs",
+            "one for each sample, here for outputs of shape (3,)",
             "from 0 to C - 1",
         ),
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -28,7 +29,7 @@ def described(targets: PyTree) -> str:
     )
 
 
-def check_targets(value: Callable[[], Any], loss: Any, classes: int, targets: PyTree) -> None:
+def check_targets(value: Callable[[], Any], loss: Any, outputs: tuple[int, ...], targets: PyTree) -> None:
     """Refuse targets that a loss fails on.
 
     Parameters
@@ -37,8 +38,8 @@ def check_targets(value: Callable[[], Any], loss: Any, classes: int, targets: Py
         Computes the loss of some outputs and all of these targets.
     loss
         As the user gave it.
-    classes
-        C, numbers in a row of outputs.
+    outputs
+        Shape of one sample's outputs, (C,) for a row of them.
     targets
         Of n samples.
 
@@ -48,8 +49,10 @@ def check_targets(value: Callable[[], Any], loss: Any, classes: int, targets: Py
         With types, shapes and ranges of the targets, and what the loss says.
     """
     # Asked first: on a GPU a class that there is not ends the process's use of it, rather than in an error.
-    wrong = _wrong_classes(loss, classes, targets)
+    wrong = _wrong_classes(loss, outputs, targets)
     if wrong is None:
+        if _surely_taken(loss, outputs, targets):
+            return
         with generators_untouched():
             found = result_or_error(value, (Exception,))
         if isinstance(found, PathKernelError):
@@ -60,20 +63,31 @@ def check_targets(value: Callable[[], Any], loss: Any, classes: int, targets: Py
     name = type(loss).__name__ if isinstance(loss, nn.Module) else getattr(loss, "__name__", "the loss")
     raise InputError(
         f"`{name}` was given targets {described(targets)}, and {wrong}",
-        f"Targets are as in training, one for each sample, here for {classes} output{'s' * (classes != 1)}",
+        f"Targets are as in training, one for each sample, here for outputs of shape {outputs}",
         TAKES,
     )
 
 
-def _wrong_classes(loss: Any, classes: int, targets: PyTree) -> str | None:
-    """What is wrong with the labels of a loss of torch's for classes; None for any other, and for good ones."""
-    if not isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) or not isinstance(targets, Tensor):
+def _of_classes(loss: Any, outputs: tuple[int, ...], targets: PyTree) -> bool:
+    """Test for class indices of a loss of torch's for classes, one for each row of outputs."""
+    whole = isinstance(targets, Tensor) and not targets.is_floating_point() and targets.dim() == 1
+    return whole and len(outputs) == 1 and isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss))
+
+
+def _wrong_classes(loss: Any, outputs: tuple[int, ...], targets: PyTree) -> str | None:
+    """What is wrong with class indices; None for other targets, and for good ones."""
+    if not _of_classes(loss, outputs, targets) or not targets.numel():
         return None
-    if targets.is_floating_point() or targets.dim() != 1 or not targets.numel():
-        return None
-    labels = targets[targets != loss.ignore_index].long()
-    outside = labels[(labels < 0) | (labels >= classes)]
-    return f"has no class {int(outside[0])}" if len(outside) else None
+    outside = ((targets < 0) | (targets >= outputs[0])) & (targets != loss.ignore_index)
+    return f"has no class {int(targets[outside][0])}" if bool(outside.any()) else None
+
+
+def _surely_taken(loss: Any, outputs: tuple[int, ...], targets: PyTree) -> bool:
+    """Test for targets that need no call of the loss: it costs more than a kernel of a few samples."""
+    if _of_classes(loss, outputs, targets):
+        return bool(targets.dtype == torch.int64)
+    alike = isinstance(targets, Tensor) and targets.is_floating_point() and tuple(targets.shape[1:]) == outputs
+    return alike and isinstance(loss, nn.MSELoss)
 
 
 def check_as_in_training(targets: PyTree, example: PyTree | None, asker: str) -> None:

@@ -64,8 +64,8 @@ def linear_steps(
             "New samples are added to networks that return one tensor with a row for each sample",
             "Give the recorder `returns=` with the key or index of the outputs that the loss takes",
         )
-    loss, row = objective.function("`add_samples`"), outputs.flatten(1).shape[1]
-    check_targets(lambda: loss(outputs, function.cast(targets)), loss, row, targets)
+    loss = objective.function("`add_samples`")
+    check_targets(lambda: loss(outputs, function.cast(targets)), loss, tuple(outputs.shape[1:]), targets)
     replay = replay_at_end(trajectory)
     last = trajectory.store.summary(len(trajectory) - 1).record
     _warn_of_modes(function.with_(state=replace(last.batches[-1].state, buffers=None)), theta, inputs, outputs)

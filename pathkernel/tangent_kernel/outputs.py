@@ -192,7 +192,9 @@ class LossOfOutputs:
         z = self.structure.learnt
         if z is not None:
             every = z.expand(len(pytree.tree_leaves(targets)[0]), -1)
-            check_targets(lambda: values_of(self, every, targets), self.loss, len(z), targets)
+            leaves = [leaf for leaf in output_leaves(self.structure.returned) if _is_floating(leaf)]
+            one = tuple(leaves[0].shape[1:]) if len(leaves) == 1 else tuple(z.shape)
+            check_targets(lambda: values_of(self, every, targets), self.loss, one, targets)
 
 
 @dataclass(frozen=True)
