@@ -112,16 +112,21 @@ def quoted(value: object, length: int = 200) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """True for a finite number, of Python, numpy or torch."""
+    """True for a finite number, of Python, numpy or torch; a truth value is none."""
     try:
-        return math.isfinite(value)
+        return not isinstance(value, bool) and math.isfinite(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # what texts, arrays, huge integers and tensors raise
         return False
 
 
+def is_positive(value: Any) -> bool:
+    """True for a finite number above 0."""
+    return is_number(value) and value > 0
+
+
 def is_whole(value: Any) -> bool:
     """True for a whole number, of Python or numpy; a truth value is none."""
-    return hasattr(value, "__index__") and not isinstance(value, bool) and is_number(value)
+    return hasattr(value, "__index__") and is_number(value)
 
 
 def check_number(name: str, value: Any, *, positive: bool = False, whole: bool = False, example: float = 1) -> None:
@@ -148,9 +153,23 @@ def check_choice(name: str, value: Any, choices: Iterable[str | None], plural: s
         With its name and value, and the choices.
     """
     first, *others = choices
-    if value not in (first, *others):
+    named = value is None or isinstance(value, str)  # an array says of itself neither that it is among them nor not
+    if not named or value not in (first, *others):
         known = ", ".join(map(repr, (first, *others)))
         raise InputError(f"`{name}={value!r}` was given", f"{plural} are {known}", f'Write `{name}="{first}"`')
+
+
+def check_instance(name: str, value: Any, kind: type | tuple[type, ...], expected: str, write: str) -> None:
+    """Refuse an object that is not of a class: a path or a dictionary in its place, or the class itself.
+
+    Raises
+    ------
+    InputError
+        With the name of the parameter, what was given, and what was expected.
+    """
+    if not isinstance(value, kind):
+        given = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+        raise InputError(f"`{name}` is {given}", expected, write)
 
 
 SENSELESS = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError)

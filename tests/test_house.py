@@ -192,6 +192,7 @@ def blocks_of(page: str, language: str) -> list[str]:
         "how_to/real_training_loops",
         "how_to/models_that",
         "how_to/kernels_as_objects",
+        "how_to/attribution",
         "how_to/scikit_learn",
         "explanation/two_players",
     ],

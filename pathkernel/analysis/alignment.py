@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pathkernel.analysis.arrays import as_array, class_labels
 from pathkernel.analysis.gram_matrix import as_kernel_matrix, check_same_shape, unit_norm
 from pathkernel.errors import PathKernelError
 
@@ -112,8 +113,10 @@ def target_kernel(y: ArrayLike) -> NDArray[np.float64]:
            [0., 1., 0.],
            [1., 0., 1.]])
     """
-    y = np.asarray(y)
+    y = as_array(y, "y")
     regression = np.issubdtype(y.dtype, np.floating)
+    if not regression:
+        y = class_labels(y, "y")
     if y.size == 0 or y.ndim not in ((1, 2) if regression else (1,)):
         raise PathKernelError(
             f"`y` has shape {y.shape} and dtype {y.dtype}",

@@ -16,16 +16,17 @@ from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
+from pathkernel.analysis.arrays import Floats, class_labels
 from pathkernel.analysis.evaluation_checks import (
-    Floats,
     check_agreement,
     check_several,
     checked_suspicion,
     finite,
     matrix,
+    numbers_of_samples,
     sample_ids,
 )
-from pathkernel.errors import InputError, is_whole
+from pathkernel.errors import InputError, check_choice, check_instance, check_number, is_number, is_whole
 
 CORRELATIONS = ("spearman", "pearson")
 
@@ -55,15 +56,30 @@ def random_subsets(samples: int, removed: float, count: int, generator: np.rando
     Raises
     ------
     InputError
-        For a part outside (0, 1).
+        For a part outside (0, 1), other numbers of samples and subsets, and what is no generator.
     """
-    if not 0 < removed < 1:
+    check_number("samples", samples, positive=True, whole=True, example=1000)
+    check_number("count", count, whole=True, example=60)
+    check_instance(
+        "generator",
+        generator,
+        (np.random.Generator, np.random.RandomState),
+        "Subsets are drawn by a generator of numpy",
+        "Write `generator=numpy.random.default_rng(0)`",
+    )
+    if samples < 2:
+        raise InputError(
+            "Subsets of one sample were asked for",
+            "A subset lacks one sample at least and keeps one",
+            "Write the number of the training samples",
+        )
+    if not (is_number(removed) and 0 < removed < 1):
         raise InputError(
             f"`removed={removed!r}` was given",
             "The part of the samples that a subset lacks lies between 0 and 1, both excluded",
             "Write `removed=0.5` for halves",
         )
-    left_out = min(max(1, round(removed * samples)), samples - 1)
+    left_out = min(max(1, round(float(removed) * samples)), samples - 1)
     weights = np.ones((count, samples))
     for row in weights:
         row[generator.permutation(samples)[:left_out]] = 0
@@ -181,22 +197,37 @@ def correlation(predicted: ArrayLike, true: ArrayLike, method: Literal["spearman
     -------
     numpy.ndarray
         (Q,); NaN for a column of equal numbers.
+
+    Raises
+    ------
+    InputError
+        For other shapes, numbers that are not finite, and an unknown method.
     """
-    if method not in CORRELATIONS:
+    check_choice("method", method, CORRELATIONS, "Correlations")
+    a, b = finite(predicted, "predicted"), finite(true, "true")
+    if not a.ndim or a.shape != b.shape:
         raise InputError(
-            f"`method={method!r}` was given",
-            f"Correlations are {', '.join(map(repr, CORRELATIONS))}",
-            'Write `method="spearman"`',
+            f"`predicted` has shape {a.shape}, and `true` {b.shape}",
+            "Both have a row for each training, and as many columns",
+            "Pass two arrays (R, Q)",
         )
-    a, b = np.asarray(predicted, dtype=np.float64), np.asarray(true, dtype=np.float64)
     if method == "spearman":
         a, b = rankdata(a, axis=0), rankdata(b, axis=0)
     # Equal numbers minus their mean are not always 0.
     vary = (np.ptp(a, axis=0) > 0) & (np.ptp(b, axis=0) > 0) if len(a) else np.zeros(a.shape[1:], dtype=bool)
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    a, b = _centred(a), _centred(b)
     norms = vary * np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(norms > 0, (a * b).sum(axis=0), np.nan) / np.where(norms > 0, norms, 1.0))
+
+
+def _centred(columns: Floats) -> Floats:
+    """Columns less their means, scaled to entries of at most 2: squares of small or large ones are not lost."""
+    largest = np.abs(columns).max(axis=0, initial=0.0)
+    # By the power of two at or below it, which rounds nothing; numbers below 2⁻¹⁰²¹ take two such factors.
+    _, exponent = np.frexp(largest)
+    scaled = np.ldexp(columns, -exponent)
+    return np.asarray(scaled - scaled.mean(axis=0)) if len(columns) else scaled
 
 
 def top_removals(scores: ArrayLike, sizes: ArrayLike) -> Floats:
@@ -221,13 +252,7 @@ def top_removals(scores: ArrayLike, sizes: ArrayLike) -> Floats:
         For sizes that are no numbers of samples.
     """
     s = matrix(scores, "scores")
-    n = np.asarray(sizes)
-    if n.ndim != 1 or not np.issubdtype(n.dtype, np.integer) or (n < 0).any() or (n > s.shape[1]).any():
-        raise InputError(
-            f"`sizes={sizes!r}` was given",
-            f"Sizes are whole numbers from 0 to the {s.shape[1]} samples that there are",
-            "Write for example `sizes=[10, 20, 40]`",
-        )
+    n = numbers_of_samples(sizes, s.shape[1])
     places = np.argsort(np.argsort(-s, axis=1, kind="stable"), axis=1)  # 0 for the strongest
     return (places[:, None, :] >= n[None, :, None]).astype(np.float64)
 
@@ -288,7 +313,8 @@ def brittleness(labels: ArrayLike, predictions: ArrayLike, sizes: ArrayLike) -> 
     Raises
     ------
     InputError
-        For shapes that do not belong together.
+        For shapes that do not belong together, classes that are none (NaN, scores), and sizes that are no numbers of
+        samples.
 
     References
     ----------
@@ -300,9 +326,16 @@ def brittleness(labels: ArrayLike, predictions: ArrayLike, sizes: ArrayLike) -> 
     >>> smallest.tolist(), flipped.tolist()
     ([20.0, inf], [0.0, 0.5])
     """
-    own, after, n = np.asarray(labels), np.asarray(predictions), np.asarray(sizes, dtype=np.float64)
+    own, after = class_labels(labels, "labels"), class_labels(predictions, "predictions")
+    n = numbers_of_samples(sizes)
     check_agreement({"labels": (own, "Q"), "predictions": (after, "QK"), "sizes": (n, "K")})
-    smallest = np.where(after != own[:, None], n, np.inf).min(axis=1, initial=np.inf)
+    if own.size and after.size and (own.dtype.kind in "USO") != (after.dtype.kind in "USO"):
+        raise InputError(
+            f"`labels` is of type {own.dtype}, and `predictions` of type {after.dtype}",
+            "A prediction is compared with the one before: both are numbers of classes, or both are names",
+            "Pass both as `argmax` gives them, or map both to names",
+        )
+    smallest = np.where(after != own[:, None], n.astype(np.float64), np.inf).min(axis=1, initial=np.inf)
     return smallest, (smallest[:, None] <= n).mean(axis=0)
 
 

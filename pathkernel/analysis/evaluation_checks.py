@@ -7,24 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pathkernel.errors import InputError
-
-Floats = NDArray[np.float64]
+from pathkernel.analysis.arrays import Floats, as_array, real_numbers
+from pathkernel.errors import InputError, quoted
 
 
 def finite(values: ArrayLike, name: str) -> Floats:
     """Array of finite float64 numbers; what is no array of real numbers is refused."""
-    try:
-        given = np.asarray(values.detach() if hasattr(values, "detach") else values)
-        array = None if np.iscomplexobj(given) else given.astype(np.float64)
-    except (TypeError, ValueError):  # text, objects, rows of different lengths
-        array = None
-    if array is None:
-        raise InputError(
-            f"`{name}` is {type(values).__name__}, which is no array of real numbers",
-            "Scores and outputs are real numbers",
-            f"Pass `{name}` as an array of floating point numbers",
-        )
+    array = real_numbers(values, name)
     if not np.isfinite(array).all():
         raise InputError(
             f"`{name}` holds NaN or infinity, {int((~np.isfinite(array)).sum())} of {array.size} numbers",
@@ -44,6 +33,26 @@ def matrix(values: ArrayLike, name: str) -> Floats:
             f"Pass `{name}` with two axes, `{name}[None]` where there is one query or subset",
         )
     return array
+
+
+def numbers_of_samples(sizes: ArrayLike, samples: int | None = None) -> NDArray[np.int64]:
+    """How many samples are left out, (K,) int64, no more than there are where that is known.
+
+    Raises
+    ------
+    InputError
+        For other numbers.
+    """
+    given = as_array(sizes, "sizes")
+    whole = given.ndim == 1 and (given.size == 0 or np.issubdtype(given.dtype, np.integer))
+    if not whole or (given < 0).any() or (samples is not None and (given > samples).any()):
+        most = "" if samples is None else f" to the {samples} samples that there are"
+        raise InputError(
+            f"`sizes={quoted(sizes)}` was given",
+            f"Sizes are whole numbers from 0{most or ' upwards'}",
+            "Write for example `sizes=[10, 20, 40]`",
+        )
+    return given.astype(np.int64)
 
 
 def check_agreement(arrays: dict[str, tuple[NDArray[Any], str]]) -> None:
@@ -75,8 +84,8 @@ def check_several(count: int, what: str) -> None:
 
 def sample_ids(removed: ArrayLike, samples: int) -> NDArray[np.int64]:
     """Sample ids, (K,) int64."""
-    ids = np.asarray(removed)
-    if not np.issubdtype(ids.dtype, np.integer) or (ids < 0).any() or (ids >= samples).any():
+    ids = as_array(removed, "removed")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or (ids < 0).any() or (ids >= samples).any():
         raise InputError(
             f"`removed` holds other things than ids of the {samples} samples",
             f"Ids are whole numbers from 0 to {samples - 1}",

@@ -14,7 +14,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from pathkernel.errors import InputError
+from pathkernel.analysis.arrays import Floats
+from pathkernel.analysis.evaluation_checks import check_agreement, checked_suspicion, finite, matrix, sample_ids
+from pathkernel.errors import InputError, is_whole
 
 
 def dattri_lds(scores: ArrayLike, subsets: ArrayLike, outputs: ArrayLike) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -35,7 +37,7 @@ def dattri_lds(scores: ArrayLike, subsets: ArrayLike, outputs: ArrayLike) -> tup
     Raises
     ------
     InputError
-        For weights that are no subsets of one size.
+        For weights that are no subsets of one size, and as of `linear_datamodeling_score`.
 
     Examples
     --------
@@ -43,7 +45,9 @@ def dattri_lds(scores: ArrayLike, subsets: ArrayLike, outputs: ArrayLike) -> tup
     >>> score.shape, truth[1].tolist()
     (torch.Size([3, 1]), [[0, 1], [0, 2]])
     """
-    weights = np.asarray(subsets)
+    s, weights, truth = matrix(scores, "scores"), matrix(subsets, "subsets"), finite(outputs, "outputs")
+    truth = truth.mean(axis=0) if truth.ndim == 3 else truth
+    check_agreement({"scores": (s, "QN"), "subsets": (weights, "RN"), "outputs": (truth, "RQ")})
     sizes = {int(row.sum()) for row in weights}
     if not np.isin(weights, (0, 1)).all() or len(sizes) != 1:
         raise InputError(
@@ -52,10 +56,8 @@ def dattri_lds(scores: ArrayLike, subsets: ArrayLike, outputs: ArrayLike) -> tup
             "Judge them by `pathkernel.analysis.evaluation.linear_datamodeling_score`, or draw subsets by "
             "`random_subsets`",
         )
-    truth = np.asarray(outputs, dtype=np.float64)
-    truth = truth.mean(axis=0) if truth.ndim == 3 else truth
     ids = torch.from_numpy(np.stack([np.flatnonzero(row) for row in weights]))
-    return _transposed(scores), (torch.from_numpy(truth), ids)
+    return _transposed(s), (torch.from_numpy(truth), ids)
 
 
 def dattri_loo_corr(scores: ArrayLike, removed: ArrayLike, changes: ArrayLike) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -72,10 +74,16 @@ def dattri_loo_corr(scores: ArrayLike, removed: ArrayLike, changes: ArrayLike) -
         (K, Q) of the removed samples: dattri reads the rows of scores and truth side by side.
     ground_truth
         By how much a sample's presence raised the outputs, (K, Q), and the removed samples, (K,).
+
+    Raises
+    ------
+    InputError
+        For shapes that do not belong together, ids that there are none of, and numbers that are not finite.
     """
-    ids = np.asarray(removed, dtype=np.int64)
-    truth = torch.from_numpy(-np.asarray(changes, dtype=np.float64))
-    return _transposed(scores)[ids], (truth, torch.from_numpy(ids))
+    s, f = matrix(scores, "scores"), matrix(changes, "changes")
+    ids = sample_ids(removed, s.shape[1])
+    check_agreement({"scores": (s, "QN"), "removed": (ids, "K"), "changes": (f, "KQ")})
+    return _transposed(s)[ids], (torch.from_numpy(-f), torch.from_numpy(ids))
 
 
 def dattri_mislabel(suspicion: ArrayLike, flipped: ArrayLike) -> tuple[Tensor, Tensor]:
@@ -90,8 +98,14 @@ def dattri_mislabel(suspicion: ArrayLike, flipped: ArrayLike) -> tuple[Tensor, T
     -------
     score, ground_truth
         (N,) float64, and (N,) booleans.
+
+    Raises
+    ------
+    InputError
+        As `mislabel_auc` does.
     """
-    return torch.from_numpy(np.array(suspicion, dtype=np.float64)), torch.from_numpy(np.array(flipped, dtype=bool))
+    score, wrong = checked_suspicion(suspicion, flipped)
+    return torch.from_numpy(score), torch.from_numpy(wrong)
 
 
 class KMostInfluentialResults(NamedTuple):
@@ -128,6 +142,13 @@ class InfluenceInterface:
     """
 
     def __init__(self, scores: Callable[..., ArrayLike], self_scores: Callable[[], ArrayLike] | None = None) -> None:
+        for name, made in (("scores", scores), ("self_scores", self_scores)):
+            if made is not None and not callable(made):
+                raise InputError(
+                    f"`{name}` is a {type(made).__name__}",
+                    "It is a function: scores are of the queries that `influence` is given",
+                    f"Write `{name}=lambda *batch: ...`",
+                )
         self._scores, self._self_scores = scores, self_scores
 
     def influence(
@@ -161,7 +182,7 @@ class InfluenceInterface:
         Raises
         ------
         InputError
-            Without inputs.
+            Without inputs, for a number of samples that there are none of, and scores that are none.
         """
         if inputs is None:
             raise InputError(
@@ -169,11 +190,25 @@ class InfluenceInterface:
                 "Scores are of the queries that it is given",
                 "Pass a batch as a tuple `(inputs, labels)`, or a DataLoader",
             )
-        batches = [inputs] if isinstance(inputs, (tuple, list)) else list(inputs)
-        found = torch.cat([torch.from_numpy(np.asarray(self._scores(*batch), dtype=np.float64)) for batch in batches])
+        one = isinstance(inputs, (tuple, list))
+        several = hasattr(inputs, "__iter__") and not torch.is_tensor(inputs)
+        batches = [inputs] if one else list(inputs) if several else []
+        if not batches or not all(isinstance(batch, (tuple, list)) and len(batch) for batch in batches):
+            raise InputError(
+                f"`influence` was called with a {type(inputs).__name__} that holds no batches",
+                "A batch is a tuple of inputs and labels",
+                "Pass `(inputs, labels)`, or a DataLoader",
+            )
+        found = torch.cat([torch.from_numpy(matrix(self._scores(*batch), "scores(*batch)")) for batch in batches])
         found = found.sum(dim=0, keepdim=True) if aggregate else found
         if k is None:
             return found
+        if not (is_whole(k) and 1 <= k <= found.shape[1]):
+            raise InputError(
+                f"`k={k!r}` was given for {found.shape[1]} training samples",
+                f"It lies between 1 and {found.shape[1]}",
+                "Leave it out for the scores of all samples",
+            )
         order = found.argsort(dim=1, descending=proponents, stable=True)[:, :k]
         return KMostInfluentialResults(order, found.gather(1, order))
 
@@ -199,6 +234,6 @@ class InfluenceInterface:
         return cls.__name__
 
 
-def _transposed(scores: ArrayLike) -> Tensor:
+def _transposed(scores: Floats) -> Tensor:
     """(Q, N) as (N, Q), contiguous."""
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(scores, dtype=np.float64).T))
+    return torch.from_numpy(np.ascontiguousarray(scores.T))

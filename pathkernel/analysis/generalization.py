@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from pathkernel.analysis.gram_matrix import as_gram_matrix
-from pathkernel.errors import PathKernelError
+from pathkernel.analysis.arrays import real_numbers
+from pathkernel.analysis.gram_matrix import as_gram_matrix, check_pairs
+from pathkernel.errors import PathKernelError, is_number
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ def loss_path_bound(
     >>> bound.by_kernel, bound.gap  # 1/2 · √9, and twice that
     (1.5, 3.0)
     """
-    grams = np.stack([as_gram_matrix(K, f"kernels[{place}]") for place, K in enumerate(kernels)])
-    decreases = np.asarray(decreases, dtype=np.float64)
+    grams = _grams(kernels)
+    decreases = real_numbers(decreases, "decreases", "Losses are real numbers")
     trainings, n = len(grams), grams.shape[1]
     if decreases.shape != (trainings,) or not (np.isfinite(decreases).all() and (decreases >= 0).all()):
         raise PathKernelError(
@@ -119,7 +120,7 @@ def loss_path_bound(
             "Each training has lowered the mean loss of its samples by some number, 0 or more",
             "Pass the mean loss before training less that after it, one for each kernel",
         )
-    if not 0 < delta < 1:
+    if not (is_number(delta) and 0 < delta < 1):
         raise PathKernelError(
             f"`delta={delta!r}` was given", "It is a probability between 0 and 1", "Write `delta=0.01`"
         )
@@ -128,7 +129,7 @@ def loss_path_bound(
     by_kernel = math.sqrt(decreases.max() * (trace + spread.sum() - np.trace(spread))) / n
     by_losses = None
     if losses is not None:
-        after = np.asarray(losses, dtype=np.float64)
+        after = real_numbers(losses, "losses", "Losses are real numbers")
         if after.shape != (trainings, n) or not np.isfinite(after).all():
             raise PathKernelError(
                 f"`losses` has shape {after.shape} for {trainings} kernels of {n} samples",
@@ -139,3 +140,20 @@ def loss_path_bound(
         by_losses = np.abs(after[:, None] - after[None]).sum(axis=2).max() / n if trainings > 1 else None
     confidence = 3 * math.sqrt(math.log(2 / delta) / (2 * n))
     return LossPathBound(by_kernel, None if by_losses is None else float(by_losses), confidence, trainings)
+
+
+def _grams(kernels: Sequence[ArrayLike]) -> NDArray[np.float64]:
+    """Loss path kernels of R trainings, (R, n, n)."""
+    grams = []
+    listed = hasattr(kernels, "__iter__") and not isinstance(kernels, (str, dict))
+    for place, K in enumerate(kernels if listed else ()):
+        grams.append(as_gram_matrix(K, f"kernels[{place}]"))
+        check_pairs(grams[-1], f"kernels[{place}]")
+    if not grams or len({K.shape for K in grams}) > 1:
+        shapes = ", ".join(str(K.shape) for K in grams)
+        raise PathKernelError(
+            f"`kernels` is a {type(kernels).__name__} of {len(grams)} matrices, of shapes {shapes or 'none'}",
+            "It is a sequence of loss path kernels, one for each training, of the same samples",
+            "Pass `[K]` for one training",
+        )
+    return np.stack(grams)

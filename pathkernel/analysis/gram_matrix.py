@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pathkernel.analysis.arrays import as_array, real_numbers
 from pathkernel.errors import PathKernelError
+
+ROUNDING = 1e-2
+"""What is taken for rounding in a matrix that may have been computed in any type: products of factors in bfloat16 have
+errors of 4e-3 (`benchmarks/engines.py`), and come as float64."""
 
 
 def as_kernel_matrix(K: ArrayLike, name: str = "K") -> NDArray[np.float64]:
@@ -28,7 +33,7 @@ def as_kernel_matrix(K: ArrayLike, name: str = "K") -> NDArray[np.float64]:
     PathKernelError
         If `K` is not a matrix, is empty, or holds NaN or infinity.
     """
-    matrix = np.asarray(K, dtype=np.float64)
+    matrix = real_numbers(K, name, "A kernel matrix holds real numbers")
     if matrix.ndim != 2 or matrix.size == 0:
         raise PathKernelError(
             f"`{name}` has shape {matrix.shape}",
@@ -68,15 +73,14 @@ def as_gram_matrix(K: ArrayLike, name: str = "K") -> NDArray[np.float64]:
     PathKernelError
         If `K` is not square, not symmetric, or fails `as_kernel_matrix`.
     """
-    given = np.asarray(K)
-    matrix = as_kernel_matrix(given, name)
+    matrix = as_kernel_matrix(K, name)
     if matrix.shape[0] != matrix.shape[1]:
         raise PathKernelError(
             f"`{name}` has shape {matrix.shape}",
             "A Gram matrix is square: the same samples on both sides",
             f"Pass {name} = kernel(X, X), not kernel(X_test, X_train)",
         )
-    tolerance = relative_tolerance(given) * np.abs(matrix).max()
+    tolerance = relative_tolerance(K) * np.abs(matrix).max()
     asymmetry = np.abs(matrix - matrix.T).max()
     if asymmetry > tolerance:
         raise PathKernelError(
@@ -88,9 +92,45 @@ def as_gram_matrix(K: ArrayLike, name: str = "K") -> NDArray[np.float64]:
     return symmetric
 
 
+def check_pairs(K: NDArray[np.float64], name: str = "K") -> None:
+    """Refuse a Gram matrix in which two samples show that it is not positive semi-definite.
+
+    Of such a matrix the diagonal is no lower than 0, and K_ij² ≤ K_ii K_jj for all pairs; time O(n²). Eigenvalues below
+    0 that only more samples together have go unnoticed.
+
+    Parameters
+    ----------
+    K
+        As of `as_gram_matrix`.
+    name
+        How error messages call the matrix.
+
+    Raises
+    ------
+    PathKernelError
+        With the entries.
+    """
+    diagonal, rounding = K.diagonal(), ROUNDING * np.abs(K).max()
+    lowest = int(diagonal.argmin())
+    sizes = np.sqrt(np.maximum(diagonal, 0.0))
+    i, j = np.unravel_index(int((np.abs(K) - sizes[:, None] * sizes).argmax()), K.shape)
+    if diagonal[lowest] < -rounding:
+        found = f"`{name}` is {diagonal[lowest]:.3g} between sample {lowest} and itself"
+    elif np.abs(K[i, j]) > (1 + ROUNDING) * sizes[i] * sizes[j] + rounding:
+        alone = f"{K[i, i]:.3g} and {K[j, j]:.3g}"
+        found = f"`{name}` is {K[i, j]:.3g} between samples {i} and {j}, and {alone} between each and itself"
+    else:
+        return
+    raise PathKernelError(
+        found,
+        "A kernel is positive semi-definite: no diagonal entry is below 0, and K_ij² is at most K_ii K_jj",
+        "Use `PathKernel`, or `kernels.RepairedKernel` for a kernel that is not",
+    )
+
+
 def relative_tolerance(K: ArrayLike) -> float:
     """√ε of the dtype that ``K`` came in: what may be taken for rounding, relative to its size."""
-    dtype = np.asarray(K).dtype
+    dtype = as_array(K, "K").dtype
     return float(np.sqrt(np.finfo(dtype if np.issubdtype(dtype, np.floating) else np.float64).eps))
 
 

@@ -14,13 +14,14 @@ from pathkernel._typing import PyTree
 from pathkernel.analysis.alignment import target_alignment
 from pathkernel.analysis.spectrum import effective_rank
 from pathkernel.analysis.velocity import kernel_distance, kernel_velocity
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, is_whole
 from pathkernel.gradients.pytrees import count, spread
 from pathkernel.gradients.sample_wise import check_sample_wise
 from pathkernel.runtime.extras import require_extra
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.tangent_kernel.engines.auto import make_engine
 from pathkernel.tangent_kernel.outputs import select_outputs
+from pathkernel.trajectory.required import required_path
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.trajectory.until import steps_taken
 
@@ -144,13 +145,13 @@ def kernel_regime(
     >>> regime.steps.tolist(), float(regime.kernel_distance[0])
     ([0, 2, 4], 0.0)
     """
-    if not (isinstance(moments, int) and moments >= 2):
+    if not (is_whole(moments) and moments >= 2):
         raise InputError(
             f"`moments={moments!r}` was given",
             "A distance is from one moment to another: there are 2 or more",
             "Write `moments=11`",
         )
-    trajectory.require_steps("PathKernel")
+    required_path(trajectory, "PathKernel")
     if X is None:
         X, targets = trajectory.data[spread(len(trajectory.data), SAMPLES)]
         y = targets.cpu().numpy() if y is None and isinstance(targets, Tensor) else y

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from sklearn.svm import SVC
 
 from pathkernel.analysis.alignment import target_alignment
-from pathkernel.analysis.gram_matrix import as_gram_matrix, as_kernel_matrix
+from pathkernel.analysis.arrays import class_labels
+from pathkernel.analysis.gram_matrix import as_gram_matrix, as_kernel_matrix, check_pairs
 from pathkernel.analysis.spectrum import effective_rank
-from pathkernel.errors import PathKernelError
+from pathkernel.errors import PathKernelError, is_positive
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,19 @@ def kernels_as_svm(
     >>> row.test_accuracy, round(row.alignment, 3)
     (1.0, 1.0)
     """
-    y_train, y_test = np.asarray(y_train), np.asarray(y_test)
+    y_train, y_test = _labels(y_train, "y_train"), _labels(y_test, "y_test")
+    if not is_positive(C):
+        raise PathKernelError(f"`C={C!r}` was given", "The penalty is a number above 0", "Write `C=10.0`")
+    classes = len(np.unique(y_train))
+    if classes < 2 or (y_train.dtype.kind in "USO") != (y_test.dtype.kind in "USO"):
+        raise PathKernelError(
+            f"`y_train` is of type {y_train.dtype} with {classes} classes, and `y_test` of type {y_test.dtype}",
+            "A machine tells two classes or more apart, which both have the same names",
+            "Pass the labels of the training and of the test samples as they are in one array",
+        )
     rows = []
-    for name, (train, test) in kernels.items():
-        K, K_test = as_gram_matrix(train, name), as_kernel_matrix(test, name)
+    for name, pair in _pairs(kernels):
+        K, K_test = as_gram_matrix(pair[0], name), as_kernel_matrix(pair[1], name)
         if K.shape != (len(y_train),) * 2 or K_test.shape != (len(y_test), len(y_train)):
             raise PathKernelError(
                 f"The kernel `{name}` has shapes {K.shape} and {K_test.shape} for {len(y_train)} training labels and "
@@ -90,7 +101,14 @@ def kernels_as_svm(
                 "The first is square over the training samples, the second has a row for each test sample",
                 "Pass `(kernel(X_train), kernel(X_test, X_train))`",
             )
+        check_pairs(K, name)
         scale = K.diagonal().mean()
+        if not scale > 0:
+            raise PathKernelError(
+                f"The kernel `{name}` is zero on all training samples",
+                "A machine tells samples apart by a kernel that is larger than 0",
+                "Leave this kernel out",
+            )
         machine = SVC(kernel="precomputed", C=C).fit(K / scale, y_train)
         rows.append(
             KernelRow(
@@ -103,3 +121,27 @@ def kernels_as_svm(
             )
         )
     return rows
+
+
+def _labels(y: ArrayLike, name: str) -> NDArray[Any]:
+    """Class labels, one for each sample."""
+    labels = class_labels(y, name)
+    if labels.ndim != 1 or not len(labels):
+        raise PathKernelError(
+            f"`{name}` has shape {labels.shape}",
+            "There is one class label for each sample",
+            f"Pass `{name}` as an array (n,), `argmax(axis=1)` of one-hot rows",
+        )
+    return labels
+
+
+def _pairs(kernels: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Iterator[tuple[str, tuple[ArrayLike, ArrayLike]]]:
+    """Names of kernels with their two matrices."""
+    for name, pair in kernels.items() if isinstance(kernels, Mapping) else ((None, kernels),):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(name, str)):
+            raise PathKernelError(
+                f"`kernels` is, or holds under {name!r}, a {type(pair).__name__}",
+                "It is a mapping of names to pairs of matrices, (N, N) and (n, N)",
+                'Write `{"path": (kernel(X_train), kernel(X_test, X_train))}`',
+            )
+        yield name, (pair[0], pair[1])

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pathkernel.analysis.arrays import as_array
 from pathkernel.analysis.gram_matrix import as_gram_matrix
-from pathkernel.errors import PathKernelError, is_whole
+from pathkernel.errors import PathKernelError, check_number, is_whole
 
 COLUMNS = 1024
 """Permutations whose sums are computed at once."""
@@ -127,6 +128,8 @@ def two_sample_test(K: ArrayLike, first: ArrayLike, *, permutations: int = 999, 
     >>> two_sample_test(np.exp(-np.subtract.outer(x, x) ** 2), x < 0.5).p_value
     0.001
     """
+    if seed is not None:
+        check_number("seed", seed, whole=True, example=0)
     if not is_whole(permutations) or permutations < 1:
         raise PathKernelError(
             f"`permutations={permutations!r}` was given",
@@ -150,7 +153,7 @@ def two_sample_test(K: ArrayLike, first: ArrayLike, *, permutations: int = 999, 
 
 def _division(first: ArrayLike, samples: int) -> NDArray[np.bool_]:
     """Membership of the first set, shape (samples,)."""
-    division = np.asarray(first)
+    division = as_array(first, "first")
     if division.dtype != np.bool_ or division.shape != (samples,):
         raise PathKernelError(
             f"`first` has shape {division.shape} and dtype {division.dtype}, for {samples} samples",

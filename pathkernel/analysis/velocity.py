@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pathkernel.analysis.arrays import real_numbers
 from pathkernel.analysis.gram_matrix import as_kernel_matrix, check_same_shape, unit_norm
 from pathkernel.errors import PathKernelError
 
@@ -90,7 +91,13 @@ def kernel_velocity(grams: Sequence[ArrayLike], times: ArrayLike) -> NDArray[np.
     >>> kernel_velocity([identity, identity, swap], times=[0, 10, 14]).round(12)
     array([0.  , 0.25])
     """
-    times = np.asarray(times, dtype=np.float64)
+    times = real_numbers(times, "times", "Times are real numbers")
+    if not hasattr(grams, "__len__"):
+        raise PathKernelError(
+            f"`grams` is a {type(grams).__name__}",
+            "It is a sequence of kernel matrices of the same samples",
+            "Pass a list of matrices (n, m), or an array (T, n, m)",
+        )
     if times.shape != (len(grams),) or len(grams) < 2:
         raise PathKernelError(
             f"There are {len(grams)} kernels and `times` has shape {times.shape}",

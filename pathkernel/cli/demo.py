@@ -26,6 +26,7 @@ from pathkernel.analysis.velocity import kernel_distance
 from pathkernel.cli.stores import Result
 from pathkernel.kernel_machine.attributions import Attributions
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
+from pathkernel.path_kernel.node_selection import check_tolerance
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.recording.recorder import KernelRecorder
 from pathkernel.runtime.extras import require_extra
@@ -167,6 +168,7 @@ def run(seed: int = 0, output: Path | None = None, tolerance: float = 1e-3, prog
     demo = Demo()
     start = time.perf_counter()
     digits = Digits.load(seed)
+    check_tolerance(tolerance, None, len(digits.y_train))
     with demo.timed("training"):
         model, trajectory = train(digits, seed, progress)
     with torch.no_grad():

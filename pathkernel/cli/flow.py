@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pathkernel.cli.places import check_picture
 from pathkernel.cli.stores import Result
 from pathkernel.dynamics.adaptive_flows import adam_flow, adam_settings, rmsprop_flow, rmsprop_settings
 from pathkernel.dynamics.flow import Flow
@@ -114,6 +115,7 @@ def flow(arguments: argparse.Namespace) -> Result:
             "The time step is above 0, and no longer than the flow",
             "Write for example `pathkernel flow gradient --time 20 --step 0.5`",
         )
+    check_picture(arguments.output, "--output")
     require_extra("plot", "`pathkernel flow`", "matplotlib")
     from pathkernel.plotting.appearance import write_figure  # drawing takes its time to load
     from pathkernel.plotting.flow import FlowDisplay

@@ -18,6 +18,7 @@ from torch.nn.functional import softplus
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from pathkernel.cli.places import check_picture
 from pathkernel.dynamics.dirac_gan import UPDATES, eigenvalue_table
 from pathkernel.dynamics.game import GameRecorder
 from pathkernel.dynamics.local_stability import Stability, stability
@@ -29,7 +30,6 @@ Result = tuple[int, dict[str, Any], str]
 """Exit code, numbers, and text."""
 
 LATENT, BATCH = 8, 32
-PICTURES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -254,10 +254,7 @@ def game(arguments: argparse.Namespace) -> Result:
             f"`--rate {arguments.rate}` was given", "A rate is a finite number, 0 or more", "Write `--rate 0.2`"
         )
     output = arguments.output or Path(f"game-{arguments.example}.png")
-    if output.suffix not in PICTURES:
-        raise InputError(
-            f"`--output {output}` was given", f"Pictures end in {', '.join(PICTURES)}", "Write `--output game.png`"
-        )
+    check_picture(output, "--output")
     require_extra("plot", "The picture of `pathkernel game`", "matplotlib")
     numbers, text, figure = (dirac if known is None else trained)(arguments, rounds)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import numpy as np
 from pathkernel._typing import PyTree
 from pathkernel.cli.objects import opened, samples
 from pathkernel.cli.stores import Result, _npz_file
+from pathkernel.errors import check_number
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.recording.cost_table import format_plan, plan_table
@@ -19,7 +20,10 @@ from pathkernel.trajectory.trajectory import Trajectory
 def gram(arguments: argparse.Namespace) -> Result:
     """The Gram matrix of a path kernel, kept in ``--store`` while it grows."""
     trajectory = opened(arguments)
-    outputs = int(arguments.outputs) if arguments.outputs.lstrip("-").isdigit() else arguments.outputs
+    try:
+        outputs = int(arguments.outputs)
+    except (TypeError, ValueError):
+        outputs = arguments.outputs
     kernel = PathKernel(
         trajectory,
         outputs=outputs,
@@ -31,7 +35,7 @@ def gram(arguments: argparse.Namespace) -> Result:
         progress=not arguments.quiet,
     )
     everything = _everything(trajectory)
-    (X,) = samples(arguments.queries, ("X",)) if arguments.queries else (everything,)
+    (X,) = samples(arguments.queries, ("X",)) if arguments.queries is not None else (everything,)
     K = kernel(X, None if arguments.queries is None else everything, store=arguments.store)
     if arguments.output is not None:
         _npz_file(arguments.output, {"K": K})
@@ -47,6 +51,7 @@ def gram(arguments: argparse.Namespace) -> Result:
 
 def explain(arguments: argparse.Namespace) -> Result:
     """Explain outputs by the training samples that moved them; kept in ``--store`` while it grows."""
+    check_number("--top", arguments.top, positive=True, whole=True, example=5)
     trajectory = opened(arguments)
     machine = KernelMachine(trajectory, memory=arguments.memory, progress=not arguments.quiet)
     (X,) = samples(arguments.queries, ("X",))

@@ -11,8 +11,9 @@ import torch
 
 from pathkernel._typing import PyTree
 from pathkernel.cli.objects import opened
+from pathkernel.cli.places import check_picture
 from pathkernel.cli.stores import Result, _npz_file
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, check_number
 from pathkernel.gradients.pytrees import take
 from pathkernel.influence.labels import LabelQuality, label_quality
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
@@ -23,15 +24,18 @@ from pathkernel.trajectory.trajectory import Trajectory
 def labels(arguments: argparse.Namespace) -> Result:
     """List the training samples whose labels are most doubtful, and which samples pulled the other way."""
     if arguments.picture is not None:
+        check_picture(arguments.picture, "--picture")
         require_extra("plot", "`labels --picture`", "matplotlib")
+    check_number("--reasons", arguments.reasons, whole=True, example=3)
     trajectory = opened(arguments)
-    quality = label_quality(trajectory, nodes=arguments.nodes, memory=arguments.memory, progress=not arguments.quiet)
-    if not 1 <= arguments.top <= len(quality):
+    samples = len(trajectory.data)
+    if not 1 <= arguments.top <= samples:
         raise InputError(
-            f"`--top {arguments.top}` was given for {len(quality)} training samples",
-            f"It lies between 1 and {len(quality)}",
-            f"Write `--top {min(20, len(quality))}`",
+            f"`--top {arguments.top}` was given for {samples} training samples",
+            f"It lies between 1 and {samples}",
+            f"Write `--top {min(20, samples)}`",
         )
+    quality = label_quality(trajectory, nodes=arguments.nodes, memory=arguments.memory, progress=not arguments.quiet)
     ids = quality.top(arguments.top)
     against = _against(trajectory, quality, ids, arguments)
     rows = [_row(quality, int(i), pulled) for i, pulled in zip(ids, against, strict=True)]

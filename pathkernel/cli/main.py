@@ -221,6 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
     try:
         # Imported here: `pathkernel --help` should not wait for torch.
+        from pathkernel.cli.places import check_arguments
+
+        check_arguments(parsed)
         module, _, function = parsed.run_command.partition(":")
         code, numbers, text = getattr(importlib.import_module(module), function)(parsed)
         print(_printable(text))

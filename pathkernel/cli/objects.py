@@ -10,6 +10,7 @@ import argparse
 import importlib
 import importlib.util
 import sys
+import traceback
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 
 from pathkernel.errors import InputError, StoreError, quoted
 from pathkernel.gradients.forward_state import generators_untouched
+from pathkernel.gradients.sample_wise import check_is_module
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.storage.disk import DiskStore
 from pathkernel.storage.header import Header
@@ -47,18 +49,51 @@ def imported(place: str, flag: str, example: str) -> Any:
     InputError
         Where there is none.
     """
-    module_name, _, name = place.rpartition(":")
-    try:
-        found: Any = _module(module_name)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, OSError, ValueError) as error:
+    found = result_or_error(lambda: _object_at(place), (Exception,))
+    if isinstance(found, Exception):
         raise InputError(
-            f"`{flag}` {place!r} was given ({error})",
+            f"`{flag}` {place!r} was given ({_said(found)})",
             "It is the place of a Python object: a module or a file, a colon, a name",
             f"Write for example `{flag} train.py:{example}`",
-        ) from error
+        ) from found
     return found
+
+
+def _object_at(place: str) -> Any:
+    module_name, _, name = place.rpartition(":")
+    found: Any = _module(module_name)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def made_by(made: Any, place: str, flag: str) -> Any:
+    """What a function of the user's makes, called without arguments.
+
+    Raises
+    ------
+    InputError
+        Where it cannot be called so, with what it says.
+    """
+    none = TypeError(f"a {type(made).__name__} is no function")
+    found = result_or_error(made, (Exception,)) if callable(made) else none
+    if isinstance(found, Exception):
+        raise InputError(
+            f"`{flag}` {place!r} was called without arguments, and fails ({_said(found)})",
+            "It is the object itself, or a function that makes it and needs no arguments",
+            "Name a function without arguments, as `def make_model(): return Network(64, 10)`",
+        ) from found
+    return found
+
+
+def _said(error: Exception) -> str:
+    """What an error in a user's own code says, and where it was raised."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    package = Path(__file__).parent.parent
+    outside = frames and not Path(frames[-1].filename).is_relative_to(package)
+    where = f", {frames[-1].filename}, line {frames[-1].lineno}" if outside else ""
+    known = isinstance(error, (ImportError, AttributeError, OSError, ValueError))
+    return f"{'' if known else f'{type(error).__name__}: '}{error}{where}"
 
 
 def _module(name: str) -> Any:
@@ -100,9 +135,10 @@ def opened(arguments: argparse.Namespace) -> Trajectory:
     header = store.header
     assert header is not None
     made = imported(arguments.model, "--model", "make_model")
-    model = made if isinstance(made, nn.Module) else made()
+    model = made if isinstance(made, nn.Module) else made_by(made, arguments.model, "--model")
+    check_is_module(model)
     data = imported(arguments.data, "--data", "data") if ":" in arguments.data else samples(arguments.data, ("X", "y"))
-    data = data() if callable(data) and not hasattr(data, "__len__") else data
+    data = made_by(data, arguments.data, "--data") if callable(data) and not hasattr(data, "__len__") else data
     loss = known_loss(header.fingerprints["loss"]) if arguments.loss is None else _loss(arguments.loss)
     rule, optimizer, regularizers = _rule(arguments), _optimizer(arguments), _regularizers(arguments)
     if regularizers is None and header.regularizers:
@@ -157,7 +193,8 @@ def _rule(arguments: argparse.Namespace) -> UpdateRule | None:
     if arguments.rule is None:
         return None
     found = imported(arguments.rule, "--rule", "YourRule")
-    rule = found() if isinstance(found, type) and issubclass(found, UpdateRule) else found
+    is_class = isinstance(found, type) and issubclass(found, UpdateRule)
+    rule = made_by(found, arguments.rule, "--rule") if is_class else found
     if not isinstance(rule, UpdateRule):
         raise InputError(
             f"`--rule` {arguments.rule!r} is a {type(rule).__name__}",

@@ -104,7 +104,14 @@ def export(arguments: argparse.Namespace) -> Result:
 def _points(store: DiskStore, arguments: argparse.Namespace) -> list[int]:
     """Points of the path: all, or those asked for; negative ones count from the end."""
     length = len(store)
-    asked = range(length + 1) if arguments.steps is None else [int(s) for s in arguments.steps.split(",")]
+    try:
+        asked = range(length + 1) if arguments.steps is None else [int(s) for s in arguments.steps.split(",")]
+    except ValueError:
+        raise InputError(
+            f"`--steps {arguments.steps}` was given",
+            "Points of the path are whole numbers with commas between them",
+            "Write for example `--steps 0,-1` for the untrained and the trained network",
+        ) from None
     points = [s + length + 1 if s < 0 else s for s in asked]
     outside = [s for s in points if not 0 <= s <= length]
     if outside:

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
-from pathkernel.errors import UnsupportedModelError
+from pathkernel.errors import UnsupportedModelError, check_instance
 from pathkernel.gradients.forward_derivatives import REFUSALS
 from pathkernel.gradients.forward_state import generator_states, generators_untouched
 from pathkernel.gradients.model_function import ModelFunction
@@ -29,14 +29,35 @@ NUMBERS = 2**18
 """Most numbers in the inputs of these."""
 
 
+def check_is_module(model: nn.Module) -> None:
+    """Refuse what is no network: a file of weights, a dictionary of them, a class, a function.
+
+    Raises
+    ------
+    InputError
+        With what it is.
+    """
+    check_instance(
+        "model",
+        model,
+        nn.Module,
+        "A network is an instance of `torch.nn.Module` that holds its weights",
+        "Make the network, fill it by `model.load_state_dict(torch.load(path))` where its weights are in a file, and "
+        "pass `model`",
+    )
+
+
 def check_module(module: nn.Module) -> None:
     """Refuse what has no tangent kernel whatever its inputs are.
 
     Raises
     ------
+    InputError
+        For what is no network.
     UnsupportedModelError
         Naming the parameter or the layer.
     """
+    check_is_module(module)
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if isinstance(value, (UninitializedParameter, UninitializedBuffer)):
             raise UnsupportedModelError(

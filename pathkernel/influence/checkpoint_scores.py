@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import hessian, vmap
+from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, Parameters, PyTree
-from pathkernel.errors import InputError, PathKernelError, is_number
+from pathkernel.errors import InputError, PathKernelError, is_number, is_positive
 from pathkernel.gradients.losses import batch_products, weighted_gradient
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import OutputFunctional, random_directions, sample_gradients, slopes_of
@@ -21,6 +22,9 @@ from pathkernel.influence.datamodels import datamodel
 from pathkernel.influence.linear_systems import conjugate_gradients
 from pathkernel.tangent_kernel.filters import ParameterFilter
 from pathkernel.tangent_kernel.tangent_kernel import TangentKernel
+
+Samples = tuple[PyTree, PyTree]
+"""Inputs and targets."""
 
 BLOCK = 1024
 """Samples that go through the network at once."""
@@ -79,7 +83,8 @@ def tracin_scores(
             "Leave it out for the inner products themselves",
         )
     kernel = TangentKernel(model, parameters, outputs="loss", loss=loss, memory=memory)
-    return learning_rate * kernel(queries, samples)
+    _checked(kernel, samples, queries)
+    return float(learning_rate) * kernel(queries, samples)
 
 
 def trak_scores(
@@ -187,14 +192,14 @@ def influence_function_scores(
     Koh and Liang 2017 (1703.04730), equation 2; Martens 2020 (1412.1193), section 8, for the generalised Gauss–Newton
     matrix.
     """
-    if damping is not None and not (is_number(damping) and damping > 0):
+    if damping is not None and not is_positive(damping):
         raise InputError(
             f"`damping={damping!r}` was given",
             "It is a number above 0, in the units of the loss's curvature",
             "Leave it out for a tenth of the mean eigenvalue",
         )
     kernel = TangentKernel(model, parameters, outputs="loss", loss=loss)
-    (x, y), (x_query, y_query) = kernel._samples(samples), kernel._samples(queries)
+    (x, y), (x_query, y_query) = _checked(kernel, samples, queries)
     function, theta, of_loss = kernel.function, kernel.theta, kernel.selection.function
     matrix = GaussNewton(function, theta, x, y, of_loss)
     rows = sample_gradients(function, theta, x_query, of_loss, y_query, scalar=True)
@@ -206,6 +211,11 @@ def influence_function_scores(
         for piece in blocks(count(x), BLOCK)
     ]
     return torch.cat(scores, dim=1).div(count(x)).cpu().numpy()
+
+
+def _checked(kernel: TangentKernel, samples: PyTree, queries: PyTree) -> tuple[Samples, Samples]:
+    """Training samples and queries as tensors, one or more of each, with targets that the loss takes."""
+    return kernel._some_samples(samples), kernel._some_samples(queries)
 
 
 class GaussNewton:
@@ -232,7 +242,7 @@ class GaussNewton:
         self, function: ModelFunction, theta: Tensor, inputs: PyTree, targets: PyTree, of_loss: OutputFunctional
     ) -> None:
         self.function, self.theta, self.inputs = function, theta, inputs
-        outputs, context = function.outputs(theta, inputs), function.cast(targets)
+        outputs, context = function.outputs(theta, inputs), _wide(function.cast(targets))
         self.slopes = slopes_of(of_loss, outputs, context)[:, 0].double()
         self.curvatures = vmap(hessian(lambda z, own: of_loss(z, own).reshape(())))(outputs, context).double()
 
@@ -251,6 +261,12 @@ class GaussNewton:
         """Estimate of tr G / P from random directions."""
         v = random_directions(len(self.theta), PROBES).to(self.slopes.device)
         return float(((self @ v) * v).sum() / v.square().sum())
+
+
+def _wide(targets: PyTree) -> PyTree:
+    """Class labels in the integer type that derivatives of losses take."""
+    narrow = (torch.uint8, torch.int8, torch.int16, torch.int32)
+    return pytree.tree_map(lambda leaf: leaf.long() if leaf.dtype in narrow else leaf, targets)
 
 
 def _solved(matrix: GaussNewton, damping: float, gradients: Tensor) -> Tensor:

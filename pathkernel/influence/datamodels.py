@@ -20,7 +20,8 @@ import numpy as np
 import scipy.linalg
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, PathKernelError
+from pathkernel.analysis.gram_matrix import as_kernel_matrix
+from pathkernel.errors import InputError, PathKernelError, check_choice, check_number, is_positive
 from pathkernel.gradients.pytrees import memory_bytes
 from pathkernel.influence.linear_systems import conjugate_gradients
 from pathkernel.influence.residuals import Explained, Kernel, explained
@@ -242,11 +243,12 @@ def datamodel(
     (1810.10082) for ridge regression and the time of training; Golub, Heath and Wahba 1979 for generalised
     cross-validation.
     """
-    _check(regularization, solver)
+    _check(regularization, solver, dim)
+    budget = memory_bytes(memory)
     of = explained(kernel, X, y, X_query, outputs)
     n, q = of.residuals.shape[0], len(of.output)
     if solver == "auto":
-        solver = "gram" if 24 * n * n <= memory_bytes(memory) else "conjugate_gradients"
+        solver = "gram" if 24 * n * n <= budget else "conjugate_gradients"
     weights, chosen = _SOLVE[solver](kernel, of, regularization, dim)
     assert weights.shape == (q, n)
     return Datamodel(weights * of.of_query, of.output, of.residuals, chosen.value, chosen.by_rule, chosen.rule, solver)
@@ -260,22 +262,17 @@ def _ids(group: Any) -> np.ndarray:
         return np.array(group, dtype=object)
 
 
-def _check(regularization: str | float, solver: str) -> None:
+def _check(regularization: str | float, solver: str, dim: int) -> None:
     """Refuse other rules, numbers and solvers, before anything is computed."""
-    number = isinstance(regularization, (int, float)) and not isinstance(regularization, bool)
-    fits = 0 < float(regularization) < float("inf") if number else regularization in ("auto", *RULES)
-    if not fits:
+    named = isinstance(regularization, str) and regularization in ("auto", *RULES)
+    if not named and not is_positive(regularization):
         raise InputError(
             f"`regularization={regularization!r}` was given",
             f"It is 'auto', one of {', '.join(map(repr, RULES))}, or a number above 0",
             'Write `regularization="auto"`',
         )
-    if solver not in ("auto", *SOLVERS):
-        raise InputError(
-            f"`solver={solver!r}` was given",
-            f"Solvers are 'auto', {', '.join(map(repr, SOLVERS))}",
-            'Write `solver="auto"`',
-        )
+    check_choice("solver", solver, ("auto", *SOLVERS), "Solvers")
+    check_number("dim", dim, positive=True, whole=True, example=4096)
 
 
 @dataclass(frozen=True)
@@ -293,7 +290,8 @@ Found = tuple[np.ndarray, Regularization]
 
 def _by_gram(kernel: Kernel, of: Explained, asked: str | float, _: int) -> Found:
     """Solve by a Cholesky factorisation; eigenvalues for generalised cross-validation."""
-    K, K_query = kernel(of.samples), kernel(of.queries, of.samples)
+    K = as_kernel_matrix(kernel(of.samples), "kernel(X)")
+    K_query = as_kernel_matrix(kernel(of.queries, of.samples), "kernel(X_query, X)")
     mean = float(K.diagonal().mean())
     values, vectors = scipy.linalg.eigh(K)
     cross_validated = _cross_validated(mean, values, vectors.T @ of.residuals, 0.0)
@@ -308,6 +306,7 @@ def _by_gram(kernel: Kernel, of: Explained, asked: str | float, _: int) -> Found
 def _by_features(kernel: Kernel, of: Explained, asked: str | float, dim: int) -> Found:
     r"""Solve by features: :math:`\phi_q (\phi^\top H \phi + \lambda I)^{-1} \phi^\top`, the push-through identity."""
     phi, phi_query = (np.asarray(kernel.features(samples, dim)) for samples in (of.samples, of.queries))
+    phi, phi_query = as_kernel_matrix(phi, "features(X)"), as_kernel_matrix(phi_query, "features(X_query)")
     left, singular, _ = scipy.linalg.svd(phi, full_matrices=False)
     mean, projected = float((phi**2).sum() / len(phi)), left.T @ of.residuals
     rest = float((of.residuals**2).sum() - (projected**2).sum())

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, is_whole
+from pathkernel.errors import InputError, check_choice, check_number, is_whole
 from pathkernel.gradients.per_sample import OutputFunctional, values_of
 from pathkernel.gradients.pytrees import count, memory_bytes, take
 from pathkernel.gradients.sample_wise import check_sample_wise
@@ -36,6 +36,7 @@ from pathkernel.tangent_kernel.engines.auto import AutomaticEngine, make_engine
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.outputs import MarginOfOutputs, OutputStructure, select_outputs
+from pathkernel.trajectory.required import required_path
 from pathkernel.trajectory.schedule import PRECONDITIONED
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.trajectory.until import steps_taken
@@ -244,19 +245,9 @@ def label_quality(
     >>> int(pk.label_quality(recorder.trajectory).top(1)[0])
     3
     """
-    if self_shares not in ("nodes", "every step"):
-        raise InputError(
-            f"`self_shares={self_shares!r}` was given",
-            'They are estimated at the "nodes", or exact sums over "every step"',
-            'Write `self_shares="nodes"`',
-        )
-    if not (isinstance(nodes, int) and not isinstance(nodes, bool) and nodes >= 1):
-        raise InputError(
-            f"`nodes={nodes!r}` was given",
-            "It is the number of points of the path at which samples are looked at",
-            f"Write `nodes={NODES}`",
-        )
-    trajectory.require_steps("PathKernel")
+    check_choice("self_shares", self_shares, ("nodes", "every step"), "Ways to take self-shares")
+    check_number("nodes", nodes, positive=True, whole=True, example=NODES)
+    required_path(trajectory, "PathKernel")
     found = _Measurement(trajectory, nodes, memory_bytes(memory), progress).result()
     if self_shares == "every step":
         found["self_share"] = KernelMachine(trajectory, memory=memory, progress=progress).self_shares()

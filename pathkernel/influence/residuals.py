@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError
+from pathkernel.errors import InputError, check_instance
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import slopes_of, values_of
+from pathkernel.gradients.pytrees import count
 from pathkernel.kernel_machine.classification import is_classifier
 from pathkernel.path_kernel.features import samples_of_path
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.tangent_kernel.outputs import OneOutput, OutputSelection, select_outputs
-from pathkernel.tangent_kernel.tangent_kernel import TangentKernel, learn_structure, split_samples
+from pathkernel.tangent_kernel.tangent_kernel import TangentKernel, no_samples
 from pathkernel.trajectory.trajectory import Trajectory
 
 Kernel = PathKernel | TangentKernel
@@ -63,6 +64,13 @@ def explained(kernel: Kernel, X: PyTree, y: PyTree, X_query: PyTree, outputs: An
     InputError
         For kernels of other functions than outputs and margins.
     """
+    check_instance(
+        "kernel",
+        kernel,
+        (PathKernel, TangentKernel),
+        "Residuals are known along a path, and at one θ: those of sums of kernels and of matrices are not",
+        'Write `PathKernel(trajectory, outputs="margin", measure="uniform", steps=20)`',
+    )
     of_margins = kernel.selection.name == "margin"
     if of_margins:
         if outputs is not None:
@@ -114,7 +122,10 @@ def _outputs(kernel: PathKernel, X: PyTree, y: PyTree, X_query: PyTree, outputs:
         slopes = slopes_of(selection.function, function.outputs(theta, inputs), function.cast(targets))
         R = R - weight * slopes[:, 0].double().cpu()
     function, theta = _end(kernel)
-    z = function.outputs(theta, kernel.trajectory.queries(X_query, "datamodel")).double().cpu()
+    queries = kernel.trajectory.queries(X_query, "datamodel")
+    if not count(queries):
+        raise no_samples("datamodel")
+    z = function.outputs(theta, queries).double().cpu()
     chosen = _chosen(kernel, z, outputs)
     residuals = R.numpy()
     return Explained(X, X_query, residuals, residuals[:, chosen.numpy()].T, z[torch.arange(len(z)), chosen].numpy())
@@ -150,12 +161,12 @@ def _chosen(kernel: PathKernel, z: Tensor, outputs: Any) -> Tensor:
 
 def _with_targets(kernel: Kernel, selection: OutputSelection, samples: Any) -> tuple[PyTree, PyTree]:
     """Inputs and targets as tensors, checked as the kernel does."""
-    dtype = kernel.function.dtype
-    if isinstance(kernel, PathKernel):
-        return samples_of_path(kernel.trajectory, samples, selection, dtype, "datamodel")
-    inputs, targets = split_samples(samples, selection, dtype, "datamodel")
-    learn_structure(selection, kernel.function, kernel.theta, inputs, targets)
-    return inputs, targets
+    if isinstance(kernel, TangentKernel):
+        return kernel._some_samples(samples)
+    found = samples_of_path(kernel.trajectory, samples, selection, kernel.function.dtype, "datamodel")
+    if not count(found[0]):
+        raise no_samples("datamodel")
+    return found
 
 
 def _points(kernel: Kernel) -> Iterator[tuple[ModelFunction, Tensor, float]]:

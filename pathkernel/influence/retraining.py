@@ -17,6 +17,7 @@ from pathkernel.gradients.forward_state import generators_untouched
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.storage.fingerprints import digest
 from pathkernel.storage.question import identity_of
+from pathkernel.trajectory.required import check_is_trajectory
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.trajectory.weighted_replay import Retraining
 from pathkernel.trajectory.weighted_retraining import as_weights, prepared, retrained
@@ -92,6 +93,7 @@ def retrain(
             "It is a number of processes, or -1 for as many as there are cores",
             "Write `jobs=1`",
         )
+    check_is_trajectory(trajectory)
     rows = as_weights(weights, len(trajectory.data))
     with trajectory.lock:
         run = prepared(trajectory, optimizer)  # refuses what cannot be trained again, before anything is written

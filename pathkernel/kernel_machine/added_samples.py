@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import CertificateWarning, InputError, is_number
+from pathkernel.errors import CertificateWarning, InputError, check_number
+from pathkernel.gradients.acceptance import named_rows, not_finite
 from pathkernel.gradients.losses import batch_products
 from pathkernel.gradients.model_function import ModelFunction
-from pathkernel.gradients.pytrees import as_tensors, count
+from pathkernel.gradients.pytrees import as_tensors, check_rows, count
+from pathkernel.gradients.targets import check_as_in_training
 from pathkernel.kernel_machine.classification import predictions
 from pathkernel.kernel_machine.linear_steps import LinearStep, linear_steps, pull_back
 from pathkernel.kernel_machine.queries import Queries
@@ -302,18 +304,9 @@ def add_samples(
     Lee et al. 2019, "Wide neural networks of any depth evolve as linear models" (1902.06720), for the expansion.
     """
     trajectory = machine.trajectory
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InputError(
-            f"`steps={steps!r}` was given",
-            "New samples are taken in by one optimizer step or more",
-            "Write `steps=1`",
-        )
-    if learning_rate is not None and not (is_number(learning_rate) and learning_rate >= 0):
-        raise InputError(
-            f"`learning_rate={learning_rate!r}` was given",
-            "A learning rate is a number from 0 upwards",
-            "Leave it out for that of the last recorded step",
-        )
+    check_number("steps", steps, positive=True, whole=True)
+    if learning_rate is not None:
+        check_number("learning_rate", learning_rate, example=0.1)
     if machine.average is not None:
         raise InputError(
             f"Samples were to be added to the average {machine.average!r}",
@@ -322,6 +315,10 @@ def add_samples(
         )
     trajectory.objective.function("`add_samples`")
     inputs, targets = machine._selection._samples(X, machine.function), as_tensors(y, trajectory.data.dtype)
+    check_rows((inputs, targets), "add_samples")
+    if len(rows := not_finite(targets)):
+        raise named_rows("add_samples", list(rows), "targets")
+    check_as_in_training(targets, trajectory.data.example[1], "add_samples")
     function = machine.function.with_(constants=trajectory.final_buffers)
     with machine.lock:
         taken, memory, error = linear_steps(trajectory, function, inputs, targets, steps, learning_rate)

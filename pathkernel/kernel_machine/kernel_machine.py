@@ -40,6 +40,7 @@ from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
 from pathkernel.runtime.workspace import FreedMemory
 from pathkernel.trajectory.batch_gradients import RecordedGradients
+from pathkernel.trajectory.required import required_path
 from pathkernel.trajectory.split_certificate import EngineReplaced
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -155,9 +156,7 @@ class KernelMachine:
         weights: str | None = None,
         keep: bool = False,
     ) -> None:
-        if at is not None:
-            trajectory = trajectory.until(at)
-        trajectory.require_steps("KernelMachine")
+        trajectory = required_path(trajectory, "KernelMachine", at)
         average = weights if average is None else average
         self.trajectory = trajectory
         self.quadrature = as_quadrature(quadrature)

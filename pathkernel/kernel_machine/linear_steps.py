@@ -16,6 +16,7 @@ from pathkernel.gradients.losses import batch_gradient, batch_products, loss_slo
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 from pathkernel.gradients.pytrees import count
+from pathkernel.gradients.targets import check_targets
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.trajectory.final_state import replay_at_end
 from pathkernel.trajectory.step import Step
@@ -63,6 +64,8 @@ def linear_steps(
             "New samples are added to networks that return one tensor with a row for each sample",
             "Give the recorder `returns=` with the key or index of the outputs that the loss takes",
         )
+    loss = objective.function("`add_samples`")
+    check_targets(lambda: loss(outputs, function.cast(targets)), loss, tuple(outputs.shape[1:]), targets)
     replay = replay_at_end(trajectory)
     last = trajectory.store.summary(len(trajectory) - 1).record
     _warn_of_modes(function.with_(state=replace(last.batches[-1].state, buffers=None)), theta, inputs, outputs)

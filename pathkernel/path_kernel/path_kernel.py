@@ -36,6 +36,7 @@ from pathkernel.tangent_kernel.output_probes import OutputProbes
 from pathkernel.tangent_kernel.outputs import OneOutput, OutputSelection, select_outputs
 from pathkernel.tangent_kernel.precision import asked_precision
 from pathkernel.tangent_kernel.tangent_kernel import no_samples
+from pathkernel.trajectory.required import required_path
 from pathkernel.trajectory.schedule import PRECONDITIONED
 from pathkernel.trajectory.trajectory import Trajectory
 
@@ -129,7 +130,7 @@ class PathKernel(Kernel):
         progress: bool = False,
         leak: str = "warn",
     ) -> None:
-        trajectory.require_steps("PathKernel" if preconditioner is None else PRECONDITIONED)
+        required_path(trajectory, "PathKernel" if preconditioner is None else PRECONDITIONED)
         floating, tensor_floats = asked_precision(dtype, trajectory.device)
         self._make(
             {

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pathkernel.errors import RecordingError, UnsupportedModelError, UnsupportedOptimizerError
-from pathkernel.gradients.sample_wise import check_module
+from pathkernel.gradients.sample_wise import check_is_module, check_module
 from pathkernel.recording.optimizers import JointOptimizer, described
 from pathkernel.update_rules.rule import UpdateRule
 
@@ -46,7 +46,14 @@ def refuse_several_processes(model: nn.Module) -> None:
 
 
 def inside_fabric(model: nn.Module) -> nn.Module:
-    """The module inside Fabric's wrapper, which switches mixed precision on and casts what it returns."""
+    """The module inside Fabric's wrapper, which switches mixed precision on and casts what it returns.
+
+    Raises
+    ------
+    InputError
+        For what is no module.
+    """
+    check_is_module(model)
     inside = getattr(model, "_forward_module", None)
     set_up = isinstance(inside, nn.Module) and isinstance(getattr(model, "_original_module", None), nn.Module)
     return inside if set_up else model  # type: ignore[return-value]

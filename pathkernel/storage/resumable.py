@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pathkernel.errors import SENSELESS, StoreError, quoted
+from pathkernel.errors import SENSELESS, StoreError, check_instance, quoted
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.storage.format import MAX_CHUNK_BYTES, ChunkedArray, Group, Lock, damaged
 from pathkernel.storage.question import Identity, differences
@@ -46,6 +46,19 @@ def opened(path: str | os.PathLike[str], kind: str, identity: Identity) -> Itera
     StoreError
         Where another computation is kept there, saying what differs; or another process is at work on it.
     """
+    check_instance(
+        "store",
+        path,
+        (str, os.PathLike),
+        "It is the path of a folder, which may not be there yet",
+        'Write `store="runs/results"`',
+    )
+    if Path(path).exists() and not Path(path).is_dir():
+        raise StoreError(
+            f"`{path}` is a file",
+            f"A computation ({kind}) is kept in a folder of its own",
+            "Give a path that does not exist yet",
+        )
     folder, mine = Path(path), {"format": FORMAT, "version": VERSION, "kind": kind, "identity": dict(identity)}
     new = not (folder / "zarr.json").exists()
     if new and folder.exists() and not all(place.name.endswith(".partial") for place in folder.iterdir()):

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import nn
 
 from pathkernel._typing import Parameters
-from pathkernel.errors import InputError, ModelMismatchError
+from pathkernel.errors import InputError, ModelMismatchError, quoted
 from pathkernel.gradients.parameters import named_trainable
 
 ParameterFilter: TypeAlias = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
@@ -59,7 +59,13 @@ def _filtered(model: nn.Module, parameters: ParameterFilter | None) -> Parameter
                 f"Return True for some, such as {next(iter(trainable))!r}",
             )
         return chosen
-    patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+    patterns = [parameters] if isinstance(parameters, str) else parameters
+    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(one, str) for one in patterns):
+        raise InputError(
+            f"`parameters={quoted(parameters)}` was given",
+            "It is a name or a glob, a list of them, a function of name and parameter, or values by name",
+            'Write for example `parameters="*.weight"`, or leave it out for all trainable ones',
+        )
     matched = {pattern: [name for name in trainable if fnmatchcase(name, pattern)] for pattern in patterns}
     empty = [pattern for pattern, names in matched.items() if not names]
     if empty or not patterns:

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, Literal, TypeGuard
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Loss, PyTree
 from pathkernel.errors import InputError
 from pathkernel.gradients.losses import batch_loss, check_loss
+from pathkernel.gradients.per_sample import values_of
 from pathkernel.gradients.returned import map_outputs, output_leaves
+from pathkernel.gradients.targets import check_targets, described
 
 
 def _is_floating(leaf: Any) -> TypeGuard[Tensor]:
@@ -34,6 +37,12 @@ class OutputStructure:
     def learn(self, returned: PyTree) -> None:
         """Learn the form from what the network returned for a batch of one sample."""
         self.returned = map_outputs(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, returned)
+
+    @property
+    def learnt(self) -> Tensor | None:
+        """Outputs (C,) of the sample from which the form was learnt; None where it is not known, or has none."""
+        rows = [leaf.reshape(-1) for leaf in output_leaves(self.returned) if _is_floating(leaf)]
+        return torch.cat(rows) if rows else None
 
     def restore(self, outputs: Tensor) -> PyTree:
         """Outputs (C,) of one sample in the form in which the network returns them for a batch of one."""
@@ -172,6 +181,21 @@ class LossOfOutputs:
         targets = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), target)
         return batch_loss(self.loss, self.structure.restore(z), targets, None, self.reduction)
 
+    def check(self, targets: PyTree) -> None:
+        """Refuse targets that the loss fails on, at the outputs from which the structure was learnt.
+
+        Raises
+        ------
+        InputError
+            With what they are, and what the loss says.
+        """
+        z = self.structure.learnt
+        if z is not None:
+            every = z.expand(len(pytree.tree_leaves(targets)[0]), -1)
+            leaves = [leaf for leaf in output_leaves(self.structure.returned) if _is_floating(leaf)]
+            one = tuple(leaves[0].shape[1:]) if len(leaves) == 1 else tuple(z.shape)
+            check_targets(lambda: values_of(self, every, targets), self.loss, one, targets)
+
 
 @dataclass(frozen=True)
 class MarginOfOutputs:
@@ -230,19 +254,10 @@ class MarginOfOutputs:
         fits = fits and len(leaves) == 1
         if not fits:
             raise InputError(
-                f"The margin of a label was asked with targets {_described(leaves)}",
+                f"The margin of a label was asked with targets {described(leaves)}",
                 f"{expected}; numbers that a network regresses on have no margin",
                 'Pass samples as pairs `(X, labels)`; for other targets write `outputs="loss"`',
             )
-
-
-def _described(leaves: list[Tensor]) -> str:
-    """Types, shapes and ranges of targets."""
-    return " and ".join(
-        f"of type {str(leaf.dtype).removeprefix('torch.')} and shape {tuple(leaf.shape)}"
-        + (f" from {leaf.min().item():g} to {leaf.max().item():g}" if leaf.numel() else "")
-        for leaf in leaves
-    )
 
 
 COMBINED: dict[str, Literal["sum", "mean", "full"]] = {"trace": "sum", "mean": "mean", "full": "full"}

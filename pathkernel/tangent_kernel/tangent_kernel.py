@@ -29,7 +29,7 @@ from pathkernel.tangent_kernel.engines.products import error_of_engine
 from pathkernel.tangent_kernel.engines.projection import Projection, ProjectionEngine
 from pathkernel.tangent_kernel.filters import ParameterFilter, chosen_parameters
 from pathkernel.tangent_kernel.operators import KernelOperator, Point, Term
-from pathkernel.tangent_kernel.outputs import MarginOfOutputs, OneOutput, OutputSelection, select_outputs
+from pathkernel.tangent_kernel.outputs import LossOfOutputs, MarginOfOutputs, OneOutput, OutputSelection, select_outputs
 from pathkernel.tangent_kernel.precision import asked_precision
 
 
@@ -55,13 +55,13 @@ def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype, ask
 def learn_structure(
     selection: OutputSelection, function: ModelFunction, theta: Tensor, inputs: PyTree, targets: PyTree
 ) -> None:
-    """Tell a loss or a margin in what form the network returns its outputs, from one sample; labels are checked."""
+    """Tell a loss or a margin in what form the network returns its outputs, from one sample; targets are checked."""
     if selection.structure is not None and selection.structure.returned is None and count(inputs):
         with function.evaluating(gradients=False):
             one = function.cast(take(inputs, slice(0, 1)))
             selection.structure.learn(function.call(function.parameters(theta), one))
-    if isinstance(selection.function, MarginOfOutputs) and count(inputs):
-        selection.function.check(targets)
+    if isinstance(selection.function, (LossOfOutputs, MarginOfOutputs)) and count(inputs):
+        selection.function.check(function.cast(targets))
 
 
 def no_samples(asker: str) -> InputError:

@@ -222,6 +222,12 @@ class Samples:
         if isinstance(example, dict) and isinstance(X, Mapping):
             X = _in_order(X, example, asker)
             example, places = {key: example[key] for key in X}, {key: places[key] for key in X}
+        elif isinstance(X, Mapping) and isinstance(example, Tensor):
+            raise InputError(
+                f"`{asker}` was given samples with the keys {', '.join(map(repr, X))}",
+                "In training a sample was one array",
+                "Pass the array that the network takes",
+            )
         elif self.announced and isinstance(example, tuple):  # labels and the like, behind the others, may be left out
             given = len(X) if isinstance(X, tuple) else 1
             example, places = example[:given], places[:given]

@@ -205,6 +205,12 @@ def prepared(trajectory: Trajectory, optimizer: type[Optimizer] | None = None) -
     TrajectoryError, InputError
         See `retrain`.
     """
+    if optimizer is not None and not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
+        raise InputError(
+            f"`optimizer` is a {type(optimizer).__name__}",
+            "It is the class of the optimizer that took the steps; its settings are on record",
+            "Leave it out for those of torch, or write `optimizer=YourOptimizer`, without making one",
+        )
     known = vars(trajectory).get("_retraining")
     if known is not None and known[:2] == (len(trajectory), optimizer):
         return known[2]

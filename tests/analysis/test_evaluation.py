@@ -169,7 +169,8 @@ def test_captums_signature_where_it_is_installed() -> None:
 
 # -- refusals -------------------------------------------------------------------------------------------------------
 
-REFUSED = {
+RNG, FLIPS = np.random.default_rng(0), [[0, 2], [1, 1]]
+REFUSED: dict[str, Any] = {
     "a part": (lambda: analysis.random_subsets(5, 1.0, 2, np.random.default_rng()), "`removed=1.0`"),
     "shapes": (lambda: analysis.linear_datamodeling_score(np.ones((2, 3)), np.ones((4, 3)), np.ones((4, 3))), "shapes"),
     "few": (lambda: analysis.linear_datamodeling_score(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 2))), "2 subsets"),
@@ -184,6 +185,28 @@ REFUSED = {
     "other sizes": (lambda: interfaces.dattri_lds([[1.0, 2.0]], [[1, 1], [1, 0]], [[1.0], [2.0]]), "2 sizes"),
     "no queries": (lambda: interfaces.InfluenceInterface(lambda x: x).influence(), "without inputs"),
     "self": (lambda: interfaces.InfluenceInterface(lambda x: x).self_influence(), "self_scores"),
+    "a part that is text": (lambda: analysis.random_subsets(5, "half", 2, RNG), "`removed='half'`"),
+    "no samples": (lambda: analysis.random_subsets(0, 0.5, 2, RNG), "`samples=0`"),
+    "one sample": (lambda: analysis.random_subsets(1, 0.5, 2, RNG), "Subsets of one sample"),
+    "half a subset": (lambda: analysis.random_subsets(5, 0.5, 1.5, RNG), "`count=1.5`"),
+    "a seed": (lambda: analysis.random_subsets(5, 0.5, 2, 0), r"`generator` is a int.*default_rng"),
+    "other columns": (lambda: correlation(np.ones((3, 2)), np.ones((3, 1))), r"shape \(3, 2\), and `true` \(3, 1\)"),
+    "a correlation of nan": (lambda: correlation([[np.nan], [1.0]], [[0.0], [1.0]]), "`predicted` holds NaN"),
+    "ids in rows": (lambda: analysis.leave_one_out_correlation(np.ones((1, 3)), [[0, 1, 2]], np.ones((3, 1))), "ids"),
+    "labels with nan": (lambda: analysis.brittleness([np.nan, 1.0], FLIPS, [1, 2]), "`labels` is of type float64"),
+    "labels that are scores": (lambda: analysis.brittleness([0.3, 0.9], FLIPS, [1, 2]), "may be no class"),
+    "names and numbers": (lambda: analysis.brittleness(["a", "b"], FLIPS, [1, 2]), "both are names"),
+    "sizes below 0": (lambda: analysis.brittleness([0, 1], FLIPS, [-1, 2]), "whole numbers from 0 upwards"),
+    "sizes with nan": (lambda: analysis.brittleness([0, 1], FLIPS, [np.nan, 2]), "whole numbers from 0 upwards"),
+    "dattri of others": (lambda: interfaces.dattri_lds(np.ones((2, 3)), np.ones((2, 4)), np.ones((2, 2))), "shapes"),
+    "dattri of no ids": (lambda: interfaces.dattri_loo_corr(np.ones((1, 3)), [3], np.ones((1, 1))), "from 0 to 2"),
+    "dattri of marks": (lambda: interfaces.dattri_mislabel([0.1, 0.2], [0, 3]), "true and false"),
+    "captum of an array": (lambda: interfaces.InfluenceInterface(np.ones((1, 2))), "`scores` is a ndarray"),
+    "captum of no batch": (lambda: interfaces.InfluenceInterface(lambda x: x).influence(3), "holds no batches"),
+    "captum of no samples": (
+        lambda: interfaces.InfluenceInterface(lambda x: x).influence((np.ones((1, 2)),), k=-1),
+        "`k=-1` was given for 2",
+    ),
 }
 
 
@@ -192,6 +215,15 @@ def test_refusals(name: str) -> None:
     call, message = REFUSED[name]
     with pytest.raises(InputError, match=message):
         call()
+
+
+@pytest.mark.parametrize("scale", [1e-310, 1e-200, 1e200], ids=str)
+def test_the_size_of_scores_says_nothing(scale: float) -> None:
+    """Squares of small scores are 0, and those of large ones infinite."""
+    generator = np.random.default_rng(0)
+    predicted, true = generator.normal(size=(6, 2)), generator.normal(size=(6, 2))
+    found = correlation(scale * predicted, true, "pearson")
+    np.testing.assert_allclose(found, correlation(predicted, true, "pearson"), rtol=1e-11)
 
 
 def test_equal_scores_predict_nothing_to_rounding() -> None:

@@ -58,8 +58,28 @@ def test_losses_are_kernel_machines_as_the_learning_rate_falls() -> None:
         (([np.eye(2)], [0.1, 0.2]), r"`decreases` is \[0.1 0.2\] for 1 kernels"),
         (([np.eye(2)], [-0.1]), "0 or more"),
         (([np.eye(2)], [0.1], [[0.1, 0.2, 0.3]]), r"`losses` has shape \(1, 3\) for 1 kernels of 2 samples"),
+        (([], []), "`kernels` is a list of 0 matrices, of shapes none"),
+        ((None, [0.1]), "`kernels` is a NoneType of 0 matrices"),
+        (([np.eye(2), np.eye(3)], [0.1, 0.1]), r"of shapes \(2, 2\), \(3, 3\)"),
+        (([np.eye(2)], ["a"]), "`decreases` is list, which is no array of real numbers"),
+        (([np.eye(2)], [0.1], [[1], [1, 2]]), "`losses` is list, which is no array of real numbers"),
+        (([1j * np.eye(2)], [0.1]), r"`kernels\[0\]` is ndarray, which is no array of real numbers"),
+        (([np.eye(2) - 2], [0.1]), r"`kernels\[0\]` is -1 between sample 0 and itself"),
+        (([np.ones((2, 2)) - 0.5 * np.eye(2)], [0.1]), "is 1 between samples 0 and 1, and 0.5 and 0.5 between each"),
     ],
-    ids=["too many decreases", "a loss that grew", "losses of others"],
+    ids=[
+        "too many decreases",
+        "a loss that grew",
+        "losses of others",
+        "no kernels",
+        "nothing",
+        "other samples",
+        "text",
+        "ragged",
+        "complex",
+        "a negative diagonal",
+        "a pair",
+    ],
 )
 def test_refusals(arguments: tuple, said: str) -> None:
     with pytest.raises(errors.PathKernelError, match=said):
@@ -69,3 +89,11 @@ def test_refusals(arguments: tuple, said: str) -> None:
 def test_a_probability_of_one() -> None:
     with pytest.raises(errors.PathKernelError, match=r"`delta=1` was given.*between 0 and 1"):
         analysis.loss_path_bound([np.eye(2)], [0.1], delta=1)
+    with pytest.raises(errors.PathKernelError, match="`delta='a'` was given"):
+        analysis.loss_path_bound([np.eye(2)], [0.1], delta="a")  # type: ignore[arg-type]
+
+
+def test_kernels_may_be_rounded() -> None:
+    """Products of factors in bfloat16 are off by some 4e-3; two alike samples are as far from each other's bound."""
+    rounded = np.array([[1.0, 1.004], [1.004, 1.0]])
+    assert analysis.loss_path_bound([rounded], [0.1]).by_kernel > 0

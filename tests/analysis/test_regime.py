@@ -82,3 +82,28 @@ def test_kernels_as_machines() -> None:
     assert scaled[0].test_accuracy == rows[0].test_accuracy
     with pytest.raises(errors.PathKernelError, match=r"`linear` has shapes \(60, 60\) and \(40, 60\) for 60"):
         analysis.kernels_as_svm({"linear": linear}, y, y_test[:10])
+
+
+EYE = np.eye(3)
+REFUSED: dict[str, tuple[Any, str]] = {
+    "a list": (([(EYE, EYE)], [0, 1, 1], [0, 1, 1]), "`kernels` is, or holds under None, a list"),
+    "one matrix": (({"a": EYE}, [0, 1, 1], [0, 1, 1]), "holds under 'a', a ndarray"),
+    "one class": (({"a": (EYE, EYE)}, [0, 0, 0], [0, 1, 1]), "with 1 classes"),
+    "other names": (({"a": (EYE, EYE)}, [0, 1, 1], ["a", "b", "b"]), "both have the same names"),
+    "one-hot": (({"a": (EYE, EYE)}, EYE, [0, 1, 1]), r"`y_train` has shape \(3, 3\)"),
+    "labels with NaN": (({"a": (EYE, EYE)}, [0, np.nan, 1], [0, 1, 1]), "`y_train` is of type float64"),
+    "zero": (({"a": (0 * EYE, EYE)}, [0, 1, 1], [0, 1, 1]), "`a` is zero on all training samples"),
+    "indefinite": (({"a": (EYE - 1, EYE)}, [0, 1, 1], [0, 1, 1]), "`a` is -1 between samples 0 and 1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_kernels_that_make_no_machine(name: str) -> None:
+    arguments, said = REFUSED[name]
+    with pytest.raises(errors.PathKernelError, match=said):
+        analysis.kernels_as_svm(*arguments)
+
+
+def test_a_penalty_that_is_none() -> None:
+    with pytest.raises(errors.PathKernelError, match=r"`C=0` was given.*`C=10.0`"):
+        analysis.kernels_as_svm({"a": (EYE, EYE)}, [0, 1, 1], [0, 1, 1], C=0)

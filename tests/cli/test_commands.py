@@ -27,7 +27,14 @@ def make():
 
 def other():
     return nn.Linear(4, 3)
+
+def broken():
+    raise RuntimeError("inside")
+
+def one():
+    return 1
 """
+OBJECTS = ("--model", "{run}/train.py:make", "--data", "{run}/train.npz")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "train.npz", X=X.numpy(), y=y.numpy())
     np.save(folder / "queries.npy", X[:5].numpy())
     (folder / "train.py").write_text(MODEL)
+    (folder / "wrong.py").write_text("def (")
     machine, kernel = pk.KernelMachine(recorder.trajectory), pk.PathKernel(recorder.trajectory)
     shares, trained = machine.explain(X[:5]).shares, model[0].weight.detach()
     np.savez(folder / "expected.npz", shares=shares, K=kernel(X), trained=trained)
@@ -214,8 +222,47 @@ def test_explain_is_that_of_the_library_and_is_kept(run: Path, tmp_path: Path) -
             ["gram", "{run}/store", "--model", "{run}/train.py:other", "--data", "{run}/train.npz"],
             r"without `0.weight`.*architecture that was recorded",
         ),
+        (["export", "{run}/store", "{run}/w.npz", "--steps", "0,a"], r"`--steps 0,a`.*whole numbers.*--steps 0,-1"),
+        (["info", "{run}/store", "--json", "{run}"], r"`--json .*` was given, and `.*` is a folder"),
+        (["info", "{run}/store", "--json", "{run}/train.py/n.json"], r"train.py` on the way is no folder"),
+        (["explain", "{run}/store", *OBJECTS, "--queries", "q.npy", "--top", "0"], r"`--top=0`.*`--top=5`"),
+        (
+            ["gram", "{run}/store", "--model", "{run}/train.py:broken", "--data", "x"],
+            r"fails \(RuntimeError: inside, .*train.py, line \d+\)",
+        ),
+        (
+            ["gram", "{run}/store", "--model", "{run}/train.py:nn.Linear", "--data", "x"],
+            r"fails \(TypeError: .*missing 2",
+        ),
+        (["gram", "{run}/store", "--model", "{run}/train.py:torch", "--data", "x"], r"a module is no function"),
+        (["gram", "{run}/store", "--model", "{run}/train.py:one", "--data", "x"], r"`model` is a int"),
+        (["gram", "{run}/store", "--model", "{run}/wrong.py:one", "--data", "x"], r"SyntaxError"),
+        (["flow", "--output", "flow.txt"], r"Pictures end in"),
+        (["flow", "--seed", "-1"], r"`--seed=-1` was given"),
+        (["demo", "--seed", "9999999999"], r"Seeds are below"),
     ],
-    ids=["no store", "format", "points", "memory", "size", "model", "data", "architecture"],
+    ids=[
+        "no store",
+        "format",
+        "points",
+        "memory",
+        "size",
+        "model",
+        "data",
+        "architecture",
+        "points in words",
+        "a folder",
+        "below a file",
+        "no samples",
+        "a function that fails",
+        "a class with arguments",
+        "a module",
+        "a number",
+        "no Python",
+        "a picture",
+        "a negative seed",
+        "a large seed",
+    ],
 )
 def test_bad_input_gets_a_message_and_exit_code_2(
     run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
@@ -224,6 +271,20 @@ def test_bad_input_gets_a_message_and_exit_code_2(
 
     assert cli.main([argument.replace("{run}", str(run)) for argument in arguments]) == 2
     assert re.search(message, capsys.readouterr().err, re.DOTALL)
+
+
+def test_a_tolerance_is_looked_at_before_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pathkernel.cli.demo.train", lambda *_: pytest.fail("trained"))
+    assert cli.main(["demo", "--quiet", "--tolerance", "nan", "--output", str(tmp_path / "demo")]) == 2
+    assert "`tolerance=nan`" in capsys.readouterr().err
+
+
+def test_places_that_may_not_be_written_to(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    assert cli.main(["info", str(run / "store"), "--json", str(run / "new.json")]) == 2
+    assert not (run / "new.json").exists()
 
 
 def test_an_interruption_says_what_is_kept(

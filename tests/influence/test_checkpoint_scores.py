@@ -117,9 +117,19 @@ def test_refusals(drawn: tuple[nn.Module, Samples, Samples], monkeypatch: pytest
         tracin_scores(model, CE, samples, queries, learning_rate=float("nan"))
     with pytest.raises(InputError, match="`damping=-1`"):
         influence_function_scores(model, CE, samples, queries, damping=-1)
+    with pytest.raises(InputError, match="has no class"):
+        influence_function_scores(model, CE, samples, (queries[0], queries[1] + 3))
+    with pytest.raises(InputError, match="was given no samples"):
+        influence_function_scores(model, CE, samples, (queries[0][:0], queries[1][:0]))
     monkeypatch.setattr(checkpoint_scores, "conjugate_gradients", lambda *_, **__: None)
     with pytest.raises(checkpoint_scores.PathKernelError, match="Conjugate gradients did not"):
         influence_function_scores(model, CE, samples, queries)
+
+
+def test_types_of_class_labels_say_nothing(drawn: tuple[nn.Module, Samples, Samples]) -> None:
+    model, (X, y), queries = drawn
+    found = influence_function_scores(model, CE, (X, y.to(torch.uint8)), queries, damping=0.1)
+    assert np.allclose(found, influence_function_scores(model, CE, (X, y), queries, damping=0.1), rtol=1e-3)
 
 
 def test_influence_functions_of_a_query_that_is_nearly_right() -> None:

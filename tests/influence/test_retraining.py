@@ -87,3 +87,16 @@ def test_refusals(trajectory: Any) -> None:
         retrain(trajectory, some_weights(1), jobs=0)
     with pytest.raises(errors.InputError, match="Engines are"):
         retrain(trajectory, some_weights(1), engine="fast")
+
+
+def test_an_optimizer_that_is_no_class(trajectory: Any) -> None:
+    with pytest.raises(errors.InputError, match=r"`optimizer` is a SGD.*the class.*without making one"):
+        trajectory.retrain(some_weights(1), optimizer=torch.optim.SGD([torch.zeros(1)]))
+
+
+def test_a_store_that_is_no_folder(trajectory: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.StoreError, match=r"file` is a file.*a folder of its own"):
+        retrain(trajectory, some_weights(1), store=tmp_path / "file")
+    with pytest.raises(errors.InputError, match="`store` is a int"):
+        retrain(trajectory, some_weights(1), store=3)  # type: ignore[arg-type]

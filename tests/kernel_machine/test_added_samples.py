@@ -220,6 +220,8 @@ def test_refusals() -> None:
     machine = pk.KernelMachine(record().trajectory)
     with pytest.raises(errors.InputError, match="`steps=0`"):
         machine.add_samples(X, y, steps=0)
+    with pytest.raises(errors.InputError, match="`steps='1'`"):
+        machine.add_samples(X, y, steps="1")
     with pytest.raises(errors.InputError, match="`learning_rate=-1`"):
         machine.add_samples(X, y, learning_rate=-1)
     machine.average = "ema"
