@@ -32,8 +32,12 @@ from pathkernel.runtime.extras import require_extra
 if TYPE_CHECKING:
     import pandas
 
-FEWEST = 20
-"""Samples from which a dimension is estimated, at least: its standard error is 1.44 / √n of it."""
+FEWEST, FEWEST_OTHERS = 20, 100
+"""Training samples, and others, from which a dimension is estimated, at least: its standard error is 1.44 / √n of it.
+
+Where it comes out too large, too much is found. Within, groups must agree about themselves; among fewer than 100 others
+something is found where there is nothing more often than the rate says: `benchmarks/near_duplicates.py` counts.
+"""
 
 IDENTICAL = (1.0, float("nan"), 0.0)
 """Cosine, next cosine and p-value of identical samples."""
@@ -206,7 +210,8 @@ def near_duplicates(
     false_discovery_rate
         Which part of the samples that are found may be there by chance, on average, between 0 and 1.
     dimension
-        d, where few samples are tested: ``near_duplicates(kernel, X).dimensions[0]``. None (default) estimates it.
+        d, where few other samples are given: ``near_duplicates(kernel, X).dimensions[0]``. None (default) estimates it
+        from the samples that are tested.
     memory
         Budget for blocks of the kernel matrix, as bytes or text.
     progress
@@ -219,8 +224,8 @@ def near_duplicates(
     Raises
     ------
     InputError
-        For fewer than 3 different samples, fewer than 20 to estimate d from, kernels under which most samples have
-        their nearest at one distance, and what does not fit together.
+        For fewer than 3 different samples, fewer than 20, or 100 others, to estimate d from, kernels under which most
+        samples have their nearest at one distance, and what does not fit together.
 
     Notes
     -----
@@ -272,10 +277,12 @@ def near_duplicates(
             "A pair stands apart from a third sample",
             "Pass 3 different samples or more",
         )
-    if dimension is None and 0 < len(tested) < FEWEST:
+    fewest = FEWEST if others is None else FEWEST_OTHERS
+    if dimension is None and 0 < len(tested) < fewest:
         raise InputError(
-            f"{len(tested)} samples are tested, and more of them may be identical with others",
-            f"The dimension of the data is estimated from {FEWEST} or more that are not",
+            f"{len(tested)} {'training' if others is None else 'other'} samples are tested, those left out that are "
+            "identical with one before",
+            f"The dimension of the data is estimated from {fewest} or more",
             "Pass more, or write `dimension=near_duplicates(kernel, X).dimensions[0]` with many training samples",
         )
     references = take(samples.inputs, distinct)

@@ -92,13 +92,13 @@ def test_nothing_is_found_where_nothing_was_planted() -> None:
 
 
 def test_between_training_samples_and_others() -> None:
-    X, others = planted(), samples(40, seed=2)
+    X, others = planted(), samples(110, seed=2)
     others[4], others[9] = X[20] + 1e-4, X[7]
     others[11] = X[3] + 1e-4  # of which training holds two
-    y, other_labels = torch.zeros(60), torch.zeros(40)
+    y, other_labels = torch.zeros(60), torch.zeros(110)
     other_labels[4] = 1
     found = near_duplicates(pk.TangentKernel(NETWORK), X, others, labels=y, other_labels=other_labels)
-    assert found.across and found.tested == 39
+    assert found.across and found.tested == 109
     assert sorted(found.pairs.tolist()) == [[3, 11], [7, 9], [20, 4], [50, 11]]
     assert found.pairs[found.identical].tolist() == [[7, 9]] and found.redundant.tolist() == [4, 9, 11]
     assert found.pairs[found.conflicts].tolist() == [[20, 4]]
@@ -119,7 +119,9 @@ def test_most_samples_have_a_duplicate() -> None:
     assert len({tuple(pair) for pair in found.pairs.tolist()} & {(i, i + 50) for i in range(50)}) == 50
 
 
-@pytest.mark.parametrize("others", [None, samples(30, seed=2)], ids=["within", "across"])
+@pytest.mark.parametrize(
+    "others", [None, np.concatenate([samples(110, seed=2), planted()[3:5]])], ids=["within", "across"]
+)
 def test_blocks_are_the_whole(others: Any) -> None:
     X = planted()
     whole, cut = (near_duplicates(linear_kernel, X, others, memory=size) for size in ("1GB", 8 * 4 * 60 * 7))
@@ -203,7 +205,7 @@ REFUSED: dict[str, Any] = {
     "two samples": (lambda: near_duplicates(linear_kernel, samples(2)), "was given 2 different samples.*Pass 3"),
     "few samples": (
         lambda: near_duplicates(linear_kernel, samples(9)),
-        r"9 samples are tested.*20 or more.*`dimension",
+        r"9 training samples are tested.*20 or more.*`dimension",
     ),
     "a kernel that tells nothing apart": (
         lambda: near_duplicates(lambda A, B=None: np.ones((len(A), len(A if B is None else B))), samples()),

@@ -82,6 +82,7 @@ ELSEWHERE = {
     "gradients/layers/stacked_passes.py": "tests/gradients",
     "gradients/layers/tape.py": "tests/gradients",
     "plotting/doubtful_labels.py": "tests/cli/test_labels.py",
+    "plotting/near_duplicates.py": "tests/cli/test_duplicates.py",
     "plotting/player.py": "tests/plotting/test_player_display.py",
     "plotting/share_map.py": "tests/plotting/test_game_displays.py",
     "plotting/vector_field.py": "tests/plotting/test_game_displays.py",
