@@ -4,7 +4,7 @@
 
 Handwritten digits, of which some are there twice: as they are (``exact``), with noise of 0.03 or 0.1 of the range of
 the pixels, moved by one pixel, or turned, moved by parts of a pixel and made darker (``augmented``); and digits with 16
-further pixels of noise beside them, drawn anew for the copy (``clutter``, of amplitude 0.4). A network 64-32-10 is
+further pixels of noise beside them, drawn anew for the copy (``clutter``, over the whole range). A network 64-32-10 is
 trained on them (AdamW, 20 epochs of batches of 64). Copies are 1 and 5 % of 700 training samples (``within``), or of
 360 test samples, copied from training (``across``). Under the cosine of pixels and of the network's initial, final and
 path kernel are printed: how many pairs are found, how many of those are planted (precision), how many of the planted
@@ -14,9 +14,10 @@ comparison of numbers, which finds these anyway, is left out.
 
 Last, normally distributed samples without any copy: in what part of the trials something is found at a rate of 5 %.
 
-Limits, by which the script fails: of exact copies and of those with noise of 0.03, pixels and path kernel find .9 or
-more, nothing that is found in fives or more is planted to less than .8, and where nothing is planted something is found
-in at most .1 of the trials with 100 samples or more.
+Limits, by which the script fails: .9 or more are found of exact copies under every kernel, and of copies with noise of
+0.03 under the pixels; of pairs that are found, five or more, .8 are planted; and where nothing is planted something is
+found in at most .1 of the trials with 100 samples or more. How many copies with noise the network's kernels find has no
+limit: noise that is small beside the pixels need not be small to a network.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def split(seed: int, train: int, test: int) -> tuple[Images, np.ndarray, Images]
 
 def rows_of(images: Images, kind: str, draw: Draw) -> np.ndarray:
     flat = images.reshape(len(images), -1)
-    return np.concatenate([flat, 0.4 * draw.random((len(flat), 16))], axis=1) if kind == "clutter" else flat
+    return np.concatenate([flat, draw.random((len(flat), 16))], axis=1) if kind == "clutter" else flat
 
 
 def kernels(X: np.ndarray, y: np.ndarray, seed: int, epochs: int) -> dict[str, Callable[[Any], np.ndarray]]:
@@ -198,6 +199,11 @@ def main() -> int:
         measured = [f"{row[name]:.2f}" for name in ("precision", "recall", "by_gap", "by_cosine")]
         labels = row["kind"], row["place"], f"{row['part']:.0%}", row["kernel"], row["planted"], row["found"]
         print(line.format(*labels, *measured), flush=True)
+    found, hits = (
+        sum(row["found"] for row in rows),
+        sum(row["found"] * row["precision"] for row in rows if row["found"]),
+    )
+    print(f"in all {found} pairs were found, of which {hits:.0f} are planted")
     nothing = list(chance(3 if arguments.quick else 100))
     for row in nothing:
         print(f"nothing planted, {row['place']:6} {row['n']:3} samples, {row['dimension']} dimensions: found something "
@@ -206,9 +212,10 @@ def main() -> int:
         with open(arguments.json, "w", encoding="utf-8") as file:
             clean = [{k: None if v != v else v for k, v in row.items()} for row in rows]
             json.dump(clean, file, indent=1)
-    near = [row for row in rows if row["kind"] in ("exact", "noise .03") and row["kernel"] in ("pixels", "path")]
+    near = [row for row in rows if (row["kind"], row["kernel"]) == ("noise .03", "pixels") or row["kind"] == "exact"]
     kept = {
-        f"recall {FOUND} or more of exact copies and little noise": min(row["recall"] for row in near) >= FOUND,
+        f"recall {FOUND} or more of exact copies and, under pixels, of little noise": min(r["recall"] for r in near)
+        >= FOUND,
         f"precision {PLANTED} or more": all(row["precision"] >= PLANTED for row in rows if row["found"] >= 5),
         f"something of nothing in {CHANCE} or less": all(r["trials"] <= CHANCE for r in nothing if r["n"] >= 100),
     }

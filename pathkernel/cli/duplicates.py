@@ -12,10 +12,10 @@ from pathkernel._typing import PyTree
 from pathkernel.cli.labels import _image, _short, _written
 from pathkernel.cli.objects import opened, samples
 from pathkernel.cli.stores import Result, _npz_file
-from pathkernel.errors import check_number
+from pathkernel.errors import InputError, check_number
 from pathkernel.gradients.pytrees import count, take
 from pathkernel.influence.duplicates import NearDuplicates, near_duplicates
-from pathkernel.kernels.kernel import Kernel
+from pathkernel.kernels.kernel import KernelFunction
 from pathkernel.path_kernel.path_kernel import PathKernel
 from pathkernel.runtime.extras import require_extra
 from pathkernel.tangent_kernel.tangent_kernel import TangentKernel
@@ -85,12 +85,31 @@ def _labels_in(path: str | None) -> np.ndarray | None:
     return samples(path, ("y",))[0] if labelled else None
 
 
-def _kernel(trajectory: Trajectory, arguments: argparse.Namespace) -> Kernel:
+def _kernel(trajectory: Trajectory, arguments: argparse.Namespace) -> KernelFunction:
+    if arguments.kernel == "inputs":
+        return _of_inputs
     if arguments.kernel == "path":
         steps = min(arguments.steps, len(trajectory)) if arguments.steps else None
         return PathKernel(trajectory, steps=steps, memory=arguments.memory, progress=not arguments.quiet)
     at = 0 if arguments.kernel == "initial" else len(trajectory)
     return TangentKernel(trajectory.model, trajectory.parameters(at), memory=arguments.memory)
+
+
+def _of_inputs(A: PyTree, B: PyTree | None = None) -> np.ndarray:
+    """Scalar products of samples as they are, float64 (n, m)."""
+    one, other = (_flat(samples) for samples in (A, A if B is None else B))
+    return one @ other.T
+
+
+def _flat(inputs: PyTree) -> np.ndarray:
+    if len(pytree.tree_leaves(inputs)) != 1:
+        raise InputError(
+            f"`--kernel inputs` was given for samples that are a {type(inputs).__name__} of several arrays",
+            "The cosine of inputs is that of one array of numbers",
+            "Write `--kernel path`, which takes samples as the network does",
+        )
+    values = np.asarray(pytree.tree_leaves(inputs)[0], dtype=np.float64)
+    return values.reshape(len(values), -1)
 
 
 def _row(found: NearDuplicates, place: int) -> dict[str, Any]:

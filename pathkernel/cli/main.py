@@ -188,8 +188,8 @@ def _duplicates(subcommands: Any) -> argparse.ArgumentParser:
     _computing(job, resumable=False)
     job.add_argument("--test", metavar="FILE", help="test samples: .npz with an array X, and y to compare labels; .npy")
     job.add_argument("--top", type=int, default=20, help="pairs to list (default 20)")
-    job.add_argument("--kernel", default="path", choices=("path", "initial", "final"),
-                     help="along the training (default), or before or after it")  # fmt: skip
+    job.add_argument("--kernel", default="path", choices=("path", "initial", "final", "inputs"),
+                     help="along the training (default), before or after it, or of the inputs")  # fmt: skip
     job.add_argument("--steps", type=int, default=10, help="steps of the path to use (default 10); 0 for all")
     job.add_argument("--copies", type=int, default=3, help="near-duplicates of a sample, at most (default 3)")
     job.add_argument("--false-discovery-rate", type=float, default=0.05, metavar="RATE",

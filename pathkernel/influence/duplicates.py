@@ -118,7 +118,7 @@ class NearDuplicates:
         """Ids without which no pair is left: of training samples all but the first of each group, else all others."""
         if self.across or not len(self):
             return np.unique(self.pairs[:, 1])
-        return np.concatenate([group[1:] for group in self.groups])
+        return np.sort(np.concatenate([group[1:] for group in self.groups]))
 
     @property
     def groups(self) -> list[np.ndarray]:

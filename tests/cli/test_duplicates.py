@@ -50,6 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "path": pk.PathKernel(recorder.trajectory, steps=5),
         "initial": pk.TangentKernel(model, recorder.trajectory.parameters(0)),
         "final": pk.TangentKernel(model),
+        "inputs": lambda A, B=None: np.asarray(A) @ np.asarray(A if B is None else B).T,
     }
     expected = {f"{name}.{i}": near_duplicates(k, X, other) for name, k in kernels.items() for i, other in
                 enumerate((None, test))}  # fmt: skip
@@ -75,7 +76,7 @@ def same(numbers: dict[str, Any], run: Path, key: str) -> None:
     assert all(row["p_value"] < 1e-3 for row in rows)
 
 
-@pytest.mark.parametrize("kernel", ["path", "initial", "final"])
+@pytest.mark.parametrize("kernel", ["path", "initial", "final", "inputs"])
 def test_within_the_training_samples(
     kernel: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +140,13 @@ def test_refusals(
     objects = ["--model", f"{run}/train.py:make", "--data", str(run / "train.npz"), "--quiet"]
     assert cli.main(["duplicates", str(run / "store"), *objects, *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_cosine_of_samples_of_several_arrays() -> None:
+    from pathkernel.cli.duplicates import _of_inputs
+
+    with pytest.raises(PathKernelError, match=r"samples that are a tuple of several arrays.*`--kernel path`"):
+        _of_inputs((torch.ones(2), torch.ones(2)))
 
 
 def test_a_picture_of_nothing_and_without_the_others() -> None:
