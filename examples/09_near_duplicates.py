@@ -64,7 +64,7 @@ print(found)
 conflicts = [f"{i} ({y_train[i]}) and {j} ({y_train[j]})" for i, j in found.pairs[found.conflicts]]
 print(f"labels disagree: {', '.join(conflicts)}")
 print(f"leave out {found.redundant.tolist()}")
-NearDuplicatesDisplay.from_near_duplicates(found, X_train.reshape(-1, 8, 8), k=8).plot()
+NearDuplicatesDisplay.from_near_duplicates(found, X_train.reshape(-1, 8, 8), k=20).plot()
 
 # %%
 # Between training and test
