@@ -2,8 +2,8 @@
 Which labels are wrong?
 =======================
 
-A network learns wrong labels by heart, and at its end the loss says little about them. While it learnt, it said more:
-`pathkernel.label_quality` averages along the recorded path. Here 50 of 500 handwritten digits have a wrong label.
+A network learns wrong labels by heart, and the better it has learnt them, the less its loss says about them. While it
+learnt, it said more: `pathkernel.label_quality` averages along the recorded path. Here 50 of 500 handwritten digits have a wrong label.
 """
 
 import numpy as np
@@ -62,13 +62,13 @@ print(f"by the loss of the trained network it would be {by_loss:.0%} ({loss_area
 # Which samples lowered the margin of a doubtful label most? The kernel machine's shares say it, exactly: mostly digits
 # of the class that it really is.
 
-first = doubtful[:4].copy()
+first = doubtful[:3].copy()
 why = pk.KernelMachine(trajectory).explain((X[first], y[first]), outputs="margin")
 against = [[int(i) for i in np.argsort(row) if i != sample][:4] for sample, row in zip(first, why.shares, strict=True)]
 for sample, others in zip(first, against, strict=True):
     named = ", ".join(f"#{i} (a {y[i]})" for i in others)
     print(f"#{sample} is labelled {y[sample]}, in truth {truth[sample]}; pulled the other way by {named}")
-DoubtfulLabelsDisplay.from_quality(quality, X.reshape(-1, 8, 8), against=against, k=4).plot()
+DoubtfulLabelsDisplay.from_quality(quality, X.reshape(-1, 8, 8), against=against, k=3).plot()
 
 # %%
 # From a run on disk, the same is one command: ``pathkernel labels runs/digits --model train.py:make_model

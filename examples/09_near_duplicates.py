@@ -46,12 +46,12 @@ torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 optimizer, loss = torch.optim.AdamW(model.parameters(), lr=3e-3), nn.CrossEntropyLoss()
 with pk.KernelRecorder(model, optimizer, loss, data=(X_train, y_train)) as recorder:
-    for _ in range(15):
+    for _ in range(12):
         for x, target in recorder.batches(batch_size=50, shuffle=True):
             optimizer.zero_grad()
             loss(model(x), target).backward()
             optimizer.step()
-kernel = pk.PathKernel(recorder.trajectory, steps=5)
+kernel = pk.PathKernel(recorder.trajectory, steps=4)
 
 # %%
 # Within the training samples
