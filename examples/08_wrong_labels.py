@@ -3,7 +3,8 @@ Which labels are wrong?
 =======================
 
 A network learns wrong labels by heart, and the better it has learnt them, the less its loss says about them. While it
-learnt, it said more: `pathkernel.label_quality` averages along the recorded path. Here 50 of 500 handwritten digits have a wrong label.
+learnt, it said more: `pathkernel.label_quality` averages along the recorded path. Here 50 of 500 handwritten
+digits have a wrong label.
 """
 
 import numpy as np
