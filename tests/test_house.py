@@ -194,6 +194,8 @@ def blocks_of(page: str, language: str) -> list[str]:
         "how_to/kernels_as_objects",
         "how_to/attribution",
         "how_to/scikit_learn",
+        "how_to/find_wrong_labels",
+        "how_to/near_duplicates",
         "explanation/two_players",
     ],
 )

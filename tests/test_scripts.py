@@ -59,6 +59,9 @@ KEYS = {
         *("loop", "lines", "recorded", "residual", "split_error", "agreement", "bit_identical_training"),
         *("overhead", "explain_ok", "path_kernel_ok"),
     },
+    "near_duplicates.py": {
+        *("kind", "place", "part", "kernel", "seed", "planted", "found", "precision", "recall", "by_gap", "by_cosine"),
+    },
     "real_networks.py": {
         *("network", "optimizer", "task", "seconds", "training_seconds", "ratio", "peak_mb", "error"),
     },

@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands.add_argument("--version", action="version", version=f"pathkernel {__version__}")
     subcommands = commands.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_demo, _flow, _game, _plan, _info, _verify, _gram, _explain, _labels, _export):
+    for add in (_demo, _flow, _game, _plan, _info, _verify, _gram, _explain, _labels, _duplicates, _export):
         own = add(subcommands)
         own.add_argument("--json", type=Path, metavar="FILE", help="write every printed number to FILE")
         own.epilog = EXIT_CODES
@@ -108,7 +108,7 @@ def _verify(subcommands: Any) -> argparse.ArgumentParser:
     return job
 
 
-def _computing(job: argparse.ArgumentParser) -> None:
+def _computing(job: argparse.ArgumentParser, resumable: bool = True) -> None:
     job.add_argument("run", metavar="RUN", help="the folder given to KernelRecorder(..., store=RUN)")
     job.add_argument(
         "--model", required=True, metavar="PLACE", help="makes the network: module:function or file.py:function"
@@ -122,7 +122,8 @@ def _computing(job: argparse.ArgumentParser) -> None:
         "--optimizer", metavar="PLACE", help="module:name; with keyframes, by default as recorded, from torch.optim"
     )
     job.add_argument("--regularizers", metavar="PLACE", help="module:name of the mapping given to KernelRecorder")
-    job.add_argument("--store", type=Path, metavar="DIR", help="keep what is finished here, and go on from it")
+    if resumable:
+        job.add_argument("--store", type=Path, metavar="DIR", help="keep what is finished here, and go on from it")
     job.add_argument("--output", type=Path, metavar="FILE", help="write the arrays to an .npz file")
     job.add_argument("--memory", default="1GB", help="budget for intermediate results (default 1GB)")
     job.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -174,6 +175,28 @@ def _labels(subcommands: Any) -> argparse.ArgumentParser:
                      "0 for none, which leaves out the most expensive part")  # fmt: skip
     job.add_argument("--picture", type=Path, metavar="FILE", help="draw the samples, .png, .svg or .pdf (images only)")
     job.set_defaults(run_command="pathkernel.cli.labels:labels")
+    return job
+
+
+def _duplicates(subcommands: Any) -> argparse.ArgumentParser:
+    job: argparse.ArgumentParser = subcommands.add_parser(
+        "duplicates",
+        help="which samples are there twice, or leaked from training into test",
+        description="Lists pairs of samples that are near-duplicates under a kernel of the network: among the training "
+        "samples, or between them and test samples. What counts follows from the distances of neighbours.",
+    )
+    _computing(job, resumable=False)
+    job.add_argument("--test", metavar="FILE", help="test samples: .npz with an array X, and y to compare labels; .npy")
+    job.add_argument("--top", type=int, default=20, help="pairs to list (default 20)")
+    job.add_argument("--kernel", default="path", choices=("path", "initial", "final", "inputs"),
+                     help="along the training (default), before or after it, or of the inputs")  # fmt: skip
+    job.add_argument("--steps", type=int, default=10, help="steps of the path to use (default 10); 0 for all")
+    job.add_argument("--copies", type=int, default=3, help="near-duplicates of a sample, at most (default 3)")
+    job.add_argument("--false-discovery-rate", type=float, default=0.05, metavar="RATE",
+                     help="part of what is found that may be there by chance (default 0.05)")  # fmt: skip
+    job.add_argument("--dimension", type=float, help="of the data, where few test samples are given (default: found)")
+    job.add_argument("--picture", type=Path, metavar="FILE", help="draw the pairs, .png, .svg or .pdf (images only)")
+    job.set_defaults(run_command="pathkernel.cli.duplicates:duplicates")
     return job
 
 

@@ -1,4 +1,4 @@
-"""Questions about training samples: is a label wrong, and what would training again say without some of them."""
+"""Questions about training samples: is a label wrong, is a sample there twice, what would training without it say."""
 
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from pathkernel.influence.checkpoint_scores import trak_scores as trak_scores
     from pathkernel.influence.datamodels import Datamodel as Datamodel
     from pathkernel.influence.datamodels import datamodel as datamodel
+    from pathkernel.influence.duplicates import NearDuplicates as NearDuplicates
+    from pathkernel.influence.duplicates import near_duplicates as near_duplicates
     from pathkernel.influence.labels import LabelQuality as LabelQuality
     from pathkernel.influence.labels import label_quality as label_quality
     from pathkernel.influence.retraining import retrain as retrain
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "Datamodel": "influence.datamodels",
     "LabelQuality": "influence.labels",
+    "NearDuplicates": "influence.duplicates",
     "datamodel": "influence.datamodels",
     "influence_function_scores": "influence.checkpoint_scores",
     "label_quality": "influence.labels",
+    "near_duplicates": "influence.duplicates",
     "retrain": "influence.retraining",
     "tracin_scores": "influence.checkpoint_scores",
     "trak_scores": "influence.checkpoint_scores",

@@ -42,11 +42,11 @@ class CosineKernel(Kernel):
         """Kernel matrix, float64 (n, m); Y None stands for X."""
         matrix = kernel_matrix(self._parts[0], X, Y)
         if Y is None or Y is X:
-            inverse = _inverse_norms(matrix.diagonal())
+            inverse = inverse_norms(matrix.diagonal())
             cosines = matrix * (inverse[:, None] * inverse[None, :])
             np.fill_diagonal(cosines, inverse > 0)  # exactly, and not to rounding
             return cosines
-        rows, columns = (_inverse_norms(kernel_diagonal(self._parts[0], samples)) for samples in (X, Y))
+        rows, columns = (inverse_norms(kernel_diagonal(self._parts[0], samples)) for samples in (X, Y))
         return matrix * (rows[:, None] * columns[None, :])
 
     def diagonal(self, X: PyTree) -> np.ndarray:
@@ -57,6 +57,6 @@ class CosineKernel(Kernel):
         return f"CosineKernel({self._parts[0]!r})"
 
 
-def _inverse_norms(diagonal: np.ndarray) -> np.ndarray:
+def inverse_norms(diagonal: np.ndarray) -> np.ndarray:
     """1 / √K(x, x), zero where there is no length."""
     return np.divide(1.0, np.sqrt(np.maximum(diagonal, 0.0)), out=np.zeros(len(diagonal)), where=diagonal > 0)

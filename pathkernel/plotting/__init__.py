@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathkernel.plotting.gram import GramDisplay as GramDisplay
     from pathkernel.plotting.ledger import LossLedgerDisplay as LossLedgerDisplay
     from pathkernel.plotting.ledger import RegularizationDisplay as RegularizationDisplay
+    from pathkernel.plotting.near_duplicates import NearDuplicatesDisplay as NearDuplicatesDisplay
     from pathkernel.plotting.player import PlayerViewDisplay as PlayerViewDisplay
     from pathkernel.plotting.report import KeyFigure as KeyFigure
     from pathkernel.plotting.report import ReportFigure as ReportFigure
@@ -40,6 +41,7 @@ _HOMES = {
     "KernelEvolutionDisplay": "plotting.evolution",
     "KeyFigure": "plotting.report",
     "LossLedgerDisplay": "plotting.ledger",
+    "NearDuplicatesDisplay": "plotting.near_duplicates",
     "PlayerViewDisplay": "plotting.player",
     "RegularizationDisplay": "plotting.ledger",
     "ReportFigure": "plotting.report",

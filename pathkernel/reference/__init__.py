@@ -36,7 +36,7 @@ from pathkernel.reference.gradients import (
     unflatten,
     value_gradients,
 )
-from pathkernel.reference.kernels import path_kernel, tangent_kernel
+from pathkernel.reference.kernels import neighbours_apart, path_kernel, tangent_kernel
 from pathkernel.reference.quadrature import (
     average_gradient,
     discrete_gradient,
@@ -57,6 +57,7 @@ __all__ = [
     "unflatten",
     "tangent_kernel",
     "path_kernel",
+    "neighbours_apart",
     "left",
     "midpoint",
     "trapezoid",

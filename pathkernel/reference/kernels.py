@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -83,3 +85,38 @@ def path_kernel(
         for c in range(blocks.shape[-1]):
             K += weight * blocks[:, :, c, c]
     return K
+
+
+def neighbours_apart(K: Tensor, k: int) -> tuple[Tensor, float]:
+    r"""How likely the k nearest of each sample stand so far apart from the next, and in which dimension.
+
+    .. math:: p_i = (r_k / r_{k+1})^d, \qquad d = \ln 2 / (k \ln \mathrm{median}_i\, r_{k+1} / r_k)
+
+    with :math:`r_k` the distance of sample i to its k-th nearest of the others, on features of length one.
+
+    Parameters
+    ----------
+    K : Tensor of shape (n, n)
+        A kernel matrix.
+    k
+        How many neighbours stand together.
+
+    Returns
+    -------
+    Tensor of shape (n,), float64
+        p.
+    float
+        d.
+
+    References
+    ----------
+    Facco et al., arXiv:1803.06992, equation 5, for k = 1; Denti et al., Scientific Reports 12, 20005, 2022.
+    """
+    entries = K.double().tolist()
+    gaps = []
+    for i, row in enumerate(entries):
+        cosines = [row[j] / math.sqrt(row[i] * entries[j][j]) for j in range(len(row)) if j != i]
+        distances = sorted(math.sqrt(2 - 2 * cosine) for cosine in cosines)
+        gaps.append(math.log(distances[k] / distances[k - 1]))
+    d = math.log(2) / (k * statistics.median(gaps))
+    return torch.tensor([math.exp(-d * gap) for gap in gaps], dtype=torch.float64), d
