@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from pathkernel.runtime.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from pathkernel.influence.active_learning import Acquisition as Acquisition
+    from pathkernel.influence.active_learning import label_next as label_next
     from pathkernel.influence.checkpoint_scores import influence_function_scores as influence_function_scores
     from pathkernel.influence.checkpoint_scores import tracin_scores as tracin_scores
     from pathkernel.influence.checkpoint_scores import trak_scores as trak_scores
@@ -12,14 +14,20 @@ if TYPE_CHECKING:
     from pathkernel.influence.datamodels import datamodel as datamodel
     from pathkernel.influence.labels import LabelQuality as LabelQuality
     from pathkernel.influence.labels import label_quality as label_quality
+    from pathkernel.influence.pruning import Coreset as Coreset
+    from pathkernel.influence.pruning import prune as prune
     from pathkernel.influence.retraining import retrain as retrain
 
 _HOMES = {
+    "Acquisition": "influence.active_learning",
+    "Coreset": "influence.pruning",
     "Datamodel": "influence.datamodels",
     "LabelQuality": "influence.labels",
     "datamodel": "influence.datamodels",
     "influence_function_scores": "influence.checkpoint_scores",
+    "label_next": "influence.active_learning",
     "label_quality": "influence.labels",
+    "prune": "influence.pruning",
     "retrain": "influence.retraining",
     "tracin_scores": "influence.checkpoint_scores",
     "trak_scores": "influence.checkpoint_scores",
