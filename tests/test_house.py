@@ -193,6 +193,8 @@ def blocks_of(page: str, language: str) -> list[str]:
         "how_to/models_that",
         "how_to/kernels_as_objects",
         "how_to/scikit_learn",
+        "how_to/prune_a_training_set",
+        "how_to/what_to_label_next",
         "explanation/two_players",
     ],
 )

@@ -23,6 +23,10 @@ EXAMPLES = [
     for path in sorted((ROOT / "examples").glob("[0-9]*.py"))
 ]
 KEYS = {
+    "active_learning.py": {
+        *("candidates", "criterion", "seeds", "accuracy_50", "accuracy_100", "mean", "beside_margin"),
+        "standard_error_margin",
+    },
     "added_samples.py": {
         *("network", "optimizer", "seed", "labels", "steps", "rank_correlation", "relative_error", "remainder"),
         "gradient_error",
@@ -59,6 +63,7 @@ KEYS = {
         *("loop", "lines", "recorded", "residual", "split_error", "agreement", "bit_identical_training"),
         *("overhead", "explain_ok", "path_kernel_ok"),
     },
+    "pruning.py": {"data", "criterion", "seeds", "accuracy_20", "difference_60", "standard_error_60"},
     "real_networks.py": {
         *("network", "optimizer", "task", "seconds", "training_seconds", "ratio", "peak_mb", "error"),
     },

@@ -27,7 +27,7 @@ def prune(arguments: argparse.Namespace) -> Result:
     coreset = choose_kept(
         trajectory,
         keep,
-        rule=arguments.rule,
+        criterion=arguments.criterion,
         nodes=arguments.nodes,
         store=arguments.store,
         memory=arguments.memory,
@@ -38,14 +38,14 @@ def prune(arguments: argparse.Namespace) -> Result:
     numbers = {
         "samples": len(coreset.weights),
         "kept": len(coreset),
-        "rule": coreset.rule,
+        "criterion": coreset.criterion,
         "ids": coreset.ids.tolist(),
         "left_out": coreset.left_out.tolist(),
         "classes": _classes(trajectory, coreset.ids),
         "output": None if arguments.output is None else str(arguments.output),
     }
     lines = [
-        f"{len(coreset)} of {len(coreset.weights)} training samples are kept, by {coreset.rule!r}",
+        f"{len(coreset)} of {len(coreset.weights)} training samples are kept, by {coreset.criterion!r}",
         f"kept, the most needed first: {_ids(coreset.ids)}",
         f"left out, the least missed first: {_ids(coreset.left_out)}",
         *(f"label {row['label']}: {row['kept']} of {row['samples']}" for row in numbers["classes"]),
@@ -61,7 +61,7 @@ def label_next(arguments: argparse.Namespace) -> Result:
         trajectory,
         X,
         arguments.count,
-        rule=arguments.rule,
+        criterion=arguments.criterion,
         nodes=arguments.nodes,
         store=arguments.store,
         memory=arguments.memory,
@@ -75,11 +75,11 @@ def label_next(arguments: argparse.Namespace) -> Result:
     ]
     numbers = {
         "candidates": len(found.score),
-        "rule": found.rule,
+        "criterion": found.criterion,
         "label_next": rows,
         "output": None if arguments.output is None else str(arguments.output),
     }
-    lines = [f"{len(rows)} of {len(found.score)} candidates, the first to label first, by {found.rule!r}"]
+    lines = [f"{len(rows)} of {len(found.score)} candidates, the first to label first, by {found.criterion!r}"]
     for place, row in enumerate(rows, start=1):
         lines.append(
             f"{place:4}. candidate {row['candidate']}: the network says {row['prediction']}; score {row['score']:.3g}"

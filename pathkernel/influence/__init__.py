@@ -1,4 +1,4 @@
-"""Questions about training samples: is a label wrong, and what would training again say without some of them."""
+"""Questions about samples: is a label wrong, what would training again say without some, which are kept or added."""
 
 from typing import TYPE_CHECKING
 

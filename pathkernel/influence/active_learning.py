@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
-from pathkernel.errors import InputError, check_choice, check_number, is_whole
+from pathkernel.errors import InputError, check_choice, check_number
 from pathkernel.gradients.pytrees import count as count_of
 from pathkernel.gradients.pytrees import take
 from pathkernel.influence.subset_selection import conditional_covariance, greedy_design
@@ -48,7 +47,7 @@ UNCERTAINTY: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Scores of single candidates from their probabilities (M, C), large where the network is not sure."""
 
-RULES = (*GREEDY, *UNCERTAINTY)
+CRITERIA = (*GREEDY, *UNCERTAINTY)
 """How candidates are chosen."""
 
 
@@ -66,14 +65,14 @@ class Acquisition:
         along the path, whatever is labelled already.
     predictions
         Classes (M,), or outputs (M, C), of the network at the end of the run.
-    rule
+    criterion
         How they were chosen.
     """
 
     ids: np.ndarray
     score: np.ndarray
     predictions: np.ndarray
-    rule: str
+    criterion: str
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -81,7 +80,7 @@ class Acquisition:
     def __repr__(self) -> str:
         first = ", ".join(map(str, self.ids[:5]))
         return (
-            f"Acquisition({len(self.ids)} of {len(self.score)} candidates, by {self.rule!r}: {first}"
+            f"Acquisition({len(self.ids)} of {len(self.score)} candidates, by {self.criterion!r}: {first}"
             f"{' …' if len(self.ids) > 5 else ''})"
         )
 
@@ -91,7 +90,7 @@ def label_next(
     candidates: PyTree,
     count: int = 20,
     *,
-    rule: str | None = None,
+    criterion: str | None = None,
     nodes: int = NODES,
     block: int = BLOCK,
     seed: int = 0,
@@ -114,7 +113,7 @@ def label_next(
         M samples without labels, as inputs of the training data.
     count
         How many of them are chosen, from 1 to M.
-    rule
+    criterion
         ``"experimental_design"``, the default for classifiers: the minimum above with the loss path kernel K, the inner
         products of the gradients of the losses averaged along the path, where a candidate's label is taken to be what
         the network says at the end. ``"variance"``, the default for all other networks: K of the outputs, and always
@@ -128,7 +127,7 @@ def label_next(
     seed
         Of that choice among the labelled samples.
     store
-        A folder in which the kernel matrix of the first two rules is kept: the same call goes on from there after an
+        A folder in which the kernel matrix of the first two criteria is kept: the same call goes on from there after an
         interruption.
     memory
         Budget for what is held at once beside the matrix, as bytes or text.
@@ -142,12 +141,12 @@ def label_next(
     Raises
     ------
     InputError
-        For other numbers and rules, candidates of another form than the training samples, and a rule for classifiers
-        where the training targets are no classes.
+        For other numbers and criteria, candidates of another form than the training samples, and a criterion for
+        classifiers where the training targets are no classes.
 
     Notes
     -----
-    ``benchmarks/active_learning.py`` compares the rules. Where few samples are added at a time, ``"margin"`` costs a
+    ``benchmarks/active_learning.py`` compares the criteria. Where few samples are added at a time, ``"margin"`` costs a
     forward pass and is often as good; it chooses every copy of a candidate that comes several times.
 
     Time O((N + M)² · nodes · P) for the kernel, whose matrix takes (N + M)² numbers, N and M at most ``block``; then
@@ -180,16 +179,17 @@ def label_next(
     check_number("nodes", nodes, positive=True, whole=True, example=NODES)
     check_number("block", block, positive=True, whole=True, example=BLOCK)
     check_number("seed", seed, whole=True, example=0)
-    if rule is not None:
-        check_choice("rule", rule, RULES, "Rules")
+    if criterion is not None:
+        check_choice("criterion", criterion, CRITERIA, "Criteria")
     trajectory.require_steps("PathKernel")
     classifier = is_classifier(trajectory)
-    rule = ("experimental_design" if classifier else "variance") if rule is None else rule
-    if rule != "variance" and not classifier:
+    if criterion is None:
+        criterion = "experimental_design" if classifier else "variance"
+    if criterion != "variance" and not classifier:
         raise InputError(
-            f"`rule={rule!r}` was given for a network whose training targets are no classes",
+            f"`criterion={criterion!r}` was given for a network whose training targets are no classes",
             "It asks which class a candidate may be of",
-            'Write `rule="variance"`',
+            'Write `criterion="variance"`',
         )
     inputs = trajectory.queries(candidates, "label_next")
     m = count_of(inputs)
@@ -201,12 +201,12 @@ def label_next(
         )
     z = trajectory.function().with_(constants=trajectory.final_buffers).outputs(trajectory.final, inputs)
     predictions = classes_of(z) if classifier else z
-    if rule in UNCERTAINTY:
+    if criterion in UNCERTAINTY:
         p = probabilities(trajectory.objective.function("`label_next`"), z)
-        score = UNCERTAINTY[rule](p).double().cpu().numpy()
+        score = UNCERTAINTY[criterion](p).double().cpu().numpy()
         ids = np.argsort(-score, kind="stable")[: int(count)]
-        return Acquisition(ids, score, predictions.cpu().numpy(), rule)
-    outputs, criterion, noise = GREEDY[rule]
+        return Acquisition(ids, score, predictions.cpu().numpy(), criterion)
+    outputs, gain, noise = GREEDY[criterion]
     kernel = PathKernel(
         trajectory,
         outputs=outputs,
@@ -225,8 +225,8 @@ def label_next(
     K = kernel(_joined(labelled, take(unlabelled, torch.from_numpy(looked_at))), store=store)
     mu = noise * max(float(K.diagonal().mean()), np.finfo(float).tiny)
     left = conditional_covariance(K, count_of(labelled), mu)
-    chosen, _ = greedy_design(left, int(count), mu, criterion)
-    return Acquisition(looked_at[chosen], score, predictions.cpu().numpy(), rule)
+    chosen, _ = greedy_design(left, int(count), mu, gain)
+    return Acquisition(looked_at[chosen], score, predictions.cpu().numpy(), criterion)
 
 
 def _labelled(trajectory: Trajectory, block: int, seed: int, with_targets: bool) -> PyTree:
@@ -246,7 +246,7 @@ def _as_targets(trajectory: Trajectory, classes: Tensor) -> PyTree:
         raise InputError(
             f"The targets of a training sample have the shape {shapes}",
             "A candidate is taken to be of one class, as a number",
-            'Write `rule="variance"`, which needs no labels',
+            'Write `criterion="variance"`, which needs no labels',
         )
     (leaf,) = leaves
     return pytree.tree_unflatten([classes.to(leaf).reshape(-1, *leaf.shape[1:])], form)

@@ -32,9 +32,9 @@ SCORES: dict[str, Callable[[LabelQuality], np.ndarray]] = {
     "area_under_margin": lambda quality: -quality.area_under_margin,
     "final_loss": lambda quality: quality.final_loss,
 }
-"""Rules that keep the samples with the largest scores, each judged by itself."""
+"""Criteria that keep the samples with the largest scores, each judged by itself."""
 
-RULES = ("gradient_herding", *SCORES)
+CRITERIA = ("gradient_herding", *SCORES)
 """How the samples that are kept are chosen."""
 
 
@@ -49,13 +49,13 @@ class Coreset:
         such set.
     left_out
         (N − k,) the other ids, those that are least missed first.
-    rule
+    criterion
         How they were chosen.
     """
 
     ids: np.ndarray
     left_out: np.ndarray
-    rule: str
+    criterion: str
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -69,14 +69,14 @@ class Coreset:
 
     def __repr__(self) -> str:
         n = len(self.ids) + len(self.left_out)
-        return f"Coreset({len(self.ids)} of {n} training samples, by {self.rule!r})"
+        return f"Coreset({len(self.ids)} of {n} training samples, by {self.criterion!r})"
 
 
 def prune(
     trajectory: Trajectory,
     keep: float = 0.5,
     *,
-    rule: str = "gradient_herding",
+    criterion: str = "gradient_herding",
     nodes: int = NODES,
     block: int = BLOCK,
     seed: int = 0,
@@ -98,7 +98,7 @@ def prune(
         The recorded path, thinned or whole.
     keep
         The part of the training samples that is kept, a number between 0 and 1, or how many, a whole one.
-    rule
+    criterion
         ``"gradient_herding"`` (default): the minimum above, taken greedily. Or the samples with the largest
         ``"self_influence"``, the smallest ``"area_under_margin"`` or the largest ``"final_loss"``, as
         `pathkernel.label_quality` has them: each for itself, the hardest are kept.
@@ -124,7 +124,7 @@ def prune(
     Raises
     ------
     InputError
-        For other numbers and rules, and where there is no loss, or are no targets, to take gradients of.
+        For other numbers and criteria, and where there is no loss, or are no targets, to take gradients of.
 
     Notes
     -----
@@ -162,14 +162,14 @@ def prune(
     Dziugaite 2021 (2107.07075) for the length of single gradients, of whose square ``"self_influence"`` is the average
     along the path; Sorscher et al. 2022 (2206.14486).
     """
-    check_choice("rule", rule, RULES, "Rules")
+    check_choice("criterion", criterion, CRITERIA, "Criteria")
     check_number("nodes", nodes, positive=True, whole=True, example=NODES)
     check_number("block", block, positive=True, whole=True, example=BLOCK)
     check_number("seed", seed, whole=True, example=0)
     n = len(trajectory.data)
     k = _count(keep, n)
     trajectory.require_steps("PathKernel")
-    if rule == "gradient_herding":
+    if criterion == "gradient_herding":
         kernel = PathKernel(
             trajectory,
             outputs="loss",
@@ -182,8 +182,8 @@ def prune(
         )
         return _by_herding(kernel, n, k, int(block), int(seed), store)
     quality = label_quality(trajectory, nodes=int(nodes), memory=memory, progress=progress)
-    order = np.argsort(-SCORES[rule](quality), kind="stable")
-    return Coreset(order[:k], order[k:][::-1], rule)
+    order = np.argsort(-SCORES[criterion](quality), kind="stable")
+    return Coreset(order[:k], order[k:][::-1], criterion)
 
 
 def _by_herding(
@@ -232,4 +232,3 @@ def _count(keep: Any, n: int) -> int:
         f"It is the part that is kept, between 0 and 1, or how many, a whole number from 1 to {n}",
         "Write `keep=0.5`",
     )
-

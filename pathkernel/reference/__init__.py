@@ -45,6 +45,7 @@ from pathkernel.reference.quadrature import (
     midpoint,
     trapezoid,
 )
+from pathkernel.reference.selection import conditional_variances
 from pathkernel.reference.training import train
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "unflatten",
     "tangent_kernel",
     "path_kernel",
+    "conditional_variances",
     "left",
     "midpoint",
     "trapezoid",

@@ -64,6 +64,8 @@ ELSEWHERE = {
     "dynamics": "tests/dynamics",
     "influence/datamodels.py": "tests/influence",
     "influence/labels.py": "tests/influence",
+    "influence/active_learning.py": "tests/influence/test_pruning.py",
+    "influence/pruning.py": "tests/influence/test_pruning.py",
     "influence/residuals.py": "tests/influence",
     "optimizers/norms.py": "tests/dynamics",
     "reference": "tests/test_reference.py",
