@@ -3,8 +3,8 @@ Prune a training set: which samples can be left out
 ===================================================
 
 Many training samples teach a network what others have taught it already. `pathkernel.influence.prune` chooses, from one
-recorded run, a part of them whose gradients have nearly the same mean along the path as those of all, and training again
-on that part alone shows what was lost.
+recorded run, a part of them whose gradients have nearly the same mean along the path as those of all, and training
+again on that part alone shows what was lost.
 """
 
 import numpy as np
@@ -53,8 +53,8 @@ print("of each digit:", np.bincount(y_train[kept.ids], minlength=10))
 # %%
 # Train again
 # -----------
-# Three networks from fresh starts on what was kept, three on as many digits at random, each for as many steps as the run
-# above took. Nothing is recorded here.
+# Three networks from fresh starts on what was kept, three on as many digits at random, each for as many steps as the
+# run above took. Nothing is recorded here.
 
 
 def accuracy(ids, seed):
