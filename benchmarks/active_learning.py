@@ -11,8 +11,8 @@ and by how much the mean of all rounds is above that of ``"margin"`` with the sa
 BADGE (Ash et al. 2020) is k-means++ on the gradients of the last layer under the network's own labels.
 
 The default was chosen on other data and other seeds, which ``--choose`` prints: five classes of
-`sklearn.datasets.make_classification`, seeds 100 and 101; μ = 0.01 and 0.1 are alike there. Limit, by which the script fails: the default is above random
-choice in the mean of all rounds by two standard errors or more, in both tables.
+`sklearn.datasets.make_classification`, seeds 100 and 101; μ = 0.01 and 0.1 are alike there. Limit, by which the script
+fails: the default is above random choice in the mean of all rounds by two standard errors or more, in both tables.
 """
 
 from __future__ import annotations
