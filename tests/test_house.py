@@ -196,6 +196,8 @@ def blocks_of(page: str, language: str) -> list[str]:
         "how_to/scikit_learn",
         "how_to/find_wrong_labels",
         "how_to/near_duplicates",
+        "how_to/prune_a_training_set",
+        "how_to/what_to_label_next",
         "explanation/two_players",
     ],
 )

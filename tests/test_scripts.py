@@ -23,6 +23,10 @@ EXAMPLES = [
     for path in sorted((ROOT / "examples").glob("[0-9]*.py"))
 ]
 KEYS = {
+    "active_learning.py": {
+        *("candidates", "criterion", "seeds", "accuracy_50", "accuracy_100", "mean", "beside_margin"),
+        "standard_error_margin",
+    },
     "added_samples.py": {
         *("network", "optimizer", "seed", "labels", "steps", "rank_correlation", "relative_error", "remainder"),
         "gradient_error",
@@ -62,6 +66,7 @@ KEYS = {
     "near_duplicates.py": {
         *("kind", "place", "part", "kernel", "seed", "planted", "found", "precision", "recall", "by_gap", "by_cosine"),
     },
+    "pruning.py": {"data", "criterion", "seeds", "accuracy_20", "difference_60", "standard_error_60"},
     "real_networks.py": {
         *("network", "optimizer", "task", "seconds", "training_seconds", "ratio", "peak_mb", "error"),
     },

@@ -31,7 +31,10 @@ def parser() -> argparse.ArgumentParser:
     )
     commands.add_argument("--version", action="version", version=f"pathkernel {__version__}")
     subcommands = commands.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_demo, _flow, _game, _plan, _info, _verify, _gram, _explain, _labels, _duplicates, _export):
+    for add in (
+        *(_demo, _flow, _game, _plan, _info, _verify, _gram, _explain),
+        *(_labels, _duplicates, _prune, _label_next, _export),
+    ):
         own = add(subcommands)
         own.add_argument("--json", type=Path, metavar="FILE", help="write every printed number to FILE")
         own.epilog = EXIT_CODES
@@ -197,6 +200,41 @@ def _duplicates(subcommands: Any) -> argparse.ArgumentParser:
     job.add_argument("--dimension", type=float, help="of the data, where few test samples are given (default: found)")
     job.add_argument("--picture", type=Path, metavar="FILE", help="draw the pairs, .png, .svg or .pdf (images only)")
     job.set_defaults(run_command="pathkernel.cli.duplicates:duplicates")
+    return job
+
+
+def _prune(subcommands: Any) -> argparse.ArgumentParser:
+    job: argparse.ArgumentParser = subcommands.add_parser(
+        "prune",
+        help="which training samples can be left out with least loss",
+        description="Chooses the training samples that are kept, from what one recorded run learnt of them, so that "
+        "training again on them alone loses least.",
+    )
+    _computing(job)
+    job.add_argument("--keep", default="0.5", metavar="PART", help="the part that is kept, or how many (default 0.5)")
+    criteria = ("gradient_herding", "self_influence", "area_under_margin", "final_loss")
+    job.add_argument("--criterion", default=criteria[0], choices=criteria, metavar="NAME",
+                     help=f"{criteria[0]} (default), or the hardest by {', '.join(criteria[1:])}")  # fmt: skip
+    job.add_argument("--nodes", type=int, default=10, help="points of the path that are looked at (default 10)")
+    job.set_defaults(run_command="pathkernel.cli.subsets:prune")
+    return job
+
+
+def _label_next(subcommands: Any) -> argparse.ArgumentParser:
+    job: argparse.ArgumentParser = subcommands.add_parser(
+        "label-next",
+        help="which candidates to label next",
+        description="Chooses, among samples without labels, those whose labels a network gains most from, by a "
+        "recorded run on the samples that have one.",
+    )
+    _computing(job)
+    job.add_argument("--candidates", required=True, metavar="FILE", help=".npz with an array X, or .npy")
+    job.add_argument("--count", type=int, default=20, help="how many are chosen (default 20)")
+    criteria = ("experimental_design", "variance", "margin", "entropy")
+    job.add_argument("--criterion", choices=criteria, metavar="NAME",
+                     help=f"{', '.join(criteria)} (default: the first of a classifier, else the second)")  # fmt: skip
+    job.add_argument("--nodes", type=int, default=10, help="points of the path that are looked at (default 10)")
+    job.set_defaults(run_command="pathkernel.cli.subsets:label_next")
     return job
 
 

@@ -25,7 +25,7 @@ from pathkernel.errors import InputError, check_choice, check_number, is_whole
 from pathkernel.gradients.per_sample import OutputFunctional, values_of
 from pathkernel.gradients.pytrees import count, memory_bytes, take
 from pathkernel.gradients.sample_wise import check_sample_wise
-from pathkernel.kernel_machine.classification import is_classifier
+from pathkernel.kernel_machine.classification import classes_of, is_classifier
 from pathkernel.kernel_machine.kernel_machine import KernelMachine
 from pathkernel.path_kernel.features import samples_of_path
 from pathkernel.path_kernel.nodes import PathMeasure, PathNode, nodes_along, stretches
@@ -371,7 +371,7 @@ class _Measurement:
             "final_loss": self._values(self.loss, z).numpy(),
             "functional": self.kind,
             "targets": _flat(targets).cpu().numpy(),
-            "predictions": (_classes(z) if classes else _flat(z)).cpu().numpy(),
+            "predictions": (classes_of(z) if classes else _flat(z)).cpu().numpy(),
             "steps": tuple(taken[node.position] for node in self.nodes),
         }
 
@@ -394,10 +394,6 @@ def _residual(z: Tensor, target: PyTree) -> Tensor:
     """−‖z − y‖ of one sample."""
     (y,) = pytree.tree_leaves(target)
     return -(z - y.reshape(-1).to(z)).norm()
-
-
-def _classes(z: Tensor) -> Tensor:
-    return z.argmax(dim=1) if z.shape[1] > 1 else (z[:, 0] > 0).long()
 
 
 def _flat(values: Tensor) -> Tensor:

@@ -32,6 +32,11 @@ def predictions(trajectory: Trajectory, outputs: np.ndarray) -> np.ndarray:
     return outputs.argmax(axis=1) if outputs.ndim == 2 else (outputs > 0).astype(np.int64)
 
 
+def classes_of(z: Tensor) -> Tensor:
+    """Class indices (n,) of outputs (n, C): of the largest, or of a single one its sign."""
+    return z.argmax(dim=1) if z.shape[1] > 1 else (z[:, 0] > 0).long()
+
+
 def probabilities(loss: Loss, outputs: Tensor) -> Tensor:
     """Class probabilities (n, C) of outputs under the loss that a network was trained with.
 

@@ -45,6 +45,7 @@ from pathkernel.reference.quadrature import (
     midpoint,
     trapezoid,
 )
+from pathkernel.reference.selection import conditional_variances
 from pathkernel.reference.training import train
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "tangent_kernel",
     "path_kernel",
     "neighbours_apart",
+    "conditional_variances",
     "left",
     "midpoint",
     "trapezoid",

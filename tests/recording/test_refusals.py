@@ -66,6 +66,8 @@ ELSEWHERE = {
     "influence/duplicates.py": "tests/influence",
     "influence/labels.py": "tests/influence",
     "influence/nearest_neighbours.py": "tests/influence",
+    "influence/active_learning.py": "tests/influence/test_pruning.py",
+    "influence/pruning.py": "tests/influence/test_pruning.py",
     "influence/residuals.py": "tests/influence",
     "optimizers/norms.py": "tests/dynamics",
     "reference": "tests/test_reference.py",
