@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, forked from one that has imported what they need, which takes seconds each time."""
+"""Scripts in processes of their own, forked from one that has imported what they need: seconds, once for all."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 
 IMPORTED = [
     "torch._dynamo",  # by the first optimizer
-    "sklearn.datasets",
-    "sklearn.gaussian_process",
-    "sklearn.model_selection",
-    "sklearn.svm",
-    "scipy.stats",
     "matplotlib.pyplot",
-    *(f"pathkernel.{name}" for name in ("path_kernel", "kernel_machine", "influence", "estimators", "plotting")),
-    *(f"pathkernel.{name}" for name in ("update_rules.table", "recording.recorder", "storage.disk")),
+    "scipy.stats",
+    *(f"sklearn.{name}" for name in ("datasets", "gaussian_process", "kernel_ridge", "model_selection", "svm")),
+    "tqdm.auto",
+    *(f"pathkernel.{name}" for name in ("dynamics.game", "estimators.path_kernels", "influence.datamodels")),
+    *(f"pathkernel.{name}" for name in ("kernel_machine.kernel_machine", "path_kernel.path_kernel")),
+    *(f"pathkernel.{name}" for name in ("plotting.attribution", "recording.recorder", "storage.disk")),
+    *(f"pathkernel.{name}" for name in ("tangent_kernel.operators", "update_rules.table")),
 ]
 ENVIRONMENT = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
 
@@ -43,6 +43,8 @@ def _as_main(script: Path, arguments: tuple[str, ...], folder: Path, said: Path)
     with open(said, "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    # `multiprocessing` leaves out in silence what it does not find.
+    assert not set(IMPORTED) - set(sys.modules), f"not imported before: {set(IMPORTED) - set(sys.modules)}"
     os.chdir(folder)
     sys.argv = [str(script), *arguments]
     # As python has it: the script's own folder, and none of those that tests share.
