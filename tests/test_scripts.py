@@ -94,6 +94,13 @@ def run(folder: Path, script: Path, *arguments: str) -> None:
     assert status == 0, f"{script.name} ended with {status}: {said.read_text('utf-8')[-6000:]}"
 
 
+@pytest.mark.parametrize("ends", ["raise ValueError('broken')", "import sys; sys.exit('broken')"])
+def test_a_script_that_fails_is_noticed(ends: str, tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(ends)
+    with pytest.raises(AssertionError, match="broken"):
+        run(tmp_path, tmp_path / "failing.py")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_check_themselves(example: Path, tmp_path: Path) -> None:
