@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import re
-import subprocess
-import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import record
+from fresh_processes import FINE, in_a_fresh_process, raised_by
 
 import pathkernel as pk
 
@@ -33,38 +31,6 @@ AUTHORS = {
     "pathkernel.estimators": ["GaussianProcessKernel", "PathKernelFeatures", "PathKernelTransformer"],
 }
 """What authors of layers, stores, engines and observers import, and from where."""
-
-
-def in_a_fresh_process(code: str) -> str:
-    """What the code prints."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-FORKING = """
-import os, sys, traceback
-import torch  # which takes longest, once for all; the package is left for each to import
-for code in {codes!r}:
-    if child := os.fork():
-        os.waitpid(child, 0)
-        continue
-    try:
-        exec(code, {{}})
-        print({fine!r}, flush=True)
-    except BaseException:
-        print(traceback.format_exc().strip().splitlines()[-1], flush=True)
-    finally:
-        os._exit(0)
-"""
-FINE = "nothing was raised"
-
-
-@functools.cache
-def raised_by(codes: tuple[str, ...]) -> dict[str, str]:
-    """The last line of what each code raises, or `FINE`, in processes that have imported torch and nothing else."""
-    said = in_a_fresh_process(FORKING.format(codes=codes, fine=FINE)).splitlines()
-    return dict(zip(codes, said, strict=True))
 
 
 def one_import(name: str) -> str:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from script_processes import run_script
 
 ROOT = Path(__file__).parent.parent
 NEEDED = {"05_lightning": "lightning"}
@@ -98,25 +96,31 @@ PARTS = {
 depend on the machine."""
 
 
-def run(script: Path, *arguments: str) -> None:
-    environment = {**os.environ, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{script.name}: {done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+def run(folder: Path, script: Path, *arguments: str) -> None:
+    said = folder / "said.txt"
+    status = run_script(script, arguments, ROOT, said)
+    assert status == 0, f"{script.name} ended with {status}: {said.read_text('utf-8')[-6000:]}"
+
+
+@pytest.mark.parametrize("ends", ["raise ValueError('broken')", "import sys; sys.exit('broken')"])
+def test_a_script_that_fails_is_noticed(ends: str, tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(ends)
+    with pytest.raises(AssertionError, match="broken"):
+        run(tmp_path, tmp_path / "failing.py")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_examples_check_themselves(example: Path) -> None:
+def test_examples_check_themselves(example: Path, tmp_path: Path) -> None:
     if example.stem in NEEDED:
         pytest.importorskip(NEEDED[example.stem])
-    run(example)
+    run(tmp_path, example)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KEYS)
 def test_benchmarks_keep_their_limits_and_write_flat_rows(name: str, tmp_path: Path) -> None:
-    run(ROOT / "benchmarks" / name, "--quick", "--json", str(tmp_path / "rows.json"), *PARTS.get(name, ()))
+    run(tmp_path, ROOT / "benchmarks" / name, "--quick", "--json", str(tmp_path / "rows.json"), *PARTS.get(name, ()))
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert rows and all(row.keys() >= KEYS[name] for row in rows)
     assert all(not isinstance(value, (dict, list)) for row in rows for value in row.values())

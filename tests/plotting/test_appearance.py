@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from fresh_processes import FINE, raised_by
 from matplotlib import pyplot as plt
 
 from pathkernel.plotting.appearance import STYLE, styled
@@ -37,19 +36,28 @@ assert matplotlib.get_backend() == "module://chosen_late", matplotlib.get_backen
 """
 
 
-@pytest.mark.parametrize("first", ["", "import matplotlib.pyplot as plt", "matplotlib.rcParams['font.size'] = 7.0"])
-@pytest.mark.parametrize("display", ["GramDisplay", "SpectrumDisplay"])
-def test_the_first_figure_of_a_session_may_switch_on_interactive_mode(tmp_path: Path, first: str, display: str) -> None:
-    (tmp_path / "chosen_late.py").write_text(BACKEND)
-    path = f"{tmp_path}:{Path(__file__).parents[2]}"
-    ran = subprocess.run(
-        [sys.executable, "-c", SESSION.format(first=first, display=display)],
-        env={"MPLBACKEND": "module://chosen_late", "PYTHONPATH": path, "MPLCONFIGDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
+SESSIONS = {
+    (first, display): SESSION.format(first=first, display=display)
+    for first in ("", "import matplotlib.pyplot as plt", "matplotlib.rcParams['font.size'] = 7.0")
+    for display in ("GramDisplay", "SpectrumDisplay")
+}
+
+
+@pytest.fixture(scope="module")
+def raised(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("sessions")
+    (folder / "chosen_late.py").write_text(BACKEND)
+    path = f"{folder}:{Path(__file__).parents[2]}"
+    return raised_by(
+        tuple(SESSIONS.values()), MPLBACKEND="module://chosen_late", PYTHONPATH=path, MPLCONFIGDIR=str(folder)
     )
-    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("session", SESSIONS, ids="-".join)
+def test_the_first_figure_of_a_session_may_switch_on_interactive_mode(
+    raised: dict[str, str], session: tuple[str, str]
+) -> None:
+    assert raised[SESSIONS[session]] == FINE
 
 
 def test_the_style_is_there_inside_and_the_users_own_afterwards() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from script_processes import run_script
 from torch import Tensor, nn
 
 import pathkernel as pk
@@ -170,7 +169,6 @@ sys.path[:0] = {paths!r}
 from test_open_recorders import *
 torch.set_num_threads(1)
 run = Run({path!r}, optimizer=torch.optim.{optimizer})
-print("begun", flush=True)
 with run.recorder:
     for step in range(1000):
         run.take(*run.recorder.batch(torch.arange(8) + step % 20))
@@ -190,12 +188,15 @@ with run.recorder:
 def killed(path: Path, pause: float = 0.0, flush: str = "pass", more: int = 2, optimizer: str = "Adam") -> list[float]:
     """Run it until it is killed; when steps were taken."""
     here = Path(__file__).resolve()
-    script = KILLED.format(
-        paths=[str(here.parents[2]), str(here.parent)], path=str(path), flush=flush, more=more, pause=pause,
-        optimizer=optimizer,
+    script, said = path.with_suffix(".py"), path.with_suffix(".txt")
+    script.write_text(
+        KILLED.format(
+            paths=[str(folder) for folder in (here.parents[2], here.parents[1], here.parent)],
+            path=str(path), flush=flush, more=more, pause=pause, optimizer=optimizer,
+        )
     )  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, check=False, timeout=120)
-    return [float(line.split()[1]) for line in done.stdout.splitlines()[1:]]
+    assert run_script(script, (), path.parent, said) == -signal.SIGKILL, said.read_text()
+    return [float(line.split()[1]) for line in said.read_text().splitlines() if line[:1].isdigit()]
 
 
 def restored(path: Path, store: Any, optimizer: str = "Adam") -> Run:
