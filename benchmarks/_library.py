@@ -92,7 +92,7 @@ def gram(task: Task, arrays: Arrays, engine: str, dtype: torch.dtype | str | Non
         return kernel(queries, references)
 
     # An engine keeps memory for its next call, which would not be seen there.
-    if hasattr(kernel.engine, "workspace"):
+    if getattr(kernel.engine, "workspace", None) is not None:
         run.forget = kernel.engine.workspace.clear  # type: ignore[attr-defined]
     return run, np.asarray
 
