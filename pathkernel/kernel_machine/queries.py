@@ -280,7 +280,7 @@ class GradientStep:
             found = None if self._together is None else self._together.gradient(self.segment, time)
             if found is not None:
                 return found
-            return self._evaluate(torch.add(self.segment.start.double(), self.delta, alpha=time))
+            return self._evaluate(self.segment.point(time, self.delta))
         end = self.segment.end if time else self.segment.start
         if id(end) not in self._ends:
             known = self._known.get(id(end))
@@ -289,7 +289,7 @@ class GradientStep:
 
     def value(self, time: float) -> Tensor:
         """h at start + time·Δ, (Q,)."""
-        return self.queries.values(torch.add(self.segment.start.double(), self.delta, alpha=time))
+        return self.queries.values(self.segment.point(time, self.delta))
 
     def of(self, samples: Tensor) -> GradientStep:
         """The same step as some of the samples see it."""
