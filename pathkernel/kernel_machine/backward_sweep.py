@@ -73,6 +73,11 @@ class Cuts:
     steps: int = 1
     part: int | None = None
 
+    @property
+    def scattered(self) -> bool:
+        """Whether cotangents lie wherever there is room: those of parts would leave gaps for each other."""
+        return self.roomy and self.part is None
+
 
 class TakenApart(NamedTuple):
     """What a sweep needs of a step, whatever its queries are.
@@ -158,8 +163,6 @@ class BackwardSweep:
         self._cotangents: dict[int, Tensor] = {}
         # Rules that mix entries take whole parameters, and may return what they were given.
         reused = cuts.roomy and self.rule.elementwise and not cuts.batch.streamed
-        # Parts of a block would leave gaps between the blocks of columns of each other.
-        self._scattered = cuts.roomy and cuts.part is None
         self.taken_apart: Callable[[Segment, Step], TakenApart] = self.take_apart
         self._of_queries = BlockMemory() if reused else None
         self._of_batch = BlockMemory() if reused else None
@@ -348,7 +351,7 @@ class BackwardSweep:
         Allocated one by one, they lie where intermediate results have been, and the next of those finds no room between
         them.
         """
-        if cotangent is None or self._scattered:
+        if cotangent is None or self.cuts.scattered:
             return cotangent
         if slot not in self._cotangents:
             self._cotangents[slot] = torch.empty(

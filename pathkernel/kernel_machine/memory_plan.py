@@ -41,7 +41,7 @@ from pathkernel.kernel_machine.backward_sweep import BLOCK, FEW, Cuts
 from pathkernel.kernel_machine.batch_sizes import BatchSizes, SmallBatch, kinds_of_batches, pushed_at_once
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.memory_budget import refusal, usable_bytes
-from pathkernel.kernel_machine.sweep_plan import PASSES, POSITIONS, Plan, with_rows
+from pathkernel.kernel_machine.sweep_plan import CHANNELS, PASSES, POSITIONS, Plan, in_step, with_rows
 from pathkernel.quadrature import Adaptive, DiscreteGradient, FixedQuadrature, Quadrature
 from pathkernel.runtime.allocations import (
     TRIED,
@@ -96,13 +96,6 @@ PAIRED = 12.0
 
 LONG = 4
 """Times as many steps a path has as are run together, at least: the proof takes as long as twice these. Chosen."""
-
-ENDS = 4
-"""Vectors of P numbers in float64 that parts of a block share: displacement and a point of two segments."""
-
-CHANNELS = 8
-"""Rows beside those of a batch for what came to a gradient under a name, when memory is planned. Chosen: one for
-rounding, one for decay, and a few regularisers; each row more is a thousandth of what cotangents take."""
 
 PASS, BLOCK_OF_COLUMNS = 1e6, 5e4
 """Cost of a pass through the network, and of a block of columns, by itself: in entries of a sample's gradient. Chosen,
@@ -204,37 +197,28 @@ class _Planner:
         if not (whole and self.gradients.keeps_memory) or self.dense or self.positions < POSITIONS:
             return plan
         rows = self.k * plan.queries * self.row, math.inf if self.batches.rows else self.gradients.most * self.row
-        found = with_rows(plan, self.needed or self._needed(plan), self._needed, usable_bytes(self.memory), *rows)
-        return self._in_step(found)
+        needed = self.needed or self._needed(plan)
+        return self._in_step(with_rows(plan, needed, self._needed, usable_bytes(self.memory), *rows))
 
     def _needed(self, plan: Plan) -> float:
         """Bytes of a block of queries, at most."""
         return max(phase.peak(plan.queries) for phase in self._phases(plan, plan.queries))
 
     def _in_step(self, plan: Plan) -> Plan:
-        """The same with larger blocks, whose parts walk the path in step, where the queries of one do not fit at once.
-
-        Each block runs every batch once more, and what is held of its queries is given back after each step.
-        """
+        """The same with larger blocks, whose parts walk the path in step, where gradients leave no room for them."""
         quadrature = self.curve.quadrature
         inside = isinstance(quadrature, FixedQuadrature) and all(0 < time < 1 for time, _ in quadrature.nodes)
         # Gradients at the ends of a step would stay until the next, those of all parts.
         alone = (inside or isinstance(quadrature, DiscreteGradient)) and self.rule.elementwise
-        together = plan.queries == self.samples and plan.passes in (None, plan.queries)
-        if together or not alone or self.by == "module" or self.matrices or self.curve.dense or self.batches.rows:
+        if not alone or self.by == "module" or self.matrices or self.curve.dense or self.batches.rows:
             return plan
-        for part in PASSES[:-1]:
-            batch = replace(plan.cuts.batch, rows=True)
-            way = replace(plan, queries=part, passes=part, cuts=replace(plan.cuts, batch=batch, roomy=True, part=part))
-            proof, query, passing, used = (phase.peak(part) for phase in self._phases(way, part))
-            # Blocks of columns stay for all parts, from when they are made of the rows of a batch until its next pass.
-            stay = (self.gradients.most + CHANNELS) * self.row
-            peak = max(proof, passing, max(query, used) + stay) + ENDS * self.vector
-            free = usable_bytes(self.memory) - peak
-            most = min(self.samples, int(part + free // self.throughout)) if free >= 0 else 0
-            if self.k * part > FEW and most > plan.queries:
-                return replace(way, queries=math.ceil(self.samples / math.ceil(self.samples / most)))
-        return plan
+        stay = (self.gradients.most + CHANNELS) * self.row  # columns for all parts, until the next batch
+
+        def peak(way: Plan) -> float:
+            proof, query, batch, columns = (phase.peak(way.queries) for phase in self._phases(way, way.queries))
+            return max(proof, batch, max(query, columns) + stay) + 4 * self.vector  # Δ and a point of two segments
+
+        return in_step(plan, self.samples, peak, usable_bytes(self.memory), self.throughout)
 
     def _steps(self, plan: Plan) -> int:
         """Steps that are run together in what a sweep leaves free: one, where that gains nothing or few are alike."""
@@ -423,7 +407,7 @@ class _Planner:
 
         # Both sides' columns.
         columns = min(self.widest, cuts.columns)
-        formed = 3.0 * self.itemsize * columns * (m if streamed else most) + (self.gaps if cuts.roomy and cuts.part is None else 0.0)
+        formed = 3.0 * self.itemsize * columns * (m if streamed else most) + self.gaps * cuts.scattered
         inside = between.plus(at_most + HELD * vector + max(held, batches.held) + formed)
         if streamed and not self.in_place:
             inside = inside.plus(0.0, float(self.k * self.itemsize * self.size * self.rule.stages))

@@ -256,7 +256,7 @@ class SharedSegment(Segment):
         return cls(segment.start, segment.end, segment.step, segment.channel, segment.buffers)
 
     @cached_property
-    def displacement(self) -> Tensor:  # type: ignore[override]
+    def displacement(self) -> Tensor:
         """Δ; as of `Segment.displacement`."""
         return super().displacement
 
