@@ -7,8 +7,9 @@ step the batch is run, compared and formed for the part that comes first; the ot
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import tee
 
 from tqdm.auto import tqdm
 
@@ -52,7 +53,7 @@ def sweep_in_step(
     # A block of columns is the same for all parts, of which one may be smaller.
     cuts = replace(cuts, columns=max(1, min(cuts.columns, BLOCK // (even * curve.queries.components))))
     parts = [curve.block(piece) for piece in blocks(n, even)]
-    segments = tee(map(SharedSegment.of, curve.trajectory.segments(reverse=True)), len(parts))
+    segments = passed_by_all(map(SharedSegment.of, curve.trajectory.segments(reverse=True)), len(parts))
     sweeps = [BackwardSweep(part, gradients, by, None, cuts) for part in parts]
     shared = SharedSteps(sweeps[0])
     for part, sweep, own in zip(parts, sweeps, segments, strict=True):
@@ -64,6 +65,27 @@ def sweep_in_step(
     bar.close()
     shared.forget()
     return concatenate((sweep.finish() for sweep in sweeps), len(curve.queries))
+
+
+def passed_by_all(segments: Iterator[Segment], count: int) -> list[Iterator[Segment]]:
+    """Iterators over the same segments, each of which is let go when all have passed it.
+
+    `itertools.tee` keeps what was passed in blocks of 57.
+    """
+    waiting: list[deque[Segment]] = [deque() for _ in range(count)]
+
+    def walked(own: deque[Segment]) -> Iterator[Segment]:
+        while True:
+            if not own:
+                following = next(segments, None)
+                if following is None:
+                    return
+                for one in waiting:
+                    one.append(following)
+                del following
+            yield own.popleft()
+
+    return [walked(own) for own in waiting]
 
 
 class SharedSteps:

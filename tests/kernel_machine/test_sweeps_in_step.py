@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,10 @@ import pathkernel as pk
 from pathkernel.gradients.layers.tracing import ParameterTracer
 from pathkernel.kernel_machine.backward_sweep import Cuts
 from pathkernel.kernel_machine.sweep_plan import Plan, in_step
+from pathkernel.kernel_machine.sweeps_in_step import passed_by_all
 from pathkernel.trajectory.batch_gradients import RecordedGradients
 from pathkernel.trajectory.stage_gradients import WHOLE
+from pathkernel.trajectory.step import SharedSegment
 
 TOKENS, WIDTH = 6, 8
 
@@ -100,6 +103,24 @@ def test_blocks_are_as_large_as_cotangents_leave_room_for(usable: float, queries
     assert found is plan if part is None else found.passes == part and found.cuts.batch.rows
     whole = Plan(100, None, Cuts())
     assert in_step(whole, 100, lambda way: 0.0, usable, 2.0) is whole
+
+
+def test_segments_are_let_go_when_all_parts_have_passed_them() -> None:
+    found: list[weakref.ref[SharedSegment]] = []
+
+    def made() -> Iterator[SharedSegment]:
+        for _ in range(5):
+            segment = SharedSegment(torch.zeros(1), torch.ones(1), None)
+            found.append(weakref.ref(segment))
+            yield segment
+            del segment
+
+    walks = passed_by_all(made(), 3)
+    for place, met in enumerate(zip(*walks, strict=True)):
+        assert met[0] is met[1] is met[2]
+        del met
+        assert len(found) == place + 1 and sum(one() is not None for one in found) <= 2
+    assert len(found) == 5
 
 
 def test_a_pass_with_shared_positions_is_let_go_with_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
