@@ -10,10 +10,10 @@ batch. Otherwise one cotangent of the optimizer's memory, (Q, P), is pulled thro
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,9 @@ class Cuts:
         memory's cotangents has a place of its own.
     steps
         How many consecutive steps are run together, where they are alike.
+    part
+        Samples of a block of queries whose gradients are there at once, the parts of a block walking the path in step
+        (`pathkernel.kernel_machine.sweeps_in_step`); None for all.
     """
 
     batch: Passes = WHOLE
@@ -68,6 +71,30 @@ class Cuts:
     scratch: int = 2**28
     roomy: bool = True
     steps: int = 1
+    part: int | None = None
+
+    @property
+    def scattered(self) -> bool:
+        """Whether cotangents lie wherever there is room: those of parts would leave gaps for each other."""
+        return self.roomy and self.part is None
+
+
+class TakenApart(NamedTuple):
+    """What a sweep needs of a step, whatever its queries are.
+
+    Attributes
+    ----------
+    adjoint
+        The adjoint of the step.
+    in_displacement
+        Terms that the optimizer added to the displacement, (P,) each.
+    received
+        Each gradient of the step.
+    """
+
+    adjoint: StepAdjoint
+    in_displacement: dict[str, Tensor]
+    received: list[StepGradients]
 
 
 @defer_interrupts(divisible=True)
@@ -89,18 +116,10 @@ def backward_sweep(
     """
     sweep = BackwardSweep(curve, gradients, by, builder, cuts or Cuts())
     bar = tqdm(total=len(curve.trajectory), desc="backward sweep", unit="step", disable=not progress)
-    curve.stack = sweep.cuts.steps
-    for segment, q in sweep.prepared(curve.backward(sweep.accumulator)):
-        if segment.step is None:
-            sweep.accumulator.channels[segment.channel] += q @ segment.displacement
-        else:
-            sweep.step(segment, segment.step, q)
-            bar.update()
-        del q  # not beside the gradients of the next segment
-        deliver_interrupt()
+    for segment in sweep.walk(curve):
+        bar.update(segment.step is not None)
     bar.close()
-    sweep.finish()
-    return sweep.accumulator.on_cpu()
+    return sweep.finish()
 
 
 class BackwardSweep:
@@ -144,8 +163,21 @@ class BackwardSweep:
         self._cotangents: dict[int, Tensor] = {}
         # Rules that mix entries take whole parameters, and may return what they were given.
         reused = cuts.roomy and self.rule.elementwise and not cuts.batch.streamed
+        self.taken_apart: Callable[[Segment, Step], TakenApart] = self.take_apart
         self._of_queries = BlockMemory() if reused else None
         self._of_batch = BlockMemory() if reused else None
+
+    def walk(self, curve: Curve) -> Iterator[Segment]:
+        """Walk back along the curve; each segment once it has been booked."""
+        curve.stack = self.cuts.steps
+        for segment, q in self.prepared(curve.backward(self.accumulator)):
+            if segment.step is None:
+                self.accumulator.channels[segment.channel] += q @ segment.displacement
+            else:
+                self.step(segment, segment.step, q)
+            del q  # not beside the gradients of the next segment
+            deliver_interrupt()
+            yield segment
 
     def prepared(
         self, weighted: Iterator[tuple[Segment, FactoredGradients]]
@@ -177,25 +209,18 @@ class BackwardSweep:
         if q.zero and not self.memory:
             return
         give_back_freed_memory()
-        adjoint = StepAdjoint(self.rule, step, self.shapes, self._coefficients)
-        stages = self.gradients.stages(step, rows=True, passes=self.passes)
+        adjoint, in_displacement, received = self.taken_apart(segment, step)
         give_back_freed_memory()
-        in_gradient, in_displacement = self._sources(segment, step)
         if in_displacement:
             products = q @ torch.stack(list(in_displacement.values()), dim=1)
             for column, name in enumerate(in_displacement):
                 self.accumulator.channels[name] += products[:, column]
-        dtype, form = accumulation_dtype(self.gradients.function.dtype), self.builder is not None
-        received = [
-            StepGradients(stage, [*stage.channels.items(), *in_gradient.items()], dtype, form, self._of_batch)
-            for stage in stages
-        ]
         totals = [Contributions(self.accumulator, self.shares, self.modules, step.index, one) for one in received]
         built: list[set[int]] = [set() for _ in totals]
         if self.cuts.batch.streamed:
             self._streamed(step, adjoint, q, received, totals)
         else:
-            rates = self._scalar_rates(adjoint, step, q, received[0], stages[0].parts)
+            rates = self._scalar_rates(adjoint, step, q, received[0], received[0].stage.parts)
             if rates:
                 self.scaled.contract(step, q, rates, received[0], totals[0])
             for name, where, pulled in self._pull_back_memory(step, adjoint, q, rates):
@@ -210,6 +235,18 @@ class BackwardSweep:
         for one, done in zip(received, built, strict=True):
             if self.builder is not None:
                 self._build(self.builder, step, one, done)
+
+    def take_apart(self, segment: Segment, step: Step) -> TakenApart:
+        """Adjoint of a step, what the optimizer added, and the gradients of its samples."""
+        adjoint = StepAdjoint(self.rule, step, self.shapes, self._coefficients)
+        stages = self.gradients.stages(step, rows=True, passes=self.passes)
+        in_gradient, in_displacement = self._sources(segment, step)
+        dtype, form = accumulation_dtype(self.gradients.function.dtype), self.builder is not None
+        received = [
+            StepGradients(stage, [*stage.channels.items(), *in_gradient.items()], dtype, form, self._of_batch)
+            for stage in stages
+        ]
+        return TakenApart(adjoint, in_displacement, received)
 
     def _build(self, builder: FormBuilder, step: Step, received: StepGradients, done: set[int]) -> None:
         """Give a form the kernels of the micro-batches that it does not have."""
@@ -231,7 +268,7 @@ class BackwardSweep:
             self.accumulator.channels[found.channel] += q @ vector
         for name in {**found.memory, **found.scale}:
             own = self.layout.slices[name]
-            for where in self._blocks(name):
+            for where in self.blocks(name):
                 (cotangent,) = self.memory.get(where.start, [None])
                 if cotangent is None:
                     continue
@@ -288,7 +325,7 @@ class BackwardSweep:
                 continue
             pull = adjoint.of(name, self.dtype)
             own = self.layout.slices[name]
-            for where in self._blocks(name):
+            for where in self.blocks(name):
                 held = self.memory.get(where.start, [None] * len(self.rule.memory))
                 inside = slice(where.start - own.start, where.stop - own.start)
                 if self._of_queries is None:
@@ -314,7 +351,7 @@ class BackwardSweep:
         Allocated one by one, they lie where intermediate results have been, and the next of those finds no room between
         them.
         """
-        if cotangent is None or self.cuts.roomy:
+        if cotangent is None or self.cuts.scattered:
             return cotangent
         if slot not in self._cotangents:
             self._cotangents[slot] = torch.empty(
@@ -360,7 +397,7 @@ class BackwardSweep:
                 for u, scale in ((u, scale) for own, u, scale in pulled if own == stage):
                     total.add_rows(begin, one.channel_products(where, u), scale)
 
-    def _blocks(self, name: str) -> Iterator[slice]:
+    def blocks(self, name: str) -> Iterator[slice]:
         """A parameter in blocks of whole rows; in one where the rule needs it whole."""
         own = self.layout.slices[name]
         shape = self.shapes[name]
@@ -373,7 +410,7 @@ class BackwardSweep:
         for block in blocks(size, max(row, columns // row * row) if row <= columns else columns):
             yield slice(own.start + block.start, own.start + block.stop)
 
-    def finish(self) -> None:
+    def finish(self) -> Accumulator:
         """Book what was in the optimizer's memory before the first recorded step, and close the accumulator."""
         self.scaled.settle()
         self.accumulator.shares = self.shares.T.contiguous()
@@ -382,9 +419,10 @@ class BackwardSweep:
             self.accumulator.modules[module] = self.modules.pop(module).T.contiguous()
         for name, start in self.trajectory.initial_memory.items():
             own = self.layout.slices[name]
-            for where in self._blocks(name):
+            for where in self.blocks(name):
                 held = self.memory.get(where.start, [None] * len(start))
                 for cotangent, slot in zip(held, start, strict=True):
                     if cotangent is not None:
                         values = slot.reshape(-1)[where.start - own.start : where.stop - own.start]
                         self.accumulator.channels["memory"] += cotangent.double() @ values.to(cotangent.device).double()
+        return self.accumulator.on_cpu()

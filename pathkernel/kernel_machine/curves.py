@@ -24,7 +24,7 @@ from pathkernel.kernel_machine.queries import GradientStep, ProductStep, Queries
 from pathkernel.kernel_machine.stacked_segments import stacked
 from pathkernel.quadrature import DiscreteGradient, Quadrature
 from pathkernel.trajectory.averages import AverageRecord, Update, averaged_events
-from pathkernel.trajectory.step import Segment
+from pathkernel.trajectory.step import Segment, SharedSegment
 from pathkernel.trajectory.trajectory import Trajectory
 
 TOGETHER = "together"
@@ -113,6 +113,9 @@ class Curve(ABC):
     stack: int = 1
     """How many segments a backward sweep evaluates together, where the curve can."""
 
+    segments: Iterator[Segment] | None = None
+    """Segments of the recorded path from its end, where they are read for several sweeps."""
+
     @abstractmethod
     def forward(self, accumulator: Accumulator, displacements: Displacements) -> None:
         """Add what each channel's displacements did to the queries."""
@@ -160,7 +163,8 @@ class PathCurve(Curve):
     def backward(self, accumulator: Accumulator) -> Iterator[tuple[Segment, FactoredGradients]]:
         """Walk back from the end of the curve; as of `Curve.backward`."""
         view: GradientStep | None = None
-        for segment, together in stacked(self.queries, self.trajectory.segments(reverse=True), self.stack):
+        segments = self.trajectory.segments(reverse=True) if self.segments is None else self.segments
+        for segment, together in stacked(self.queries, segments, self.stack):
             later, view = view, GradientStep(self.queries, segment, view, together)
             self._book_buffers(accumulator, view, later)
             del later  # not beside its neighbour while that is used
@@ -171,7 +175,7 @@ class PathCurve(Curve):
         """Walk forward along the curve; as of `Curve.forward`."""
         view: ProductStep | None = None
         rests = self._rests()
-        for segment in self.trajectory.segments():
+        for segment in map(SharedSegment.of, self.trajectory.segments()):
             directions = displacements(segment)
             along = _rows(directions, segment.displacement)
             earlier, view = view, ProductStep(self.queries, segment, along, view, rests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,6 +36,7 @@ from pathkernel.kernel_machine.queries import Queries
 from pathkernel.kernel_machine.query_selection import QuerySelection
 from pathkernel.kernel_machine.self_shares import at_once, check_own, own_shares
 from pathkernel.kernel_machine.sweep_plan import Plan
+from pathkernel.kernel_machine.sweeps_in_step import sweep_in_step
 from pathkernel.quadrature import Adaptive, Quadrature, as_quadrature
 from pathkernel.runtime.pickling import check_picklable
 from pathkernel.runtime.threads import one_at_a_time
@@ -422,7 +424,8 @@ class KernelMachine:
         noted = Noted(curve.quadrature)
         if asked.verify:
             curve.quadrature = noted
-        accumulator = backward_sweep(curve, self._recorded, asked.by, builder, self.progress, plan.cuts)
+        sweep = partial(backward_sweep, builder=builder) if plan.cuts.part is None else sweep_in_step
+        accumulator = sweep(curve, self._recorded, by=asked.by, progress=self.progress, cuts=plan.cuts)
         accumulator.form = None if builder is None else builder.finish()
         certificate = self._recorded.certificate
         accumulator.split_error = torch.full_like(accumulator.quadrature_error, certificate.error)

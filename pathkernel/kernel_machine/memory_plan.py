@@ -41,7 +41,7 @@ from pathkernel.kernel_machine.backward_sweep import BLOCK, FEW, Cuts
 from pathkernel.kernel_machine.batch_sizes import BatchSizes, SmallBatch, kinds_of_batches, pushed_at_once
 from pathkernel.kernel_machine.curves import Curve
 from pathkernel.kernel_machine.memory_budget import refusal, usable_bytes
-from pathkernel.kernel_machine.sweep_plan import PASSES, POSITIONS, Plan, with_rows
+from pathkernel.kernel_machine.sweep_plan import CHANNELS, PASSES, POSITIONS, Plan, in_step, with_rows
 from pathkernel.quadrature import Adaptive, DiscreteGradient, FixedQuadrature, Quadrature
 from pathkernel.runtime.allocations import (
     TRIED,
@@ -197,11 +197,28 @@ class _Planner:
         if not (whole and self.gradients.keeps_memory) or self.dense or self.positions < POSITIONS:
             return plan
         rows = self.k * plan.queries * self.row, math.inf if self.batches.rows else self.gradients.most * self.row
-        return with_rows(plan, self.needed or self._needed(plan), self._needed, usable_bytes(self.memory), *rows)
+        needed = self.needed or self._needed(plan)
+        return self._in_step(with_rows(plan, needed, self._needed, usable_bytes(self.memory), *rows))
 
     def _needed(self, plan: Plan) -> float:
         """Bytes of a block of queries, at most."""
         return max(phase.peak(plan.queries) for phase in self._phases(plan, plan.queries))
+
+    def _in_step(self, plan: Plan) -> Plan:
+        """The same with larger blocks, whose parts walk the path in step, where gradients leave no room for them."""
+        quadrature = self.curve.quadrature
+        inside = isinstance(quadrature, FixedQuadrature) and all(0 < time < 1 for time, _ in quadrature.nodes)
+        # Gradients at the ends of a step would stay until the next, those of all parts.
+        alone = (inside or isinstance(quadrature, DiscreteGradient)) and self.rule.elementwise
+        if not alone or self.by == "module" or self.matrices or self.curve.dense or self.batches.rows:
+            return plan
+        stay = (self.gradients.most + CHANNELS) * self.row  # columns for all parts, until the next batch
+
+        def peak(way: Plan) -> float:
+            proof, query, batch, columns = (phase.peak(way.queries) for phase in self._phases(way, way.queries))
+            return max(proof, batch, max(query, columns) + stay) + 4 * self.vector  # Δ and a point of two segments
+
+        return in_step(plan, self.samples, peak, usable_bytes(self.memory), self.throughout)
 
     def _steps(self, plan: Plan) -> int:
         """Steps that are run together in what a sweep leaves free: one, where that gains nothing or few are alike."""
@@ -390,7 +407,7 @@ class _Planner:
 
         # Both sides' columns.
         columns = min(self.widest, cuts.columns)
-        formed = 3.0 * self.itemsize * columns * (m if streamed else most) + (self.gaps if cuts.roomy else 0.0)
+        formed = 3.0 * self.itemsize * columns * (m if streamed else most) + self.gaps * cuts.scattered
         inside = between.plus(at_most + HELD * vector + max(held, batches.held) + formed)
         if streamed and not self.in_place:
             inside = inside.plus(0.0, float(self.k * self.itemsize * self.size * self.rule.stages))

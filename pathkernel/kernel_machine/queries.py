@@ -280,7 +280,7 @@ class GradientStep:
             found = None if self._together is None else self._together.gradient(self.segment, time)
             if found is not None:
                 return found
-            return self._evaluate(torch.add(self.segment.start.double(), self.delta, alpha=time))
+            return self._evaluate(self.segment.point(time, self.delta))
         end = self.segment.end if time else self.segment.start
         if id(end) not in self._ends:
             known = self._known.get(id(end))
@@ -289,7 +289,7 @@ class GradientStep:
 
     def value(self, time: float) -> Tensor:
         """h at start + time·Δ, (Q,)."""
-        return self.queries.values(torch.add(self.segment.start.double(), self.delta, alpha=time))
+        return self.queries.values(self.segment.point(time, self.delta))
 
     def of(self, samples: Tensor) -> GradientStep:
         """The same step as some of the samples see it."""
@@ -366,6 +366,10 @@ class ProductStep(GradientStep):
         super().__init__(queries, segment, neighbour)
         self._known = {}  # products at a shared end are with this segment's own directions
 
+    @cached_property
+    def _along(self) -> Tensor:
+        return self.directions @ self.delta
+
     def _change(self) -> Tensor:
         change = torch.zeros(len(self.directions), dtype=torch.float64, device=self.directions.device)
         change[0] = 1.0
@@ -373,12 +377,12 @@ class ProductStep(GradientStep):
 
     def plus_displacement(self, gradient: Any, multiples: Tensor) -> Any:
         """Products with a multiple of those of Δ itself added to each."""
-        return torch.addr(gradient, multiples, self.directions @ self.delta)
+        return torch.addr(gradient, multiples, self._along)
 
     def _evaluate(self, theta: Tensor) -> Tensor:
         if self.rests is None or self.squared_length == 0:
             return self.queries.products(theta, self.directions)
-        multiples = self.directions @ self.delta / self.squared_length
+        multiples = self._along / self.squared_length
         multiples[0] = 1.0
         rest = self.rests.due(torch.addr(self.directions[1:], multiples[1:], self.delta, alpha=-1), theta)
         products = torch.outer(self.end_value - self.start_value, multiples)

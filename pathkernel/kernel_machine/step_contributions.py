@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from pathkernel._typing import Float
 from pathkernel.gradients.factored import FactoredGradients
 from pathkernel.gradients.matmul import product
 from pathkernel.kernel_machine.accumulator import Accumulator
 from pathkernel.kernel_machine.block_memory import BlockMemory
 from pathkernel.kernel_machine.forms import FormBuilder
+from pathkernel.runtime.workspace import Workspace
 from pathkernel.trajectory.columns import Owners
 from pathkernel.trajectory.coupled_samples import CoupledSamples
 from pathkernel.trajectory.stage_gradients import StageGradients
@@ -65,6 +68,7 @@ class StepGradients:
         parts = list(_placed(stage)) if held else []
         self.coupled = [(place, part) for place, part in parts if isinstance(part, CoupledSamples)]
         self._formed = [(place, part) for place, part in parts if isinstance(part, FactoredGradients)]
+        self._columns: dict[int, Tensor] = {}
         self.weights: Tensor | None = None
         self._gathers = form or bool(self.coupled)
 
@@ -73,20 +77,36 @@ class StepGradients:
 
         Zero for samples that are met with all columns at once.
         """
+        if self._columns:
+            return product(self._columns[where.start], u)
         if self.coupled:
             return self._products_beside_coupled(where, u, push)
         if self.memory is not None and not push:
-            return product(self._formed_columns(self.memory, where, u), u)
+            found = self.memory.empty(len(self.owners) + len(self.vectors), where.stop - where.start, u)
+            return product(self._fill_columns(where, found), u)
         rest = self._rest(where, u)
         if push and not isinstance(self.stage.factor, Tensor):
             pushed = [part.directional_products(where, u).T * self.stage.factor for _, part in self._formed]
             return torch.cat([*pushed, *(row @ u.T for row in rest)])
         return product(torch.cat([self.stage.columns(where, u.dtype), *rest]), u)
 
-    def _formed_columns(self, memory: BlockMemory, where: slice, u: Tensor) -> Tensor:
-        """Gradients of all samples, then channels, over a block of columns, (B + channels, size)."""
+    def form(self, columns: Sequence[slice], dtype: torch.dtype, workspace: Workspace) -> None:
+        """Form the blocks of columns that will be asked for, and let the gradients go that they are made of.
+
+        Samples that are run together stay as they are.
+        """
+        if self.coupled or not isinstance(self.stage.parts, tuple):
+            return
+        rows = len(self.owners) + len(self.vectors)
+        sizes = [rows * (where.stop - where.start) for where in columns]
+        memory = workspace.empty((sum(sizes),), dtype, self.owners.columns.device)
+        for where, block in zip(columns, memory.split(sizes), strict=True):
+            self._columns[where.start] = self._fill_columns(where, block.view(rows, -1))
+        self.stage, self._formed = replace(self.stage, parts=()), []
+
+    def _fill_columns(self, where: slice, found: Float[Tensor, "n size"]) -> Tensor:
+        """Gradients of all samples, then channels, over a block of columns."""
         samples = len(self.owners)
-        found = memory.empty(samples + len(self.vectors), where.stop - where.start, u)
         self.stage.fill_columns(where, found[:samples])
         for row, vector in zip(found[samples:], self.vectors, strict=True):
             row.copy_(vector[where])

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 
-from pathkernel.kernel_machine.backward_sweep import Cuts
+from pathkernel.kernel_machine.backward_sweep import FEW, Cuts
 
 PASSES = (16, 4, 1)
 """Query samples that go through the network at once, where not all do; tried in turn."""
+
+CHANNELS = 8
+"""Rows beside those of a batch, for what came to a gradient under a name: rounding, decay, a few more. Chosen."""
 
 POSITIONS = 8
 """Positions of a layer, on average over θ, from which on rows formed at once are less work than columns of pieces that
@@ -61,3 +65,36 @@ def with_rows(
         plan, needed = next((own for own in taking if own[1] <= usable), (plan, needed))
     batch = replace(plan.cuts.batch, rows=needed + of_batch <= usable)
     return replace(plan, cuts=replace(plan.cuts, batch=batch))
+
+
+def in_step(plan: Plan, samples: int, peak: Callable[[Plan], float], usable: float, throughout: float) -> Plan:
+    """Larger blocks of queries, whose parts walk the path in step: each block runs every batch once more.
+
+    Parameters
+    ----------
+    plan
+        A sweep whose batches are taken whole.
+    samples
+        Query samples in all.
+    peak
+        Bytes of a block that is one part.
+    usable
+        Bytes that there are.
+    throughout
+        Bytes of a sample in another part.
+
+    Returns
+    -------
+    Plan
+        The same plan, where it takes all queries at once, or parts make no larger blocks.
+    """
+    if plan.queries == samples and plan.passes in (None, samples):
+        return plan
+    for part in (n for n in PASSES if n > FEW):
+        batch = replace(plan.cuts.batch, rows=True)
+        way = replace(plan, queries=part, passes=part, cuts=replace(plan.cuts, batch=batch, roomy=True, part=part))
+        free = usable - peak(way)
+        most = min(samples, int(part + free // throughout)) if free >= 0 else 0
+        if most > plan.queries or most == samples > part:
+            return replace(way, queries=math.ceil(samples / math.ceil(samples / most)))
+    return plan

@@ -162,8 +162,8 @@ def fit_captured(
         entries below the bound as they are. None where none of these explains the gradient.
     """
     found, samples = found.double(), samples.double()
-    rest = torch.zeros_like(samples) if regularizers is None else regularizers.double()
-    expected = samples + rest
+    rest = samples.new_zeros(1) if regularizers is None else regularizers.double()
+    expected = samples if regularizers is None else samples + rest
     multiple, difference = _left_by_multiple(found, expected)
     # Nearly always one factor for all explains the gradient: what that takes is read at once.
     own, kappa, norm, left_single, entries = numbers(

@@ -82,7 +82,9 @@ class RecomputedBatches:
     def __init__(self, trajectory: Trajectory, function: ModelFunction, memory: int, engine: str) -> None:
         self.trajectory = trajectory
         self.function = function
-        self.recorded = trajectory.function()
+        # A copy of the module takes as long as a small network's step.
+        same = function.dtype == trajectory.dtype
+        self.recorded = function.converted(function.dtype) if same else trajectory.function()
         self.source = GradientSource(function, engine, memory)
         # Mixed precision rounds every product; rows by torch.func round as the loop did.
         self.rounded = GradientSource(self.recorded, "jacobian", memory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -240,3 +241,31 @@ class Segment:
     def displacement(self) -> Tensor:
         """Δ = end − start, (P,) float64: exact for float32 parameters."""
         return torch.sub(self.end.double(), self.start)
+
+    def point(self, time: float, displacement: Tensor) -> Tensor:
+        """start + time · Δ, (P,) float64, from Δ."""
+        return torch.add(self.start.double(), displacement, alpha=time)
+
+
+class SharedSegment(Segment):
+    """A segment that several sweeps pass: what is computed of its ends is kept as long as it is."""
+
+    @classmethod
+    def of(cls, segment: Segment) -> SharedSegment:
+        """The same segment."""
+        return cls(segment.start, segment.end, segment.step, segment.channel, segment.buffers)
+
+    @cached_property
+    def displacement(self) -> Tensor:
+        """Δ; as of `Segment.displacement`."""
+        return super().displacement
+
+    def point(self, time: float, displacement: Tensor) -> Tensor:
+        """start + time · Δ; as of `Segment.point`."""
+        if time not in self._points:
+            self._points[time] = super().point(time, displacement)
+        return self._points[time]
+
+    @cached_property
+    def _points(self) -> dict[float, Tensor]:
+        return {}

@@ -113,7 +113,7 @@ def test_a_function_can_be_decorated() -> None:
 
 
 RIM = {
-    "kernel_machine": {"backward_sweep.py", "forward_sweep.py", "self_shares.py"},
+    "kernel_machine": {"backward_sweep.py", "forward_sweep.py", "self_shares.py", "sweeps_in_step.py"},
     "tangent_kernel": {"operators.py"},
     "tangent_kernel/engines": {"auto.py", "jacobian.py", "layerwise.py", "projection.py"},
     "gradients": {"model_function.py"},

@@ -386,9 +386,9 @@ class ParameterTracer(TorchFunctionMode):
         """The answer of a rule where all samples have the same arguments."""
         if function not in FOR_SHARED:
             return {}, {}
-        bound = {**dict(zip(_arguments(RULES[function]), args, strict=False)), **kwargs}
-        try:
-            repeat = lambda tensor: tensor.expand(self.n, *tensor.shape)  # noqa: E731
+        bound, n = {**dict(zip(_arguments(RULES[function]), args, strict=False)), **kwargs}, self.n
+        try:  # a rule that knew the tracer would keep the whole pass until the garbage collector runs
+            repeat = lambda tensor: tensor.expand(n, *tensor.shape)  # noqa: E731
             return bound, RULES[function](repeat, **self._detached(bound))
         except (NoRule, TypeError):
             return {}, {}
