@@ -82,18 +82,14 @@ class StackedPieces:
         if self.directions is None or self.directions.rows[place] is not direction:
             return None
         if self._along is None:
-            self._along = (self._products(self.directions.matrix),)
+            self._along = (self._products(self.directions),)
         (found,) = self._along
         return None if found is None else found[place]
 
-    def _products(self, directions: Float[Tensor, "k P"]) -> Float[Tensor, "k nK"] | None:
+    def _products(self, directions: Directions) -> Float[Tensor, "k nK"] | None:
         total: Tensor | None = None
-        cast: dict[torch.dtype, Tensor] = {}
         for piece, own in zip(self.forms, self.tensors, strict=True):
-            dtype = piece.factor.dtype
-            if dtype not in cast:
-                cast[dtype] = directions.to(dtype)
-            found = _products(piece, own, cast[dtype])
+            found = _products(piece, own, directions.to(piece.factor.dtype))
             if found is None:
                 return None
             total = found.double() if total is None else total.add_(found)
@@ -167,9 +163,16 @@ class Directions:
 
     def __init__(self, matrix: Float[Tensor, "k P"]) -> None:
         self.matrix, self.rows = matrix, matrix.unbind()
+        self._cast = {matrix.dtype: matrix}
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def to(self, dtype: torch.dtype) -> Float[Tensor, "k P"]:
+        """The directions in another floating type; found once, for all pieces that meet them."""
+        if dtype not in self._cast:
+            self._cast[dtype] = self.matrix.to(dtype)
+        return self._cast[dtype]
 
 
 def _with_tensors(piece: Piece, tensors: Sequence[Tensor]) -> Piece:
