@@ -176,7 +176,8 @@ class RecordedGradients:
         trajectory, stages = self.trajectory, []
         for index, offset in enumerate(self._offsets(step)):
             point = step.before if offset is None else step.before.double() + offset
-            ran = self.batches.joined(replace(step, batches=tuple(batch.at_stage(index) for batch in step.batches)))
+            own = replace(step, batches=tuple(batch.at_stage(index) for batch in step.batches)) if index else step
+            ran = self.batches.joined(own)
             stages.append(self._stage(ran, point, rows, passes, compare=trajectory.rule.stages == 1))
         return stages
 
