@@ -112,6 +112,8 @@ class Objective:
 
     def regularizer_gradients(self, function: ModelFunction, vector: Float[Tensor, " P"]) -> dict[str, Tensor]:
         """Gradient of each regulariser at θ, (P,)."""
+        if not self.regularizers:
+            return {}
         theta = function.cast(vector).detach().requires_grad_(True)
         gradients = {}
         for name, regularizer in self.regularizers.items():

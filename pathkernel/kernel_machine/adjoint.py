@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ class Linear:
     memory: tuple[tuple[Coefficient, ...], ...]
     ratio: float | None
 
-    @property
+    @cached_property
     def rate(self) -> float | None:
         """A scalar a of a step that takes one gradient and puts nothing into its memory; else None."""
         forgets = all(row[0] == 0.0 for row in self.memory if not isinstance(row[0], Tensor))
@@ -185,6 +186,7 @@ class StepAdjoint:
         self.shapes = shapes
         self.known = {} if known is None else known
         self._linear: dict[Any, Linear] = {}
+        self._settings: dict[int, tuple[tuple[str, Any], ...] | None] = {}
 
     def linear(self, name: str) -> Linear | None:
         """The coefficients of a parameter, found once; None where its rule is not elementwise."""
@@ -264,10 +266,10 @@ class StepAdjoint:
         if not all(isinstance(value, (bool, int, float)) for value in frozen.values()):
             return name
         numbered = tuple(sorted(frozen.items()))
-        settings = tuple(sorted(self.step.hyperparameters_of(name).items()))
-        values = (value for _, own in settings for value in (own if isinstance(own, tuple) else (own,)))
-        settled = all(isinstance(value, NUMBERS) for value in values)
-        return _Settled(group, numbered, settings) if settled else (group, numbered)
+        if group not in self._settings:
+            self._settings[group] = _settled(self.step.hyperparameters[group])
+        settings = self._settings[group]
+        return (group, numbered) if settings is None else _Settled(group, numbered, settings)
 
     def of(self, name: str, dtype: torch.dtype) -> Callable[[slice, Tensor, list[Tensor | None]], list[Scaled]]:
         """A function that pulls blocks of columns of a parameter back.
@@ -313,6 +315,13 @@ class StepAdjoint:
             return [(u.flatten(1), 1.0) for u in pulled]
 
         return pull
+
+
+def _settled(settings: Settings) -> tuple[tuple[str, Any], ...] | None:
+    """Settings of a group by which coefficients are known again; None where one of them is no number."""
+    known = tuple(sorted(settings.items()))
+    values = (value for _, own in known for value in (own if isinstance(own, tuple) else (own,)))
+    return known if all(isinstance(value, NUMBERS) for value in values) else None
 
 
 def _cast(coefficient: Coefficient, dtype: torch.dtype) -> Coefficient:

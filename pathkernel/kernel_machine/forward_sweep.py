@@ -99,7 +99,7 @@ def _displacements(
     for index, stage in enumerate(gradients.stages(step, rows=False, passes=passes)):
         rest = dict(stage.channels)
         apart = {ROUNDING: rest.pop(ROUNDING)} if ROUNDING in rest else {}
-        together = stage.samples.clone()
+        together = stage.samples
         for gradient in rest.values():
             together += gradient
         for channel, gradient in {TOGETHER: together, **apart}.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from pathkernel._typing import Float, Int, PyTree
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype, row_memory
 from pathkernel.gradients.forward_derivatives import REFUSALS, push_forward
-from pathkernel.gradients.gradient_source import ROWS, GradientSource
+from pathkernel.gradients.gradient_source import ROWS, GradientSource, values_at_points
 from pathkernel.gradients.per_sample import OutputFunctional, gradients_along, values_of
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.runtime.interrupts import result_or_error
@@ -21,7 +21,7 @@ from pathkernel.runtime.workspace import Workspace, give_back_freed_memory
 from pathkernel.trajectory.step import Segment
 
 LONG_PASS = 10_000_000
-"""Samples times parameters from which on a forward pass takes longer than its calls on the CPU: several in one then
+"""Samples times parameters from which on a forward pass takes longer than its calls on the CPU: several as one then
 gain nothing, and lose the cache. Measured on an MLP of 85,000 parameters: 360 samples at 8 points take 1.0 to 1.3 ms a
 point together and 0.75 one by one (one thread of an AMD EPYC)."""
 
@@ -127,14 +127,19 @@ class Queries:
             begin += len(found)
         return FactoredGradients.of_rows(rows, layout)
 
-    def values_at_points(self, thetas: Float[Tensor, "k P"]) -> Float[Tensor, "k Q"] | None:
-        """h at several θ in one pass; None where they are to be taken one by one."""
-        long = self.function.device.type == "cpu" and count(self.inputs) * self.function.layout.size > LONG_PASS
-        if self.forward is not None or long:
+    def values_at_points(self, thetas: Sequence[Float[Tensor, " P"]]) -> Float[Tensor, "k Q"] | None:
+        """h at several θ at once; None where they are to be taken one by one."""
+        function = self.function
+        if self.forward is not None:
             return None
-        point, function = self.function.cast(thetas), self.function
+        if function.device.type == "cpu" and count(self.inputs) * function.layout.size > LONG_PASS:
+            inputs = function.cast(self.inputs)
+            with function.evaluating(gradients=False, fused_attention=True):
+                outputs = torch.stack([function.batch(function.parameters(theta), inputs) for theta in thetas])
+                return values_at_points(self.functional, outputs, self._context).double().flatten(1)
+        points = function.cast(torch.stack(tuple(thetas)))
         with function.evaluating(gradients=False):
-            found = self.source.values_at_points(point, self.inputs, self.functional, self._context, function)
+            found = self.source.values_at_points(points, self.inputs, self.functional, self._context, function)
         return None if found is None else found.double().flatten(1)
 
     def gradients_at_points(self, thetas: Float[Tensor, "k P"]) -> list[FactoredGradients] | None:

@@ -43,17 +43,25 @@ class StackedSegments:
 
     @cached_property
     def _values(self) -> Float[Tensor, "k Q"] | None:
-        return self.queries.values_at_points(self._starts)
-
-    @cached_property
-    def _starts(self) -> Float[Tensor, "k P"]:
-        return torch.stack([segment.start for segment in self.segments])
+        return self.queries.values_at_points([segment.start for segment in self.segments])
 
     @cached_property
     def _displacements(self) -> Directions:
         """Δ of each segment, float64: exact for float32 parameters."""
-        ends = torch.stack([segment.end for segment in self.segments])
-        return Directions(ends.double().sub_(self._starts))
+        first = self.segments[0].start
+        matrix = first.new_empty(len(self.segments), len(first), dtype=torch.float64)
+        # Row by row: what is converted on the way stays in cache.
+        for row, segment in zip(matrix, self.segments, strict=True):
+            torch.sub(segment.end.double(), segment.start, out=row)
+        return Directions(matrix)
+
+    def _points(self, time: float) -> Float[Tensor, "k P"]:
+        """start + time · Δ of each segment, in the type that passes are run in."""
+        function, displacements = self.queries.function, self._displacements
+        points = displacements.matrix.new_empty(displacements.matrix.shape, dtype=function.dtype)
+        for row, segment, delta in zip(points, self.segments, displacements.rows, strict=True):
+            row.copy_(torch.add(segment.start.double(), delta, alpha=time))
+        return points
 
     def displacement(self, segment: Segment) -> Float[Tensor, " P"]:
         """Δ of one of the segments: by this very tensor the products with it are found that are taken of all."""
@@ -62,8 +70,7 @@ class StackedSegments:
     def gradient(self, segment: Segment, time: float) -> FactoredGradients | None:
         """∇h at start + time · Δ of one of the segments; None where passes are taken one by one."""
         if time not in self._gradients:
-            points = torch.add(self._starts, self._displacements.matrix, alpha=time)
-            self._gradients[time] = found = self.queries.gradients_at_points(points)
+            self._gradients[time] = found = self.queries.gradients_at_points(self._points(time))
             for stack, _ in (own.stack for own in (found or ())[:1] if own.stack is not None):
                 stack.meet(self._displacements)
         found = self._gradients[time]

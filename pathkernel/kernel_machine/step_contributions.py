@@ -63,7 +63,7 @@ class StepGradients:
         self.memory = memory
         self.names = [name for name, _ in channels]
         self.vectors = [vector for _, vector in channels]
-        self.owners = stage.owners.to(stage.samples.device)
+        self.owners = stage.owners.to(stage.total.device)
         held = isinstance(stage.parts, tuple)  # streamed ones are rows
         parts = list(_placed(stage)) if held else []
         self.coupled = [(place, part) for place, part in parts if isinstance(part, CoupledSamples)]
@@ -139,7 +139,7 @@ class StepGradients:
         if not self._gathers:
             return
         if self.weights is None:
-            like = self.stage.samples
+            like = self.stage.total
             self.weights = torch.zeros(len(u), len(like), dtype=self.dtype, device=like.device)
         torch.mul(self.stage.scaled(u, where), scale, out=self.weights[:, where])
 

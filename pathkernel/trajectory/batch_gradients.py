@@ -176,7 +176,8 @@ class RecordedGradients:
         trajectory, stages = self.trajectory, []
         for index, offset in enumerate(self._offsets(step)):
             point = step.before if offset is None else step.before.double() + offset
-            ran = self.batches.joined(replace(step, batches=tuple(batch.at_stage(index) for batch in step.batches)))
+            own = replace(step, batches=tuple(batch.at_stage(index) for batch in step.batches)) if index else step
+            ran = self.batches.joined(own)
             stages.append(self._stage(ran, point, rows, passes, compare=trajectory.rule.stages == 1))
         return stages
 
@@ -230,7 +231,7 @@ class RecordedGradients:
         channels |= {name: change * fit.factor for name, change in round_outputs.items()}
         channels[ROUNDING] = fit.difference
         owners = self.columns.owners(step.batches)
-        return StageGradients(total * fit.factor, parts, channels, fit.factor, point, step.batches, owners)
+        return StageGradients(total, parts, channels, fit.factor, point, step.batches, owners)
 
     def _round_outputs(self, step: Step, point: Tensor, passes: Passes) -> dict[str, Tensor]:
         """Parts of named backward passes that did not come through the outputs of samples, by name, (P,) each."""
@@ -331,6 +332,6 @@ class RecordedGradients:
         """Floating types in which the gradients of a step have been rounded."""
         precision = self.trajectory.precision
         types = {precision, self.function.dtype}
-        if takes_tensor_floats(self.trajectory.model, precision):
+        if self.function.device.type == "cuda" and takes_tensor_floats(self.trajectory.model, precision):
             types.add(torch.float16)  # which has as many bits
         return types.union(*(self.batches.low(batch) for batch in step.batches))

@@ -15,12 +15,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.factored import accumulation_dtype
-from pathkernel.gradients.forward_state import hashable
+from pathkernel.gradients.forward_state import Modes, hashable
 from pathkernel.gradients.losses import coupled_row_blocks, swept_rows, weighted_gradient
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import output_products, random_directions
@@ -40,6 +41,15 @@ PROBED = 3
 WIDER = 0.6
 """Part of the time of a direction that it takes among more than were tried so far, about the least: the pass that all
 share is theirs together. Measured on the networks of `benchmarks/real_networks.py` (3 directions against 16)."""
+
+
+def normalises_batch(module: nn.Module, modes: Modes) -> bool:
+    """True where a layer in train mode couples the samples of a batch."""
+    return any(
+        (modes if isinstance(modes, bool) else modes[name])
+        and (isinstance(child, _BatchNorm) or getattr(child, "track_running_stats", False))
+        for name, child in module.named_modules()
+    )
 
 
 @dataclass

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pathkernel.gradients.parameters import ParameterLayout
@@ -78,6 +79,40 @@ def _evaluated(frozen: FrozenOnReading) -> Mapping[str, Mapping[str, Any]]:
     return frozen.evaluate(frozen)
 
 
+class _Vectors:
+    """The vectors that observations are cut out of, (P,) each; Δ is formed where a rule asks for it, which few do."""
+
+    def __init__(self, taken: FrozenOnReading) -> None:
+        self.parameter, self.gradient, self._after = taken.before, taken.gradient, taken.after
+
+    @cached_property
+    def displacement(self) -> Tensor:
+        """Δ_s."""
+        return self._after - self.parameter
+
+
+class _ObservedOnReading(Observation):
+    """Observation whose tensors are cut out of the step's vectors when they are asked for."""
+
+    def __init__(
+        self,
+        before: Mapping[str, Any],
+        after: Mapping[str, Any],
+        device: str,
+        vectors: _Vectors,
+        where: slice,
+        shape: torch.Size,
+    ) -> None:
+        vars(self).update(before=before, after=after, device=device, _cut=(vectors, where, shape))
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in ("parameter", "gradient", "displacement"):
+            raise AttributeError(name)
+        vectors, where, shape = self._cut
+        found: Tensor = getattr(vectors, name)[where].reshape(shape)
+        return found
+
+
 def frozen_in(rule: UpdateRule, layout: ParameterLayout, taken: FrozenOnReading) -> dict[str, dict[str, Any]]:
     """Tensors and numbers held fixed in a step, by parameter name, from what was kept of it.
 
@@ -90,9 +125,8 @@ def frozen_in(rule: UpdateRule, layout: ParameterLayout, taken: FrozenOnReading)
     taken
         The step, and the optimizer's state around it.
     """
-    state = taken.state
-    theta, gradient = layout.unflatten(taken.before), layout.unflatten(taken.gradient)
-    displacement = layout.unflatten(taken.after - taken.before)
+    state, vectors = taken.state, _Vectors(taken)
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
     before = {key: layout.unflatten(vector) for key, vector in state.before.items()}
     after = {key: layout.unflatten(vector) for key, vector in state.after.items()}
     frozen = {}
@@ -105,7 +139,7 @@ def frozen_in(rule: UpdateRule, layout: ParameterLayout, taken: FrozenOnReading)
             kept_before, kept_after = list(own.keep_before), list(own.keep_after(settings) or ())
             numbered = list(own.numbers_after)
         memory = {} if name in state.fresh else dict.fromkeys(own.memory, True)
-        observed = Observation(
+        observed = _ObservedOnReading(
             before=Declared({**memory, **{key: before[key][name] for key in kept_before}}, own, "before"),
             after=Declared(
                 {
@@ -115,10 +149,10 @@ def frozen_in(rule: UpdateRule, layout: ParameterLayout, taken: FrozenOnReading)
                 own,
                 "after",
             ),
-            parameter=theta[name],
-            gradient=gradient[name],
-            displacement=displacement[name],
             device=state.device,
+            vectors=vectors,
+            where=layout.slices[name],
+            shape=shapes[name],
         )
         frozen[name] = own.frozen(observed, settings)
     return frozen

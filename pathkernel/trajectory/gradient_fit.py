@@ -82,9 +82,9 @@ def _multiple(found: Tensor, expected: Tensor) -> float:
     return (found @ expected).item() / squared if squared > 0 else 1.0
 
 
-def _left_by_multiple(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """κ as of `_multiple` where the tensors lie, and found − κ expected: nothing of it is read."""
-    squared = expected @ expected
+def _left_by_multiple(found: Tensor, expected: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """κ as of `_multiple` where the tensors lie, and found − κ expected, given ‖expected‖: nothing of it is read."""
+    squared = norm.square()
     kappa = torch.where(squared > 0, (found @ expected) / squared, 1.0)
     return kappa, torch.addcmul(found, kappa, expected, value=-1)
 
@@ -106,7 +106,7 @@ def fit_gradient(layout: ParameterLayout, found: Tensor, expected: Tensor, toler
     (entries at the bound, the others untouched). Otherwise the single factor is returned with what it leaves.
     """
     found, expected = found.double(), expected.double()
-    kappa, difference = _left_by_multiple(found, expected)
+    kappa, difference = _left_by_multiple(found, expected, expected.norm())
     multiple, norm, left = numbers([kappa, found.norm(), difference.norm()])
     single = Fit(multiple, left / max(norm, torch.finfo(torch.float64).tiny), difference, layout)
     if single.relative <= tolerance:
@@ -162,15 +162,17 @@ def fit_captured(
         entries below the bound as they are. None where none of these explains the gradient.
     """
     found, samples = found.double(), samples.double()
-    rest = samples.new_zeros(1) if regularizers is None else regularizers.double()
-    expected = samples if regularizers is None else samples + rest
-    multiple, difference = _left_by_multiple(found, expected)
-    # Nearly always one factor for all explains the gradient: what that takes is read at once.
-    own, kappa, norm, left_single, entries = numbers(
-        [samples.norm() + rest.norm(), multiple, found.norm(), difference.norm(), expected.count_nonzero()]
-    )
+    rest = None if regularizers is None else regularizers.double()
+    expected, of_samples = samples if rest is None else samples + rest, samples.norm()
+    of_rest = torch.zeros_like(of_samples) if rest is None else rest.norm()
+    multiple, difference = _left_by_multiple(found, expected, of_samples if rest is None else expected.norm())
+    # Nearly always one factor for all explains the gradient: what that takes is read at once. Entries are counted where
+    # that is asked, unless reading the number then would be a transfer more.
+    counted = () if expected.is_cpu else (expected.count_nonzero(),)
+    asked = [of_samples + of_rest, of_rest, multiple, found.norm(), difference.norm(), *counted]
+    own, beside, kappa, norm, left_single, *entries = numbers(asked)
     # Norms of finite numbers are finite, unless they overflow.
-    if not math.isfinite(own + norm) and not all(bool(one.isfinite().all()) for one in (found, samples, rest)):
+    if not math.isfinite(own + norm) and not all(one is None or one.isfinite().all() for one in (found, samples, rest)):
         return None
     known: list[float] = []
 
@@ -180,18 +182,18 @@ def fit_captured(
         if left <= tolerance * factor * own + floor:
             return True
         if not known:
-            known.append(summed_norms() + rest.norm().item())
+            known.append(summed_norms() + beside)
         return left <= tolerance * factor * known[0] + floor
 
     largest = 1.0 + max(1e-3, tolerance)
     single = Fit(kappa, left_single / max(norm, torch.finfo(torch.float64).tiny), difference, layout)
     if 0 < kappa <= largest and fits(single, kappa, left_single):
-        told = abs(kappa - 1.0) <= tolerance or entries > 1
+        told = abs(kappa - 1.0) <= tolerance or (entries or [expected.count_nonzero().item()])[0] > 1
         return replace(single, checked=told)
     if not found.any():  # clipped to nothing, or gradients that cancel
         nothing = _fit(layout, found, expected, 1.0)
         return nothing if fits(nothing) else None
-    if regularizers is not None:
+    if rest is not None:
         a, b = torch.linalg.lstsq(torch.stack([samples, rest], 1), found[:, None]).solution[:, 0].tolist()
         both = _fit(layout, found - b * rest, samples, a)
         if 0 < a <= b * largest and b <= largest and fits(both, max(a, b)):

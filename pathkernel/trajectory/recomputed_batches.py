@@ -8,13 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Parameters, PyTree
 from pathkernel.gradients.factored import FactoredGradients, accumulation_dtype
-from pathkernel.gradients.forward_state import Modes, generators_untouched, hashable
+from pathkernel.gradients.forward_state import generators_untouched, hashable
 from pathkernel.gradients.gradient_source import BY_ROWS, GradientSource, weighted_sum
 from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.losses import (
@@ -36,7 +35,7 @@ from pathkernel.gradients.sample_wise import ComparedSamples, check_sample_wise
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.workspace import give_back_freed_memory
 from pathkernel.trajectory.cotangents import cotangents_of, scaled
-from pathkernel.trajectory.coupled_samples import ALWAYS_ROWS, CoupledSamples, CoupledSweeps
+from pathkernel.trajectory.coupled_samples import ALWAYS_ROWS, CoupledSamples, CoupledSweeps, normalises_batch
 from pathkernel.trajectory.joined_batches import joined_batches
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.split_certificate import DIRECTIONS, SplitCheck, row_limit
@@ -46,15 +45,6 @@ from pathkernel.trajectory.trajectory import Trajectory
 
 NORMED = 64
 """Samples whose gradients are held at once for their norms."""
-
-
-def normalises_batch(module: nn.Module, modes: Modes) -> bool:
-    """True where a layer in train mode couples the samples of a batch."""
-    return any(
-        (modes if isinstance(modes, bool) else modes[name])
-        and (isinstance(child, _BatchNorm) or getattr(child, "track_running_stats", False))
-        for name, child in module.named_modules()
-    )
 
 
 class RecomputedBatches:
@@ -76,7 +66,7 @@ class RecomputedBatches:
     sweeps
         What forward and reverse sweeps of whole batches cost.
     held
-        Gradients of batches that were run with others, by the index of their step: the batch, where, and what.
+        Gradients of batches that were run with others, by the index of their step: the batch, where, samples, and what.
     """
 
     def __init__(self, trajectory: Trajectory, function: ModelFunction, memory: int, engine: str) -> None:
@@ -90,7 +80,7 @@ class RecomputedBatches:
         self.rounded = GradientSource(self.recorded, "jacobian", memory)
         self.check = SplitCheck(trajectory, coupled=engine == "autograd")
         self.sweeps = CoupledSweeps()
-        self.held: dict[int, tuple[MicroBatch, Tensor, FactoredGradients]] = {}
+        self.held: dict[int, tuple[MicroBatch, Tensor, tuple[PyTree, PyTree], FactoredGradients]] = {}
         self._low: dict[Any, frozenset[torch.dtype]] = {}
         self._separate: dict[Any, bool] = {}
         self._joinable: dict[Any, bool] = {}
@@ -122,7 +112,8 @@ class RecomputedBatches:
 
     def joined(self, step: Step) -> Step:
         """A step with runs of small passes as one pass each, where the network gives the same for them together."""
-        return replace(step, batches=joined_batches(step.batches, partial(self._may_join, step)))
+        several = len(step.batches) > 1
+        return replace(step, batches=joined_batches(step.batches, partial(self._may_join, step))) if several else step
 
     def _may_join(self, step: Step, run: Sequence[MicroBatch]) -> bool:
         """True where the outputs for some passes together are those of each; seen once for each kind."""
@@ -180,9 +171,9 @@ class RecomputedBatches:
         """The gradients of the samples of each micro-batch, run as it was: (B,), or a pass at a time."""
         for batch in step.batches:
             function = self.replayed(step, batch)
-            inputs, targets = samples_of(batch, self.trajectory.data)
+            samples, held = self._taken(step, batch, point)
+            inputs, targets = samples_of(batch, self.trajectory.data) if samples is None else samples
             measured, low = self.check.is_due(step, batch, inputs), bool(self.low(batch))
-            held = self._taken(step, batch, point)
             # Samples whose gradients are at hand were seen not to be coupled.
             pushed = None
             if held is None:
@@ -205,11 +196,14 @@ class RecomputedBatches:
                 yield rows
                 give_back_freed_memory()
 
-    def _taken(self, step: Step, batch: MicroBatch, point: Tensor) -> FactoredGradients | None:
-        """Gradients of a batch at a point that are at hand, once; None of others."""
+    def _taken(
+        self, step: Step, batch: MicroBatch, point: Tensor
+    ) -> tuple[tuple[PyTree, PyTree], FactoredGradients] | tuple[None, None]:
+        """Inputs and targets of a batch and its gradients at a point that are at hand, once; None of others."""
         held = self.held.pop(step.index, None)
-        at_hand = held is not None and held[0] is batch and held[1] is point and not self.check.coupled
-        return held[2] if held is not None and at_hand else None
+        if held is None or held[0] is not batch or held[1] is not point or self.check.coupled:
+            return None, None
+        return held[2:]
 
     def _pushed(
         self,

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel.gradients.arguments import same_arguments
 from pathkernel.gradients.gradient_source import BY_ROWS
-from pathkernel.gradients.pytrees import alike
+from pathkernel.gradients.pytrees import alike, take
 from pathkernel.trajectory.recomputed_batches import RecomputedBatches
 from pathkernel.trajectory.samples import samples_of
 from pathkernel.trajectory.stage_gradients import Passes
@@ -26,7 +26,8 @@ def run_together(batches: RecomputedBatches, steps: Sequence[Step], passes: Pass
     ran = [step.batches[0] for step in steps if len(step.batches) == 1]
     if not steps or len(ran) < len(steps) or not _may_be_joined(batches, steps, ran, passes):
         return
-    inputs = [samples_of(batch, batches.trajectory.data)[0] for batch in ran]
+    samples = [samples_of(batch, batches.trajectory.data) for batch in ran]
+    inputs = [own for own, _ in samples]
     if not all(alike(inputs[0], own) for own in inputs[1:]):
         return
     stacked = pytree.tree_map(lambda *leaves: torch.stack(leaves), *inputs)
@@ -34,8 +35,9 @@ def run_together(batches: RecomputedBatches, steps: Sequence[Step], passes: Pass
     cotangents = torch.stack([batch.cotangents for batch in ran if batch.cotangents is not None]).to(thetas.device)
     function = batches.replayed(steps[0], ran[0])
     found = batches.source.pulled_back_at_points(thetas, stacked, cotangents, function)
-    for step, batch, own in zip(steps, ran, found or (), strict=found is not None):
-        batches.held[step.index] = batch, step.before, own
+    for place, own in enumerate(found or ()):
+        step, seen = steps[place], (take(stacked, place), samples[place][1])
+        batches.held[step.index] = ran[place], step.before, seen, own
 
 
 def _may_be_joined(

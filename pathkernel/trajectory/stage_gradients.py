@@ -85,15 +85,15 @@ class StageGradients:
 
     Attributes
     ----------
-    samples
-        Σ_i c_i g_i, (P,) float64.
+    total
+        Σ_i c_i g_i without ``factor``, (P,) float64.
     parts
         The summands c_i g_i without ``factor``, where asked, in the order of the ids: of each micro-batch, or of each
         pass; streamed ones are made anew each time they are gone through.
     channels
         What came from elsewhere, (P,) each: regularisers, named changes, and what the rounding of gradients left.
     factor
-        What accumulation, clipping and loss scaling made of the samples' gradient; included in ``samples``.
+        What accumulation, clipping and loss scaling made of the samples' gradient.
     point
         θ where the gradient was taken, (P,).
     batches
@@ -102,13 +102,18 @@ class StageGradients:
         The columns of the shares that their samples belong to.
     """
 
-    samples: Tensor
+    total: Tensor
     parts: Iterable[FactoredGradients | CoupledSamples]
     channels: Mapping[str, Tensor]
     factor: float | Tensor
     point: Tensor
     batches: tuple[MicroBatch, ...]
     owners: Owners
+
+    @property
+    def samples(self) -> Float[Tensor, " P"]:
+        """The samples' gradient with the factor, float64."""
+        return self.total * self.factor
 
     def columns(self, where: slice, dtype: torch.dtype) -> Float[Tensor, "B size"]:
         """Contributions of the samples to a part of θ; without those that are not formed."""

@@ -38,7 +38,7 @@ class StackedPieces:
         self.forms, self.tensors = tuple(forms), tuple(tuple(own) for own in tensors)
         self.directions: Directions | None = None
         self._along: tuple[Tensor | None] | None = None
-        self._totals: tuple[Tensor | None] | None = None
+        self._totals: tuple[list[tuple[slice, Tensor]] | None] | None = None
         self._pairs: tuple[StackedPieces, frozenset[int], Tensor | None] | None = None
 
     @classmethod
@@ -82,18 +82,14 @@ class StackedPieces:
         if self.directions is None or self.directions.rows[place] is not direction:
             return None
         if self._along is None:
-            self._along = (self._products(self.directions.matrix),)
+            self._along = (self._products(self.directions),)
         (found,) = self._along
         return None if found is None else found[place]
 
-    def _products(self, directions: Float[Tensor, "k P"]) -> Float[Tensor, "k nK"] | None:
+    def _products(self, directions: Directions) -> Float[Tensor, "k nK"] | None:
         total: Tensor | None = None
-        cast: dict[torch.dtype, Tensor] = {}
         for piece, own in zip(self.forms, self.tensors, strict=True):
-            dtype = piece.factor.dtype
-            if dtype not in cast:
-                cast[dtype] = directions.to(dtype)
-            found = _products(piece, own, cast[dtype])
+            found = _products(piece, own, directions.to(piece.factor.dtype))
             if found is None:
                 return None
             total = found.double() if total is None else total.add_(found)
@@ -104,12 +100,19 @@ class StackedPieces:
     def total(self, place: int, size: int) -> Float[Tensor, " P"] | None:
         """Sum of a point's gradients, float64; None where a piece has no batched sum."""
         if self._totals is None:
-            self._totals = (self._summed(size),)
+            self._totals = (self._summed(),)
         (found,) = self._totals
-        return None if found is None else found[place].double()
+        if found is None:
+            return None
+        covered = sum(where.stop - where.start for where, _ in found)
+        made = torch.empty if covered == size else torch.zeros
+        result = made(size, dtype=torch.float64, device=found[0][1].device)
+        for where, sums in found:
+            result[where] = sums[place]
+        return result
 
-    def _summed(self, size: int) -> Float[Tensor, "k P"] | None:
-        """The sums of all points."""
+    def _summed(self) -> list[tuple[slice, Tensor]] | None:
+        """Parts of θ, no two of which overlap, with the sums of all points in them, (k, size)."""
         parts: dict[int, tuple[slice, Tensor]] = {}
         for piece, own in zip(self.forms, self.tensors, strict=True):
             found = _sums(piece, own)
@@ -119,13 +122,7 @@ class StackedPieces:
                 if where.start in parts:  # sums of sums are rounded to float64
                     return None
                 parts[where.start] = where, sums
-        if not parts:
-            return None
-        first = next(iter(parts.values()))[1]
-        result = first.new_zeros(len(first), size)
-        for where, sums in parts.values():
-            result[:, where] = sums
-        return result
+        return list(parts.values()) or None
 
     # -- inner products of pairs -------------------------------------------------------------------------------
 
@@ -167,9 +164,16 @@ class Directions:
 
     def __init__(self, matrix: Float[Tensor, "k P"]) -> None:
         self.matrix, self.rows = matrix, matrix.unbind()
+        self._cast = {matrix.dtype: matrix}
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def to(self, dtype: torch.dtype) -> Float[Tensor, "k P"]:
+        """The directions in another floating type; found once, for all pieces that meet them."""
+        if dtype not in self._cast:
+            self._cast[dtype] = self.matrix.to(dtype)
+        return self._cast[dtype]
 
 
 def _with_tensors(piece: Piece, tensors: Sequence[Tensor]) -> Piece:
