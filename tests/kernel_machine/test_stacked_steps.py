@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import pathkernel as pk
 from pathkernel import reference
 from pathkernel.gradients.layers.stacked_passes import StackedPasses
-from pathkernel.kernel_machine import adjoint, memory_plan
+from pathkernel.kernel_machine import adjoint, memory_plan, queries
 from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.block_memory import BlockMemory
 from pathkernel.kernel_machine.memory_plan import LONG, STEPS
@@ -135,6 +135,20 @@ def trained(model: nn.Module) -> Recording:
             loss(model(x), target).backward()
             optimizer.step()
     return Recording(model, model, optimizer, loss, X, y, X[:QUERIES] + 0.1, recorder.trajectory, {})
+
+
+def test_values_of_long_passes_are_taken_one_after_another_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries, "LONG_PASS", 0)
+    single: list[Tensor] = []
+    values = queries.Queries.values
+    monkeypatch.setattr(queries.Queries, "values", lambda self, theta: single.append(theta) or values(self, theta))
+    run = record(batches=batches())
+    together = explained(run, True)
+    assert len(single) < MANY // 2
+    one_by_one = explained(run, False)
+    assert len(single) > MANY
+    assert_alike(together, one_by_one, DOUBLE.shares)
+    np.testing.assert_allclose(together.quadrature_error, one_by_one.quadrature_error, rtol=1e-9)
 
 
 # -- what is planned --------------------------------------------------------------------------------------------------
