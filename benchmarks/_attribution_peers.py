@@ -149,9 +149,9 @@ def missing() -> str | None:
 
 
 def judged_by_dattri(scores: np.ndarray, subsets: np.ndarray, outputs: np.ndarray) -> float:
-    """Mean LDS by dattri's own metric code."""
+    """Mean LDS by dattri's own metric code, over the queries whose scores are not all the same."""
     from dattri.metric import lds
 
     from pathkernel.analysis.evaluation_interfaces import dattri_lds
 
-    return float(lds(*dattri_lds(scores, subsets, outputs))[0].mean())
+    return float(lds(*dattri_lds(scores, subsets, outputs))[0].nanmean())

@@ -138,7 +138,7 @@ def measured(
             row(method).update(judged(found, true))
             if with_peers:
                 theirs = peers.judged_by_dattri(found, *true.subsets["lds_10"])
-                assert abs(theirs - row(method)["lds_10"]) < 1e-9, (method, theirs)
+                assert np.isclose(theirs, row(method)["lds_10"], rtol=0, atol=1e-9, equal_nan=True), (method, theirs)
             show(row(method))
     wrong = case(**label, sizes=sizes, wrong_labels=True)
     run, training = trained(wrong)
