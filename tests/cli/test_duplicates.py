@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from runs_on_disk import recorded_on_disk
 
 import pathkernel as pk
 from pathkernel.cli import main as cli
 from pathkernel.errors import PathKernelError
 from pathkernel.influence import near_duplicates
 from pathkernel.plotting import NearDuplicatesDisplay
-
-MODEL = "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))\n"
 
 
 def samples() -> torch.Tensor:
@@ -31,25 +29,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("duplicates")
     X, y = samples(), torch.arange(50) % 3  # so that 3 and 40 disagree, and 5 and 41 do not
     y[40], y[41] = y[3] + 1, y[5]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    optimizer, loss = torch.optim.AdamW(model.parameters(), lr=1e-2), nn.CrossEntropyLoss()
-    with pk.KernelRecorder(model, optimizer, loss, data=(X, y), store=folder / "store") as recorder:
-        for x, target in recorder.batches(batch_size=10):
-            optimizer.zero_grad()
-            loss(model(x), target).backward()
-            optimizer.step()
-    np.savez(folder / "train.npz", X=X.numpy(), y=y.numpy())
+    trajectory = recorded_on_disk(folder, X, y, batch_size=10)
     test = torch.randn(120, 4, generator=torch.Generator().manual_seed(1))
     test[8], test[9] = X[20], X[21] + 1e-3
     np.savez(folder / "test.npz", X=test.numpy(), y=np.zeros(120, dtype=int))
     np.save(folder / "test.npy", test.numpy())
-    (folder / "train.py").write_text(MODEL)
     kernels = {
-        "path": pk.PathKernel(recorder.trajectory, steps=5),
-        "initial": pk.TangentKernel(model, recorder.trajectory.parameters(0)),
-        "final": pk.TangentKernel(model),
+        "path": pk.PathKernel(trajectory, steps=5),
+        "initial": pk.TangentKernel(trajectory.model, trajectory.parameters(0)),
+        "final": pk.TangentKernel(trajectory.model),
         "inputs": lambda A, B=None: np.asarray(A) @ np.asarray(A if B is None else B).T,
     }
     expected = {f"{name}.{i}": near_duplicates(k, X, other) for name, k in kernels.items() for i, other in

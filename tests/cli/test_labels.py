@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from runs_on_disk import recorded_on_disk, samples
 
 import pathkernel as pk
 from pathkernel.cli import main as cli
@@ -17,28 +17,15 @@ from pathkernel.errors import PathKernelError
 from pathkernel.influence.labels import label_quality
 from pathkernel.plotting import DoubtfulLabelsDisplay
 
-MODEL = "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))\n"
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("labels")
     generator = torch.Generator().manual_seed(0)
-    X, y = torch.randn(24, 4, generator=generator), torch.randint(3, (24,), generator=generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    optimizer, loss = torch.optim.AdamW(model.parameters(), lr=1e-2), nn.CrossEntropyLoss()
-    with pk.KernelRecorder(model, optimizer, loss, data=(X, y), store=folder / "store") as recorder:
-        for _ in range(3):
-            for x, target in recorder.batches(batch_size=8):
-                optimizer.zero_grad()
-                loss(model(x), target).backward()
-                optimizer.step()
-    np.savez(folder / "train.npz", X=X.numpy(), y=y.numpy())
-    (folder / "train.py").write_text(MODEL)
-    quality = label_quality(recorder.trajectory)
-    why = pk.KernelMachine(recorder.trajectory).explain((X[quality.top(4)], y[quality.top(4)]), outputs="margin")
+    X, y = samples(24, generator)
+    trajectory = recorded_on_disk(folder, X, y, batch_size=8, epochs=3)
+    quality = label_quality(trajectory)
+    why = pk.KernelMachine(trajectory).explain((X[quality.top(4)], y[quality.top(4)]), outputs="margin")
     np.savez(folder / "expected.npz", ids=quality.ids, score=quality.score, shares=why.shares, y=y.numpy())
     return folder
 

@@ -9,34 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from runs_on_disk import recorded_on_disk, samples
 
 import pathkernel as pk
 from pathkernel.cli import main as cli
-
-MODEL = "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))\n"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("subsets")
     generator = torch.Generator().manual_seed(0)
-    X, y = torch.randn(24, 4, generator=generator), torch.randint(3, (24,), generator=generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    optimizer, loss = torch.optim.AdamW(model.parameters(), lr=1e-2), nn.CrossEntropyLoss()
-    with pk.KernelRecorder(model, optimizer, loss, data=(X, y), store=folder / "store") as recorder:
-        for x, target in recorder.batches(batch_size=4):
-            optimizer.zero_grad()
-            loss(model(x), target).backward()
-            optimizer.step()
+    X, y = samples(24, generator)
+    trajectory = recorded_on_disk(folder, X, y, batch_size=4)
     candidates = torch.randn(9, 4, generator=generator)
-    np.savez(folder / "train.npz", X=X.numpy(), y=y.numpy())
     np.save(folder / "candidates.npy", candidates.numpy())
-    (folder / "train.py").write_text(MODEL)
-    kept = pk.influence.prune(recorder.trajectory, 0.25)
-    chosen = pk.influence.label_next(recorder.trajectory, candidates, 3)
+    kept = pk.influence.prune(trajectory, 0.25)
+    chosen = pk.influence.label_next(trajectory, candidates, 3)
     np.savez(folder / "kept.npz", ids=kept.ids, left_out=kept.left_out, weights=kept.weights, y=y.numpy())
     np.savez(folder / "chosen.npz", ids=chosen.ids, score=chosen.score, predictions=chosen.predictions)
     return folder
