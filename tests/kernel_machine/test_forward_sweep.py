@@ -103,7 +103,7 @@ def test_a_displacement_that_is_not_the_samples_is_not_made_up_for() -> None:
 
     def off(*arguments: Any, **named: Any) -> Any:
         found = stages(*arguments, **named)
-        found[0].samples.mul_(1.0 + 1e-3)
+        found[0].total.mul_(1.0 + 1e-3)
         return found
 
     machine._recorded.stages = off  # type: ignore[method-assign]
