@@ -51,9 +51,9 @@ class Datamodel:
     .. math:: f_q(\text{without } G) \approx f_q - \sum_{i \in G} \mathrm{score}_{qi}
 
     A positive score raises the output. It says what training *again* does, with another initialisation and order, not
-    what a sample did in the recorded run; that is what shares say. Sizes are those of a linear response where λ is from
-    the time of training; ridge regression knows the directions in which samples act together and not how long the loop
-    trains, so that with the other rules only queries and groups can be compared.
+    what a sample did in the recorded run; that is what shares say. Sizes are not calibrated: they are of a linear
+    response, and training again does more, with the rules for ridge regression ten times as much. Compare queries and
+    groups by them.
 
     Attributes
     ----------
