@@ -52,8 +52,7 @@ class Datamodel:
 
     A positive score raises the output. It says what training *again* does, with another initialisation and order, not
     what a sample did in the recorded run; that is what shares say. Sizes are not calibrated: they are of a linear
-    response, and training again does more, with the rules for ridge regression ten times as much. Compare queries and
-    groups by them.
+    response, and smaller than what training again does. Compare queries and groups by them.
 
     Attributes
     ----------
