@@ -40,6 +40,7 @@ SHAPED = [
     "pathkernel.kernel_machine.queries",
     "pathkernel.kernel_machine.scaled_steps",
     "pathkernel.kernel_machine.stacked_segments",
+    "pathkernel.kernel_machine.step_contributions",
     "pathkernel.path_kernel.features",
     "pathkernel.path_kernel.node_selection",
     "pathkernel.path_kernel.nodes",
