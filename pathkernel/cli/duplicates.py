@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from pathkernel._typing import PyTree
 from pathkernel.cli.labels import _image, _short, _written
 from pathkernel.cli.objects import opened, samples
+from pathkernel.cli.places import check_picture
 from pathkernel.cli.stores import Result, _npz_file
 from pathkernel.errors import InputError, check_number
 from pathkernel.gradients.pytrees import count, take
@@ -26,6 +27,7 @@ def duplicates(arguments: argparse.Namespace) -> Result:
     """List the pairs of samples that are near-duplicates under a kernel of the network."""
     check_number("--top", arguments.top, positive=True, whole=True, example=20)
     if arguments.picture is not None:
+        check_picture(arguments.picture, "--picture")
         require_extra("plot", "`duplicates --picture`", "matplotlib")
     test = None if arguments.test is None else samples(arguments.test, ("X",))[0]
     test_labels = _labels_in(arguments.test)

@@ -40,6 +40,12 @@ def nearest(
     """Cosines (n, k) of the k nearest references of each row, and their places (n, k); None for the references."""
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     for matrix in _cosines(kernel, references, rows, memory, progress):
+        if np.isnan(matrix).any():
+            raise InputError(
+                "The kernel has values that are not finite",
+                "Distances of samples are compared, which are finite",
+                "Look for samples with NaN or infinite entries, and for parameters that diverged",
+            )
         part = np.argpartition(-matrix, k - 1, axis=1)[:, :k]
         values = np.take_along_axis(matrix, part, axis=1)
         order = np.argsort(-values, axis=1, kind="stable")

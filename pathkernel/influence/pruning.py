@@ -45,8 +45,8 @@ class Coreset:
     Attributes
     ----------
     ids
-        (k,) ids of the samples that are kept, in the order in which they were chosen: the first of them are a smaller
-        such set.
+        (k,) ids of the samples that are kept, in the order in which they were chosen. For fewer, choose anew: how
+        gradients are weighed depends on k.
     left_out
         (N − k,) the other ids, those that are least missed first.
     criterion
@@ -99,7 +99,7 @@ def prune(
     keep
         The part of the training samples that is kept, a number between 0 and 1, or how many, a whole one.
     criterion
-        ``"gradient_herding"`` (default): the minimum above, taken greedily. Or the samples with the largest
+        ``"gradient_herding"`` (default): the minimum above, sought by kernel herding. Or the samples with the largest
         ``"self_influence"``, the smallest ``"area_under_margin"`` or the largest ``"final_loss"``, as
         `pathkernel.label_quality` has them: each for itself, the hardest are kept.
     nodes

@@ -180,8 +180,9 @@ def _points(kernel: Kernel) -> Iterator[tuple[ModelFunction, Tensor, float]]:
 
 
 def _beginning(kernel: PathKernel) -> tuple[ModelFunction, Tensor]:
-    """The network and θ at the beginning of the path."""
-    return _under(kernel.function, kernel.nodes[0].buffers), kernel.trajectory.initial
+    """The network and θ at the beginning of the path, whose first step need not be the kernel's first point."""
+    trajectory: Trajectory = kernel.trajectory
+    return _under(kernel.function, trajectory.store.read(0).buffers), trajectory.initial
 
 
 def _end(kernel: Kernel) -> tuple[ModelFunction, Tensor]:

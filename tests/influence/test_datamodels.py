@@ -69,6 +69,35 @@ def test_margins_by_the_formula(run: Recording) -> None:
     close(found.output, torch.stack([m(one) for m, one in zip(margins(LABELS), z, strict=True)]))
 
 
+def test_the_path_begins_before_the_first_point_of_a_kernel() -> None:
+    """Statistics of BatchNorm at the first step, also where the kernel's first point lies later."""
+    generator = torch.Generator().manual_seed(0)
+    X, y = 5 + 3 * torch.randn(24, 4, generator=generator, dtype=torch.float64), torch.arange(24) % 2
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pk.KernelRecorder(model, optimizer, nn.CrossEntropyLoss(), data=(X, y)) as recorder:
+        for x, target in recorder.batches(batch_size=4):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), target).backward()
+            optimizer.step()
+    trajectory = recorder.trajectory
+    kernel = pk.PathKernel(trajectory, outputs="margin", measure="uniform", steps=1)
+    first = next(iter(trajectory.steps()))
+    assert not torch.equal(first.buffers["0.running_mean"], kernel.nodes[0].buffers["0.running_mean"])
+
+    def margins_with(state: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            z = torch.func.functional_call(model.eval(), state, (X,))
+        return torch.stack([m(one) for m, one in zip(margins(y), z, strict=True)])
+
+    start = margins_with({**trajectory.parameters(0), **first.buffers})
+    end = margins_with({**trajectory.parameters(-1), **trajectory.final_buffers})
+    found = pk.datamodel(kernel, X, y, (X[:2], y[:2]))
+    pushed, moved = torch.as_tensor(kernel((X, y))) @ torch.as_tensor(found.residuals), end - start
+    assert found.rule == "training_time"
+    close(found.regularization, pushed @ moved / (moved @ moved))
+
+
 @pytest.mark.parametrize("outputs", ["trace", 1])
 def test_outputs_by_the_formula(outputs: Any, run: Recording) -> None:
     kernel = pk.PathKernel(run.trajectory, outputs=outputs, **LEFT)

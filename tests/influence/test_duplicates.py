@@ -185,6 +185,18 @@ def test_groups_count_where_their_samples_agree() -> None:
     np.testing.assert_array_equal(agreed(log_p, np.array([2, 2, 2, 1, 2]), places), [-4, -4, -4, 0, 0])
 
 
+def test_labels_in_a_column_are_those_in_a_row() -> None:
+    X, y = planted(), np.arange(60) % 2
+    others, theirs = np.vstack([samples(150, 5), X[:2]]), np.arange(152) % 2
+    theirs[150:] = y[0], 1 - y[1]
+    labels = {"labels": y[:, None].astype(float), "other_labels": theirs}
+    found = near_duplicates(linear_kernel, X, others, dimension=6.0, **labels)
+    twins = found.identical & (found.pairs[:, 1] >= 150)
+    np.testing.assert_array_equal(found.conflicts[twins], [False, True])
+    without = near_duplicates(linear_kernel, X, labels=np.full(60, np.nan))
+    assert len(without) and not without.conflicts.any()
+
+
 REFUSED: dict[str, Any] = {
     "what is no kernel": (lambda: near_duplicates(pk.TangentKernel, samples()), "`near_duplicates` was given .* as a"),
     "no copies": (lambda: near_duplicates(linear_kernel, samples(), copies=0), "`copies=0`.*`copies=3`"),
@@ -210,6 +222,23 @@ REFUSED: dict[str, Any] = {
     "a kernel that tells nothing apart": (
         lambda: near_duplicates(lambda A, B=None: np.ones((len(A), len(A if B is None else B))), samples()),
         "kernel of type function more than half of 60 samples.*`dimension=`",
+    ),
+    "labels in other forms": (
+        lambda: near_duplicates(
+            linear_kernel, samples(), samples(), labels=np.zeros((60, 2)), other_labels=np.zeros(60)
+        ),
+        r"`labels` of shape \(60, 2\) float64 and `other_labels` of shape \(60,\).*the same shape",
+    ),
+    "labels by name and by number": (
+        lambda: near_duplicates(linear_kernel, samples(), samples(), labels=np.zeros(60), other_labels=["a"] * 60),
+        "`other_labels` of shape .* <U1.*both as numbers",
+    ),
+    "a sample that is not finite": (
+        lambda: near_duplicates(
+            lambda A, B=None: np.asarray(A) @ np.asarray(A if B is None else B).T,
+            np.vstack([samples(), [[np.nan] * 5]]),
+        ),
+        "values that are not finite.*Look for samples with NaN",
     ),
     "conflicts without labels": (
         lambda: near_duplicates(linear_kernel, samples()).conflicts,
