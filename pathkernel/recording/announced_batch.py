@@ -42,6 +42,22 @@ def checked_ids(ids: Tensor, samples: int | None, axes: int = 1) -> Tensor:
     return ids.to(torch.int64).clone()
 
 
+def _as_tensor(ids: Any) -> Tensor:
+    """Ids as they were announced, whatever numbers they are."""
+    try:
+        made = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        made = None
+    if made is None or made.is_meta:
+        shown = ids if isinstance(ids, list) and len(ids) <= 8 else f"as a {type(ids).__name__}"
+        raise SampleIdError(
+            f"Sample ids {shown}{'' if made is None else ' on the device meta'} were announced",
+            "Ids are a list, an array or a tensor of integers from 0",
+            "Write for example `recorder.batch([int(i) for i in ids])`",
+        )
+    return made
+
+
 def checked_batch(samples: int | None, ids: Any, weights: Any, inputs: PyTree, targets: PyTree) -> MicroBatch:
     """A batch as `pathkernel.KernelRecorder.announce` takes it, of data with so many samples.
 
@@ -50,7 +66,7 @@ def checked_batch(samples: int | None, ids: Any, weights: Any, inputs: PyTree, t
     SampleIdError
         Unless ids are some of the data's, each with one weight, input and target where these are given.
     """
-    ids = torch.as_tensor(ids)
+    ids = _as_tensor(ids)
     parts = None
     if ids.dim() == 2:
         ids, parts, weights = checked_ids(ids, samples, axes=2), _checked_parts(ids, weights), None

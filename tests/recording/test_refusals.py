@@ -944,6 +944,21 @@ REFUSALS: dict[str, Case] = {
         errors.SampleIdError,
         (f"[0, {SAMPLES}] (int64) were announced, from 0 to {SAMPLES}", f"from 0 to {SAMPLES - 1}", "positions"),
     ),
+    "ids as words": (
+        lambda: Scene().recorder.batch(["1", "2"]),
+        errors.SampleIdError,
+        ("Sample ids ['1', '2'] were announced", "integers from 0", "[int(i) for i in ids]"),
+    ),
+    "ids without an order": (
+        lambda: Scene().recorder.batch({1, 2}),
+        errors.SampleIdError,
+        ("Sample ids as a set were announced", "a list, an array or a tensor", "recorder.batch("),
+    ),
+    "ids on meta": (
+        lambda: Scene().recorder.batch(torch.tensor([1, 2], device="meta")),
+        errors.SampleIdError,
+        ("on the device meta were announced", "a list, an array or a tensor", "recorder.batch("),
+    ),
     "ids with a wrong number of weights": (
         lambda: Scene().recorder.batch([0, 1], weights=[1.0]),
         errors.SampleIdError,
