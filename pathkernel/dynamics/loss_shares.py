@@ -99,6 +99,7 @@ def loss_ledger(trajectory: Trajectory, *, memory: int | str = "1GB", progress: 
     Examples
     --------
     >>> import torch, pathkernel as pk
+    >>> _ = torch.manual_seed(0)
     >>> X, y = torch.randn(16, 4), torch.randn(16, 1)
     >>> model, loss = torch.nn.Linear(4, 1), torch.nn.MSELoss()
     >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.05)

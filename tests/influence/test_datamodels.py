@@ -73,7 +73,9 @@ def test_the_path_begins_before_the_first_point_of_a_kernel() -> None:
     """Statistics of BatchNorm at the first step, also where the kernel's first point lies later."""
     generator = torch.Generator().manual_seed(0)
     X, y = 5 + 3 * torch.randn(24, 4, generator=generator, dtype=torch.float64), torch.arange(24) % 2
-    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pk.KernelRecorder(model, optimizer, nn.CrossEntropyLoss(), data=(X, y)) as recorder:
         for x, target in recorder.batches(batch_size=4):
