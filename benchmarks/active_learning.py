@@ -17,16 +17,13 @@ fails: the default is above random choice in the mean of all rounds by two stand
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from _benchmark_of_choices import on_one_thread, parser, write
 from _stacked_networks import accuracies, recorded
 from pruning import loaded, synthetic
 from torch import Tensor, nn
@@ -187,16 +184,12 @@ def choose() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="150 candidates, one round, one seed, 50 steps, no limits")
-    parser.add_argument("--choose", action="store_true", help="print what the default was chosen by, and end")
-    parser.add_argument(
+    options = parser(__doc__, "150 candidates, one round, one seed, 50 steps, no limits")
+    options.add_argument(
         "--only", nargs="+", metavar="TABLE", choices=TABLES, default=[*TABLES], help="some of the tables"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the rows as a list of flat objects")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {platform.machine()}, one thread, {time.strftime('%F')}")
+    arguments = options.parse_args()
+    on_one_thread()
     if arguments.choose:
         choose()
         return 0
@@ -211,9 +204,7 @@ def main() -> int:
             cells = "".join(f"{row[f'accuracy_{label}']:8.2f}" for label in labels)
             beside = f"{row['beside_margin']:+.2f} ± {row['standard_error_margin']:.2f}"
             print(f"  {row['criterion']:20}{cells}{row['mean']:8.2f}    {beside}", flush=True)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+    write(rows, arguments.json)
     if arguments.quick:
         return 0
     judged = [row for row in rows if row["criterion"] == "experimental design"]

@@ -16,9 +16,6 @@ scores take no longer than training.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _benchmark_of_choices import on_one_thread, parser, write
 from scipy.stats import rankdata
 from sklearn.datasets import load_breast_cancer, load_digits, make_classification
 from sklearn.metrics import roc_auc_score
@@ -179,15 +177,9 @@ def reset(layer: nn.Module) -> nn.Module:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="class-dependent flips of one seed, 200 samples, 8 epochs, no limits"
-    )
-    parser.add_argument("--choose", action="store_true", help="print what the weights were chosen by, and end")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as a list of flat objects")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {platform.machine()}, one thread, {time.strftime('%F')}")
+    options = parser(__doc__, "class-dependent flips of one seed, 200 samples, 8 epochs, no limits")
+    arguments = options.parse_args()
+    on_one_thread()
     if arguments.choose:
         choose()
         return 0
@@ -202,9 +194,7 @@ def main() -> int:
             areas = [f"{row[name]:.3f}" for name in ("area_under_margin", "self_influence", "self_share", "final_loss")]
             rest = [f"{row[name]:.3f}" for name in ("combined", "precision", "precision_of_final_loss", "learnt")]
             print(line.format(kind, seed, *areas, *rest, f"{row['training_ratio']:.2f}"), flush=True)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+    write(rows, arguments.json)
     if arguments.quick:
         return 0
     judged = [row for row in rows if row["flips"] == "class"]

@@ -21,15 +21,12 @@ choice from each class by more than two standard errors in any table.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import sys
-import time
 from typing import Any
 
 import numpy as np
 import torch
+from _benchmark_of_choices import on_one_thread, parser, write
 from _stacked_networks import accuracies, recorded
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine, make_classification
 from sklearn.preprocessing import StandardScaler
@@ -188,14 +185,12 @@ def choose() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="200 digits, one seed, 60 steps, no limits")
-    parser.add_argument("--choose", action="store_true", help="print what the default was chosen by, and end")
-    parser.add_argument("--only", nargs="+", metavar="DATA", choices=SIZES, default=[*SIZES], help="some of the tables")
-    parser.add_argument("--json", metavar="FILE", help="write the rows as a list of flat objects")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {platform.machine()}, one thread, {time.strftime('%F')}")
+    options = parser(__doc__, "200 digits, one seed, 60 steps, no limits")
+    options.add_argument(
+        "--only", nargs="+", metavar="DATA", choices=SIZES, default=[*SIZES], help="some of the tables"
+    )
+    arguments = options.parse_args()
+    on_one_thread()
     if arguments.choose:
         choose()
         return 0
@@ -212,9 +207,7 @@ def main() -> int:
                 for p in kept
             ]
             print(f"  {row['criterion']:26}" + "".join(f"{cell:>23}" for cell in cells), flush=True)
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+    write(rows, arguments.json)
     if arguments.quick:
         return 0
     judged = [row for row in rows if row["criterion"] == "gradient herding"]
