@@ -111,10 +111,14 @@ def quoted(value: object, length: int = 200) -> str:
     return brief(repr(value), length)
 
 
+TRUTH_VALUES = ("bool", "torch.bool")
+"""Types of truth values: of Python and numpy, and of torch."""
+
+
 def is_number(value: Any) -> bool:
     """True for a finite number, of Python, numpy or torch; a truth value is none."""
     try:
-        return not isinstance(value, bool) and math.isfinite(value)
+        return str(getattr(value, "dtype", type(value).__name__)) not in TRUTH_VALUES and math.isfinite(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # what texts, arrays, huge integers and tensors raise
         return False
 

@@ -167,6 +167,16 @@ INFLUENCE: dict[str, Row] = {
         errors.InputError,
         ("`trajectory` is a Sequential", "a run that was recorded", "`recorder.trajectory`"),
     ),
+    "a folder in the place of a trajectory to prune": (
+        lambda: pk.influence.prune("runs/digits"),
+        errors.InputError,
+        ("`trajectory` is a str", "a run that was recorded", "Trajectory.open"),
+    ),
+    "a recorder in the place of a trajectory to label more for": (
+        lambda: pk.influence.label_next(pk.KernelRecorder(make_model(), None, CE), X),
+        errors.InputError,
+        ("`trajectory` is a KernelRecorder", "a run that was recorded", "`recorder.trajectory`"),
+    ),
     "nothing in the place of a trajectory": (
         lambda: analysis.kernel_regime(None),
         errors.InputError,
@@ -197,6 +207,11 @@ INFLUENCE: dict[str, Row] = {
         lambda: analysis.mmd_squared(np.eye(4), [[True], [True, False]]),
         errors.InputError,
         ("`first` is a list, which is no array", "as many entries", "one array"),
+    ),
+    "labels of near-duplicates in rows of different lengths": (
+        lambda: pk.influence.near_duplicates(pk.TangentKernel(make_model()), X, labels=[[0], [1, 2], [3]]),
+        errors.InputError,
+        ("`labels` is a list, which is no array", "as many entries", "one array"),
     ),
     "labels that are none": (
         lambda: analysis.target_kernel([None, "a"]),

@@ -224,7 +224,7 @@ def correlation(predicted: ArrayLike, true: ArrayLike, method: Literal["spearman
 def _centred(columns: Floats) -> Floats:
     """Columns less their means, scaled to entries of at most 2: squares of small or large ones are not lost."""
     largest = np.abs(columns).max(axis=0, initial=0.0)
-    # By the power of two at or below it, which rounds nothing; numbers below 2⁻¹⁰²¹ take two such factors.
+    # By the power of two next above it, which rounds nothing that counts beside it.
     _, exponent = np.frexp(largest)
     scaled = np.ldexp(columns, -exponent)
     return np.asarray(scaled - scaled.mean(axis=0)) if len(columns) else scaled

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from pathkernel.cli.labels import _written
 from pathkernel.cli.objects import opened, samples
 from pathkernel.cli.stores import Result, _npz_file
 from pathkernel.errors import InputError
@@ -70,7 +70,7 @@ def label_next(arguments: argparse.Namespace) -> Result:
     if arguments.output is not None:
         _npz_file(arguments.output, {"ids": found.ids, "score": found.score, "predictions": found.predictions})
     rows = [
-        {"candidate": int(i), "prediction": _plain(found.predictions[i]), "score": float(found.score[i])}
+        {"candidate": int(i), "prediction": _written(found.predictions[i]), "score": float(found.score[i])}
         for i in found.ids
     ]
     numbers = {
@@ -116,7 +116,3 @@ def _classes(trajectory: Trajectory, ids: np.ndarray) -> list[dict[str, int]]:
 
 def _ids(ids: np.ndarray) -> str:
     return ", ".join(map(str, ids[:SHOWN])) + (" …" if len(ids) > SHOWN else "")
-
-
-def _plain(value: np.ndarray) -> Any:
-    return value.item() if value.ndim == 0 else [float(one) for one in value.ravel()]

@@ -23,6 +23,7 @@ from pathkernel.gradients.pytrees import take
 from pathkernel.influence.subset_selection import conditional_covariance, greedy_design
 from pathkernel.kernel_machine.classification import classes_of, is_classifier, probabilities
 from pathkernel.path_kernel.path_kernel import PathKernel
+from pathkernel.trajectory.required import required_path
 from pathkernel.trajectory.trajectory import Trajectory
 
 NODES = 10
@@ -181,7 +182,7 @@ def label_next(
     check_number("seed", seed, whole=True, example=0)
     if criterion is not None:
         check_choice("criterion", criterion, CRITERIA, "Criteria")
-    trajectory.require_steps("PathKernel")
+    required_path(trajectory, "PathKernel")
     classifier = is_classifier(trajectory)
     if criterion is None:
         criterion = "experimental_design" if classifier else "variance"

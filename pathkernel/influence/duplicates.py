@@ -16,16 +16,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from pathkernel._typing import PyTree
+from pathkernel.analysis.arrays import as_array
 from pathkernel.errors import InputError, check_number, is_number
 from pathkernel.gradients.pytrees import as_tensors, check_rows, copied_samples, count, memory_bytes, take
 from pathkernel.influence.identical_samples import first_identical, first_identical_of
-from pathkernel.influence.nearest_neighbours import (
-    agreed,
-    discoveries,
-    nearest,
-    resolution,
-    separation,
-)
+from pathkernel.influence.nearest_neighbours import agreed, discoveries, nearest, resolution, separation
 from pathkernel.kernels.kernel import KernelFunction, checked_kernel
 from pathkernel.runtime.extras import require_extra
 
@@ -288,7 +283,8 @@ def near_duplicates(
             f"{len(tested)} {'training' if others is None else 'other'} samples are tested, those left out that are "
             "identical with one before",
             f"The dimension of the data is estimated from {fewest} or more",
-            "Pass more, or write `dimension=near_duplicates(kernel, X).dimensions[0]` with many training samples",
+            "Pass more, or write `dimension=near_duplicates(kernel, X).dimensions[0]` with many training samples; "
+            "`pathkernel duplicates` prints it without `--test`, and takes it as `--dimension`",
         )
     references = take(samples.inputs, distinct)
     rounding = resolution(kernel, references)
@@ -336,7 +332,7 @@ class _Set:
         check_rows(leaves, "near_duplicates")
         if labels is None:
             return cls(inputs, leaves, None)
-        written = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+        written = as_array(labels, name)
         if written.ndim == 0 or len(written) != count(leaves):
             raise InputError(
                 f"`{name}` of shape {written.shape} were given for {count(leaves)} samples",

@@ -19,6 +19,7 @@ from pathkernel.errors import InputError, check_choice, check_number, is_number,
 from pathkernel.influence.labels import LabelQuality, label_quality
 from pathkernel.influence.subset_selection import herding, normalised
 from pathkernel.path_kernel.path_kernel import PathKernel
+from pathkernel.trajectory.required import required_path
 from pathkernel.trajectory.trajectory import Trajectory
 
 NODES = 10
@@ -166,9 +167,9 @@ def prune(
     check_number("nodes", nodes, positive=True, whole=True, example=NODES)
     check_number("block", block, positive=True, whole=True, example=BLOCK)
     check_number("seed", seed, whole=True, example=0)
+    required_path(trajectory, "PathKernel")
     n = len(trajectory.data)
     k = _count(keep, n)
-    trajectory.require_steps("PathKernel")
     if criterion == "gradient_herding":
         kernel = PathKernel(
             trajectory,
@@ -225,7 +226,7 @@ def _count(keep: Any, n: int) -> int:
     """How many samples are kept."""
     if is_whole(keep) and 1 <= keep <= n:
         return int(keep)
-    if is_number(keep) and not is_whole(keep) and not isinstance(keep, bool) and 0 < keep < 1:
+    if is_number(keep) and 0 < keep < 1:
         return max(1, round(float(keep) * n))
     raise InputError(
         f"`keep={keep!r}` was given for {n} training samples",

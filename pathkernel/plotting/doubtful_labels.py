@@ -119,7 +119,9 @@ class DoubtfulLabelsDisplay:
         return self
 
 
-def _written(value: Any) -> str:
-    """A label, or the numbers of a regression."""
-    values = np.asarray(value)
-    return f"{values.item():.4g}" if values.ndim == 0 else ", ".join(f"{one:.3g}" for one in values.ravel()[:3])
+def _written(label: Any) -> str:
+    """A label, or the first numbers of a regression's target."""
+    values = np.asarray(label)
+    if values.ndim == 0:
+        return f"{values.item():.4g}" if values.dtype.kind == "f" else str(values.item())
+    return ", ".join(f"{one:.3g}" for one in values.ravel()[:3])

@@ -14,6 +14,7 @@ from pathkernel.errors import PathKernelError, is_whole
 from pathkernel.influence.duplicates import NearDuplicates
 from pathkernel.plotting.appearance import LOWERS, NEUTRAL, several_axes, styled
 from pathkernel.plotting.attribution import as_image, draw_image
+from pathkernel.plotting.doubtful_labels import _written
 
 PAIRS = 4
 """Pairs side by side."""
@@ -135,11 +136,3 @@ class NearDuplicatesDisplay:
                     panels.append(panel)
                 self.axes_.append((panels[0], panels[1]))
         return self
-
-
-def _written(label: Any) -> str:
-    """A label, or the first numbers of a regression's target."""
-    values = np.asarray(label)
-    if values.ndim == 0:
-        return f"{values.item():.4g}" if values.dtype.kind == "f" else str(values.item())
-    return ", ".join(f"{one:.3g}" for one in values.ravel()[:3])

@@ -114,6 +114,10 @@ REFUSED = {
     "no such file": (("--test", "nowhere.npz"), "Samples were asked of 'nowhere.npz'"),
     "no steps of the path": (("--steps", "-1"), "-1"),
     "few test samples": (("--test", "few.npy"), "10 other samples are tested"),
+    "few test samples, and what to write": (
+        ("--test", "few.npy"),
+        "`pathkernel duplicates` prints it without `--test`, and takes it as `--dimension`",
+    ),
     "a rate of one": (("--false-discovery-rate", "1"), "between 0 and 1"),
 }
 

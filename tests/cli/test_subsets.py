@@ -13,6 +13,7 @@ from runs_on_disk import recorded_on_disk, samples
 
 import pathkernel as pk
 from pathkernel.cli import main as cli
+from pathkernel.influence import active_learning, pruning
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,14 @@ def test_label_next(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert said[0] == "3 of 9 candidates, the first to label first, by 'experimental_design'"
     assert said[1].startswith(f"   1. candidate {expected['ids'][0]}: the network says ")
     assert call("label-next", run, *candidates, "--criterion", "margin")["criterion"] == "margin"
+
+
+@pytest.mark.parametrize("command, criteria", [("prune", pruning.CRITERIA), ("label-next", active_learning.CRITERIA)])
+def test_commands_know_the_criteria_of_the_library(command: str, criteria: tuple[str, ...]) -> None:
+    own = ["--candidates", "new.npy"] if command == "label-next" else []
+    for name in criteria:
+        given = [command, "run", "--model", "m:make", "--data", "d.npz", *own, "--criterion", name]
+        assert cli.parser().parse_args(given).criterion == name
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,11 @@ REFUSED = {
     "no part": (lambda run: pruning.prune(run.trajectory, 0), r"`keep=0` was given for 10.*from 1 to 10.*`keep=0.5`"),
     "more than all": (lambda run: pruning.prune(run.trajectory, 11), "`keep=11` was given for 10 training samples"),
     "a truth value": (lambda run: pruning.prune(run.trajectory, True), "`keep=True` was given"),
+    "a truth value of torch": (lambda run: pruning.prune(run.trajectory, torch.tensor(True)), r"`keep=tensor\(True\)`"),
+    "a truth value of numpy": (
+        lambda run: pruning.prune(run.trajectory, nodes=np.array(True)),
+        r"`nodes=array\(True\)`",
+    ),
     "not a number": (lambda run: pruning.prune(run.trajectory, float("nan")), "`keep=nan` was given"),
     "another criterion": (
         lambda run: pruning.prune(run.trajectory, criterion="random"),
