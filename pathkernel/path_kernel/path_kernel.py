@@ -81,8 +81,9 @@ class PathKernel(Kernel):
     progress
         Show a progress bar over the nodes.
     leak
-        ``"warn"`` (default) of an estimator that is fitted to a part of the training samples: see
-        `pathkernel.errors.LabelLeakWarning`; ``"allow"`` where that is meant.
+        The path depends on all training labels, so that cross-validation over its kernel leaks: ``"warn"`` (default)
+        of an estimator that is fitted to a part of the training samples (`pathkernel.errors.LabelLeakWarning`);
+        ``"allow"`` where that is meant.
 
     Attributes
     ----------
@@ -104,10 +105,6 @@ class PathKernel(Kernel):
     ...         loss(model(x), target).backward()
     ...         optimizer.step()
     >>> svc = SVC(kernel=pk.PathKernel(recorder.trajectory)).fit(X.numpy(), y.numpy())
-
-    Notes
-    -----
-    The path depends on all training labels: cross-validating an estimator over a kernel made from them leaks.
 
     References
     ----------
@@ -168,7 +165,6 @@ class PathKernel(Kernel):
         self.probes = outputs if isinstance(outputs, OutputProbes) else None
         exact = select_outputs(outputs if self.probes is None else "trace", objective.known, objective.reduction)
         self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
-        self._given_engine = engine
         self.engine = make_engine(engine, self.function, self.selection, self.memory)
         self.engine.tensor_floats = made_of.get("tensor_floats", False)
         itself = self.probes is None and self.engine.exact
@@ -287,7 +283,7 @@ class PathKernel(Kernel):
         return (count(rows[0]), count((columns or rows)[0]), *sides)
 
     def _stored_gram(self, store: str | os.PathLike[str], rows: Samples, columns: Samples | None) -> np.ndarray:
-        how = self._given_engine, self._engine_at, self.function.dtype, self.engine.tensor_floats
+        how = self._made_of["engine"], self._engine_at, self.function.dtype, self.engine.tensor_floats
         made = Made(self.measure, self.nodes, self.selection, self.probes, *how)
         return stored_gram(store, made, self.engine.function, rows, columns, self._shape(rows, columns), self.progress)
 
@@ -322,8 +318,7 @@ class PathKernel(Kernel):
                 "Products with K = φφᵀ need no more than φ",
                 "Write `phi = PathKernel(trajectory).features(X, dim)` and `phi @ (phi.T @ v)`",
             )
-        same = Y is None or Y is X
-        rows, columns = copied_samples((self._some_samples(X), None if same else self._some_samples(Y)))
+        rows, columns = copied_samples((self._some_samples(X), None if Y is None or Y is X else self._some_samples(Y)))
         return KernelOperator(self.nodes, self._engine_at, rows, columns, lock=self.lock)
 
     @one_at_a_time
