@@ -163,18 +163,17 @@ class BackwardSweep:
         self._cotangents: dict[int, Tensor] = {}
         # Rules that mix entries take whole parameters, and may return what they were given.
         reused = cuts.roomy and self.rule.elementwise and not cuts.batch.streamed
-        self.taken_apart: Callable[[Segment, Step], TakenApart] = self.take_apart
         self._of_queries = BlockMemory() if reused else None
         self._of_batch = BlockMemory() if reused else None
 
-    def walk(self, curve: Curve) -> Iterator[Segment]:
-        """Walk back along the curve; each segment once it has been booked."""
+    def walk(self, curve: Curve, taken_apart: Callable[[Segment, Step], TakenApart] | None = None) -> Iterator[Segment]:
+        """Walk back along the curve, whose steps this sweep or another takes apart; each segment once it is booked."""
         curve.stack = self.cuts.steps
         for segment, q in self.prepared(curve.backward(self.accumulator)):
             if segment.step is None:
                 self.accumulator.channels[segment.channel] += q @ segment.displacement
             else:
-                self.step(segment, segment.step, q)
+                self.step(segment, segment.step, q, taken_apart)
             del q  # not beside the gradients of the next segment
             deliver_interrupt()
             yield segment
@@ -204,12 +203,18 @@ class BackwardSweep:
 
     # -- one step --------------------------------------------------------------------------------------------
 
-    def step(self, segment: Segment, step: Step, q: FactoredGradients) -> None:
+    def step(
+        self,
+        segment: Segment,
+        step: Step,
+        q: FactoredGradients,
+        taken_apart: Callable[[Segment, Step], TakenApart] | None = None,
+    ) -> None:
         """Book what a step did to the queries, and pull the memory's cotangents back through it."""
         if q.zero and not self.memory:
             return
         give_back_freed_memory()
-        adjoint, in_displacement, received = self.taken_apart(segment, step)
+        adjoint, in_displacement, received = (taken_apart or self.take_apart)(segment, step)
         give_back_freed_memory()
         if in_displacement:
             products = q @ torch.stack(list(in_displacement.values()), dim=1)

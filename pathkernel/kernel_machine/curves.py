@@ -24,7 +24,7 @@ from pathkernel.kernel_machine.queries import GradientStep, ProductStep, Queries
 from pathkernel.kernel_machine.stacked_segments import stacked
 from pathkernel.quadrature import DiscreteGradient, Quadrature
 from pathkernel.trajectory.averages import AverageRecord, Update, averaged_events
-from pathkernel.trajectory.step import Segment, SharedSegment
+from pathkernel.trajectory.step import MeasuredSegment, Segment
 from pathkernel.trajectory.trajectory import Trajectory
 
 TOGETHER = "together"
@@ -175,7 +175,7 @@ class PathCurve(Curve):
         """Walk forward along the curve; as of `Curve.forward`."""
         view: ProductStep | None = None
         rests = self._rests()
-        for segment in map(SharedSegment.of, self.trajectory.segments()):
+        for segment in map(MeasuredSegment.of, self.trajectory.segments()):
             directions = displacements(segment)
             along = _rows(directions, segment.displacement)
             earlier, view = view, ProductStep(self.queries, segment, along, view, rests)

@@ -207,16 +207,17 @@ class _Planner:
     def _in_step(self, plan: Plan) -> Plan:
         """The same with larger blocks, whose parts walk the path in step, where gradients leave no room for them."""
         quadrature = self.curve.quadrature
-        inside = isinstance(quadrature, FixedQuadrature) and all(0 < time < 1 for time, _ in quadrature.nodes)
+        times = [time for time, _ in quadrature.nodes] if isinstance(quadrature, FixedQuadrature) else [0.5]
         # Gradients at the ends of a step would stay until the next, those of all parts.
-        alone = (inside or isinstance(quadrature, DiscreteGradient)) and self.rule.elementwise
-        if not alone or self.by == "module" or self.matrices or self.curve.dense or self.batches.rows:
+        alone = isinstance(quadrature, FixedQuadrature | DiscreteGradient) and all(0 < time < 1 for time in times)
+        apart = self.by == "module" or self.matrices or self.curve.dense or self.batches.rows
+        if apart or not (alone and self.rule.elementwise):
             return plan
-        stay = (self.gradients.most + CHANNELS) * self.row  # columns for all parts, until the next batch
+        stay = (self.gradients.most + CHANNELS) * self.row  # for all parts; beside it, Δ and points of two segments
 
         def peak(way: Plan) -> float:
             proof, query, batch, columns = (phase.peak(way.queries) for phase in self._phases(way, way.queries))
-            return max(proof, batch, max(query, columns) + stay) + 4 * self.vector  # Δ and a point of two segments
+            return max(proof, batch, max(query, columns) + stay) + (2 + 2 * len(times)) * self.vector
 
         return in_step(plan, self.samples, peak, usable_bytes(self.memory), self.throughout)
 

@@ -62,7 +62,7 @@ class OwnSweep(BackwardSweep):
         self._row_of = torch.full((len(self.own),), -1)
         self._row_of[ids] = torch.arange(len(ids))
 
-    def step(self, segment: Segment, step: Step, q: FactoredGradients) -> None:
+    def own_step(self, step: Step, q: FactoredGradients) -> None:
         """Add what a step did to the queries of its own samples, and pull the memory's cotangents back through it."""
         if q.zero and not self.memory:
             return
@@ -165,7 +165,7 @@ def own_shares(curve: Curve, gradients: RecordedGradients, plan: Plan, progress:
         segments = _of_batches(curve, sweep, plan) if alone else _of_block(curve.block(piece), sweep, piece, plan)
         for segment, q in segments:
             if segment.step is not None:
-                sweep.step(segment, segment.step, q)
+                sweep.own_step(segment.step, q)
                 bar.update()
             deliver_interrupt()
         total += sweep.own.cpu()

@@ -56,10 +56,10 @@ def sweep_in_step(
     segments = passed_by_all(map(SharedSegment.of, curve.trajectory.segments(reverse=True)), len(parts))
     sweeps = [BackwardSweep(part, gradients, by, None, cuts) for part in parts]
     shared = SharedSteps(sweeps[0])
-    for part, sweep, own in zip(parts, sweeps, segments, strict=True):
-        part.segments, sweep.taken_apart = own, shared
+    for part, own in zip(parts, segments, strict=True):
+        part.segments = own
     bar = tqdm(total=len(curve.trajectory), desc="backward sweep", unit="step", disable=not progress)
-    walks = [sweep.walk(part) for part, sweep in zip(parts, sweeps, strict=True)]
+    walks = [sweep.walk(part, shared) for part, sweep in zip(parts, sweeps, strict=True)]
     for segment, *_ in zip(*walks, strict=True):
         bar.update(segment.step is not None)
     bar.close()

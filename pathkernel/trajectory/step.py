@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -247,11 +247,11 @@ class Segment:
         return torch.add(self.start.double(), displacement, alpha=time)
 
 
-class SharedSegment(Segment):
-    """A segment that several sweeps pass: what is computed of its ends is kept as long as it is."""
+class MeasuredSegment(Segment):
+    """A segment whose displacement is kept as long as it is."""
 
     @classmethod
-    def of(cls, segment: Segment) -> SharedSegment:
+    def of(cls, segment: Segment) -> Self:
         """The same segment."""
         return cls(segment.start, segment.end, segment.step, segment.channel, segment.buffers)
 
@@ -259,6 +259,10 @@ class SharedSegment(Segment):
     def displacement(self) -> Tensor:
         """Δ; as of `Segment.displacement`."""
         return super().displacement
+
+
+class SharedSegment(MeasuredSegment):
+    """A segment that several sweeps pass: the points between its ends are kept, too."""
 
     def point(self, time: float, displacement: Tensor) -> Tensor:
         """start + time · Δ; as of `Segment.point`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,21 @@ def test_predictions_are_the_sums_of_explanations(form: str, quadrature: str) ->
     why = machine.explain(X, outputs="all")
     summed = why.shares.sum(axis=1) + sum(why.channels.values())
     np.testing.assert_allclose(machine.decision_function(X).reshape(-1), summed, rtol=0, atol=1e-12)
+
+
+def test_points_inside_a_step_are_let_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    trajectory, _, X = recorded("adamw")
+    points: list[weakref.ref[Tensor]] = []
+    products = Queries.products
+
+    def noted(self: Queries, theta: Tensor, directions: Tensor) -> Tensor:
+        assert sum(point() is not None for point in points) == 0
+        points.append(weakref.ref(theta))
+        return products(self, theta, directions)
+
+    monkeypatch.setattr(Queries, "products", noted)
+    pk.KernelMachine(trajectory, quadrature=pk.GaussLegendre(3)).predict(X)
+    assert len(points) >= 3 * len(trajectory)
 
 
 def test_a_displacement_that_is_not_the_samples_is_not_made_up_for() -> None:

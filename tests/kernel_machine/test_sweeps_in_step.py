@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import pathkernel as pk
 from pathkernel.gradients.layers.tracing import ParameterTracer
-from pathkernel.kernel_machine.backward_sweep import Cuts
+from pathkernel.kernel_machine import memory_plan
+from pathkernel.kernel_machine.backward_sweep import BackwardSweep, Cuts
+from pathkernel.kernel_machine.curves import PathCurve
 from pathkernel.kernel_machine.sweep_plan import Plan, in_step
 from pathkernel.kernel_machine.sweeps_in_step import passed_by_all
 from pathkernel.trajectory.batch_gradients import RecordedGradients
@@ -138,3 +140,35 @@ def test_a_pass_with_shared_positions_is_let_go_with_its_gradients(monkeypatch: 
         assert tracers and all(tracer() is None for tracer in tracers)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("part", [None, 3])
+def test_cotangents_are_let_go_with_the_sweep(part: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    trajectory, X = recorded("adamw")
+    plan = Plan(7, part, Cuts(batch=replace(WHOLE, rows=True), part=part))
+    monkeypatch.setattr("pathkernel.kernel_machine.kernel_machine.plan_backward", lambda *_: plan)
+    sweeps, begin = [], BackwardSweep.__init__
+    monkeypatch.setattr(
+        BackwardSweep, "__init__", lambda own, *given: sweeps.append(weakref.ref(own)) or begin(own, *given)
+    )
+    gc.disable()
+    try:
+        pk.KernelMachine(trajectory).explain(X, outputs=0)
+        assert sweeps and all(sweep() is None for sweep in sweeps)
+    finally:
+        gc.enable()
+
+
+def test_points_that_parts_share_are_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    trajectory, X = recorded("adamw")
+    peaks: list[float] = []
+    monkeypatch.setattr(memory_plan, "POSITIONS", 0)
+    monkeypatch.setattr(
+        memory_plan, "in_step", lambda plan, samples, peak, *rest: peaks.append(peak(replace(plan, queries=3))) or plan
+    )
+    for nodes in (1, 5):
+        machine = pk.KernelMachine(trajectory, quadrature=pk.GaussLegendre(nodes))
+        curve = PathCurve(trajectory, machine._selection.select(X, 0)[0], machine.quadrature)
+        memory_plan._Planner(curve, machine._recorded, 2**30, None, False, 0)._with_rows(Plan(7, 3, Cuts()))
+    few, many = peaks
+    assert many - few == 2 * 4 * 8 * trajectory.layout.size
