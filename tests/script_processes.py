@@ -25,7 +25,7 @@ IMPORTED = [
 ENVIRONMENT = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
 
 
-def run_script(script: Path, arguments: tuple[str, ...], folder: Path, said: Path) -> int:
+def run_script(script: Path, arguments: tuple[str, ...], folder: Path, said: Path, seconds: float | None = None) -> int:
     """The exit status of a script, run in `folder` as ``python script arguments``; what it says goes to a file."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
@@ -34,8 +34,11 @@ def run_script(script: Path, arguments: tuple[str, ...], folder: Path, said: Pat
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         process.start()
-    process.join()
-    assert process.exitcode is not None
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        pytest.fail(f"{script.name} was not done after {seconds} seconds: {said.read_text('utf-8')[-3000:]}")
     return process.exitcode
 
 

@@ -90,7 +90,7 @@ class PathKernel(Kernel):
     nodes
         The points of the path that are used, as `pathkernel.path_kernel.nodes.PathNode`.
     error
-        How far this kernel is from that of every step, all outputs and exact products; zero where it is that kernel.
+        How far this is from the kernel of every step and all outputs, not projected, in the same arithmetic.
 
     Examples
     --------
@@ -221,7 +221,7 @@ class PathKernel(Kernel):
 
     @cached_property
     def error(self) -> MeasuredError:
-        """Distance of this kernel from that of every step, all outputs and exact products.
+        """Distance of this kernel from that of every step and all outputs, not projected, in the same arithmetic.
 
         Measured on up to 48 training samples when it is first asked for (by a kernel with a tolerance when its nodes
         are chosen); takes a small kernel at every step.

@@ -131,11 +131,11 @@ class ExactProducts(ContextDecorator):
     def tensor_floats_in_products(self) -> Iterator[None]:
         """Products that are started inside may round their factors to TensorFloat-32, on a GPU, where somebody asked.
 
-        In full precision where another thread computes in it meanwhile: the switch is the process's. Others come in
-        when it has been put back.
+        In full precision where another thread computes in it meanwhile, and as the user has it where training is run
+        again: the switch is the process's. Others come in when it has been put back.
         """
         with self._lock:
-            if len(self._threads) != 1 or threading.get_ident() not in self._threads:
+            if self._lifted or set(self._threads) != {threading.get_ident()}:
                 yield
                 return
             holder, name, full = _gpu_settings()[0]

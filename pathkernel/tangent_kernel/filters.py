@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -59,8 +59,12 @@ def _filtered(model: nn.Module, parameters: ParameterFilter | None) -> Parameter
                 f"Return True for some, such as {next(iter(trainable))!r}",
             )
         return chosen
-    patterns = [parameters] if isinstance(parameters, str) else parameters
-    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(isinstance(one, str) for one in patterns):
+    patterns: list[Any]
+    try:
+        patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+    except TypeError:  # nothing that has parts
+        patterns = [parameters]
+    if not all(isinstance(one, str) for one in patterns):
         raise InputError(
             f"`parameters={quoted(parameters)}` was given",
             "It is a name or a glob, a list of them, a function of name and parameter, or values by name",

@@ -195,7 +195,7 @@ def killed(path: Path, pause: float = 0.0, flush: str = "pass", more: int = 2, o
             path=str(path), flush=flush, more=more, pause=pause, optimizer=optimizer,
         )
     )  # fmt: skip
-    assert run_script(script, (), path.parent, said) == -signal.SIGKILL, said.read_text()
+    assert run_script(script, (), path.parent, said, seconds=120) == -signal.SIGKILL, said.read_text()
     return [float(line.split()[1]) for line in said.read_text().splitlines() if line[:1].isdigit()]
 
 

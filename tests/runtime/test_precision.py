@@ -203,6 +203,14 @@ def test_no_tensor_floats_while_another_thread_computes_in_full_precision(switch
             assert switch.allow_tf32
 
 
+def test_the_switch_is_the_users_while_training_is_run_again(switch: Switch) -> None:
+    with EXACT_PRODUCTS, EXACT_PRODUCTS.lifted():
+        switch.allow_tf32 = True  # as the loop had it
+        with EXACT_PRODUCTS.tensor_floats_in_products():
+            pass
+        assert switch.allow_tf32
+
+
 @pytest.mark.parametrize("outputs", ["trace", "full"])
 @pytest.mark.parametrize("engine", ["layerwise", "jacobian"])
 def test_products_of_gradients_are_all_that_tensor_floats_are_for(

@@ -214,6 +214,9 @@ def test_parameters_can_be_chosen_by_name_and_by_pattern() -> None:
         kernel = pk.TangentKernel(module, list(pattern) if isinstance(pattern, tuple) else pattern)
         assert kernel.function.layout.names == tuple(names)
         close(kernel(X), pk.TangentKernel(module, {name: values(module)[name] for name in names})(X))
+    head = {f"3.{name}": p for name, p in module[3].named_parameters()}
+    for several in (head.keys(), np.array([*head]), (name for name in head)):
+        assert pk.TangentKernel(module, several).function.layout.names == ("3.weight", "3.bias")
     matrices = pk.TangentKernel(module, lambda name, p: p.dim() == 2)
     assert matrices.function.layout.names == ("0.weight", "3.weight")
     module[0].weight.requires_grad_(False)
