@@ -164,10 +164,10 @@ def datamodel(
     r"""What training again without some samples would say, from a kernel of one recorded run.
 
     .. math:: \mathrm{score}_{qi} = \bigl[K_q (H K + \lambda I)^{-1}\bigr]_i\, r_i,\qquad
-              r_i = \overline{1 - p_i},\qquad H = \operatorname{diag} \overline{p_i (1 - p_i)}
+              r_i = w_i \overline{1 - p_i},\qquad H = \operatorname{diag} w_i \overline{p_i (1 - p_i)}
 
-    with p the probability of a sample's label and bars for averages along the path, for margins; for outputs r is minus
-    the slope of the loss, and H = I.
+    with p the probability of a sample's label, w the weight of its class in the loss (of mean 1; all 1 without class
+    weights) and bars for averages along the path, for margins; for outputs r is minus the slope of the loss, and H = I.
 
     Parameters
     ----------

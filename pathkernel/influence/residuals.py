@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError, check_instance
+from pathkernel.gradients.forward_derivatives import REFUSALS
+from pathkernel.gradients.losses import output_cotangents
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.per_sample import slopes_of, values_of
 from pathkernel.gradients.pytrees import count
@@ -35,7 +37,8 @@ class Explained:
     samples, queries
         Training samples and queries, as the kernel takes them.
     residuals
-        r, averaged over the points of the kernel: (N,) for margins, (N, C) for outputs.
+        r, averaged over the points of the kernel: (N,) for margins, weighted as the loss weights their labels; (N, C)
+        for outputs.
     of_query
         r of each training sample in the function that a query is asked about, (1, N) or (Q, N).
     output
@@ -96,19 +99,50 @@ def _of_outputs(selection: OutputSelection) -> bool:
 
 
 def _margins(kernel: Kernel, X: PyTree, y: PyTree, X_query: PyTree) -> Explained:
-    """r = 1 − p of the label, h = p (1 − p)."""
+    """r = w (1 − p) of the label, h = w p (1 − p), with w the weight that the loss gives to the sample's label."""
     (inputs, labels), queries = (_with_targets(kernel, kernel.selection, own) for own in ((X, y), X_query))
     margin = kernel.selection.function
+    of_labels = _weights_of_labels(kernel, inputs, labels) if isinstance(kernel, PathKernel) else 1.0
     r, h = torch.zeros(()), torch.zeros(())
     for function, theta, weight in _points(kernel):
         wrong = torch.sigmoid(-_values(function, theta, inputs, labels, margin))
-        r, h = r + weight * wrong, h + weight * wrong * (1 - wrong)
+        r, h = r + weight * of_labels * wrong, h + weight * of_labels * wrong * (1 - wrong)
     output = _values(*_end(kernel), *queries, margin).numpy()
     moved = None
     if isinstance(kernel, PathKernel):
         before, after = (_values(*at(kernel), inputs, labels, margin) for at in (_beginning, _end))
         moved = (after - before).numpy()
     return Explained((X, y), X_query, r.numpy(), r.numpy()[None], output, h.numpy(), moved)
+
+
+WEIGHTED = 1e-3
+"""How far from 1 a weight lies, relative, that is not taken for rounding; and how far the slopes of a loss may be from
+those of the margin."""
+
+
+def _weights_of_labels(kernel: PathKernel, inputs: PyTree, labels: PyTree) -> Tensor | float:
+    """w with −∂ℓ/∂z = w (1 − p) ∂m/∂z, of mean 1, (n,): class weights; 1 where the loss has none, or is another.
+
+    At the beginning of the path, where p is not yet near 1, and of all samples as one batch: a weighted mean divides by
+    the weights of its batch.
+    """
+    objective, margin = kernel.trajectory.objective, kernel.selection.function
+    if objective.known is None:
+        return 1.0
+    function, theta = _beginning(kernel)
+    z, targets = function.outputs(theta, inputs), function.cast(labels)
+    along = slopes_of(margin, z, targets)[:, 0].double()
+    try:
+        slopes = -output_cotangents(function, theta, objective, inputs, labels).double()
+    except REFUSALS:  # the labels are those of the margin, which the loss may take in another form
+        return 1.0
+    size = (slopes * along).sum(1) / along.square().sum(1)
+    weights = size / torch.sigmoid(-values_of(margin, z, targets).reshape(-1).double())
+    apart = (slopes - size[:, None] * along).abs().max()
+    if not bool((weights >= 0).all()) or not apart <= WEIGHTED * slopes.abs().max() or not weights.mean() > 0:
+        return 1.0
+    weights = (weights / weights.mean()).cpu()
+    return weights if bool(((weights - 1).abs() > WEIGHTED).any()) else 1.0
 
 
 def _outputs(kernel: PathKernel, X: PyTree, y: PyTree, X_query: PyTree, outputs: Any) -> Explained:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,40 @@ def test_margins_by_the_formula(run: Recording) -> None:
     close(found.scores, K_query @ torch.linalg.inv(h[:, None] * K + time * identity) * r)
     z = run.model(run.queries).detach()
     close(found.output, torch.stack([m(one) for m, one in zip(margins(LABELS), z, strict=True)]))
+
+
+@pytest.mark.parametrize(
+    ("loss", "of_class"),
+    [
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64)), [1.0, 4.0, 0.5]),
+        (nn.CrossEntropyLoss(), [1.0, 1.0, 1.0]),
+        (nn.CrossEntropyLoss(label_smoothing=0.2), [1.0, 1.0, 1.0]),  # no function of the margin
+    ],
+)
+def test_class_weights_of_the_loss_weight_the_residuals(loss: nn.Module, of_class: list[float]) -> None:
+    start = record(optimizer="adam")
+    model, X, y = copy.deepcopy(start.start), start.X, start.y
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+        for _ in range(3):
+            for x, target in recorder.batches(batch_size=4, shuffle=False):
+                optimizer.zero_grad()
+                loss(model(x), target).backward()
+                optimizer.step()
+    run = replace(start, trajectory=recorder.trajectory, model=model)
+    kernel = pk.PathKernel(run.trajectory, outputs="margin", **LEFT)
+    found = pk.datamodel(kernel, run.X, run.y, (run.queries, LABELS), regularization=0.3)
+    w = torch.tensor(of_class, dtype=torch.float64)[run.y]
+    w, path = w / w.mean(), range(len(run.trajectory))
+    K, K_query, r = 0.0, 0.0, 0.0
+    for s in path:
+        theta = run.trajectory.parameters(s)
+        G = reference.value_gradients(run.start, theta, run.X, margins(run.y))
+        K_query = K_query + reference.value_gradients(run.start, theta, run.queries, margins(LABELS)) @ G.T
+        K = K + G @ G.T
+        r = r + w * (1 - outputs_at(run, s, run.X).softmax(1)[torch.arange(SAMPLES), run.y]) / len(path)
+    close(found.residuals, r)
+    close(found.scores, K_query @ torch.linalg.inv(K + 0.3 * torch.eye(SAMPLES, dtype=torch.float64)) * r)
 
 
 def test_the_path_begins_before_the_first_point_of_a_kernel() -> None:
