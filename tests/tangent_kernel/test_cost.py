@@ -13,7 +13,7 @@ from torch import nn
 import pathkernel as pk
 from pathkernel.tangent_kernel.cost.hardware import Machine, machine
 from pathkernel.tangent_kernel.cost.model import CostModel, CostRow, Work, choose
-from pathkernel.tangent_kernel.cost.operations import Count, operations_of
+from pathkernel.tangent_kernel.cost.operations import Count, counted, operations_at
 from pathkernel.tangent_kernel.engines import auto as choice
 
 PAGE = Path(__file__).parents[2] / "docs/how_to/large_kernels.md"
@@ -71,7 +71,7 @@ def test_flops_and_bytes_of_single_operations() -> None:
     (product,) = [o for o in count.operations if o.name == "mm"]
     assert (product.flops, product.bytes, product.result) == (2 * 6 * 5 * 7, 4 * (30 + 35 + 42), 4 * 42)
     weight = torch.randn(5, 7)
-    (product,) = [o for o in operations_of(lambda n: torch.ones(n, 5) @ weight, 1000) if o.name == "mm"]
+    (product,) = [o for o in operations_at(1000, counted(lambda n: torch.ones(n, 5) @ weight)) if o.name == "mm"]
     assert (product.flops, product.bytes) == (2 * 1000 * 5 * 7, 4 * (5000 + 35 + 7000))
 
 

@@ -44,6 +44,10 @@ T = TypeVar("T")
 FEW = 4
 """Samples of the passes in which is measured what one takes. Chosen, not measured."""
 
+FEW_COMPONENTS = 4
+"""Components of the same passes: all that a network has may be thousands, and each takes a sweep and memory of its own.
+Chosen, not measured."""
+
 KEPT = 0.75
 """Part of the budget up to which memory is kept from one matrix to the next; passes through the network need the rest.
 Chosen, not measured."""
@@ -131,7 +135,7 @@ class LayerwiseEngine(Engine):
         return self._sizes[key]
 
     def _measured(self, theta: Tensor, X: PyTree, context: PyTree, form: Form) -> Sizes:
-        pieces, tape = self.pieces(theta, X, context, used=False)
+        pieces, tape = self.pieces(theta, X, context, slice(0, FEW_COMPONENTS), used=False)
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -148,15 +152,16 @@ class LayerwiseEngine(Engine):
         item, n = self.function.dtype.itemsize, count(X)
         graph = max(0, sum(saved.values()) - self.function.layout.size * item)
         graph += 2 * item * sum(shape.numel() for shape in tape.shapes)
-        signals, others, kept_signals, kept_others, rows = 0, 0, 0, 0, 0
+        k = self._values(tape, context).shape[1]
+        signals, others, kept_signals, kept_others, rows = 0.0, 0, 0.0, 0, 0.0
         for piece in pieces:
-            of_components, alike = piece.factor.numbers
+            times = k / piece.factor.components  # as many as were measured
+            of_components, alike = times * piece.factor.numbers[0], piece.factor.numbers[1]
             signals, others = signals + of_components, others + alike
-            if not form.by_pairs(piece) and form.by_kept_rows(piece):
-                rows += piece.factor.row_numbers
+            if not form.by_pairs(piece, k) and form.by_kept_rows(piece, k):
+                rows += times * piece.factor.row_numbers
             else:
                 kept_signals, kept_others = kept_signals + of_components, kept_others + alike
-        k = self._values(tape, context).shape[1]
         each = item / n
         return Sizes(
             components=k,
