@@ -254,6 +254,24 @@ class CostModel:
         """Predicted time."""
         return sum(row.seconds for row in self.rows(engine, n, m))
 
+    def layers_suffice(self, n: int, m: int | None = None) -> bool:
+        """Test that plain rows cannot be `MARGIN` times as fast, whatever the passes cost, which are not counted then.
+
+        Where both ways make the same passes, those for plain rows are predicted to take more than their part: products
+        are batched, and reach a lower share of the rates. So the rest decides, which follows from shapes alone. False
+        says nothing.
+        """
+        work, names = Work(n, n if m is None else m, m is None, self.away), self.engine.function.layout.slices
+        _, plan = self._plan(work)
+        block, swept = self._block(work, names)
+        largest, few = min(plan.passing, plan.left), min(block, work.n)
+        fewer = plan.components == self.components and work.passed(plan.left, plan.right) <= swept and largest >= few
+        slower = EFFICIENCY["plain passes"] <= EFFICIENCY["passes"]
+        if self.plain or not (fewer and slower and self.arithmetic.batched <= MARGIN * self.arithmetic.products):
+            return False
+        layers = sum(row.seconds for row in self._contractions(work, plan))
+        return layers <= MARGIN * sum(row.seconds for row in self._plain_rows("", work, names, block, swept))
+
     # -- layer by layer --------------------------------------------------------------------------------------
 
     def _layerwise(self, work: Work) -> Iterator[CostRow]:
@@ -263,10 +281,17 @@ class CostModel:
             yield from self._by_torch_func("layerwise", work, self.plain)
 
     def _by_layers(self, work: Work) -> Iterator[CostRow]:
-        form = self._form(work)
-        sizes = self.engine.sizes(self.theta, self.X, self.context, form)
-        plan = Plan.of(sizes, self.engine.memory, work.n, None if work.symmetric else work.m, form.full, self.away)
+        sizes, plan = self._plan(work)
         yield self._passes(work, sizes, plan)
+        yield from self._contractions(work, plan)
+
+    def _plan(self, work: Work) -> tuple[Sizes, Plan]:
+        form, columns = self._form(work), None if work.symmetric else work.m
+        sizes = self.engine.sizes(self.theta, self.X, self.context, form)
+        return sizes, Plan.of(sizes, self.engine.memory, work.n, columns, form.full, self.away)
+
+    def _contractions(self, work: Work, plan: Plan) -> Iterator[CostRow]:
+        form = self._form(work)
         held = plan.left + (plan.right if plan.left < work.n or not work.symmetric else 0)
         for shape in self.shapes:
             if form.by_pairs(shape.piece, plan.components):
@@ -331,19 +356,28 @@ class CostModel:
 
     def _by_torch_func(self, engine: str, work: Work, names: Iterable[str]) -> Iterator[CostRow]:
         """Rows of some of the parameters."""
-        slices, shapes, k = self.engine.function.layout.slices, self._positions(), self.components
-        sizes = {name: slices[name].stop - slices[name].start for name in names}
-        block = max(1, self.engine.memory // (4 * k * sum(sizes.values()) * self.item))
-        # A block is held while those behind it pass.
-        swept = work.passed(block, block)
-        own = self._totals(min(block, work.n), k, batched=True)
+        block, swept = self._block(work, names)
+        own = self._totals(min(block, work.n), self.components, batched=True)
         times = swept / min(block, work.n)
         flops, moved = times * own.flops, times * own.bytes
         seconds = times * (own.seconds / EFFICIENCY["plain passes"] + own.calls * self.recording)
         reason = f"{swept} samples, {min(block, work.n)} at a time"
         yield CostRow(engine, "passes of torch.func", "passes", flops, moved, 0.0, seconds, reason)
+        yield from self._plain_rows(engine, work, names, block, swept)
+
+    def _sizes(self, names: Iterable[str]) -> dict[str, int]:
+        slices = self.engine.function.layout.slices
+        return {name: slices[name].stop - slices[name].start for name in names}
+
+    def _block(self, work: Work, names: Iterable[str]) -> tuple[int, int]:
+        """Samples whose rows are held at once, while those behind them pass, and how many pass in all."""
+        block = max(1, self.engine.memory // (4 * self.components * sum(self._sizes(names).values()) * self.item))
+        return block, work.passed(block, block)
+
+    def _plain_rows(self, engine: str, work: Work, names: Iterable[str], block: int, swept: int) -> Iterator[CostRow]:
+        shapes, k = self._positions(), self.components
         pairs = work.pairs(block) * (k * k if self.engine.full else k)
-        for name, size in sizes.items():
+        for name, size in self._sizes(names).items():
             forming, products = 2.0 * swept * k * size * shapes.get(name, 1), 2 * pairs * size
             moved = self.item * size * k * swept * 6.0
             seconds = forming / self.arithmetic.batched / EFFICIENCY["forming"]

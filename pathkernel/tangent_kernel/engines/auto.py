@@ -70,7 +70,8 @@ class AutomaticEngine(LayerwiseEngine):
             return "jacobian"
         if (n + (m or 0)) * self.function.layout.size < WORTH_CHOOSING:
             return "layerwise"
-        return choose(CostModel(self, theta, X, context), n, m)[0]
+        model = CostModel(self, theta, X, context)
+        return "layerwise" if model.layers_suffice(n, m) else choose(model, n, m)[0]
 
     @defer_interrupts(divisible=True)
     @EXACT_PRODUCTS
