@@ -206,8 +206,10 @@ def test_many_outputs_are_predicted_from_a_few(outputs: str, monkeypatch: pytest
     assert max(asked) == 40
     for row, other in zip(chain(*found), chain(*expected), strict=True):
         assert (row.layer, row.way) == (other.layer, other.way)
-        for key in ("flops", "bytes", "peak_bytes", "seconds"):
-            assert getattr(row, key) == pytest.approx(getattr(other, key), rel=0.1), key  # cotangents grow as K²
+        assert row.peak_bytes == pytest.approx(other.peak_bytes)
+        assert row.flops == pytest.approx(other.flops, rel=1e-2)
+        # A part of the outputs is cut out of all of them, a call more for each sweep; cotangents of all are longer.
+        assert (row.bytes, row.seconds) == pytest.approx((other.bytes, other.seconds), rel=0.25)
 
 
 def test_automatic_engines_do_as_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
