@@ -168,8 +168,8 @@ class PathKernel(Kernel):
         self.probes = outputs if isinstance(outputs, OutputProbes) else None
         exact = select_outputs(outputs if self.probes is None else "trace", objective.known, objective.reduction)
         self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
-        self.engine = make_engine(engine, self.function, self.selection, self.memory)
-        self.engine.tensor_floats = made_of.get("tensor_floats", False)
+        tensor_floats = made_of.get("tensor_floats", False)
+        self.engine = make_engine(engine, self.function, self.selection, self.memory, tensor_floats)
         itself = self.probes is None and self.engine.exact
         self._exact = self.engine if itself else make_engine("auto", self.function, exact, self.memory)
 

@@ -163,8 +163,8 @@ class TangentKernel(Kernel):
         """Everything from what a kernel is made of, which is all that is saved of it."""
         self._made_of, self.theta, self.selection = made_of, made_of["theta"], made_of["selection"]
         function = ModelFunction(made_of["model"], made_of["layout"], made_of["constants"], made_of["dtype"])
-        self.engine = make_engine(made_of["engine"], function, self.selection, made_of["memory"])
-        self.engine.tensor_floats = made_of.get("tensor_floats", False)  # pickles of before lack it
+        tensor_floats = made_of.get("tensor_floats", False)  # pickles of before lack it
+        self.engine = make_engine(made_of["engine"], function, self.selection, made_of["memory"], tensor_floats)
         self.function = self.engine.function
         self._accept = Acceptance(self.function, self.theta, "TangentKernel")
         self._left_out = made_of["left_out"]

@@ -27,7 +27,7 @@ CALM = Machine(products=1e11, batched=1e10, bandwidth=4e10, call=2e-6)
 @pytest.fixture(autouse=True)
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same machine in every run."""
-    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.machine", lambda dtype, device=None: CALM)
+    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.machine", lambda *_: CALM)
 
 
 def mlp(width: int = 32, depth: int = 1) -> nn.Module:
@@ -170,7 +170,7 @@ def test_layers_suffice_only_where_they_are_chosen(
     outputs: str, memory: str, batched: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = replace(CALM, batched=batched)
-    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.machine", lambda dtype, device=None: machine)
+    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.machine", lambda *_: machine)
     said = []
     for module, X in ((mlp(256), torch.randn(4, 16)), (TOKENS, torch.randn(4, 32, 8))):
         model = model_of(module, X, outputs=outputs, memory=memory)
@@ -257,6 +257,17 @@ def test_the_machine_is_measured_once(dtype: torch.dtype) -> None:
     assert found is machine(dtype)
     assert 1e8 < found.batched < 1e14 and 1e8 < found.products < 1e14
     assert 1e8 < found.bandwidth < 1e13 and 1e-8 < found.call < 1e-3
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "jacobian"])
+def test_tensor_floats_are_rated_at_their_own_speed(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rated(dtype: torch.dtype, device: Any = None, tensor_floats: bool = False) -> Machine:
+        return replace(CALM, products=8e11) if tensor_floats else CALM
+
+    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.machine", rated)
+    monkeypatch.setattr("pathkernel.tangent_kernel.precision.multiplies_tensor_floats", lambda device: True)
+    exact, rounded = (model_of(mlp(), torch.randn(5, 16), dtype=dtype) for dtype in (torch.float32, "tf32"))
+    assert rounded.seconds(engine, 2000) < 0.9 * exact.seconds(engine, 2000)
 
 
 def test_the_page_runs_as_printed() -> None:

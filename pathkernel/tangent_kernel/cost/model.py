@@ -213,7 +213,8 @@ class CostModel:
         self.plain: dict[str, str] = dict(coverage.plain) if coverage is not None else {}
         self.item = engine.function.dtype.itemsize
         function = engine.function
-        self.arithmetic, self.products = (machine(of, function.device) for of in (function.dtype, engine.products))
+        self.arithmetic = machine(function.dtype, function.device)
+        self.products = machine(engine.products, function.device, engine.tensor_floats)
         self.recording = RECORDING * machine(function.dtype).call  # Python runs on the processor
         self.away = is_away(function.device)
 
@@ -381,7 +382,7 @@ class CostModel:
             forming, products = 2.0 * swept * k * size * shapes.get(name, 1), 2 * pairs * size
             moved = self.item * size * k * swept * 6.0
             seconds = forming / self.arithmetic.batched / EFFICIENCY["forming"]
-            seconds += products / self.arithmetic.products / EFFICIENCY["products"]
+            seconds += products / self.products.products / EFFICIENCY["products"]
             seconds += moved / self.arithmetic.bandwidth / EFFICIENCY["plain rows"]
             peak = 4.0 * min(block, work.n) * k * size * self.item
             reason = self.plain.get(name, "rows by torch.func")

@@ -88,8 +88,8 @@ class Totals(NamedTuple):
     def of(cls, operations: Sequence[Operation], machine: Machine, batched: bool = False) -> Totals:
         """Sums over some."""
         seconds = sum(o.seconds(machine, batched) for o in operations)
-        numbers = (sum(getattr(o, key) for o in operations) for key in ("flops", "bytes", "result"))
-        return cls(seconds, *numbers, len(operations))
+        flops, moved, result = (sum(getattr(o, key) for o in operations) for key in ("flops", "bytes", "result"))
+        return cls(seconds, flops, moved, result, len(operations))
 
     def towards(self, other: Totals, steps: float) -> Totals:
         """So many times as far as another: of what grows by the same amount with each component."""

@@ -64,8 +64,10 @@ class LayerwiseEngine(Engine):
     name = "layerwise"
     workspace: Workspace
 
-    def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
-        super().__init__(function, selection, memory)
+    def __init__(
+        self, function: ModelFunction, selection: OutputSelection, memory: int, tensor_floats: bool = False
+    ) -> None:
+        super().__init__(function, selection, memory, tensor_floats)
         keep_freed_memory()
         self.workspace = Workspace(int(KEPT * memory))
         self.tapes = ProvedTapes(self.function, self.workspace)
@@ -76,7 +78,9 @@ class LayerwiseEngine(Engine):
     @classmethod
     def of(cls, engine: Engine) -> LayerwiseEngine:
         """The engine itself where it goes layer by layer, else one for the same kernel."""
-        return engine if isinstance(engine, cls) else cls(engine.function, engine.selection, engine.memory)
+        if isinstance(engine, cls):
+            return engine
+        return cls(engine.function, engine.selection, engine.memory, engine.tensor_floats)
 
     @property
     def full(self) -> bool:
@@ -281,9 +285,8 @@ class LayerwiseEngine(Engine):
         own = ParameterLayout.of({name: values[name] for name in names})
         function = self.function.restricted(own, values)
         where = torch.cat([torch.arange(layout.slices[name].start, layout.slices[name].stop) for name in names])
-        engine = JacobianEngine(function, self.selection, self.memory)
+        engine = JacobianEngine(function, self.selection, self.memory, self.tensor_floats)
         engine.products, engine.known = self.products, self._plain_components
-        engine.tensor_floats = self.tensor_floats
         return engine, theta[where], where
 
 
