@@ -18,7 +18,6 @@ from pathkernel.gradients.pytrees import count
 from pathkernel.recording.forward_pass import ForwardPass, Shapes
 from pathkernel.trajectory.step import MicroBatch
 
-
 SHOWN = 80
 """Characters of what was announced that a message repeats; ids may be long words, or lists within lists."""
 
