@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import math
 import subprocess
 import sys
 import weakref
@@ -27,8 +28,8 @@ from pathkernel.gradients import matmul as matrix_products
 from pathkernel.gradients.contraction import pair_products, parts
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Lookup, Outer, Piece
+from pathkernel.runtime.workspace import Workspace
 from pathkernel.tangent_kernel.cost import model as cost_model
-from pathkernel.tangent_kernel.cost.hardware import machine
 from pathkernel.tangent_kernel.cost.operations import Count
 from pathkernel.tangent_kernel.engines import layerwise as layerwise_engine
 from pathkernel.tangent_kernel.engines import tiles
@@ -404,15 +405,19 @@ def test_plans_stay_within_the_budget() -> None:
 
 
 def test_thousands_of_outputs_keep_to_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signals of all outputs of the few samples that are measured would be 31 MB in one tensor."""
+    """Signals of all outputs of the few samples that are measured would be 49 MB in one array."""
     monkeypatch.setattr("pathkernel.tangent_kernel.engines.auto.WORTH_CHOOSING", 0)
     parts = nn.Linear(4, 96), nn.Tanh(), nn.Linear(96, 20), nn.Flatten()
     model, X = nn.Sequential(*parts), torch.randn(4, 40, 4)
-    machine(torch.float32)  # is measured by large tensors, once
-    kernel = pk.TangentKernel(model, memory="8MB")
-    with Largest() as largest:
-        found = kernel(X, X[:3])
-    assert largest.numbers * 4 < 8e6
+    made, empty = [], Workspace.empty
+
+    def noted(workspace: Workspace, shape: tuple[int, ...], dtype: torch.dtype, *device: Any) -> Tensor:
+        made.append(math.prod(shape) * dtype.itemsize)
+        return empty(workspace, shape, dtype, *device)
+
+    monkeypatch.setattr(Workspace, "empty", noted)
+    found = pk.TangentKernel(model, memory="8MB")(X, X[:3])
+    assert max(made) < 8e6
     rows = torch.cat([p.flatten(2) for p in torch.func.jacrev(lambda p: torch.func.functional_call(model, p, X))(
         {name: p.detach() for name, p in model.named_parameters()}).values()], dim=2).flatten(1)  # fmt: skip
     assert off(found, rows @ rows[:3].T) < 1e-4
