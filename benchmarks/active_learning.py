@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from _benchmark_of_choices import on_one_thread, parser, write
+from _choices_data import loaded, synthetic
 from _stacked_networks import accuracies, recorded
-from pruning import loaded, synthetic
 from torch import Tensor, nn
 
 import pathkernel as pk

@@ -27,9 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 from _benchmark_of_choices import on_one_thread, parser, write
+from _choices_data import loaded, synthetic
 from _stacked_networks import accuracies, recorded
-from sklearn.datasets import load_breast_cancer, load_digits, load_wine, make_classification
-from sklearn.preprocessing import StandardScaler
 
 import pathkernel as pk
 from pathkernel.influence.subset_selection import greedy_design, herding, normalised
@@ -41,20 +40,6 @@ SIZES = {"digits": (1000, 600), "breast cancer": (400, 240), "digits, 10 % wrong
 
 FLOORS = (-2.5, -2.0, -1.5, -1.0)
 """Powers of ten that c begins with, among which ``--choose`` compares."""
-
-
-def loaded(name: str) -> tuple[np.ndarray, np.ndarray]:
-    load = {"digits": load_digits, "breast cancer": load_breast_cancer, "wine": load_wine}[name.split(",")[0]]
-    X, y = load(return_X_y=True)
-    return X / 16 if name.startswith("digits") else StandardScaler().fit_transform(X), y
-
-
-def synthetic(classes: int, flips: float, weights: list[float] | None) -> tuple[np.ndarray, np.ndarray]:
-    X, y = make_classification(
-        3000, 20, n_informative=12, n_redundant=3, n_classes=classes, class_sep=1.5, flip_y=flips, weights=weights,
-        random_state=7,
-    )  # fmt: skip
-    return StandardScaler().fit_transform(X), y
 
 
 class Problem:

@@ -53,6 +53,36 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     in_a_fresh_process(f"import sys, pathkernel; assert not {heavy} & set(sys.modules), sys.modules.keys()")
 
 
+FIRST_USES = """
+import sys
+import torch
+import pathkernel as pk
+
+X, y = torch.randn(6, 3), torch.randn(6, 2)
+model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+kernel = pk.TangentKernel(model)
+kernel(X), kernel.diagonal(X)
+assert "scipy" not in sys.modules, "of a tangent kernel"
+loss, optimizer = torch.nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1)
+with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+    for x, target in recorder.batches(batch_size=3):
+        optimizer.zero_grad()
+        loss(model(x), target).backward()
+        optimizer.step()
+pk.KernelMachine(recorder.trajectory).explain(X[:2])
+assert "scipy" not in sys.modules, "of a kernel machine"
+pk.PathKernel(recorder.trajectory)(X)
+assert "scipy" not in sys.modules, "of a path kernel"
+kernel.operator(X) @ torch.ones(6).numpy()
+pk.PathKernel(recorder.trajectory, tolerance=0.5), kernel.features(X)
+assert {"scipy.sparse.linalg", "scipy.optimize"} <= set(sys.modules)
+"""
+
+
+def test_first_uses_load_no_scipy_that_they_do_not_need() -> None:
+    in_a_fresh_process(FIRST_USES)
+
+
 @pytest.mark.parametrize("home", AUTHORS)
 def test_authors_find_their_names(home: str) -> None:
     codes = {home: f"from {home} import {', '.join(names)}" for home, names in AUTHORS.items()}

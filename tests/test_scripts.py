@@ -48,6 +48,10 @@ KEYS = {
         *("architecture", "dtype", "parameters", "covered", "plain_parameters", "reason", "error", "error_of_shares"),
     },
     "engines.py": {"workload", "method", "seconds", "floor_seconds", "peak_mb", "error"},
+    "first_call.py": {
+        *("network", "samples", "torch_seconds", "fresh_process_seconds", "new_network_seconds"),
+        *("new_kernel_seconds", "second_call_seconds"),
+    },
     "faults.py": {"fault", "trials", "survived", "lost", "silently_wrong"},
     "generalization.py": {
         *("network", "n", "gap", "bound", "by_kernel", "by_losses", "parameter_distance", "kernel_distance"),

@@ -19,11 +19,14 @@ from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.matmul import product
 
 
-def by_pairs(factor: Factor, n: int, m: int, full: bool = False) -> bool:
-    """Test that all pairs of positions are cheaper than rows, for n × m pairs of samples."""
+def by_pairs(factor: Factor, n: int, m: int, full: bool = False, components: int | None = None) -> bool:
+    """Test that all pairs of positions are cheaper than rows, for n × m pairs of samples.
+
+    ``components`` says how many there will be, where the factor is of a few of them.
+    """
     if factor.formed:
         return False
-    k, t = factor.components, factor.positions
+    k, t = components or factor.components, factor.positions
     products = k * k if full else k
     signals = 0 if factor.head else factor.width * products
     pairs = n * m * t * t * (signals + factor.comparing + products)

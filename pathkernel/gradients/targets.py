@@ -20,11 +20,11 @@ TAKES = (
 )
 
 
-def described(targets: PyTree) -> str:
+def described(targets: PyTree, *, ranges: bool = True) -> str:
     """Types, shapes and ranges of targets."""
     return " and ".join(
         f"of type {str(leaf.dtype).removeprefix('torch.')} and shape {tuple(leaf.shape)}"
-        + (f" from {leaf.min().item():g} to {leaf.max().item():g}" if leaf.numel() else "")
+        + (f" from {leaf.min().item():g} to {leaf.max().item():g}" if ranges and leaf.numel() else "")
         for leaf in pytree.tree_leaves(targets)
     )
 
@@ -117,6 +117,6 @@ def check_as_in_training(targets: PyTree, example: PyTree | None, asker: str) ->
     if not same:
         raise InputError(
             f"`{asker}` was given targets {described(targets)}",
-            f"Those of the training samples are {described(example).split(' from ')[0]} for one sample",
+            f"Those of the training samples are {described(example, ranges=False)} for one sample",
             "Pass targets of the same form as in training, with one row for each sample",
         )

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import eigh
+from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
 from pathkernel.errors import InputError
+from pathkernel.gradients.acceptance import single_sample
 from pathkernel.gradients.pytrees import count
 from pathkernel.kernels.kernel import Kernel, KernelFunction, checked_kernel, kernel_matrix, reference_samples
 
@@ -114,6 +116,9 @@ class RepairedKernel(Kernel):
 
     def features(self, X: PyTree) -> np.ndarray:
         """φ with K₊ = φφᵀ, float64 (n, positive eigenvalues)."""
+        shapes = [tuple(getattr(leaf, "shape", ())) for leaf in pytree.tree_leaves(X)]
+        if shapes == [tuple(leaf.shape[1:]) for leaf in pytree.tree_leaves(self._reference)]:
+            raise single_sample("RepairedKernel", "Kernels", shapes[0])
         return kernel_matrix(self._parts[0], X, self._reference) @ self._map
 
     def __call__(self, X: PyTree, Y: PyTree | None = None) -> np.ndarray:

@@ -43,7 +43,7 @@ class Made:
     engine: Any
     engine_at: Callable[[PathNode], Engine]
     dtype: torch.dtype
-    tensor_floats: bool = False
+    tensor_floats: bool
 
 
 def matrix_identity(made: Made, function: ModelFunction, rows: Samples, columns: Samples | None) -> dict[str, Any]:

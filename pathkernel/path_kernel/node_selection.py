@@ -18,14 +18,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
-from scipy.optimize import nnls
 from torch import Tensor
 
 from pathkernel._typing import Float
 from pathkernel.errors import InputError
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.path_kernel.nodes import PathNode
+from pathkernel.runtime.lazy import imported
 from pathkernel.tangent_kernel.measured_error import MeasuredError
 
 SAMPLES = 48
@@ -251,7 +250,7 @@ def nonnegative_pursuit(
             return
         try:
             kept, weights = _nonnegative_weights(inner, with_target, [*places, best])
-        except LinAlgError:  # dependent to rounding: no more can be told apart
+        except np.linalg.LinAlgError:  # dependent to rounding: no more can be told apart
             return
         if len(kept) > len(places):
             basis.add(best)
@@ -283,11 +282,12 @@ def _nonnegative_weights(
     inner: np.ndarray, with_target: np.ndarray, places: Sequence[int] | np.ndarray
 ) -> tuple[list[int], np.ndarray]:
     """Least squares with weights ≥ 0 from inner products: the places with positive weights, and these."""
+    linalg, optimize = imported("scipy.linalg"), imported("scipy.optimize")  # kernels of all nodes need neither
     chosen = np.asarray(places, dtype=int)
-    factor = cholesky(inner[np.ix_(chosen, chosen)], lower=True)
-    weights = cho_solve((factor, True), with_target[chosen])
+    factor = linalg.cholesky(inner[np.ix_(chosen, chosen)], lower=True)
+    weights = linalg.cho_solve((factor, True), with_target[chosen])
     if weights.min() <= 0:
-        weights = nnls(factor.T, solve_triangular(factor, with_target[chosen], lower=True))[0]
+        weights = optimize.nnls(factor.T, linalg.solve_triangular(factor, with_target[chosen], lower=True))[0]
     return chosen[weights > 0].tolist(), weights[weights > 0]
 
 

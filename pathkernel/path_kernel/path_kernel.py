@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ from pathkernel.tangent_kernel.engines.auto import EngineValue, make_engine
 from pathkernel.tangent_kernel.engines.engine import Engine, Samples
 from pathkernel.tangent_kernel.engines.products import error_of_engine
 from pathkernel.tangent_kernel.engines.projection import Projection, ProjectionEngine, products
+from pathkernel.tangent_kernel.lazy_operator import kernel_operator
 from pathkernel.tangent_kernel.measured_error import MeasuredError
-from pathkernel.tangent_kernel.operators import KernelOperator
 from pathkernel.tangent_kernel.output_probes import OutputProbes
 from pathkernel.tangent_kernel.outputs import OneOutput, OutputSelection, select_outputs
 from pathkernel.tangent_kernel.precision import asked_precision
@@ -39,6 +39,9 @@ from pathkernel.tangent_kernel.tangent_kernel import no_samples
 from pathkernel.trajectory.required import required_path
 from pathkernel.trajectory.schedule import PRECONDITIONED
 from pathkernel.trajectory.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from pathkernel.tangent_kernel.operators import KernelOperator
 
 
 class PathKernel(Kernel):
@@ -165,8 +168,8 @@ class PathKernel(Kernel):
         self.probes = outputs if isinstance(outputs, OutputProbes) else None
         exact = select_outputs(outputs if self.probes is None else "trace", objective.known, objective.reduction)
         self.selection = exact if self.probes is None else self.probes.selection(0, self._outputs)
-        self.engine = make_engine(engine, self.function, self.selection, self.memory)
-        self.engine.tensor_floats = made_of.get("tensor_floats", False)
+        tensor_floats = made_of.get("tensor_floats", False)
+        self.engine = make_engine(engine, self.function, self.selection, self.memory, tensor_floats)
         itself = self.probes is None and self.engine.exact
         self._exact = self.engine if itself else make_engine("auto", self.function, exact, self.memory)
 
@@ -319,7 +322,7 @@ class PathKernel(Kernel):
                 "Write `phi = PathKernel(trajectory).features(X, dim)` and `phi @ (phi.T @ v)`",
             )
         rows, columns = copied_samples((self._some_samples(X), None if Y is None or Y is X else self._some_samples(Y)))
-        return KernelOperator(self.nodes, self._engine_at, rows, columns, lock=self.lock)
+        return kernel_operator(self.nodes, self._engine_at, rows, columns, self.lock)
 
     @one_at_a_time
     def features(self, X: PyTree, dim: int = 1024, *, kind: str = "tensor", seed: int = 0) -> Features:

@@ -18,6 +18,9 @@ from pathkernel.gradients.pytrees import count
 from pathkernel.recording.forward_pass import ForwardPass, Shapes
 from pathkernel.trajectory.step import MicroBatch
 
+SHOWN = 80
+"""Characters of what was announced that a message repeats; ids may be long words, or lists within lists."""
+
 
 def checked_ids(ids: Tensor, samples: int | None, axes: int = 1) -> Tensor:
     """Sample ids, (B,) int64, or (B, k) of the k samples of each row.
@@ -49,7 +52,8 @@ def _as_tensor(ids: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         made = None
     if made is None or made.is_meta:
-        shown = ids if isinstance(ids, list) and len(ids) <= 8 else f"as a {type(ids).__name__}"
+        few = isinstance(ids, list) and len(ids) <= 8 and len(str(ids)) <= SHOWN
+        shown = ids if few else f"as a {type(ids).__name__}"
         raise SampleIdError(
             f"Sample ids {shown}{'' if made is None else ' on the device meta'} were announced",
             "Ids are a list, an array or a tensor of integers from 0",

@@ -1,4 +1,4 @@
-"""Names of a package that are imported from the module that defines them when they are first used."""
+"""Names of a package, and modules of others, that are imported when they are first used."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from importlib import import_module
 from typing import Any
 
 from pathkernel.runtime.interrupts import defer_interrupts
+
+
+def imported(name: str) -> Any:
+    """A module that takes its time to load, where it is first used.
+
+    An interrupt within the initialisation of a compiled module comes out as an ImportError: it waits.
+    """
+    with defer_interrupts():
+        return import_module(name)
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
@@ -30,9 +39,7 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], 
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         home, is_module, _ = homes[name].partition(":")
-        # An interrupt within the initialisation of a compiled module comes out as an ImportError.
-        with defer_interrupts():
-            module = import_module(f"pathkernel.{home}")
+        module = imported(f"pathkernel.{home}")
         value = module if is_module else getattr(module, name)
         setattr(sys.modules[package], name, value)
         return value

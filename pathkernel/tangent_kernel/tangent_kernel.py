@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,9 +28,13 @@ from pathkernel.tangent_kernel.engines.engine import Engine
 from pathkernel.tangent_kernel.engines.products import error_of_engine
 from pathkernel.tangent_kernel.engines.projection import Projection, ProjectionEngine
 from pathkernel.tangent_kernel.filters import ParameterFilter, chosen_parameters
-from pathkernel.tangent_kernel.operators import KernelOperator, Point, Term
+from pathkernel.tangent_kernel.kernel_products import Point, Term
+from pathkernel.tangent_kernel.lazy_operator import kernel_operator
 from pathkernel.tangent_kernel.outputs import LossOfOutputs, MarginOfOutputs, OneOutput, OutputSelection, select_outputs
 from pathkernel.tangent_kernel.precision import asked_precision
+
+if TYPE_CHECKING:
+    from pathkernel.tangent_kernel.operators import KernelOperator
 
 
 def split_samples(X: PyTree, selection: OutputSelection, dtype: torch.dtype, asker: str) -> tuple[PyTree, PyTree]:
@@ -159,8 +163,8 @@ class TangentKernel(Kernel):
         """Everything from what a kernel is made of, which is all that is saved of it."""
         self._made_of, self.theta, self.selection = made_of, made_of["theta"], made_of["selection"]
         function = ModelFunction(made_of["model"], made_of["layout"], made_of["constants"], made_of["dtype"])
-        self.engine = make_engine(made_of["engine"], function, self.selection, made_of["memory"])
-        self.engine.tensor_floats = made_of.get("tensor_floats", False)  # pickles of before lack it
+        tensor_floats = made_of.get("tensor_floats", False)  # pickles of before lack it
+        self.engine = make_engine(made_of["engine"], function, self.selection, made_of["memory"], tensor_floats)
         self.function = self.engine.function
         self._accept = Acceptance(self.function, self.theta, "TangentKernel")
         self._left_out = made_of["left_out"]
@@ -260,7 +264,7 @@ class TangentKernel(Kernel):
         """
         same = Y is None or Y is X
         rows, columns = copied_samples((self._some_samples(X), None if same else self._some_samples(Y)))
-        return KernelOperator([Point(self.theta)], self._engine_at, rows, columns, lock=self.lock)
+        return kernel_operator([Point(self.theta)], self._engine_at, rows, columns, self.lock)
 
     @one_at_a_time
     def features(self, X: PyTree, dim: int = 1024, *, kind: str = "tensor", seed: int = 0) -> np.ndarray:

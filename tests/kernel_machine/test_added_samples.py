@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import pathkernel as pk
 from pathkernel import errors
+from pathkernel.gradients.targets import check_as_in_training
 from pathkernel.kernel_machine.added_samples import REMAINDER
 
 CE = nn.CrossEntropyLoss()
@@ -313,3 +314,11 @@ def test_one_sample_has_no_batch_statistics() -> None:
     inputs, targets = new_samples()
     with pytest.warns(pk.errors.CertificateWarning, match="does not take the new samples"):
         pk.KernelMachine(recorder.trajectory).add_samples(inputs[:1], targets[:1])
+
+
+def test_targets_of_another_form_are_told_from_all_of_those_in_training() -> None:
+    example = {"kind": torch.zeros(1, dtype=torch.int64), "place": torch.ones(1, 2)}
+    with pytest.raises(errors.InputError) as refused:
+        check_as_in_training({"kind": torch.zeros(3, dtype=torch.int64), "place": torch.ones(3, 1)}, example, "it")
+    assert "shape (3,) from 0 to 0 and of type float32 and shape (3, 1) from 1 to 1" in refused.value.found
+    assert "type int64 and shape (1,) and of type float32 and shape (1, 2) for one sample" in refused.value.expected

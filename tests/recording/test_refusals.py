@@ -28,6 +28,7 @@ from refusals_of_influence import INFLUENCE
 from refusals_of_models import MODELS
 from refusals_of_optimizers import OF_OPTIMIZERS
 from sklearn.kernel_ridge import KernelRidge
+from sklearn.metrics.pairwise import sigmoid_kernel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -949,6 +950,11 @@ REFUSALS: dict[str, Case] = {
         errors.SampleIdError,
         ("Sample ids ['1', '2'] were announced", "integers from 0", "[int(i) for i in ids]"),
     ),
+    "ids as long words": (
+        lambda: Scene().recorder.batch(["a word of an article, and many others beside it"] * 8),
+        errors.SampleIdError,
+        ("Sample ids as a list were announced", "integers from 0", "[int(i) for i in ids]"),
+    ),
     "ids without an order": (
         lambda: Scene().recorder.batch({1, 2}),
         errors.SampleIdError,
@@ -1166,6 +1172,21 @@ REFUSALS: dict[str, Case] = {
         lambda: pk.TangentKernel(make_model())(X3[0]),
         errors.InputError,
         ("with a single sample of shape (4,)", "Tangent kernels take whole arrays", "PathKernelTransformer(kernel)"),
+    ),
+    "features of one sample of a path kernel": (
+        lambda: pk.PathKernel(run().trajectory).features(X3[0], 8),
+        errors.InputError,
+        ("a single sample of shape (4,)", "Path kernels take whole arrays", "pass `X[None]`"),
+    ),
+    "features of one sample of a tangent kernel": (
+        lambda: pk.TangentKernel(make_model()).features(X3[0], 8),
+        errors.InputError,
+        ("a single sample of shape (4,)", "Tangent kernels take whole arrays", "pass `X[None]`"),
+    ),
+    "features of one sample of a repaired kernel": (
+        lambda: pk.kernels.RepairedKernel(sigmoid_kernel, X3.numpy()).features(X3[0].numpy()),
+        errors.InputError,
+        ("a single sample of shape (4,)", "Kernels take whole arrays", "pass `X[None]`"),
     ),
     "NaN in a query": (
         lambda: machine().predict(torch.cat([X3, X3 * torch.nan])),

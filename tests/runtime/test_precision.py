@@ -17,6 +17,7 @@ from pathkernel.gradients import matmul
 from pathkernel.runtime import precision
 from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.tangent_kernel import precision as asked
+from pathkernel.tangent_kernel.cost import hardware
 
 MATMUL: Any = torch.backends.mkldnn.matmul
 CE = nn.CrossEntropyLoss()
@@ -209,6 +210,29 @@ def test_the_switch_is_the_users_while_training_is_run_again(switch: Switch) -> 
         with EXACT_PRODUCTS.tensor_floats_in_products():
             pass
         assert switch.allow_tf32
+
+
+def test_tensor_floats_are_measured_as_they_are_multiplied(switch: Switch, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[bool] = set()
+    monkeypatch.setattr(matmul, "_takes_tensor_floats", lambda factor: True)
+    monkeypatch.setattr(matmul, "_has_onednn", lambda: False)
+    monkeypatch.setattr(hardware, "_seconds", lambda work, *_: (work(), 1.0)[1])
+    products = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *own: (seen.add(switch.allow_tf32), products(*own))[1])
+    for tensor_floats, expected in ((False, {False}), (True, {True, False})):  # of many small products none is rounded
+        seen.clear()
+        hardware._measured.__wrapped__(torch.float32, 1, hardware.CPU, tensor_floats)
+        assert seen == expected
+
+
+@pytest.mark.parametrize("made", ["products", pk.Projection(dim=8)])
+def test_what_multiplies_no_gradients_does_not_say_that_it_rounds_them(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asked, "multiplies_tensor_floats", lambda device: True)
+    kernel = pk.TangentKernel(nn.Linear(4, 3), engine=made, dtype="tf32")
+    assert "products in float32" in kernel.describe() and "products in float32" in kernel.describe(torch.randn(3, 4))
+    assert not kernel.engine.tensor_floats
 
 
 @pytest.mark.parametrize("outputs", ["trace", "full"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,9 @@ from torch import nn
 import pathkernel as pk
 from pathkernel.tangent_kernel.cost.hardware import Machine, machine
 from pathkernel.tangent_kernel.cost.model import CostModel, CostRow, Work, choose
-from pathkernel.tangent_kernel.cost.operations import Count, operations_of
+from pathkernel.tangent_kernel.cost.operations import Count, counted, operations_at
 from pathkernel.tangent_kernel.engines import auto as choice
+from pathkernel.tangent_kernel.engines import layerwise
 
 PAGE = Path(__file__).parents[2] / "docs/how_to/large_kernels.md"
 CALM = Machine(products=1e11, batched=1e10, bandwidth=4e10, call=2e-6)
@@ -23,12 +27,16 @@ CALM = Machine(products=1e11, batched=1e10, bandwidth=4e10, call=2e-6)
 @pytest.fixture(autouse=True)
 def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same machine in every run."""
-    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.machine", lambda dtype, device=None: CALM)
+    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.machine", lambda *_: CALM)
 
 
 def mlp(width: int = 32, depth: int = 1) -> nn.Module:
     inner = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
     return nn.Sequential(nn.Linear(16, width), nn.ReLU(), *inner, nn.Linear(width, 4))
+
+
+TOKENS = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1), nn.Flatten(), nn.Linear(32, 3))
+"""Of 32 positions each."""
 
 
 def model_of(module: nn.Module, X: torch.Tensor, **options) -> CostModel:
@@ -71,7 +79,7 @@ def test_flops_and_bytes_of_single_operations() -> None:
     (product,) = [o for o in count.operations if o.name == "mm"]
     assert (product.flops, product.bytes, product.result) == (2 * 6 * 5 * 7, 4 * (30 + 35 + 42), 4 * 42)
     weight = torch.randn(5, 7)
-    (product,) = [o for o in operations_of(lambda n: torch.ones(n, 5) @ weight, 1000) if o.name == "mm"]
+    (product,) = [o for o in operations_at(1000, counted(lambda n: torch.ones(n, 5) @ weight)) if o.name == "mm"]
     assert (product.flops, product.bytes) == (2 * 1000 * 5 * 7, 4 * (5000 + 35 + 7000))
 
 
@@ -155,10 +163,60 @@ def test_layer_by_layer_is_chosen_unless_no_layer_is_known() -> None:
     torch.testing.assert_close(torch.as_tensor(kernel.operator(X) @ torch.eye(5).numpy()), expected)
 
 
+@pytest.mark.parametrize("batched", [1e8, 1e10, 1.9e11, 4e11])
+@pytest.mark.parametrize("memory", ["4MB", "1GB"])
+@pytest.mark.parametrize("outputs", ["trace", "full", "sum"])
+def test_layers_suffice_only_where_they_are_chosen(
+    outputs: str, memory: str, batched: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = replace(CALM, batched=batched)
+    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.machine", lambda *_: machine)
+    said = []
+    for module, X in ((mlp(256), torch.randn(4, 16)), (TOKENS, torch.randn(4, 32, 8))):
+        model = model_of(module, X, outputs=outputs, memory=memory)
+        for n, m in ((3, None), (4, 4), (50, 20), (400, None)):
+            said.append(model.layers_suffice(n, m))
+            assert not said[-1] or choose(model, n, m)[0] == "layerwise"
+    assert any(said) == (batched < 4e11)
+
+
+def test_nothing_is_counted_where_layers_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.counted", lambda *_: pytest.fail("counted"))
+    monkeypatch.setattr(choice, "WORTH_CHOOSING", 0)
+    pk.TangentKernel(mlp())(torch.randn(6, 16), torch.randn(5, 16))
+
+
+@pytest.mark.parametrize("outputs", ["trace", "full"])
+def test_many_outputs_are_predicted_from_a_few(outputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40 outputs no pass is made for more than four, and what is said of them is what passes for all say."""
+    module, X = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 40)), torch.randn(4, 16)
+    asked = []
+    passed = layerwise.LayerwiseEngine.pieces
+
+    def noted(self: Any, theta: Any, x: Any, context: Any, components: slice = slice(None), **options: Any) -> Any:
+        asked.append(len(range(40)[components]))
+        return passed(self, theta, x, context, components, **options)
+
+    monkeypatch.setattr(layerwise.LayerwiseEngine, "pieces", noted)
+    found = [model_of(module, X, outputs=outputs).rows(engine, 30, 20) for engine in ("layerwise", "jacobian")]
+    assert max(asked) == 4
+    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.FEW_COMPONENTS", (2, 40))
+    monkeypatch.setattr(layerwise, "FEW_COMPONENTS", 40)
+    expected = [model_of(module, X, outputs=outputs).rows(engine, 30, 20) for engine in ("layerwise", "jacobian")]
+    assert max(asked) == 40
+    for row, other in zip(chain(*found), chain(*expected), strict=True):
+        assert (row.layer, row.way) == (other.layer, other.way)
+        assert row.peak_bytes == pytest.approx(other.peak_bytes)
+        assert row.flops == pytest.approx(other.flops, rel=1e-2)
+        # A part of the outputs is cut out of all of them, a call more for each sweep; cotangents of all are longer.
+        assert (row.bytes, row.seconds) == pytest.approx((other.bytes, other.seconds), rel=0.25)
+
+
 def test_automatic_engines_do_as_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
     module, X = make_model(), make_inputs(6)
     expected, asked = pk.TangentKernel(module, engine="jacobian")(X), []
     monkeypatch.setattr(choice, "WORTH_CHOOSING", 0)
+    monkeypatch.setattr(CostModel, "layers_suffice", lambda *_: False)
     for engine in ("layerwise", "jacobian"):
         monkeypatch.setattr(choice, "choose", lambda *a, engine=engine: (asked.append(a[1:]), (engine, ""))[1])
         kernel = pk.TangentKernel(module)
@@ -199,6 +257,17 @@ def test_the_machine_is_measured_once(dtype: torch.dtype) -> None:
     assert found is machine(dtype)
     assert 1e8 < found.batched < 1e14 and 1e8 < found.products < 1e14
     assert 1e8 < found.bandwidth < 1e13 and 1e-8 < found.call < 1e-3
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "jacobian"])
+def test_tensor_floats_are_rated_at_their_own_speed(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rated(dtype: torch.dtype, device: Any = None, tensor_floats: bool = False) -> Machine:
+        return replace(CALM, products=8e11) if tensor_floats else CALM
+
+    monkeypatch.setattr("pathkernel.tangent_kernel.cost.model.machine", rated)
+    monkeypatch.setattr("pathkernel.tangent_kernel.precision.multiplies_tensor_floats", lambda device: True)
+    exact, rounded = (model_of(mlp(), torch.randn(5, 16), dtype=dtype) for dtype in (torch.float32, "tf32"))
+    assert rounded.seconds(engine, 2000) < 0.9 * exact.seconds(engine, 2000)
 
 
 def test_the_page_runs_as_printed() -> None:

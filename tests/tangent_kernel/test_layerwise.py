@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import math
 import subprocess
 import sys
 import weakref
@@ -27,6 +28,7 @@ from pathkernel.gradients import matmul as matrix_products
 from pathkernel.gradients.contraction import pair_products, parts
 from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Lookup, Outer, Piece
+from pathkernel.runtime.workspace import Workspace
 from pathkernel.tangent_kernel.cost import model as cost_model
 from pathkernel.tangent_kernel.cost.operations import Count
 from pathkernel.tangent_kernel.engines import layerwise as layerwise_engine
@@ -400,6 +402,25 @@ def test_plans_stay_within_the_budget() -> None:
     assert (roomy.components, roomy.left) == (10, 256)
     tight = Plan.of(sizes, 64_000_000, 256, None, False)
     assert tight.components < 10 and tight.left == 256, "a trace is cut up by components before samples"
+
+
+def test_thousands_of_outputs_keep_to_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals of all outputs of the few samples that are measured would be 49 MB in one array."""
+    monkeypatch.setattr("pathkernel.tangent_kernel.engines.auto.WORTH_CHOOSING", 0)
+    parts = nn.Linear(4, 96), nn.Tanh(), nn.Linear(96, 20), nn.Flatten()
+    model, X = nn.Sequential(*parts), torch.randn(4, 40, 4)
+    made, empty = [], Workspace.empty
+
+    def noted(workspace: Workspace, shape: tuple[int, ...], dtype: torch.dtype, *device: Any) -> Tensor:
+        made.append(math.prod(shape) * dtype.itemsize)
+        return empty(workspace, shape, dtype, *device)
+
+    monkeypatch.setattr(Workspace, "empty", noted)
+    found = pk.TangentKernel(model, memory="8MB")(X, X[:3])
+    assert max(made) < 8e6
+    rows = torch.cat([p.flatten(2) for p in torch.func.jacrev(lambda p: torch.func.functional_call(model, p, X))(
+        {name: p.detach() for name, p in model.named_parameters()}).values()], dim=2).flatten(1)  # fmt: skip
+    assert off(found, rows @ rows[:3].T) < 1e-4
 
 
 PEAK = """

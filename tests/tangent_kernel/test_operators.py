@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import pathkernel as pk
 from pathkernel.tangent_kernel.engines.projection import Projection
-from pathkernel.tangent_kernel.operators import KernelOperator, Point
+from pathkernel.tangent_kernel.kernel_products import Point
+from pathkernel.tangent_kernel.operators import KernelOperator
 
 DOUBLE, SINGLE = TOLERANCES[torch.float64], TOLERANCES[torch.float32]
 OUTPUTS = {"trace": "trace", "mean": "mean", "sum": "sum", "full": "full", "1": 1, "callable": torch.square}

@@ -10,6 +10,9 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from pathkernel.gradients.matmul import product, tensor_float_products
+from pathkernel.runtime.precision import EXACT_PRODUCTS
+
 LONGEST = 1.5e-2
 """Seconds that one number may take to measure, beyond a few runs: four of them delay the first call. Chosen, not
 measured."""
@@ -43,25 +46,28 @@ class Machine:
     call: float
 
 
-def machine(dtype: torch.dtype, device: torch.device = CPU) -> Machine:
+def machine(dtype: torch.dtype, device: torch.device = CPU, tensor_floats: bool = False) -> Machine:
     """The machine at hand, for one floating type and the present number of threads; measured on the first call.
 
     Of a GPU its own rates, and the time that starting an operation on it takes; of devices of other kinds those of the
-    processor.
+    processor. Large products in full precision, or with factors that are rounded to TensorFloat-32.
     """
-    return _measured(dtype, torch.get_num_threads(), device if device.type == "cuda" else CPU)
+    return _measured(dtype, torch.get_num_threads(), device if device.type == "cuda" else CPU, tensor_floats)
 
 
 @lru_cache
-def _measured(dtype: torch.dtype, threads: int, device: torch.device) -> Machine:
+@EXACT_PRODUCTS
+def _measured(dtype: torch.dtype, threads: int, device: torch.device, tensor_floats: bool) -> Machine:
     generator = torch.Generator(device).manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator, device=device).to(dtype)  # noqa: E731
     size, batch = (320, 64) if device == CPU else LARGE_ON_A_GPU
     square, left, right = random(size, size), random(batch, 64, 64), random(batch, 64, 64)
     large, small = random((1 << 24) // dtype.itemsize), random(4)
     wait = (lambda: None) if device == CPU else partial(torch.cuda.synchronize, device)
+    with tensor_float_products(tensor_floats):
+        squared = _seconds(lambda: product(square, square) if tensor_floats else square @ square, wait)
     return Machine(
-        products=2 * size**3 / _seconds(lambda: square @ square, wait),
+        products=2 * size**3 / squared,
         batched=2 * batch * 64**3 / _seconds(lambda: left @ right, wait),
         # Into fresh memory, as layers write their results: the system has to hand out its pages first.
         bandwidth=3 * large.nbytes / _seconds(lambda: large + large, wait),

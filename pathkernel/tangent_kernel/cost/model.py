@@ -22,7 +22,7 @@ from pathkernel._typing import PyTree
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.tangent_kernel.cost.hardware import machine
-from pathkernel.tangent_kernel.cost.operations import operations_of
+from pathkernel.tangent_kernel.cost.operations import Operation, Totals, counted, operations_at
 from pathkernel.tangent_kernel.engines.blocking import BLOCKS, TILE, Plan, Sizes, is_away
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.engines.tiles import Form, Metric
@@ -31,6 +31,9 @@ ENGINES = ("layerwise", "jacobian", "products")
 
 FEW = (2, 4)
 """Samples passed through the network, to see what grows with their number."""
+
+FEW_COMPONENTS = (2, 4)
+"""Components of these passes, to see what grows with theirs. Up to the second, all of them are counted. Chosen."""
 
 EFFICIENCY = {
     "passes": 0.55,
@@ -202,24 +205,36 @@ class CostModel:
         self.engine, self.theta = engine, theta
         index = torch.arange(max(FEW)) % count(X)
         self.X, self.context = take(X, index), take(context, index)
-        pieces = self._pieces(FEW[0])
+        pieces = self._pieces(FEW[0], slice(0, FEW_COMPONENTS[1]))
+        self._counted: dict[int, list[list[Operation]]] = {}
         self.shapes = [Shape.of(piece, engine.function.layout.slices) for piece in pieces]
         self.components = engine.sizes(theta, self.X, self.context, self._form(Work(1, 1, False))).components
         coverage = engine.tapes.coverage
         self.plain: dict[str, str] = dict(coverage.plain) if coverage is not None else {}
         self.item = engine.function.dtype.itemsize
         function = engine.function
-        self.arithmetic, self.products = (machine(of, function.device) for of in (function.dtype, engine.products))
+        self.arithmetic = machine(function.dtype, function.device)
+        self.products = machine(engine.products, function.device, engine.tensor_floats)
         self.recording = RECORDING * machine(function.dtype).call  # Python runs on the processor
         self.away = is_away(function.device)
 
     def _form(self, work: Work) -> Form:
         return Form((work.n, work.m), self.engine.full, Metric(None), self.engine.products, self.engine.workspace)
 
-    def _pieces(self, samples: int, components: slice = slice(None)) -> list[Piece]:
+    def _pieces(self, samples: int, components: slice) -> list[Piece]:
         X, context = (take(own, slice(0, samples)) for own in (self.X, self.context))
         joint, engine = not self.engine.full, self.engine
         return engine.of_one_form(lambda: engine.pieces(self.theta, X, context, components, joint=joint, used=False)[0])
+
+    def _totals(self, n: int, components: int, batched: bool = False) -> Totals:
+        """Operations of a forward pass of n samples and of the sweeps back for some components."""
+        fewer, few = FEW_COMPONENTS
+        if components <= few:
+            if components not in self._counted:
+                self._counted[components] = counted(lambda n: self._pieces(n, slice(0, components)), FEW)
+            return Totals.of(operations_at(n, self._counted[components], FEW), self.arithmetic, batched)
+        one, two = (self._totals(n, k, batched) for k in FEW_COMPONENTS)
+        return one.towards(two, (components - fewer) / (few - fewer))
 
     def rows(self, engine: str, n: int, m: int | None = None) -> list[CostRow]:
         """The table of one engine for an (n, m) matrix; m None for the symmetric (n, n)."""
@@ -240,6 +255,24 @@ class CostModel:
         """Predicted time."""
         return sum(row.seconds for row in self.rows(engine, n, m))
 
+    def layers_suffice(self, n: int, m: int | None = None) -> bool:
+        """Test that plain rows cannot be `MARGIN` times as fast, whatever the passes cost, which are not counted then.
+
+        Where both ways make the same passes, those for plain rows are predicted to take more than their part: products
+        are batched, and reach a lower share of the rates. So the rest decides, which follows from shapes alone. False
+        says nothing.
+        """
+        work, names = Work(n, n if m is None else m, m is None, self.away), self.engine.function.layout.slices
+        _, plan = self._plan(work)
+        block, swept = self._block(work, names)
+        largest, few = min(plan.passing, plan.left), min(block, work.n)
+        fewer = plan.components == self.components and work.passed(plan.left, plan.right) <= swept and largest >= few
+        slower = EFFICIENCY["plain passes"] <= EFFICIENCY["passes"]
+        if self.plain or not (fewer and slower and self.arithmetic.batched <= MARGIN * self.arithmetic.products):
+            return False
+        layers = sum(row.seconds for row in self._contractions(work, plan))
+        return layers <= MARGIN * sum(row.seconds for row in self._plain_rows("", work, names, block, swept))
+
     # -- layer by layer --------------------------------------------------------------------------------------
 
     def _layerwise(self, work: Work) -> Iterator[CostRow]:
@@ -249,13 +282,20 @@ class CostModel:
             yield from self._by_torch_func("layerwise", work, self.plain)
 
     def _by_layers(self, work: Work) -> Iterator[CostRow]:
-        form = self._form(work)
-        sizes = self.engine.sizes(self.theta, self.X, self.context, form)
-        plan = Plan.of(sizes, self.engine.memory, work.n, None if work.symmetric else work.m, form.full, self.away)
+        sizes, plan = self._plan(work)
         yield self._passes(work, sizes, plan)
+        yield from self._contractions(work, plan)
+
+    def _plan(self, work: Work) -> tuple[Sizes, Plan]:
+        form, columns = self._form(work), None if work.symmetric else work.m
+        sizes = self.engine.sizes(self.theta, self.X, self.context, form)
+        return sizes, Plan.of(sizes, self.engine.memory, work.n, columns, form.full, self.away)
+
+    def _contractions(self, work: Work, plan: Plan) -> Iterator[CostRow]:
+        form = self._form(work)
         held = plan.left + (plan.right if plan.left < work.n or not work.symmetric else 0)
         for shape in self.shapes:
-            if form.by_pairs(shape.piece):
+            if form.by_pairs(shape.piece, plan.components):
                 yield self._pairs(shape, work, plan, held)
             else:
                 yield self._rows(shape, work, plan, held, form)
@@ -264,14 +304,13 @@ class CostModel:
         """Forward, and backward for each component, as often as blocks of samples and of components need them."""
         swept, chunks = work.passed(plan.left, plan.right), -(-self.components // plan.components)
         largest = min(plan.passing, plan.left)
-        operations = operations_of(lambda n: self._pieces(n, slice(0, plan.components)), largest, FEW)
+        own = self._totals(largest, plan.components)
         times = swept * chunks / largest
-        seconds = times * sum(o.seconds(self.arithmetic) for o in operations) / EFFICIENCY["passes"]
-        seconds += max(1.0, times) * len(operations) * self.recording
+        seconds = times * own.seconds / EFFICIENCY["passes"]
+        seconds += max(1.0, times) * own.calls * self.recording
         peak = largest * (sizes.passing[0] + plan.components * sizes.passing[1])
         reason = f"{swept} samples × {chunks} groups of components, {largest} at a time"
-        flops, moved = times * sum(o.flops for o in operations), times * sum(o.bytes for o in operations)
-        return CostRow("layerwise", "passes", "passes", flops, moved, peak, seconds, reason)
+        return CostRow("layerwise", "passes", "passes", times * own.flops, times * own.bytes, peak, seconds, reason)
 
     def _pairs(self, shape: Shape, work: Work, plan: Plan, held: int) -> CostRow:
         """All pairs of positions."""
@@ -294,7 +333,7 @@ class CostModel:
 
     def _rows(self, shape: Shape, work: Work, plan: Plan, held: int, form: Form) -> CostRow:
         """Rows of this layer, kept or formed part by part whenever they are contracted."""
-        kept, k = form.by_kept_rows(shape.piece), self.components
+        kept, k = form.by_kept_rows(shape.piece, plan.components), self.components
         groups = -(-work.n // (plan.tile if self.away else BLOCKS)) if form.full else -(-work.n // plan.left)
         formed = work.passed(plan.left, plan.right) * (1 if kept else max(1.0, groups / 2))
         forming = formed * k * shape.forming
@@ -318,23 +357,32 @@ class CostModel:
 
     def _by_torch_func(self, engine: str, work: Work, names: Iterable[str]) -> Iterator[CostRow]:
         """Rows of some of the parameters."""
-        slices, shapes, k = self.engine.function.layout.slices, self._positions(), self.components
-        sizes = {name: slices[name].stop - slices[name].start for name in names}
-        block = max(1, self.engine.memory // (4 * k * sum(sizes.values()) * self.item))
-        # A block is held while those behind it pass.
-        swept = work.passed(block, block)
-        operations = operations_of(self._pieces, min(block, work.n), FEW)
-        times, seconds = swept / min(block, work.n), sum(o.seconds(self.arithmetic, batched=True) for o in operations)
-        flops, moved = times * sum(o.flops for o in operations), times * sum(o.bytes for o in operations)
-        seconds = times * (seconds / EFFICIENCY["plain passes"] + len(operations) * self.recording)
+        block, swept = self._block(work, names)
+        own = self._totals(min(block, work.n), self.components, batched=True)
+        times = swept / min(block, work.n)
+        flops, moved = times * own.flops, times * own.bytes
+        seconds = times * (own.seconds / EFFICIENCY["plain passes"] + own.calls * self.recording)
         reason = f"{swept} samples, {min(block, work.n)} at a time"
         yield CostRow(engine, "passes of torch.func", "passes", flops, moved, 0.0, seconds, reason)
+        yield from self._plain_rows(engine, work, names, block, swept)
+
+    def _sizes(self, names: Iterable[str]) -> dict[str, int]:
+        slices = self.engine.function.layout.slices
+        return {name: slices[name].stop - slices[name].start for name in names}
+
+    def _block(self, work: Work, names: Iterable[str]) -> tuple[int, int]:
+        """Samples whose rows are held at once, while those behind them pass, and how many pass in all."""
+        block = max(1, self.engine.memory // (4 * self.components * sum(self._sizes(names).values()) * self.item))
+        return block, work.passed(block, block)
+
+    def _plain_rows(self, engine: str, work: Work, names: Iterable[str], block: int, swept: int) -> Iterator[CostRow]:
+        shapes, k = self._positions(), self.components
         pairs = work.pairs(block) * (k * k if self.engine.full else k)
-        for name, size in sizes.items():
+        for name, size in self._sizes(names).items():
             forming, products = 2.0 * swept * k * size * shapes.get(name, 1), 2 * pairs * size
             moved = self.item * size * k * swept * 6.0
             seconds = forming / self.arithmetic.batched / EFFICIENCY["forming"]
-            seconds += products / self.arithmetic.products / EFFICIENCY["products"]
+            seconds += products / self.products.products / EFFICIENCY["products"]
             seconds += moved / self.arithmetic.bandwidth / EFFICIENCY["plain rows"]
             peak = 4.0 * min(block, work.n) * k * size * self.item
             reason = self.plain.get(name, "rows by torch.func")
@@ -346,13 +394,11 @@ class CostModel:
 
     def _products(self, work: Work) -> Iterator[CostRow]:
         """One column: a vjp of one sample, and for each component a jvp of all."""
-        operations = operations_of(self._pieces, work.n, FEW)
-        once = sum(o.seconds(self.arithmetic) for o in operations) / EFFICIENCY["passes"]
+        own = self._totals(work.n, self.components)
         sweeps = work.m * JVP
-        flops, moved = sweeps * sum(o.flops for o in operations), sweeps * sum(o.bytes for o in operations)
-        peak = sum(o.result for o in operations)
-        seconds = sweeps * (once + len(operations) * self.recording)
-        yield CostRow("products", "passes", "jvp ∘ vjp", flops, moved, peak, seconds, "one column at a time")
+        flops, moved = sweeps * own.flops, sweeps * own.bytes
+        seconds = sweeps * (own.seconds / EFFICIENCY["passes"] + own.calls * self.recording)
+        yield CostRow("products", "passes", "jvp ∘ vjp", flops, moved, own.result, seconds, "one column at a time")
 
 
 def choose(model: CostModel, n: int, m: int | None = None) -> tuple[str, str]:

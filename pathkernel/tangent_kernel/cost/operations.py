@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -67,16 +67,50 @@ class Count(TorchDispatchMode):
         return result
 
 
-def operations_of(computation: Callable[[int], Any], n: int, few: tuple[int, int] = (2, 4)) -> list[Operation]:
-    """The operations of a computation over n samples, from those over a few and a few more.
+class Totals(NamedTuple):
+    """Sums over the operations of a computation.
 
-    Each is taken to be affine in n: what belongs to the samples grows, what belongs to the parameters does not.
+    Attributes
+    ----------
+    seconds, flops, bytes, result
+        As of `Operation`.
+    calls
+        How many there are.
     """
+
+    seconds: float
+    flops: float
+    bytes: float
+    result: float
+    calls: float
+
+    @classmethod
+    def of(cls, operations: Sequence[Operation], machine: Machine, batched: bool = False) -> Totals:
+        """Sums over some."""
+        seconds = sum(o.seconds(machine, batched) for o in operations)
+        flops, moved, result = (sum(getattr(o, key) for o in operations) for key in ("flops", "bytes", "result"))
+        return cls(seconds, flops, moved, result, len(operations))
+
+    def towards(self, other: Totals, steps: float) -> Totals:
+        """So many times as far as another: of what grows by the same amount with each component."""
+        return Totals(*(max(0.0, a + steps * (b - a)) for a, b in zip(self, other, strict=True)))
+
+
+def counted(computation: Callable[[int], Any], few: tuple[int, int] = (2, 4)) -> list[list[Operation]]:
+    """The operations of a computation over a few samples, and over a few more."""
     counts = []
     for samples in few:
         with Count() as count:
             computation(samples)
         counts.append(count.operations)
+    return counts
+
+
+def operations_at(n: int, counts: list[list[Operation]], few: tuple[int, int] = (2, 4)) -> list[Operation]:
+    """The operations of a computation over n samples, from those `counted`.
+
+    Each is taken to be affine in n: what belongs to the samples grows, what belongs to the parameters does not.
+    """
     one, two = counts
     if [o.name for o in one] != [o.name for o in two]:  # the sequence itself depends on n: take all as the samples'
         return [Operation(o.name, o.flops * n / few[1], o.bytes * n / few[1], o.result * n / few[1]) for o in two]

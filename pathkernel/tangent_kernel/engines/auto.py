@@ -70,7 +70,8 @@ class AutomaticEngine(LayerwiseEngine):
             return "jacobian"
         if (n + (m or 0)) * self.function.layout.size < WORTH_CHOOSING:
             return "layerwise"
-        return choose(CostModel(self, theta, X, context), n, m)[0]
+        model = CostModel(self, theta, X, context)
+        return "layerwise" if model.layers_suffice(n, m) else choose(model, n, m)[0]
 
     @defer_interrupts(divisible=True)
     @EXACT_PRODUCTS
@@ -79,8 +80,7 @@ class AutomaticEngine(LayerwiseEngine):
     ) -> Tensor:
         """K(X, Y) by the engine chosen for its size."""
         if self.chosen(theta, X, context_X, count(X), None if Y is None else count(Y)) == "jacobian":
-            plain = JacobianEngine(self.function, self.selection, self.memory)
-            plain.tensor_floats = self.tensor_floats
+            plain = JacobianEngine(self.function, self.selection, self.memory, self.tensor_floats)
             return plain.gram(theta, X, Y, context_X, context_Y, preconditioner)
         return super().gram(theta, X, Y, context_X, context_Y, preconditioner)
 
@@ -114,9 +114,17 @@ class EngineValue(Protocol):
 
 
 def make_engine(
-    engine: str | EngineValue | type[Engine], function: ModelFunction, selection: OutputSelection, memory: int | str
+    engine: str | EngineValue | type[Engine],
+    function: ModelFunction,
+    selection: OutputSelection,
+    memory: int | str,
+    tensor_floats: bool = False,
 ) -> Engine:
-    """The engine of that name or class, or the one that a value makes; others' are proved before use."""
+    """The engine of that name or class, or the one that a value makes; others' are proved before use.
+
+    ``tensor_floats`` is for those by name, which know of it; one without matrix products between gradients, as
+    ``"products"``, computes all in float32.
+    """
     if isinstance(engine, type) and issubclass(engine, Engine):
         refuse_abstract(engine)
         return proved(engine(function, selection, memory_bytes(memory)), engine.__name__)
@@ -128,4 +136,4 @@ def make_engine(
             f"Engines are {', '.join(map(repr, ENGINES))}, a subclass of `Engine`, or a value with a method `engine`",
             'Write `engine="auto"`',
         )
-    return ENGINES[str(engine)](function, selection, memory_bytes(memory))
+    return ENGINES[str(engine)](function, selection, memory_bytes(memory), tensor_floats)

@@ -56,6 +56,8 @@ class Engine(ABC):
         h, and how its components are combined.
     memory
         Bytes that the engine may hold at once, beside inputs and result.
+    tensor_floats
+        Whether it rounds the factors of matrix products between gradients to TensorFloat-32.
     """
 
     name: ClassVar[str]
@@ -63,13 +65,12 @@ class Engine(ABC):
     exact: ClassVar[bool] = True
     """True where matrices are the kernel's to rounding; False frees an engine that approximates from the proof."""
 
-    tensor_floats: bool = False
-    """Whether the factors of matrix products between gradients are rounded to TensorFloat-32; set by who makes it."""
-
     workspace: Workspace | None = None
     """Memory for results, if an engine keeps any."""
 
-    def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
+    def __init__(
+        self, function: ModelFunction, selection: OutputSelection, memory: int, tensor_floats: bool = False
+    ) -> None:
         if function.dtype not in (torch.float64, torch.float32, torch.bfloat16):
             raise InputError(
                 f"`dtype={function.dtype}` was given",
@@ -77,6 +78,7 @@ class Engine(ABC):
                 "Write `dtype=torch.float32`",
             )
         self.products, self.selection, self.memory = function.dtype, selection, memory
+        self.tensor_floats = tensor_floats
         self.choices: dict[tuple[int, int | None], str] = {}
         # Gradients rounded to 8 bits on their way back would be of no use; their inner products average errors out.
         self.function = function.converted(torch.float32) if function.dtype == torch.bfloat16 else function

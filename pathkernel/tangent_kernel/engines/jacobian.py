@@ -29,8 +29,10 @@ class JacobianEngine(Engine):
     route: ClassVar[str | None] = None
     """Route of `pathkernel.gradients.per_sample.sample_gradients`."""
 
-    def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
-        super().__init__(function, selection, memory)
+    def __init__(
+        self, function: ModelFunction, selection: OutputSelection, memory: int, tensor_floats: bool = False
+    ) -> None:
+        super().__init__(function, selection, memory, tensor_floats)
         self.known: dict[Any, int] = {}
 
     def rows(self, theta: Tensor, X: PyTree, context: PyTree) -> Tensor:

@@ -44,6 +44,10 @@ T = TypeVar("T")
 FEW = 4
 """Samples of the passes in which is measured what one takes. Chosen, not measured."""
 
+FEW_COMPONENTS = 4
+"""Components of the same passes: all that a network has may be thousands, and each takes a sweep and memory of its own.
+Chosen, not measured."""
+
 KEPT = 0.75
 """Part of the budget up to which memory is kept from one matrix to the next; passes through the network need the rest.
 Chosen, not measured."""
@@ -60,8 +64,10 @@ class LayerwiseEngine(Engine):
     name = "layerwise"
     workspace: Workspace
 
-    def __init__(self, function: ModelFunction, selection: OutputSelection, memory: int) -> None:
-        super().__init__(function, selection, memory)
+    def __init__(
+        self, function: ModelFunction, selection: OutputSelection, memory: int, tensor_floats: bool = False
+    ) -> None:
+        super().__init__(function, selection, memory, tensor_floats)
         keep_freed_memory()
         self.workspace = Workspace(int(KEPT * memory))
         self.tapes = ProvedTapes(self.function, self.workspace)
@@ -72,7 +78,9 @@ class LayerwiseEngine(Engine):
     @classmethod
     def of(cls, engine: Engine) -> LayerwiseEngine:
         """The engine itself where it goes layer by layer, else one for the same kernel."""
-        return engine if isinstance(engine, cls) else cls(engine.function, engine.selection, engine.memory)
+        if isinstance(engine, cls):
+            return engine
+        return cls(engine.function, engine.selection, engine.memory, engine.tensor_floats)
 
     @property
     def full(self) -> bool:
@@ -131,7 +139,7 @@ class LayerwiseEngine(Engine):
         return self._sizes[key]
 
     def _measured(self, theta: Tensor, X: PyTree, context: PyTree, form: Form) -> Sizes:
-        pieces, tape = self.pieces(theta, X, context, used=False)
+        pieces, tape = self.pieces(theta, X, context, slice(0, FEW_COMPONENTS), used=False)
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -148,15 +156,16 @@ class LayerwiseEngine(Engine):
         item, n = self.function.dtype.itemsize, count(X)
         graph = max(0, sum(saved.values()) - self.function.layout.size * item)
         graph += 2 * item * sum(shape.numel() for shape in tape.shapes)
-        signals, others, kept_signals, kept_others, rows = 0, 0, 0, 0, 0
+        k = self._values(tape, context).shape[1]
+        signals, others, kept_signals, kept_others, rows = 0.0, 0, 0.0, 0, 0.0
         for piece in pieces:
-            of_components, alike = piece.factor.numbers
+            times = k / piece.factor.components  # as many as were measured
+            of_components, alike = times * piece.factor.numbers[0], piece.factor.numbers[1]
             signals, others = signals + of_components, others + alike
-            if not form.by_pairs(piece) and form.by_kept_rows(piece):
-                rows += piece.factor.row_numbers
+            if not form.by_pairs(piece, k) and form.by_kept_rows(piece, k):
+                rows += times * piece.factor.row_numbers
             else:
                 kept_signals, kept_others = kept_signals + of_components, kept_others + alike
-        k = self._values(tape, context).shape[1]
         each = item / n
         return Sizes(
             components=k,
@@ -276,9 +285,8 @@ class LayerwiseEngine(Engine):
         own = ParameterLayout.of({name: values[name] for name in names})
         function = self.function.restricted(own, values)
         where = torch.cat([torch.arange(layout.slices[name].start, layout.slices[name].stop) for name in names])
-        engine = JacobianEngine(function, self.selection, self.memory)
+        engine = JacobianEngine(function, self.selection, self.memory, self.tensor_floats)
         engine.products, engine.known = self.products, self._plain_components
-        engine.tensor_floats = self.tensor_floats
         return engine, theta[where], where
 
 

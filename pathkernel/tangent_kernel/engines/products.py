@@ -9,11 +9,13 @@ from torch import Tensor
 
 from pathkernel._typing import PyTree
 from pathkernel.gradients.forward_derivatives import REFUSALS
+from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count, moved, take
 from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, number_of_components
 from pathkernel.tangent_kernel.engines.jacobian import AutogradEngine
 from pathkernel.tangent_kernel.engines.jacobian_products import PlainJacobianProducts
+from pathkernel.tangent_kernel.outputs import OutputSelection
 
 
 class ProductsEngine(Engine):
@@ -24,6 +26,11 @@ class ProductsEngine(Engine):
     """
 
     name = "products"
+
+    def __init__(
+        self, function: ModelFunction, selection: OutputSelection, memory: int, tensor_floats: bool = False
+    ) -> None:
+        super().__init__(function, selection, memory)  # there are no products between gradients to be rounded
 
     def _directions(self, theta: Tensor, X: PyTree, context: PyTree, i: int) -> tuple[Tensor, slice]:
         """Gradients of sample i, (K, 1, P), or for full blocks (1, K, P), and all components."""

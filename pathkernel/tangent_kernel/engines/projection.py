@@ -11,10 +11,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from pathkernel._typing import Float, PyTree
@@ -24,11 +24,15 @@ from pathkernel.gradients.layers.factors import Dense, Lookup, Outer, Piece
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.runtime.interrupts import defer_interrupts
+from pathkernel.runtime.lazy import imported
 from pathkernel.runtime.precision import EXACT_PRODUCTS
 from pathkernel.tangent_kernel.engines.engine import Diagonal, Engine, Node, Samples, number_of_components
 from pathkernel.tangent_kernel.engines.jacobian_products import JacobianProducts
 from pathkernel.tangent_kernel.engines.layerwise import LayerwiseEngine
 from pathkernel.tangent_kernel.outputs import OutputSelection
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 KINDS = ("tensor", "sparse", "rademacher", "gaussian")
 NONZEROS = 4
@@ -127,12 +131,15 @@ class Projection:
 
     def _sparse_map(self, size: int, generator: np.random.Generator) -> csr_matrix:
         """(dim, size), in each column one entry ±1/√nonzeros in each of a few equal ranges of rows."""
+        sparse = imported("scipy.sparse")  # which kernels without a map need not load
         nonzeros = min(NONZEROS, self.dim)
         edges = np.linspace(0, self.dim, nonzeros + 1).astype(int)
         rows = generator.integers(edges[:-1], edges[1:], (size, nonzeros))
         signs = generator.choice([-1.0, 1.0], (size, nonzeros)) / nonzeros**0.5
         columns = np.repeat(np.arange(size), nonzeros)
-        return csr_matrix((signs.reshape(-1).astype(np.float32), (rows.reshape(-1), columns)), (self.dim, size))
+        entries = signs.reshape(-1).astype(np.float32), (rows.reshape(-1), columns)
+        matrix: csr_matrix = sparse.csr_matrix(entries, (self.dim, size))
+        return matrix
 
     def _dense(self, rows: Float[Tensor, "n size"], generator: np.random.Generator) -> Float[Tensor, "n dim"]:
         shape = rows.shape[1], self.dim

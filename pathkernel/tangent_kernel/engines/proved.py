@@ -22,7 +22,7 @@ from pathkernel.tangent_kernel.outputs import OutputSelection
 COMPARED = 3
 """Samples on each side of a matrix whose entries are compared: the first, one from the middle, the last."""
 
-ATTRIBUTES = ("choices", "function", "memory", "products", "selection")
+ATTRIBUTES = ("choices", "function", "memory", "products", "selection", "tensor_floats")
 """What `Engine.__init__` puts on every engine."""
 
 
@@ -98,6 +98,7 @@ class ProvedEngine(Engine):
         self.given, self.name, self.exact = given, given.name, given.exact  # type: ignore[misc]
         self.function, self.selection = given.function, given.selection
         self.products, self.memory, self.choices = given.products, given.memory, given.choices
+        self.tensor_floats = given.tensor_floats
         self._known: set[tuple[Any, ...]] = set()
         self._at: tuple[bool, bool] = (False, False)
 

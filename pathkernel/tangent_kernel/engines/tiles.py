@@ -84,14 +84,17 @@ class Form:
     workspace: Workspace
     alike: bool = True
 
-    def by_pairs(self, piece: Piece) -> bool:
-        """Test that all pairs of positions are contracted."""
+    def by_pairs(self, piece: Piece, components: int | None = None) -> bool:
+        """Test that all pairs of positions are contracted, of as many components as the piece has or as are told."""
         constant = self.metric.constants(piece) is not None
-        return self.alike and constant and by_pairs(piece.factor, *self.pairs, self.full)
+        return self.alike and constant and by_pairs(piece.factor, *self.pairs, self.full, components)
 
-    def by_kept_rows(self, piece: Piece) -> bool:
+    def by_kept_rows(self, piece: Piece, components: int | None = None) -> bool:
         """Test that rows take no more memory than δ and a (by 5 %), and so are formed at once and kept."""
-        return not self.alike or piece.factor.formed or piece.factor.row_numbers <= 1.05 * sum(piece.factor.numbers)
+        factor = piece.factor
+        times = (components or factor.components) / factor.components
+        signals, others = factor.numbers
+        return not self.alike or factor.formed or times * factor.row_numbers <= 1.05 * (times * signals + others)
 
     def plain(self, factor: Factor) -> bool:
         """Test that nothing is to be done to rows."""
