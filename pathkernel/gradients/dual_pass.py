@@ -2,7 +2,8 @@ r"""One pass of a network with its derivatives along a few directions beside eve
 
 `torch.func.jvp` under `vmap` holds the tangents of all directions in one tensor, many times what a processor's cache
 holds, and differentiates batch normalisation by a dozen passes over it. Here every direction has a tensor of its own,
-what a direction does not change is computed once, and the derivative of batch normalisation, whose Jacobian in its
+which goes from a convolution through the normalisation to what follows before the next direction begins. What a
+direction does not change is computed once, and the derivative of batch normalisation, whose Jacobian in its
 input is symmetric, is one call of torch's own backward kernel:
 
 .. math:: \dot y = \frac{\gamma}{\sigma} \bigl(\dot x - \overline{\dot x} - \hat x\, \overline{\hat x \dot x}\bigr)
@@ -13,7 +14,7 @@ It knows the operations of convolutional networks, and refuses others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +25,40 @@ from pathkernel._typing import Parameters
 
 aten = torch.ops.aten
 
-Tangents = Sequence[Tensor]
-"""One for each direction, each in the shape of the value."""
+
+class Tangents:
+    """Tangents of a value along each direction, in its shape, each made when it is asked for.
+
+    Parameters
+    ----------
+    count
+        How many directions there are.
+    make
+        Makes one of them. Who asks for one again has all of them kept.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Tensor]) -> None:
+        self._count, self._make, self._asked = count, make, 0
+        self._made: Sequence[Tensor] | None = None
+
+    @classmethod
+    def of(cls, made: Sequence[Tensor]) -> Tangents:
+        """Those that are there already."""
+        found = cls(len(made), made.__getitem__)
+        found._made = made
+        return found
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, direction: int) -> Tensor:
+        if self._made is None and direction < self._asked:
+            self._made = [self._make(place) for place in range(self._count)]
+        self._asked = direction + 1
+        return self._make(direction) if self._made is None else self._made[direction]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[direction] for direction in range(self._count))
 
 
 class Dual(Tensor):
@@ -36,7 +69,7 @@ class Dual(Tensor):
     value
         As it would be without derivatives.
     tangents
-        See `Tangents`.
+        See `Tangents`; a list of them is taken as well.
     aliased
         Whether another value lies in the same memory: then it is not to be changed in place.
     """
@@ -46,11 +79,12 @@ class Dual(Tensor):
     aliased: bool
 
     @staticmethod
-    def __new__(cls, value: Tensor, tangents: Tangents) -> Dual:
+    def __new__(cls, value: Tensor, tangents: Tangents | Sequence[Tensor]) -> Dual:
         found = Tensor._make_wrapper_subclass(
             cls, value.size(), strides=value.stride(), dtype=value.dtype, device=value.device
         )
-        found.value, found.tangents, found.aliased = value, tangents, False
+        found.tangents = tangents if isinstance(tangents, Tangents) else Tangents.of(tangents)
+        found.value, found.aliased = value, False
         return found
 
     def __repr__(self, **_: Any) -> str:
@@ -121,10 +155,9 @@ def _convolution(given: Any, weight: Any, bias: Any, *how: Any) -> Dual:
     x, dx = _parts(given)
     w, dw = _parts(weight)
     b, db = _parts(bias)
-    known = dx or dw or db
-    assert known is not None  # or it would not have come here
-    found = []
-    for k in range(len(known)):
+    value = aten.convolution(x, w, b, *how)
+
+    def make(k: int) -> Tensor:
         if dw is None:
             own = None if db is None else db[k].view(1, -1, *[1] * (x.dim() - 2))
         else:
@@ -132,45 +165,46 @@ def _convolution(given: Any, weight: Any, bias: Any, *how: Any) -> Dual:
         if dx is not None:
             through = aten.convolution(dx[k], w, None, *how)
             own = through if own is None else through.add_(own)
-        found.append(own)
-    value = aten.convolution(x, w, b, *how)
-    return Dual(value, [own.expand_as(value) for own in found])
+        assert own is not None
+        return own.expand_as(value)
+
+    return Dual(value, Tangents(_directions(dx, dw, db), make))
+
+
+def _directions(*tangents: Tangents | None) -> int:
+    return next(len(own) for own in tangents if own is not None)  # or it would not have come here
 
 
 def _batch_norm(
     given: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float
-) -> tuple[Any, ...] | None:
+) -> tuple[Any, ...]:
     x, dx = _parts(given)
     w, dw = _parts(weight)
     b, db = _parts(bias)
     if any(isinstance(own, Dual) for own in (mean, var)) or x.numel() == 0:
-        return None
+        raise NotImplementedError("statistics that depend on parameters")
     y, batch_mean, batch_scale = aten.native_batch_norm(x, w, b, mean, var, training, momentum, eps)
     centre, scale = (batch_mean, batch_scale) if training else (mean, (var + eps).rsqrt())
     shape = 1, -1, *[1] * (x.dim() - 2)
     normed = (x - centre.view(shape)).mul_(scale.view(shape))
     factor = scale if w is None else scale * w
-    known = dx or dw or db
-    assert known is not None
     # Of what is normalised already: its mean is 0, and its deviation 1.
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-    found = []
-    for k in range(len(known)):
-        own = torch.zeros_like(x) if dx is None else None
-        if dx is not None and training:
+
+    def make(k: int) -> Tensor:
+        if dx is None:
+            own = torch.zeros_like(x)
+        elif training:
             of_input = [True, False, False]
-            own = aten.native_batch_norm_backward(
-                dx[k], normed, factor, None, None, zero, one, True, eps, of_input
-            )[0]
-        elif dx is not None:
+            kernel = aten.native_batch_norm_backward
+            own = kernel(dx[k], normed, factor, None, None, zero, one, True, eps, of_input)[0]
+        else:
             own = dx[k] * factor.view(shape)
-        assert own is not None
         if dw is not None:
             own.addcmul_(normed, dw[k].view(shape))
-        if db is not None:
-            own.add_(db[k].view(shape))
-        found.append(own)
-    return Dual(y, found), batch_mean, batch_scale
+        return own if db is None else own.add_(db[k].view(shape))
+
+    return Dual(y, Tangents(_directions(dx, dw, db), make)), batch_mean, batch_scale
 
 
 def _add(first: Any, second: Any, *, alpha: float = 1) -> Dual:
@@ -212,7 +246,7 @@ def _addmm(added: Any, first: Any, second: Any, *, beta: float = 1, alpha: float
     product = PRODUCT(first, second) if len(known) > isinstance(added, Dual) else aten.mm(first, second)
     value, pushed = _parts(product)
     if pushed is None:
-        found = list(db or ())
+        found = [] if db is None else list(db)
     else:
         found = list(pushed) if db is None else [p + q for p, q in zip(pushed, db, strict=True)]
     value = b + value
