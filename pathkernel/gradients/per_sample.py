@@ -27,6 +27,7 @@ from pathkernel.gradients.forward_state import QUIET_FALLBACKS, hashable
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import cast_floating, count, moved, take
 from pathkernel.runtime.interrupts import result_or_error
+from pathkernel.runtime.workspace import MEASURED
 
 OutputFunctional = Callable[[Tensor, Any], Tensor]
 """h(z, context) of one sample's outputs z (C,): a scalar, or a vector (K,)."""
@@ -313,8 +314,8 @@ def output_products(
 def _by_dual_pass(function: ModelFunction, point: Tensor, inputs: PyTree, directions: Tensor) -> Tensor | None:
     """J u along some directions, float64, by one `pathkernel.gradients.dual_pass`; None where there is none."""
     key = _dual_key(function)
-    # What it saves is room in a processor's cache.
-    if function.device.type != "cpu" or function.row_routes.get(key) == "none":
+    # What it saves is room in a processor's cache. Memory is planned for the other way, which takes more.
+    if function.device.type != "cpu" or MEASURED.get() or function.row_routes.get(key) == "none":
         return None
     unflatten = function.layout.unflatten
 
