@@ -69,7 +69,7 @@ class Dual(Tensor):
     value
         As it would be without derivatives.
     tangents
-        See `Tangents`; a list of them is taken as well.
+        See `Tangents`.
     aliased
         Whether another value lies in the same memory: then it is not to be changed in place.
     """
@@ -78,8 +78,9 @@ class Dual(Tensor):
     tangents: Tangents
     aliased: bool
 
-    @staticmethod
-    def __new__(cls, value: Tensor, tangents: Tangents | Sequence[Tensor]) -> Dual:
+    @classmethod
+    def of(cls, value: Tensor, tangents: Tangents | Sequence[Tensor]) -> Dual:
+        """A value with its tangents, which may be a list."""
         found = Tensor._make_wrapper_subclass(
             cls, value.size(), strides=value.stride(), dtype=value.dtype, device=value.device
         )
@@ -87,11 +88,11 @@ class Dual(Tensor):
         found.value, found.aliased = value, False
         return found
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Dual({tuple(self.value.shape)}, {len(self.tangents)} directions)"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -112,7 +113,7 @@ def dual_outputs(
     Exception
         Whatever torch raises in a network that has operations which this does not cover.
     """
-    duals = {name: Dual(value, [own[name] for own in tangents]) for name, value in parameters.items()}
+    duals = {name: Dual.of(value, [own[name] for own in tangents]) for name, value in parameters.items()}
     with torch.no_grad():
         outputs = run(duals)
     return list(outputs.tangents) if isinstance(outputs, Dual) else [torch.zeros_like(outputs) for _ in tangents]
@@ -168,7 +169,7 @@ def _convolution(given: Any, weight: Any, bias: Any, *how: Any) -> Dual:
         assert own is not None
         return own.expand_as(value)
 
-    return Dual(value, Tangents(_directions(dx, dw, db), make))
+    return Dual.of(value, Tangents(_directions(dx, dw, db), make))
 
 
 def _directions(*tangents: Tangents | None) -> int:
@@ -204,18 +205,18 @@ def _batch_norm(
             own.addcmul_(normed, dw[k].view(shape))
         return own if db is None else own.add_(db[k].view(shape))
 
-    return Dual(y, Tangents(_directions(dx, dw, db), make)), batch_mean, batch_scale
+    return Dual.of(y, Tangents(_directions(dx, dw, db), make)), batch_mean, batch_scale
 
 
 def _add(first: Any, second: Any, *, alpha: float = 1) -> Dual:
     (a, da), (b, db) = _parts(first), _parts(second)
     value = torch.add(a, b, alpha=alpha)
     if da is not None and db is not None:
-        return Dual(value, [torch.add(p, q, alpha=alpha).expand_as(value) for p, q in zip(da, db, strict=True)])
+        return Dual.of(value, [torch.add(p, q, alpha=alpha).expand_as(value) for p, q in zip(da, db, strict=True)])
     if da is not None:
-        return Dual(value, [own.expand_as(value) for own in da])
+        return Dual.of(value, [own.expand_as(value) for own in da])
     assert db is not None
-    return Dual(value, [(own * alpha).expand_as(value) for own in db])
+    return Dual.of(value, [(own * alpha).expand_as(value) for own in db])
 
 
 def _subtract(first: Any, second: Any, *, alpha: float = 1) -> Dual:
@@ -233,7 +234,7 @@ def _bilinear(operation: Any) -> Callable[..., Dual]:
             left = [p + q for p, q in zip(left, right, strict=True)]
         found = right if left is None else left
         assert found is not None
-        return Dual(operation(a, b), found)
+        return Dual.of(operation(a, b), found)
 
     return rule
 
@@ -250,13 +251,13 @@ def _addmm(added: Any, first: Any, second: Any, *, beta: float = 1, alpha: float
     else:
         found = list(pushed) if db is None else [p + q for p, q in zip(pushed, db, strict=True)]
     value = b + value
-    return Dual(value, [own.expand_as(value) for own in found])
+    return Dual.of(value, [own.expand_as(value) for own in found])
 
 
 def _divide(first: Any, second: Any) -> Dual:
     if isinstance(second, Dual):
         raise NotImplementedError("a quotient of parameters")
-    return Dual(first.value / second, [own / second for own in first.tangents])
+    return Dual.of(first.value / second, [own / second for own in first.tangents])
 
 
 def _concatenate(parts: Sequence[Any], dim: int = 0) -> Dual:
@@ -265,7 +266,7 @@ def _concatenate(parts: Sequence[Any], dim: int = 0) -> Dual:
     for k in range(len(known.tangents)):
         own = [part.tangents[k] if isinstance(part, Dual) else torch.zeros_like(part) for part in parts]
         found.append(torch.cat(own, dim))
-    return Dual(torch.cat([_parts(part)[0] for part in parts], dim), found)
+    return Dual.of(torch.cat([_parts(part)[0] for part in parts], dim), found)
 
 
 def _restrided(given: Dual, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Dual:
@@ -279,19 +280,19 @@ def _restrided(given: Dual, size: Sequence[int], stride: Sequence[int], offset: 
 def _largest(given: Dual, *how: Any) -> tuple[Any, ...]:
     y, places = aten.max_pool2d_with_indices(given.value, *how)
     flat = places.flatten(-2)
-    return Dual(y, [own.flatten(-2).gather(-1, flat).view_as(y) for own in given.tangents]), places
+    return Dual.of(y, [own.flatten(-2).gather(-1, flat).view_as(y) for own in given.tangents]), places
 
 
 def _linear(operation: Any, given: Any, *args: Any, **kwargs: Any) -> Dual:
     if not isinstance(given, Dual) or any(isinstance(own, Dual) for own in args):
         raise NotImplementedError(f"{operation} of something else than one value")
-    return Dual(operation(given.value, *args, **kwargs), [operation(own, *args, **kwargs) for own in given.tangents])
+    return Dual.of(operation(given.value, *args, **kwargs), [operation(own, *args, **kwargs) for own in given.tangents])
 
 
 def _elementwise(operation: Any, given: Any, *args: Any, **kwargs: Any) -> Dual:
     y = operation(given.value, *args, **kwargs)
     slope = ELEMENTWISE[operation]
-    return Dual(y, [slope(own, given.value, y, *args, **kwargs) for own in given.tangents])
+    return Dual.of(y, [slope(own, given.value, y, *args, **kwargs) for own in given.tangents])
 
 
 PRODUCT = _bilinear(aten.mm.default)
