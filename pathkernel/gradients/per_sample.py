@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from pathkernel._typing import Float, Parameters, PyTree
 from pathkernel.errors import InputError
+from pathkernel.gradients.dual_pass import dual_outputs
 from pathkernel.gradients.forward_derivatives import (
     REFUSALS,
     load_transformations,
@@ -22,10 +23,11 @@ from pathkernel.gradients.forward_derivatives import (
     push_dual,
     push_forward,
 )
-from pathkernel.gradients.forward_state import QUIET_FALLBACKS
+from pathkernel.gradients.forward_state import QUIET_FALLBACKS, hashable
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import cast_floating, count, moved, take
 from pathkernel.runtime.interrupts import result_or_error
+from pathkernel.runtime.workspace import MEASURED
 
 OutputFunctional = Callable[[Tensor, Any], Tensor]
 """h(z, context) of one sample's outputs z (C,): a scalar, or a vector (K,)."""
@@ -257,6 +259,8 @@ def output_products(
 
     ``push`` is `push_forward` by default. ``width`` directions take one pass of the network; by default all of them in
     small batches, and one in others. Passes that draw random numbers take one: each is to draw the same.
+
+    Who gives a width proves the result: it may be of a `pathkernel.gradients.dual_pass`, until `without_dual_passes`.
     """
     inputs, point, layout = function.cast(inputs), function.cast(vector), function.layout
 
@@ -270,6 +274,8 @@ def output_products(
     load_transformations()
 
     def at_once(some: Tensor) -> Tensor:
+        if width and (pushed := _by_dual_pass(function, point, inputs, some)) is not None:
+            return pushed
         # Parameter by parameter, each with its own storage: tangents that are parts of another are copied twice.
         own = {name: value.clone() for name, value in layout.unflatten(point).items()}
         tangents = {name: value.contiguous() for name, value in layout.unflatten(some).items()}
@@ -303,6 +309,35 @@ def output_products(
         function.row_routes[together] = "one by one"
     found = result_or_error(one_by_one, REFUSALS)
     return None if isinstance(found, Exception) else found
+
+
+def _by_dual_pass(function: ModelFunction, point: Tensor, inputs: PyTree, directions: Tensor) -> Tensor | None:
+    """J u along some directions, float64, by one `pathkernel.gradients.dual_pass`; None where there is none."""
+    key = _dual_key(function)
+    # What it saves is room in a processor's cache. Memory is planned for the other way, which takes more.
+    if function.device.type != "cpu" or MEASURED.get() or function.row_routes.get(key) == "none":
+        return None
+    unflatten = function.layout.unflatten
+
+    def pushed() -> Tensor:
+        run = lambda parameters: function.batch(parameters, inputs)  # noqa: E731
+        return torch.stack(dual_outputs(run, unflatten(point), [unflatten(one) for one in directions])).double()
+
+    with function.evaluating(gradients=False), function.kept():
+        found = result_or_error(pushed, REFUSALS)
+    function.row_routes[key] = "none" if isinstance(found, Exception) else "dual"
+    return None if isinstance(found, Exception) else found
+
+
+def without_dual_passes(function: ModelFunction) -> bool:
+    """Take no dual passes of a network any more, as one was wrong; False where none was taken."""
+    taken = function.row_routes.get(key := _dual_key(function)) == "dual"
+    function.row_routes[key] = "none"
+    return taken
+
+
+def _dual_key(function: ModelFunction) -> tuple[Any, ...]:
+    return ("dual pass", function.submodule, function.layout.names, hashable(function.state.modes))
 
 
 def error_of_rows(

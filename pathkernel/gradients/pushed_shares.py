@@ -16,7 +16,7 @@ from pathkernel._typing import Float, Int, PyTree
 from pathkernel.gradients.forward_state import hashable
 from pathkernel.gradients.losses import batch_products, check_slopes
 from pathkernel.gradients.model_function import ModelFunction
-from pathkernel.gradients.per_sample import ROW_LIMIT, output_products
+from pathkernel.gradients.per_sample import ROW_LIMIT, output_products, without_dual_passes
 from pathkernel.gradients.pytrees import blocks
 
 
@@ -89,5 +89,7 @@ def _right_together(function: ModelFunction, vector: Tensor, inputs: PyTree, dir
             # Handed over one by one: of a small batch, all that are handed over share a pass.
             each = torch.cat([batch_products(function, vector, inputs, one) for one in v.split(1)])
             right = bool((together - each).abs().max() <= ROW_LIMIT.get(function.dtype, 0.0) * each.abs().max())
+            if not right and without_dual_passes(function):
+                return _right_together(function, vector, inputs, directions, ids)
         function.row_routes[key] = "together" if right else "one by one"
     return function.row_routes[key] == "together"

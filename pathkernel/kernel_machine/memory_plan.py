@@ -433,7 +433,7 @@ class _Planner:
         most, largest = self.batches.most, self.batches.largest
         for columns in COLUMNS:
             yield Plan(1, None, Cuts(columns=columns, scratch=max(1, scratch)))
-        sizes = [largest, *(size for power in range(1, 11) if (size := largest >> power))]
+        sizes = list(dict.fromkeys(-(-largest >> power) for power in range(11)))  # rounded up: no small rest
         for passes, size, streamed, columns in product((None, *PASSES), sizes, (False, True), COLUMNS):
             if not (streamed and size == most):
                 batch = Passes(sys.maxsize if size == largest else size, streamed)

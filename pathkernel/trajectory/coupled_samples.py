@@ -24,7 +24,7 @@ from pathkernel.gradients.factored import accumulation_dtype
 from pathkernel.gradients.forward_state import Modes, hashable
 from pathkernel.gradients.losses import coupled_row_blocks, swept_rows, weighted_gradient
 from pathkernel.gradients.model_function import ModelFunction
-from pathkernel.gradients.per_sample import output_products, random_directions
+from pathkernel.gradients.per_sample import output_products, random_directions, without_dual_passes
 from pathkernel.gradients.pushed_shares import pushed_shares, weighted_outputs
 from pathkernel.gradients.pytrees import blocks
 from pathkernel.trajectory.split_certificate import DIRECTIONS, row_limit
@@ -177,14 +177,13 @@ class CoupledSamples:
                 found[:, piece.start :] = self._by_rows(directions[piece.start :])
                 break
             some = directions[piece]
-            began = self._now()
-            shares = self.pushed(some, len(some))
-            took = self._now() - began
-            if shares is None or not self._right(shares, some):
+            sweep = lambda some=some: self.pushed(some, len(some))  # noqa: E731
+            shares, error, seconds = self._compared(sweep, some, lambda shares: shares)
+            if shares is None or not self._right(error, len(some)):
                 costs.refused = True
                 found[:, piece.start :] = self._by_rows(directions[piece.start :])
                 break
-            costs.note_forward(took, len(some))
+            costs.note_forward(seconds, len(some))
             costs.used = True
             found[:, piece] = shares
         if self._certify is not None:  # rows took less
@@ -196,8 +195,11 @@ class CoupledSamples:
         found = []
         for piece in blocks(len(directions), self.width):
             some = directions[piece]
-            pushed = output_products(self.function, self.point, self.inputs, some, width=len(some))
-            if pushed is None or not self._right(self.weighted(pushed), some):
+            sweep = lambda some=some: output_products(  # noqa: E731
+                self.function, self.point, self.inputs, some, width=len(some)
+            )
+            pushed, error, _ = self._compared(sweep, some, self.weighted)
+            if pushed is None or not self._right(error, len(some)):
                 self.costs.refused = True
                 return None
             self.costs.used = True
@@ -231,23 +233,42 @@ class CoupledSamples:
         """
         v = random_directions(self.function.layout.size, DIRECTIONS).to(self.function.device)
         width = min(self.width, DIRECTIONS)
-        began = self._now()
-        shares = self.pushed(v, width)
+        shares, error, seconds = self._compared(lambda: self.pushed(v, width), v, lambda shares: shares, True)
         if shares is not None and width == DIRECTIONS:
-            self.costs.note_forward(self._now() - began, DIRECTIONS)
-        return math.inf if shares is None else self._error(shares, v)
+            self.costs.note_forward(seconds, DIRECTIONS)
+        return error
 
-    def _right(self, shares: Tensor, directions: Tensor) -> bool:
-        """Test what forward sweeps along the directions in use gave."""
-        limit = row_limit(self.function)
+    def _compared(
+        self,
+        sweep: Callable[[], Tensor | None],
+        directions: Tensor,
+        weighted: Callable[[Tensor], Tensor],
+        rows: bool = False,
+    ) -> tuple[Tensor | None, float, float]:
+        """What a forward sweep along some directions gave, its error, and the seconds that it took.
+
+        Its products are held against rows where that is asked (``rows``), for the certificate, and for the first sweep
+        of so many directions; others against the gradient of the whole batch. A dual pass that is wrong is withdrawn.
+        """
+        rows = rows or self._certify is not None or len(directions) not in self.costs.proved
+        while True:
+            began = self._now()
+            found = sweep()
+            seconds = self._now() - began
+            if found is None:
+                return None, math.inf, seconds
+            shares = weighted(found)
+            error = self._error(shares, directions) if rows else self._error_of_sum(shares, directions)
+            if error <= row_limit(self.function) or not without_dual_passes(self.function):
+                return found, error, seconds
+
+    def _right(self, error: float, directions: int) -> bool:
+        """Test the error of a forward sweep along directions in use."""
         if self._certify is not None:
-            return self._certified(self._error(shares, directions))
-        if len(directions) in self.costs.proved:
-            off = shares.sum(dim=0) - self._along_total(directions)
-            return bool(off.abs().max() <= limit * shares.abs().max())
-        right = self._error(shares, directions) <= limit
+            return self._certified(error)
+        right = error <= row_limit(self.function)
         if right:
-            self.costs.proved.add(len(directions))
+            self.costs.proved.add(directions)
         return right
 
     def _certified(self, error: float) -> bool:
@@ -264,6 +285,11 @@ class CoupledSamples:
         for where in self.function.layout.slices.values():
             found += directions[:, where].double() @ self._total[where]
         return found
+
+    def _error_of_sum(self, shares: Tensor, directions: Tensor) -> float:
+        off = (shares.sum(dim=0) - self._along_total(directions)).abs().max().item()
+        largest = shares.abs().max().item()
+        return off / largest if largest > 0 else off
 
     @cached_property
     def _samples(self) -> Sequence[int]:

@@ -46,7 +46,7 @@ class _Twice(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
+        return 2 * x.roll(0, 0)  # of which a dual pass has no rule
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -58,7 +58,7 @@ class _Mistaken(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return 2 * x
+        return 2 * x.roll(0, 0)  # of which a dual pass has no rule
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
