@@ -28,6 +28,7 @@ from pathkernel.gradients.layers.batch_axis import Arrangement, Roles, SamplesFi
 from pathkernel.gradients.layers.coverage import ProvedTapes, distinct
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.parameter_views import Handle, View
+from pathkernel.gradients.layers.recorded_passes import Program, RecordedPasses, recorded_outputs
 from pathkernel.gradients.layers.rules import RULES, Gradient, NoRule, Rule
 from pathkernel.gradients.layers.stacked_pieces import Directions, StackedPieces
 from pathkernel.gradients.layers.tape import FAILURES, Tape
@@ -54,6 +55,8 @@ class Pattern:
         Shape and type of the result of each call.
     signature, arrangements, roles
         As of a tape.
+    program
+        The operations of a pass, by which the others are made; None where `vmap` makes them.
     """
 
     n: int
@@ -61,6 +64,7 @@ class Pattern:
     signature: Any
     arrangements: tuple[Arrangement, ...]
     roles: Roles
+    program: Program | None = None
 
     @classmethod
     def of(cls, tape: Tape) -> Pattern | None:
@@ -209,7 +213,7 @@ class StackedPasses:
 
         with self.function.without_graph(), QUIET_FALLBACKS:
             stacked = vmap(taken_apart)(self._read, signals)
-        return StackedPieces.of(found, stacked)
+        return StackedPieces.of(found, [[tensor.unbind() for tensor in own] for own in stacked])
 
     def _signals(self, components: Tensor) -> tuple[list[list[Tensor]], list[int]]:
         """δ of each call in each component, (k, *output), of calls that have any; and which these are."""
@@ -260,6 +264,15 @@ def stacked_outputs(function: ModelFunction, thetas: Float[Tensor, "k P"], input
         return vmap(function.batch, in_dims=(0, None))(parameters, inputs)
 
 
+def passes_at(
+    function: ModelFunction, pattern: Pattern, thetas: Float[Tensor, "k P"], inputs: PyTree, shared: bool
+) -> StackedPasses | RecordedPasses:
+    """Passes at k points, by the operations on record or by `vmap`."""
+    if pattern.program is not None:
+        return RecordedPasses(function, pattern.program, thetas, inputs, shared)
+    return StackedPasses(function, pattern, thetas, inputs, shared)
+
+
 class ProvedStacks:
     """Records passes at several points of one network; what was not met before is compared with single passes first.
 
@@ -278,7 +291,7 @@ class ProvedStacks:
     def __init__(self, tapes: ProvedTapes) -> None:
         self.tapes = tapes
         self._proved: dict[Any, Pattern | None] = {}
-        self._outputs: set[Any] = set()
+        self._outputs: dict[Any, Pattern] = {}
 
     def record(
         self,
@@ -287,17 +300,19 @@ class ProvedStacks:
         shared: bool,
         components: int,
         function: ModelFunction,
-    ) -> StackedPasses | None:
+    ) -> StackedPasses | RecordedPasses | None:
         """Passes at k points, see `StackedPasses`; None where they are to be taken one by one."""
         kind = self._kind(thetas, inputs, shared, function)
         key = kind, components
         if key not in self._proved:
-            self._proved[key] = self._pattern(thetas, inputs, shared, components, function)
+            self._proved[key] = self._pattern(thetas, inputs, shared, components, function, recorded=True)
         pattern = self._proved[key]
+        if pattern is not None and not _holds(pattern, function):
+            self._proved[key] = pattern = self._pattern(thetas, inputs, shared, components, function, recorded=False)
         if pattern is None:
             return None
-        self._outputs.add(kind)
-        found = result_or_error(lambda: StackedPasses(function, pattern, thetas, inputs, shared), FAILURES)
+        self._outputs[kind] = pattern
+        found = result_or_error(lambda: passes_at(function, pattern, thetas, inputs, shared), FAILURES)
         if isinstance(found, Exception):
             self._proved[key] = None
             return None
@@ -307,9 +322,10 @@ class ProvedStacks:
         self, thetas: Float[Tensor, "k P"], inputs: PyTree, function: ModelFunction
     ) -> Float[Tensor, "k n C"] | None:
         """Outputs of the same samples at k points, without a graph; None where gradients of such were not proved."""
-        if self._kind(thetas, inputs, True, function) not in self._outputs:
+        pattern = self._outputs.get(self._kind(thetas, inputs, True, function))
+        if pattern is None or not _holds(pattern, function):
             return None
-        found = result_or_error(lambda: stacked_outputs(function, thetas, inputs), FAILURES)
+        found = result_or_error(lambda: outputs_at(function, pattern, thetas, inputs), FAILURES)
         return None if isinstance(found, Exception) else found
 
     def _kind(self, thetas: Tensor, inputs: PyTree, shared: bool, function: ModelFunction) -> Any:
@@ -319,7 +335,13 @@ class ProvedStacks:
         return function.submodule, function.dtype, ran, len(thetas), shared, shapes, tree
 
     def _pattern(
-        self, thetas: Tensor, inputs: PyTree, shared: bool, components: int, function: ModelFunction
+        self,
+        thetas: Tensor,
+        inputs: PyTree,
+        shared: bool,
+        components: int,
+        function: ModelFunction,
+        recorded: bool,
     ) -> Pattern | None:
         """Pattern of a kind of pass whose stacks are the single passes; else None."""
         load_transformations()
@@ -332,9 +354,16 @@ class ProvedStacks:
         own = drawn[0] if shared else pytree.tree_map(lambda *leaves: torch.stack(leaves), *drawn)
         tape = self.tapes.record(points[0], drawn[0], function)
         pattern = Pattern.of(tape)
+        del tape
         if pattern is None:
             return None
         asked = own, shared, components, generator
+        program = self._program(pattern, points[-1], single[0], components, function, generator) if recorded else None
+        if program is not None:
+            written = replace(pattern, program=program)
+            error = result_or_error(partial(_difference, function, written, points, *asked), FAILURES)
+            if not isinstance(error, Exception) and error <= ROW_LIMIT.get(function.dtype, 0.0):
+                return written
         for of in (function, function.converted(torch.float64)):
             error = result_or_error(partial(_difference, of, pattern, points.to(of.dtype), *asked), FAILURES)
             if isinstance(error, Exception):
@@ -342,6 +371,40 @@ class ProvedStacks:
             if error <= ROW_LIMIT.get(of.dtype, 0.0):
                 return pattern
         return None
+
+    @staticmethod
+    def _program(
+        pattern: Pattern,
+        theta: Tensor,
+        inputs: PyTree,
+        components: int,
+        function: ModelFunction,
+        generator: torch.Generator,
+    ) -> Program | None:
+        """Operations of a pass, noted on other samples than it is proved with; None off the CPU, or of other passes.
+
+        A device has its own queue: what it waits for are the kernels, which `vmap` makes fewer.
+        """
+        if theta.device.type != "cpu":
+            return None
+        others = distinct(inputs, count(inputs), generator)
+        told = pattern.arrangements, pattern.roles, components
+        found = result_or_error(lambda: Program(function, theta, others, *told), FAILURES)
+        return None if isinstance(found, Exception) else found
+
+
+def _holds(pattern: Pattern, function: ModelFunction) -> bool:
+    """True where passes of a function are those of a pattern: no constant on record is another one now."""
+    return pattern.program is None or pattern.program.holds(function)
+
+
+def outputs_at(
+    function: ModelFunction, pattern: Pattern, thetas: Float[Tensor, "k P"], inputs: PyTree
+) -> Float[Tensor, "k n C"]:
+    """Outputs of the same n samples at k points, without a graph."""
+    if pattern.program is not None:
+        return recorded_outputs(function, pattern.program, thetas, inputs)
+    return stacked_outputs(function, thetas, inputs)
 
 
 def _difference(
@@ -356,12 +419,12 @@ def _difference(
     """Largest difference of outputs and pieces of stacked passes from those of single ones, relative to the largest."""
     if function.dtype != pattern.results[0][1]:
         pattern = replace(pattern, results=tuple((shape, function.dtype) for shape, _ in pattern.results))
-    stack = StackedPasses(function, pattern, thetas, inputs, shared)
+    stack = passes_at(function, pattern, thetas, inputs, shared)
     k, n, c = stack.outputs.shape
     weights = torch.randn(k, n, c, components, generator=generator, dtype=torch.float64).to(stack.outputs)
     with torch.enable_grad():
         found = stack.pieces(torch.einsum("knc,kncj->knj", stack.outputs, weights))
-    plain = stacked_outputs(function, thetas, inputs) if shared else stack.outputs
+    plain = outputs_at(function, pattern, thetas, inputs) if shared else stack.outputs
     random = torch.randn(thetas.shape, generator=generator, dtype=torch.float64).to(thetas.device)
     found.meet(Directions(random))
     worst = 0.0
