@@ -159,9 +159,14 @@ class GradientSource:
         functional: OutputFunctional,
         context: PyTree,
         function: ModelFunction,
+        *,
+        together: bool = True,
     ) -> Tensor | None:
-        """h of the same samples at several θ, (k, n, K); None where nothing was proved of such passes."""
-        outputs = None if self.engine in BY_ROWS else self.stacks.outputs(thetas, inputs, function)
+        """h of the same samples at several θ, (k, n, K); None where nothing was proved of such passes.
+
+        Also where they would be made as one, which is not to be where they are not to go ``together``.
+        """
+        outputs = None if self.engine in BY_ROWS else self.stacks.outputs(thetas, inputs, function, together)
         return None if outputs is None else values_at_points(functional, outputs, context)
 
     def _stacked(

@@ -319,11 +319,14 @@ class ProvedStacks:
         return found
 
     def outputs(
-        self, thetas: Float[Tensor, "k P"], inputs: PyTree, function: ModelFunction
+        self, thetas: Float[Tensor, "k P"], inputs: PyTree, function: ModelFunction, together: bool = True
     ) -> Float[Tensor, "k n C"] | None:
-        """Outputs of the same samples at k points, without a graph; None where gradients of such were not proved."""
+        """Outputs of the same samples at k points, without a graph; None where gradients of such were not proved.
+
+        Also where it takes `vmap`, unless passes may be ``together``.
+        """
         pattern = self._outputs.get(self._kind(thetas, inputs, True, function))
-        if pattern is None or not _holds(pattern, function):
+        if pattern is None or not _holds(pattern, function) or not (together or pattern.program):
             return None
         found = result_or_error(lambda: outputs_at(function, pattern, thetas, inputs), FAILURES)
         return None if isinstance(found, Exception) else found
