@@ -135,7 +135,7 @@ class Queries:
         points = function.cast(torch.stack(tuple(thetas)))
         long = function.device.type == "cpu" and count(self.inputs) * function.layout.size > LONG_PASS
         asked = points, self.inputs, self.functional, self._context, function
-        with function.evaluating(gradients=False):
+        with torch.no_grad():
             found = self.source.values_at_points(*asked, together=not long)
         if found is None and long:
             inputs = function.cast(self.inputs)

@@ -9,7 +9,8 @@ Nothing of it is believed before it is compared with tapes of other samples (`Pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from pathkernel.gradients.layers.stacked_pieces import StackedPieces
 from pathkernel.gradients.layers.tape import Tape
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.pytrees import count
+from pathkernel.runtime.interrupts import deliver_interrupt
+from pathkernel.runtime.precision import EXACT_PRODUCTS
 
 ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 """Operations that return what they were given: below autograd there is nothing to be done."""
@@ -264,12 +267,16 @@ class Program:
         calls = [*forward.calls, *backward.calls]
         writes = any(call.operation._schema.is_mutable for call in calls)
         before, after = (_noted(own.calls, registers, writes) for own in (forward, backward))
+        # θ is cut into its parameters for all points at once.
+        self._parameters = [registers.of_argument(own) for own in tape.parameters.values()]
+        before = [own for own in before if not set(own.returned) <= set(self._parameters)]
         self._outputs = registers.of_argument(tape.outputs)
         self._pieces = [[registers.of_argument(own) for own in piece.factor.tensors] for piece in self.forms]
         self._registers, fixed = registers.values, registers.fixed
         self._fixed = [(own, own._version) for own in fixed]
         returned = {register for own in self._pieces for register in own}
         made = {register for operation in (*before, *after) for register in operation.returned}
+        made |= set(self._parameters)
         wanted = set(returned)
         self._backward = _needed(after, wanted, made - returned)
         held = wanted | {self._outputs}
@@ -286,17 +293,19 @@ class Program:
             and same_arguments(ours.state.arguments, theirs.state.arguments)
         )
 
-    def values(self, theta: Float[Tensor, " P"], samples: Sequence[Tensor]) -> Float[Tensor, "n C"]:
-        """Outputs at θ."""
-        registers = self._filled(theta, samples)
+    def values(self, parameters: Sequence[Tensor], samples: Sequence[Tensor]) -> Float[Tensor, "n C"]:
+        """Outputs under the parameters of θ."""
+        registers = self._filled(parameters, samples)
         for operation in self._values:
             operation.run(registers)
         found: Tensor = registers[self._outputs]
         return found
 
-    def forward(self, theta: Float[Tensor, " P"], samples: Sequence[Tensor]) -> tuple[Float[Tensor, "n C"], list[Any]]:
-        """Outputs at θ, and what the way back needs."""
-        registers = self._filled(theta, samples)
+    def forward(
+        self, parameters: Sequence[Tensor], samples: Sequence[Tensor]
+    ) -> tuple[Float[Tensor, "n C"], list[Any]]:
+        """Outputs, and what the way back needs."""
+        registers = self._filled(parameters, samples)
         for operation in self._forward:
             operation.run(registers)
         return registers[self._outputs], registers
@@ -309,10 +318,11 @@ class Program:
             operation.run(registers)
         return [[registers[register] for register in own] for own in self._pieces]
 
-    def _filled(self, theta: Tensor, samples: Sequence[Tensor]) -> list[Any]:
+    def _filled(self, parameters: Sequence[Tensor], samples: Sequence[Tensor]) -> list[Any]:
         registers: list[Any] = self._registers.copy()
-        registers[0] = theta
         registers[1 : 1 + self.samples] = samples
+        for register, own in zip(self._parameters, parameters, strict=True):
+            registers[register] = own
         return registers
 
 
@@ -330,9 +340,9 @@ class RecordedPasses:
     ) -> None:
         self.function, self.program, self.shared = function, program, shared
         outputs, self._held = [], []
-        with function.evaluating(gradients=False, fused_attention=True):
-            for theta, samples in each_point(function, thetas, inputs, shared):
-                found, held = program.forward(theta, samples)
+        with _kernels_alone():
+            for own in each_point(function, thetas, inputs, shared):
+                found, held = program.forward(*own)
                 outputs.append(found)
                 self._held.append(held)
             self.outputs = torch.stack(outputs)
@@ -349,7 +359,7 @@ class RecordedPasses:
             columns.append(found.contiguous())
         self._held.reverse()
         tensors = []
-        with self.function.evaluating(gradients=False, fused_attention=True):
+        with _kernels_alone():
             for own in zip(*(column.unbind() for column in columns), strict=True):
                 tensors.append(self.program.backward(self._held.pop(), own))
         # By piece, by tensor of its factor, by point.
@@ -357,13 +367,22 @@ class RecordedPasses:
         return StackedPieces.of(self.program.forms, stacked)
 
 
+@contextmanager
+def _kernels_alone() -> Iterator[None]:
+    """Full precision, and nothing of autograd or of mixed precision, in which nobody asks for a network's own calls."""
+    with torch.no_grad(), EXACT_PRODUCTS, torch.autocast("cpu", enabled=False):
+        deliver_interrupt()
+        yield
+
+
 def each_point(
     function: ModelFunction, thetas: Float[Tensor, "k P"], inputs: PyTree, shared: bool
-) -> Iterable[tuple[Tensor, list[Tensor]]]:
-    """θ and the samples of each point, as a program takes them."""
+) -> Iterator[tuple[tuple[Tensor, ...], list[Tensor]]]:
+    """Parameters and samples of each point, as a program takes them."""
     leaves = pytree.tree_leaves(function.cast(inputs))
-    for s, theta in enumerate(function.cast(thetas).unbind()):
-        yield theta, leaves if shared else [leaf[s] for leaf in leaves]
+    parameters = function.layout.unflatten(function.cast(thetas)).values()
+    for s, own in enumerate(zip(*(value.unbind() for value in parameters), strict=True)):
+        yield own, leaves if shared else [leaf[s] for leaf in leaves]
 
 
 def recorded_outputs(
@@ -371,5 +390,5 @@ def recorded_outputs(
 ) -> Float[Tensor, "k n C"]:
     """Outputs of the same n samples at k points."""
     assert count(inputs) == program.n
-    with function.evaluating(gradients=False, fused_attention=True):
+    with _kernels_alone():
         return torch.stack([program.values(*own) for own in each_point(function, thetas, inputs, True)])
