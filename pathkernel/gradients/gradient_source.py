@@ -18,6 +18,7 @@ from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.plain import warn_of_rows
 from pathkernel.gradients.layers.proofs import TapeProofs
+from pathkernel.gradients.layers.recorded_passes import RecordedPasses
 from pathkernel.gradients.layers.stacked_passes import ProvedStacks, StackedPasses
 from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.model_function import ModelFunction
@@ -171,12 +172,14 @@ class GradientSource:
 
     def _stacked(
         self, thetas: Tensor, inputs: PyTree, shared: bool, components: int, function: ModelFunction
-    ) -> StackedPasses | None:
+    ) -> StackedPasses | RecordedPasses | None:
         if self.engine in BY_ROWS:
             return None
         return self.stacks.record(thetas, inputs, shared, components, function)
 
-    def _of_stack(self, stack: StackedPasses, components: Float[Tensor, "k n K"]) -> list[FactoredGradients] | None:
+    def _of_stack(
+        self, stack: StackedPasses | RecordedPasses, components: Float[Tensor, "k n K"]
+    ) -> list[FactoredGradients] | None:
         found = result_or_error(lambda: stack.pieces(components), FAILURES)
         if isinstance(found, Exception):
             return None

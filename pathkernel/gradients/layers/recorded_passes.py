@@ -1,4 +1,4 @@
-r"""Operations of a pass and of its signals, noted once and repeated at other points: small steps take the time of calls.
+r"""Operations of a pass and of its signals, noted once and repeated at other points.
 
 What Python does in a pass (modules, functions that are watched, autograd's graph) is the same at every θ. Noted is what
 arrives at torch's kernels: the network's operations, those of :math:`\delta = \partial h / \partial z` on its way back,
@@ -157,6 +157,11 @@ class _Registers:
             self._numbers[id(tensor)] = alias
         return self._numbers[id(tensor)]
 
+    def unused(self) -> int:
+        """Register of a result that is left out."""
+        self.values.append(None)
+        return len(self.values) - 1
+
     def of_argument(self, tensor: Tensor) -> int:
         """Register of what an operation is given; what no operation has made is fixed."""
         if id(tensor) in self._numbers:
@@ -182,7 +187,7 @@ def _noted(calls: Iterable[_Call], registers: _Registers, writes: bool) -> list[
         schema = call.operation._schema
         if torch.Tag.nondeterministic_seeded in call.operation.tags:
             raise NoRule("a pass that draws random numbers")
-        if not all(isinstance(own, Tensor) for own in call.returned):
+        if not all(own is None or isinstance(own, Tensor) for own in call.returned):
             raise NoRule("a pass that looks at its values")
         given = [own for own in call.arguments if isinstance(own, Tensor)]
         if len(given) == len(call.arguments) == len(call.returned) == 1:
@@ -200,7 +205,7 @@ def _noted(calls: Iterable[_Call], registers: _Registers, writes: bool) -> list[
         own = leaves if deep else list(call.arguments)
         tensors = tuple((i, registers.of_argument(leaf)) for i, leaf in enumerate(own) if isinstance(leaf, Tensor))
         template = [None if isinstance(leaf, Tensor) else leaf for leaf in own]
-        returned = tuple(map(registers.of_result, call.returned))
+        returned = tuple(registers.unused() if own is None else registers.of_result(own) for own in call.returned)
         found.append(_Operation(call.operation, template, call.named, tensors, returned, tree if deep else None))
     return found
 
