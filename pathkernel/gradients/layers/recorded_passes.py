@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pathkernel._typing import Float, PyTree
 from pathkernel.gradients.arguments import same_arguments
+from pathkernel.gradients.forward_state import QUIET_FALLBACKS
 from pathkernel.gradients.layers.batch_axis import Arrangement, Roles
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.rules import NoRule
@@ -77,7 +78,7 @@ class _PulledBack(Tape):
             whole = [torch.zeros_like(found[0]) if part is None else part for part in parts]
             fronted = [call.arrangement.front(part, self.n) for part in whole]
             signals.append(torch.stack(fronted, dim=1) if len(fronted) > 1 else fronted[0].unsqueeze(1))
-        with self.function.without_graph():
+        with self.function.without_graph(), QUIET_FALLBACKS:
             return self.pieces_of_signals(signals)
 
 
