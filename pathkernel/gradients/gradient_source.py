@@ -18,8 +18,9 @@ from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.plain import warn_of_rows
 from pathkernel.gradients.layers.proofs import TapeProofs
+from pathkernel.gradients.layers.proved_stacks import ProvedStacks
 from pathkernel.gradients.layers.recorded_passes import RecordedPasses
-from pathkernel.gradients.layers.stacked_passes import ProvedStacks, StackedPasses
+from pathkernel.gradients.layers.stacked_passes import StackedPasses
 from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout

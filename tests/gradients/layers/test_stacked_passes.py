@@ -14,10 +14,11 @@ from torch.utils import _pytree as pytree
 
 from pathkernel.gradients.factored import FactoredGradients
 from pathkernel.gradients.gradient_source import GradientSource
-from pathkernel.gradients.layers import stacked_passes
+from pathkernel.gradients.layers import proved_stacks
 from pathkernel.gradients.layers.coverage import ProvedTapes
+from pathkernel.gradients.layers.proved_stacks import ProvedStacks
 from pathkernel.gradients.layers.recorded_passes import RecordedPasses
-from pathkernel.gradients.layers.stacked_passes import ProvedStacks, StackedPasses
+from pathkernel.gradients.layers.stacked_passes import StackedPasses
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 
@@ -247,7 +248,7 @@ def test_operations_on_record_are_those_under_their_constants(in_place: bool) ->
 def compared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of the outputs of all proofs."""
     found: list[tuple[int, ...]] = []
-    difference = stacked_passes._difference
+    difference = proved_stacks._difference
 
     def noted(function: Any, pattern: Any, thetas: Tensor, inputs: Any, shared: bool, *rest: Any) -> float:
         rows = inputs if shared else inputs[0]
@@ -255,7 +256,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]
         found.append((len(thetas), len(rows)))
         return difference(function, pattern, thetas, inputs, shared, *rest)
 
-    monkeypatch.setattr(stacked_passes, "_difference", noted)
+    monkeypatch.setattr(proved_stacks, "_difference", noted)
     yield found
 
 
