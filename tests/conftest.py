@@ -27,6 +27,8 @@ SHAPED = [
     "pathkernel.gradients.layers.coverage",
     "pathkernel.gradients.layers.factor",
     "pathkernel.gradients.layers.factors",
+    "pathkernel.gradients.layers.proved_stacks",
+    "pathkernel.gradients.layers.recorded_passes",
     "pathkernel.gradients.layers.stacked_passes",
     "pathkernel.gradients.layers.stacked_pieces",
     "pathkernel.gradients.layers.tape",

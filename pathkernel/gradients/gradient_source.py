@@ -18,7 +18,9 @@ from pathkernel.gradients.layers.coverage import ProvedTapes
 from pathkernel.gradients.layers.factors import Piece
 from pathkernel.gradients.layers.plain import warn_of_rows
 from pathkernel.gradients.layers.proofs import TapeProofs
-from pathkernel.gradients.layers.stacked_passes import ProvedStacks, StackedPasses
+from pathkernel.gradients.layers.proved_stacks import ProvedStacks
+from pathkernel.gradients.layers.recorded_passes import RecordedPasses
+from pathkernel.gradients.layers.stacked_passes import StackedPasses
 from pathkernel.gradients.layers.tape import FAILURES, Tape
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
@@ -159,19 +161,26 @@ class GradientSource:
         functional: OutputFunctional,
         context: PyTree,
         function: ModelFunction,
+        *,
+        together: bool = True,
     ) -> Tensor | None:
-        """h of the same samples at several θ, (k, n, K); None where nothing was proved of such passes."""
-        outputs = None if self.engine in BY_ROWS else self.stacks.outputs(thetas, inputs, function)
+        """h of the same samples at several θ, (k, n, K); None where nothing was proved of such passes.
+
+        Also where they would be made as one, which is not to be where they are not to go ``together``.
+        """
+        outputs = None if self.engine in BY_ROWS else self.stacks.outputs(thetas, inputs, function, together)
         return None if outputs is None else values_at_points(functional, outputs, context)
 
     def _stacked(
         self, thetas: Tensor, inputs: PyTree, shared: bool, components: int, function: ModelFunction
-    ) -> StackedPasses | None:
+    ) -> StackedPasses | RecordedPasses | None:
         if self.engine in BY_ROWS:
             return None
         return self.stacks.record(thetas, inputs, shared, components, function)
 
-    def _of_stack(self, stack: StackedPasses, components: Float[Tensor, "k n K"]) -> list[FactoredGradients] | None:
+    def _of_stack(
+        self, stack: StackedPasses | RecordedPasses, components: Float[Tensor, "k n K"]
+    ) -> list[FactoredGradients] | None:
         found = result_or_error(lambda: stack.pieces(components), FAILURES)
         if isinstance(found, Exception):
             return None

@@ -286,14 +286,15 @@ class BackwardSweep:
     def _sources(self, segment: Segment, step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Terms that the optimizer added to the gradient and to the displacement, (P,) each."""
         sources: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        theta = segment.start.double()
         asked = (self.rule.gradient_sources, self.rule.displacement_sources)
         for name, where in self.layout.slices.items():
             if name not in step.active:
                 continue
-            parameter = theta[where].reshape(self.shapes[name])
+            parameter, told = segment.start[where].view(self.shapes[name]), step.hyperparameters_of(name)
             for found, of in zip(sources, asked, strict=True):
-                for source, term in of(parameter, step.frozen[name], step.hyperparameters_of(name)).items():
+                if not of(parameter, step.frozen[name], told):  # as nearly always: nothing to be converted for
+                    continue
+                for source, term in of(parameter.double(), step.frozen[name], told).items():
                     if source not in found:
                         found[source] = self._zeros(self.layout.size)
                     found[source][where] = term.reshape(-1)

@@ -79,9 +79,9 @@ Chosen, not measured."""
 COLUMNS = (2**16, 2**14, 2**12, 2**10, 2**9, 2**8)
 """Entries of θ that may be formed at once; tried in turn, so that their spacing alone is chosen."""
 
-STEPS = 8
-"""Steps that are run together. By a prototype on a network of 85,000 parameters, which is not in the repository, 4 and
-16 gain less; `benchmarks/engines.py` times shares that are made so."""
+STEPS = (16, 8)
+"""Steps that are run together, the most that there is room for: on a network of 85,000 parameters 16 take 3 % less time
+than 8, and twice the memory. `benchmarks/engines.py` times shares that are made so."""
 
 STACKED = 2**29
 """Bytes that steps may take together: beyond it they leave the processor's cache, and gain nothing. Chosen, not
@@ -227,8 +227,7 @@ class _Planner:
         whole = plan.passes is None and not plan.cuts.batch.streamed and plan.cuts.batch.samples >= self.gradients.most
         # Where matrices are held, each step is noted, which is to be of its own pass.
         alike = known and whole and not (self.dense or self.curve.dense or self.matrices)
-        # What is measured below takes as long as a few steps.
-        if not alike or len(self.trajectory) < LONG * STEPS or self.batches.rows:
+        if not alike or len(self.trajectory) < LONG * STEPS[-1] or self.batches.rows:
             return 1
         peak = self._needed(plan)
         passes = max(self.query.peak(plan.queries), self.batches.separate.peak(self.batches.largest))
@@ -236,7 +235,8 @@ class _Planner:
         # Those of the steps before are there until the first of these is used.
         paired = PAIRED * self.k * plan.queries * self.gradients.most
         of_step = PASSING * (STACKING * passes + 2 * held) + HELD * self.vector + paired
-        return STEPS if STEPS * of_step <= min(usable_bytes(self.memory) - peak, STACKED) else 1
+        most = min(min(usable_bytes(self.memory) - peak, STACKED) / of_step, len(self.trajectory) / LONG)
+        return next((steps for steps in STEPS if steps <= most), 1)
 
     def _width(self, plan: Plan) -> int:
         """Directions along which a whole batch is pushed at once in what its rows leave free, with their weights."""

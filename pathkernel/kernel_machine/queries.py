@@ -132,14 +132,16 @@ class Queries:
         function = self.function
         if self.forward is not None:
             return None
-        if function.device.type == "cpu" and count(self.inputs) * function.layout.size > LONG_PASS:
+        points = function.cast(torch.stack(tuple(thetas)))
+        long = function.device.type == "cpu" and count(self.inputs) * function.layout.size > LONG_PASS
+        asked = points, self.inputs, self.functional, self._context, function
+        with torch.no_grad():
+            found = self.source.values_at_points(*asked, together=not long)
+        if found is None and long:
             inputs = function.cast(self.inputs)
             with function.evaluating(gradients=False, fused_attention=True):
                 outputs = torch.stack([function.batch(function.parameters(theta), inputs) for theta in thetas])
                 return values_at_points(self.functional, outputs, self._context).double().flatten(1)
-        points = function.cast(torch.stack(tuple(thetas)))
-        with function.evaluating(gradients=False):
-            found = self.source.values_at_points(points, self.inputs, self.functional, self._context, function)
         return None if found is None else found.double().flatten(1)
 
     def gradients_at_points(self, thetas: Float[Tensor, "k P"]) -> list[FactoredGradients] | None:

@@ -50,15 +50,23 @@ class StackedSegments:
         """Δ of each segment, float64: exact for float32 parameters."""
         first = self.segments[0].start
         matrix = first.new_empty(len(self.segments), len(first), dtype=torch.float64)
-        # Row by row: what is converted on the way stays in cache.
+        # Row by row: what is converted on the way stays in cache. Neighbours share a point, which is converted once.
+        before: tuple[Tensor, Tensor] | None = None
         for row, segment in zip(matrix, self.segments, strict=True):
-            torch.sub(segment.end.double(), segment.start, out=row)
+            end = before[1] if before is not None and before[0] is segment.end else segment.end.double()
+            before = segment.start, segment.start.double()
+            torch.sub(end, before[1], out=row)
         return Directions(matrix)
 
     def _points(self, time: float) -> Float[Tensor, "k P"]:
         """start + time · Δ of each segment, in the type that passes are run in."""
         function, displacements = self.queries.function, self._displacements
         points = displacements.matrix.new_empty(displacements.matrix.shape, dtype=function.dtype)
+        if {self.segments[0].start.dtype, function.dtype} == {torch.float32}:
+            # A rounding of Δ is a trifle of the rounding of the point itself.
+            for row, segment, delta in zip(points, self.segments, displacements.to(torch.float32), strict=True):
+                torch.add(segment.start, delta, alpha=time, out=row)
+            return points
         for row, segment, delta in zip(points, self.segments, displacements.rows, strict=True):
             row.copy_(torch.add(segment.start.double(), delta, alpha=time))
         return points

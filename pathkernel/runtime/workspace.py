@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+import time
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -30,6 +31,10 @@ limit (DEFAULT_MMAP_THRESHOLD_MAX, 32 MiB on 64 bits), from which on it never ke
 KEPT = 0.75
 """Part of a budget up to which the process grows before what is free is given back; that the budget is kept is measured
 by tests/kernel_machine/test_memory_budget.py."""
+
+FASTEST = 16e9
+"""Bytes a second that a process may grow by: between two looks at its size it stays within a sixteenth of the budget.
+Chosen, to be above what several threads touch for the first time."""
 
 MEASURED: ContextVar[bool] = ContextVar("MEASURED", default=False)
 """Whether allocations are being counted: all arrays then come from torch's allocator."""
@@ -69,6 +74,7 @@ class FreedMemory:
 
     def __init__(self, budget: int) -> None:
         self.budget, self.start, self._left = budget, _resident(), 0
+        self._wait, self._due = budget / 16 / FASTEST, 0.0
 
     def __enter__(self) -> FreedMemory:
         keep_freed_memory(self.budget // 32)
@@ -83,8 +89,10 @@ class FreedMemory:
 
     def give_back(self) -> None:
         """Give free memory back where the process has grown by more than `KEPT` of the budget since it began."""
-        if self.start is None or (trim := _trim()) is None:
+        now = time.monotonic()
+        if now < self._due or self.start is None or (trim := _trim()) is None:
             return
+        self._due = now + self._wait
         if self._grown() > max(KEPT * self.budget, self._left + self.budget // 16):
             trim(0)
             self._left = self._grown()

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 import pathkernel as pk
 from pathkernel import reference
-from pathkernel.gradients.layers.stacked_passes import StackedPasses
+from pathkernel.gradients.layers.recorded_passes import RecordedPasses
 from pathkernel.kernel_machine import adjoint, memory_plan, queries
 from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.block_memory import BlockMemory
-from pathkernel.kernel_machine.memory_plan import LONG, STEPS
+from pathkernel.kernel_machine.memory_plan import LONG
+from pathkernel.kernel_machine.memory_plan import STEPS as NUMBERS
 from pathkernel.runtime.allocations import Allocations
 
 DOUBLE, SINGLE = TOLERANCES[torch.float64], TOLERANCES[torch.float32]
+MOST, STEPS = NUMBERS
 MANY = LONG * STEPS + 2
 
 
@@ -35,13 +37,13 @@ def batches(sizes: Callable[[int], int] = lambda s: 4) -> list[list[int]]:
 def stacks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
     """Points, samples, and whether the samples are the same at all points, of all passes that are run together."""
     found: list[tuple[int, int, bool]] = []
-    pieces = StackedPasses.pieces
+    pieces = RecordedPasses.pieces
 
-    def noted(self: StackedPasses, components: Tensor) -> Any:
-        found.append((*self.outputs.shape[:2], self._read[0].stride(0) == 0))
+    def noted(self: RecordedPasses, components: Tensor) -> Any:
+        found.append((*self.outputs.shape[:2], self.shared))
         return pieces(self, components)
 
-    monkeypatch.setattr(StackedPasses, "pieces", noted)
+    monkeypatch.setattr(RecordedPasses, "pieces", noted)
     return found
 
 
@@ -168,6 +170,7 @@ def test_steps_are_run_together_where_there_is_room_and_gain() -> None:
     assert steps_of(run, quadrature=pk.Adaptive(1e-6)) == 1  # each query has points of its own
     assert steps_of(run, form="ensemble") == 1  # the weights of each step are held
     assert steps_of(run, form="chord") == 1
+    assert steps_of(record(batches=2 * batches())) == MOST
     assert steps_of(record(batches=batches()[: LONG * STEPS - 1])) == 1  # the proof takes longer than it saves
 
 
@@ -175,16 +178,16 @@ def test_the_plan_counts_what_steps_take_together(monkeypatch: pytest.MonkeyPatc
     run = record("relu", batches=batches())
     machine = pk.KernelMachine(run.trajectory)
     taken: list[float] = []
-    pieces = StackedPasses.__init__
+    pieces = RecordedPasses.__init__
 
-    def measured(self: StackedPasses, function: Any, pattern: Any, thetas: Tensor, *rest: Any) -> None:
+    def measured(self: RecordedPasses, function: Any, program: Any, thetas: Tensor, *rest: Any) -> None:
         with Allocations() as allocations:
-            pieces(self, function, pattern, thetas, *rest)
+            pieces(self, function, program, thetas, *rest)
             with torch.enable_grad():
                 found = self.pieces(self.outputs.sum(dim=2, keepdim=True))
         taken.append(allocations.peak / len(thetas))
         del found
-        pieces(self, function, pattern, thetas, *rest)
+        pieces(self, function, program, thetas, *rest)
 
     planned: list[Any] = []
     steps = memory_plan._Planner._steps
@@ -193,7 +196,7 @@ def test_the_plan_counts_what_steps_take_together(monkeypatch: pytest.MonkeyPatc
         planned.append(max(self.query.peak(plan.queries), self.batches.separate.peak(self.batches.largest)))
         return steps(self, plan)
 
-    monkeypatch.setattr(StackedPasses, "__init__", measured)
+    monkeypatch.setattr(RecordedPasses, "__init__", measured)
     monkeypatch.setattr(memory_plan._Planner, "_steps", noted)
     machine.explain(run.queries, outputs=0)
     assert taken and max(taken) <= memory_plan.STACKING * planned[0]

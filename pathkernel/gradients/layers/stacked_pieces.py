@@ -18,6 +18,9 @@ from torch import Tensor
 from pathkernel._typing import Float
 from pathkernel.gradients.layers.factors import Dense, Outer, Piece
 
+AtPoints = Sequence[Tensor]
+"""The same tensor of a factor at each of k points."""
+
 
 class StackedPieces:
     """Pieces of n samples' gradients in K components at each of k points; results are computed once, for all points.
@@ -27,14 +30,14 @@ class StackedPieces:
     forms
         Pieces of one of the points, for their forms and places.
     tensors
-        What the factor of each piece stores, (k, ...).
+        What the factor of each piece stores, one for each of the k points.
 
     Notes
     -----
     Results are None where a piece has a form without a batched product; single points are then asked one by one.
     """
 
-    def __init__(self, forms: Sequence[Piece], tensors: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, forms: Sequence[Piece], tensors: Sequence[Sequence[AtPoints]]) -> None:
         self.forms, self.tensors = tuple(forms), tuple(tuple(own) for own in tensors)
         self.directions: Directions | None = None
         self._along: tuple[Tensor | None] | None = None
@@ -42,7 +45,7 @@ class StackedPieces:
         self._pairs: tuple[StackedPieces, frozenset[int], Tensor | None] | None = None
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], tensors: Sequence[Sequence[Tensor]]) -> StackedPieces:
+    def of(cls, pieces: Sequence[Piece], tensors: Sequence[Sequence[AtPoints]]) -> StackedPieces:
         """Stacked pieces, of which those of one point are known but for their numbers."""
         first = [_with_tensors(piece, [t[0] for t in own]) for piece, own in zip(pieces, tensors, strict=True)]
         return cls(first, tensors)
@@ -61,12 +64,14 @@ class StackedPieces:
         """Convert to another floating type."""
         if all(piece.factor.dtype == dtype for piece in self.forms):
             return self
-        cast = [[t.to(dtype) if t.is_floating_point() else t for t in own] for own in self.tensors]
+        cast = [
+            [[t.to(dtype) if t.is_floating_point() else t for t in points] for points in own] for own in self.tensors
+        ]
         return StackedPieces([piece.to(dtype) for piece in self.forms], cast)
 
     def first_component(self) -> StackedPieces:
         """Restrict to the first component."""
-        tensors = [[own[0][:, :, :1], *own[1:]] for own in self.tensors]
+        tensors = [[[t[:, :1] for t in own[0]], *own[1:]] for own in self.tensors]
         return StackedPieces([replace(piece, factor=piece.factor.component(0)) for piece in self.forms], tensors)
 
     # -- inner products with a direction of each point ---------------------------------------------------------
@@ -188,46 +193,57 @@ def _is_outer(piece: Piece) -> bool:
     return isinstance(factor, Outer) and factor.positions == 1 and not factor.transposed
 
 
-def _sums(piece: Piece, own: Sequence[Tensor]) -> list[tuple[slice, Tensor]] | None:
+def _sums(piece: Piece, own: Sequence[AtPoints]) -> list[tuple[slice, Tensor]] | None:
     """Parts of θ with the sums over samples and components, (k, size); None where the form has no batched sum."""
     if isinstance(piece.factor, Dense):
-        return [(piece.where, own[0].sum(dim=(1, 2)))]
+        return [(piece.where, torch.stack([values.sum(dim=(0, 1)) for values in own[0]]))]
     if not isinstance(piece.factor, Outer) or piece.factor.transposed:
         return None
-    signals = own[0].sum(dim=2) if own[0].shape[2] > 1 else own[0][:, :, 0]
-    signals = signals.flatten(1, 2)  # (k, nT, p)
-    weight = piece.where, torch.bmm(signals.mT, own[1].flatten(1, 2)).flatten(1)
-    return [weight] if piece.bias is None else [weight, (piece.bias, signals.sum(dim=1))]
+    k, p, q = len(own[0]), own[0][0].shape[3], own[1][0].shape[2]
+    weights, biases = own[0][0].new_empty(k, p, q), own[0][0].new_empty(k, p)
+    for s, (signal, activation) in enumerate(zip(*own, strict=True)):
+        signals = (signal.sum(dim=1) if signal.shape[1] > 1 else signal[:, 0]).flatten(0, 1)  # (nT, p)
+        torch.mm(signals.T, activation.flatten(0, 1), out=weights[s])
+        if piece.bias is not None:
+            torch.sum(signals, dim=0, out=biases[s])
+    weight = piece.where, weights.flatten(1)
+    return [weight] if piece.bias is None else [weight, (piece.bias, biases)]
 
 
-def _products(piece: Piece, own: Sequence[Tensor], directions: Float[Tensor, "k P"]) -> Float[Tensor, "k n K"] | None:
+def _products(piece: Piece, own: Sequence[AtPoints], directions: Float[Tensor, "k P"]) -> Float[Tensor, "k n K"] | None:
     """Inner products of a piece with a direction of each point; None where its form has no batched product."""
     weight = directions[:, piece.where]
     if isinstance(piece.factor, Dense):
-        return (own[0] @ weight[:, None, :, None]).squeeze(3)
+        return torch.stack([values @ direction for values, direction in zip(own[0], weight, strict=True)])
     if not isinstance(piece.factor, Outer) or piece.factor.transposed:
         return None
-    signals, activations = own  # (k, n, K, T, p), (k, n, T, q)
-    k, n, components, _, p = signals.shape
-    weight, bias = weight.reshape(k, p, -1), directions[:, piece.bias] if piece.bias is not None else None
-    found = signals.new_empty(k, n, components)
+    n, components, _, p = own[0][0].shape  # of signals (n, K, T, p), beside activations (n, T, q)
+    weight = weight.unflatten(1, (p, -1))
+    bias = None if piece.bias is None else directions[:, piece.bias]
+    found = own[0][0].new_empty(len(own[0]), n, components)
     # Point by point: V a is met with δ while it is in cache, which it is not as one batched product.
-    for s in range(k):
-        readings = activations[s].flatten(0, 1)  # (nT, q)
+    for s, (signal, activation) in enumerate(zip(*own, strict=True)):
+        readings = activation.flatten(0, 1)  # (nT, q)
         along = readings @ weight[s].T if bias is None else torch.addmm(bias[s], readings, weight[s].T)
-        torch.linalg.vecdot(signals[s].flatten(2), along.view(n, 1, -1), out=found[s])
+        torch.linalg.vecdot(signal.flatten(2), along.view(n, 1, -1), out=found[s])
     return found
 
 
 def _added_pairs(
-    total: Tensor | None, left: Sequence[Tensor], right: Sequence[Tensor], bias: bool
+    total: Tensor | None, left: Sequence[AtPoints], right: Sequence[AtPoints], bias: bool
 ) -> Float[Tensor, "k m n K"]:
     """``total`` plus (a · a' + 1)(δ · δ') of one layer, without the 1 where it has no bias."""
-    k, n, components = right[0].shape[:3]
-    readings = torch.bmm(left[1].flatten(2), right[1].flatten(2).mT)
-    signals = torch.bmm(left[0].flatten(2), right[0].reshape(k, n * components, -1).mT).unflatten(2, (n, components))
-    if bias:
-        readings += 1.0
+    (n, components), m = right[0][0].shape[:2], len(left[0][0])
+    begins = total is None
     if total is None:
-        return signals.mul_(readings.unsqueeze(3))
-    return total.addcmul_(signals, readings.unsqueeze(3))
+        total = right[0][0].new_empty(len(right[0]), m, n, components)
+    for s, own in enumerate(total):
+        readings = left[1][s].flatten(1) @ right[1][s].flatten(1).T
+        signals = left[0][s].flatten(1) @ right[0][s].reshape(n * components, -1).T
+        if bias:
+            readings += 1.0
+        if begins:
+            torch.mul(signals.view(m, n, components), readings.unsqueeze(2), out=own)
+        else:
+            own.addcmul_(signals.view(m, n, components), readings.unsqueeze(2))
+    return total

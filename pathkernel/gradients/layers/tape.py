@@ -67,6 +67,8 @@ class Tape:
         (n, C), with the graph of the pass behind it.
     returned
         The same as the network returned it.
+    parameters
+        θ by name, the very tensors that the network was given.
     rearranges
         Whether a function was called that may put samples in another order.
     unsupported
@@ -102,7 +104,7 @@ class Tape:
         arrangement = lambda i: arrangements[i] if i < len(arrangements) else Arrangement()  # noqa: E731
         parameters = {name: value.detach() for name, value in function.parameters(theta).items()}
         tracer = ParameterTracer(parameters, self.n, arrangement, function.constants.values(), roles)
-        self._parameters = parameters
+        self.parameters = parameters
         inputs = function.cast(inputs)
         covered = plain is None or not plain.keys() >= set(function.layout.names)
         watching = (module_rules(function, tracer), tracer) if covered else ()
@@ -211,7 +213,7 @@ class Tape:
             return None
         if len(read) != 1 or read[0].dim() != 2 or not read[0].requires_grad:
             return None
-        return OutputLayer(self._head, read[0], self._parameters[weight.name])
+        return OutputLayer(self._head, read[0], self.parameters[weight.name])
 
     def _slopes(self, layer: OutputLayer, call: LayerCall, limit: float) -> Float[Tensor, "n p"] | None:
         r"""v with :math:`\delta_{ik} = w_k \circ v_i` for the signals of a call, or None where these have another form.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import NETWORKS, network
@@ -13,9 +14,11 @@ from torch.utils import _pytree as pytree
 
 from pathkernel.gradients.factored import FactoredGradients
 from pathkernel.gradients.gradient_source import GradientSource
-from pathkernel.gradients.layers import stacked_passes
+from pathkernel.gradients.layers import proved_stacks
 from pathkernel.gradients.layers.coverage import ProvedTapes
-from pathkernel.gradients.layers.stacked_passes import ProvedStacks, StackedPasses
+from pathkernel.gradients.layers.proved_stacks import ProvedStacks
+from pathkernel.gradients.layers.recorded_passes import RecordedPasses
+from pathkernel.gradients.layers.stacked_passes import StackedPasses
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
 
@@ -30,7 +33,16 @@ ONE_BY_ONE = {
     "merged adapter": "a tensor that is computed from parameters",
     "own function": "a parameter that no rule covers",
 }
-"""Networks of the table whose passes are taken one by one, and why; recurrent ones have no rule in `vmap`."""
+"""Networks of the table that `vmap` does not take together, and why; recurrent ones have no rule in it."""
+
+NEVER = ("tied", "class token", "own function")
+"""Those whose passes are not taken together in any way."""
+
+
+@pytest.fixture
+def by_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operations are noted."""
+    monkeypatch.setattr(ProvedStacks, "_program", staticmethod(lambda *asked: None))
 
 
 def function_of(module: nn.Module) -> tuple[ModelFunction, Tensor]:
@@ -52,7 +64,7 @@ def rows_of(pieces: Any, function: ModelFunction, count: int) -> Tensor:
     return FactoredGradients(function.layout, count, tuple(pieces)).rows(rows)
 
 
-def assert_single(stack: StackedPasses, function: ModelFunction, thetas: Tensor, single: list[Any]) -> None:
+def assert_single(stack: Any, function: ModelFunction, thetas: Tensor, single: list[Any]) -> None:
     """Outputs and rows of all points, in two components, are those of each by itself."""
     tapes = ProvedTapes(function)
     weights = torch.randn(*stack.outputs.shape, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -71,12 +83,27 @@ def assert_single(stack: StackedPasses, function: ModelFunction, thetas: Tensor,
 def test_passes_at_several_points_are_those_of_each(name: str) -> None:
     module, inputs = network(name)
     function, thetas = function_of(module)
-    if name in ONE_BY_ONE or function.recurrent:
-        assert ProvedStacks(ProvedTapes(function)).record(thetas, inputs, True, 2, function) is None
-        return
+    assert_together(function, thetas, inputs, None if name in NEVER else RecordedPasses)
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")
+@pytest.mark.usefixtures("by_vmap")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_passes_that_vmap_takes_together_are_those_of_each(name: str) -> None:
+    module, inputs = network(name)
+    function, thetas = function_of(module)
+    refused = name in ONE_BY_ONE or function.recurrent
+    assert_together(function, thetas, inputs, None if refused else StackedPasses)
+
+
+def assert_together(function: ModelFunction, thetas: Tensor, inputs: Any, kind: type | None) -> None:
+    """Passes are made in that way, or one by one, and are those of each point."""
     for shared, own in ((True, inputs), (False, samples_at_points(inputs))):
         stack = ProvedStacks(ProvedTapes(function)).record(thetas, own, shared, 2, function)
-        assert stack is not None
+        if kind is None:
+            assert stack is None
+            return
+        assert isinstance(stack, kind)
         single = [inputs if shared else pytree.tree_map(lambda leaf, s=s: leaf[s], own) for s in range(POINTS)]
         assert_single(stack, function, thetas, single)
 
@@ -129,6 +156,7 @@ class Turned(nn.Module):
         return self.last(_Turned.apply(self.first(x)))
 
 
+@pytest.mark.usefixtures("by_vmap")
 def test_what_is_wrong_at_several_points_is_taken_one_by_one() -> None:
     module, inputs = Turned(), network("mlp")[1]
     function, thetas = function_of(module)
@@ -157,17 +185,70 @@ def test_what_cannot_be_taken_together_is_refused_once(monkeypatch: pytest.Monke
     inputs = network("mlp")[1]
     stacks, tried = ProvedStacks(ProvedTapes(function)), []
     proof = stacks._pattern
-    monkeypatch.setattr(stacks, "_pattern", lambda *asked: tried.append(1) or proof(*asked))
+    monkeypatch.setattr(stacks, "_pattern", lambda *asked, **told: tried.append(1) or proof(*asked, **told))
     for _ in range(3):
         assert stacks.record(thetas, inputs, True, 1, function) is None
     assert len(tried) == 1
+
+
+class Outside(nn.Module):
+    """A network part of which is computed where torch does not see it: noted, it would be that of other samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * torch.from_numpy(np.abs(x.detach().numpy()).sum(axis=1, keepdims=True))
+
+
+class Noisy(nn.Module):
+    """A network that draws random numbers in evaluation, and takes none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x + 0.0 * torch.rand_like(x))
+
+
+@pytest.mark.parametrize("module", [Branching(), Outside(), Noisy()], ids=["values", "outside", "random"])
+def test_what_is_not_the_same_on_other_samples_is_not_noted(module: nn.Module) -> None:
+    function, thetas = function_of(module)
+    inputs = network("mlp")[1]
+    for shared, own in ((True, inputs), (False, samples_at_points(inputs))):
+        stack = ProvedStacks(ProvedTapes(function)).record(thetas, own, shared, 1, function)
+        assert not isinstance(stack, RecordedPasses)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["replaced", "in place"])
+def test_operations_on_record_are_those_under_their_constants(in_place: bool) -> None:
+    """Running statistics are constants of a pass: under others it is another one."""
+    module, inputs = network("batch norm")
+    function, thetas = function_of(module)
+    stacks = ProvedStacks(ProvedTapes(function))
+    assert isinstance(stacks.record(thetas, inputs, True, 2, function), RecordedPasses)
+    changed = {name: 1.5 * value for name, value in function.constants.items() if name.endswith("running_var")}
+    assert changed
+    other = function
+    if in_place:
+        for name, value in changed.items():
+            function.constants[name].copy_(value)
+    else:
+        other = function.with_(constants=changed)
+    assert stacks.outputs(thetas, inputs, other) is None  # until it is proved of these
+    again = stacks.record(thetas, inputs, True, 2, other)
+    assert isinstance(again, StackedPasses)
+    for s, theta in enumerate(thetas):
+        torch.testing.assert_close(again.outputs[s], other.outputs(theta, inputs))
 
 
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of the outputs of all proofs."""
     found: list[tuple[int, ...]] = []
-    difference = stacked_passes._difference
+    difference = proved_stacks._difference
 
     def noted(function: Any, pattern: Any, thetas: Tensor, inputs: Any, shared: bool, *rest: Any) -> float:
         rows = inputs if shared else inputs[0]
@@ -175,7 +256,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]
         found.append((len(thetas), len(rows)))
         return difference(function, pattern, thetas, inputs, shared, *rest)
 
-    monkeypatch.setattr(stacked_passes, "_difference", noted)
+    monkeypatch.setattr(proved_stacks, "_difference", noted)
     yield found
 
 

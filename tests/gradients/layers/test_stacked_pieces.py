@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from pathkernel.gradients.factored import FactoredGradients
 from pathkernel.gradients.gradient_source import GradientSource
 from pathkernel.gradients.inner_products import contracted, paired_names
-from pathkernel.gradients.layers import stacked_passes
+from pathkernel.gradients.layers import proved_stacks
 from pathkernel.gradients.layers.coverage import ProvedTapes
-from pathkernel.gradients.layers.stacked_passes import ProvedStacks
+from pathkernel.gradients.layers.proved_stacks import ProvedStacks
 from pathkernel.gradients.layers.stacked_pieces import Directions, StackedPieces
 from pathkernel.gradients.model_function import ModelFunction
 from pathkernel.gradients.parameters import ParameterLayout
@@ -135,7 +135,7 @@ def test_the_proof_compares_every_layer_that_is_met_in_pairs() -> None:
     assert stack is not None
     found = stack.pieces(stack.outputs[..., :1])
     found.meet(Directions(thetas.double()))
-    compared = list(stacked_passes._results(found, 1, layout))
+    compared = list(proved_stacks._results(found, 1, layout))
     assert [one.dim() for one, _ in compared] == [1, 1, 2]  # sums, products, and pairs of the last layer alone
     for one, other in compared:
         torch.testing.assert_close(one, other)
