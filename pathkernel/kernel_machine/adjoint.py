@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pathkernel.gradients.forward_derivatives import REFUSALS
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.transfers import numbers
 from pathkernel.trajectory.step import Step
 from pathkernel.update_rules.rule import Frozen, Settings, UpdateRule, adjoint
@@ -30,6 +32,9 @@ each takes as long as its calls. More would take more memory at once than one la
 
 KEPT = 64
 """Coefficients that are kept from step to step. Chosen: a few parameter groups of a few steps."""
+
+COMPARED = 64
+"""Entries at which coefficients from inputs of one entry are compared with those from whole ones. Chosen."""
 
 NUMBERS = (bool, int, float, str, type(None))
 """Types of settings by whose equality coefficients are the same."""
@@ -122,11 +127,22 @@ def linear(cases: Mapping[Any, Stepped]) -> dict[Any, Linear]:
 
 def _responses(case: Stepped) -> list[tuple[Tensor, ...]]:
     """Responses of a step to ones in each of its inputs and zeros in the others: (n,), or (1,) where entries agree."""
-    rule, frozen = case.rule, case.frozen
     # Where nothing frozen has the parameter's shape, one entry stands for all.
-    shaped = [value for value in frozen.values() if isinstance(value, Tensor) and value.numel() > 1]
-    device = shaped[0].device if shaped else None
-    one = torch.ones(case.shape if shaped else (), dtype=torch.float64, device=device)
+    shaped = [value for value in case.frozen.values() if isinstance(value, Tensor) and value.numel() > 1]
+    if not shaped:
+        return _evaluated(case, torch.Size(()), None)
+    device = shaped[0].device
+    if all(value.shape == case.shape for value in shaped):
+        # Inputs of one entry: what does not depend on what is frozen is computed once in place of n times.
+        found = result_or_error(lambda: _evaluated(case, torch.Size([1]), device), REFUSALS)
+        if not isinstance(found, Exception) and _stand_for_all(found, case, device):
+            return found
+    return _evaluated(case, case.shape, device)
+
+
+def _evaluated(case: Stepped, shape: torch.Size, device: torch.device | None) -> list[tuple[Tensor, ...]]:
+    rule = case.rule
+    one = torch.ones(shape, dtype=torch.float64, device=device)
     zero = torch.zeros_like(one)
     count = rule.stages + len(rule.memory)
     rows = []
@@ -134,13 +150,32 @@ def _responses(case: Stepped) -> list[tuple[Tensor, ...]]:
         inputs = [one if place == other else zero for other in range(count)]
         gradients = inputs[: rule.stages]
         memory = tuple(inputs[rule.stages :])
-        delta, after = rule.step(gradients[0] if rule.stages == 1 else tuple(gradients), memory, frozen, case.settings)
+        given = gradients[0] if rule.stages == 1 else tuple(gradients)
+        delta, after = rule.step(given, memory, case.frozen, case.settings)
         rows.append(tuple(value.reshape(-1) for value in (delta, *after)))
     return rows
 
 
+def _stand_for_all(rows: list[tuple[Tensor, ...]], case: Stepped, device: torch.device) -> bool:
+    """True where responses to inputs of one entry are those to whole ones, to the last bit at some of the entries."""
+    entries = case.shape.numel()
+    if any(len(value) not in (1, entries) or value.dtype != torch.float64 for row in rows for value in row):
+        return False
+    some = slice(None, None, -(-entries // COMPARED))
+    frozen = {k: v.reshape(-1)[some] if isinstance(v, Tensor) and v.numel() > 1 else v for k, v in case.frozen.items()}
+    shape = torch.Size([-(-entries // some.step)])
+    whole = _evaluated(replace(case, frozen=frozen, shape=shape), shape, device)
+    return all(
+        torch.equal((value[some] if len(value) > 1 else value.expand(shape)), own)
+        for row, own_row in zip(rows, whole, strict=True)
+        for value, own in zip(row, own_row, strict=True)
+    )
+
+
 def _sameness(values: Tensor) -> tuple[Tensor, Tensor]:
     """The first entry, and whether all are like it."""
+    if len(values) == 1 or (values.is_cpu and values[0] != values[-1]):  # off the CPU that would be a transfer
+        return values[0], values.new_tensor(len(values) == 1, dtype=torch.bool)
     return values[0], (values == values[0]).all()
 
 
@@ -154,8 +189,8 @@ def _proportionality(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:
     if not _may_be_proportional(rows):
         return []
     (a, c), (b, d) = rows
-    scaled = b * (c[0] / d[0])
-    return [((a - scaled).abs() <= 1e-14 * a.abs()).all()]
+    difference = (b * (c[0] / d[0]) - a).abs_()
+    return [(difference <= a.abs().mul_(1e-14)).all()]
 
 
 def _ratio(table: Sequence[tuple[Coefficient, ...]], proportional: bool) -> float | None:
@@ -280,9 +315,10 @@ class StepAdjoint:
         coefficients = self.linear(name)
         if coefficients is None:
             return self._differentiated(name)
-        gradients = [[_cast(c, dtype) for c in row] for row in coefficients.gradients]
-        memory = [[_cast(c, dtype) for c in row] for row in coefficients.memory]
         ratio = coefficients.ratio
+        memory = [[_cast(c, dtype) for c in row] for row in coefficients.memory]
+        # Those of the gradient are not read where u is a multiple of the memory's cotangent.
+        gradients = [[_cast(c, dtype) for c in row] for row in coefficients.gradients] if ratio is None else []
 
         def pull(where: slice, q: Tensor, held: list[Tensor | None]) -> list[Scaled]:
             if ratio is not None:
