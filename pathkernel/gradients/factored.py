@@ -197,8 +197,14 @@ class FactoredGradients:
 
     def fill_columns(self, where: slice, out: Float[Tensor, "Q size"]) -> Tensor:
         """The same entries, formed in given memory, which is returned."""
-        formed = False
-        for piece, begin, end, offset in self._covering(where):
+        formed, covering = False, list(self._covering(where))
+        if self.multiples is not None and self.direction is not None and len(covering) == 1:
+            piece, begin, end, _ = covering[0]
+            own = piece.factor
+            if isinstance(own, Dense) and end - begin == out.shape[1] and own.dtype == out.dtype:  # read once
+                multiples, along = self.multiples.to(out.dtype).unsqueeze(1), self.direction[where].to(out.dtype)
+                return torch.addcmul(own.values[:, :, begin:end].reshape(self.count, -1), multiples, along, out=out)
+        for piece, begin, end, offset in covering:
             if not formed and end - begin == out.shape[1]:
                 piece.factor.fill_columns(begin, end, out.unflatten(0, (piece.factor.samples, -1)))
             else:
