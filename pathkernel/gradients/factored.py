@@ -47,6 +47,8 @@ class FactoredGradients:
         Where there are no pieces: the device of the zeros that stand for them, by default the CPU.
     stack
         The pieces of other points that these were taken with, and which of them they are; or None.
+    known
+        A direction and the inner products of the pieces with it, (Q,) float64, that were taken on the way; or None.
     """
 
     layout: ParameterLayout
@@ -56,6 +58,7 @@ class FactoredGradients:
     direction: Tensor | None = None
     place: torch.device | None = None
     stack: tuple[StackedPieces, int] | None = None
+    known: tuple[Tensor, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -103,19 +106,25 @@ class FactoredGradients:
         size = sum(piece.factor.size for piece in self.pieces)
         return sum(piece.factor.forming for piece in self.pieces) / size if size else 0.0
 
-    def formed(self, workspace: Workspace) -> FactoredGradients:
+    def formed(self, workspace: Workspace, along: Float[Tensor, " P"] | None = None) -> FactoredGradients:
         """The same gradients as rows of each parameter, (Q, size), in memory of a workspace.
 
         Pieces that are sums over many positions are formed anew, in as many operations, by each of a total, a product
-        with a direction and a range of columns; rows are read.
+        with a direction and a range of columns; rows are read. Products with the direction ``along`` are taken of each
+        parameter when it is formed, while its rows are in cache.
         """
         dtype = self.pieces[0].factor.dtype if self.pieces else torch.float32
         rows = row_memory(self.layout, self.count, dtype, self.device, workspace)
-        self.write(rows)
-        return FactoredGradients.of_rows(rows, self.layout)
+        products = self.write(rows, along)
+        found = FactoredGradients.of_rows(rows, self.layout)
+        return found if along is None or products is None else replace(found, known=(along, products))
 
-    def write(self, rows: Mapping[str, Tensor]) -> None:
-        """Form the gradients of each parameter in given rows (Q, size), which are contiguous."""
+    def write(self, rows: Mapping[str, Tensor], along: Float[Tensor, " P"] | None = None) -> Tensor | None:
+        """Form the gradients of each parameter in given rows (Q, size), which are contiguous.
+
+        Returns the products with a direction, where one is given, (Q,) float64.
+        """
+        products = None if along is None else torch.zeros(self.count, dtype=torch.float64, device=self.device)
         for name, own in rows.items():
             where, covering = self.layout.slices[name], self._by_name.get(name, [])
             factors = [piece.factor for part, piece in covering if part == where == piece.where]
@@ -124,6 +133,9 @@ class FactoredGradients:
                 factors[0].write(own.view(1, factors[0].samples, -1), full=False)
             else:
                 own.copy_(self.columns(where, own.dtype))
+            if products is not None and along is not None:
+                products += own @ along[where].to(own)
+        return products
 
     # -- linear combinations ---------------------------------------------------------------------------------
 
@@ -131,12 +143,12 @@ class FactoredGradients:
         """Every gradient times a number."""
         pieces = tuple(replace(piece, factor=piece.factor.scaled(weight)) for piece in self.pieces)
         multiples = None if self.multiples is None else weight * self.multiples
-        return replace(self, pieces=pieces, multiples=multiples, stack=None)
+        return replace(self, pieces=pieces, multiples=multiples, stack=None, known=None)
 
     def __add__(self, other: FactoredGradients) -> FactoredGradients:
         """Gradients added one by one; neither may hold a multiple of a direction."""
         assert self.multiples is None and other.multiples is None
-        return replace(self, pieces=(*self.pieces, *other.pieces), stack=None)
+        return replace(self, pieces=(*self.pieces, *other.pieces), stack=None, known=None)
 
     def plus(self, multiples: Float[Tensor, " Q"], direction: Float[Tensor, " P"]) -> FactoredGradients:
         """A multiple of one direction added to each."""
@@ -157,7 +169,9 @@ class FactoredGradients:
         return result[:, 0] if directions.dim() == 1 else result
 
     def _products_at_hand(self, directions: Tensor) -> Float[Tensor, "Q 1"] | None:
-        """Inner products of the pieces with a direction that were taken with those of other points."""
+        """Inner products of the pieces with a direction that were taken with those of other points, or on the way."""
+        if self.known is not None and directions is self.known[0]:
+            return self.known[1].clone().unsqueeze(1)
         if self.stack is None or directions.dim() > 1:
             return None
         stack, place = self.stack
@@ -197,8 +211,14 @@ class FactoredGradients:
 
     def fill_columns(self, where: slice, out: Float[Tensor, "Q size"]) -> Tensor:
         """The same entries, formed in given memory, which is returned."""
-        formed = False
-        for piece, begin, end, offset in self._covering(where):
+        formed, covering = False, list(self._covering(where))
+        if self.multiples is not None and self.direction is not None and len(covering) == 1:
+            piece, begin, end, _ = covering[0]
+            own = piece.factor
+            if isinstance(own, Dense) and end - begin == out.shape[1] and own.dtype == out.dtype:  # read once
+                multiples, along = self.multiples.to(out.dtype).unsqueeze(1), self.direction[where].to(out.dtype)
+                return torch.addcmul(own.values[:, :, begin:end].reshape(self.count, -1), multiples, along, out=out)
+        for piece, begin, end, offset in covering:
             if not formed and end - begin == out.shape[1]:
                 piece.factor.fill_columns(begin, end, out.unflatten(0, (piece.factor.samples, -1)))
             else:

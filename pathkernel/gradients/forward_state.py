@@ -28,12 +28,20 @@ def module_mode(module: nn.Module, training: Mapping[str, bool] | bool) -> Itera
         wanted = training if isinstance(training, bool) else training[name]
         if child.training != wanted:
             before.append(child)
-            child.training = wanted
+            _set_mode(child, wanted)
     try:
         yield
     finally:
         for child in before:
-            child.training = not child.training
+            _set_mode(child, not child.training)
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    """Set the mode of one module; without the way to it of `nn.Module`, which first asks if it is a parameter."""
+    if type(module).__setattr__ is nn.Module.__setattr__:
+        object.__setattr__(module, "training", training)
+    else:
+        module.training = training
 
 
 Modes = bool | Mapping[str, bool]

@@ -20,16 +20,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pathkernel.gradients.forward_derivatives import REFUSALS
+from pathkernel.runtime.interrupts import result_or_error
 from pathkernel.runtime.transfers import numbers
+from pathkernel.trajectory.alike import frozen_of, stepping_alike
 from pathkernel.trajectory.step import Step
 from pathkernel.update_rules.rule import Frozen, Settings, UpdateRule, adjoint
 
-JOINED = 2**16
-"""Entries of θ up to which the coefficients of several parameters are found at once: networks have many small ones, and
-each takes as long as its calls. More would take more memory at once than one large parameter does. Chosen."""
-
 KEPT = 64
 """Coefficients that are kept from step to step. Chosen: a few parameter groups of a few steps."""
+
+TRUE, FALSE = torch.tensor(True), torch.tensor(False)
+
+COMPARED = 64
+"""Entries at which coefficients from inputs of one entry are compared with those from whole ones. Chosen."""
 
 NUMBERS = (bool, int, float, str, type(None))
 """Types of settings by whose equality coefficients are the same."""
@@ -88,6 +92,15 @@ class Stepped:
     settings: Settings
     shape: torch.Size
 
+    @cached_property
+    def kind(self) -> Any:
+        """The same where a step calls the same functions: rule, settings, and what is frozen, tensors by their type."""
+        frozen = (
+            (key, value.dtype if isinstance(value, Tensor) else value if isinstance(value, NUMBERS) else type(value))
+            for key, value in self.frozen.items()
+        )
+        return id(self.rule), id(self.settings), tuple(frozen)
+
 
 class _Settled(NamedTuple):
     """Parameters whose steps have the same coefficients: their group, what is frozen of them, and its settings."""
@@ -97,12 +110,15 @@ class _Settled(NamedTuple):
     settings: tuple[tuple[str, Any], ...]
 
 
-def linear(cases: Mapping[Any, Stepped]) -> dict[Any, Linear]:
+def linear(cases: Mapping[Any, Stepped], proved: dict[Any, bool] | None = None) -> dict[Any, Linear]:
     """The coefficients of some parameters' steps under elementwise rules, float64; read in one transfer.
+
+    ``proved`` remembers of which kind of case inputs of one entry were seen to stand for whole ones, or not.
 
     Time: one evaluation of the rule for each of its inputs, and each of the parameters.
     """
-    rows = {key: _responses(case) for key, case in cases.items()}
+    proved = {} if proved is None else proved
+    rows = {key: _responses(case, proved) for key, case in cases.items()}
     asked: list[Tensor] = []
     for own in rows.values():
         asked += [number for row in own for value in row for number in _sameness(value)]
@@ -120,13 +136,26 @@ def linear(cases: Mapping[Any, Stepped]) -> dict[Any, Linear]:
     return found
 
 
-def _responses(case: Stepped) -> list[tuple[Tensor, ...]]:
+def _responses(case: Stepped, proved: dict[Any, bool]) -> list[tuple[Tensor, ...]]:
     """Responses of a step to ones in each of its inputs and zeros in the others: (n,), or (1,) where entries agree."""
-    rule, frozen = case.rule, case.frozen
     # Where nothing frozen has the parameter's shape, one entry stands for all.
-    shaped = [value for value in frozen.values() if isinstance(value, Tensor) and value.numel() > 1]
-    device = shaped[0].device if shaped else None
-    one = torch.ones(case.shape if shaped else (), dtype=torch.float64, device=device)
+    shaped = [value for value in case.frozen.values() if isinstance(value, Tensor) and value.numel() > 1]
+    if not shaped:
+        return _evaluated(case, torch.Size(()), None)
+    device = shaped[0].device
+    if all(value.shape == case.shape for value in shaped) and proved.get(case.kind, True):
+        # Inputs of one entry: what does not depend on what is frozen is computed once in place of n times.
+        found = result_or_error(lambda: _evaluated(case, torch.Size([1]), device), REFUSALS)
+        if case.kind not in proved:
+            proved[case.kind] = not isinstance(found, Exception) and _stand_for_all(found, case, device)
+        if proved[case.kind] and not isinstance(found, Exception) and _have_length(found, case):
+            return found
+    return _evaluated(case, case.shape, device)
+
+
+def _evaluated(case: Stepped, shape: torch.Size, device: torch.device | None) -> list[tuple[Tensor, ...]]:
+    rule = case.rule
+    one = torch.ones(shape, dtype=torch.float64, device=device)
     zero = torch.zeros_like(one)
     count = rule.stages + len(rule.memory)
     rows = []
@@ -134,14 +163,42 @@ def _responses(case: Stepped) -> list[tuple[Tensor, ...]]:
         inputs = [one if place == other else zero for other in range(count)]
         gradients = inputs[: rule.stages]
         memory = tuple(inputs[rule.stages :])
-        delta, after = rule.step(gradients[0] if rule.stages == 1 else tuple(gradients), memory, frozen, case.settings)
+        given = gradients[0] if rule.stages == 1 else tuple(gradients)
+        delta, after = rule.step(given, memory, case.frozen, case.settings)
         rows.append(tuple(value.reshape(-1) for value in (delta, *after)))
     return rows
 
 
+def _stand_for_all(rows: list[tuple[Tensor, ...]], case: Stepped, device: torch.device) -> bool:
+    """True where responses to inputs of one entry are those to whole ones, to the last bit at some of the entries."""
+    if not _have_length(rows, case):
+        return False
+    entries = case.shape.numel()
+    some = slice(None, None, -(-entries // COMPARED))
+    frozen = {k: v.reshape(-1)[some] if isinstance(v, Tensor) and v.numel() > 1 else v for k, v in case.frozen.items()}
+    shape = torch.Size([-(-entries // some.step)])
+    whole = _evaluated(replace(case, frozen=frozen, shape=shape), shape, device)
+    return all(
+        torch.equal((value[some] if value.shape[0] > 1 else value.expand(shape)), own)
+        for row, own_row in zip(rows, whole, strict=True)
+        for value, own in zip(row, own_row, strict=True)
+    )
+
+
+def _have_length(rows: list[tuple[Tensor, ...]], case: Stepped) -> bool:
+    """True where each response is one number for all entries, or one for each."""
+    lengths = (1, case.shape.numel())
+    return all(value.shape[0] in lengths and value.dtype == torch.float64 for row in rows for value in row)
+
+
 def _sameness(values: Tensor) -> tuple[Tensor, Tensor]:
     """The first entry, and whether all are like it."""
-    return values[0], (values == values[0]).all()
+    first = values[0]
+    if values.shape[0] == 1:
+        return first, TRUE
+    if values.is_cpu and first.item() != values[-1].item():  # off the CPU that would be a transfer
+        return first, FALSE
+    return first, (values == first).all()
 
 
 def _may_be_proportional(rows: list[tuple[Tensor, ...]]) -> bool:
@@ -154,8 +211,8 @@ def _proportionality(rows: list[tuple[Tensor, ...]]) -> list[Tensor]:
     if not _may_be_proportional(rows):
         return []
     (a, c), (b, d) = rows
-    scaled = b * (c[0] / d[0])
-    return [((a - scaled).abs() <= 1e-14 * a.abs()).all()]
+    difference = (b * (c[0] / d[0]) - a).abs_()
+    return [(difference <= a.abs().mul_(1e-14)).all()]
 
 
 def _ratio(table: Sequence[tuple[Coefficient, ...]], proportional: bool) -> float | None:
@@ -186,6 +243,7 @@ class StepAdjoint:
         self.shapes = shapes
         self.known = {} if known is None else known
         self._linear: dict[Any, Linear] = {}
+        self._proved: dict[Any, bool] = {}
         self._settings: dict[int, tuple[tuple[str, Any], ...] | None] = {}
 
     def linear(self, name: str) -> Linear | None:
@@ -199,12 +257,12 @@ class StepAdjoint:
             # Off the CPU they are found together, in one transfer; on it a few small ones, which takes less memory.
             frozen = [value for value in self.step.frozen[name].values() if isinstance(value, Tensor)]
             on_cpu = all(value.is_cpu for value in frozen)
-            alike = self._neighbours(name) if frozen and on_cpu else [name]
+            alike = self._alike[name] if frozen and on_cpu else (name,)
             if len(alike) > 1:
                 self._linear |= self._joined(alike)
                 return self._linear[key]
             cases = {self._key(other): self._stepped(other) for other in (alike if on_cpu else self.step.active)}
-            found = linear({other: case for other, case in cases.items() if case.rule.elementwise})
+            found = linear({other: case for other, case in cases.items() if case.rule.elementwise}, self._proved)
             self._linear |= found
             self._keep({other: own for other, own in found.items() if isinstance(other, _Settled)})
         return self._linear.get(key)
@@ -217,15 +275,9 @@ class StepAdjoint:
 
     def _joined(self, names: Sequence[str]) -> dict[str, Linear]:
         """The coefficients of parameters that step alike, from one evaluation of the rule on all of them end to end."""
-        first = self._stepped(names[0])
-        frozen = {
-            key: torch.cat([self.step.frozen[name][key].reshape(-1) for name in names])
-            if isinstance(value, Tensor)
-            else value
-            for key, value in first.frozen.items()
-        }
+        first, frozen = self._stepped(names[0]), frozen_of(self.step, names)
         sizes = [self.shapes[name].numel() for name in names]
-        whole = linear({"": replace(first, frozen=frozen, shape=torch.Size([sum(sizes)]))})[""]
+        whole = linear({"": replace(first, frozen=frozen, shape=torch.Size([sum(sizes)]))}, self._proved)[""]
         found = {}
         for name, end, size in zip(names, accumulate(sizes), sizes, strict=True):
             own = slice(end - size, end)
@@ -235,26 +287,10 @@ class StepAdjoint:
             found[name] = Linear(gradients, memory, whole.ratio)
         return found
 
-    def _neighbours(self, name: str) -> list[str]:
-        """The parameter and those after it that step alike: of one group, with equal numbers and tensors frozen."""
-        names = [other for other in self.shapes if other in self.step.active]
-        kind, entries = self._kind(name), self.shapes[name].numel()
-        found = [name]
-        for other in names[names.index(name) + 1 :]:
-            entries += self.shapes[other].numel()
-            if kind is None or entries > JOINED or self._kind(other) != kind:
-                break
-            found.append(other)
-        return found
-
-    def _kind(self, name: str) -> Any:
-        """Group, frozen numbers, and types of frozen tensors of a parameter; None where these have another shape."""
-        frozen = self.step.frozen[name].items()
-        tensors = {key: value for key, value in frozen if isinstance(value, Tensor)}
-        if any(value.shape != self.shapes[name] for value in tensors.values()):
-            return None
-        types = {key: value.dtype for key, value in tensors.items()}
-        return self.step.groups[name], types, {key: value for key, value in frozen if key not in tensors}
+    @cached_property
+    def _alike(self) -> dict[str, tuple[str, ...]]:
+        """The parameters that step like each one, itself included."""
+        return {name: names for names in stepping_alike(self.step, self.shapes) for name in names}
 
     def _stepped(self, name: str) -> Stepped:
         settings = self.step.hyperparameters_of(name)
@@ -280,9 +316,10 @@ class StepAdjoint:
         coefficients = self.linear(name)
         if coefficients is None:
             return self._differentiated(name)
-        gradients = [[_cast(c, dtype) for c in row] for row in coefficients.gradients]
-        memory = [[_cast(c, dtype) for c in row] for row in coefficients.memory]
         ratio = coefficients.ratio
+        memory = [[_cast(c, dtype) for c in row] for row in coefficients.memory]
+        # Those of the gradient are not read where u is a multiple of the memory's cotangent.
+        gradients = [[_cast(c, dtype) for c in row] for row in coefficients.gradients] if ratio is None else []
 
         def pull(where: slice, q: Tensor, held: list[Tensor | None]) -> list[Scaled]:
             if ratio is not None:

@@ -10,7 +10,7 @@ batch. Otherwise one cotangent of the optimizer's memory, (Q, P), is pulled thro
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -216,19 +216,18 @@ class BackwardSweep:
         give_back_freed_memory()
         adjoint, in_displacement, received = (taken_apart or self.take_apart)(segment, step)
         give_back_freed_memory()
-        if in_displacement:
-            products = q @ torch.stack(list(in_displacement.values()), dim=1)
-            for column, name in enumerate(in_displacement):
-                self.accumulator.channels[name] += products[:, column]
         totals = [Contributions(self.accumulator, self.shares, self.modules, step.index, one) for one in received]
         built: list[set[int]] = [set() for _ in totals]
         if self.cuts.batch.streamed:
+            self._book_added(in_displacement, q)
             self._streamed(step, adjoint, q, received, totals)
         else:
             rates = self._scalar_rates(adjoint, step, q, received[0], received[0].stage.parts)
             if rates:
+                self._book_added(in_displacement, q)
                 self.scaled.contract(step, q, rates, received[0], totals[0])
-            for name, where, pulled in self._pull_back_memory(step, adjoint, q, rates):
+            added = {} if rates else in_displacement  # met with columns while these are in cache, where all are formed
+            for name, where, pulled in self._pull_back_memory(step, adjoint, q, rates, added):
                 deliver_interrupt()
                 for place, u, scale in pulled:
                     totals[place].add(name, received[place].products(where, u, self._pushed), scale)
@@ -240,6 +239,13 @@ class BackwardSweep:
         for one, done in zip(received, built, strict=True):
             if self.builder is not None:
                 self._build(self.builder, step, one, done)
+
+    def _book_added(self, in_displacement: Mapping[str, Tensor], q: FactoredGradients) -> None:
+        """Book what the optimizer added to the displacement."""
+        if in_displacement:
+            products = q @ torch.stack(list(in_displacement.values()), dim=1)
+            for column, name in enumerate(in_displacement):
+                self.accumulator.channels[name] += products[:, column]
 
     def take_apart(self, segment: Segment, step: Step) -> TakenApart:
         """Adjoint of a step, what the optimizer added, and the gradients of its samples."""
@@ -322,9 +328,17 @@ class BackwardSweep:
     # -- all other steps: columns of the queries' cotangents, block by block ----------------------------------
 
     def _pull_back_memory(
-        self, step: Step, adjoint: StepAdjoint, q: FactoredGradients, rates: dict[str, float]
+        self,
+        step: Step,
+        adjoint: StepAdjoint,
+        q: FactoredGradients,
+        rates: dict[str, float],
+        added: Mapping[str, Tensor],
     ) -> Iterator[tuple[str, slice, list[tuple[int, Tensor, float]]]]:
-        """Pull the columns of all parameters but the scaled ones back; (stage, u, scale) while they are in cache."""
+        """Pull the columns of all parameters but the scaled ones back; (stage, u, scale) while they are in cache.
+
+        What the optimizer ``added`` to the displacement of these parameters is booked.
+        """
         like = torch.empty(0, dtype=self.dtype, device=self.shares.device)
         for name in self.layout.names:
             if name not in step.active or name in rates:
@@ -338,6 +352,8 @@ class BackwardSweep:
                     columns = q.columns(where, self.dtype)
                 else:  # what the adjoint returns is never what it was given
                     columns = q.fill_columns(where, self._of_queries.empty(self.count, where.stop - where.start, like))
+                for channel, vector in added.items():
+                    self.accumulator.channels[channel] += columns @ vector[where].to(self.dtype)
                 found = pull(inside, columns, held)
                 kept = held
                 if any(cotangent is not None for cotangent in held):
@@ -384,7 +400,7 @@ class BackwardSweep:
                 assert isinstance(part, FactoredGradients)  # streamed ones are formed
                 if rates is None:
                     rates = self._scalar_rates(adjoint, step, q, one, [part])
-                    columns = list(self._pull_back_memory(step, adjoint, q, rates))
+                    columns = list(self._pull_back_memory(step, adjoint, q, rates, {}))
                     rate = self.scaled.scale(rates)
                     for where, own, u, scale in ((w, *one_pulled) for _, w, pulled in columns for one_pulled in pulled):
                         received[own].keep(where, u, scale)

@@ -111,13 +111,13 @@ class Queries:
     def _components(self) -> int | None:
         return None if self.scalar else self.components
 
-    def gradients(self, theta: Float[Tensor, " P"]) -> FactoredGradients:
-        """∇h at θ."""
+    def gradients(self, theta: Float[Tensor, " P"], along: Float[Tensor, " P"] | None = None) -> FactoredGradients:
+        """∇h at θ; where rows are formed, with their products with a direction at hand."""
         layout, function = self.function.layout, self.function
         if self.passes is None or self.passes >= count(self.inputs):
             context, components = self._context, self._components
             found = self.source.gradients(theta, self.inputs, self.functional, context, components, function)
-            return found if self.passes is None else found.formed(self.source.workspace)
+            return found if self.passes is None else found.formed(self.source.workspace, along)
         dtype, begin = accumulation_dtype(function.dtype), 0
         # Given back after the step: where queries are taken in passes, the budget has no room for what is kept.
         rows = row_memory(layout, len(self), dtype, function.device, Workspace(0))
@@ -279,7 +279,7 @@ class GradientStep:
         return self.queries.values(theta) if known is None else known
 
     def _evaluate(self, theta: Tensor) -> Any:
-        return self.queries.gradients(theta)
+        return self.queries.gradients(theta, self.delta)
 
     def gradient(self, time: float) -> Any:
         """∇h at start + time·Δ."""

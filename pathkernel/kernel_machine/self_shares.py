@@ -69,7 +69,7 @@ class OwnSweep(BackwardSweep):
         give_back_freed_memory()
         adjoint = StepAdjoint(self.rule, step, self.shapes)
         stages = self.gradients.stages(step, rows=True, passes=self.passes)
-        pulled = self._pull_back_memory(step, adjoint, q, {})
+        pulled = self._pull_back_memory(step, adjoint, q, {}, {})
         if self.cuts.batch.streamed:  # rows are made anew each time they are gone through: once, for all columns
             blocks_of_columns = list(pulled)
             for place, stage in enumerate(stages):

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from pathkernel.runtime.transfers import numbers
+from pathkernel.trajectory.alike import apart, moved_alike
 from pathkernel.trajectory.step import LOADED, Step
 from pathkernel.trajectory.trajectory import Trajectory
 from pathkernel.update_rules.rule import Frozen, Memory, Settings, UpdateRule
@@ -138,10 +139,19 @@ class _Move:
 
 @dataclass
 class _Followed:
-    """The optimizer's memory along a stretch, and the size that displacements had lately, by parameter name."""
+    """The optimizer's memory along a stretch, and the size that displacements had lately, by parameter name.
+
+    ``joined`` is the same memory of parameters that were compared as one vector in the step before.
+    """
 
     memory: dict[str, Memory]
     lately: dict[str, float] = field(default_factory=dict)
+    joined: dict[tuple[str, ...], Memory] = field(default_factory=dict)
+
+    def rounding(self, name: str, theta: float, moved: float, epsilon: float) -> float:
+        """Difference up to which it is rounding, from ‖θ‖ and ‖Δ‖, which is taken note of."""
+        self.lately[name] = lately = max(FORGOTTEN * self.lately.get(name, 0.0), moved)
+        return epsilon * (ROUNDINGS_OF_PARAMETERS * theta + ROUNDINGS * lately)
 
 
 class Discrepancies:
@@ -211,6 +221,14 @@ class Discrepancies:
                 self._compare(step, followed)
         self._sum_up()
 
+    @property
+    def _difference(self) -> Tensor:
+        """Differences of all steps so far, added up, (P,)."""
+        if self._left is None:
+            size, device = self.trajectory.layout.size, self.trajectory.device
+            self._left = torch.zeros(size, dtype=torch.float64, device=device)
+        return self._left
+
     def _sum_up(self) -> None:
         if self._left is not None:
             self.rounding = self._left.norm().item()
@@ -267,13 +285,35 @@ class Discrepancies:
         asked = (norm for move in moves.values() for norm in (move.theta, move.moved.norm(), move.found[0].norm()))
         sizes = iter(numbers(list(asked)))
         for name, move in moves.items():
-            theta = next(sizes)
-            followed.lately[name] = lately = max(FORGOTTEN * followed.lately.get(name, 0.0), next(sizes))
-            move.rounding = self._epsilon * (ROUNDINGS_OF_PARAMETERS * theta + ROUNDINGS * lately)
+            move.rounding = followed.rounding(name, next(sizes), next(sizes), self._epsilon)
             move.size = next(sizes)
         return moves
 
+    def _alike(self, step: Step, followed: _Followed) -> bool:
+        """Compare parameters that step alike as one vector; False, and nothing noted, where any is beyond rounding."""
+        layout, rule = self.trajectory.layout, self.trajectory.rule
+        if not rule.elementwise or len(step.active) < len(layout.names):
+            return False
+        known = followed.memory, followed.joined
+        found = list(moved_alike(rule, step, layout.slices, self._shapes, *known))
+        sizes = iter(numbers([size for own in found for size in own.sizes]))
+        lately = dict(followed.lately)
+        for name in (name for own in found for name in own.names):
+            rounding = followed.rounding(name, next(sizes), next(sizes), self._epsilon)
+            if not next(sizes) <= rounding:
+                followed.lately = lately
+                return False
+        followed.joined = {}
+        for own in found:
+            followed.joined[own.names] = own.after
+            followed.memory |= apart(own.after, own.names, self._shapes)
+            self._difference[own.where] += own.difference
+        return True
+
     def _compare(self, step: Step, followed: _Followed) -> None:
+        if self._alike(step, followed):
+            return
+        followed.joined = {}
         moves = self._moves(step, followed)
         differences = {name: move.found[0] for name, move in moves.items()}
         carried = {name: move.found[1] for name, move in moves.items()}
@@ -287,11 +327,8 @@ class Discrepancies:
         still = self._moved_without_gradient(step)
         found = Discrepancy(found.scale, found.memory, {**found.displacement, **still})
         followed.memory |= carried
-        if self._left is None:
-            size, device = self.trajectory.layout.size, self.trajectory.device
-            self._left = torch.zeros(size, dtype=torch.float64, device=device)
         for name, difference in differences.items():
-            self._left[self.trajectory.layout.slices[name]] += difference.reshape(-1)
+            self._difference[self.trajectory.layout.slices[name]] += difference.reshape(-1)
         if found:
             self._keep(step.index, found, beyond | {name: shift.norm().item() for name, shift in still.items()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -79,7 +80,13 @@ def decoupled_decay(observed: Observation, settings: Settings) -> float:
     if settings.get("fused", False) and observed.device != "cpu":
         return -decay
     working = torch.promote_types(observed.parameter.dtype, torch.float32)
-    return torch.tensor(1 - decay, dtype=working).item() - 1
+    return _rounded(1 - decay, working) - 1
+
+
+@lru_cache(maxsize=64)
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    """A number as it is in a floating type; every parameter of every step asks, nearly always for the same."""
+    return float(torch.tensor(number, dtype=dtype).item())
 
 
 def decay_of_gradient(parameter: Tensor, settings: Settings) -> dict[str, Tensor]:

@@ -175,8 +175,11 @@ class UpdateRule(ABC):
         """The gradient with all that the optimizer adds to it, and all that it adds to the displacement."""
         for term in self.gradient_sources(parameter, frozen, settings).values():
             gradient = gradient + term
+        terms = [*self.displacement_sources(parameter, frozen, settings).values()]
+        if len(terms) == 1 and terms[0].shape == gradient.shape and terms[0].dtype == gradient.dtype:
+            return gradient, terms[0]
         displacement = torch.zeros_like(gradient)
-        for term in self.displacement_sources(parameter, frozen, settings).values():
+        for term in terms:
             displacement = displacement + term
         return gradient, displacement
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 import pathkernel as pk
 from pathkernel import reference
 from pathkernel.gradients.layers.recorded_passes import RecordedPasses
-from pathkernel.kernel_machine import adjoint, memory_plan, queries
+from pathkernel.kernel_machine import memory_plan, queries
 from pathkernel.kernel_machine.adjoint import StepAdjoint
 from pathkernel.kernel_machine.block_memory import BlockMemory
 from pathkernel.kernel_machine.memory_plan import LONG
 from pathkernel.kernel_machine.memory_plan import STEPS as NUMBERS
 from pathkernel.runtime.allocations import Allocations
+from pathkernel.trajectory import alike
 
 DOUBLE, SINGLE = TOLERANCES[torch.float64], TOLERANCES[torch.float32]
 MOST, STEPS = NUMBERS
@@ -215,7 +216,7 @@ def test_coefficients_found_at_once_are_those_of_each_parameter(
     run = record("conv_group_norm", optimizer=optimizer)
     layout, found = run.trajectory.layout, []
     for most in (2**16, 0, 12):
-        monkeypatch.setattr(adjoint, "JOINED", most)
+        monkeypatch.setattr(alike, "JOINED", most)
         shapes = dict(zip(layout.names, layout.shapes, strict=True))
         of_steps = [StepAdjoint(run.trajectory.rule, step, shapes) for step in run.trajectory.steps()]
         found.append([[own.linear(name) for name in layout.names] for own in of_steps])

@@ -370,7 +370,7 @@ class Piece:
 
     def to(self, dtype: torch.dtype) -> Piece:
         """Convert to another floating type."""
-        return replace(self, factor=self.factor.to(dtype))
+        return self if dtype == self.factor.dtype else replace(self, factor=self.factor.to(dtype))
 
     def separated(self) -> list[tuple[slice, Factor]]:
         """Weight and bias, each with its part of θ."""
@@ -391,4 +391,9 @@ def joined(factors: Sequence[Factor]) -> Factor:
     if not others:
         return first
     found = first.joined(others)
-    return Dense(torch.stack([factor.rows() for factor in factors]).sum(dim=0)) if found is None else found
+    if found is not None:
+        return found
+    total = first.rows() + others[0].rows()  # in memory of its own: rows may be what is stored
+    for factor in others[1:]:
+        total += factor.rows()
+    return Dense(total)

@@ -276,7 +276,14 @@ class Tape:
             for call, key, signal in uses:
                 self._pull(call, key, signal, identity, alone)
             own[name] = self._pieces_of(name, alone[name])
+        if not self.proving:  # once for all rules: which it was is no matter then
+            self._check_read("a rule")
         return [piece for pieces in own.values() for piece in pieces]
+
+    def _check_read(self, who: str) -> None:
+        """Refuse rules that write on activations: every later use would be wrong, by the same layer or another."""
+        if any(leaf._version != version for leaf, version in self._read):
+            raise NoRule(f"{who} writes on what its layer read")
 
     def _pull(
         self,
@@ -291,9 +298,8 @@ class Tape:
 
         def pull() -> None:
             factor = call.gradients[key](signal)
-            if any(leaf._version != version for leaf, version in self._read):
-                # Every later use of an activation would be wrong, by this layer or another.
-                raise NoRule(f"the rule of {call.function} writes on what its layer read")
+            if self.proving:
+                self._check_read(f"the rule of {call.function}")
             if (factor.samples, factor.components) != signal.shape[:2] or factor.samples != self.n:
                 raise NoRule(f"the rule of {call.function} gives gradients of another number of samples")
             if self._is_head(call, identity):
