@@ -194,15 +194,6 @@ def random_directions(size: int, count: int, seed: int = 0) -> Float[Tensor, "co
     return torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def uniform_directions(size: int, count: int, seed: int = 0) -> Float[Tensor, "count P"]:
-    """The same of uniform entries, mean 0 and variance 1: they too are orthogonal to nothing, in a seventh of the time.
-
-    For comparisons alone, where no result depends on which they are.
-    """
-    drawn = torch.from_numpy(np.random.default_rng(seed).random((count, size)))
-    return drawn.sub_(0.5).mul_(math.sqrt(12.0))
-
-
 def random_signs(size: int, seed: int) -> Float[Tensor, "1 P"]:
     """A direction of entries 1 and -1, float64: normal numbers of a large network take longer than its passes."""
     drawn = np.frombuffer(np.random.default_rng(seed).bytes(-(-size // 8)), dtype=np.uint8)

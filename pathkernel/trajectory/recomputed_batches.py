@@ -27,7 +27,7 @@ from pathkernel.gradients.losses import (
 )
 from pathkernel.gradients.low_types import low_types
 from pathkernel.gradients.model_function import ModelFunction
-from pathkernel.gradients.per_sample import uniform_directions
+from pathkernel.gradients.per_sample import random_directions
 from pathkernel.gradients.pushed_shares import products_together
 from pathkernel.gradients.pytrees import blocks, count, take
 from pathkernel.gradients.returned import batch_outputs, map_outputs, output_leaves
@@ -185,7 +185,7 @@ class RecomputedBatches:
             found: list[Tensor] = []
             for rows, piece, cotangents in self._rows(batch, function, point, inputs, targets, passes, held):
                 if measured:
-                    v = uniform_directions(function.layout.size, DIRECTIONS)
+                    v = random_directions(function.layout.size, DIRECTIONS)
                     whole = piece is not None
                     found = [rows @ v.T] if whole else [*found, rows @ v.T]  # a part of the rows of a whole batch
                     if whole or sum(len(part) for part in found) == len(cotangents):
