@@ -28,7 +28,7 @@ class _StoppedGradients(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = function(*args, **(kwargs or {}))
         if function is torch._C._set_grad_enabled:
-            torch._C._set_fwd_grad_enabled(args[0])  # type: ignore[attr-defined]  # has no public name
+            torch._C._set_fwd_grad_enabled(args[0])  # which has no public name
         return found
 
 
@@ -40,12 +40,12 @@ def gradients_stopped() -> Iterator[None]:
     goes on in there.
     """
     with torch.enable_grad():  # or the end of that block would not be told from its beginning
-        enabled = torch._C._is_fwd_grad_enabled()  # type: ignore[attr-defined]
+        enabled = torch._C._is_fwd_grad_enabled()
         try:
             with _StoppedGradients():
                 yield
         finally:  # a network may leave in the middle
-            torch._C._set_fwd_grad_enabled(enabled)  # type: ignore[attr-defined]
+            torch._C._set_fwd_grad_enabled(enabled)
 
 
 def push_forward(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor) -> Tensor:
