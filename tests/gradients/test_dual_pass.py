@@ -164,3 +164,18 @@ def test_products_of_coupled_samples_are_those_of_rows() -> None:
     samples, directions = samples_of(Residual(F.relu))
     torch.testing.assert_close(samples.products(directions), samples._by_rows(directions), rtol=1e-8, atol=1e-8)
     assert per_sample.without_dual_passes(samples.function)  # one was taken
+
+
+class Particular(nn.Module):
+    """Has an exception of its own for tensors of classes that it does not know."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, dual_pass.Dual):
+            raise ArithmeticError("no tensor of this class")
+        return x
+
+
+def test_a_network_that_refuses_a_dual_pass_in_its_own_words_goes_on_without() -> None:
+    samples, directions = samples_of(nn.Sequential(Residual(F.relu), Particular()))
+    torch.testing.assert_close(samples.products(directions), samples._by_rows(directions), rtol=1e-8, atol=1e-8)
+    assert not samples.costs.refused and not per_sample.without_dual_passes(samples.function)
