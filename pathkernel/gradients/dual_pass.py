@@ -96,7 +96,10 @@ class Dual(Tensor):
         cls, operation: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if operation is aten.detach.default:  # a constant, as autograd has it
+        if not torch.is_grad_enabled():  # by the network, or by a function that has a derivative of its own
+            raise NotImplementedError(f"{operation} where no gradients are taken")
+        if operation is aten.detach.default:  # a constant, as autograd has it, in the same memory
+            args[0].aliased = True
             return args[0].value
         if (functional := CHANGING.get(operation)) is not None:
             return _changed(args[0], functional, args, kwargs)
@@ -114,7 +117,7 @@ def dual_outputs(
         Whatever torch raises in a network that has operations which this does not cover.
     """
     duals = {name: Dual.of(value, [own[name] for own in tangents]) for name, value in parameters.items()}
-    with torch.no_grad():
+    with torch.enable_grad():  # of which no value here has any: what a network does without is told by it
         outputs = run(duals)
     return list(outputs.tangents) if isinstance(outputs, Dual) else [torch.zeros_like(outputs) for _ in tangents]
 
@@ -277,6 +280,11 @@ def _restrided(given: Dual, size: Sequence[int], stride: Sequence[int], offset: 
     return given
 
 
+def _padded(given: Dual, widths: Sequence[int], value: float = 0) -> Dual:
+    padded = aten.constant_pad_nd
+    return Dual.of(padded(given.value, widths, value), [padded(own, widths) for own in given.tangents])
+
+
 def _largest(given: Dual, *how: Any) -> tuple[Any, ...]:
     y, places = aten.max_pool2d_with_indices(given.value, *how)
     flat = places.flatten(-2)
@@ -310,6 +318,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.div.Tensor: _divide,
     aten.cat.default: _concatenate,
     aten.as_strided_.default: _restrided,
+    aten.constant_pad_nd.default: _padded,
 }
 """Operations of several values."""
 
@@ -318,7 +327,7 @@ LINEAR = {
     aten.permute.default, aten.expand.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
     aten.slice.Tensor, aten.select.int, aten.clone.default, aten.alias.default, aten.neg.default, aten.mean.dim,
     aten.mean.default, aten.sum.dim_IntList, aten.sum.default, aten.avg_pool2d.default,
-    aten._adaptive_avg_pool2d.default, aten.constant_pad_nd.default,
+    aten._adaptive_avg_pool2d.default,
 }  # fmt: skip
 """Operations that are linear in what they are given first."""
 

@@ -5,18 +5,47 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from torch.overrides import TorchFunctionMode
 
 from pathkernel.gradients.forward_state import generator_states, set_generators
 from pathkernel.runtime.interrupts import result_or_error
 
 REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, AssertionError)
 """Exceptions that torch raises in a call that a transformation does not cover."""
+
+
+class _StoppedGradients(TorchFunctionMode):
+    """Stops tangents where the gradient is stopped."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if function is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(args[0])  # which has no public name
+        return found
+
+
+@contextmanager
+def gradients_stopped() -> Iterator[None]:
+    """Differentiate forward inside as reverse sweeps differentiate.
+
+    What a network computes inside `torch.no_grad()` is a constant to reverse sweeps; torch's forward differentiation
+    goes on in there.
+    """
+    with torch.enable_grad():  # or the end of that block would not be told from its beginning
+        enabled = torch._C._is_fwd_grad_enabled()
+        try:
+            with _StoppedGradients():
+                yield
+        finally:  # a network may leave in the middle
+            torch._C._set_fwd_grad_enabled(enabled)
 
 
 def push_forward(function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor) -> Tensor:
@@ -26,7 +55,12 @@ def push_forward(function: Callable[[Tensor], Tensor], point: Tensor, direction:
     :math:`J v = \partial_u \langle J^\top u, v\rangle`.
     """
     load_transformations()
-    found = result_or_error(lambda: jvp(function, (point,), (direction,))[1], REFUSALS)
+
+    def pushed() -> Tensor:
+        with gradients_stopped():
+            return jvp(function, (point,), (direction,))[1]
+
+    found = result_or_error(pushed, REFUSALS)
     return push_by_reversing(function, point, direction) if isinstance(found, Exception) else found
 
 
@@ -38,7 +72,7 @@ def push_dual(function: Callable[[Tensor], Tensor], point: Tensor, direction: Te
     """
 
     def pushed() -> Tensor:
-        with forward_ad.dual_level():
+        with gradients_stopped(), forward_ad.dual_level():
             primal, tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(point, direction)))
         return torch.zeros_like(primal) if tangent is None else tangent
 

@@ -18,6 +18,7 @@ from pathkernel.errors import InputError
 from pathkernel.gradients.dual_pass import dual_outputs
 from pathkernel.gradients.forward_derivatives import (
     REFUSALS,
+    gradients_stopped,
     load_transformations,
     push_by_reversing,
     push_dual,
@@ -283,7 +284,7 @@ def output_products(
         def one(tangent: Parameters) -> Tensor:
             return jvp(lambda parameters: function.batch(parameters, inputs), (own,), (tangent,))[1]
 
-        with function.evaluating(gradients=False), function.kept(), QUIET_FALLBACKS:
+        with function.evaluating(gradients=False), function.kept(), QUIET_FALLBACKS, gradients_stopped():
             if len(some) == 1:
                 return one({name: value[0] for name, value in tangents.items()}).unsqueeze(0).double()
             return vmap(one)(tangents).double()
@@ -324,7 +325,7 @@ def _by_dual_pass(function: ModelFunction, point: Tensor, inputs: PyTree, direct
         return torch.stack(dual_outputs(run, unflatten(point), [unflatten(one) for one in directions])).double()
 
     with function.evaluating(gradients=False), function.kept():
-        found = result_or_error(pushed, REFUSALS)
+        found = result_or_error(pushed, (Exception,))  # it need not be one of torch's
     function.row_routes[key] = "none" if isinstance(found, Exception) else "dual"
     return None if isinstance(found, Exception) else found
 

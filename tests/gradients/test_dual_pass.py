@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,23 @@ class Residual(nn.Module):
         inner = self.inplace(inner) * self.scale
         joined = torch.cat([self.pool(inner), F.avg_pool2d(x, 2) / 2 - 0.5], dim=1)
         return self.head(F.adaptive_avg_pool2d(joined, 1).flatten(1))
+
+
+class Reversed(torch.autograd.Function):
+    """Nothing forward, and the sign of gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return -gradients[0]
+
+
+def stopped(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return function(x)
 
 
 def case(network: nn.Module) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], Tensor]:
@@ -96,6 +114,9 @@ def test_tangents_are_kept_from_the_second_time_on() -> None:
         lambda p: p["w"].view(2, 2).relu_(),  # others see the same memory
         lambda p: torch.ones(4).add_(p["w"]),  # a constant would become a function of parameters
         lambda p: F.dropout(p["w"], 0.5),
+        lambda p: p["w"] - stopped(torch.mean, p["w"]),  # a constant to reverse sweeps
+        lambda p: Reversed.apply(p["w"]),  # whose derivative it would not ask for
+        lambda p: (lambda x: x.detach() * x.relu_())(p["w"] * 2.0),  # what is detached lies in the same memory
     ],
 )
 def test_what_it_does_not_cover_is_refused(run: Callable[[dict[str, Tensor]], Tensor]) -> None:
@@ -106,6 +127,11 @@ def test_what_it_does_not_cover_is_refused(run: Callable[[dict[str, Tensor]], Te
 def test_a_detached_value_is_a_constant() -> None:
     found = dual_outputs(lambda p: p["w"] * p["w"].detach(), {"w": torch.full((2,), 3.0)}, [{"w": torch.ones(2)}])
     assert found[0].tolist() == [3.0, 3.0]
+
+
+def test_what_pads_a_value_has_no_tangent() -> None:
+    found = dual_outputs(lambda p: F.pad(p["w"] * 2.0, (1, 2), value=7.0), {"w": torch.ones(2)}, [{"w": torch.ones(2)}])
+    assert found[0].tolist() == [0.0, 2.0, 2.0, 0.0, 0.0]
 
 
 def samples_of(network: nn.Module) -> tuple[CoupledSamples, Tensor]:
@@ -138,3 +164,18 @@ def test_products_of_coupled_samples_are_those_of_rows() -> None:
     samples, directions = samples_of(Residual(F.relu))
     torch.testing.assert_close(samples.products(directions), samples._by_rows(directions), rtol=1e-8, atol=1e-8)
     assert per_sample.without_dual_passes(samples.function)  # one was taken
+
+
+class Particular(nn.Module):
+    """Has an exception of its own for tensors of classes that it does not know."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, dual_pass.Dual):
+            raise ArithmeticError("no tensor of this class")
+        return x
+
+
+def test_a_network_that_refuses_a_dual_pass_in_its_own_words_goes_on_without() -> None:
+    samples, directions = samples_of(nn.Sequential(Residual(F.relu), Particular()))
+    torch.testing.assert_close(samples.products(directions), samples._by_rows(directions), rtol=1e-8, atol=1e-8)
+    assert not samples.costs.refused and not per_sample.without_dual_passes(samples.function)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import BATCHES, QUERIES, SAMPLES, Recording, generator, make_inputs, make_model, record, smallest_budget
-from torch import nn
+from torch import Tensor, nn
 
 import pathkernel as pk
 from pathkernel import errors, reference
@@ -58,6 +58,32 @@ def test_the_factors_of_a_form_multiply_to_the_shares(name: str, form: str) -> N
     np.testing.assert_allclose(why.form.shares, why.shares, rtol=0, atol=1e-9)
     channels = sum(why.channels.values())
     np.testing.assert_allclose(why.form.shares.sum(axis=1) + channels, why.output, rtol=0, atol=1e-9)
+
+
+class Stopped(nn.Module):
+    """Takes a part of the mean away, which is a constant to the training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            mean = x.mean(dim=1, keepdim=True)
+        return x - 0.7 * mean
+
+
+@pytest.mark.parametrize("middle", [[], [nn.BatchNorm1d(6)]], ids=["", "batch_norm"])
+def test_factors_of_a_network_that_stops_gradients_multiply_to_the_shares(middle: list[nn.Module]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), *middle, Stopped(), nn.Tanh(), nn.Linear(6, 3)).double()
+    optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
+    X, y = make_inputs(SAMPLES), torch.randint(3, (SAMPLES,), generator=generator(2))
+    with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+        for ids in BATCHES:
+            x, target = recorder.batch(list(ids))
+            optimizer.zero_grad()
+            loss(model(x), target).backward()
+            optimizer.step()
+    why = pk.KernelMachine(recorder.trajectory, form="average").explain(make_inputs(QUERIES, seed=3), outputs=0)
+    np.testing.assert_allclose(why.form.shares, why.shares, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["folded", "chord"])

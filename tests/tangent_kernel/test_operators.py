@@ -212,3 +212,26 @@ def test_weights_and_diagonals_of_a_sum() -> None:
         term.weight * kernel.engine.gram(term.theta, X, None, context, None, term.preconditioner) for term in terms
     )
     close(KernelOperator(terms, lambda _: kernel.engine, (X, context)) @ np.eye(len(X)), expected)
+
+
+class Stopped(nn.Module):
+    """Takes a part of the mean away, which is a constant to reverse sweeps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            mean = x.mean(dim=1, keepdim=True)
+        return x - 0.7 * mean
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "jacobian", "products"])
+def test_networks_that_stop_gradients_have_one_kernel(engine: str) -> None:
+    """Torch's forward differentiation goes on inside `torch.no_grad()`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 6), Stopped(), nn.Tanh(), nn.Linear(6, 3)).double()
+    X, v = make_inputs(5), np.arange(5.0)
+    rows = [torch.autograd.grad(network(x[None])[0, c], list(network.parameters())) for x in X for c in range(3)]
+    J = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows]).view(5, 3, -1).flatten(1).numpy()
+    kernel = pk.TangentKernel(network, engine=engine)
+    close(kernel(X), J @ J.T)
+    close(kernel.operator(X) @ v, J @ J.T @ v)
