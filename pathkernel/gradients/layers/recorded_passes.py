@@ -24,6 +24,7 @@ from pathkernel.gradients.arguments import same_arguments
 from pathkernel.gradients.forward_state import QUIET_FALLBACKS
 from pathkernel.gradients.layers.batch_axis import Arrangement, Roles
 from pathkernel.gradients.layers.factors import Piece
+from pathkernel.gradients.layers.hidden_values import HiddenValues, hidden
 from pathkernel.gradients.layers.rules import NoRule
 from pathkernel.gradients.layers.stacked_pieces import StackedPieces
 from pathkernel.gradients.layers.tape import Tape
@@ -100,6 +101,9 @@ class _Operation:
         What the leaves are leaves of.
     last
         Registers that nobody reads afterwards.
+    shapes
+        Of the results, where they may depend on the numbers that the operation is given: what Python makes of another
+        one is not on record.
     """
 
     function: Any
@@ -109,6 +113,7 @@ class _Operation:
     returned: tuple[int, ...]
     tree: Any = None
     last: tuple[int, ...] = ()
+    shapes: tuple[torch.Size, ...] | None = None
 
     @property
     def kept(self) -> bool:
@@ -130,8 +135,14 @@ class _Operation:
         else:
             for register, own in zip(self.returned, pytree.tree_leaves(found), strict=True):
                 registers[register] = own
+        if self.shapes is not None and self.shapes != _shapes(found):
+            raise NoRule("a pass whose shapes depend on its values")
         for register in self.last:
             registers[register] = None
+
+
+def _shapes(tree: Any) -> tuple[torch.Size, ...]:
+    return tuple(leaf.shape for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 class _Registers:
@@ -207,7 +218,12 @@ def _noted(calls: Iterable[_Call], registers: _Registers, writes: bool) -> list[
         tensors = tuple((i, registers.of_argument(leaf)) for i, leaf in enumerate(own) if isinstance(leaf, Tensor))
         template = [None if isinstance(leaf, Tensor) else leaf for leaf in own]
         returned = tuple(registers.unused() if own is None else registers.of_result(own) for own in call.returned)
-        found.append(_Operation(call.operation, template, call.named, tensors, returned, tree if deep else None))
+        # Indices, masks, lengths: of whole numbers, not all operations whose results have other shapes are tagged.
+        whole = any(isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in leaves)
+        varies = whole or torch.Tag.dynamic_output_shape in call.operation.tags
+        shapes = _shapes(call.returned) if varies else None
+        form = tree if deep else None
+        found.append(_Operation(call.operation, template, call.named, tensors, returned, form, shapes=shapes))
     return found
 
 
@@ -245,7 +261,8 @@ class Program:
     Raises
     ------
     NoRule
-        Where a pass draws random numbers, looks at its values, or writes on what it was given; and what tapes raise.
+        Where a pass draws random numbers, looks at its values, or writes on what it was given; and what tapes raise, and
+        who looks at values that are hidden.
     """
 
     def __init__(
@@ -260,11 +277,16 @@ class Program:
         theta, inputs = function.cast(theta).clone(), pytree.tree_map(torch.clone, function.cast(inputs))
         given = [theta, *pytree.tree_leaves(inputs)]
         forward, backward = _Listener(), _Listener()
+        known = arrangements, {}, None, roles
         with forward:
-            tape = _PulledBack(function, theta, inputs, arrangements, {}, None, roles)
+            tape = _PulledBack(function, theta, inputs, *known)
         generator = torch.Generator().manual_seed(components)
         drawn = torch.randn(components, *tape.outputs.shape, generator=generator, dtype=torch.float64)
         cotangents = [own.clone() for own in drawn.to(tape.outputs)]
+        with HiddenValues():
+            unseen = _PulledBack(function, hidden(theta), hidden(inputs), *known)
+            unseen.pulled_back(hidden(cotangents))
+            del unseen
         with backward:
             self.forms = tape.pulled_back(cotangents)
         self.n, self.samples = tape.n, len(given) - 1

@@ -1,0 +1,73 @@
+"""Passes whose numbers nothing but torch's kernels can read.
+
+Operations that are noted once and repeated on other samples must not depend on what the samples are. `Tensor.item` is
+an operation itself, and seen; but numpy, `Tensor.tolist` and some functions of torch (`torch.tensor_split`, recurrent
+layers of packed sequences) read memory, and choose by it which operations there are. No comparison finds out what they
+choose on samples that come later. So they are given tensors without memory, which they refuse.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pathkernel.gradients.layers.rules import NoRule
+
+
+class _Hidden(Tensor):
+    """A tensor whose numbers are those of another one, which only kernels see."""
+
+    own: Tensor
+
+    @staticmethod
+    def __new__(cls, own: Tensor) -> _Hidden:
+        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        layout = {"strides": own.stride(), "storage_offset": own.storage_offset(), "layout": own.layout}
+        found: _Hidden = make(cls, own.shape, dtype=own.dtype, device=own.device, **layout)
+        found.own = own
+        return found
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _with_hidden(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        raise NoRule("a pass that looks at its values")
+
+
+class HiddenValues(TorchDispatchMode):
+    """Inside, what operations return has no memory that anybody else could read; who tries gets an error."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _with_hidden(func, args, kwargs or {})
+
+
+def hidden(tree: Any) -> Any:
+    """Tensors without memory that stand for others."""
+    return pytree.tree_map_only(Tensor, _Hidden, tree)
+
+
+def _with_hidden(function: Any, arguments: Any, named: Any) -> Any:
+    known: dict[int, _Hidden] = {}
+
+    def shown(leaf: Any) -> Any:
+        if not isinstance(leaf, _Hidden):
+            return leaf
+        known[id(leaf.own)] = leaf
+        return leaf.own
+
+    def covered(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            if leaf is not None:
+                raise NoRule("a pass that looks at its values")
+            return leaf
+        return leaf if isinstance(leaf, _Hidden) else known[id(leaf)] if id(leaf) in known else _Hidden(leaf)
+
+    arguments, named = pytree.tree_map(shown, (arguments, named))
+    return pytree.tree_map(covered, function(*arguments, **named))
