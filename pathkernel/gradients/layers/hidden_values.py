@@ -54,6 +54,7 @@ def hidden(tree: Any) -> Any:
 
 
 def _with_hidden(function: Any, arguments: Any, named: Any) -> Any:
+    """What an operation returns, of the numbers of the tensors that it is given."""
     known: dict[int, _Hidden] = {}
 
     def shown(leaf: Any) -> Any:
@@ -62,12 +63,24 @@ def _with_hidden(function: Any, arguments: Any, named: Any) -> Any:
         known[id(leaf.own)] = leaf
         return leaf.own
 
-    def covered(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            if leaf is not None:
-                raise NoRule("a pass that looks at its values")
-            return leaf
-        return leaf if isinstance(leaf, _Hidden) else known[id(leaf)] if id(leaf) in known else _Hidden(leaf)
-
+    schema = function._schema
     arguments, named = pytree.tree_map(shown, (arguments, named))
+    if known and schema.is_mutable:
+        for place, argument in enumerate(schema.arguments):
+            written = arguments[place] if place < len(arguments) else named.get(argument.name)
+            if argument.alias_info is not None and argument.alias_info.is_write and id(written) not in known:
+                raise NoRule("a pass that writes its values to where they could be read")
+    # Of constants, what may be written on later. Indices stay: the places of parameters are reckoned with them.
+    new = not any(returned.alias_info for returned in schema.returns)
+
+    def covered(leaf: Any) -> Any:
+        if leaf is None:
+            return leaf
+        if not isinstance(leaf, Tensor):
+            raise NoRule("a pass that looks at its values")
+        if id(leaf) in known:
+            return known[id(leaf)]
+        indices = not (leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool)
+        return _Hidden(leaf) if known or (new and not indices) else leaf
+
     return pytree.tree_map(covered, function(*arguments, **named))

@@ -288,7 +288,10 @@ class Program:
             unseen.pulled_back(hidden(cotangents))
             del unseen
         with backward:
-            self.forms = tape.pulled_back(cotangents)
+            pieces = tape.pulled_back(cotangents)
+        # Without their numbers: activations of all samples would stay for as long as the machine.
+        bare = lambda own: own.new_empty(()).expand(own.shape)  # noqa: E731
+        self.forms = [replace(piece, factor=piece.factor.map(bare)) for piece in pieces]
         self.n, self.samples = tape.n, len(given) - 1
         self._function = function
         registers = _Registers([*given, *cotangents])
@@ -299,7 +302,7 @@ class Program:
         self._parameters = [registers.of_argument(own) for own in tape.parameters.values()]
         before = [own for own in before if not set(own.returned) <= set(self._parameters)]
         self._outputs = registers.of_argument(tape.outputs)
-        self._pieces = [[registers.of_argument(own) for own in piece.factor.tensors] for piece in self.forms]
+        self._pieces = [[registers.of_argument(own) for own in piece.factor.tensors] for piece in pieces]
         self._registers, fixed = registers.values, registers.fixed
         self._fixed = [(own, own._version) for own in fixed]
         returned = {register for own in self._pieces for register in own}
