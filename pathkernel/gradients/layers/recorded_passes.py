@@ -244,6 +244,20 @@ def _needed(operations: Sequence[_Operation], wanted: set[int], frees: set[int])
     return tuple(reversed(found))
 
 
+def _drawn(components: int, outputs: Tensor) -> list[Tensor]:
+    """Random cotangents of a pass's outputs."""
+    generator = torch.Generator().manual_seed(components)
+    drawn = torch.randn(components, *outputs.shape, generator=generator, dtype=torch.float64)
+    return [own.clone() for own in drawn.to(outputs.dtype)]
+
+
+def _check_unseen(components: int, function: ModelFunction, theta: Tensor, inputs: PyTree, *known: Any) -> None:
+    """Run a pass whose numbers cannot be read; raise what is raised where somebody tries."""
+    with HiddenValues():
+        tape = _PulledBack(function, hidden(theta), hidden(inputs), *known)
+        tape.pulled_back(hidden(_drawn(components, tape.outputs)))
+
+
 class Program:
     """Operations of one pass and of the gradients of K functions of its outputs.
 
@@ -276,17 +290,13 @@ class Program:
     ) -> None:
         theta, inputs = function.cast(theta).clone(), pytree.tree_map(torch.clone, function.cast(inputs))
         given = [theta, *pytree.tree_leaves(inputs)]
-        forward, backward = _Listener(), _Listener()
         known = arrangements, {}, None, roles
+        # First, so that neither pass is there beside the other.
+        _check_unseen(components, function, theta, inputs, *known)
+        forward, backward = _Listener(), _Listener()
         with forward:
             tape = _PulledBack(function, theta, inputs, *known)
-        generator = torch.Generator().manual_seed(components)
-        drawn = torch.randn(components, *tape.outputs.shape, generator=generator, dtype=torch.float64)
-        cotangents = [own.clone() for own in drawn.to(tape.outputs)]
-        with HiddenValues():
-            unseen = _PulledBack(function, hidden(theta), hidden(inputs), *known)
-            unseen.pulled_back(hidden(cotangents))
-            del unseen
+        cotangents = _drawn(components, tape.outputs)
         with backward:
             pieces = tape.pulled_back(cotangents)
         # Without their numbers: activations of all samples would stay for as long as the machine.
