@@ -57,14 +57,16 @@ def _with_hidden(function: Any, arguments: Any, named: Any) -> Any:
     """What an operation returns, of the numbers of the tensors that it is given."""
     known: dict[int, _Hidden] = {}
 
-    def shown(leaf: Any) -> Any:
-        if not isinstance(leaf, _Hidden):
-            return leaf
-        known[id(leaf.own)] = leaf
-        return leaf.own
+    def shown(argument: Any) -> Any:
+        if isinstance(argument, _Hidden):
+            known[id(argument.own)] = argument
+            return argument.own
+        if isinstance(argument, (list, tuple)) and any(isinstance(own, Tensor) for own in argument):
+            return [shown(own) for own in argument]
+        return argument
 
     schema = function._schema
-    arguments, named = pytree.tree_map(shown, (arguments, named))
+    arguments, named = [shown(own) for own in arguments], {key: shown(own) for key, own in named.items()}
     if known and schema.is_mutable:
         for place, argument in enumerate(schema.arguments):
             written = arguments[place] if place < len(arguments) else named.get(argument.name)
@@ -83,4 +85,5 @@ def _with_hidden(function: Any, arguments: Any, named: Any) -> Any:
         indices = not (leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool)
         return _Hidden(leaf) if known or (new and not indices) else leaf
 
-    return pytree.tree_map(covered, function(*arguments, **named))
+    found = function(*arguments, **named)
+    return covered(found) if isinstance(found, Tensor) else pytree.tree_map(covered, found)

@@ -4,7 +4,8 @@ What Python does in a pass (modules, functions that are watched, autograd's grap
 arrives at torch's kernels: the network's operations, those of :math:`\delta = \partial h / \partial z` on its way back,
 and those of the rules. Repeated on other θ and samples they round as a tape does, since they are the very same.
 
-Nothing of it is believed before it is compared with tapes of other samples (`ProvedStacks`).
+Nothing of it is believed before it is compared with tapes of other samples (`ProvedStacks`), nor unless no value can
+have chosen the operations: neither read (`pathkernel.gradients.layers.hidden_values`) nor told by a shape.
 """
 
 from __future__ import annotations
@@ -275,8 +276,8 @@ class Program:
     Raises
     ------
     NoRule
-        Where a pass draws random numbers, looks at its values, or writes on what it was given; and what tapes raise, and
-        who looks at values that are hidden.
+        Where a pass draws random numbers, looks at its values, or writes on what it was given; and what tapes raise,
+        and torch where somebody reads the memory of `hidden` values.
     """
 
     def __init__(
