@@ -118,8 +118,8 @@ class _Operation:
 
     @property
     def kept(self) -> bool:
-        """Whether it does something beside what it returns."""
-        return bool(self.function._schema.is_mutable)
+        """Whether it does something beside what it returns: it writes, or its shape tells what was picked."""
+        return self.function._schema.is_mutable or torch.Tag.dynamic_output_shape in self.function.tags
 
     def run(self, registers: list[Any]) -> None:
         """Do it."""
@@ -291,7 +291,7 @@ class Program:
     ) -> None:
         theta, inputs = function.cast(theta).clone(), pytree.tree_map(torch.clone, function.cast(inputs))
         given = [theta, *pytree.tree_leaves(inputs)]
-        known = arrangements, {}, None, roles
+        known: tuple[Any, ...] = arrangements, {}, None, roles
         # First, so that neither pass is there beside the other.
         _check_unseen(components, function, theta, inputs, *known)
         forward, backward = _Listener(), _Listener()
