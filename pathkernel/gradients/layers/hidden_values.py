@@ -25,19 +25,21 @@ class _Hidden(Tensor):
 
     @staticmethod
     def __new__(cls, own: Tensor) -> _Hidden:
-        make: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = Tensor._make_wrapper_subclass
         layout = {"strides": own.stride(), "storage_offset": own.storage_offset(), "layout": own.layout}
         found: _Hidden = make(cls, own.shape, dtype=own.dtype, device=own.device, **layout)
         found.own = own
         return found
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _with_hidden(func, args, kwargs or {})
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         raise NoRule("a pass that looks at its values")
 
 
