@@ -4,7 +4,8 @@ What Python does in a pass (modules, functions that are watched, autograd's grap
 arrives at torch's kernels: the network's operations, those of :math:`\delta = \partial h / \partial z` on its way back,
 and those of the rules. Repeated on other θ and samples they round as a tape does, since they are the very same.
 
-Nothing of it is believed before it is compared with tapes of other samples (`ProvedStacks`).
+Nothing of it is believed before it is compared with tapes of other samples (`ProvedStacks`), nor unless no value can
+have chosen the operations: neither read (`pathkernel.gradients.layers.hidden_values`) nor told by a shape.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathkernel.gradients.arguments import same_arguments
 from pathkernel.gradients.forward_state import QUIET_FALLBACKS
 from pathkernel.gradients.layers.batch_axis import Arrangement, Roles
 from pathkernel.gradients.layers.factors import Piece
+from pathkernel.gradients.layers.hidden_values import HiddenValues, hidden
 from pathkernel.gradients.layers.rules import NoRule
 from pathkernel.gradients.layers.stacked_pieces import StackedPieces
 from pathkernel.gradients.layers.tape import Tape
@@ -100,6 +102,9 @@ class _Operation:
         What the leaves are leaves of.
     last
         Registers that nobody reads afterwards.
+    shapes
+        Of the results, where they may depend on the numbers that the operation is given: what Python makes of another
+        one is not on record.
     """
 
     function: Any
@@ -109,11 +114,12 @@ class _Operation:
     returned: tuple[int, ...]
     tree: Any = None
     last: tuple[int, ...] = ()
+    shapes: tuple[torch.Size, ...] | None = None
 
     @property
     def kept(self) -> bool:
-        """Whether it does something beside what it returns."""
-        return bool(self.function._schema.is_mutable)
+        """Whether it does something beside what it returns: it writes, or its shape tells what was picked."""
+        return self.function._schema.is_mutable or torch.Tag.dynamic_output_shape in self.function.tags
 
     def run(self, registers: list[Any]) -> None:
         """Do it."""
@@ -130,8 +136,14 @@ class _Operation:
         else:
             for register, own in zip(self.returned, pytree.tree_leaves(found), strict=True):
                 registers[register] = own
+        if self.shapes is not None and self.shapes != _shapes(found):
+            raise NoRule("a pass whose shapes depend on its values")
         for register in self.last:
             registers[register] = None
+
+
+def _shapes(tree: Any) -> tuple[torch.Size, ...]:
+    return tuple(leaf.shape for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 class _Registers:
@@ -207,7 +219,12 @@ def _noted(calls: Iterable[_Call], registers: _Registers, writes: bool) -> list[
         tensors = tuple((i, registers.of_argument(leaf)) for i, leaf in enumerate(own) if isinstance(leaf, Tensor))
         template = [None if isinstance(leaf, Tensor) else leaf for leaf in own]
         returned = tuple(registers.unused() if own is None else registers.of_result(own) for own in call.returned)
-        found.append(_Operation(call.operation, template, call.named, tensors, returned, tree if deep else None))
+        # Indices, masks, lengths: of whole numbers, not all operations whose results have other shapes are tagged.
+        whole = any(isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in leaves)
+        varies = whole or torch.Tag.dynamic_output_shape in call.operation.tags
+        shapes = _shapes(call.returned) if varies else None
+        form = tree if deep else None
+        found.append(_Operation(call.operation, template, call.named, tensors, returned, form, shapes=shapes))
     return found
 
 
@@ -228,6 +245,20 @@ def _needed(operations: Sequence[_Operation], wanted: set[int], frees: set[int])
     return tuple(reversed(found))
 
 
+def _drawn(components: int, outputs: Tensor) -> list[Tensor]:
+    """Random cotangents of a pass's outputs."""
+    generator = torch.Generator().manual_seed(components)
+    drawn = torch.randn(components, *outputs.shape, generator=generator, dtype=torch.float64)
+    return [own.clone() for own in drawn.to(outputs.dtype)]
+
+
+def _check_unseen(components: int, function: ModelFunction, theta: Tensor, inputs: PyTree, *known: Any) -> None:
+    """Run a pass whose numbers cannot be read; raise what is raised where somebody tries."""
+    with HiddenValues():
+        tape = _PulledBack(function, hidden(theta), hidden(inputs), *known)
+        tape.pulled_back(hidden(_drawn(components, tape.outputs)))
+
+
 class Program:
     """Operations of one pass and of the gradients of K functions of its outputs.
 
@@ -245,7 +276,8 @@ class Program:
     Raises
     ------
     NoRule
-        Where a pass draws random numbers, looks at its values, or writes on what it was given; and what tapes raise.
+        Where a pass draws random numbers, looks at its values, or writes on what it was given; and what tapes raise,
+        and torch where somebody reads the memory of `hidden` values.
     """
 
     def __init__(
@@ -259,14 +291,18 @@ class Program:
     ) -> None:
         theta, inputs = function.cast(theta).clone(), pytree.tree_map(torch.clone, function.cast(inputs))
         given = [theta, *pytree.tree_leaves(inputs)]
+        known: tuple[Any, ...] = arrangements, {}, None, roles
+        # First, so that neither pass is there beside the other.
+        _check_unseen(components, function, theta, inputs, *known)
         forward, backward = _Listener(), _Listener()
         with forward:
-            tape = _PulledBack(function, theta, inputs, arrangements, {}, None, roles)
-        generator = torch.Generator().manual_seed(components)
-        drawn = torch.randn(components, *tape.outputs.shape, generator=generator, dtype=torch.float64)
-        cotangents = [own.clone() for own in drawn.to(tape.outputs)]
+            tape = _PulledBack(function, theta, inputs, *known)
+        cotangents = _drawn(components, tape.outputs)
         with backward:
-            self.forms = tape.pulled_back(cotangents)
+            pieces = tape.pulled_back(cotangents)
+        # Without their numbers: activations of all samples would stay for as long as the machine.
+        bare = lambda own: own.new_empty(()).expand(own.shape)  # noqa: E731
+        self.forms = [replace(piece, factor=piece.factor.map(bare)) for piece in pieces]
         self.n, self.samples = tape.n, len(given) - 1
         self._function = function
         registers = _Registers([*given, *cotangents])
@@ -277,7 +313,7 @@ class Program:
         self._parameters = [registers.of_argument(own) for own in tape.parameters.values()]
         before = [own for own in before if not set(own.returned) <= set(self._parameters)]
         self._outputs = registers.of_argument(tape.outputs)
-        self._pieces = [[registers.of_argument(own) for own in piece.factor.tensors] for piece in self.forms]
+        self._pieces = [[registers.of_argument(own) for own in piece.factor.tensors] for piece in pieces]
         self._registers, fixed = registers.values, registers.fixed
         self._fixed = [(own, own._version) for own in fixed]
         returned = {register for own in self._pieces for register in own}

@@ -222,6 +222,64 @@ def test_what_is_not_the_same_on_other_samples_is_not_noted(module: nn.Module) -
         assert not isinstance(stack, RecordedPasses)
 
 
+class Chosen(nn.Module):
+    """A network that is another one for samples whose first number is large, seen past torch's operations."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.layer = way, nn.Linear(6, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = x[:, 0] > 100.0
+        if self.way == "list":
+            found = any(row[0] > 100.0 for row in x.tolist())
+        elif self.way == "numpy":
+            found = bool((np.asarray(x)[:, 0] > 100.0).any())
+        elif self.way == "written":
+            table = torch.zeros_like(x)
+            table[:] = x
+            found = bool((table.numpy()[:, 0] > 100.0).any())
+        elif self.way == "split":  # which reads the places in memory, and has no operation of its own
+            found = len(torch.tensor_split(x[0], large.sum().reshape(1))[0]) > 0
+        elif self.way == "columns":  # a shape tells what the values are
+            found = x[:, (x > 100.0).any(0)].shape[1] > 0
+        else:
+            found = len(large.nonzero()) > 0
+        z = self.layer(x)
+        return torch.where(large.unsqueeze(1), 2 * z, z) if found else z
+
+
+@pytest.mark.parametrize("way", ["list", "numpy", "written", "split", "columns", "nonzero"])
+def test_what_no_sample_of_the_proof_shows_is_not_on_record(way: str) -> None:
+    """Samples that come after the proof are run as they are."""
+    module, inputs = Chosen(way), network("mlp")[1]
+    function, thetas = function_of(module)
+    later = inputs.clone()
+    later[2, 0] = 200.0
+    source = GradientSource(function, "auto", 0)
+    for shared, samples in ((True, (inputs, later)), (False, (samples_at_points(inputs), samples_at_points(later)))):
+        for own in samples:
+            weights = torch.ones(POINTS, len(inputs), 3, dtype=torch.float64)
+            if shared:
+                asked = own, lambda z, _: z.sum(), torch.zeros(len(own), 0), None, function
+                found = source.gradients_at_points(thetas, *asked)
+            else:
+                found = source.pulled_back_at_points(thetas, own, weights, function)
+            for s, theta in enumerate(thetas if found is not None else ()):
+                x = own if shared else own[s]
+                expected = source.gradients(theta, x, lambda z, _: z.sum(), torch.zeros(len(x), 0), None, function)
+                torch.testing.assert_close(found[s].total(), expected.total())
+
+
+def test_operations_on_record_hold_no_sample() -> None:
+    module, inputs = network("mlp")
+    function, thetas = function_of(module)
+    stack = ProvedStacks(ProvedTapes(function)).record(thetas, inputs, True, 2, function)
+    assert isinstance(stack, RecordedPasses)
+    stored = [tensor for piece in stack.program.forms for tensor in piece.factor.tensors]
+    assert stored and all(tensor.untyped_storage().nbytes() <= tensor.element_size() for tensor in stored)
+
+
 @pytest.mark.parametrize("in_place", [False, True], ids=["replaced", "in place"])
 def test_operations_on_record_are_those_under_their_constants(in_place: bool) -> None:
     """Running statistics are constants of a pass: under others it is another one."""
