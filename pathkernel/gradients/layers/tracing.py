@@ -147,9 +147,7 @@ class ParameterTracer(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._place[-1] += 1
-        tensors = tensors_of(args)
-        if kwargs:
-            tensors += tensors_of(kwargs)
+        tensors = [*tensors_of(args), *tensors_of(kwargs)] if kwargs else tensors_of(args)
         leaves = [leaf for leaf in tensors if id(leaf) in self.known]
         # What an index picks from a parameter are rows of a table, as an embedding's are.
         picked = function is GETITEM and picks(args) and self.handle(args[0]) is None
