@@ -6,6 +6,7 @@ Imported where an operator is asked for: scipy.sparse takes its time to load, an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,12 @@ class KernelOperator(LinearOperator):
         self._kept: dict[int, KernelProducts] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "lock"} | {"_kept": {}}
+        # scipy keeps the module of the arrays it is for in some versions, which no process can send to another.
+        kept = {k: v for k, v in vars(self).items() if k != "lock" and not isinstance(v, ModuleType)}
+        return kept | {"_kept": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__init__(state["dtype"], state["shape"])
         self.__dict__.update(state)
         self.lock = self.engine_at(self.terms[0]).function.lock
 

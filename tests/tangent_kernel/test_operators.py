@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,18 @@ def test_float32_products_are_as_good_as_float32() -> None:
     module, X = make_model(dtype=torch.float32), make_inputs(6, dtype=torch.float32)
     kernel = pk.TangentKernel(module)
     close(kernel.operator(X) @ np.eye(6), kernel(X), SINGLE.rounding)
+
+
+def test_an_operator_that_holds_a_module_is_pickled() -> None:
+    """As scipy's do in versions that know several kinds of arrays."""
+    operator = pk.TangentKernel(make_model("tanh", 2, torch.float64)).operator(
+        make_inputs(SAMPLES, MODELS["tanh"].sample)
+    )
+    operator._arrays = np
+    again = pickle.loads(pickle.dumps(operator))
+    assert again.shape == operator.shape and again.dtype == operator.dtype
+    v = np.arange(operator.shape[1], dtype=float)
+    assert np.array_equal(again @ v, operator @ v)
 
 
 def test_the_spectrum_without_the_matrix() -> None:
