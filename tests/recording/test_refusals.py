@@ -82,6 +82,7 @@ ELSEWHERE = {
     "influence/retraining.py": "tests/influence/test_retraining.py",
     "kernel_machine/added_samples.py": "tests/kernel_machine/test_added_samples.py",
     "kernel_machine/linear_steps.py": "tests/kernel_machine/test_added_samples.py",
+    "gradients/layers/hidden_values.py": "tests/gradients",
     "gradients/layers/recorded_passes.py": "tests/gradients",
     "gradients/layers/stacked_passes.py": "tests/gradients",
     "gradients/layers/tape.py": "tests/gradients",

@@ -20,6 +20,7 @@ from torch import Tensor
 import pathkernel as pk
 from pathkernel.errors import CorruptBlockError, StoreError
 from pathkernel.storage.resumable import _Tile, resumable_blocks, resumable_gram
+from pathkernel.tangent_kernel.cost.model import CostModel
 
 TERMS = 12
 
@@ -198,6 +199,7 @@ def test_a_kernel_that_goes_on_keeps_the_engines_it_began_with(tmp_path: Path, m
     """They are chosen by the speed of the machine, which is another one on every day, and differ by rounding."""
     run = record(dtype=torch.float32)
     monkeypatch.setattr("pathkernel.tangent_kernel.engines.auto.WORTH_CHOOSING", 0)
+    monkeypatch.setattr(CostModel, "layers_suffice", lambda *_: False)
     monkeypatch.setattr("pathkernel.tangent_kernel.engines.auto.choose", lambda *_: ("jacobian", "yesterday"))
     computed = lambda name: pk.PathKernel(run.trajectory)(run.X, store=tmp_path / name)  # noqa: E731
 
@@ -207,6 +209,7 @@ def test_a_kernel_that_goes_on_keeps_the_engines_it_began_with(tmp_path: Path, m
         computed("begun")
     monkeypatch.undo()
     monkeypatch.setattr("pathkernel.tangent_kernel.engines.auto.WORTH_CHOOSING", 0)
+    monkeypatch.setattr(CostModel, "layers_suffice", lambda *_: False)
     monkeypatch.setattr("pathkernel.tangent_kernel.engines.auto.choose", lambda *_: ("layerwise", "today"))
     assert not np.array_equal(computed("other"), plain)
     assert np.array_equal(computed("begun"), plain)
