@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils import _pytree as pytree
 
 from pathkernel._typing import PyTree
-from pathkernel.cli.labels import _image, _short, _written
+from pathkernel.cli.labels import _image, _short, written
 from pathkernel.cli.objects import opened, samples
 from pathkernel.cli.places import check_picture
 from pathkernel.cli.stores import Result, _npz_file
@@ -125,7 +125,7 @@ def _row(found: NearDuplicates, place: int) -> dict[str, Any]:
         "identical": identical,
     }
     if found.labels is not None:
-        one, other = (_written(np.asarray(side[place])) for side in found.labels)
+        one, other = (written(np.asarray(side[place])) for side in found.labels)
         row |= {"label": one, "other_label": other, "labels_disagree": bool(found.conflicts[place])}
     return row
 

@@ -80,15 +80,16 @@ def _against(
 def _row(quality: LabelQuality, sample: int, pulled: Pulled) -> dict[str, Any]:
     return {
         "sample": sample,
-        "label": _written(quality.targets[sample]),
-        "prediction": _written(quality.predictions[sample]),
+        "label": written(quality.targets[sample]),
+        "prediction": written(quality.predictions[sample]),
         "score": float(quality.score[sample]),
         **{name: float(getattr(quality, name)[sample]) for name in quality.doubts},
-        "against": [{"sample": i, "label": _written(quality.targets[i]), "share": share} for i, share in pulled],
+        "against": [{"sample": i, "label": written(quality.targets[i]), "share": share} for i, share in pulled],
     }
 
 
-def _written(value: np.ndarray) -> float | int | list[float]:
+def written(value: np.ndarray) -> float | int | list[float]:
+    """A label or a prediction as JSON has it."""
     return value.item() if value.ndim == 0 else [float(one) for one in value.ravel()]
 
 

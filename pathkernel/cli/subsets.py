@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from pathkernel.cli.labels import _written
+from pathkernel.cli.labels import written
 from pathkernel.cli.objects import opened, samples
 from pathkernel.cli.stores import Result, _npz_file
 from pathkernel.errors import InputError
@@ -70,7 +70,7 @@ def label_next(arguments: argparse.Namespace) -> Result:
     if arguments.output is not None:
         _npz_file(arguments.output, {"ids": found.ids, "score": found.score, "predictions": found.predictions})
     rows = [
-        {"candidate": int(i), "prediction": _written(found.predictions[i]), "score": float(found.score[i])}
+        {"candidate": int(i), "prediction": written(found.predictions[i]), "score": float(found.score[i])}
         for i in found.ids
     ]
     numbers = {

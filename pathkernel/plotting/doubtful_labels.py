@@ -82,9 +82,9 @@ class DoubtfulLabelsDisplay:
             )
         rows = []
         for i, group in zip(ids.tolist(), others, strict=True):
-            said, predicted = (_written(values[i]) for values in (quality.targets, quality.predictions))
+            said, predicted = (written(values[i]) for values in (quality.targets, quality.predictions))
             row = [(as_image(images[i], "images"), f"#{i}: {said}\nnetwork: {predicted}")]
-            row += [(as_image(images[j], "images"), f"#{j}\n{_written(quality.targets[j])}") for j in group]
+            row += [(as_image(images[j], "images"), f"#{j}\n{written(quality.targets[j])}") for j in group]
             rows.append(row)
         return cls(rows=rows)
 
@@ -119,7 +119,7 @@ class DoubtfulLabelsDisplay:
         return self
 
 
-def _written(label: Any) -> str:
+def written(label: Any) -> str:
     """A label, or the first numbers of a regression's target."""
     values = np.asarray(label)
     if values.ndim == 0:

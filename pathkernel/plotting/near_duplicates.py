@@ -14,7 +14,7 @@ from pathkernel.errors import PathKernelError, is_whole
 from pathkernel.influence.duplicates import NearDuplicates
 from pathkernel.plotting.appearance import LOWERS, NEUTRAL, several_axes, styled
 from pathkernel.plotting.attribution import as_image, draw_image
-from pathkernel.plotting.doubtful_labels import _written
+from pathkernel.plotting.doubtful_labels import written
 
 PAIRS = 4
 """Pairs side by side."""
@@ -89,7 +89,7 @@ class NearDuplicatesDisplay:
         pairs = []
         for place, (i, j) in enumerate(found.pairs[:k].tolist()):
             one, other = (
-                f"#{sample}{'' if found.labels is None else f': {_written(found.labels[side][place])}'}"
+                f"#{sample}{'' if found.labels is None else f': {written(found.labels[side][place])}'}"
                 for side, sample in enumerate((i, j))
             )
             following = "identical" if found.identical[place] else f"next {found.next_cosine[place]:.3f}"

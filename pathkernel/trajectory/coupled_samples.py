@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -177,7 +177,7 @@ class CoupledSamples:
                 found[:, piece.start :] = self._by_rows(directions[piece.start :])
                 break
             some = directions[piece]
-            sweep = lambda some=some: self.pushed(some, len(some))  # noqa: E731
+            sweep = partial(self.pushed, some, len(some))
             shares, error, seconds = self._compared(sweep, some, lambda shares: shares)
             if shares is None or not self._right(error, len(some)):
                 costs.refused = True
@@ -195,9 +195,7 @@ class CoupledSamples:
         found = []
         for piece in blocks(len(directions), self.width):
             some = directions[piece]
-            sweep = lambda some=some: output_products(  # noqa: E731
-                self.function, self.point, self.inputs, some, width=len(some)
-            )
+            sweep = partial(output_products, self.function, self.point, self.inputs, some, width=len(some))
             pushed, error, _ = self._compared(sweep, some, self.weighted)
             if pushed is None or not self._right(error, len(some)):
                 self.costs.refused = True
@@ -233,7 +231,7 @@ class CoupledSamples:
         """
         v = random_directions(self.function.layout.size, DIRECTIONS).to(self.function.device)
         width = min(self.width, DIRECTIONS)
-        shares, error, seconds = self._compared(lambda: self.pushed(v, width), v, lambda shares: shares, True)
+        shares, error, seconds = self._compared(partial(self.pushed, v, width), v, lambda shares: shares, True)
         if shares is not None and width == DIRECTIONS:
             self.costs.note_forward(seconds, DIRECTIONS)
         return error

@@ -60,6 +60,21 @@ def test_the_factors_of_a_form_multiply_to_the_shares(name: str, form: str) -> N
     np.testing.assert_allclose(why.form.shares.sum(axis=1) + channels, why.output, rtol=0, atol=1e-9)
 
 
+def trajectory_of(model: nn.Module, optimizer: torch.optim.Optimizer, clipped: float | None = None) -> pk.Trajectory:
+    """Train a classifier of three classes, on record."""
+    loss = nn.CrossEntropyLoss()
+    X, y = make_inputs(SAMPLES), torch.randint(3, (SAMPLES,), generator=generator(2))
+    with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
+        for ids in BATCHES:
+            x, target = recorder.batch(list(ids))
+            optimizer.zero_grad()
+            loss(model(x), target).backward()
+            if clipped is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clipped)
+            optimizer.step()
+    return recorder.trajectory
+
+
 class Stopped(nn.Module):
     """Takes a part of the mean away, which is a constant to the training."""
 
@@ -74,15 +89,8 @@ def test_factors_of_a_network_that_stops_gradients_multiply_to_the_shares(middle
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), *middle, Stopped(), nn.Tanh(), nn.Linear(6, 3)).double()
-    optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), nn.CrossEntropyLoss()
-    X, y = make_inputs(SAMPLES), torch.randint(3, (SAMPLES,), generator=generator(2))
-    with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
-        for ids in BATCHES:
-            x, target = recorder.batch(list(ids))
-            optimizer.zero_grad()
-            loss(model(x), target).backward()
-            optimizer.step()
-    why = pk.KernelMachine(recorder.trajectory, form="average").explain(make_inputs(QUERIES, seed=3), outputs=0)
+    trajectory = trajectory_of(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    why = pk.KernelMachine(trajectory, form="average").explain(make_inputs(QUERIES, seed=3), outputs=0)
     np.testing.assert_allclose(why.form.shares, why.shares, rtol=0, atol=1e-12)
 
 
@@ -97,17 +105,9 @@ def test_forms_with_layers_that_have_a_state(form: str, middle: nn.Module) -> No
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6, bias=False), middle, nn.Tanh(), nn.Linear(6, 3)).double().train()
-        optimizer, loss = torch.optim.Adam(model.parameters(), lr=0.02), nn.CrossEntropyLoss()
-        X, y = make_inputs(SAMPLES), torch.randint(3, (SAMPLES,), generator=generator(2))
-        with pk.KernelRecorder(model, optimizer, loss, data=(X, y)) as recorder:
-            for ids in BATCHES:
-                x, target = recorder.batch(list(ids))
-                optimizer.zero_grad()
-                loss(model(x), target).backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-                optimizer.step()
+        trajectory = trajectory_of(model, torch.optim.Adam(model.parameters(), lr=0.02), clipped=0.5)
     model.eval()
-    machine, queries = pk.KernelMachine(recorder.trajectory, form=form), make_inputs(QUERIES, seed=3)
+    machine, queries = pk.KernelMachine(trajectory, form=form), make_inputs(QUERIES, seed=3)
     why = machine.explain(queries, outputs=1)
     assert why.relative_residual <= 1e-10
     np.testing.assert_allclose(machine.decision_function(queries), model(queries).detach(), rtol=0, atol=1e-12)
